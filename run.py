@@ -1,0 +1,78 @@
+"""Play the game: `python run.py model=zephyr iter=2 loss.beta=0.1`. Hydra entry: compose, validate, play."""
+
+import dataclasses
+import errno
+import os
+import re
+import shlex
+import sys
+from difflib import get_close_matches
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from spin import config as schema
+from spin.errors import UserError
+
+
+@hydra.main(config_path="conf", config_name="config", version_base="1.3")
+def main(composed: DictConfig) -> None:
+    config = schema.load(composed)  # before the heavy imports: a typo is answered at once
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(composed, resolve=True))
+
+    from spin.game import play
+
+    play(config, folder, shlex.join(["python", "run.py", *HydraConfig.get().overrides.task]))
+
+
+def one_line(error: Exception) -> str:
+    """What is wrong and what to do, in one line."""
+    text = str(error)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"no space left on the disk ({error.filename or 'while writing'}): free some, and run again to go on."
+    if found := re.search(r"Could not override '(?P<key>[^']+)'", text):
+        return f"{found['key']}: there is no such setting.{_did_you_mean(found['key'], _settings())}"
+    if found := re.search(
+        r"Could not find '(?P<group>.+)/(?P<choice>[^/']+)'\s+Available options in '[^']+':\s+(?P<options>.+)",
+        text,
+        re.S,
+    ):
+        options = found["options"].split()
+        hint = _did_you_mean(found["choice"], options)
+        return f"{found['group']}={found['choice']}: there is no such choice. There are: {', '.join(options)}.{hint}"
+    if isinstance(error, UserError):
+        return text
+    return " ".join(text.split())
+
+
+def _did_you_mean(word: str, known: list[str]) -> str:
+    near = get_close_matches(word, known, n=1)
+    return f" Did you mean {near[0]}?" if near else " `python run.py --help` lists the settings."
+
+
+def _settings() -> list[str]:
+    def keys(node, prefix=""):
+        for key, value in node.items():
+            yield from keys(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}"]
+
+    defaults = dataclasses.asdict(schema.Config())
+    return [*keys(defaults), *defaults]
+
+
+if __name__ == "__main__":
+    # Hydra would print its own errors over several lines, and a traceback for ours: have it raise, and print one line.
+    full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        main()
+    except (UserError, HydraException, OmegaConfBaseException, OSError) as error:
+        if full_error or (isinstance(error, OSError) and error.errno != errno.ENOSPC):
+            raise
+        sys.exit(f"error: {one_line(error)}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted: what is finished is kept, run the same command to go on.")

@@ -1,0 +1,287 @@
+"""The boundary: what Hydra composed becomes checked, plain dataclasses. Behind it no config object travels.
+
+Every key is explained where its value stands, in `conf/`.
+"""
+
+import math
+import typing
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from spin.errors import UserError
+
+# A number for all iterations, or a list with one entry an iteration. OmegaConf has no type for that: `check` does.
+PerIteration = Any
+
+
+@dataclass
+class ModelConfig:
+    name: str = "model"
+    path: str | None = None
+    revision: str | None = None
+    package: str | None = None
+    package_sha256: str | None = None
+    file: str | None = None
+    file_sha256: str | None = None
+    sft_epochs: float = 1.0
+
+
+@dataclass
+class DataConfig:
+    name: str = "data"
+    path: str | None = None
+    revision: str | None = None
+    splits: list[str] | None = None
+    package: str | None = None
+    package_sha256: str | None = None
+    file: str | None = None
+    format: str = "auto"
+    turns: str = "first"
+    template: str = "chat"
+    filter: str = "none"
+    size: int | None = None
+    held_out: int = 0
+    max_prompt_length: int = 512
+    max_response_length: int | None = None
+    min_response_length: int = 1
+    max_length: int = 1024
+    overlong: str = "drop"
+
+
+@dataclass
+class OptimizerConfig:
+    name: str = "rmsprop"
+    lr: PerIteration = 5e-7
+    weight_decay: float = 0.0
+    alpha: float = 0.99
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+    max_grad_norm: float = 1.0
+
+
+@dataclass
+class LossConfig:
+    link: str = "logistic"
+    beta: PerIteration = 0.1
+
+
+@dataclass
+class ScheduleConfig:
+    name: str = "constant"
+    iterations: int = 1
+    epochs: PerIteration = 1
+    batch_size: int = 64
+    warmup_ratio: float = 0.1
+    replay: str = "previous"
+    sft_epochs: float = 0.0
+    sft_lr: float = 1e-5
+
+
+@dataclass
+class GenerationConfig:
+    name: str = "sample"
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int = 256
+    batch_size: int = 32
+
+
+@dataclass
+class EngineConfig:
+    name: str = "single"
+    device: str = "auto"
+    precision: str = "auto"
+    layout: str = "auto"
+    tokens_per_row: int = 512
+    tokens_per_batch: int = 2048
+    head_chunk: int = 512
+    gradient_checkpointing: bool = False
+
+
+@dataclass
+class EvaluationConfig:
+    name: str = "heldout"
+    enabled: bool = True
+    samples: int = 3
+    bootstrap: int = 1000
+
+
+@dataclass
+class StoreConfig:
+    path: str = "outputs/store"
+
+
+@dataclass
+class CacheConfig:
+    path: str = "~/.cache/spin"
+
+
+@dataclass
+class TrackingConfig:
+    wandb: str = "auto"
+    project: str = "spin"
+    entity: str | None = None
+
+
+@dataclass
+class Config:
+    name: str = "spin"
+    seed: int = 0
+    iter: int | None = None
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    store: StoreConfig = field(default_factory=StoreConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    @property
+    def iterations(self) -> int:
+        """How many iterations are played: `iter=2` plays 0, 1 and 2."""
+        return self.schedule.iterations if self.iter is None else self.iter + 1
+
+
+CHOICES = {
+    "data.format": ("auto", "messages", "prompt", "alpaca", "sharegpt", "chitchat"),
+    "data.turns": ("first", "all"),
+    "data.filter": ("none", "prose"),
+    "data.overlong": ("drop", "cut"),
+    "optimizer.name": ("rmsprop", "adamw"),
+    "loss.link": ("logistic", "hinge", "exponential", "correlation"),
+    "schedule.replay": ("none", "previous", "all"),
+    "engine.name": ("single",),
+    "engine.precision": ("auto", "fp32", "bf16"),
+    "engine.layout": ("auto", "packed", "padded"),
+    "tracking.wandb": ("auto", "online", "offline", "disabled"),
+}
+
+
+def at(value: PerIteration, iteration: int) -> float:
+    """The value of a per-iteration quantity at `iteration` (0-based)."""
+    return float(value[iteration] if isinstance(value, list) else value)
+
+
+def load(composed: DictConfig) -> Config:
+    """Turn what Hydra composed into a checked `Config`.
+
+    Raises UserError: an unknown key, a value of the wrong type or out of range, or values that do not go together.
+    """
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), composed))
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "config"
+        raise UserError(f"{key}: {str(error).splitlines()[0]}") from error
+    config = typing.cast(Config, config)
+    check(config)
+    return config
+
+
+def check(config: Config) -> None:
+    """Raise UserError for the first value that is out of range or does not go with the others."""
+    for path, allowed in CHOICES.items():
+        group, key = path.split(".")
+        value = getattr(getattr(config, group), key)
+        _require(value in allowed, path, value, f"is one of {', '.join(allowed)}")
+
+    _require(config.iter is None or config.iter >= 0, "iter", config.iter, "is 0 or more: iterations count from 0")
+    _require(config.seed >= 0, "seed", config.seed, "is 0 or more")
+    schedule, data, generation, engine = config.schedule, config.data, config.generation, config.engine
+    _require(schedule.iterations >= 1, "schedule.iterations", schedule.iterations, "is 1 or more")
+
+    _per_iteration(config, "loss.beta", config.loss.beta)
+    _per_iteration(config, "optimizer.lr", config.optimizer.lr)
+    _per_iteration(config, "schedule.epochs", schedule.epochs)
+
+    _require(
+        config.optimizer.max_grad_norm > 0, "optimizer.max_grad_norm", config.optimizer.max_grad_norm, "is above 0"
+    )
+    _require(
+        config.optimizer.weight_decay >= 0, "optimizer.weight_decay", config.optimizer.weight_decay, "is 0 or more"
+    )
+    _require(len(config.optimizer.betas) == 2, "optimizer.betas", config.optimizer.betas, "has two entries")
+    for value in (config.optimizer.alpha, *config.optimizer.betas):
+        _require(0 <= value < 1, "optimizer.alpha and optimizer.betas", value, "lie in [0, 1)")
+    _require(config.optimizer.eps > 0, "optimizer.eps", config.optimizer.eps, "is above 0")
+    _require(schedule.batch_size >= 1, "schedule.batch_size", schedule.batch_size, "is 1 pair or more")
+    _require(0 <= schedule.warmup_ratio < 1, "schedule.warmup_ratio", schedule.warmup_ratio, "lies in [0, 1)")
+    _require(schedule.sft_epochs >= 0, "schedule.sft_epochs", schedule.sft_epochs, "is 0 (no SFT stage) or more")
+    _require(schedule.sft_lr > 0, "schedule.sft_lr", schedule.sft_lr, "is above 0")
+
+    _require(generation.temperature >= 0, "generation.temperature", generation.temperature, "is 0 (greedy) or more")
+    _require(0 < generation.top_p <= 1, "generation.top_p", generation.top_p, "lies in (0, 1]")
+    _require(generation.max_new_tokens >= 1, "generation.max_new_tokens", generation.max_new_tokens, "is 1 or more")
+    _require(generation.batch_size >= 1, "generation.batch_size", generation.batch_size, "is 1 or more")
+
+    _require(data.size is None or data.size >= 1, "data.size", data.size, "is 1 or more, or null for all")
+    _require(data.held_out >= 0, "data.held_out", data.held_out, "is 0 or more")
+    _require(data.max_prompt_length >= 1, "data.max_prompt_length", data.max_prompt_length, "is 1 token or more")
+    _require(data.min_response_length >= 1, "data.min_response_length", data.min_response_length, "is 1 token or more")
+    _require(
+        data.max_length > data.max_prompt_length,
+        "data.max_length",
+        data.max_length,
+        f"must exceed data.max_prompt_length={data.max_prompt_length}, or the longest prompts leave no room for an answer",
+    )
+    if data.max_response_length is not None:
+        _require(
+            data.max_response_length >= data.min_response_length,
+            "data.max_response_length",
+            data.max_response_length,
+            f"must be data.min_response_length={data.min_response_length} or more",
+        )
+    _require(
+        data.template in ("chat", "paper") or "{prompt}" in data.template,
+        "data.template",
+        data.template,
+        "is chat, paper, or a text with {prompt} in it",
+    )
+    _require(
+        config.model.path is not None or config.model.package is not None,
+        "model.path",
+        config.model.path,
+        "must name a model: a local folder or a Hugging Face name",
+    )
+    _require(
+        data.path is not None or data.package is not None,
+        "data.path",
+        data.path,
+        "must name the data: a file, a folder or a Hugging Face name",
+    )
+    _require(engine.tokens_per_row >= 1, "engine.tokens_per_row", engine.tokens_per_row, "is 1 or more")
+    _require(
+        engine.tokens_per_batch >= engine.tokens_per_row,
+        "engine.tokens_per_batch",
+        engine.tokens_per_batch,
+        f"must be engine.tokens_per_row={engine.tokens_per_row} or more",
+    )
+    _require(engine.head_chunk >= 1, "engine.head_chunk", engine.head_chunk, "is 1 or more")
+    _require(config.evaluation.samples >= 1, "evaluation.samples", config.evaluation.samples, "is 1 or more")
+    _require(config.evaluation.bootstrap >= 1, "evaluation.bootstrap", config.evaluation.bootstrap, "is 1 or more")
+
+
+def _require(holds: bool, key: str, value: object, rule: str) -> None:
+    if not holds:
+        raise UserError(f"{key}={value}: {key} {rule}.")
+
+
+def _per_iteration(config: Config, key: str, value: PerIteration) -> None:
+    entries = value if isinstance(value, list) else [value]
+    for entry in entries:
+        numeric = isinstance(entry, (int, float)) and not isinstance(entry, bool)
+        _require(numeric, key, entry, "is a number, or a list with one number an iteration")
+        _require(math.isfinite(entry) and entry > 0, key, entry, "is above 0")
+    if isinstance(value, list):
+        _require(
+            len(value) >= config.iterations,
+            key,
+            value,
+            f"has {len(value)} entries, but {config.iterations} iterations are played: give one number, or more entries",
+        )

@@ -1,0 +1,119 @@
+"""What stands between the training loop and the machine: backward, step, mean, save."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from spin.config import EngineConfig, OptimizerConfig
+from spin.errors import UserError
+from spin.model import Policy, load_model, save_model
+
+
+def device_of(config: EngineConfig) -> torch.device:
+    """The device to compute on. Raises UserError if the one asked for is not there."""
+    name = config.device
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(
+            f"engine.device={name}: {str(error).splitlines()[0]}. Use engine.device=auto or cpu."
+        ) from error
+    return torch.device(name)
+
+
+def compute_type(config: EngineConfig, device: torch.device) -> torch.dtype:
+    """The type that products are computed in. "auto" is bf16 where the processor has instructions for it.
+
+    By capability and not by a measurement: a measurement could turn out differently in the next run, and with it the bits.
+    """
+    if config.precision != "auto":
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    return torch.bfloat16 if device.type == "cpu" and _cpu_has_bf16() else torch.float32
+
+
+def _cpu_has_bf16() -> bool:
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
+class SingleEngine:
+    """One process. The model computes in `dtype`; the optimiser works on fp32 master weights.
+
+    In bf16 a weight of 0.02 has a neighbour 6e-5 away, so updates of a learning rate of 5e-7 would be rounded away:
+    they are added to the masters, from which the model's weights are rounded after each step. Gradients of
+    micro-batches are summed in fp32 as they appear, and the model's own are freed at once.
+    """
+
+    def __init__(
+        self, policy: Policy, dtype: torch.dtype, device: torch.device, engine: EngineConfig, optimizer: OptimizerConfig
+    ):
+        self.model = load_model(policy.folder, dtype, device)
+        if engine.gradient_checkpointing:
+            # Checkpointing is only active in train mode; dropout is turned off by hand to keep the pass deterministic.
+            self.model.activation_checkpointing_enable({"use_reentrant": False})
+            self.model.train()
+            for module in self.model.modules():
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = 0.0
+        self.policy = policy
+        self.dtype, self.device = dtype, device
+        self.max_grad_norm = optimizer.max_grad_norm
+        self.weights = dict(self.model.named_parameters())
+        if dtype == torch.float32:
+            self.masters = {name: weight.data for name, weight in self.weights.items()}
+        else:
+            full = load_model(policy.folder, torch.float32, device)
+            self.masters = {name: weight.data for name, weight in full.named_parameters()}
+        self.grads = {name: torch.zeros_like(master) for name, master in self.masters.items()}
+        for name, weight in self.weights.items():
+            weight.requires_grad_(True)
+            weight.register_post_accumulate_grad_hook(_collect_into(self.grads[name]))
+        self.optimizer = _optimizer(list(self.masters.values()), optimizer)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of `loss`, a scalar, to those of the step."""
+        loss.backward()
+
+    def step(self, lr: float) -> float:
+        """Clip, update the masters with learning rate `lr`, round them into the model. Returns the norm before clipping."""
+        for name, master in self.masters.items():
+            master.grad = self.grads[name]
+        norm = torch.nn.utils.clip_grad_norm_(self.masters.values(), self.max_grad_norm).item()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        for name, master in self.masters.items():
+            if self.dtype != torch.float32:
+                self.weights[name].data.copy_(master)
+            self.grads[name].zero_()
+        return norm
+
+    def mean(self, values: Iterable[Tensor]) -> float:
+        """The mean over all entries of all tensors (and over ranks, where there are several)."""
+        return torch.cat([value.reshape(-1).double().cpu() for value in values]).mean().item()
+
+    def save(self, folder: Path) -> None:
+        """Write the master weights (fp32) and the tokenizer as a Hugging Face model folder."""
+        save_model(self.model, self.masters, self.policy, folder)
+
+
+def _collect_into(total: Tensor):
+    def collect(weight: Tensor) -> None:
+        assert weight.grad is not None
+        total.add_(weight.grad)
+        weight.grad = None
+
+    return collect
+
+
+def _optimizer(masters: list[Tensor], config: OptimizerConfig) -> torch.optim.Optimizer:
+    if config.name == "rmsprop":
+        return torch.optim.RMSprop(masters, alpha=config.alpha, eps=config.eps, weight_decay=config.weight_decay)
+    beta1, beta2 = config.betas
+    return torch.optim.AdamW(masters, betas=(beta1, beta2), eps=config.eps, weight_decay=config.weight_decay)

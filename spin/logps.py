@@ -1,0 +1,200 @@
+"""log p(response | prompt) of every response in a batch, summed over its tokens, in fp32 from the logits on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from spin.pairs import Batch, Continuations, batches
+
+
+@dataclass(frozen=True)
+class Forward:
+    """How log-probs are computed: exact either way, but for rounding.
+
+    layout: "packed" (prompts shared, rows packed) or "padded". head: "chunked" (logits on response positions only, in
+    chunks that are never kept) or "full" (the model's own logits, for heads that do more than a product).
+    """
+
+    layout: str
+    head: str
+    tokens_per_row: int
+    tokens_per_batch: int
+    head_chunk: int
+
+    def batches(self, items: Sequence[Continuations]) -> list[Batch]:
+        return batches(items, self.layout, self.tokens_per_row, self.tokens_per_batch)
+
+
+def sequence_logps(model: PreTrainedModel, batch: Batch, forward: Forward) -> Tensor:
+    """Sum over each response's tokens of log p(token | prompt, earlier tokens): fp32 [batch.responses], in nats."""
+    mask = batch.attention_mask
+    if forward.layout == "packed":
+        # Additive, in the compute type: otherwise every layer converts the boolean mask again.
+        mask = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill_(
+            ~mask, torch.finfo(model.dtype).min
+        )
+    inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "attention_mask": mask}
+    if forward.head == "full":
+        logits = model(**inputs, use_cache=False).logits.flatten(0, 1)[batch.source].float()
+        logps = logits.log_softmax(-1).gather(1, batch.target[:, None]).squeeze(1)
+    else:
+        hidden = model.get_decoder()(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)[batch.source]
+        head = model.get_output_embeddings()
+        scale, cap = _logit_transform(model)
+        logps = ResponseHead.apply(hidden, head.weight, head.bias, batch.target, scale, cap, forward.head_chunk)
+    return torch.zeros(batch.responses, device=logps.device).index_add(0, batch.sequence, logps)
+
+
+def plain_logps(model: PreTrainedModel, item: Continuations) -> list[Tensor]:
+    """The token log-probs of each response by the model's own forward, one sequence at a time: slow, and the yardstick."""
+    result = []
+    for response in item.responses:
+        ids = torch.tensor([[*item.prompt_ids, *response]], device=model.device)
+        logits = model(input_ids=ids, use_cache=False).logits[0, len(item.prompt_ids) - 1 : -1].float()
+        result.append(logits.log_softmax(-1).gather(1, ids[0, len(item.prompt_ids) :, None]).squeeze(1))
+    return result
+
+
+def _logit_transform(model: PreTrainedModel) -> tuple[float, float]:
+    """What some models do to the head's product: a scale (Cohere, Granite) and a soft cap (Gemma 2); 1 and 0 if nothing."""
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0
+    scale /= getattr(config, "logits_scaling", None) or 1.0
+    return scale, getattr(config, "final_logit_softcapping", None) or 0.0
+
+
+class ResponseHead(torch.autograd.Function):
+    """log softmax(cap(scale * (hidden @ weight.T + bias)))[target], with its backward written out.
+
+    hidden [n, width], weight [vocabulary, width], target [n] -> fp32 [n]. Only log-sum-exps are kept between forward
+    and backward; the logits are made again, `chunk` positions at a time, so memory is chunk * vocabulary.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, target, scale, cap, chunk):
+        normalisers, logps = [], []
+        for part, wanted in zip(hidden.split(chunk), target.split(chunk), strict=True):
+            logits, _ = ResponseHead._logits(part, weight, bias, scale, cap)
+            normalisers.append(logits.logsumexp(-1))
+            logps.append(logits.gather(1, wanted[:, None]).squeeze(1) - normalisers[-1])
+        ctx.save_for_backward(hidden, weight, bias, target, torch.cat(normalisers))
+        ctx.scale, ctx.cap, ctx.chunk = scale, cap, chunk
+        return torch.cat(logps)
+
+    @staticmethod
+    def _logits(hidden, weight, bias, scale, cap):
+        logits = torch.nn.functional.linear(hidden, weight, bias).float()
+        if scale != 1:
+            logits *= scale
+        if not cap:
+            return logits, None
+        squashed = (logits / cap).tanh_()
+        return squashed * cap, squashed
+
+    @staticmethod
+    def backward(ctx, *grads):
+        (grad,) = grads
+        hidden, weight, bias, target, normalisers = ctx.saved_tensors
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        # Summed over chunks in fp32: the product itself is in the weights' type.
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
+        for start in range(0, len(hidden), ctx.chunk):
+            part = slice(start, start + ctx.chunk)
+            logits, squashed = ResponseHead._logits(hidden[part], weight, bias, ctx.scale, ctx.cap)
+            # d logp / d logits = onehot(target) - softmax(logits)
+            slope = logits.sub_(normalisers[part, None]).exp_().mul_(-grad[part, None])
+            slope.scatter_add_(1, target[part, None], grad[part, None])
+            if squashed is not None:
+                slope *= 1 - squashed**2
+            if ctx.scale != 1:
+                slope *= ctx.scale
+            if grad_bias is not None:
+                grad_bias += slope.sum(0)
+            slope = slope.to(weight.dtype)
+            if grad_hidden is not None:
+                torch.mm(slope, weight, out=grad_hidden[part])
+            if grad_weight is not None:
+                grad_weight += slope.T @ hidden[part]
+        return (
+            grad_hidden,
+            grad_weight.to(weight.dtype) if grad_weight is not None else None,
+            grad_bias.to(bias.dtype) if grad_bias is not None else None,
+            *[None] * 4,
+        )
+
+
+# --- which way is right for this model --------------------------------------------------------------------------------
+
+# What rounding explains, in nats a response token: |difference of sums| over all sequences / their tokens. Seen on the
+# embedded model: 7e-6 in fp32, 5e-3 in bf16; a wrong mask gives 0.05 and far more.
+TOKEN_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.03}
+
+
+@torch.no_grad()
+def choose_forward(
+    model: PreTrainedModel,
+    items: Sequence[Continuations],
+    layout: str,
+    tokens_per_row: int,
+    tokens_per_batch: int,
+    head_chunk: int,
+) -> tuple[Forward, str | None]:
+    """Pick the fastest forward that agrees with the model's own on a few of `items`; established, not assumed.
+
+    A wrong attention mask or head is silent, so each candidate's log-probs are compared with `plain_logps`. Returns the
+    forward, and a sentence where it is not the first choice. Raises RuntimeError if not even the padded one agrees.
+    """
+    sample = list(items[:4])
+    expected = torch.stack([logps.sum() for item in sample for logps in plain_logps(model, item)]).cpu()
+    tokens = sum(len(response) for item in sample for response in item.responses)
+    candidates = [(ly, head) for head in ("chunked", "full") for ly in ("packed", "padded") if layout in ("auto", ly)]
+    refused: list[str] = []
+    for candidate_layout, head in candidates:
+        forward = Forward(candidate_layout, head, tokens_per_row, tokens_per_batch, head_chunk)
+        reason = _unsuitable(model, forward, max(item.tokens for item in items))
+        if reason is None:
+            found = logps_of(model, sample, forward)
+            off = ((found - expected).abs().sum() / tokens).item()
+            if off <= TOKEN_TOLERANCE.get(model.dtype, 0.03):
+                return forward, f"using the {candidate_layout} layout: {'; '.join(refused)}" if refused else None
+            reason = f"differs from the model's own forward by {off:.2g} nats a token"
+        refused.append(f"{candidate_layout} rows with the {head} head: {reason}")
+    raise RuntimeError(f"no way of computing log-probs agrees with this model's own forward: {'; '.join(refused)}")
+
+
+def _unsuitable(model: PreTrainedModel, forward: Forward, longest: int) -> str | None:
+    """Why this model can't take a packed row at all, where its config tells."""
+    config = model.config.get_text_config()
+    if forward.layout == "padded":
+        return None
+    if config._attn_implementation not in ("sdpa", "eager"):
+        return f"its attention ({config._attn_implementation}) takes no dense mask"
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None)
+    # Gemma and Mistral name a window that only matters where rows can be longer than it.
+    if window and getattr(config, "use_sliding_window", True) and window < max(forward.tokens_per_row, longest):
+        return f"its attention window of {window} is shorter than a row"
+    if not kinds <= {"full_attention", "sliding_attention"}:
+        return f"it has layers other than attention ({', '.join(sorted(kinds))})"
+    return None
+
+
+def logps_of(
+    model: PreTrainedModel, items: Sequence[Continuations], forward: Forward, advance=lambda n: None
+) -> Tensor:
+    """`sequence_logps` of all responses of all items, without gradients, in the items' order: fp32, on the CPU."""
+    first = [0]
+    for item in items:
+        first.append(first[-1] + len(item.responses))
+    result = torch.empty(first[-1])
+    with torch.inference_mode():
+        for batch in forward.batches(items):
+            where = [k for i in batch.items for k in range(first[i], first[i + 1])]
+            result[where] = sequence_logps(model, batch.to(model.device), forward).cpu()
+            advance(len(batch.items))
+    return result

@@ -1,0 +1,291 @@
+"""Pairs of answers to one prompt, and how many of them become the rows of one forward pass."""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from spin.data import Example
+
+Ids = Sequence[int]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A prompt with its human (`real`) and its opponent's (`generated`) answer.
+
+    The ids are the truth, the texts are for people. `generated_ids` ends with the stop token only where the opponent
+    itself stopped (`finish_reason` "stop"; "length" where it was cut). `iter` is the iteration whose opponent answered
+    (an earlier one where the pair is replayed). `opponent_logp_*` are summed log-probs in nats.
+    """
+
+    id: str
+    prompt: str
+    real: str
+    generated: str
+    finish_reason: str
+    prompt_ids: tuple[int, ...]
+    real_ids: tuple[int, ...]
+    generated_ids: tuple[int, ...]
+    iter: int = 0
+    opponent_logp_real: float = math.nan
+    opponent_logp_generated: float = math.nan
+
+
+@dataclass(frozen=True)
+class Continuations:
+    """A prompt and the responses that continue it: one for SFT, two for a pair."""
+
+    prompt_ids: Ids
+    responses: tuple[Ids, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Length when the responses share their prompt."""
+        return len(self.prompt_ids) + sum(map(len, self.responses))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model sampled for the example `id`: token ids, and "stop" or "length"."""
+
+    id: str
+    ids: tuple[int, ...]
+    finish_reason: str
+    text: str
+
+
+def join(example: Example, answer: Answer, iteration: int = 0) -> Pair:
+    """An example and the opponent's answer to it."""
+    assert example.id == answer.id
+    return Pair(
+        id=example.id,
+        prompt=example.prompt,
+        real=example.real,
+        generated=answer.text,
+        finish_reason=answer.finish_reason,
+        prompt_ids=example.prompt_ids,
+        real_ids=example.real_ids,
+        generated_ids=answer.ids,
+        iter=iteration,
+    )
+
+
+def make_pairs(
+    examples: Sequence[Example], answers: Sequence[Answer], iteration: int
+) -> tuple[list[Pair], dict[str, int]]:
+    """Put answers beside their examples, by id. Pairs that give no gradient are dropped and counted by reason."""
+    by_id = {answer.id: answer for answer in answers}
+    pairs, dropped = [], {"identical": 0, "empty": 0}
+    for example in examples:
+        answer = by_id[example.id]
+        if answer.ids == example.real_ids:
+            dropped["identical"] += 1
+        elif not answer.text.strip():
+            dropped["empty"] += 1
+        else:
+            pairs.append(join(example, answer, iteration))
+    return pairs, dropped
+
+
+def with_opponent_logps(pairs: Sequence[Pair], logps: Tensor) -> list[Pair]:
+    """Write the opponent's log-probs, [pairs, 2] (real, generated), beside the pairs."""
+    assert logps.shape == (len(pairs), 2)
+    return [
+        replace(pair, opponent_logp_real=real, opponent_logp_generated=generated)
+        for pair, (real, generated) in zip(pairs, logps.tolist(), strict=True)
+    ]
+
+
+def both(pairs: Iterable[Pair]) -> list[Continuations]:
+    """The pairs as (real, generated) continuations of one prompt."""
+    return [Continuations(pair.prompt_ids, (pair.real_ids, pair.generated_ids)) for pair in pairs]
+
+
+def fingerprint(rows: Iterable[Example | Pair | Answer]) -> str:
+    """A hash of all ids in `rows`, in order: it changes with the texts, the template and the tokenizer."""
+    digest = hashlib.sha256()
+    for row in rows:
+        values = {f.name: getattr(row, f.name) for f in fields(row) if f.name == "id" or f.name.endswith("ids")}
+        digest.update(json.dumps(values, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def write_parquet(rows: Sequence[Pair | Answer], path: Path) -> None:
+    """Write dataclass rows as a Parquet file, one column a field."""
+    pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows]), path)
+
+
+def read_pairs(path: Path) -> list[Pair]:
+    return [Pair(**_tuples(row)) for row in pq.read_table(path).to_pylist()]
+
+
+def read_answers(path: Path) -> list[Answer]:
+    return [Answer(**_tuples(row)) for row in pq.read_table(path).to_pylist()]
+
+
+def _tuples(row: dict) -> dict:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
+
+
+# --- rows and batches -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Batch:
+    """Some items as one forward pass.
+
+    input_ids, position_ids: [rows, length]. attention_mask: bool [rows, 1, length, length] when packed (True = may
+    attend), int [rows, length] when padded. For each response token n: `target[n]` is its id, `source[n]` the index
+    into rows * length of the position that predicts it, `sequence[n]` the response it belongs to. Responses count
+    from 0 in the order of `items`, each item's in its own order. `tokens` counts what is not padding.
+    """
+
+    items: list[int]
+    input_ids: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor
+    source: Tensor
+    target: Tensor
+    sequence: Tensor
+    responses: int
+    tokens: int
+
+    def to(self, device: torch.device) -> "Batch":
+        tensors: dict[str, Any] = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        return replace(self, **{name: value.to(device) for name, value in tensors.items()})
+
+
+def batches(items: Sequence[Continuations], layout: str, tokens_per_row: int, tokens_per_batch: int) -> list[Batch]:
+    """Split `items` into batches of at most `tokens_per_batch` tokens, padding included.
+
+    layout "packed": items are packed, first fit decreasing, into rows of at most `tokens_per_row` tokens, each prompt
+    once. "padded": a row a response, the prompt repeated. An item longer than a budget gets a row or batch of its own.
+    All responses of an item are in one batch.
+    """
+    return _packed(items, tokens_per_row, tokens_per_batch) if layout == "packed" else _padded(items, tokens_per_batch)
+
+
+def _packed(items: Sequence[Continuations], tokens_per_row: int, tokens_per_batch: int) -> list[Batch]:
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(items)), key=lambda i: -items[i].tokens):
+        row = next((r for r, free in enumerate(room) if free >= items[index].tokens), None)
+        if row is None:
+            row = len(rows)
+            rows.append([])
+            room.append(tokens_per_row)
+        rows[row].append(index)
+        room[row] -= items[index].tokens
+    lengths = [sum(items[i].tokens for i in row) for row in rows]
+    order = sorted(range(len(rows)), key=lambda r: -lengths[r])
+    return [_collate_packed(items, [rows[r] for r in group]) for group in _groups(order, lengths, tokens_per_batch)]
+
+
+def _padded(items: Sequence[Continuations], tokens_per_batch: int) -> list[Batch]:
+    # An item's cost is that of its rows: as many as it has responses, each as long as its longest.
+    lengths = [len(item.prompt_ids) + max(map(len, item.responses)) for item in items]
+    widths = [len(item.responses) for item in items]
+    order = sorted(range(len(items)), key=lambda i: -lengths[i])
+    return [_collate_padded(items, group) for group in _groups(order, lengths, tokens_per_batch, widths)]
+
+
+def _groups(order: list[int], lengths: list[int], budget: int, widths: list[int] | None = None) -> list[list[int]]:
+    """Cut `order` (longest first) where rows * longest would exceed the budget."""
+    groups: list[list[int]] = []
+    rows = longest = 0
+    for index in order:
+        width = widths[index] if widths else 1
+        if not groups or (rows + width) * longest > budget:
+            groups.append([])
+            rows, longest = 0, lengths[index]
+        groups[-1].append(index)
+        rows += width
+    return groups
+
+
+def _collate_packed(items: Sequence[Continuations], rows: list[list[int]]) -> Batch:
+    length = max(sum(items[i].tokens for i in row) for row in rows)
+    input_ids = torch.zeros(len(rows), length, dtype=torch.long)
+    position_ids = torch.zeros(len(rows), length, dtype=torch.long)
+    item_of = torch.full((len(rows), length), -1)
+    branch = torch.zeros(len(rows), length, dtype=torch.long)  # 0 the prompt, 1, 2, ... its responses
+    targets = _Targets()
+    for r, row in enumerate(rows):
+        start = 0
+        for i in row:
+            prompt, responses = items[i].prompt_ids, items[i].responses
+            last = r * length + start + len(prompt) - 1  # the prompt's last token predicts every response's first
+            for b, ids in enumerate((prompt, *responses)):
+                span = slice(start, start + len(ids))
+                input_ids[r, span] = torch.tensor(ids)
+                position_ids[r, span] = torch.arange(len(ids)) + (len(prompt) if b else 0)
+                item_of[r, span] = i
+                branch[r, span] = b
+                if b:
+                    targets.add(ids, last, r * length + start)
+                start += len(ids)
+    same_item = item_of[:, :, None] == item_of[:, None, :]
+    same_branch = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    return targets.batch(
+        items=[i for row in rows for i in row],
+        input_ids=input_ids,
+        position_ids=position_ids,
+        attention_mask=(same_item & same_branch & causal)[:, None],
+        tokens=int((item_of >= 0).sum()),
+    )
+
+
+def _collate_padded(items: Sequence[Continuations], chosen: list[int]) -> Batch:
+    rows = [(items[i].prompt_ids, response) for i in chosen for response in items[i].responses]
+    length = max(len(prompt) + len(response) for prompt, response in rows)
+    input_ids = torch.zeros(len(rows), length, dtype=torch.long)
+    attention_mask = torch.zeros(len(rows), length, dtype=torch.long)
+    targets = _Targets()
+    for r, (prompt, response) in enumerate(rows):
+        total = len(prompt) + len(response)
+        input_ids[r, :total] = torch.tensor([*prompt, *response])
+        attention_mask[r, :total] = 1
+        first = r * length + len(prompt)
+        targets.add(response, first - 1, first)
+    return targets.batch(
+        items=list(chosen),
+        input_ids=input_ids,
+        position_ids=torch.arange(length).expand(len(rows), length),
+        attention_mask=attention_mask,
+        tokens=int(attention_mask.sum()),
+    )
+
+
+class _Targets:
+    """Collects, response by response, which position predicts which token."""
+
+    def __init__(self) -> None:
+        self.source: list[int] = []
+        self.target: list[int] = []
+        self.sequence: list[int] = []
+        self.responses = 0
+
+    def add(self, ids: Ids, predicts_first: int, start: int) -> None:
+        self.source += [predicts_first, *range(start, start + len(ids) - 1)]
+        self.target += ids
+        self.sequence += [self.responses] * len(ids)
+        self.responses += 1
+
+    def batch(self, **rest) -> Batch:
+        return Batch(
+            source=torch.tensor(self.source),
+            target=torch.tensor(self.target),
+            sequence=torch.tensor(self.sequence),
+            responses=self.responses,
+            **rest,
+        )

@@ -1,0 +1,67 @@
+"""Shared by all tests: no network, and small models of several architectures."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+import random
+
+import pytest
+import torch
+import transformers as tf
+
+from spin import tiny
+from spin.pairs import Continuations
+
+SMALL = {"vocab_size": 97, "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+BODY = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+CONFIGS = {
+    "llama": tf.LlamaConfig(**SMALL, **BODY),
+    "mistral": tf.MistralConfig(**SMALL, **BODY, sliding_window=256),
+    "mistral-short-window": tf.MistralConfig(**SMALL, **BODY, sliding_window=8),
+    "qwen2": tf.Qwen2Config(**SMALL, **BODY),
+    "qwen3": tf.Qwen3Config(**SMALL, **BODY, head_dim=8),
+    "gpt2": tf.GPT2Config(
+        vocab_size=97, n_positions=256, n_embd=32, n_layer=3, n_head=4, bos_token_id=0, eos_token_id=1
+    ),
+    "gemma2": tf.Gemma2Config(**SMALL, **BODY, head_dim=8, sliding_window=8, final_logit_softcapping=2.0),
+    "gemma3": tf.Gemma3TextConfig(**SMALL, **BODY, head_dim=8, sliding_window=256),
+    "granite": tf.GraniteConfig(**SMALL, **BODY, logits_scaling=3.0),
+    "cohere": tf.CohereConfig(**SMALL, **BODY, logit_scale=0.25),
+    "falcon_h1": tf.FalconH1Config(
+        **SMALL, **BODY, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_n_groups=1, mamba_d_state=8
+    ),
+}
+
+
+def small_model(name: str, dtype: torch.dtype = torch.float32) -> tf.PreTrainedModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = tf.AutoModelForCausalLM.from_config(CONFIGS[name], dtype=dtype)
+        for weight in model.parameters():  # far from the tiny initial weights, so that a wrong mask shows
+            if weight.ndim > 1:
+                weight.data.normal_(0, 0.3)
+    return model.eval()
+
+
+def random_items(count: int, responses: int = 2, seed: int = 0, longest: int = 20) -> list[Continuations]:
+    rng = random.Random(seed)
+
+    def ids() -> tuple[int, ...]:
+        return tuple(rng.randrange(2, 97) for _ in range(rng.randint(1, longest)))
+
+    return [Continuations(ids(), tuple(ids() for _ in range(responses))) for _ in range(count)]
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny.make(folder)
+    return folder

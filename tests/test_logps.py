@@ -1,0 +1,147 @@
+"""Log-probs against a naive float64 loop and the models' own forward, in every layout, for several architectures."""
+
+import pytest
+import torch
+
+from spin.logps import Forward, ResponseHead, choose_forward, logps_of, sequence_logps
+from spin.pairs import Continuations, batches
+from tests.conftest import CONFIGS, random_items, small_model
+
+PACKED = Forward("packed", "chunked", tokens_per_row=64, tokens_per_batch=128, head_chunk=7)
+
+
+def naive_logps(model, items: list[Continuations]) -> torch.Tensor:
+    """Token by token in float64, one sequence at a time: no masks, no batches, no shift by slicing."""
+    sums = []
+    for item in items:
+        for response in item.responses:
+            ids = [*item.prompt_ids, *response]
+            logits = model(torch.tensor([ids])).logits[0].detach().double()
+            total = 0.0
+            for position in range(len(item.prompt_ids), len(ids)):
+                row = logits[position - 1]
+                total += (row[ids[position]] - row.exp().sum().log()).item()
+            sums.append(total)
+    return torch.tensor(sums)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logps_equal_a_naive_float64_loop(name):
+    model, items = small_model(name), random_items(9)
+    forward, _ = choose_forward(model, items, "auto", 64, 128, 7)
+    expected = naive_logps(model, items)
+    assert torch.allclose(logps_of(model, items, forward), expected, atol=1e-3, rtol=0)
+    assert expected.std() > 5  # the sequences differ by far more than the tolerance
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "gpt2", "granite", "cohere", "gemma3"])
+def test_packing_is_chosen_where_it_is_exact(name):
+    forward, remark = choose_forward(small_model(name), random_items(4), "auto", 64, 128, 7)
+    assert (forward.layout, forward.head, remark) == ("packed", "chunked", None)
+
+
+@pytest.mark.parametrize("name", ["mistral-short-window", "falcon_h1"])
+def test_models_that_packing_would_get_wrong_are_padded(name):
+    model, items = small_model(name), random_items(6)
+    forward, remark = choose_forward(model, items, "auto", 64, 128, 7)
+    assert forward.layout == "padded" and remark
+    wrong = logps_of(model, items, PACKED)
+    assert (wrong - naive_logps(model, items)).abs().max() > 0.1  # it would have been silent
+
+
+def test_a_layout_that_is_asked_for_and_wrong_is_refused():
+    with pytest.raises(RuntimeError, match="shorter than a row"):
+        choose_forward(small_model("mistral-short-window"), random_items(4), "packed", 64, 128, 7)
+
+
+@pytest.mark.parametrize("tokens_per_row", [8, 40, 64, 200])
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_the_budget_does_not_change_the_result(layout, tokens_per_row):
+    model, items = small_model("llama"), random_items(12, responses=3)
+    forward = Forward(layout, "chunked", tokens_per_row, 2 * tokens_per_row, 5)
+    assert torch.allclose(logps_of(model, items, forward), naive_logps(model, items), atol=1e-4, rtol=0)
+
+
+def test_dropout_is_off_when_scoring(tiny_folder):
+    from spin.model import load_model
+
+    model = load_model(tiny_folder, torch.float32, torch.device("cpu"))
+    assert not model.training
+    model.config.attention_dropout = 0.5
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    items = random_items(3)
+    assert torch.equal(logps_of(model, items, PACKED), logps_of(model, items, PACKED))
+
+
+def test_log_softmax_is_fp32_under_bf16():
+    """The sums are those of fp32 log-softmax over the bf16 logits; a bf16 softmax would be off by whole nats."""
+    model, items = small_model("llama", torch.bfloat16), random_items(6, longest=40)
+    rounded = sum_of(items, lambda ids: model(ids).logits.log_softmax(-1))
+    exact = sum_of(items, lambda ids: model(ids).logits.double().log_softmax(-1))
+    found = logps_of(model, items, Forward("padded", "chunked", 64, 64, 7)).double()
+    assert (found - exact).abs().mean() < (rounded - exact).abs().mean()
+
+
+def sum_of(items, log_softmax):
+    result = []
+    for item in items:
+        for response in item.responses:
+            ids = torch.tensor([[*item.prompt_ids, *response]])
+            table = log_softmax(ids)[0, len(item.prompt_ids) - 1 : -1].double()
+            result.append(table.gather(1, ids[0, len(item.prompt_ids) :, None]).sum())
+    return torch.stack(result).detach()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "granite", "cohere"])
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_gradients_equal_the_plain_forward(name, layout):
+    if layout == "packed" and name == "gemma2":
+        layout = "padded"  # its window is shorter than the rows
+    model, items = small_model(name), random_items(5)
+    weights = torch.randn(10, generator=torch.Generator().manual_seed(1))
+    model.zero_grad()
+    total = 0.0
+    for k, (item, response) in enumerate((i, r) for i in items for r in i.responses):
+        ids = torch.tensor([[*item.prompt_ids, *response]])
+        logps = model(ids).logits[0, len(item.prompt_ids) - 1 : -1].log_softmax(-1)
+        total = total + weights[k] * logps.gather(1, torch.tensor(response)[:, None]).sum()
+    total.backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    forward = Forward(layout, "chunked", 64, 128, 7)
+    for batch in forward.batches(items):
+        which = torch.tensor([2 * i + k for i in batch.items for k in range(2)])
+        (sequence_logps(model, batch, forward) * weights[which]).sum().backward()
+    for n, p in model.named_parameters():
+        assert torch.allclose(p.grad, expected[n], atol=2e-4, rtol=1e-3), n
+
+
+def test_response_head_gradcheck():
+    torch.manual_seed(0)
+    hidden, weight, bias = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((5, 4), (9, 4), (9,)))
+    target = torch.tensor([0, 8, 3, 3, 1])
+
+    def head(h, w, b):
+        return ResponseHead.apply(h, w, b, target, 0.7, 3.0, 2)
+
+    # fp32 from the logits on, so the check is at fp32's precision.
+    assert torch.autograd.gradcheck(head, (hidden, weight, bias), eps=1e-3, atol=1e-2, rtol=1e-2)
+
+
+def test_each_response_belongs_to_its_item_and_predicts_its_own_tokens():
+    items = random_items(7, responses=2)
+    for layout in ("packed", "padded"):
+        seen = []
+        for batch in batches(items, layout, 50, 100):
+            assert batch.input_ids.numel() <= 100 or len(batch.items) == 1
+            ids = batch.input_ids.flatten()
+            for k in range(batch.responses):
+                item, response = items[batch.items[k // 2]], items[batch.items[k // 2]].responses[k % 2]
+                mine = batch.sequence == k
+                assert tuple(batch.target[mine].tolist()) == response
+                assert (
+                    ids[batch.source[mine][0]] == item.prompt_ids[-1]
+                )  # the shift: the prompt's end predicts the first
+            seen += batch.items
+        assert sorted(seen) == list(range(7))

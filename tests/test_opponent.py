@@ -1,0 +1,101 @@
+"""Generation: the right distribution, the very ids, the finish reason, and no influence of the batch."""
+
+import pytest
+import torch
+
+from spin.config import GenerationConfig
+from spin.data import Example
+from spin.model import load_model, load_tokenizer
+from spin.opponent import generate, sample
+from tests.conftest import random_items, small_model
+
+
+class Ids:
+    """Decodes ids as numbers: the small models of other architectures come without a tokenizer."""
+
+    def decode(self, ids, skip_special_tokens=True):
+        return " ".join(map(str, ids))
+
+
+def examples(count: int, longest: int = 12) -> list[Example]:
+    return [
+        Example(f"e{i}", "p", item.prompt_ids, "r", (5, 1))
+        for i, item in enumerate(random_items(count, longest=longest))
+    ]
+
+
+def greedy(**settings):
+    return GenerationConfig(temperature=0.0, max_new_tokens=12, **settings)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "gpt2", "gemma3"])
+def test_greedy_answers_equal_the_librarys(name):
+    model, chosen = small_model(name), examples(7)
+    stops = {1, 7, 30, 60}
+    for example, answer in zip(chosen, generate(model, Ids(), chosen, greedy(batch_size=3), stops, 0), strict=True):
+        ids = torch.tensor([example.prompt_ids])
+        expected = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=sorted(stops),
+            pad_token_id=0,
+        )[0, ids.shape[1] :].tolist()
+        assert list(answer.ids) == expected
+        assert answer.finish_reason == ("stop" if expected[-1] in stops else "length")
+
+
+def test_a_cut_answer_has_no_end_token_and_a_finished_one_exactly_one():
+    model, chosen = small_model("llama"), examples(40)
+    answers = generate(model, Ids(), chosen, GenerationConfig(max_new_tokens=9, batch_size=16), {1, 2, 3, 4}, 0)
+    assert {answer.finish_reason for answer in answers} == {"stop", "length"}
+    for answer in answers:
+        ends = [token in {1, 2, 3, 4} for token in answer.ids]
+        assert not any(ends[:-1])
+        assert ends[-1] == (answer.finish_reason == "stop")
+        assert ends[-1] or len(answer.ids) == 9
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_answer_does_not_depend_on_the_batch_or_the_order(temperature):
+    model, chosen = small_model("llama"), examples(12)
+    one = GenerationConfig(temperature=temperature, max_new_tokens=10, batch_size=1)
+    many = GenerationConfig(temperature=temperature, max_new_tokens=10, batch_size=5)
+    alone = generate(model, Ids(), chosen, one, {1, 9}, seed=3)
+    together = generate(model, Ids(), chosen, many, {1, 9}, seed=3)
+    turned = generate(model, Ids(), chosen[::-1], many, {1, 9}, seed=3)[::-1]
+    assert [a.ids for a in alone] == [a.ids for a in together] == [a.ids for a in turned]
+    if temperature:
+        assert [a.ids for a in generate(model, Ids(), chosen, many, {1, 9}, seed=4)] != [a.ids for a in together]
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_samples_follow_the_models_distribution(temperature):
+    logits = torch.tensor([2.0, 0.0, -1.0, 1.0, -30.0])
+    count = 40_000
+    uniform = torch.rand(count, generator=torch.Generator().manual_seed(0))
+    drawn = sample(logits.expand(count, -1), uniform, temperature).bincount(minlength=5) / count
+    assert torch.allclose(drawn, (logits / temperature).softmax(-1), atol=0.01)
+    assert drawn[4] == 0
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_it():
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    uniform = torch.rand(4000, generator=torch.Generator().manual_seed(0))
+    drawn = sample(logits.expand(4000, -1), uniform, 1.0, top_p=0.7).bincount(minlength=4) / 4000
+    assert torch.allclose(drawn, torch.tensor([0.625, 0.375, 0, 0]), atol=0.03)
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-24])
+def test_the_ends_of_the_unit_interval_give_possible_tokens(uniform):
+    logits = torch.tensor([[-torch.inf, 0.0, 1.0, -torch.inf]])
+    assert sample(logits, torch.tensor([uniform]), 1.0).item() in (1, 2)
+
+
+def test_generation_leaves_the_global_random_state_alone(tiny_folder):
+    model, tokenizer = load_model(tiny_folder, torch.float32, torch.device("cpu")), load_tokenizer(tiny_folder)
+    before = torch.get_rng_state()
+    answers = generate(model, tokenizer, examples(3), GenerationConfig(max_new_tokens=5), {1}, 0)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(answer.text == tokenizer.decode(answer.ids, skip_special_tokens=True) for answer in answers)

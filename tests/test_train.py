@@ -1,0 +1,238 @@
+"""Training against the same step written naively, and the traps of the loop."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+
+from spin.config import EngineConfig, OptimizerConfig
+from spin.engine import SingleEngine
+from spin.errors import UserError
+from spin.logps import Forward, logps_of
+from spin.model import Policy, content_id, load_model
+from spin.pairs import Pair, with_opponent_logps
+from spin.train import check_first_step, fit, learning_rate_factor, train_sft, train_spin
+from tests.conftest import random_items
+
+PACKED = Forward("packed", "chunked", 64, 128, 16)
+PADDED = Forward("padded", "chunked", 64, 64, 16)
+CPU = torch.device("cpu")
+
+
+def policy_of(folder) -> Policy:
+    return Policy("start", folder, content_id(folder))
+
+
+def engine_of(folder, dtype=torch.float32, **optimizer) -> SingleEngine:
+    return SingleEngine(policy_of(folder), dtype, CPU, EngineConfig(), OptimizerConfig(**optimizer))
+
+
+def scored_pairs(folder, count=10, forward=PACKED, dtype=torch.float32) -> list[Pair]:
+    items = random_items(count, seed=5, longest=30)
+    pairs = [Pair(f"p{i}", "", "", "", "stop", item.prompt_ids, *item.responses) for i, item in enumerate(items)]
+    model = load_model(folder, dtype, CPU)
+    return with_opponent_logps(pairs, logps_of(model, items, forward).view(-1, 2))
+
+
+SETTINGS = dict(lr=1e-3, epochs=1, batch_size=100, warmup_ratio=0.0, seed=0)
+
+
+def test_a_full_batch_step_equals_the_naive_one_weight_for_weight(tiny_folder):
+    """One step of a whole iteration: log-probs, loss, mean over pairs, clipping, RMSprop, in plain float64."""
+    pairs = scored_pairs(tiny_folder)
+    engine = engine_of(tiny_folder, max_grad_norm=0.5)
+    rows = []
+    train_spin(engine, pairs, PACKED, beta=0.2, link="logistic", log=rows.append, **SETTINGS)
+
+    model = load_model(tiny_folder, torch.float64, CPU).requires_grad_(True)
+    opponent = load_model(tiny_folder, torch.float64, CPU)
+
+    def logp(net, prompt, response):
+        table = net(torch.tensor([[*prompt, *response]])).logits[0].log_softmax(-1)
+        return sum(table[len(prompt) - 1 + k, token] for k, token in enumerate(response))
+
+    loss = 0.0
+    for p in pairs:
+        real = logp(model, p.prompt_ids, p.real_ids) - logp(opponent, p.prompt_ids, p.real_ids)
+        generated = logp(model, p.prompt_ids, p.generated_ids) - logp(opponent, p.prompt_ids, p.generated_ids)
+        loss = loss + torch.log(1 + torch.exp(-0.2 * (real - generated))) / len(pairs)
+    loss.backward()
+    norm = sum((w.grad**2).sum() for w in model.parameters()).sqrt()
+    for name, weight in model.named_parameters():
+        grad = weight.grad * min(1.0, 0.5 / (norm.item() + 1e-6))
+        square = 0.01 * grad**2
+        expected = weight.detach() - 1e-3 * grad / (square.sqrt() + 1e-8)
+        # RMSprop divides by |grad|, so where a gradient is all rounding so is its step: compare where it is not.
+        solid = grad.abs() > 1e-6
+        assert solid.float().mean() > 0.5
+        found = engine.masters[name].double()
+        assert torch.allclose(found[solid], expected[solid], atol=2e-5), name
+        assert torch.equal(engine.model.get_parameter(name).data, engine.masters[name])
+    assert rows[0]["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    assert rows[0]["loss"] == pytest.approx(loss.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("link", ["logistic", "hinge", "exponential", "correlation"])
+def test_the_first_step_shows_margin_0_and_the_link_at_0(tiny_folder, link):
+    from spin.loss import link_at_zero
+
+    rows = []
+    train_spin(
+        engine_of(tiny_folder), scored_pairs(tiny_folder), PADDED, beta=0.1, link=link, log=rows.append, **SETTINGS
+    )
+    assert rows[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)
+    assert rows[0]["loss"] == pytest.approx(link_at_zero(link), abs=1e-4)
+
+
+def test_a_policy_that_is_not_its_opponent_is_found_at_the_first_step(tiny_folder):
+    pairs = scored_pairs(tiny_folder)
+    off = with_opponent_logps(
+        pairs, torch.tensor([[p.opponent_logp_real - 3, p.opponent_logp_generated] for p in pairs])
+    )
+    with pytest.raises(UserError, match="does not equal its opponent"):
+        train_spin(engine_of(tiny_folder), off, PACKED, beta=0.1, link="logistic", log=print, **SETTINGS)
+    nan = torch.full((4, 2), torch.nan)
+    with pytest.raises(UserError):
+        check_first_step(nan, nan, 0.1, "logistic", 0.1)
+
+
+@pytest.mark.parametrize(
+    "forward", [PADDED, Forward("packed", "chunked", 300, 300, 64), Forward("packed", "full", 64, 64, 1)]
+)
+def test_every_pair_weighs_the_same_however_the_batch_is_cut(tiny_folder, forward):
+    """Micro-batches of unequal numbers of pairs give the gradient of the mean over pairs."""
+    pairs = scored_pairs(tiny_folder, 11)
+    results = []
+    for way in (PACKED, forward):
+        engine = engine_of(tiny_folder)
+        kept = {}
+
+        def step(lr, engine=engine, kept=kept):
+            kept.update({name: grad.clone() for name, grad in engine.grads.items()})
+            return 0.0
+
+        engine.step = step
+        train_spin(engine, pairs, way, beta=0.5, link="logistic", log=lambda row: None, **SETTINGS)
+        results.append(kept)
+    for name, grad in results[0].items():
+        assert torch.allclose(grad, results[1][name], atol=1e-5, rtol=1e-3), name
+
+
+def test_metrics_weigh_every_pair_the_same(tiny_folder):
+    engine, items = engine_of(tiny_folder), random_items(9, responses=1)
+    values = torch.arange(9.0)
+
+    def objective(batch, logps, indices):
+        return 0 * logps, {"loss": values[indices]}
+
+    rows = []
+    fit(engine, items, objective, PADDED, log=rows.append, **SETTINGS)
+    assert rows[0]["loss"] == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_learning_rate_of_5e_7_moves_the_master_weights(tiny_folder, dtype):
+    """In bf16 weights the same updates would be rounded away: that they are not is the masters' doing."""
+    engine = engine_of(tiny_folder, dtype)
+    before = {name: master.clone() for name, master in engine.masters.items()}
+    forward = Forward("packed", "chunked", 64, 128, 16)
+    pairs = scored_pairs(tiny_folder, dtype=dtype)
+    train_spin(
+        engine,
+        pairs,
+        forward,
+        beta=0.1,
+        link="logistic",
+        log=lambda row: None,
+        **{**SETTINGS, "lr": 5e-7, "epochs": 8, "batch_size": 5},
+    )
+    moved = torch.cat([(engine.masters[name] - before[name]).abs().flatten() for name in before])
+    assert (moved > 1e-8).float().mean() > 0.5
+    rounded = torch.cat(
+        [(b.bfloat16() + (engine.masters[n] - b).bfloat16() != b.bfloat16()).flatten() for n, b in before.items()]
+    )
+    assert rounded.float().mean() < 0.1
+
+
+def test_masters_keep_what_bf16_rounds_and_are_what_is_saved(tiny_folder, tmp_path):
+    engine = engine_of(tiny_folder, torch.bfloat16)
+    items = random_items(6, responses=1)
+    train_sft(engine, items, PACKED, log=lambda row: None, **SETTINGS)
+    engine.save(tmp_path / "policy")
+    saved = load_model(tmp_path / "policy", torch.float32, CPU)
+    for name, weight in saved.named_parameters():
+        assert torch.equal(weight.data, engine.masters[name])
+        assert torch.equal(engine.weights[name].data, engine.masters[name].bfloat16())
+    assert json.loads((tmp_path / "policy" / "config.json").read_text())["dtype"] == "float32"
+    from transformers import AutoTokenizer
+
+    assert AutoTokenizer.from_pretrained(tmp_path / "policy").chat_template
+
+
+def test_the_loop_uses_no_global_random_state_and_repeats_its_bits(tiny_folder):
+    pairs = scored_pairs(tiny_folder)
+    digests = []
+    for noise in (1, 2):
+        torch.manual_seed(noise)
+        state = torch.get_rng_state()
+        engine = engine_of(tiny_folder)
+        train_spin(
+            engine,
+            pairs,
+            PACKED,
+            beta=0.1,
+            link="logistic",
+            log=lambda row: None,
+            **{**SETTINGS, "epochs": 2, "batch_size": 3},
+        )
+        assert torch.equal(torch.get_rng_state(), state)
+        digests.append(hashlib.sha256(b"".join(m.numpy().tobytes() for m in engine.masters.values())).hexdigest())
+    assert digests[0] == digests[1]
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(tiny_folder):
+    pairs, results = scored_pairs(tiny_folder), []
+    for checkpointing in (False, True):
+        engine = SingleEngine(
+            policy_of(tiny_folder),
+            torch.float32,
+            CPU,
+            EngineConfig(gradient_checkpointing=checkpointing),
+            OptimizerConfig(),
+        )
+        train_spin(engine, pairs, PACKED, beta=0.1, link="logistic", log=lambda row: None, **SETTINGS)
+        results.append(engine.masters)
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_losses_that_are_not_finite_end_the_run_with_advice(tiny_folder):
+    engine = engine_of(tiny_folder)
+
+    def objective(batch, logps, indices):
+        return logps * torch.inf, {"loss": logps.detach() * torch.inf}
+
+    with pytest.raises(UserError, match="not finite"):
+        fit(engine, random_items(2, responses=1), objective, PACKED, log=print, **SETTINGS)
+
+
+def test_training_raises_the_margin(tiny_folder):
+    rows = []
+    train_spin(
+        engine_of(tiny_folder),
+        scored_pairs(tiny_folder),
+        PACKED,
+        beta=0.1,
+        link="logistic",
+        log=rows.append,
+        **{**SETTINGS, "epochs": 8},
+    )
+    assert rows[-1]["rewards/margins"] > rows[0]["rewards/margins"] + 0.5
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_warm_up_and_linear_decay():
+    factors = [learning_rate_factor(step, 10, 0.2) for step in range(10)]
+    assert factors == pytest.approx([0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125])
+    assert learning_rate_factor(0, 1, 0.0) == 1.0
+    assert all(0 < learning_rate_factor(s, n, r) <= 1 for n in range(1, 30) for s in range(n) for r in (0, 0.1, 0.9))
