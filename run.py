@@ -1,7 +1,6 @@
 """Play the game: `python run.py model=zephyr iter=2 loss.beta=0.1`. Hydra entry: compose, validate, play."""
 
 import dataclasses
-import errno
 import os
 import re
 import shlex
@@ -16,37 +15,49 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from spin import config as schema
-from spin.errors import UserError
+from spin.errors import explain
+
+# What the user set HYDRA_FULL_ERROR to, before we set it for our own purpose.
+SHOW_TRACEBACK = "SPIN_TRACEBACK"
 
 
 @hydra.main(config_path="conf", config_name="config", version_base="1.3")
 def main(composed: DictConfig) -> None:
-    config = schema.load(composed)  # before the heavy imports: a typo is answered at once
-    folder = Path(HydraConfig.get().runtime.output_dir)
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(composed, resolve=True))
+    try:
+        config = schema.load(composed)  # before the heavy imports: a typo is answered at once
+        folder = Path(HydraConfig.get().runtime.output_dir)
+        (folder / "config.yaml").write_text(OmegaConf.to_yaml(composed, resolve=True))
 
-    from spin.game import play
+        from spin.game import play
 
-    play(config, folder, shlex.join(["python", "run.py", *HydraConfig.get().overrides.task]))
+        play(config, folder, shlex.join(["python", "run.py", *HydraConfig.get().overrides.task]))
+    except Exception as error:  # here, for Hydra would print lines of its own before it raises
+        line = explain(error)
+        if line is None or os.environ[SHOW_TRACEBACK] == "1":
+            raise
+        sys.exit(f"error: {line}")
 
 
 def one_line(error: Exception) -> str:
-    """What is wrong and what to do, in one line."""
-    text = str(error)
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"no space left on the disk ({error.filename or 'while writing'}): free some, and run again to go on."
+    """Hydra's errors, in one line: what is wrong and what to do."""
+    cause: BaseException | None = error
+    while cause is not None and not str(cause):  # Hydra wraps some errors in an empty one
+        cause = cause.__cause__
+    text = str(cause or error)
     if found := re.search(r"Could not override '(?P<key>[^']+)'", text):
-        return f"{found['key']}: there is no such setting.{_did_you_mean(found['key'], _settings())}"
+        key, settings = found["key"], _settings()
+        if key in settings:  # rmsprop has no betas
+            group = key.split(".")[0]
+            return f"{key}: the chosen {group} has no such setting; see conf/{group}/ for those that have."
+        return f"{key}: there is no such setting.{_did_you_mean(key, settings)}"
     if found := re.search(
-        r"Could not find '(?P<group>.+)/(?P<choice>[^/']+)'\s+Available options in '[^']+':\s+(?P<options>.+)",
+        r"Could not find '(?P<group>.+)/(?P<choice>[^/']+)'\s+Available options in '[^']+':(?P<options>(?:\n\t\S+)+)",
         text,
         re.S,
     ):
         options = found["options"].split()
         hint = _did_you_mean(found["choice"], options)
         return f"{found['group']}={found['choice']}: there is no such choice. There are: {', '.join(options)}.{hint}"
-    if isinstance(error, UserError):
-        return text
     return " ".join(text.split())
 
 
@@ -66,12 +77,12 @@ def _settings() -> list[str]:
 
 if __name__ == "__main__":
     # Hydra would print its own errors over several lines, and a traceback for ours: have it raise, and print one line.
-    full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ[SHOW_TRACEBACK] = os.environ.get("HYDRA_FULL_ERROR", "0")
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         main()
-    except (UserError, HydraException, OmegaConfBaseException, OSError) as error:
-        if full_error or (isinstance(error, OSError) and error.errno != errno.ENOSPC):
+    except (HydraException, OmegaConfBaseException) as error:
+        if os.environ[SHOW_TRACEBACK] == "1":
             raise
         sys.exit(f"error: {one_line(error)}")
     except KeyboardInterrupt:

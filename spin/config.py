@@ -85,7 +85,7 @@ class GenerationConfig:
     name: str = "sample"
     temperature: float = 1.0
     top_p: float = 1.0
-    max_new_tokens: int = 256
+    max_new_tokens: int | None = None
     batch_size: int = 32
 
 
@@ -148,6 +148,11 @@ class Config:
         """How many iterations are played: `iter=2` plays 0, 1 and 2."""
         return self.schedule.iterations if self.iter is None else self.iter + 1
 
+    @property
+    def max_new_tokens(self) -> int:
+        """The cap on generated answers: by default what human answers may have, so that length tells nothing."""
+        return self.generation.max_new_tokens or self.data.max_response_length or 256
+
 
 CHOICES = {
     "data.format": ("auto", "messages", "prompt", "alpaca", "sharegpt", "chitchat"),
@@ -189,41 +194,45 @@ def check(config: Config) -> None:
     for path, allowed in CHOICES.items():
         group, key = path.split(".")
         value = getattr(getattr(config, group), key)
-        _require(value in allowed, path, value, f"is one of {', '.join(allowed)}")
+        _require(value in allowed, path, value, f"must be one of {', '.join(allowed)}")
 
-    _require(config.iter is None or config.iter >= 0, "iter", config.iter, "is 0 or more: iterations count from 0")
-    _require(config.seed >= 0, "seed", config.seed, "is 0 or more")
+    _require(config.iter is None or config.iter >= 0, "iter", config.iter, "must be 0 or more: iterations count from 0")
+    _require(config.seed >= 0, "seed", config.seed, "must be 0 or more")
     schedule, data, generation, engine = config.schedule, config.data, config.generation, config.engine
-    _require(schedule.iterations >= 1, "schedule.iterations", schedule.iterations, "is 1 or more")
+    _require(schedule.iterations >= 1, "schedule.iterations", schedule.iterations, "must be 1 or more")
 
     _per_iteration(config, "loss.beta", config.loss.beta)
     _per_iteration(config, "optimizer.lr", config.optimizer.lr)
     _per_iteration(config, "schedule.epochs", schedule.epochs)
 
     _require(
-        config.optimizer.max_grad_norm > 0, "optimizer.max_grad_norm", config.optimizer.max_grad_norm, "is above 0"
+        config.optimizer.max_grad_norm > 0, "optimizer.max_grad_norm", config.optimizer.max_grad_norm, "must be above 0"
     )
     _require(
-        config.optimizer.weight_decay >= 0, "optimizer.weight_decay", config.optimizer.weight_decay, "is 0 or more"
+        config.optimizer.weight_decay >= 0, "optimizer.weight_decay", config.optimizer.weight_decay, "must be 0 or more"
     )
-    _require(len(config.optimizer.betas) == 2, "optimizer.betas", config.optimizer.betas, "has two entries")
+    _require(len(config.optimizer.betas) == 2, "optimizer.betas", config.optimizer.betas, "must have two entries")
     for value in (config.optimizer.alpha, *config.optimizer.betas):
-        _require(0 <= value < 1, "optimizer.alpha and optimizer.betas", value, "lie in [0, 1)")
-    _require(config.optimizer.eps > 0, "optimizer.eps", config.optimizer.eps, "is above 0")
-    _require(schedule.batch_size >= 1, "schedule.batch_size", schedule.batch_size, "is 1 pair or more")
-    _require(0 <= schedule.warmup_ratio < 1, "schedule.warmup_ratio", schedule.warmup_ratio, "lies in [0, 1)")
-    _require(schedule.sft_epochs >= 0, "schedule.sft_epochs", schedule.sft_epochs, "is 0 (no SFT stage) or more")
-    _require(schedule.sft_lr > 0, "schedule.sft_lr", schedule.sft_lr, "is above 0")
+        _require(0 <= value < 1, "optimizer.alpha and optimizer.betas", value, "must lie in [0, 1)")
+    _require(config.optimizer.eps > 0, "optimizer.eps", config.optimizer.eps, "must be above 0")
+    _require(schedule.batch_size >= 1, "schedule.batch_size", schedule.batch_size, "must be 1 pair or more")
+    _require(0 <= schedule.warmup_ratio < 1, "schedule.warmup_ratio", schedule.warmup_ratio, "must lie in [0, 1)")
+    _require(schedule.sft_epochs >= 0, "schedule.sft_epochs", schedule.sft_epochs, "must be 0 (no SFT stage) or more")
+    _require(schedule.sft_lr > 0, "schedule.sft_lr", schedule.sft_lr, "must be above 0")
 
-    _require(generation.temperature >= 0, "generation.temperature", generation.temperature, "is 0 (greedy) or more")
-    _require(0 < generation.top_p <= 1, "generation.top_p", generation.top_p, "lies in (0, 1]")
-    _require(generation.max_new_tokens >= 1, "generation.max_new_tokens", generation.max_new_tokens, "is 1 or more")
-    _require(generation.batch_size >= 1, "generation.batch_size", generation.batch_size, "is 1 or more")
+    _require(
+        generation.temperature >= 0, "generation.temperature", generation.temperature, "must be 0 (greedy) or more"
+    )
+    _require(0 < generation.top_p <= 1, "generation.top_p", generation.top_p, "must lie in (0, 1]")
+    _require(config.max_new_tokens >= 1, "generation.max_new_tokens", generation.max_new_tokens, "must be 1 or more")
+    _require(generation.batch_size >= 1, "generation.batch_size", generation.batch_size, "must be 1 or more")
 
-    _require(data.size is None or data.size >= 1, "data.size", data.size, "is 1 or more, or null for all")
-    _require(data.held_out >= 0, "data.held_out", data.held_out, "is 0 or more")
-    _require(data.max_prompt_length >= 1, "data.max_prompt_length", data.max_prompt_length, "is 1 token or more")
-    _require(data.min_response_length >= 1, "data.min_response_length", data.min_response_length, "is 1 token or more")
+    _require(data.size is None or data.size >= 1, "data.size", data.size, "must be 1 or more, or null for all")
+    _require(data.held_out >= 0, "data.held_out", data.held_out, "must be 0 or more")
+    _require(data.max_prompt_length >= 1, "data.max_prompt_length", data.max_prompt_length, "must be 1 token or more")
+    _require(
+        data.min_response_length >= 1, "data.min_response_length", data.min_response_length, "must be 1 token or more"
+    )
     _require(
         data.max_length > data.max_prompt_length,
         "data.max_length",
@@ -241,7 +250,7 @@ def check(config: Config) -> None:
         data.template in ("chat", "paper") or "{prompt}" in data.template,
         "data.template",
         data.template,
-        "is chat, paper, or a text with {prompt} in it",
+        "must be chat, paper, or a text with {prompt} in it",
     )
     _require(
         config.model.path is not None or config.model.package is not None,
@@ -255,29 +264,30 @@ def check(config: Config) -> None:
         data.path,
         "must name the data: a file, a folder or a Hugging Face name",
     )
-    _require(engine.tokens_per_row >= 1, "engine.tokens_per_row", engine.tokens_per_row, "is 1 or more")
+    _require(engine.tokens_per_row >= 1, "engine.tokens_per_row", engine.tokens_per_row, "must be 1 or more")
     _require(
         engine.tokens_per_batch >= engine.tokens_per_row,
         "engine.tokens_per_batch",
         engine.tokens_per_batch,
         f"must be engine.tokens_per_row={engine.tokens_per_row} or more",
     )
-    _require(engine.head_chunk >= 1, "engine.head_chunk", engine.head_chunk, "is 1 or more")
-    _require(config.evaluation.samples >= 1, "evaluation.samples", config.evaluation.samples, "is 1 or more")
-    _require(config.evaluation.bootstrap >= 1, "evaluation.bootstrap", config.evaluation.bootstrap, "is 1 or more")
+    _require(engine.head_chunk >= 1, "engine.head_chunk", engine.head_chunk, "must be 1 or more")
+    _require(config.evaluation.samples >= 1, "evaluation.samples", config.evaluation.samples, "must be 1 or more")
+    _require(config.evaluation.bootstrap >= 1, "evaluation.bootstrap", config.evaluation.bootstrap, "must be 1 or more")
 
 
 def _require(holds: bool, key: str, value: object, rule: str) -> None:
     if not holds:
-        raise UserError(f"{key}={value}: {key} {rule}.")
+        shown = "null" if value is None else value
+        raise UserError(f"{key}={shown}: {rule}.")
 
 
 def _per_iteration(config: Config, key: str, value: PerIteration) -> None:
     entries = value if isinstance(value, list) else [value]
     for entry in entries:
         numeric = isinstance(entry, (int, float)) and not isinstance(entry, bool)
-        _require(numeric, key, entry, "is a number, or a list with one number an iteration")
-        _require(math.isfinite(entry) and entry > 0, key, entry, "is above 0")
+        _require(numeric, key, entry, "must be a number, or a list with one number an iteration")
+        _require(math.isfinite(entry) and entry > 0, key, entry, "must be above 0")
     if isinstance(value, list):
         _require(
             len(value) >= config.iterations,

@@ -1,5 +1,32 @@
-"""The one exception that `run.py` prints as a single line."""
+"""What is printed as a single line in place of a traceback."""
+
+import errno
+import re
 
 
 class UserError(ValueError):
     """Something that a user can put right: the message says what is wrong and what to do, in one line."""
+
+
+def explain(error: BaseException) -> str | None:
+    """The line for a fault that is not the program's own, None for all others.
+
+    A full disk reaches us as an OSError or, out of Rust code, as a text; a full memory as whatever the allocator raises.
+    """
+    text = str(error)
+    if isinstance(error, UserError):
+        return text
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and (found := re.search(r"\(os error (\d+)\)", text)):
+        number = int(found[1])
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return (
+            "no space left to write to (disk full, or a limit on files): free some or give another store.path, "
+            "then run the same command again: it goes on from what is finished."
+        )
+    if isinstance(error, MemoryError) or re.search(r"can't allocate memory|out of memory", text):
+        return (
+            "memory is short: lower engine.tokens_per_batch, engine.head_chunk or generation.batch_size, or set "
+            "engine.gradient_checkpointing=true; then run the same command again: it goes on from what is finished."
+        )
+    return None

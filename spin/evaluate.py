@@ -1,6 +1,6 @@
 """Is it better? Measures on held-out prompts, from the method itself, each with an interval over prompts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +28,7 @@ def measures(now: HeldOut, before: HeldOut | None, resamples: int, seed: int) ->
     - human_likelier: share of prompts whose human answer is likelier a token than the policy's own; 0.5 is the goal.
     - length_auc: how often a human answer is longer than an own one, over all such pairs; 0.5 is the goal.
     - rouge_l: F1 of the longest common subsequence of words with the human answer.
-    - own_length, human_length (tokens), finished (share that the policy ended itself), distinct_2 (distinct word pairs).
+    - own_length, human_length (tokens), finished (share that the policy ended itself), distinct_2.
     - margin, accuracy: the SPIN margin (nats, without beta) of human over opponent's answers, and how often it is > 0.
     """
     pairs = now.pairs
@@ -39,7 +39,7 @@ def measures(now: HeldOut, before: HeldOut | None, resamples: int, seed: int) ->
     rouge = np.array([rouge_l(p.generated, p.real) for p in pairs])
     finished = np.array([p.finish_reason == "stop" for p in pairs], dtype=float)
     likelier = _wins(real / real_length - own / own_length)
-    bigrams = [_bigrams(p.generated) for p in pairs]
+    distinct = np.array([distinct_2(p.generated) for p in pairs])
 
     statistics: dict[str, Statistic] = {
         "nll_per_token": lambda i: -real[i].sum() / real_length[i].sum(),
@@ -49,7 +49,7 @@ def measures(now: HeldOut, before: HeldOut | None, resamples: int, seed: int) ->
         "own_length": lambda i: own_length[i].mean(),
         "human_length": lambda i: real_length[i].mean(),
         "finished": lambda i: finished[i].mean(),
-        "distinct_2": lambda i: _distinct([bigrams[k] for k in i]),
+        "distinct_2": lambda i: distinct[i].mean(),
     }
     margins = None
     if before is not None:
@@ -94,11 +94,11 @@ def _wins(differences: np.ndarray) -> np.ndarray:
     return (differences > 0) + 0.5 * (differences == 0)
 
 
-def _bigrams(text: str) -> list[tuple[str, str]]:
+def distinct_2(text: str) -> float:
+    """Share of a text's pairs of neighbouring words that are distinct: low where it repeats itself; 1 if it has none.
+
+    Within each answer and not over all of them, where the share depends on how many answers there are.
+    """
     words = text.lower().split()
-    return list(zip(words, words[1:], strict=False))
-
-
-def _distinct(bigrams: Sequence[list[tuple[str, str]]]) -> float:
-    every = [pair for answer in bigrams for pair in answer]
-    return len(set(every)) / len(every) if every else 0.0
+    pairs = list(zip(words, words[1:], strict=False))
+    return len(set(pairs)) / len(pairs) if pairs else 1.0

@@ -1,366 +1,29 @@
 """The game: SFT, then generate -> score -> train -> evaluate for t = 0, 1, 2, ...
 
-Each stage is looked up in the store by what makes it and only played if it is not there. The run's folder shows the
-stages' results under the names that people look for.
+The run's folder shows the stages' results under the names that people look for.
 """
 
-import hashlib
 import json
 import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
-from spin import data, report
+from spin import report
 from spin.config import Config, at
-from spin.data import Example
-from spin.engine import SingleEngine, compute_type, device_of
 from spin.errors import UserError
-from spin.evaluate import HeldOut, held_out_margins, measures
-from spin.logps import Forward, choose_forward, logps_of
-from spin.model import Policy, content_id, load_model, load_tokenizer, resolve, stop_ids
-from spin.opponent import generate
-from spin.pairs import (
-    Answer,
-    Continuations,
-    Pair,
-    both,
-    fingerprint,
-    join,
-    make_pairs,
-    read_answers,
-    read_pairs,
-    with_opponent_logps,
-    write_parquet,
-)
-from spin.store import Stage, Store, link_file, link_tree
+from spin.evaluate import held_out_margins
+from spin.model import Policy
+from spin.pairs import Answer
+from spin.stages import Evaluated, Stages, counted, replayed
+from spin.store import Stage, link_file, link_tree
 from spin.track import Tracker, format_seconds
-from spin.train import train_sft, train_spin
-
-# A warning is due when more answers than this are cut at the cap: their length alone then tells them from human ones.
-CUT_SHARE = 0.2
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """A finished evaluation: the stage, the policy's answers to the held-out prompts, and its measures."""
-
-    stage: Stage
-    held_out: HeldOut
-    measures: dict
-
-
-class Game:
-    """All that the stages of one run share."""
-
-    def __init__(self, config: Config, folder: Path, tracker: Tracker):
-        self.config, self.folder, self.tracker = config, folder, tracker
-        self.store = Store(Path(config.store.path))
-        self.device = device_of(config.engine)
-        self.dtype = compute_type(config.engine, self.device)
-        cache = Path(config.cache.path).expanduser()
-        self.start = resolve(config.model, cache)
-        self.tokenizer = load_tokenizer(self.start.folder)
-        self.stop_ids = stop_ids(self.start.folder, self.tokenizer)
-        self.data = data.load(config.data, self.tokenizer, self.stop_ids, config.seed, cache)
-        # All settings that decide the bits of a forward pass; threads and the like do not.
-        self.numerics = {
-            "precision": str(self.dtype).removeprefix("torch."),
-            "device": self.device.type,
-            "layout": config.engine.layout,
-            "tokens_per_row": config.engine.tokens_per_row,
-            "tokens_per_batch": config.engine.tokens_per_batch,
-            "head_chunk": config.engine.head_chunk,
-        }
-        self.seconds: dict[str, float] = {}
-        self.played = 0
-        self._loaded: tuple[str, PreTrainedModel] | None = None
-        self._forward: Forward | None = None
-
-    # --- models -------------------------------------------------------------------------------------------------------
-
-    def model(self, policy: Policy) -> PreTrainedModel:
-        """The policy in memory, in the compute type. One model at a time."""
-        if self._loaded is None or self._loaded[0] != policy.id:
-            self._loaded = None
-            self._loaded = (policy.id, load_model(policy.folder, self.dtype, self.device))
-        return self._loaded[1]
-
-    def forward(self, model: PreTrainedModel) -> Forward:
-        """How this model's log-probs are computed, settled on its first use by comparing with its own forward."""
-        if self._forward is None:
-            examples = self.data.train[:5]
-            # Two different answers to one prompt: an answer that sees the other would show.
-            items = [
-                Continuations(one.prompt_ids, (one.real_ids, other.real_ids))
-                for one, other in zip(examples, examples[1:] or examples, strict=False)
-            ]
-            engine = self.config.engine
-            self._forward, remark = choose_forward(
-                model, items, engine.layout, engine.tokens_per_row, engine.tokens_per_batch, engine.head_chunk
-            )
-            if remark:
-                self.tracker.say(remark)
-        return self._forward
-
-    def engine(self, policy: Policy) -> SingleEngine:
-        """A training engine that starts from `policy`; whatever model was in memory leaves first."""
-        self._loaded = None
-        engine = SingleEngine(policy, self.dtype, self.device, self.config.engine, self.config.optimizer)
-        self.forward(engine.model)
-        return engine
-
-    # --- stages -------------------------------------------------------------------------------------------------------
-
-    def stage(
-        self, name: str, title: str, inputs: dict, build: Callable[[Path, Callable[[dict], None]], dict]
-    ) -> Stage:
-        """Find the stage in the store or play it. Its metrics are logged either way, so a run's record is whole."""
-
-        def recorded(folder: Path) -> dict:
-            with (folder / "metrics.jsonl").open("w") as file:
-
-                def log(row: dict) -> None:
-                    file.write(json.dumps(row) + "\n")
-                    file.flush()
-                    self.tracker.log(row)
-
-                return build(folder, log)
-
-        started = time.perf_counter()
-        stage = self.store.get(name, inputs, recorded)
-        if stage.reused:
-            self.tracker.say(f"{title}: done before, reused")
-            for row in stage.rows():
-                self.tracker.log(row)
-        else:
-            self.played += 1
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
-        return stage
-
-    def generate(self, opponent: Policy, iteration: int) -> list[Answer]:
-        """The opponent's answers to all training prompts."""
-        config, examples = self.config.generation, self.data.train
-        inputs = {
-            "opponent": opponent.id,
-            "prompts": fingerprint(examples),
-            "seed": self.config.seed,
-            "iter": iteration,
-            "stop_ids": sorted(self.stop_ids),
-            **self._generation_inputs(),
-        }
-
-        def build(folder: Path, log: Callable[[dict], None]) -> dict:
-            started = time.perf_counter()
-            answers = self._answers(
-                opponent, examples, f"iter {iteration}: generate", _seed(self.config.seed, iteration)
-            )
-            tokens = sum(len(answer.ids) for answer in answers)
-            seconds = time.perf_counter() - started
-            write_parquet(answers, folder / "answers.parquet")
-            finished = sum(answer.finish_reason == "stop" for answer in answers) / len(answers)
-            row = {
-                "answers": len(answers),
-                "tokens": tokens,
-                "tokens_per_second": tokens / seconds,
-                "finished": finished,
-            }
-            log({"iter": iteration, "step": 0, "stage": "generate", **row})
-            return row
-
-        stage = self.stage("generate", f"iter {iteration}: generate", inputs, build)
-        answers = read_answers(stage.folder / "answers.parquet")
-        cut = sum(answer.finish_reason == "length" for answer in answers) / len(answers)
-        if cut > CUT_SHARE:
-            self.tracker.say(
-                f"note: {cut:.0%} of the answers were cut at generation.max_new_tokens={config.max_new_tokens}: "
-                "length alone tells them from human ones. Raise it if it is well below the human answers' length."
-            )
-        return answers
-
-    def score(self, opponent: Policy, iteration: int, answers: list[list[Answer]]) -> tuple[list[Pair], Stage]:
-        """The pairs of this iteration and those replayed from earlier ones (`answers[k]`: iteration k's), all with
-        log-probs of the present opponent."""
-        pairs, dropped = make_pairs(self.data.train, answers[iteration], iteration)
-        for earlier in _replayed(self.config.schedule.replay, iteration):
-            more, more_dropped = make_pairs(self.data.train, answers[earlier], earlier)
-            pairs += more
-            dropped = {reason: count + more_dropped[reason] for reason, count in dropped.items()}
-        if not pairs:
-            raise UserError(
-                f"iteration {iteration}: no pair is left, every answer is empty or equals the human one "
-                f"({_counted(dropped)}): there is nothing to learn. Sample with generation.temperature=1, or add data."
-            )
-        inputs = {"opponent": opponent.id, "pairs": fingerprint(pairs), "numerics": self.numerics}
-        title = f"iter {iteration}: score"
-
-        def build(folder: Path, log: Callable[[dict], None]) -> dict:
-            started = time.perf_counter()
-            model = self.model(opponent)
-            forward = self.forward(model)
-            with self.tracker.progress(title, len(pairs), "pairs") as bar:
-                scored = with_opponent_logps(pairs, logps_of(model, both(pairs), forward, bar.advance).view(-1, 2))
-            write_parquet(scored, folder / "pairs.parquet")
-            rate = len(pairs) / (time.perf_counter() - started)
-            row = {
-                "pairs": len(pairs),
-                "logps/real": _mean([p.opponent_logp_real for p in scored]),
-                "logps/generated": _mean([p.opponent_logp_generated for p in scored]),
-                "pairs_per_second": rate,
-            }
-            log({"iter": iteration, "step": 0, "stage": "score", **row})
-            return {"pairs": len(pairs), "dropped": dropped, "layout": forward.layout, "head": forward.head}
-
-        stage = self.stage("score", title, inputs, build)
-        return read_pairs(stage.folder / "pairs.parquet"), stage
-
-    def train(self, opponent: Policy, iteration: int, pairs: list[Pair], score: Stage) -> tuple[Policy, Stage]:
-        """The main player: starts as the opponent, learns to tell its answers from the human ones."""
-        config = self.config
-        beta, lr = at(config.loss.beta, iteration), at(config.optimizer.lr, iteration)
-        settings = {
-            "lr": lr,
-            "epochs": at(config.schedule.epochs, iteration),
-            "batch_size": config.schedule.batch_size,
-            "warmup_ratio": config.schedule.warmup_ratio,
-            "seed": _seed(config.seed, iteration),
-        }
-        inputs = {
-            "start": opponent.id,
-            "scores": score.key,
-            "beta": beta,
-            "link": config.loss.link,
-            **settings,
-            **self._training_inputs(),
-        }
-        title = f"iter {iteration}: train"
-
-        def build(folder: Path, log: Callable[[dict], None]) -> dict:
-            engine = self.engine(opponent)
-            with self.tracker.progress(title, _total(len(pairs), settings["epochs"]), "pairs") as bar:
-
-                def step(row: dict) -> None:
-                    log({"iter": iteration, "stage": "train", **row})
-                    bar.advance(row["pairs"], loss=row["loss"], margin=row["rewards/margins"])
-
-                train_spin(
-                    engine, pairs, self.forward(engine.model), beta=beta, link=config.loss.link, log=step, **settings
-                )
-            engine.save(folder / "policy")
-            return {"policy": content_id(folder / "policy")}
-
-        stage = self.stage("train", title, inputs, build)
-        return self._policy(f"iter{iteration}", stage), stage
-
-    def sft(self) -> Policy:
-        """Fine-tune the start on the human answers: SPIN's opponent at t = 0 is an SFT model of the same data."""
-        config = self.config
-        settings = {
-            "lr": config.schedule.sft_lr,
-            "epochs": config.schedule.sft_epochs,
-            "batch_size": config.schedule.batch_size,
-            "warmup_ratio": config.schedule.warmup_ratio,
-            "seed": _seed(config.seed, -1),
-        }
-        inputs = {
-            "start": self.start.id,
-            "examples": fingerprint(self.data.train),
-            **settings,
-            **self._training_inputs(),
-        }
-        items = [Continuations(example.prompt_ids, (example.real_ids,)) for example in self.data.train]
-
-        def build(folder: Path, log: Callable[[dict], None]) -> dict:
-            engine = self.engine(self.start)
-            with self.tracker.progress("SFT", _total(len(items), settings["epochs"]), "examples") as bar:
-
-                def step(row: dict) -> None:
-                    log({"iter": None, "stage": "sft", **row})
-                    bar.advance(row["pairs"], loss=row["loss"])
-
-                train_sft(engine, items, self.forward(engine.model), log=step, **settings)
-            engine.save(folder / "policy")
-            return {"policy": content_id(folder / "policy")}
-
-        stage = self.stage("sft", "SFT", inputs, build)
-        link_tree(stage.folder / "policy", self.folder / "sft" / "policy")
-        return self._policy("sft", stage)
-
-    def evaluate(self, policy: Policy, iteration: int | None, before: Evaluated | None) -> Evaluated:
-        """Held-out measures of `policy`, and against `before`, its opponent, where it is the product of an iteration."""
-        examples, resamples = self.data.held_out, self.config.evaluation.bootstrap
-        inputs = {
-            "policy": policy.id,
-            "prompts": fingerprint(examples),
-            "seed": self.config.seed,
-            "stop_ids": sorted(self.stop_ids),
-            "opponent": before.stage.key if before else None,
-            "bootstrap": resamples,
-            "numerics": self.numerics,
-            **self._generation_inputs(),
-        }
-        title = f"evaluate {policy.label}"
-
-        def build(folder: Path, log: Callable[[dict], None]) -> dict:
-            # The same random numbers for every policy: differences between policies are not differences of luck.
-            answers = self._answers(policy, examples, title, _seed(self.config.seed, -2))
-            by_id = {answer.id: answer for answer in answers}
-            model = self.model(policy)
-            pairs = [join(example, by_id[example.id]) for example in examples]
-            items = both(pairs)
-            if before:
-                items = [
-                    Continuations(item.prompt_ids, (*item.responses, theirs.generated_ids))
-                    for item, theirs in zip(items, before.held_out.pairs, strict=True)
-                ]
-            logps = logps_of(model, items, self.forward(model)).view(len(pairs), -1)
-            scored = with_opponent_logps(pairs, logps[:, :2])
-            held_out = HeldOut(scored, logps[:, 2].tolist() if before else None)
-            write_parquet(scored, folder / "held_out.parquet")
-            result = measures(held_out, before.held_out if before else None, resamples, self.config.seed)
-            facts = {"measures": result, "logps_of_opponents_answers": held_out.logps_of_opponents_answers}
-            (folder / "evaluation.json").write_text(json.dumps(facts, indent=2) + "\n")
-            log({"iter": iteration, "step": 0, "stage": "evaluate", "policy": policy.label, **result})
-            return result
-
-        stage = self.stage("evaluate", title, inputs, build)
-        facts = json.loads((stage.folder / "evaluation.json").read_text())
-        pairs = read_pairs(stage.folder / "held_out.parquet")
-        held_out = HeldOut(pairs, facts["logps_of_opponents_answers"])
-        samples = [
-            {"prompt": p.prompt, "real": p.real, "generated": p.generated}
-            for p in pairs[: self.config.evaluation.samples]
-        ]
-        self.tracker.samples(policy.label, samples)
-        return Evaluated(stage, held_out, facts["measures"])
-
-    # --- what several stages need -------------------------------------------------------------------------------------
-
-    def _answers(self, policy: Policy, examples: Sequence[Example], title: str, seed: int) -> list[Answer]:
-        model = self.model(policy)
-        with self.tracker.progress(title, len(examples), "answers") as bar:
-            return generate(model, self.tokenizer, examples, self.config.generation, self.stop_ids, seed, bar.advance)
-
-    def _generation_inputs(self) -> dict:
-        settings = asdict(self.config.generation)
-        settings.pop("name")
-        return {"generation": settings, "precision": self.numerics["precision"], "device": self.device.type}
-
-    def _training_inputs(self) -> dict:
-        return {"optimizer": {**asdict(self.config.optimizer), "lr": None}, "numerics": self.numerics}
-
-    def _policy(self, label: str, stage: Stage) -> Policy:
-        return Policy(label, stage.folder / "policy", stage.manifest["facts"]["policy"])
-
-
-# --- the outer loop ---------------------------------------------------------------------------------------------------
 
 
 def play(config: Config, folder: Path, command: str) -> dict:
@@ -368,7 +31,6 @@ def play(config: Config, folder: Path, command: str) -> dict:
 
     Raises UserError for anything that a user can put right, before any long work where that can be known.
     """
-    started = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
     tracker = Tracker(
         folder,
@@ -378,40 +40,46 @@ def play(config: Config, folder: Path, command: str) -> dict:
         project=config.tracking.project,
         entity=config.tracking.entity,
     )
-    game = Game(config, folder, tracker)
-    check_room(game.store.path, folder, game.start, config)
-    counts = game.data.counts
+    try:
+        return _play(config, folder, command, tracker)
+    finally:
+        tracker.close({"peak_memory_gib": peak_memory_gib()})
+
+
+def _play(config: Config, folder: Path, command: str, tracker: Tracker) -> dict:
+    started = time.perf_counter()
+    stages = Stages(config, folder, tracker)
+    check_room(stages.store.path, folder, stages.start, config)
+    examples = stages.data
     tracker.say(
-        f"{config.model.name} on {config.data.name}: {len(game.data.train)} training and {len(game.data.held_out)} held-out "
-        f"examples ({_counted(counts)}); {game.numerics['precision']} on {game.device}"
+        f"{config.model.name} on {config.data.name}: {len(examples.train)} training and {len(examples.held_out)} "
+        f"held-out examples ({counted(examples.counts)}); {stages.numerics['precision']} on {stages.device}"
     )
-    evaluations: list[tuple[Policy, int | None, Evaluated]] = []
     iterations: list[dict] = []
+    evaluations: list[Evaluated] = []
 
-    def evaluate(policy: Policy, iteration: int | None, against: Evaluated | None) -> Evaluated | None:
-        if not (config.evaluation.enabled and game.data.held_out):
+    def evaluate(policy: Policy, iteration: int | None, opponent: Evaluated | None) -> Evaluated | None:
+        if not (config.evaluation.enabled and examples.held_out):
             return None
-        result = game.evaluate(policy, iteration, against)
-        evaluations.append((policy, iteration, result))
-        return result
+        evaluations.append(stages.evaluate(policy, iteration, opponent))
+        return evaluations[-1]
 
-    policy = game.start
+    policy = stages.start
     last = evaluate(policy, None, None)
     if config.schedule.sft_epochs > 0:
-        policy = game.sft()
+        policy = stages.sft()
         last = evaluate(policy, None, None)
 
     answers: list[list[Answer]] = []
     for t in range(config.iterations):
-        opponent = policy
-        answers.append(game.generate(opponent, t))
-        pairs, score = game.score(opponent, t, answers)
-        policy, train = game.train(opponent, t, pairs, score)
+        opponent, opponents = policy, last
+        answers.append(stages.generate(opponent, t))
+        pairs, score = stages.score(opponent, t, answers)
+        policy, train = stages.train(opponent, t, pairs, score)
         show_iteration(folder / f"iter{t}", score, train, opponent, policy, config, t)
-        last_before = last
-        last = evaluate(policy, t, last_before)
-        if last and last_before:
-            margins = held_out_margins(last.held_out, last_before.held_out).tolist()
+        last = evaluate(policy, t, opponents)
+        if last and opponents:
+            margins = held_out_margins(last.held_out, opponents.held_out).tolist()
             (folder / f"iter{t}" / "margins.json").write_text(json.dumps({"margin": margins}) + "\n")
         iterations.append(
             {
@@ -430,24 +98,23 @@ def play(config: Config, folder: Path, command: str) -> dict:
         "command": command,
         "name": config.name,
         "model": config.model.path or config.model.package,
-        "data": {"train": len(game.data.train), "held_out": len(game.data.held_out), "counts": counts},
+        "data": {"train": len(examples.train), "held_out": len(examples.held_out), "counts": examples.counts},
         "iterations": iterations,
-        "evaluations": [{"policy": p.label, "iter": t, **result.measures} for p, t, result in evaluations],
+        "evaluations": [{"policy": e.policy.label, "iter": e.iteration, **e.measures} for e in evaluations],
         "samples": _samples(evaluations, config.evaluation.samples),
-        "seconds": {stage: round(seconds, 1) for stage, seconds in game.seconds.items()},
+        "seconds": {stage: round(seconds, 1) for stage, seconds in stages.seconds.items()},
         "peak_memory_gib": round(peak, 2),
     }
     (folder / "game.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     page = report.write(folder, summary)
     report.summary(summary, tracker.console)
-    tracker.close({"peak_memory_gib": peak})
-    if game.played == 0:
+    if stages.played == 0:
         tracker.say("Everything was done before: nothing was computed again.")
     else:
         took = format_seconds(time.perf_counter() - started)
-        tracker.say(f"{game.played} stages played in {took}, peak memory {peak:.2f} GiB.")
+        tracker.say(f"{stages.played} stages played in {took}, peak memory {peak:.2f} GiB.")
     tracker.say(f"report: {page}")
-    tracker.say(f"trained model: {folder / summary['iterations'][-1]['policy']}")
+    tracker.say(f"trained model: {folder / iterations[-1]['policy']}")
     return summary
 
 
@@ -465,7 +132,7 @@ def show_iteration(
         "policy": {"label": policy.label, "weights": policy.id, "starts_as": opponent.label},
         "opponent": {"label": opponent.label, "weights": opponent.id},
         "loss": {"link": config.loss.link, "beta": at(config.loss.beta, iteration)},
-        "replay": [f"iter{k}" for k in _replayed(config.schedule.replay, iteration)],
+        "replay": [f"iter{k}" for k in replayed(config.schedule.replay, iteration)],
         "generation": asdict(config.generation),
         "stages": {"score": score.manifest, "train": train.manifest},
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
@@ -510,37 +177,15 @@ def peak_memory_gib() -> float:
     return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # bytes on macOS, KiB on Linux
 
 
-def _replayed(replay: str, iteration: int) -> list[int]:
-    """Which earlier iterations' pairs join those of `iteration`."""
-    return {"none": [], "previous": list(range(iteration))[-1:], "all": list(range(iteration))}[replay]
-
-
-def _seed(seed: int, part: int) -> int:
-    """A seed of its own for each part of the game."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{part}".encode()).digest()[:4], "big")
-
-
-def _samples(evaluations: list[tuple[Policy, int | None, Evaluated]], count: int) -> list[dict]:
+def _samples(evaluations: Sequence[Evaluated], count: int) -> list[dict]:
+    """The first held-out prompts, with the human answer and every policy's."""
     if not evaluations:
         return []
-    first = evaluations[0][2].held_out.pairs[:count]
     return [
         {
             "prompt": pair.prompt,
             "real": pair.real,
-            "answers": {policy.label: result.held_out.pairs[i].generated for policy, _, result in evaluations},
+            "answers": {e.policy.label: e.held_out.pairs[i].generated for e in evaluations},
         }
-        for i, pair in enumerate(first)
+        for i, pair in enumerate(evaluations[0].held_out.pairs[:count])
     ]
-
-
-def _total(count: int, epochs: float) -> int:
-    return max(1, round(count * epochs))
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _counted(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)

@@ -161,7 +161,8 @@ def _converted(folder: Path, convert) -> Path:
         if not folder.is_dir():
             beside = Path(f"{folder}.{os.getpid()}.tmp")
             shutil.rmtree(beside, ignore_errors=True)
-            convert(beside)
+            with _quiet():
+                convert(beside)
             beside.rename(folder)
     return folder
 
@@ -188,9 +189,8 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     """Dequantise a GGUF file (Llama architecture, byte-level BPE) into a Hugging Face folder of fp32 weights."""
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
-    with _quiet():
-        quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # What was loaded is tagged as quantised and refuses to be saved: rebuild it as a plain model.
     architecture = quantised.config.to_dict()
     architecture.pop("quantization_config", None)
@@ -199,8 +199,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     model.load_state_dict(quantised.state_dict(), assign=True)
     model.tie_weights()
     model.generation_config = quantised.generation_config
-    with _quiet():
-        model.save_pretrained(folder)
+    model.save_pretrained(folder)
     # The conversion loses the digit pre-tokenizer that the model was trained with.
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
         [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]

@@ -21,6 +21,7 @@ def generate(
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     config: GenerationConfig,
+    max_new_tokens: int,
     stop_ids: Collection[int],
     seed: int,
     advance: Callable[[int], None] = lambda answers: None,
@@ -37,7 +38,7 @@ def generate(
     for start in range(0, len(by_length), config.batch_size):
         chosen = by_length[start : start + config.batch_size]
         prompts = [examples[i].prompt_ids for i in chosen]
-        uniforms = torch.stack([_uniforms(seed, examples[i].id, config.max_new_tokens) for i in chosen])
+        uniforms = torch.stack([_uniforms(seed, examples[i].id, max_new_tokens) for i in chosen])
         for i, ids in zip(chosen, _decode(model, prompts, uniforms, config, stop_ids, advance), strict=True):
             answers[i] = Answer(
                 id=examples[i].id,
@@ -71,14 +72,15 @@ def _decode(
     rows = torch.arange(len(prompts), device=device)  # which prompt each row of the batch belongs to
     running = torch.ones(len(prompts), dtype=torch.bool, device=device)
 
-    for step in range(config.max_new_tokens):
+    for step in range(uniforms.shape[1]):
         logits = model(
             input_ids=input_ids,
             attention_mask=mask,
             position_ids=position_ids,
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
+            # As an index: a slice of the last position is not contiguous, and the head would copy its weights a row.
+            logits_to_keep=torch.tensor([input_ids.shape[1] - 1], device=device),
         ).logits[:, -1]
         chosen = sample(logits, uniforms[rows.cpu(), step].to(device), config.temperature, config.top_p)
         for row, token, alive in zip(rows.tolist(), chosen.tolist(), running.tolist(), strict=True):

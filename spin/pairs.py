@@ -160,7 +160,9 @@ class Batch:
     tokens: int
 
     def to(self, device: torch.device) -> "Batch":
-        tensors: dict[str, Any] = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        tensors: dict[str, Any] = {
+            f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
+        }
         return replace(self, **{name: value.to(device) for name, value in tensors.items()})
 
 

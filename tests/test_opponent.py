@@ -25,14 +25,14 @@ def examples(count: int, longest: int = 12) -> list[Example]:
 
 
 def greedy(**settings):
-    return GenerationConfig(temperature=0.0, max_new_tokens=12, **settings)
+    return GenerationConfig(temperature=0.0, **settings)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "gpt2", "gemma3"])
 def test_greedy_answers_equal_the_librarys(name):
     model, chosen = small_model(name), examples(7)
     stops = {1, 7, 30, 60}
-    for example, answer in zip(chosen, generate(model, Ids(), chosen, greedy(batch_size=3), stops, 0), strict=True):
+    for example, answer in zip(chosen, generate(model, Ids(), chosen, greedy(batch_size=3), 12, stops, 0), strict=True):
         ids = torch.tensor([example.prompt_ids])
         expected = model.generate(
             ids,
@@ -48,7 +48,7 @@ def test_greedy_answers_equal_the_librarys(name):
 
 def test_a_cut_answer_has_no_end_token_and_a_finished_one_exactly_one():
     model, chosen = small_model("llama"), examples(40)
-    answers = generate(model, Ids(), chosen, GenerationConfig(max_new_tokens=9, batch_size=16), {1, 2, 3, 4}, 0)
+    answers = generate(model, Ids(), chosen, GenerationConfig(batch_size=16), 9, {1, 2, 3, 4}, 0)
     assert {answer.finish_reason for answer in answers} == {"stop", "length"}
     for answer in answers:
         ends = [token in {1, 2, 3, 4} for token in answer.ids]
@@ -60,14 +60,14 @@ def test_a_cut_answer_has_no_end_token_and_a_finished_one_exactly_one():
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_an_answer_does_not_depend_on_the_batch_or_the_order(temperature):
     model, chosen = small_model("llama"), examples(12)
-    one = GenerationConfig(temperature=temperature, max_new_tokens=10, batch_size=1)
-    many = GenerationConfig(temperature=temperature, max_new_tokens=10, batch_size=5)
-    alone = generate(model, Ids(), chosen, one, {1, 9}, seed=3)
-    together = generate(model, Ids(), chosen, many, {1, 9}, seed=3)
-    turned = generate(model, Ids(), chosen[::-1], many, {1, 9}, seed=3)[::-1]
+    one = GenerationConfig(temperature=temperature, batch_size=1)
+    many = GenerationConfig(temperature=temperature, batch_size=5)
+    alone = generate(model, Ids(), chosen, one, 10, {1, 9}, seed=3)
+    together = generate(model, Ids(), chosen, many, 10, {1, 9}, seed=3)
+    turned = generate(model, Ids(), chosen[::-1], many, 10, {1, 9}, seed=3)[::-1]
     assert [a.ids for a in alone] == [a.ids for a in together] == [a.ids for a in turned]
     if temperature:
-        assert [a.ids for a in generate(model, Ids(), chosen, many, {1, 9}, seed=4)] != [a.ids for a in together]
+        assert [a.ids for a in generate(model, Ids(), chosen, many, 10, {1, 9}, seed=4)] != [a.ids for a in together]
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
@@ -96,6 +96,6 @@ def test_the_ends_of_the_unit_interval_give_possible_tokens(uniform):
 def test_generation_leaves_the_global_random_state_alone(tiny_folder):
     model, tokenizer = load_model(tiny_folder, torch.float32, torch.device("cpu")), load_tokenizer(tiny_folder)
     before = torch.get_rng_state()
-    answers = generate(model, tokenizer, examples(3), GenerationConfig(max_new_tokens=5), {1}, 0)
+    answers = generate(model, tokenizer, examples(3), GenerationConfig(), 5, {1}, 0)
     assert torch.equal(torch.get_rng_state(), before)
     assert all(answer.text == tokenizer.decode(answer.ids, skip_special_tokens=True) for answer in answers)

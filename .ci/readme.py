@@ -1,0 +1,66 @@
+"""Run every command of the README, in a form that fits a small machine: same groups and keys, a tiny model and data."""
+
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# What makes any game small. The command's own settings stay, but for those that name large or absent files.
+SMALL = {
+    "model.path": "builtin:tiny",
+    "data.size": "12",
+    "data.held_out": "4",
+    "data.max_prompt_length": "128",
+    "data.max_response_length": "96",
+    "data.max_length": "256",
+    "data.min_response_length": "1",
+    "data.template": "paper",
+    "evaluation.bootstrap": "50",
+}
+RECORD = (
+    '{"messages": [{"role": "user", "content": "Name number %d."}, {"role": "assistant", "content": "It is %d!"}]}\n'
+)
+
+
+def commands(text: str) -> list[str]:
+    """All `python run.py ...` and `make ...` lines of the README's code blocks, continued lines joined."""
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.split("  #")[0].strip() for line in lines if re.match(r"\s*python run\.py", line)]
+
+
+def small(command: str, folder: Path) -> list[str]:
+    words = shlex.split(command)[2:]
+    flags = [word for word in words if word.startswith("-")]
+    settings = dict(word.split("=", 1) for word in words if not word.startswith("-"))
+    if "experiment" not in settings or settings["experiment"] != "smoke":
+        if settings.get("data", "sharegpt") in ("sharegpt", "chitchat", "ultrachat"):
+            settings["data"] = "tiny"
+        if settings["data"] == "local":
+            settings["data.path"] = str(folder / "data.jsonl")
+        settings |= SMALL
+    settings |= {"store.path": str(folder / "store"), "tracking.wandb": "offline"}
+    settings["hydra.sweep.dir" if "-m" in flags else "hydra.run.dir"] = str(folder / "run")
+    return [sys.executable, "run.py", *flags, *(f"{key}={value}" for key, value in settings.items())]
+
+
+def main() -> None:
+    found = commands((ROOT / "README.md").read_text())
+    assert found, "the README shows no command"
+    for command in found:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            (folder / "data.jsonl").write_text("".join(RECORD % (i, i) for i in range(40)))
+            print(f"$ {command}", flush=True)
+            done = subprocess.run(small(command, folder), cwd=ROOT, capture_output=True, text=True, timeout=600)
+            if done.returncode:
+                sys.exit(f"{shlex.join(done.args)}\n{done.stdout}\n{done.stderr}\nexit status {done.returncode}")
+            print("  ok: " + (done.stdout.strip().splitlines() or ["(no output)"])[-1], flush=True)
+    print(f"{len(found)} passed, 0 failed")
+
+
+if __name__ == "__main__":
+    main()

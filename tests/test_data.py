@@ -1,0 +1,570 @@
+"""From files to token ids, with real tokenizers of the two common kinds, built here."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from spin import data
+from spin.config import DataConfig
+from spin.errors import UserError
+from spin.readers import ASSETS, exchanges, read_records
+
+CORPUS = [
+    "### Instruction: What is it?\n\n### Response: Hello there, the answer is in the book. It is a good day.",
+    "Why is the sky blue? Air scatters blue light. One two three four five six seven eight nine ten.",
+] * 3
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %} {{ m['content'] }}{{ eos_token }}"
+    "{% else %}[INST] {{ m['content'] }} [/INST]{% endif %}{% endfor %}"
+)
+
+
+@pytest.fixture(scope="session")
+def byte_level():
+    """Like GPT-2's and SmolLM2's: bytes, no BOS of its own, pad == eos, the turn's end is not the first special."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    raw.train_from_iterator(CORPUS, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        chat_template=CHATML,
+    )
+
+
+@pytest.fixture(scope="session")
+def sentencepiece():
+    """Like Llama 2's and Mistral's: a blank put before every text, bytes as a fallback, a BOS and an EOS added."""
+    raw = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    raw.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    specials = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=specials[:3])
+    raw.train_from_iterator([text.replace("\n", " ") for text in CORPUS], trainer)
+    state = json.loads(raw.to_str())
+    vocabulary = state["model"]["vocab"]
+    for token in specials[3:]:
+        vocabulary[token] = len(vocabulary)
+    raw = Tokenizer.from_str(json.dumps(state))
+    raw.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=LLAMA
+    )
+
+
+@pytest.fixture(params=["byte_level", "sentencepiece"])
+def tokenizer(request):
+    return request.getfixturevalue(request.param)
+
+
+def config(path=None, **changes):
+    return DataConfig(**{"path": path and str(path), "template": "paper", **changes})
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def pair(prompt, response):
+    return {"prompt": prompt, "response": response}
+
+
+def pairs(number):
+    return [pair(f"What is {n}?", f"It is number {n}.") for n in range(number)]
+
+
+@pytest.fixture
+def load(tmp_path, tokenizer):
+    """Load rows (or a path) with this test's tokenizer."""
+
+    def load(source, seed=0, tokenizer=tokenizer, **changes):
+        path = write(tmp_path / "rows.jsonl", source) if isinstance(source, list) else source
+        found = data.load(config(path, **changes), tokenizer, {tokenizer.eos_token_id}, seed, tmp_path / "cache")
+        counts = dict(found.counts)
+        assert counts.pop("read") == sum(counts.values())
+        assert found.counts["kept"] == len(found.train) + len(found.held_out)
+        return found
+
+    return load
+
+
+def fails(match, call, *arguments, **changes):
+    with pytest.raises(UserError, match=match) as error:
+        call(*arguments, **changes)
+    assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------- template, tokens
+
+
+@pytest.mark.parametrize("template", ["paper", "chat", "Q: {prompt}\nA:", "[{prompt}] {x}"])
+def test_one_template_one_bos_one_end(load, tokenizer, template):
+    found = load([pair("What is it?", "Hello there.")], template=template).train[0]
+    messages = [{"role": "user", "content": "What is it?"}]
+    [(text, ids)] = data.encode(tokenizer, [messages], template)
+    assert found.prompt_ids == tuple(ids)  # what anyone else gets who asks for this prompt
+    assert found.real_ids.count(tokenizer.eos_token_id) == 1 and found.real_ids[-1] == tokenizer.eos_token_id
+    whole = tokenizer.decode(found.prompt_ids + found.real_ids)
+    assert whole.endswith("Hello there." + tokenizer.eos_token)
+    if tokenizer.bos_token == "<s>":
+        assert found.prompt_ids[0] == tokenizer.bos_token_id and found.prompt_ids.count(tokenizer.bos_token_id) == 1
+        assert found.prompt_ids.count(tokenizer.eos_token_id) == 0
+    elif template != "chat":
+        assert tokenizer.bos_token_id not in found.prompt_ids
+    if template == "chat":
+        assert text == tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert ids == tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    if template == "paper":
+        assert text == "### Instruction: What is it?\n\n### Response: "
+
+
+def test_a_template_with_its_own_bos_gets_no_second(sentencepiece):
+    [(_, ids)] = data.encode(sentencepiece, [[{"role": "user", "content": "Hi"}]], "<s>[INST] {prompt} [/INST]")
+    assert ids.count(sentencepiece.bos_token_id) == 1
+
+
+def test_a_chat_template_decides_about_the_bos(sentencepiece):
+    """Zephyr's has none although its tokenizer adds one to plain text: the ids are those of apply_chat_template."""
+    bare = PreTrainedTokenizerFast(
+        tokenizer_object=sentencepiece.backend_tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template=LLAMA.removeprefix("{{ bos_token }}"),
+    )
+    messages = [{"role": "user", "content": "Why?"}]
+    [(_, ids)] = data.encode(bare, [messages], "chat")
+    assert ids == bare.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert bare("a")["input_ids"][0] == bare.bos_token_id not in ids
+
+
+@pytest.mark.parametrize("template", ["paper", "chat", "{prompt}", "Q: {prompt}\nA: "])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(st.characters(codec="utf-8"), min_size=1, max_size=30).map(str.strip).filter(bool))
+def test_prompt_ids_are_a_prefix_and_nothing_is_lost(byte_level, template, text):
+    tokenizer = byte_level
+    [(prompt, prompt_ids)] = data.encode(tokenizer, [[{"role": "user", "content": "Why?"}]], template)
+    [response_ids] = data.encode_responses(tokenizer, [(prompt, prompt_ids)], [text], template)
+    assert tokenizer.decode(prompt_ids + response_ids) == prompt + text
+
+
+def test_no_blank_comes_before_an_answer_that_merges_with_the_prompt(sentencepiece):
+    """`Response: ` + `Hello` is one piece `▁Hello` in the whole: the ids after the prompt's must still say `Hello`."""
+    found = data.encode(sentencepiece, [[{"role": "user", "content": "What is it?"}]], "paper")
+    [ids] = data.encode_responses(sentencepiece, found, ["Hello there."], "paper")
+    assert not sentencepiece.convert_ids_to_tokens(ids)[0].startswith("▁")
+    assert sentencepiece.decode(found[0][1] + ids).endswith("### Response: Hello there.")
+
+
+def test_history_is_rendered_with_the_same_template(load, tokenizer):
+    turns = [
+        ("system", "Be kind."),
+        ("user", "One?"),
+        ("assistant", "Two."),
+        ("user", "Three?"),
+        ("assistant", "Four."),
+    ]
+    rows = [{"messages": [{"role": role, "content": text} for role, text in turns]}]
+    end = tokenizer.eos_token
+    found = {example.real: example for example in load(rows, turns="all").train}
+    first, second = found["Two."], found["Four."]
+    start = "### Instruction: Be kind.\n\nOne?\n\n### Response: "
+    text = tokenizer.decode(second.prompt_ids).removeprefix("<s>").strip(" ")
+    assert tokenizer.decode(first.prompt_ids).removeprefix("<s>").strip(" ") == start.strip(" ")
+    assert text.replace(f"{end} ", end) == f"{start}Two.{end}### Instruction: Three?\n\n### Response:"
+    assert first.prompt == "One?" and second.prompt == "User: One?\n\nAssistant: Two.\n\nUser: Three?"
+    assert second.prompt_ids.count(tokenizer.eos_token_id) == 1
+    assert [example.real for example in load(rows, turns="first").train] == ["Two."]
+
+
+def test_end_of_turn(byte_level, sentencepiece):
+    ids = byte_level.convert_tokens_to_ids
+    end = ids("<|im_end|>")
+    assert data.end_of_turn(byte_level, {ids("<|endoftext|>"), end}, "chat") == end
+    assert data.end_of_turn(byte_level, {ids("<|endoftext|>")}, "chat") == end  # nothing follows: the tokenizer's
+    assert data.end_of_turn(sentencepiece, {2}, "paper") == 2
+    chat = PreTrainedTokenizerFast(
+        tokenizer_object=byte_level.backend_tokenizer, eos_token="<|endoftext|>", chat_template=CHATML
+    )
+    assert data.end_of_turn(chat, {ids("<|endoftext|>"), end}, "chat") == end  # the turn's end is not the text's
+    assert data.end_of_turn(chat, {end}, "paper") == ids("<|endoftext|>")
+    endless = PreTrainedTokenizerFast(tokenizer_object=byte_level.backend_tokenizer)
+    fails("end-of-sequence", data.end_of_turn, endless, {0}, "paper")
+
+
+def test_chat_template_missing_or_refusing(load, byte_level):
+    bare = PreTrainedTokenizerFast(tokenizer_object=byte_level.backend_tokenizer, eos_token="<|im_end|>")
+    fails("set data.template=paper", load, pairs(2), tokenizer=bare, template="chat")
+    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
+    bare.chat_template = strict
+    rows = [{"messages": [{"role": r, "content": r} for r in ("system", "user", "assistant")]}]
+    fails("refuses messages of system, user", load, rows, tokenizer=bare, template="chat")
+
+
+def test_special_tokens_in_text(load, tokenizer):
+    end = tokenizer.eos_token
+    rows = [
+        pair("One?", f"Uno. {end}"),
+        pair("Two?", "Dos.</s>\n<|im_end|>"),  # of whatever model the data came from
+        pair("Three?", f"Tres {end} quatro."),
+        pair(f"Four{end}?", "Quatro."),
+        pair("Five?", end),
+    ]
+    found = load(rows)
+    assert {example.real for example in found.train} == {"Uno.", "Dos."}
+    assert all(example.real_ids.count(tokenizer.eos_token_id) == 1 for example in found.train)
+    assert found.counts["special token in text"] == 2 and found.counts["empty"] == 1
+
+
+def test_special_tokens_beyond_the_named_ones(byte_level, load, tmp_path):
+    more = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(byte_level.backend_tokenizer.to_str()), eos_token="<|im_end|>"
+    )
+    more.add_tokens([AddedToken("<file_sep>", special=True)])
+    found = load([*pairs(2), pair("What is <file_sep>?", "A mark.")], tokenizer=more)
+    assert found.counts["special token in text"] == 1
+
+
+# ------------------------------------------------------------------------------------------------------- lengths
+
+
+def test_long_prompts_are_dropped_and_counted_never_cut(load, tokenizer):
+    rows = [*pairs(3), pair("Why? " * 200, "Because.")]
+    for overlong in ("drop", "cut"):
+        found = load(rows, max_prompt_length=120, max_length=400, overlong=overlong)
+        assert found.counts["prompt too long"] == 1 and found.counts["kept"] == 3
+        for example in found.train:
+            assert tokenizer.decode(example.prompt_ids).rstrip().endswith("### Response:")
+
+
+def test_the_end_token_counts(load, tokenizer):
+    whole = load([pair("One?", "Hello there.")]).train[0]
+    n, prompt = len(whole.real_ids), len(whole.prompt_ids)
+    assert load([pair("One?", "Hello there.")], max_response_length=n, min_response_length=n).train == [whole]
+    assert load([pair("One?", "Hello there.")], max_length=prompt + n, max_prompt_length=prompt).train == [whole]
+    for limits in ({"max_response_length": n - 1}, {"max_length": prompt + n - 1, "max_prompt_length": prompt}):
+        fails("answer too long: 1", load, [pair("One?", "Hello there.")], **limits)
+        cut = load([pair("One?", "Hello there.")], overlong="cut", **limits).train[0]
+        assert cut.real_ids == whole.real_ids[:-1] and tokenizer.eos_token_id not in cut.real_ids
+        assert cut.prompt_ids == whole.prompt_ids
+    fails("answer too short: 1", load, [pair("One?", "Hello there.")], min_response_length=n + 1)
+
+
+# ----------------------------------------------------------------------------------------------------- selection
+
+
+def test_held_out_prompts_are_never_trained_on(load):
+    rows = [pair(prompt, f"{prompt} {n}.") for prompt in ("one", "two", "three", "four", " Four ") for n in range(4)]
+    found = load(rows, held_out=2)
+    held = {example.prompt.casefold() for example in found.held_out}
+    assert len(found.held_out) == len(held) == 2
+    assert not held & {example.prompt.casefold() for example in found.train}
+    assert found.counts["of a held-out prompt"] >= 6
+
+
+def test_no_turn_of_a_held_out_conversation_is_trained_on(load):
+    rows = [
+        {"messages": [{"role": ("user", "assistant")[n % 2], "content": f"{talk} {n}"} for n in range(6)]}
+        for talk in "abcdefgh"
+    ]
+    found = load(rows, turns="all", held_out=3)
+    assert not {e.real.split()[0] for e in found.held_out} & {e.real.split()[0] for e in found.train}
+    assert len(found.train) == 5 * 3
+
+
+def test_selection_depends_on_content_and_seed_alone(load, monkeypatch):
+    rows = pairs(40)
+    small, large, all_of_them = (load(rows, held_out=5, size=size) for size in (4, 20, None))
+    assert small.held_out == large.held_out == all_of_them.held_out
+    assert small.train == large.train[:4] and large.train == all_of_them.train[:20]
+    assert (len(small.train), len(large.train), len(all_of_them.train)) == (4, 20, 35)
+    assert small.counts["not needed"] == 31
+    assert load(rows[::-1], held_out=5, size=20) == large
+    monkeypatch.setattr(data, "BLOCK", 3)
+    assert load(rows, held_out=5, size=20) == large
+    assert load(rows, held_out=5, size=20, seed=1).train != large.train
+
+
+def test_duplicates(load):
+    rows = [pair("One?", "Uno."), pair(" One? ", "Uno.\n"), pair("One?", "Eins."), pair("Two?", "")]
+    found = load(rows)
+    assert found.counts == {"read": 4, "kept": 2, "duplicate": 1, "empty": 1}
+    assert len({example.id for example in found.train}) == 2
+    assert all(len(example.id) == 16 for example in found.train)
+
+
+def test_prose_filter(load):
+    good = [
+        pair("What is the best way to learn a language?", "Speak it every day with people who know it well."),
+        pair("Why is the sky blue?", "The air scatters blue light more than red."),
+    ]
+    bad = [
+        pair("Write a loop in Python", "Here is the code: for x in y: print(x)[0];"),
+        pair("What do you think of the sea?", "As an AI language model, I do not have thoughts about the sea."),
+        pair("Where is the list of it?", "It is at https://example.com/list."),
+        pair("What should I bring to the lake?", "Take these:\n- a towel\n- a hat\nand you are ready to go."),
+        pair("Was ist das für ein Haus?", "Das Haus gehört einer Familie."),
+        pair("Как дела и что это?", "It is good to be here with you."),
+        pair("How do I write it?", "Well, you would write it like this"),
+    ]
+    found = load([*good, *bad, pair("Why is the sky blue?", "It is the light of the sun in the air.")], filter="prose")
+    assert found.counts == {"read": 10, "kept": 2, "not prose": 7, "repeated prompt": 1}
+
+
+# ------------------------------------------------------------------------------------------------------- formats
+
+
+def talk(*texts, roles=("human", "gpt")):
+    return [{"from": roles[n % 2], "value": text} for n, text in enumerate(texts)]
+
+
+@pytest.mark.parametrize("format", ["auto", "named"])
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("messages", {"messages": [{"role": "user", "content": "P"}, {"role": "assistant", "content": "R"}]}),
+        ("prompt", {"prompt": "P", "response": "R"}),
+        ("prompt", {"prompt": "P", "completion": "R"}),
+        ("prompt", {"prompt": [{"role": "user", "content": "P"}], "answer": [{"role": "assistant", "content": "R"}]}),
+        ("alpaca", {"instruction": "P", "input": "", "output": "R"}),
+        ("sharegpt", {"id": "a_0", "conversations": talk("P", "R")}),
+        ("chitchat", {"messages": [[{"text": "P"}], [{"text": "R"}]]}),
+    ],
+)
+def test_formats(load, format, name, row):
+    [found] = load([row], format=name if format == "named" else "auto").train
+    assert (found.prompt, found.real) == ("P", "R")
+
+
+def test_format_details(load):
+    assert load([{"instruction": "Add.", "input": "1, 2", "output": "3"}]).train[0].prompt == "Add.\n\n1, 2"
+    chat = {"messages": [[{"text": "Hi"}, {"text": "you"}], [{"text": "Oh"}, {"text": "hi"}], [{"text": "So"}]]}
+    assert [(e.prompt, e.real) for e in load([chat], turns="all").train] == [("Hi you", "Oh hi")]
+    rows = [
+        {"id": "a_0", "conversations": talk("P", "R")},
+        {"id": "a_7", "conversations": talk("late", "part")},
+        {"id": "b_0", "conversations": talk("R", "P", roles=("gpt", "human"))},
+        {"id": "c_0", "conversations": talk("P")},
+        {"id": "c_0", "conversations": None},
+    ]
+    counts = {"read": 5, "kept": 1, "not a conversation's start": 1, "no prompt": 2, "no answer": 1}
+    assert load(rows).counts == counts
+    history = [{"role": r, "content": c} for r, c in (("user", "A"), ("assistant", "B"), ("user", "C"))]
+    [found] = load([{"prompt": history, "completion": "D"}]).train  # the record's answer, whatever data.turns says
+    assert found.prompt == "User: A\n\nAssistant: B\n\nUser: C" and found.real == "D"
+
+
+def test_broken_records_are_counted_not_raised(load):
+    rows = [pair("P", "R"), pair(None, "R"), pair("P", 3), {"other": 1}, pair("P", "\ud83d"), pair({"a": 1}, ["x"])]
+    assert load(rows).counts == {"read": 6, "kept": 1, "no prompt": 3, "no answer": 1, "broken characters": 1}
+
+
+# -------------------------------------------------------------------------------------------------------- sources
+
+
+def read(tmp_path, path, **changes):
+    return list(read_records(config(path, **changes), tmp_path / "cache"))
+
+
+def test_files_and_folders(tmp_path):
+    import datasets
+
+    rows = pairs(6)
+    table = datasets.Dataset.from_list(rows)
+    table.to_parquet(tmp_path / "rows.parquet")
+    table.save_to_disk(tmp_path / "disk")
+    datasets.DatasetDict(train=table.select(range(4)), test=table.select(range(4, 6))).save_to_disk(tmp_path / "dict")
+    hub = tmp_path / "hub" / "data"
+    hub.mkdir(parents=True)
+    table.select(range(4)).to_parquet(hub / "train_sft-00000-of-00001.parquet")
+    table.select(range(4, 6)).to_parquet(hub / "test_sft-00000-of-00001.parquet")
+    write(tmp_path / "rows.jsonl", rows)
+    (tmp_path / "list.json").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "object.json").write_text(json.dumps({"version": 1, "rows": rows}))
+    (tmp_path / "named.json").write_text(json.dumps({str(n): row for n, row in enumerate(rows)}))
+    for name in ("rows.parquet", "disk", "rows.jsonl", "list.json", "object.json", "named.json"):
+        assert read(tmp_path, tmp_path / name) == rows, name
+    for name, split in (("dict", "test"), ("hub", "test_sft")):
+        everything = read(tmp_path, tmp_path / name)
+        assert sorted(everything, key=str) == sorted(rows, key=str)
+        assert read(tmp_path, tmp_path / name, splits=[split]) == rows[4:]
+        fails(f"has no validation; it has .*{split}", read, tmp_path, tmp_path / name, splits=["validation"])
+    for name in ("disk", "rows.jsonl"):
+        fails("set it to null", read, tmp_path, tmp_path / name, splits=["train"])
+    (tmp_path / "empty").mkdir()
+    fails("no data set that can be read", read, tmp_path, tmp_path / "empty")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 or not")
+    fails("not a whole parquet file", read, tmp_path, tmp_path / "broken.parquet")
+    (tmp_path / "rows.csv").write_text("a,b")
+    fails(r"cannot read \.csv", read, tmp_path, tmp_path / "rows.csv")
+
+
+def test_bad_lines_are_named(tmp_path):
+    good = json.dumps(pair("P", "R"))
+    for number, line in enumerate([b'{"prompt": ', b"[1]", b"\xff\xfe", b"1" * 5000, b"[" * 100_000], start=1):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_bytes(f"{good}\n\n".encode() + line + b"\n")
+        fails(rf"{number}\.jsonl:3: ", read, tmp_path, path)
+    path = tmp_path / "list.json"
+    path.write_text(f"[\n{good},\n{good}\n{good}]")
+    fails(r"list\.json:4: not JSON", read, tmp_path, path)
+    path.write_bytes(b'[\n"\xff"]')
+    fails(r"list\.json:2: not UTF-8", read, tmp_path, path)
+    path.write_text('{"a": 1}')
+    fails("no list of records, but a", read, tmp_path, path)
+    path.write_text("[1]")
+    fails("record 1: a record is a JSON object", read, tmp_path, path)
+
+
+def test_missing_files_name_near_ones(tmp_path):
+    write(tmp_path / "pairs.jsonl", [])
+    fails("no such file or folder; did you mean pairs.jsonl", read, tmp_path, tmp_path / "pair.jsonl")
+    fails("nor is there a folder", read, tmp_path, tmp_path / "none" / "pairs.jsonl")
+    fails("did you mean pairs.jsonl", read, tmp_path, "asset:pair.jsonl")
+    fails("data.path", read, tmp_path, None)
+
+
+def test_missing_columns_name_those_there_are(load):
+    fails("no column response or completion or answer; there are prompt, text", load, [{"prompt": 1, "text": 2}],
+          format="prompt")  # fmt: skip
+    fails("no known format has question, text", load, [{"question": 1, "text": 2}])
+
+
+def test_nothing_survives(load):
+    fails("read: 2, kept: 0, empty: 2", load, [pair("", "R"), pair("P", "")])
+    fails("read: 3, kept: 3", load, pairs(3), held_out=3)
+    fails("read: 0", load, [])
+
+
+def test_a_hub_name_without_a_network():
+    code = (
+        "from spin import readers, config, errors\n"
+        "try: list(readers.read_records(config.DataConfig(path='nobody/nothing-of-this-name'), '/nonexistent'))\n"
+        "except errors.UserError as error: print('said:', error)\n"
+    )
+    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=root, capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("said: data.path=nobody/nothing-of-this-name"), done.stderr
+    assert done.stdout.count("\n") == 1
+
+
+def test_a_cut_list_in_a_wheel_is_read_up_to_the_cut(load, tmp_path):
+    text = json.dumps([{"id": f"x{n}_0", "conversations": talk(f"P{n}", "R")} for n in range(3)], indent=1)
+    wheel = tmp_path / "spin_talk-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("spin_talk/talk.json", text[:-20])
+        info = "spin_talk-1.0.dist-info"
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: spin-talk\nVersion: 1.0\n")
+        archive.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: t\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        archive.writestr(f"{info}/RECORD", "")
+    found = load(None, package=str(wheel), file="spin_talk/talk.json")
+    assert found.counts == {"read": 3, "kept": 2, "truncated record": 1}
+    fails("data.file", load, None, package=str(wheel))
+    (tmp_path / "talk.json").write_text(text[:-20])
+    fails(r"talk\.json:\d+: not JSON", load, tmp_path / "talk.json")  # a user's own file is whole, or wrong
+
+
+COLUMN = st.sampled_from(
+    [
+        "messages",
+        "conversations",
+        "role",
+        "from",
+        "content",
+        "value",
+        "prompt",
+        "response",
+        "instruction",
+        "output",
+        "text",
+    ]
+)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4) | COLUMN, inner, max_size=4),
+    max_leaves=12,
+)
+ROW = st.dictionaries(COLUMN, JSON | st.lists(st.dictionaries(COLUMN, JSON, max_size=3), max_size=3), max_size=4)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.lists(ROW, max_size=4),
+    noise=st.binary(max_size=6),
+    where=st.floats(0, 1),
+    suffix=st.sampled_from([".json", ".jsonl"]),
+    turns=st.sampled_from(["first", "all"]),
+)
+def test_broken_files_give_user_errors_or_counts(byte_level, tmp_path, rows, noise, where, suffix, turns):
+    text = json.dumps(rows) if suffix == ".json" else "\n".join(map(json.dumps, rows))
+    raw = text.encode()
+    at = int(where * len(raw))
+    path = tmp_path / f"fuzz{suffix}"
+    path.write_bytes(raw[:at] + noise + raw[at:])
+    try:
+        found = data.load(config(path, turns=turns), byte_level, {2}, 0, tmp_path)
+    except UserError as error:
+        said = str(error)
+    else:
+        said = ""
+        assert 2 * found.counts["read"] == sum(found.counts.values())
+    assert "\n" not in said
+
+
+def test_every_exchange_is_counted():
+    rows = [
+        {"messages": [{"role": ("user", "assistant")[n % 2], "content": "x"} for n in range(length)]}
+        for length in range(6)
+    ]
+    counts = Counter()
+    assert len(list(exchanges(rows, config(turns="all"), counts))) == 0 + 0 + 1 + 1 + 2 + 2
+    assert counts == {"read": 8, "no prompt": 1, "no answer": 1}
+
+
+# ----------------------------------------------------------------------------------------------------- conf/data
+
+
+CONF = Path(__file__).parents[1] / "conf" / "data"
+
+
+@pytest.mark.parametrize("name", ["sharegpt", "chitchat", "ultrachat", "local", "tiny"])
+def test_every_key_stands_in_every_file(name):
+    composed = OmegaConf.load(CONF / f"{name}.yaml")
+    assert set(composed) == {field.name for field in dataclasses.fields(DataConfig)} and composed.name == name
+    OmegaConf.merge(OmegaConf.structured(DataConfig), composed)
+
+
+def test_the_tiny_set(byte_level, tmp_path):
+    tiny = DataConfig(**OmegaConf.to_object(OmegaConf.load(CONF / "tiny.yaml")))
+    found = data.load(tiny, byte_level, {2}, 0, tmp_path)
+    assert (len(found.train), len(found.held_out)) == (24, 8)
+    assert found.counts == {"read": 48, "kept": 32, "not needed": 16}
+    assert len((ASSETS / "pairs.jsonl").read_text().splitlines()) == 48

@@ -1,0 +1,240 @@
+"""Whole games on a tiny model, through the command that users type."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from spin import tiny
+from spin.logps import plain_logps
+from spin.model import load_model, load_tokenizer
+from spin.pairs import Continuations, read_pairs
+
+ROOT = Path(__file__).parent.parent
+
+
+class Place:
+    """A folder with a cache, a store and runs of its own."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def play(self, *words: str, run: str = "run", status: int = 0) -> subprocess.CompletedProcess:
+        settings = {
+            "cache.path": self.folder / "cache",
+            "store.path": self.folder / "store",
+            "hydra.run.dir": self.folder / run,
+            "tracking.wandb": "disabled",
+            "evaluation.bootstrap": 50,
+        }
+        given = {word.split("=")[0] for word in words}
+        settings = [f"{key}={value}" for key, value in settings.items() if key not in given]
+        done = subprocess.run(
+            [sys.executable, "run.py", *words, "experiment=smoke", *settings],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=280,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == status, done.stdout + done.stderr
+        return done
+
+    def stages(self) -> Counter:
+        return Counter(path.parent.parent.name for path in (self.folder / "store").glob("*/*/manifest.json"))
+
+    def metrics(self, run: str = "run") -> list[dict]:
+        return [json.loads(line) for line in (self.folder / run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory):
+    place = Place(tmp_path_factory.mktemp("game"))
+    place.first = place.play("schedule.replay=previous")
+    return place
+
+
+def test_the_run_folder_is_what_the_contract_says(played):
+    run = played.folder / "run"
+    for name in (
+        "config.yaml",
+        "metrics.jsonl",
+        "report.md",
+        "game.json",
+        "iter0/pairs.parquet",
+        "iter1/manifest.json",
+    ):
+        assert (run / name).is_file(), name
+    assert list((run / "figures").glob("*.png"))
+    columns = set(pq.read_table(run / "iter0" / "pairs.parquet").column_names)
+    wanted = "id prompt real generated finish_reason prompt_ids real_ids generated_ids opponent_logp_real opponent_logp_generated"
+    assert set(wanted.split()) <= columns
+    assert load_model(run / "iter1" / "policy", torch.float32, torch.device("cpu"))
+    assert load_tokenizer(run / "iter1" / "policy").chat_template
+    assert played.stages() == {"generate": 2, "score": 2, "train": 2, "evaluate": 4, "sft": 1}
+    for word in ("report: ", "trained model: ", "peak memory", "iter1"):
+        assert word in played.first.stdout
+    manifest = json.loads((run / "iter1" / "manifest.json").read_text())
+    assert manifest["opponent"]["label"] == "iter0" and manifest["replay"] == ["iter0"]
+
+
+def test_every_iteration_starts_with_margin_0_and_ln_2(played):
+    rows = [row for row in played.metrics() if row["stage"] == "train"]
+    for iteration in (0, 1):
+        first = next(row for row in rows if row["iter"] == iteration)
+        assert first["step"] == 0
+        assert first["loss"] == pytest.approx(0.6931, abs=0.01)
+        assert first["rewards/margins"] == pytest.approx(0, abs=0.02)
+    keys = "loss rewards/real rewards/generated rewards/margins rewards/accuracies logps/real logps/generated grad_norm"
+    assert set(f"{keys} learning_rate tokens_per_second pairs_per_second".split()) <= set(rows[0])
+
+
+def test_replayed_pairs_are_scored_under_the_present_opponent(played):
+    """Iteration 1 trains on its own pairs and iteration 0's, all with log-probs of the policy that iteration 0 made."""
+    now = read_pairs(played.folder / "run" / "iter1" / "pairs.parquet")
+    before = {pair.id: pair for pair in read_pairs(played.folder / "run" / "iter0" / "pairs.parquet")}
+    assert {pair.iter for pair in now} == {0, 1}
+    opponent = load_model(played.folder / "run" / "iter0" / "policy", torch.float32, torch.device("cpu"))
+    replayed = [pair for pair in now if pair.iter == 0]
+    for pair in replayed[:6]:
+        old = before[pair.id]
+        assert pair.generated_ids == old.generated_ids
+        assert pair.opponent_logp_generated != old.opponent_logp_generated
+        real, generated = plain_logps(opponent, Continuations(pair.prompt_ids, (pair.real_ids, pair.generated_ids)))
+        assert pair.opponent_logp_real == pytest.approx(real.sum().item(), abs=2)
+        assert pair.opponent_logp_generated == pytest.approx(generated.sum().item(), abs=2)
+
+
+def test_the_ids_are_those_that_were_sampled_and_the_prompt_is_the_same(played):
+    tokenizer = load_tokenizer(played.folder / "run" / "iter0" / "policy")
+    for pair in read_pairs(played.folder / "run" / "iter0" / "pairs.parquet"):
+        assert tokenizer.decode(pair.generated_ids, skip_special_tokens=True) == pair.generated
+        assert pair.real_ids[-1] == tokenizer.eos_token_id and pair.real_ids.count(tokenizer.eos_token_id) == 1
+        assert (pair.generated_ids[-1] == tokenizer.eos_token_id) == (pair.finish_reason == "stop")
+        text = tokenizer.decode(pair.prompt_ids)
+        assert text.startswith("### Instruction: ") and text.endswith("### Response: ") and pair.prompt in text
+        assert pair.generated_ids != pair.real_ids and pair.generated.strip()
+
+
+def test_a_second_run_finds_everything_done(played):
+    before, rows = played.stages(), played.metrics()
+    again = played.play("schedule.replay=previous")
+    assert "nothing was computed again" in again.stdout
+    assert played.stages() == before
+    assert played.metrics() == rows  # replaced whole: the same rows, none twice
+
+
+def test_iter_2_goes_on_after_iter_1(played):
+    before = played.stages()
+    played.play("schedule.replay=previous", "iter=2", run="longer")
+    assert played.stages() - before == {"generate": 1, "score": 1, "train": 1, "evaluate": 1}
+    assert (played.folder / "longer" / "iter2" / "policy").is_dir()
+
+
+def test_a_sweep_over_beta_generates_and_scores_iteration_0_once(played):
+    before = played.stages()
+    played.play("-m", "iter=0", "loss.beta=0.2,0.5", f"hydra.sweep.dir={played.folder}/sweep")
+    assert played.stages() - before == {"train": 2, "evaluate": 2}
+
+
+def test_the_same_bits_with_a_cold_cache(played, tmp_path):
+    place = Place(tmp_path)
+    place.play("schedule.replay=previous")
+    for name in ("iter0", "iter1"):
+        one, other = (load_file(p.folder / "run" / name / "policy" / "model.safetensors") for p in (played, place))
+        assert all(torch.equal(one[key], other[key]) for key in one)
+        pairs = [read_pairs(p.folder / "run" / name / "pairs.parquet") for p in (played, place)]
+        assert pairs[0] == pairs[1]
+
+
+def test_scores_are_found_by_the_weights_content_and_not_their_path(played, tmp_path):
+    model = next((played.folder / "cache").glob("tiny-*[0-9]"))
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(model, moved)
+    before = played.stages()
+    words = ["iter=0", "schedule.replay=previous", f"model.path={moved}"]
+    played.play(*words, run="moved")
+    assert played.stages() == before
+    weights = load_file(moved / "model.safetensors")
+    weights["model.norm.weight"][0] += 0.5
+    save_file(weights, moved / "model.safetensors", metadata={"format": "pt"})
+    played.play(*words, run="changed")
+    assert played.stages() - before == {"generate": 1, "score": 1, "train": 1, "evaluate": 3, "sft": 1}
+
+
+def test_prompts_that_are_held_out_are_never_trained_on(played):
+    trained = {pair.prompt for t in (0, 1) for pair in read_pairs(played.folder / "run" / f"iter{t}" / "pairs.parquet")}
+    for folder in (played.folder / "store" / "evaluate").glob("*/held_out.parquet"):
+        assert not trained & {pair.prompt for pair in read_pairs(folder)}
+
+
+def test_a_users_own_chat_data_and_model_folder(played, tmp_path):
+    record = '{"messages": [{"role": "user", "content": "Say %d."}, {"role": "assistant", "content": "Yes: %d."}]}\n'
+    (tmp_path / "chat.jsonl").write_text("".join(record % (i, i) for i in range(20)))
+    model = next((played.folder / "cache").glob("tiny-*[0-9]"))
+    place = Place(tmp_path)
+    place.play(f"model.path={model}", "data=local", f"data.path={tmp_path}/chat.jsonl", "data.held_out=4", "iter=0")
+    assert len(read_pairs(tmp_path / "run" / "iter0" / "pairs.parquet")) == 16
+
+
+def test_answers_that_are_all_empty_end_the_run_with_one_line(played, tmp_path):
+    """A model whose last norm is 0 gives every token the same logit: greedily it repeats one special token."""
+    model = next((played.folder / "cache").glob("tiny-*[0-9]"))
+    mute = tmp_path / "mute"
+    shutil.copytree(model, mute)
+    weights = load_file(mute / "model.safetensors")
+    weights["model.norm.weight"] *= 0
+    save_file(weights, mute / "model.safetensors", metadata={"format": "pt"})
+    words = [f"model.path={mute}", "schedule.sft_epochs=0", "generation=greedy"]
+    done = Place(tmp_path).play(*words, status=1)
+    assert "no pair is left" in done.stderr and "24 empty" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    rows = Place(tmp_path).metrics()
+    assert rows[-1]["stage"] == "generate"  # what was computed is kept
+
+
+def test_a_disk_without_room_is_found_before_any_long_work(played, tmp_path):
+    last = shutil.disk_usage(tmp_path).free // 250_000  # a tiny policy is larger than that
+    done = Place(tmp_path).play(f"iter={last}", status=1)
+    assert f"GiB are free, but {last + 2} policies" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_disk_that_fills_up_ends_the_run_with_one_line(tmp_path):
+    """Files may not grow past 200 kB: the policy can't be written. What was finished before stays."""
+    limit = "import resource, runpy, signal, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000));"
+    limit += "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); sys.argv[0] = 'run.py'; runpy.run_path('run.py', run_name='__main__')"
+    place = Place(tmp_path)
+    words = [
+        "experiment=smoke",
+        "tracking.wandb=disabled",
+        f"cache.path={tmp_path}/cache",
+        f"store.path={tmp_path}/store",
+    ]
+    tiny.make(tmp_path / "model")
+    words += [f"model.path={tmp_path}/model", f"hydra.run.dir={tmp_path}/run"]
+    done = subprocess.run([sys.executable, "-c", limit, *words], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "no space left" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert place.stages() == {"evaluate": 1}
+
+
+@pytest.mark.parametrize("link", ["hinge", "exponential", "correlation"])
+def test_every_link_plays(played, link):
+    played.play("iter=0", f"loss={link}", run=link)
+    assert played.metrics(link)[-1]["stage"] == "evaluate"
+
+
+def test_adamw_padded_fp32_with_checkpointing_plays(played):
+    words = ["optimizer=adamw", "engine.layout=padded", "engine.precision=fp32"]
+    played.play("iter=0", *words, "engine.gradient_checkpointing=true", "evaluation=none", run="other")
+    first = next(row for row in played.metrics("other") if row["stage"] == "train")
+    assert first["loss"] == pytest.approx(0.693147, abs=1e-4)

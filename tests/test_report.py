@@ -1,0 +1,279 @@
+"""The report page and the table at a run's end, from the folder of a made-up run."""
+
+import io
+import json
+import re
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+
+from spin import report
+
+NASTY = "Is a | b?\n\n```python\nx = [bold]1[/bold]\n```\n# no heading\n<b>&amp;</b> $x$ ![i](u) \x1b[31mred"
+
+
+def around(name, value, half):
+    return {name: value, f"{name}_interval": [value - half, value + half]}
+
+
+def evaluation(policy, iteration, better, interval=0.01):
+    """Measures that improve with `better`, by 0.02 each."""
+    row = {"policy": policy, "iter": iteration, "n": 50}
+    for name, value in (
+        ("nll_per_token", 2.1 - 0.02 * better),
+        ("human_likelier", 0.2 + 0.02 * better),
+        ("length_auc", 0.8 - 0.02 * better),
+        ("rouge_l", 0.2 + 0.02 * better),
+        ("own_length", 20.0 + better),
+        ("human_length", 31.0),
+        ("finished", 0.9),
+        ("distinct_2", 0.5),
+    ):
+        row |= around(name, value, interval)
+    if iteration is not None:
+        row |= around("margin", 1.5, 0.2) | around("accuracy", 0.7, 0.05)
+    return row
+
+
+def made_up(folder, iterations=2, steps=60, margins=True):
+    """A run's folder of `iterations`; returns its `game`."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [{"iter": None, "step": 0, "stage": "sft", "loss": 2.0, "logps/real": -40.0}]
+    game = {
+        "command": "python run.py experiment=smoke iter=1",
+        "name": "a|b *c* [red]",
+        "model": "some/model",
+        "data": {"train": 80, "held_out": 50, "counts": {"prompt | too long": 3}},
+        "iterations": [],
+        "evaluations": [evaluation("start", None, 0), evaluation("sft", None, 1)],
+        "seconds": {"generate": 47.2, "train": 192.0},
+        "peak_memory_gib": 1.234,
+    }
+    for t in range(iterations):
+        part = folder / f"iter{t}"
+        part.mkdir()
+        real, generated = ([[5] * int(n) for n in rng.integers(1, high, 80)] for high in (60, 40))
+        columns = {
+            "id": [str(i) for i in range(80)],
+            "prompt": [NASTY] * 80,
+            "real": ["r"] * 80,
+            "generated": ["g"] * 80,
+            "finish_reason": ["stop"] * 80,
+            "prompt_ids": [[1, 2]] * 80,
+            "real_ids": real,
+            "generated_ids": generated,
+            "opponent_logp_real": [-1.0] * 80,
+            "opponent_logp_generated": [-1.0] * 80,
+        }
+        pq.write_table(pa.table(columns), part / "pairs.parquet")
+        if margins:
+            (part / "margins.json").write_text(json.dumps({"margin": rng.normal(1, 2, 50).tolist()}))
+        for s in range(steps):
+            fall = s / steps
+            rewards = {"rewards/real": -0.1 * fall, "rewards/generated": -0.3 * fall, "rewards/margins": 0.2 * fall}
+            logps = {"logps/real": -40 - fall, "logps/generated": -30 - 3 * fall}
+            row = {"iter": t, "step": s, "stage": "train", "loss": 0.69 - fall / 10, **rewards, **logps}
+            rows.append(row)
+        played = {"iter": t, "beta": 0.1, "lr": 1e-5, "pairs": 78, "dropped": {"same": 2, "empty": 0}}
+        game["iterations"].append(played | {"policy": f"iter{t}/policy", "opponent": f"iter{t - 1}" if t else "sft"})
+        game["evaluations"].append(evaluation(f"iter{t}", t, 2 + t))
+    answers = {row["policy"]: f"{NASTY} {row['policy']}" for row in game["evaluations"]}
+    game["samples"] = [{"prompt": NASTY, "real": "a human | answer", "answers": answers}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return game
+
+
+def outside_fences(page):
+    """The page's Markdown without its code blocks, found the way that CommonMark does."""
+    kept, fence = [], None
+    for line in page.splitlines():
+        opening = re.match(r"(`{3,})", line)
+        if fence is None and opening:
+            fence = opening[1]
+        elif fence is not None and line.strip() and set(line) == {"`"} and len(line) >= len(fence):
+            fence = None
+        elif fence is None:
+            kept.append(line)
+    assert fence is None
+    return "\n".join(kept)
+
+
+def figures(folder):
+    return {path.stem for path in (folder / "figures").glob("*.png")}
+
+
+def test_report_of_a_whole_run(tmp_path):
+    game = made_up(tmp_path)
+    json.dumps(game)
+    page = report.write(tmp_path, game)
+    assert page == tmp_path / "report.md"
+    assert figures(tmp_path) == set(report.FIGURES)
+    text = page.read_text()
+    assert "python run.py experiment=smoke iter=1" in text
+    assert "| 1 | iter0 | 0.1 | 1e-5 | 78 | 2 same | `iter1/policy` |" in text
+    assert "2.060 [2.050, 2.070]" in text
+    assert "| train | 3 min 12 s |" in text
+    assert "Peak memory: 1.23 GiB" in text
+    assert "Why log p(real) can fall" in text
+    assert "-40.042 → -40.942" in text  # mean of six steps of sixty at either end
+    for link in re.findall(r"\]\((figures/[^)]*)\)", text):
+        assert (tmp_path / link).exists()
+    for path in (tmp_path / "figures").iterdir():
+        head = path.read_bytes()[:24]
+        width, height = struct.unpack(">II", head[16:])
+        assert width == 1080
+        assert 300 < height < 1200
+
+
+def test_texts_of_users_do_not_break_the_page(tmp_path):
+    text = report.write(tmp_path, made_up(tmp_path)).read_text()
+    prose = outside_fences(text)
+    for piece in ("no heading", "[bold]", "<b>", "![i]", "x = "):
+        assert piece in text
+        assert piece not in prose
+    assert "\x1b" not in text
+    assert prose.splitlines()[0] == r"# a\|b \*c\* \[red\]"
+    assert r"| prompt \| too long | 3 |" in prose
+    for block in re.findall(r"(?:^\|.*\|\n)+", prose, re.MULTILINE):
+        cells = {len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}
+        assert len(cells) == 1, block
+
+
+def test_a_long_answer_is_wrapped_and_keeps_its_indentation():
+    fenced = report._fence("    code\n\n" + "word " * 60 + "\n" + "文" * 250)
+    lines = fenced.splitlines()
+    assert lines[:3] == ["```text", "    code", ""]
+    assert max(len(line) for line in lines) <= 100
+    assert "".join(lines).count("文") == 250
+
+
+def test_a_run_again_replaces_figures_that_it_no_longer_has(tmp_path):
+    game = made_up(tmp_path)
+    report.write(tmp_path, game)
+    for path in tmp_path.glob("iter*/margins.json"):
+        path.unlink()
+    text = report.write(tmp_path, game).read_text()
+    assert figures(tmp_path) == {"measures", "logps", "lengths"}
+    assert "margins.png" not in text
+
+
+def test_report_without_training_steps(tmp_path):
+    game = made_up(tmp_path, steps=0)
+    text = report.write(tmp_path, game).read_text()
+    assert "No training steps are on record" in text
+    assert "logps" not in figures(tmp_path)
+
+
+def test_report_of_almost_nothing(tmp_path):
+    """No evaluation, no samples, nothing computed, no metrics at all."""
+    game = made_up(tmp_path, iterations=1, steps=1, margins=False)
+    game |= {"evaluations": [], "samples": [], "seconds": {}}
+    text = report.write(tmp_path, game).read_text()
+    assert figures(tmp_path) == {"logps", "lengths"}
+    assert "Nothing was evaluated" in text
+    assert "nothing was computed" in text
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "iter0" / "pairs.parquet").unlink()
+    report.write(tmp_path, game)
+    assert figures(tmp_path) == set()
+    shown = io.StringIO()
+    report.summary(game, Console(file=shown, width=100))
+    assert shown.getvalue() == ""
+
+
+def test_report_with_numbers_that_are_not_known(tmp_path):
+    game = made_up(tmp_path)
+    game["evaluations"][0] |= {
+        "margin": None,
+        "margin_interval": None,
+        "rouge_l": None,
+        "rouge_l_interval": [None, None],
+    }
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rows[5] |= {"rewards/real": None, "logps/real": None}
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = report.write(tmp_path, game).read_text()
+    assert "| – | – |" in text
+    assert "nan" not in text
+    assert figures(tmp_path) == set(report.FIGURES)
+
+
+@pytest.mark.parametrize("constant", [0.0, 3.0])
+def test_all_margins_alike(constant, tmp_path):
+    game = made_up(tmp_path, iterations=1)
+    (tmp_path / "iter0" / "margins.json").write_text(json.dumps({"margin": [constant] * 5}))
+    report.write(tmp_path, game)
+    assert "margins" in figures(tmp_path)
+
+
+# --- does the last policy differ? -------------------------------------------------------------------------------------
+
+
+def test_verdict_says_so_where_intervals_do_not_overlap():
+    rows = [
+        evaluation("start", None, 9),
+        evaluation("sft", None, 0),
+        evaluation("iter0", 0, 5),
+        evaluation("iter1", 1, 5),
+    ]
+    against_start, against_first = report.verdict(rows)
+    assert against_start.startswith("iter1 against sft, n=50: better in NLL of the human answers (2.100 → 2.000), ")
+    assert "worse" not in against_start
+    assert against_first == "iter1 against iter0: no difference seen at n=50, the intervals of all measures overlap."
+
+
+def test_verdict_names_what_got_worse_and_what_did_not_change():
+    first, last = evaluation("start", None, 0), evaluation("iter0", 0, 0)
+    last |= around("human_likelier", 0.9, 0.01) | around("rouge_l", 0.3, 0.01)  # 0.9 is further from 0.5 than 0.2
+    (sentence,) = report.verdict([first, last])
+    assert "better in ROUGE-L (0.200 → 0.300); " in sentence
+    assert "worse in how often the human answer is likelier (0.200 → 0.900); " in sentence
+    assert sentence.endswith("no difference seen in NLL of the human answers, length AUC.")
+
+
+def test_verdict_of_overlapping_intervals():
+    rows = [evaluation("start", None, 0, interval=0.5), evaluation("iter0", 0, 5, interval=0.5)]
+    assert report.verdict(rows) == [
+        "iter0 against start: no difference seen at n=50, the intervals of all measures overlap."
+    ]
+
+
+# --- the table at a run's end -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 160])
+def test_summary_fits_and_shows_texts_as_they_are(width, tmp_path):
+    shown = io.StringIO()
+    report.summary(made_up(tmp_path, iterations=4), Console(file=shown, width=width))
+    text = shown.getvalue()
+    assert max(len(line) for line in text.splitlines()) <= width
+    assert "[bold]1[/bold]" in text
+    assert "\x1b" not in text
+    if width >= 80:
+        assert "…" not in text
+        for cell in ("2.100", "20 / 31", "likelier", "accuracy"):
+            assert cell in text
+    for interval in ("2.090, 2.110", "1.30, 1.70", "0.65, 0.75"):
+        assert (interval in text) == (width >= 100)
+    if width >= 100:
+        for name in ("human", "start", "sft", "iter0", "iter3"):
+            assert re.search(rf"┃ {name} ", text)
+
+
+def test_summary_puts_answers_side_by_side(tmp_path):
+    shown = io.StringIO()
+    report.summary(made_up(tmp_path, iterations=1), Console(file=shown, width=100))
+    heads = [line for line in shown.getvalue().splitlines() if line.startswith("┃ ")]
+    assert [re.findall(r"\w+", line) for line in heads] == [["human", "start"], ["sft", "iter0"]]
+
+
+def test_report_needs_no_torch():
+    code = "import sys, spin.report; assert not {'torch', 'transformers', 'wandb'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -1,0 +1,305 @@
+"""What a run leaves behind: metrics.jsonl, W&B (its real client, offline), lines and bars."""
+
+import contextlib
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from spin import track
+from spin.errors import UserError
+from spin.track import Tracker, format_seconds, wandb_mode
+
+KEY = "0" * 40
+
+
+@pytest.fixture(autouse=True)
+def nobody_logged_in(monkeypatch, tmp_path):
+    """No W&B variable, and a netrc file that is not there; should anything call W&B's server, it calls nobody."""
+    for name in ("WANDB_MODE", "WANDB_DISABLED", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+
+
+def tracker(folder, wandb="disabled", rank=0, **console):
+    shown = io.StringIO()
+    console = Console(file=shown, width=100, **console)
+    return Tracker(folder, name="t", config={"seed": 0}, wandb=wandb, rank=rank, console=console), shown
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+# --- metrics.jsonl ----------------------------------------------------------------------------------------------------
+
+
+def test_a_row_is_on_disk_at_once_with_its_keys_as_given(tmp_path):
+    one, _ = tracker(tmp_path)
+    row = {"iter": 0, "step": 1, "stage": "train", "loss": 0.5, "rewards/real": -0.1}
+    one.log(row)
+    assert rows(tmp_path) == [row]
+    one.close()
+
+
+def test_another_run_replaces_the_rows(tmp_path):
+    for loss in (1.0, 2.0):
+        one, _ = tracker(tmp_path)
+        one.log({"loss": loss})
+        one.close()
+    assert rows(tmp_path) == [{"loss": 2.0}]
+
+
+def test_what_json_cannot_hold(tmp_path):
+    one, _ = tracker(tmp_path)
+    one.log(
+        {"nan": float("nan"), "inside": [np.float32("inf"), np.int64(3)], "path": Path("a/b"), "scalar": np.array(1.5)}
+    )
+    one.close()
+    assert rows(tmp_path) == [{"nan": None, "inside": [None, 3], "path": "a/b", "scalar": 1.5}]
+
+
+def test_other_ranks_leave_no_trace(tmp_path):
+    folder = tmp_path / "run"
+    one, shown = tracker(folder, wandb="online", rank=1)
+    one.log({"loss": 1.0})
+    one.say("hello")
+    one.samples("iter0", [{"prompt": "a", "real": "b", "generated": "c"}])
+    with one.progress("train", 3, "pairs") as bar:
+        bar.advance(3, loss=1.0)
+    one.close({"a": 1})
+    assert not folder.exists()
+    assert shown.getvalue() == ""
+
+
+# --- W&B --------------------------------------------------------------------------------------------------------------
+
+
+def test_offline_run_is_silent_and_needs_no_network(tmp_path):
+    """In a process of its own, so that all that W&B's service prints is seen."""
+    code = """
+import sys, pathlib
+from spin.track import Tracker
+one = Tracker(pathlib.Path(sys.argv[1]), name="t", config={"loss": {"beta": 0.1}}, wandb="auto")
+for t in (0, 1):
+    for step in (0, 1):
+        one.log({"iter": t, "step": step, "stage": "train", "loss": 0.5, "grad_norm": None})
+    one.log({"iter": t, "step": 0, "stage": "evaluate", "policy": f"iter{t}", "a": 0.2, "a_interval": [0.1, 0.3]})
+    one.samples(f"iter{t}", [{"prompt": "p", "real": "r", "generated": f"g{t}"}])
+one.close({"peak_memory_gib": 1.0})
+one.close()
+one.say("after")
+"""
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    (run,) = (tmp_path / "wandb").glob("offline-run-*")
+    assert done.stdout == f"W&B is offline; to upload this run: wandb sync {run}\nafter\n"
+    assert len(rows(tmp_path)) == 6
+
+    (log,) = run.glob("run-*.wandb")
+    for key in (b"train/loss", b"evaluate/a_interval_low", b"global_step", b"peak_memory_gib", b"train/*"):
+        assert key in log.read_bytes()
+    tables = [json.loads(path.read_text()) for path in (run / "files/media/table").iterdir()]
+    longest = max(tables, key=lambda table: len(table["data"]))
+    assert longest["columns"] == ["iteration", "prompt", "real", "generated"]
+    assert longest["data"] == [["iter0", "p", "r", "g0"], ["iter1", "p", "r", "g1"]]
+    sent = {path.name for path in run.rglob("*") if path.is_file()}
+    assert not sent & {"requirements.txt", "diff.patch", "output.log"}
+    assert not any(name.endswith(".py") for name in sent)
+
+
+def test_wandb_row_is_prefixed_and_counts_steps_through(tmp_path):
+    one, _ = tracker(tmp_path)
+    sent = [
+        one._wandb_row({"stage": stage, "iter": t, "step": step, "loss": 0.5})
+        for stage, t, step in [("sft", None, 0), ("sft", None, 1), ("train", 0, 0), ("train", 0, 1), ("train", 1, 0)]
+    ]
+    assert [row["global_step"] for row in sent] == [1, 2, 3, 4, 5]
+    assert sent[0] == {"sft/step": 0, "sft/loss": 0.5, "iter": -1, "global_step": 1}
+    measured = one._wandb_row(
+        {"stage": "evaluate", "iter": 1, "step": 0, "a": None, "b": 2.0, "b_interval": [1.0, 3.0]}
+    )
+    ends = {"evaluate/b_interval_low": 1.0, "evaluate/b_interval_high": 3.0}
+    assert measured == {"evaluate/step": 0, "evaluate/b": 2.0, **ends, "iter": 1, "global_step": 5}
+    one.close()
+
+
+def test_disabled_does_not_import_wandb(tmp_path):
+    code = """
+import sys, pathlib
+from spin.track import Tracker
+one = Tracker(pathlib.Path(sys.argv[1]), name="t", config={}, wandb="disabled")
+one.log({"loss": 1.0}); one.samples("iter0", []); one.close()
+assert "wandb" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code, tmp_path], check=True, timeout=60)
+    assert not (tmp_path / "wandb").exists()
+
+
+def test_a_failing_wandb_costs_one_line(tmp_path, monkeypatch):
+    def fail(self):
+        raise OSError("no space\nleft")
+
+    monkeypatch.setattr(Tracker, "_start", fail)
+    one, shown = tracker(tmp_path, wandb="offline")
+    for _ in range(3):
+        one.log({"loss": 1.0})
+    one.samples("iter0", [{"prompt": "a", "real": "b", "generated": "c"}])
+    one.close()
+    assert len(rows(tmp_path)) == 3
+    assert len(shown.getvalue().splitlines()) == 1
+    assert "(no space)" in shown.getvalue()
+
+
+class FakeRun:
+    def __init__(self):
+        self.summary, self.dir, self.exit_code = {}, "wandb/run/files", None
+
+    def log(self, row):
+        pass
+
+    def finish(self, exit_code):
+        self.exit_code = exit_code
+
+
+def test_a_run_that_fails_is_shown_as_failed(tmp_path, monkeypatch):
+    run = FakeRun()
+    monkeypatch.setattr(Tracker, "_start", lambda self: run)
+    one, _ = tracker(tmp_path, wandb="offline")
+    one.log({"loss": 1.0})
+    try:
+        raise KeyError
+    except KeyError:
+        one.close({"x": float("nan")})
+    assert run.exit_code == 1
+    assert run.summary == {"x": None}
+
+
+# --- which mode -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("setting", "environment", "mode"),
+    [
+        ("auto", {}, "offline"),
+        ("auto", {"WANDB_API_KEY": KEY}, "online"),
+        ("auto", {"WANDB_API_KEY": KEY, "WANDB_MODE": "offline"}, "offline"),
+        ("auto", {"WANDB_API_KEY": KEY, "WANDB_MODE": "dryrun"}, "offline"),
+        ("auto", {"WANDB_API_KEY": KEY, "WANDB_MODE": "disabled"}, "disabled"),
+        ("auto", {"WANDB_API_KEY": KEY, "WANDB_DISABLED": "true"}, "disabled"),
+        ("auto", {"WANDB_API_KEY": KEY, "WANDB_DISABLED": "false"}, "online"),
+        ("auto", {"WANDB_API_KEY": KEY, "WANDB_DISABLED": "true", "WANDB_MODE": "online"}, "online"),
+        ("online", {"WANDB_API_KEY": KEY}, "online"),
+        ("offline", {"WANDB_API_KEY": KEY, "WANDB_MODE": "online"}, "offline"),
+        ("disabled", {"WANDB_API_KEY": KEY}, "disabled"),
+    ],
+)
+def test_mode(setting, environment, mode, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert wandb_mode(setting) == mode
+
+
+def test_netrc_is_a_login_for_its_own_host_only(tmp_path, monkeypatch):
+    path = tmp_path / "netrc"
+    path.write_text(f"machine api.wandb.ai\n  login user\n  password {KEY}\n")
+    path.chmod(0o600)
+    assert wandb_mode("auto") == "online"
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    assert wandb_mode("auto") == "offline"
+    path.write_text("machine\n")
+    assert wandb_mode("auto") == "offline"
+
+
+@pytest.mark.parametrize(
+    ("setting", "variable", "said"),
+    [("online", None, "wandb login"), ("auto", "online", "wandb login"), ("auto", "on", "=on:")],
+)
+def test_online_without_login_fails_before_any_work(setting, variable, said, tmp_path, monkeypatch):
+    if variable:
+        monkeypatch.setenv("WANDB_MODE", variable)
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match=said) as raised:
+        tracker(tmp_path, wandb=setting)
+    assert "\n" not in str(raised.value)
+    assert rows(tmp_path) == [{}]  # what an earlier run left is still there
+
+
+# --- what a person sees -----------------------------------------------------------------------------------------------
+
+
+def test_say_shows_brackets_and_does_not_wrap(tmp_path):
+    one, shown = tracker(tmp_path)
+    one.say("loss.beta=[0.1, 5.0] [red]not red[/] " + "x" * 200)
+    one.close()
+    one.say("after")
+    assert shown.getvalue() == "loss.beta=[0.1, 5.0] [red]not red[/] " + "x" * 200 + "\nafter\n"
+
+
+def test_progress_in_a_log_file_is_a_line_now_and_then(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(track.time, "monotonic", lambda: clock[0])
+    one, shown = tracker(tmp_path)
+    with one.progress("iter 0: train [x]", 100, "pairs") as bar:
+        for step in range(100):
+            clock[0] += 0.25
+            bar.advance(1, loss=0.5, margin=step * 0.01)
+    one.close()
+    assert shown.getvalue().splitlines() == [
+        "iter 0: train [x]: 40/100 pairs, 4.0 pairs/s, 15 s left, loss 0.500, margin 0.390",
+        "iter 0: train [x]: 80/100 pairs, 4.0 pairs/s, 5 s left, loss 0.500, margin 0.790",
+        "iter 0: train [x]: 100 pairs in 25 s (4.0 pairs/s), loss 0.500, margin 0.990",
+    ]
+
+
+def test_progress_of_nothing_and_of_a_failure(tmp_path):
+    one, shown = tracker(tmp_path)
+    with one.progress("score", 0, "pairs"):
+        pass
+    with contextlib.suppress(KeyError), one.progress("generate", 10, "answers") as bar:
+        bar.advance(4)
+        raise KeyError
+    one.close()
+    first, second = shown.getvalue().splitlines()
+    assert first == "score: 0 pairs in 0 s"
+    assert second.startswith("generate: 4/10 answers, ")
+    assert second.endswith(": stopped")
+
+
+def test_progress_on_a_terminal_is_a_bar_and_then_one_line(tmp_path):
+    one, shown = tracker(tmp_path, force_terminal=True, force_interactive=True, _environ={})
+    with one.progress("train [bold]", 4, "pairs") as bar:
+        bar.advance(2, loss=0.25)
+        one.say("a line above the bar")
+        bar.advance(2, loss=0.125)
+    one.close()
+    text = shown.getvalue()
+    assert "train [bold]" in text
+    assert "━" in text
+    assert "a line above the bar" in text
+    assert "train [bold]: 4 pairs in 0 s" in text.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0 s"),
+        (0.42, "0.4 s"),
+        (9.96, "10 s"),
+        (47, "47 s"),
+        (59.7, "1 min 00 s"),
+        (192, "3 min 12 s"),
+        (3599.9, "1 h 00 min"),
+        (7500, "2 h 05 min"),
+        (360000, "100 h 00 min"),
+        (float("nan"), "?"),
+    ],
+)
+def test_format_seconds(seconds, text):
+    assert format_seconds(seconds) == text
