@@ -4,7 +4,6 @@ The run's folder shows the stages' results under the names that people look for.
 """
 
 import json
-import resource
 import shutil
 import sys
 import time
@@ -43,7 +42,7 @@ def play(config: Config, folder: Path, command: str) -> dict:
     try:
         return _play(config, folder, command, tracker)
     finally:
-        tracker.close({"peak_memory_gib": peak_memory_gib()})
+        tracker.close()
 
 
 def _play(config: Config, folder: Path, command: str, tracker: Tracker) -> dict:
@@ -93,7 +92,7 @@ def _play(config: Config, folder: Path, command: str, tracker: Tracker) -> dict:
             }
         )
 
-    peak = peak_memory_gib()
+    peak = stages.peak_memory_gib
     summary: dict[str, Any] = {
         "command": command,
         "name": config.name,
@@ -113,6 +112,7 @@ def _play(config: Config, folder: Path, command: str, tracker: Tracker) -> dict:
     else:
         took = format_seconds(time.perf_counter() - started)
         tracker.say(f"{stages.played} stages played in {took}, peak memory {peak:.2f} GiB.")
+    tracker.close({"peak_memory_gib": peak})
     tracker.say(f"report: {page}")
     tracker.say(f"trained model: {folder / iterations[-1]['policy']}")
     return summary
@@ -167,14 +167,6 @@ def fp32_bytes(folder: Path) -> int:
                     count *= size
                 total += 4 * count
     return total
-
-
-def peak_memory_gib() -> float:
-    """The most memory that this process has held: on the GPU where it computed there, else resident."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated() / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # bytes on macOS, KiB on Linux
 
 
 def _samples(evaluations: Sequence[Evaluated], count: int) -> list[dict]:

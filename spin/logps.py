@@ -75,14 +75,17 @@ class ResponseHead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, target, scale, cap, chunk):
-        normalisers, logps = [], []
-        for part, wanted in zip(hidden.split(chunk), target.split(chunk), strict=True):
-            logits, _ = ResponseHead._logits(part, weight, bias, scale, cap)
-            normalisers.append(logits.logsumexp(-1))
-            logps.append(logits.gather(1, wanted[:, None]).squeeze(1) - normalisers[-1])
-        ctx.save_for_backward(hidden, weight, bias, target, torch.cat(normalisers))
+        # Written into place: small results allocated between the large chunks would fragment the heap, chunk by chunk.
+        logps = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        normalisers = torch.empty_like(logps)
+        for start in range(0, len(hidden), chunk):
+            part = slice(start, start + chunk)
+            logits, _ = ResponseHead._logits(hidden[part], weight, bias, scale, cap)
+            torch.logsumexp(logits, -1, out=normalisers[part])
+            logps[part] = logits.gather(1, target[part, None]).squeeze(1) - normalisers[part]
+        ctx.save_for_backward(hidden, weight, bias, target, normalisers)
         ctx.scale, ctx.cap, ctx.chunk = scale, cap, chunk
-        return torch.cat(logps)
+        return logps
 
     @staticmethod
     def _logits(hidden, weight, bias, scale, cap):

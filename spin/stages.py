@@ -5,11 +5,14 @@ Each is looked up in the store by what makes it, and only played if it is not th
 
 import hashlib
 import json
+import resource
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
 
 from spin import data
@@ -75,7 +78,9 @@ class Stages:
             "tokens_per_batch": config.engine.tokens_per_batch,
             "head_chunk": config.engine.head_chunk,
         }
+        # What the stages cost when they were played, in this run or an earlier one.
         self.seconds: dict[str, float] = {}
+        self.peak_memory_gib = 0.0
         self.played = 0
         self._loaded: tuple[str, PreTrainedModel] | None = None
         self._forward: Forward | None = None
@@ -128,17 +133,17 @@ class Stages:
                     file.flush()
                     self.tracker.log(row)
 
-                return build(folder, log)
+                return build(folder, log) | {"peak_memory_gib": peak_memory_gib()}
 
-        started = time.perf_counter()
         stage = self.store.get(name, inputs, recorded)
         if stage.reused:
             self.tracker.say(f"{title}: done before, reused")
             for row in stage.rows():
-                self.tracker.log(row)
+                self.tracker.log(row, reused=True)
         else:
             self.played += 1
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+        self.seconds[name] = self.seconds.get(name, 0.0) + stage.manifest["seconds"]
+        self.peak_memory_gib = max(self.peak_memory_gib, stage.manifest["facts"]["peak_memory_gib"])
         return stage
 
     def generate(self, opponent: Policy, iteration: int) -> list[Answer]:
@@ -215,7 +220,9 @@ class Stages:
             return {"pairs": len(pairs), "dropped": dropped, "layout": forward.layout, "head": forward.head}
 
         stage = self.stage("score", title, inputs, build)
-        return read_pairs(stage.folder / "pairs.parquet"), stage
+        scored = read_pairs(stage.folder / "pairs.parquet")
+        assert fingerprint(scored) == inputs["pairs"], f"{stage.folder}: its rows are not the pairs that were scored"
+        return scored, stage
 
     def train(self, opponent: Policy, iteration: int, pairs: list[Pair], score: Stage) -> tuple[Policy, Stage]:
         """The main player: starts as the opponent, learns to tell its answers from the human ones."""
@@ -334,7 +341,7 @@ class Stages:
             {"prompt": p.prompt, "real": p.real, "generated": p.generated}
             for p in pairs[: self.config.evaluation.samples]
         ]
-        self.tracker.samples(policy.label, samples)
+        self.tracker.samples(policy.label, samples, stage.reused)
         return Evaluated(policy, iteration, stage, held_out, facts["measures"])
 
     # --- what several stages need -------------------------------------------------------------------------------------
@@ -385,3 +392,11 @@ def _mean(values: Sequence[float]) -> float:
 
 def counted(counts: dict[str, int]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
+
+
+def peak_memory_gib() -> float:
+    """The most memory that this process has held: on the GPU where it computed there, else resident."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # bytes on macOS, KiB on Linux

@@ -64,29 +64,31 @@ class Tracker:
         self._steps, self._before = 0, 0
         self._part: tuple | None = None
         self._samples: list[Iterable[Any]] = []
+        self._waiting: list[Callable[[Any], None]] = []  # for W&B, once something new is logged
         self.folder.mkdir(parents=True, exist_ok=True)
         self._file = (self.folder / "metrics.jsonl").open("w", encoding="utf-8")
 
-    def log(self, row: dict) -> None:
+    def log(self, row: dict, reused: bool = False) -> None:
         """Write one row to metrics.jsonl, keys as they are (NaN and infinity become null), and send it to W&B.
 
         `stage`, `iter` and `step` say what the row belongs to. In W&B every other key is put under its stage
         (`train/loss`), an interval [lo, hi] becomes two keys `_low` and `_high`, and `global_step` counts the steps of
-        all stages and iterations through.
+        all stages and iterations through. Rows of a `reused` stage wait: W&B gets them once something new comes, so that
+        its record of a run is whole and a run that finds everything done leaves none.
         """
         if not self.active:
             return
         row = plain(row)
         self._file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
         self._file.flush()
-        self._send(lambda run: run.log(self._wandb_row(row)))
+        self._send(lambda run: run.log(self._wandb_row(row)), reused)
 
     def say(self, text: str) -> None:
         """Show one line to the person who watches; brackets in it are text, not markup."""
         if self.active:
             self._print(text)
 
-    def samples(self, iteration_label: str, rows: list[dict]) -> None:
+    def samples(self, iteration_label: str, rows: list[dict], reused: bool = False) -> None:
         """Add `rows` of {"prompt", "real", "generated"} to the one W&B table of samples, under `iteration_label`."""
         if not self.active:
             return
@@ -99,7 +101,7 @@ class Tracker:
             columns: list[str | int] = ["iteration", "prompt", "real", "generated"]
             run.log({"samples": wandb.Table(columns=columns, data=self._samples), "global_step": self._steps})
 
-        self._send(send)
+        self._send(send, reused)
 
     def progress(self, title: str, total: int, unit: str) -> "Progress":
         """Show how far a stage of `total` `unit` (say "pairs") has come: `with tracker.progress(...) as bar`.
@@ -129,14 +131,19 @@ class Tracker:
             if mode == "offline":
                 self._print(f"W&B is offline; to upload this run: wandb sync {Path(run.dir).parent}")
 
-    def _send(self, action: Callable[[Any], None]) -> None:
+    def _send(self, action: Callable[[Any], None], reused: bool) -> None:
         """Run `action(run)`, starting W&B first where that has not happened; a failure switches W&B off."""
         if self._mode == "disabled":
+            return
+        self._waiting.append(action)
+        if reused and self._run is None:
             return
         try:
             if self._run is None:
                 self._run = self._start()
-            action(self._run)
+            for waiting in self._waiting:
+                waiting(self._run)
+            self._waiting.clear()
         except Exception as error:  # whatever breaks in W&B, the run is worth more than its log
             self._mode, self._run = "disabled", None
             self._lost(error)

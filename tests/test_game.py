@@ -126,10 +126,13 @@ def test_the_ids_are_those_that_were_sampled_and_the_prompt_is_the_same(played):
 
 def test_a_second_run_finds_everything_done(played):
     before, rows = played.stages(), played.metrics()
+    game = json.loads((played.folder / "run" / "game.json").read_text())
     again = played.play("schedule.replay=previous")
     assert "nothing was computed again" in again.stdout
     assert played.stages() == before
     assert played.metrics() == rows  # replaced whole: the same rows, none twice
+    now = json.loads((played.folder / "run" / "game.json").read_text())
+    assert now["seconds"] == game["seconds"] and now["peak_memory_gib"] == game["peak_memory_gib"]
 
 
 def test_iter_2_goes_on_after_iter_1(played):

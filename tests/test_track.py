@@ -303,3 +303,17 @@ def test_progress_on_a_terminal_is_a_bar_and_then_one_line(tmp_path):
 )
 def test_format_seconds(seconds, text):
     assert format_seconds(seconds) == text
+
+
+def test_a_run_of_reused_stages_alone_leaves_nothing_in_wandb(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for name, new in (("old", False), ("new", True)):
+        tracker = Tracker(tmp_path / name, name=name, config={}, wandb="offline")
+        tracker.log({"stage": "train", "iter": 0, "step": 0, "loss": 0.7}, reused=True)
+        tracker.samples("iter0", [{"prompt": "p", "real": "r", "generated": "g"}], reused=True)
+        if new:
+            tracker.log({"stage": "train", "iter": 1, "step": 0, "loss": 0.6})
+        tracker.close()
+    assert len((tmp_path / "old" / "metrics.jsonl").read_text().splitlines()) == 1
+    assert not (tmp_path / "old" / "wandb").exists()
+    assert list((tmp_path / "new" / "wandb").glob("offline-run-*"))

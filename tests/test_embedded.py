@@ -1,0 +1,89 @@
+"""The default game, on the real embedded model and data: minutes, and packages from the registry (marked slow)."""
+
+import json
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from spin.evaluate import rouge_l
+from spin.logps import plain_logps
+from spin.model import load_model, load_tokenizer
+from spin.pairs import Continuations, read_pairs
+
+ROOT = Path(__file__).parent.parent
+RUN = ROOT / "outputs" / "smollm2-sharegpt"
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+
+
+def make_run() -> tuple[str, float]:
+    env = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    started = time.monotonic()
+    done = subprocess.run(["make", "run"], cwd=ROOT, capture_output=True, text=True, timeout=1400, env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, time.monotonic() - started
+
+
+@pytest.fixture(scope="module")
+def game() -> dict:
+    make_run()
+    return json.loads((RUN / "game.json").read_text())
+
+
+def test_the_measures_move_as_the_method_says(game):
+    """Small numbers of prompts are noisy, so only what is far outside of the noise is held."""
+    by_policy = {row["policy"]: row for row in game["evaluations"]}
+    assert list(by_policy) == ["start", "sft", "iter0", "iter1"]
+    # SFT on the human answers makes held-out human answers likelier; self-play does not undo it.
+    assert by_policy["sft"]["nll_per_token"] < by_policy["start"]["nll_per_token"] - 0.1
+    assert by_policy["iter1"]["nll_per_token"] < by_policy["start"]["nll_per_token"]
+    # At first human answers are told from own ones easily; the game moves this towards even odds.
+    assert by_policy["start"]["human_likelier"] > 0.8
+    last = by_policy["iter1"]["human_likelier"]
+    assert abs(last - 0.5) < abs(by_policy["start"]["human_likelier"] - 0.5)
+    assert by_policy["iter0"]["margin"] > 0
+
+
+def test_each_iteration_starts_with_policy_equal_to_opponent(game):
+    rows = [json.loads(line) for line in (RUN / "metrics.jsonl").read_text().splitlines()]
+    firsts = [row for row in rows if row["stage"] == "train" and row["step"] == 0]
+    assert len(firsts) == 2
+    for row in firsts:
+        assert row["loss"] == pytest.approx(0.6931, abs=0.02)
+        assert abs(row["rewards/margins"]) < 0.05
+
+
+def test_the_stored_scores_are_the_opponents_own(game):
+    """bf16 packed scores against the fp32 forward of the saved SFT model, one sequence at a time."""
+    model = load_model(RUN / "sft" / "policy", torch.float32, torch.device("cpu"))
+    for pair in read_pairs(RUN / "iter0" / "pairs.parquet")[:3]:
+        real, generated = plain_logps(model, Continuations(pair.prompt_ids, (pair.real_ids, pair.generated_ids)))
+        assert pair.opponent_logp_real == pytest.approx(real.sum().item(), abs=2)
+        assert pair.opponent_logp_generated == pytest.approx(generated.sum().item(), abs=3)
+
+
+def test_the_converted_tokenizer_keeps_the_digit_rule_and_saved_policies_too(game):
+    for folder in ("sft", "iter1"):
+        tokenizer = load_tokenizer(RUN / folder / "policy")
+        assert tokenizer.convert_ids_to_tokens(tokenizer("\n\n2. in 1995").input_ids) == "ĊĊ 2 . Ġin Ġ 1 9 9 5".split()
+
+
+def test_the_policy_answers_in_transformers_own_pipeline(game):
+    """As the README says it."""
+    from transformers import pipeline
+
+    chat = pipeline("text-generation", str(RUN / "iter1" / "policy"))
+    turns = chat([{"role": "user", "content": "Why is the sky blue?"}], max_new_tokens=32, do_sample=False)
+    answer = turns[0]["generated_text"][-1]["content"]
+    assert len(answer.split()) > 5 and rouge_l(answer, "the sky is blue because") > 0
+
+
+def test_memory_and_a_second_run_in_seconds(game):
+    assert game["peak_memory_gib"] <= 6
+    output, seconds = make_run()
+    assert "nothing was computed again" in output
+    assert seconds < 90  # it takes 20 on an idle machine
