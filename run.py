@@ -1,6 +1,7 @@
 """Play the game: `python run.py model=zephyr iter=2 loss.beta=0.1`. Hydra entry: compose, validate, play."""
 
 import dataclasses
+import hashlib
 import os
 import re
 import shlex
@@ -38,6 +39,28 @@ def main(composed: DictConfig) -> None:
         sys.exit(f"error: {line}")
 
 
+def slug(text: str) -> str:
+    """`text` as the name of one folder: short, and different for different texts."""
+    safe = re.sub(r"[^\w.,=+-]+", "_", text)
+    return (
+        safe if safe == text and len(safe) <= 120 else f"{safe[:100]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    )
+
+
+def basename(path: str | None, default: str) -> str:
+    """What to call a model or data set of the user's own: the last part of its path, or `default` without one."""
+    return (
+        re.sub(r"[^\w.-]+", "_", Path(path).stem if Path(path).suffix in DATA_FILES else Path(path).name)
+        if path
+        else default
+    )
+
+
+DATA_FILES = (".jsonl", ".json", ".parquet")
+OmegaConf.register_new_resolver("slug", slug, replace=True)
+OmegaConf.register_new_resolver("basename", basename, replace=True)
+
+
 def one_line(error: Exception) -> str:
     """Hydra's errors, in one line: what is wrong and what to do."""
     cause: BaseException | None = error
@@ -58,7 +81,8 @@ def one_line(error: Exception) -> str:
         options = found["options"].split()
         hint = _did_you_mean(found["choice"], options)
         return f"{found['group']}={found['choice']}: there is no such choice. There are: {', '.join(options)}.{hint}"
-    return " ".join(text.split())
+    hint = " Quote a value that has special signs in it: 'data.template=\"### {prompt}\"'." if "{" in text else ""
+    return " ".join(text.split()) + hint
 
 
 def _did_you_mean(word: str, known: list[str]) -> str:

@@ -26,7 +26,7 @@ RECORD = (
 
 
 def commands(text: str) -> list[str]:
-    """All `python run.py ...` and `make ...` lines of the README's code blocks, continued lines joined."""
+    """All `python run.py ...` lines of the README's code blocks, continued lines joined."""
     blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.S)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [line.split("  #")[0].strip() for line in lines if re.match(r"\s*python run\.py", line)]

@@ -27,6 +27,7 @@ class ModelConfig:
     file: str | None = None
     file_sha256: str | None = None
     sft_epochs: float = 1.0
+    lr: float = 5e-7
 
 
 @dataclass
@@ -257,6 +258,12 @@ def check(config: Config) -> None:
         "model.path",
         config.model.path,
         "must name a model: a local folder or a Hugging Face name",
+    )
+    _require(
+        config.model.path is not None or config.model.file is not None,
+        "model.file",
+        config.model.file,
+        "must name the weights in model.package",
     )
     _require(
         data.path is not None or data.package is not None,

@@ -226,7 +226,7 @@ def render(tokenizer: Any, messages: list[Message], template: str) -> str:
     """The prompt's text, up to where the answer starts. Raises UserError as `encode` does."""
     if template == "chat":
         return _render_chat(tokenizer, messages, add_generation_prompt=True)
-    pattern = PAPER_TEMPLATE if template == "paper" else template
+    pattern = PAPER_TEMPLATE if template == "paper" else template.replace("\\n", "\n")  # as a command line has it
     system = ""
     text = ""
     for message in messages:
@@ -248,7 +248,11 @@ def _render_chat(tokenizer: Any, messages: list[Message], **options: Any) -> str
             "{prompt} in it"
         )
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        # Some templates print today's date: then no two days would give the same prompts.
+        pattern = tokenizer.get_chat_template()
+        if "strftime_now" in pattern:
+            pattern = "{% macro strftime_now(format) %}01 Jan 2026{% endmacro %}" + pattern
+        return tokenizer.apply_chat_template(messages, tokenize=False, chat_template=pattern, **options)
     except TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
         raise UserError(

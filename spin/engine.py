@@ -2,13 +2,15 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from spin.config import EngineConfig, OptimizerConfig
 from spin.errors import UserError
-from spin.model import Policy, load_model, save_model
+from spin.model import Policy, load_model, save_model, saved_buffers
 
 
 def device_of(config: EngineConfig) -> torch.device:
@@ -55,21 +57,25 @@ class SingleEngine:
     ):
         self.model = load_model(policy.folder, dtype, device)
         if engine.gradient_checkpointing:
-            # Checkpointing is only active in train mode; dropout is turned off by hand to keep the pass deterministic.
             self.model.activation_checkpointing_enable({"use_reentrant": False})
-            self.model.train()
             for module in self.model.modules():
-                if isinstance(module, torch.nn.Dropout):
-                    module.p = 0.0
+                # Its layers checkpoint in train mode only. What is in them stays in evaluation mode, dropout off.
+                if isinstance(module, GradientCheckpointingLayer):
+                    module.training = True
+                    for name, value in vars(module).items():
+                        if "drop" in name and isinstance(value, float):
+                            setattr(module, name, 0.0)
         self.policy = policy
         self.dtype, self.device = dtype, device
         self.max_grad_norm = optimizer.max_grad_norm
         self.weights = dict(self.model.named_parameters())
         if dtype == torch.float32:
             self.masters = {name: weight.data for name, weight in self.weights.items()}
+            self.buffers = saved_buffers(self.model)
         else:
             full = load_model(policy.folder, torch.float32, device)
             self.masters = {name: weight.data for name, weight in full.named_parameters()}
+            self.buffers = saved_buffers(full)
         self.grads = {name: torch.zeros_like(master) for name, master in self.masters.items()}
         for name, weight in self.weights.items():
             weight.requires_grad_(True)
@@ -96,11 +102,11 @@ class SingleEngine:
 
     def mean(self, values: Iterable[Tensor]) -> float:
         """The mean over all entries of all tensors (and over ranks, where there are several)."""
-        return torch.cat([value.reshape(-1).double().cpu() for value in values]).mean().item()
+        return torch.cat([value.reshape(-1).cpu().double() for value in values]).mean().item()
 
     def save(self, folder: Path) -> None:
         """Write the master weights (fp32) and the tokenizer as a Hugging Face model folder."""
-        save_model(self.model, self.masters, self.policy, folder)
+        save_model(self.model, {**self.buffers, **self.masters}, self.policy, folder)
 
 
 def _collect_into(total: Tensor):
@@ -113,7 +119,9 @@ def _collect_into(total: Tensor):
 
 
 def _optimizer(masters: list[Tensor], config: OptimizerConfig) -> torch.optim.Optimizer:
+    # Tensor by tensor: all at once would need another copy of the weights for what lies between.
+    common: dict[str, Any] = {"eps": config.eps, "weight_decay": config.weight_decay, "foreach": False}
     if config.name == "rmsprop":
-        return torch.optim.RMSprop(masters, alpha=config.alpha, eps=config.eps, weight_decay=config.weight_decay)
+        return torch.optim.RMSprop(masters, alpha=config.alpha, **common)
     beta1, beta2 = config.betas
-    return torch.optim.AdamW(masters, betas=(beta1, beta2), eps=config.eps, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(masters, betas=(beta1, beta2), **common)

@@ -24,6 +24,10 @@ def explain(error: BaseException) -> str | None:
             "no space left to write to (disk full, or a limit on files): free some or give another store.path, "
             "then run the same command again: it goes on from what is finished."
         )
+    if number in (errno.EACCES, errno.EROFS, errno.EEXIST, errno.ENOTDIR) and isinstance(error, OSError):
+        return (
+            f"{error.filename}: {(error.strerror or '').lower()}; give another store.path, cache.path or hydra.run.dir."
+        )
     if isinstance(error, MemoryError) or re.search(r"can't allocate memory|out of memory", text):
         return (
             "memory is short: lower engine.tokens_per_batch, engine.head_chunk or generation.batch_size, or set "

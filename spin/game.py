@@ -18,7 +18,7 @@ from spin import report
 from spin.config import Config, at
 from spin.errors import UserError
 from spin.evaluate import held_out_margins
-from spin.model import Policy
+from spin.model import Policy, weight_files
 from spin.pairs import Answer
 from spin.stages import Evaluated, Stages, counted, replayed
 from spin.store import Stage, link_file, link_tree
@@ -49,6 +49,7 @@ def _play(config: Config, folder: Path, command: str, tracker: Tracker) -> dict:
     started = time.perf_counter()
     stages = Stages(config, folder, tracker)
     check_room(stages.store.path, folder, stages.start, config)
+    remove_stale(folder, config)
     examples = stages.data
     tracker.say(
         f"{config.model.name} on {config.data.name}: {len(examples.train)} training and {len(examples.held_out)} "
@@ -141,17 +142,28 @@ def show_iteration(
 
 
 def check_room(store: Path, folder: Path, start: Policy, config: Config) -> None:
-    """Raise UserError if the store's disk can't take the policies that are still to be written (fp32, one a stage)."""
+    """Raise UserError if the store's disk can't take the policies of a new game (fp32, one a stage).
+
+    Where the run's folder holds a finished game, most of this one may be in the store already: then nothing is said here.
+    """
     store.mkdir(parents=True, exist_ok=True)
-    labels = ["sft"] if config.schedule.sft_epochs > 0 else []
-    labels += [f"iter{t}" for t in range(config.iterations)]
-    missing = sum(not (folder / label / "policy").exists() for label in labels)
+    stages = config.iterations + (config.schedule.sft_epochs > 0)
     size, free = fp32_bytes(start.folder), shutil.disk_usage(store).free
-    if free < missing * size:
+    if free < stages * size and not (folder / "game.json").exists():
         raise UserError(
-            f"store.path={store}: {free / 2**30:.1f} GiB are free, but {missing} policies of {size / 2**30:.1f} GiB "
+            f"store.path={store}: {free / 2**30:.1f} GiB are free, but {stages} policies of {size / 2**30:.1f} GiB "
             "will be written. Free some space or give another store.path."
         )
+
+
+def remove_stale(folder: Path, config: Config) -> None:
+    """Take away what an earlier game in this folder showed and this one will not: the store still has it."""
+    for path in folder.glob("iter*"):
+        number = path.name.removeprefix("iter")
+        if path.is_dir() and number.isdecimal() and int(number) >= config.iterations:
+            shutil.rmtree(path)
+    if config.schedule.sft_epochs == 0:
+        shutil.rmtree(folder / "sft", ignore_errors=True)
 
 
 def fp32_bytes(folder: Path) -> int:
@@ -159,7 +171,7 @@ def fp32_bytes(folder: Path) -> int:
     from safetensors import safe_open
 
     total = 0
-    for path in folder.glob("*.safetensors"):
+    for path in weight_files(folder):
         with safe_open(path, "pt") as file:
             for name in file.keys():
                 count = 1

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from spin.errors import UserError
 from spin.pairs import Batch, Continuations, batches
 
 
@@ -146,11 +147,14 @@ def choose_forward(
     tokens_per_row: int,
     tokens_per_batch: int,
     head_chunk: int,
+    longest: int,
 ) -> tuple[Forward, str | None]:
     """Pick the fastest forward that agrees with the model's own on a few of `items`; established, not assumed.
 
-    A wrong attention mask or head is silent, so each candidate's log-probs are compared with `plain_logps`. Returns the
-    forward, and a sentence where it is not the first choice. Raises RuntimeError if not even the padded one agrees.
+    A wrong attention mask or head is silent, so each candidate's log-probs are compared with `plain_logps`. `longest` is
+    the most tokens that any item of the run can have: a longer row than the samples' could exceed an attention window.
+    Returns the forward, and a sentence where it is not the first choice. Raises UserError if no way that `layout` allows
+    agrees with the model.
     """
     sample = list(items[:4])
     expected = torch.stack([logps.sum() for item in sample for logps in plain_logps(model, item)]).cpu()
@@ -159,7 +163,7 @@ def choose_forward(
     refused: list[str] = []
     for candidate_layout, head in candidates:
         forward = Forward(candidate_layout, head, tokens_per_row, tokens_per_batch, head_chunk)
-        reason = _unsuitable(model, forward, max(item.tokens for item in items))
+        reason = _unsuitable(model, forward, longest)
         if reason is None:
             found = logps_of(model, sample, forward)
             off = ((found - expected).abs().sum() / tokens).item()
@@ -167,7 +171,11 @@ def choose_forward(
                 return forward, f"using the {candidate_layout} layout: {'; '.join(refused)}" if refused else None
             reason = f"differs from the model's own forward by {off:.2g} nats a token"
         refused.append(f"{candidate_layout} rows with the {head} head: {reason}")
-    raise RuntimeError(f"no way of computing log-probs agrees with this model's own forward: {'; '.join(refused)}")
+    hint = "use engine.layout=auto" if layout != "auto" else "try engine.precision=fp32"
+    raise UserError(
+        f"engine.layout={layout}: no such way of computing log-probs agrees with the model's own forward: "
+        f"{'; '.join(refused)}; {hint}."
+    )
 
 
 def _unsuitable(model: PreTrainedModel, forward: Forward, longest: int) -> str | None:

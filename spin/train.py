@@ -55,7 +55,9 @@ def fit(
         rate = lr * learning_rate_factor(step, len(steps), warmup_ratio)
         row["grad_norm"] = engine.step(rate)
         if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
-            raise UserError(f"loss or gradients are not finite at step {step}: lower optimizer.lr or loss.beta.")
+            raise UserError(
+                f"loss or gradients are not finite at step {step}: lower the learning rate (optimizer.lr, schedule.sft_lr)."
+            )
         seconds = time.perf_counter() - started
         log(
             {"step": step, "steps": len(steps), "pairs": len(chosen), **row, "learning_rate": rate}

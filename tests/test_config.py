@@ -8,6 +8,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+import run  # registers the resolvers that conf/ uses, too
 from spin import config as schema
 from spin.errors import UserError
 
@@ -156,3 +157,22 @@ def test_imports_run_one_way():
     for low in ("logps", "model", "pairs", "data", "readers", "packages", "store", "track", "loss", "engine", "report"):
         assert not imports(low, "opponent", "train", "evaluate"), low
     assert "utils" not in text
+
+
+def test_runs_are_named_after_the_users_own_model_and_data():
+    assert load().name == "smollm2-sharegpt"
+    assert load("model=zephyr").name == "zephyr-sharegpt"
+    assert load("model.path=org/My-Model", "data=local", "data.path=/x/my pairs.jsonl").name == "My-Model-my_pairs"
+
+
+def test_sweep_points_have_folders_of_their_own():
+    long = ",".join(f"loss.beta={i}" for i in range(40))
+    names = {run.slug(text) for text in ("model.path=org/A", "model.path=org_A", "model.path=org/B", long, long + "1")}
+    assert len(names) == 5 and all(len(name) <= 120 and "/" not in name for name in names)
+    assert run.slug("loss.beta=0.1,optimizer.lr=1e-06") == "loss.beta=0.1,optimizer.lr=1e-06"
+
+
+def test_the_learning_rate_suits_the_model():
+    assert load().optimizer.lr == 5e-6
+    assert load("model=zephyr").optimizer.lr == 5e-7
+    assert load("model=zephyr", "optimizer.lr=[1e-6,1e-7]").optimizer.lr == [1e-6, 1e-7]

@@ -1,5 +1,6 @@
 """From files to token ids, with real tokenizers of the two common kinds, built here."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -559,6 +560,7 @@ CONF = Path(__file__).parents[1] / "conf" / "data"
 def test_every_key_stands_in_every_file(name):
     composed = OmegaConf.load(CONF / f"{name}.yaml")
     assert set(composed) == {field.name for field in dataclasses.fields(DataConfig)} and composed.name == name
+    composed.name = name  # one is made of the path, by a resolver that only a whole configuration has
     OmegaConf.merge(OmegaConf.structured(DataConfig), composed)
 
 
@@ -568,3 +570,20 @@ def test_the_tiny_set(byte_level, tmp_path):
     assert (len(found.train), len(found.held_out)) == (24, 8)
     assert found.counts == {"read": 48, "kept": 32, "not needed": 16}
     assert len((ASSETS / "pairs.jsonl").read_text().splitlines()) == 48
+
+
+def test_a_path_wins_over_the_package_of_the_chosen_group(tmp_path):
+    path = write(tmp_path / "mine.jsonl", pairs(3))
+    records = read_records(config(path, package="nothing==0", file="x.json"), tmp_path)
+    assert [record["prompt"] for record in records] == [record["prompt"] for record in pairs(3)]
+
+
+def test_a_chat_template_that_prints_the_date_gives_the_same_prompt_every_day(byte_level):
+    tokenizer = copy.deepcopy(byte_level)
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }} " + tokenizer.chat_template
+    ((text, _),) = data.encode(tokenizer, [[{"role": "user", "content": "Hello"}]], "chat")
+    assert text.startswith("01 Jan 2026 ")
+
+
+def test_a_line_feed_in_a_template_from_the_command_line(byte_level):
+    assert data.render(byte_level, [{"role": "user", "content": "Hello"}], r"Q: {prompt}\nA:") == "Q: Hello\nA:"

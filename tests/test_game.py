@@ -173,6 +173,24 @@ def test_scores_are_found_by_the_weights_content_and_not_their_path(played, tmp_
     assert played.stages() - before == {"generate": 1, "score": 1, "train": 1, "evaluate": 3, "sft": 1}
 
 
+def test_a_context_that_is_too_short_is_named_before_weights_load(played, tmp_path):
+    done = Place(tmp_path).play("data.max_length=4000", "generation.max_new_tokens=3000", status=1)
+    assert "do not fit the model's context of 1024" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_shorter_game_takes_away_what_a_longer_one_showed(played, tmp_path):
+    shown = tmp_path / "run"
+    shutil.copytree(played.folder / "run", shown)
+    played.play("schedule.replay=previous", "iter=0", f"hydra.run.dir={shown}")
+    assert (shown / "iter0" / "policy").is_dir() and not (shown / "iter1").exists()
+
+
+def test_a_store_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = Place(tmp_path).play(f"store.path={tmp_path}/file/store", status=1)
+    assert str(tmp_path / "file") in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
 def test_prompts_that_are_held_out_are_never_trained_on(played):
     trained = {pair.prompt for t in (0, 1) for pair in read_pairs(played.folder / "run" / f"iter{t}" / "pairs.parquet")}
     for folder in (played.folder / "store" / "evaluate").glob("*/held_out.parquet"):

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as tf
 
+from spin.errors import UserError
 from spin.logps import Forward, ResponseHead, choose_forward, logps_of, sequence_logps
 from spin.pairs import Continuations, batches
-from tests.conftest import CONFIGS, random_items, small_model
+from tests.conftest import BODY, CONFIGS, SMALL, random_items, small_model
 
 PACKED = Forward("packed", "chunked", tokens_per_row=64, tokens_per_batch=128, head_chunk=7)
 
@@ -32,7 +34,7 @@ def naive_logps(model, items: list[Continuations]) -> torch.Tensor:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logps_equal_a_naive_float64_loop(name):
     model, items = small_model(name), random_items(9)
-    forward, _ = choose_forward(model, items, "auto", 64, 128, 7)
+    forward, _ = choose_forward(model, items, "auto", 64, 128, 7, longest=64)
     expected = naive_logps(model, items)
     assert torch.allclose(logps_of(model, items, forward), expected, atol=1e-3, rtol=0)
     assert expected.std() > 5  # the sequences differ by far more than the tolerance
@@ -40,22 +42,22 @@ def test_logps_equal_a_naive_float64_loop(name):
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "gpt2", "granite", "cohere", "gemma3"])
 def test_packing_is_chosen_where_it_is_exact(name):
-    forward, remark = choose_forward(small_model(name), random_items(4), "auto", 64, 128, 7)
+    forward, remark = choose_forward(small_model(name), random_items(4), "auto", 64, 128, 7, longest=64)
     assert (forward.layout, forward.head, remark) == ("packed", "chunked", None)
 
 
 @pytest.mark.parametrize("name", ["mistral-short-window", "falcon_h1"])
 def test_models_that_packing_would_get_wrong_are_padded(name):
     model, items = small_model(name), random_items(6)
-    forward, remark = choose_forward(model, items, "auto", 64, 128, 7)
+    forward, remark = choose_forward(model, items, "auto", 64, 128, 7, longest=64)
     assert forward.layout == "padded" and remark
     wrong = logps_of(model, items, PACKED)
     assert (wrong - naive_logps(model, items)).abs().max() > 0.1  # it would have been silent
 
 
 def test_a_layout_that_is_asked_for_and_wrong_is_refused():
-    with pytest.raises(RuntimeError, match="shorter than a row"):
-        choose_forward(small_model("mistral-short-window"), random_items(4), "packed", 64, 128, 7)
+    with pytest.raises(UserError, match="shorter than a row"):
+        choose_forward(small_model("mistral-short-window"), random_items(4), "packed", 64, 128, 7, longest=64)
 
 
 @pytest.mark.parametrize("tokens_per_row", [8, 40, 64, 200])
@@ -157,6 +159,7 @@ def test_the_chunked_head_keeps_no_logits(head, at_least, at_most):
     script = f"""
 import resource, sys, torch, transformers as tf
 sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
+from spin.errors import UserError
 from spin.logps import Forward, sequence_logps
 from spin.pairs import Continuations
 torch.set_num_threads(1)
@@ -174,3 +177,11 @@ print(peak() - before)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
     assert at_least <= float(done.stdout) <= at_most
+
+
+def test_an_attention_window_is_held_against_the_longest_item_of_the_run_not_of_the_sample():
+    """The sample and the row budget fit into the window, a later pair does not: packed, it would be silently wrong."""
+    config = tf.MistralConfig(**{**SMALL, **BODY}, sliding_window=64)
+    model = tf.AutoModelForCausalLM.from_config(config).eval()
+    forward, remark = choose_forward(model, random_items(4), "auto", 48, 96, 7, longest=170)
+    assert forward.layout == "padded" and "window of 64" in remark

@@ -5,15 +5,17 @@ import json
 
 import pytest
 import torch
+import transformers as tf
+from safetensors.torch import load_file
 
 from spin.config import EngineConfig, OptimizerConfig
 from spin.engine import SingleEngine
 from spin.errors import UserError
-from spin.logps import Forward, logps_of
-from spin.model import Policy, content_id, load_model
+from spin.logps import Forward, logps_of, sequence_logps
+from spin.model import Policy, content_id, load_model, saved_buffers
 from spin.pairs import Pair, with_opponent_logps
 from spin.train import check_first_step, fit, learning_rate_factor, train_sft, train_spin
-from tests.conftest import random_items
+from tests.conftest import BODY, SMALL, random_items
 
 PACKED = Forward("packed", "chunked", 64, 128, 16)
 PADDED = Forward("padded", "chunked", 64, 64, 16)
@@ -236,3 +238,37 @@ def test_warm_up_and_linear_decay():
     assert factors == pytest.approx([0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125])
     assert learning_rate_factor(0, 1, 0.0) == 1.0
     assert all(0 < learning_rate_factor(s, n, r) <= 1 for n in range(1, 30) for s in range(n) for r in (0, 0.1, 0.9))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        tf.LlamaConfig(**SMALL, **BODY, attention_dropout=0.5),
+        tf.GPT2Config(vocab_size=97, n_positions=256, n_embd=32, n_layer=3, n_head=4),
+        tf.OPTConfig(vocab_size=97, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4),
+    ],
+    ids=["llama", "gpt2", "opt"],
+)
+def test_dropout_stays_off_under_gradient_checkpointing(config, tiny_folder, tmp_path):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tf.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    results = []
+    for checkpointing in (False, True):
+        options = EngineConfig(gradient_checkpointing=checkpointing)
+        engine = SingleEngine(policy_of(tmp_path), torch.float32, CPU, options, OptimizerConfig())
+        (batch,) = Forward("padded", "chunked", 999, 999, 64).batches(random_items(4))
+        logps = sequence_logps(engine.model, batch, PADDED)
+        engine.backward(logps.sum())
+        results.append((logps.detach(), engine.grads))
+    assert torch.equal(results[0][0], results[1][0])
+    assert all(torch.allclose(results[0][1][name], results[1][1][name], atol=1e-5) for name in results[0][1])
+
+
+def test_what_a_model_keeps_beside_its_parameters_is_saved_too(tiny_folder, tmp_path):
+    engine = engine_of(tiny_folder, torch.bfloat16)
+    engine.model.model.register_buffer("scalar", torch.tensor(0.3))
+    assert saved_buffers(engine.model).keys() == {"model.scalar"}
+    engine.buffers = saved_buffers(engine.model)
+    engine.save(tmp_path / "policy")
+    assert load_file(tmp_path / "policy" / "model.safetensors")["model.scalar"].item() == pytest.approx(0.3)
