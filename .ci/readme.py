@@ -34,8 +34,8 @@ def commands(text: str) -> list[str]:
 
 def small(command: str, folder: Path) -> list[str]:
     words = shlex.split(command)[2:]
-    flags = [word for word in words if word.startswith("-")]
-    settings = dict(word.split("=", 1) for word in words if not word.startswith("-"))
+    flags = [word for word in words if "=" not in word]  # -m, --cfg job
+    settings = dict(word.split("=", 1) for word in words if "=" in word)
     if "experiment" not in settings or settings["experiment"] != "smoke":
         if settings.get("data", "sharegpt") in ("sharegpt", "chitchat", "ultrachat"):
             settings["data"] = "tiny"
