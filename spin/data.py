@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-
 from spin.config import DataConfig
-from spin.errors import UserError
+from spin.errors import UserError, brief
 from spin.readers import Exchange, Message, exchanges, read_records
 
 PAPER_TEMPLATE = "### Instruction: {prompt}\n\n### Response: "
@@ -137,10 +135,15 @@ def _clean(message: Message, specials: Sequence[str]) -> Message:
 
 def _strip_ends(answer: str, specials: Sequence[str]) -> str:
     """The answer without blanks around it and without end marks at its end: the one end token comes as an id."""
+    marks = (*specials, *END_MARKS)
     answer = answer.strip()
-    while mark := next((mark for mark in (*specials, *END_MARKS) if answer.endswith(mark)), None):
-        answer = answer[: -len(mark)].rstrip()
-    return answer
+    end = len(answer)
+    # Positions, not copies: an answer may be a million end marks long.
+    while mark := next((mark for mark in marks if answer.endswith(mark, 0, end)), None):
+        end -= len(mark)
+        while end and answer[end - 1].isspace():
+            end -= 1
+    return answer[:end]
 
 
 def _fault(messages: list[Message], response: str, specials: Sequence[str], filter: str) -> str | None:
@@ -176,7 +179,10 @@ def _unique_prompts(candidates: list[_Candidate], counts: Counter[str]) -> list[
     return list(first.values())
 
 
-_MARKUP = re.compile(r"[`<>{}\[\]|\\#*=_~^@]|https?:|www\.|\.(?:com|org|net|io)\b|^\s*(?:[-•–]|\d+[.)])\s", re.I | re.M)
+# Blanks before a list's mark, but no line feeds: a text of many empty lines would take minutes.
+_MARKUP = re.compile(
+    r"[`<>{}\[\]|\\#*=_~^@]|https?:|www\.|\.(?:com|org|net|io)\b|^[^\S\n]*(?:[-•–]|\d+[.)])\s", re.I | re.M
+)
 _OF_ITSELF = re.compile(
     r"\b(?:as|i'?m|i am|being|just) an? (?:ai|artificial|large language|language model|text-based)\b"
     r"|\blanguage model\b|\bopenai\b|\bchatgpt\b",
@@ -253,10 +259,10 @@ def _render_chat(tokenizer: Any, messages: list[Message], **options: Any) -> str
         if "strftime_now" in pattern:
             pattern = "{% macro strftime_now(format) %}01 Jan 2026{% endmacro %}" + pattern
         return tokenizer.apply_chat_template(messages, tokenize=False, chat_template=pattern, **options)
-    except TemplateError as error:
-        roles = ", ".join(message["role"] for message in messages)
+    except Exception as error:  # a template is a program of the model's maker: whatever it raises is about it
+        roles = brief(", ".join(message["role"] for message in messages))
         raise UserError(
-            f"data.template=chat: the tokenizer's chat template refuses messages of {roles} ({error}); "
+            f"data.template=chat: the tokenizer's chat template refuses messages of {roles} ({brief(error)}); "
             "set data.template=paper or a text with {prompt} in it"
         ) from error
 

