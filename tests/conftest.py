@@ -1,4 +1,4 @@
-"""Shared by all tests: no network, and small models of several architectures."""
+"""Shared by all tests: no network, small models of several architectures, and games."""
 
 import os
 
@@ -13,6 +13,7 @@ import transformers as tf
 
 from spin import tiny
 from spin.pairs import Continuations
+from tests.games import Games, Place
 
 SMALL = {"vocab_size": 97, "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
 BODY = {
@@ -65,3 +66,15 @@ def tiny_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "tiny"
     tiny.make(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def games(tmp_path_factory):
+    games = Games(tmp_path_factory.mktemp("games"))
+    yield games
+    games.close()
+
+
+@pytest.fixture
+def place(tmp_path, games):
+    return Place(tmp_path, games)

@@ -3,10 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections import Counter
-from pathlib import Path
+import time
 
 import pyarrow.parquet as pq
 import pytest
@@ -17,47 +17,12 @@ from spin import tiny
 from spin.logps import plain_logps
 from spin.model import load_model, load_tokenizer
 from spin.pairs import Continuations, read_pairs
-
-ROOT = Path(__file__).parent.parent
-
-
-class Place:
-    """A folder with a cache, a store and runs of its own."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def play(self, *words: str, run: str = "run", status: int = 0) -> subprocess.CompletedProcess:
-        settings = {
-            "cache.path": self.folder / "cache",
-            "store.path": self.folder / "store",
-            "hydra.run.dir": self.folder / run,
-            "tracking.wandb": "disabled",
-            "evaluation.bootstrap": 50,
-        }
-        given = {word.split("=")[0] for word in words}
-        settings = [f"{key}={value}" for key, value in settings.items() if key not in given]
-        done = subprocess.run(
-            [sys.executable, "run.py", *words, "experiment=smoke", *settings],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=280,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        assert done.returncode == status, done.stdout + done.stderr
-        return done
-
-    def stages(self) -> Counter:
-        return Counter(path.parent.parent.name for path in (self.folder / "store").glob("*/*/manifest.json"))
-
-    def metrics(self, run: str = "run") -> list[dict]:
-        return [json.loads(line) for line in (self.folder / run / "metrics.jsonl").read_text().splitlines()]
+from tests.games import ROOT, Games, Place
 
 
 @pytest.fixture(scope="module")
-def played(tmp_path_factory):
-    place = Place(tmp_path_factory.mktemp("game"))
+def played(tmp_path_factory, games):
+    place = Place(tmp_path_factory.mktemp("game"), games)
     place.first = place.play("schedule.replay=previous")
     return place
 
@@ -148,9 +113,18 @@ def test_a_sweep_over_beta_generates_and_scores_iteration_0_once(played):
     assert played.stages() - before == {"train": 2, "evaluate": 2}
 
 
-def test_the_same_bits_with_a_cold_cache(played, tmp_path):
-    place = Place(tmp_path)
-    place.play("schedule.replay=previous")
+def test_the_same_bits_with_a_cold_cache_and_in_an_interpreter_of_its_own(played, place):
+    """The one game here that is not forked, so that the others stand for it; its seed of `hash` is another, too."""
+    done = subprocess.run(
+        [sys.executable, "run.py", *place.words("schedule.replay=previous")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == played.first.stderr
     for name in ("iter0", "iter1"):
         one, other = (load_file(p.folder / "run" / name / "policy" / "model.safetensors") for p in (played, place))
         assert all(torch.equal(one[key], other[key]) for key in one)
@@ -173,8 +147,8 @@ def test_scores_are_found_by_the_weights_content_and_not_their_path(played, tmp_
     assert played.stages() - before == {"generate": 1, "score": 1, "train": 1, "evaluate": 3, "sft": 1}
 
 
-def test_a_context_that_is_too_short_is_named_before_weights_load(played, tmp_path):
-    done = Place(tmp_path).play("data.max_length=4000", "generation.max_new_tokens=3000", status=1)
+def test_a_context_that_is_too_short_is_named_before_weights_load(played, place):
+    done = place.play("data.max_length=4000", "generation.max_new_tokens=3000", status=1)
     assert "do not fit the model's context of 1024" in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
@@ -185,9 +159,9 @@ def test_a_shorter_game_takes_away_what_a_longer_one_showed(played, tmp_path):
     assert (shown / "iter0" / "policy").is_dir() and not (shown / "iter1").exists()
 
 
-def test_a_store_that_cannot_be_written_is_named(tmp_path):
+def test_a_store_that_cannot_be_written_is_named(tmp_path, place):
     (tmp_path / "file").write_text("")
-    done = Place(tmp_path).play(f"store.path={tmp_path}/file/store", status=1)
+    done = place.play(f"store.path={tmp_path}/file/store", status=1)
     assert str(tmp_path / "file") in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
@@ -197,16 +171,15 @@ def test_prompts_that_are_held_out_are_never_trained_on(played):
         assert not trained & {pair.prompt for pair in read_pairs(folder)}
 
 
-def test_a_users_own_chat_data_and_model_folder(played, tmp_path):
+def test_a_users_own_chat_data_and_model_folder(played, tmp_path, place):
     record = '{"messages": [{"role": "user", "content": "Say %d."}, {"role": "assistant", "content": "Yes: %d."}]}\n'
     (tmp_path / "chat.jsonl").write_text("".join(record % (i, i) for i in range(20)))
     model = next((played.folder / "cache").glob("tiny-*[0-9]"))
-    place = Place(tmp_path)
     place.play(f"model.path={model}", "data=local", f"data.path={tmp_path}/chat.jsonl", "data.held_out=4", "iter=0")
     assert len(read_pairs(tmp_path / "run" / "iter0" / "pairs.parquet")) == 16
 
 
-def test_answers_that_are_all_empty_end_the_run_with_one_line(played, tmp_path):
+def test_answers_that_are_all_empty_end_the_run_with_one_line(played, tmp_path, place):
     """A model whose last norm is 0 gives every token the same logit: greedily it repeats one special token."""
     model = next((played.folder / "cache").glob("tiny-*[0-9]"))
     mute = tmp_path / "mute"
@@ -215,25 +188,24 @@ def test_answers_that_are_all_empty_end_the_run_with_one_line(played, tmp_path):
     weights["model.norm.weight"] *= 0
     save_file(weights, mute / "model.safetensors", metadata={"format": "pt"})
     words = [f"model.path={mute}", "schedule.sft_epochs=0", "generation=greedy"]
-    done = Place(tmp_path).play(*words, status=1)
+    done = place.play(*words, status=1)
     assert "no pair is left" in done.stderr and "24 empty" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
-    rows = Place(tmp_path).metrics()
+    rows = place.metrics()
     assert rows[-1]["stage"] == "generate"  # what was computed is kept
 
 
-def test_a_disk_without_room_is_found_before_any_long_work(played, tmp_path):
+def test_a_disk_without_room_is_found_before_any_long_work(played, tmp_path, place):
     last = shutil.disk_usage(tmp_path).free // 250_000  # a tiny policy is larger than that
-    done = Place(tmp_path).play(f"iter={last}", status=1)
+    done = place.play(f"iter={last}", status=1)
     assert f"GiB are free, but {last + 2} policies" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_a_disk_that_fills_up_ends_the_run_with_one_line(tmp_path):
+def test_a_disk_that_fills_up_ends_the_run_with_one_line(tmp_path, place):
     """Files may not grow past 200 kB: the policy can't be written. What was finished before stays."""
     limit = "import resource, runpy, signal, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000));"
     limit += "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); sys.argv[0] = 'run.py'; runpy.run_path('run.py', run_name='__main__')"
-    place = Place(tmp_path)
     words = [
         "experiment=smoke",
         "tracking.wandb=disabled",
@@ -246,6 +218,31 @@ def test_a_disk_that_fills_up_ends_the_run_with_one_line(tmp_path):
     assert done.returncode == 1, done.stdout + done.stderr
     assert "no space left" in done.stderr and len(done.stderr.strip().splitlines()) == 1
     assert place.stages() == {"evaluate": 1}
+
+
+def test_a_game_ends_by_a_signal_as_any_program_does(place):
+    killed, interrupted = place.start("loss.beta=0.2", run="killed"), place.start(run="interrupted")
+    while not (place.folder / "interrupted" / "metrics.jsonl").exists():
+        assert interrupted.poll() is None, interrupted.wait()
+        time.sleep(0.02)
+    killed.kill()
+    interrupted.kill(signal.SIGINT)
+    assert killed.wait(60).returncode == -signal.SIGKILL
+    done = interrupted.wait(60)
+    assert done.returncode > 0
+    assert "run the same command to go on" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_games_end_with_their_server(tmp_path):
+    """Its own words say what it died of."""
+    (tmp_path / "hydra.py").write_text("raise ImportError('broken on purpose')")
+    games = Games(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(tmp_path))
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="broken on purpose"):
+                games.start("--help")
+    games.close()
 
 
 @pytest.mark.parametrize("link", ["hinge", "exponential", "correlation"])
