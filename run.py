@@ -5,6 +5,7 @@ import hashlib
 import os
 import re
 import shlex
+import signal
 import sys
 from difflib import get_close_matches
 from pathlib import Path
@@ -16,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from spin import config as schema
+from spin import interrupt
 from spin.errors import explain
 
 # What the user set HYDRA_FULL_ERROR to, before we set it for our own purpose.
@@ -24,9 +26,15 @@ SHOW_TRACEBACK = "SPIN_TRACEBACK"
 
 @hydra.main(config_path="conf", config_name="config", version_base="1.3")
 def main(composed: DictConfig) -> None:
+    interrupt.install()  # once more, for launchers that call this in a process of their own
     try:
         config = schema.load(composed)  # before the heavy imports: a typo is answered at once
         folder = Path(HydraConfig.get().runtime.output_dir)
+        if config.plan:
+            from spin.game import show_plan
+
+            show_plan(config, folder)
+            return
         (folder / "config.yaml").write_text(OmegaConf.to_yaml(composed, resolve=True))
 
         from spin.game import play
@@ -103,11 +111,14 @@ if __name__ == "__main__":
     # Hydra would print its own errors over several lines, and a traceback for ours: have it raise, and print one line.
     os.environ[SHOW_TRACEBACK] = os.environ.get("HYDRA_FULL_ERROR", "0")
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    interrupt.install()
     try:
         main()
     except (HydraException, OmegaConfBaseException) as error:
         if os.environ[SHOW_TRACEBACK] == "1":
             raise
         sys.exit(f"error: {one_line(error)}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted: what is finished is kept, run the same command to go on.")
+    except KeyboardInterrupt as stop:
+        number = getattr(stop, "signal", signal.SIGINT)
+        print(f"stopped by {number.name}: what is done is kept, run the same command to go on.", file=sys.stderr)
+        sys.exit(128 + number)

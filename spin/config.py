@@ -116,6 +116,13 @@ class StoreConfig:
 
 
 @dataclass
+class CheckpointConfig:
+    minutes: float = 5.0
+    steps: int | None = None
+    shard_size: int = 256
+
+
+@dataclass
 class CacheConfig:
     path: str = "~/.cache/spin"
 
@@ -132,6 +139,7 @@ class Config:
     name: str = "spin"
     seed: int = 0
     iter: int | None = None
+    plan: bool = False
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -141,6 +149,7 @@ class Config:
     engine: EngineConfig = field(default_factory=EngineConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
@@ -279,6 +288,12 @@ def check(config: Config) -> None:
         f"must be engine.tokens_per_row={engine.tokens_per_row} or more",
     )
     _require(engine.head_chunk >= 1, "engine.head_chunk", engine.head_chunk, "must be 1 or more")
+    kept = config.checkpoint
+    _require(
+        kept.minutes >= 0, "checkpoint.minutes", kept.minutes, "must be 0 (as often as 3 % of the time allows) or more"
+    )
+    _require(kept.steps is None or kept.steps >= 1, "checkpoint.steps", kept.steps, "must be 1 or more, or null")
+    _require(kept.shard_size >= 1, "checkpoint.shard_size", kept.shard_size, "must be 1 or more")
     _require(config.evaluation.samples >= 1, "evaluation.samples", config.evaluation.samples, "must be 1 or more")
     _require(config.evaluation.bootstrap >= 1, "evaluation.bootstrap", config.evaluation.bootstrap, "must be 1 or more")
 

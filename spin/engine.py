@@ -1,10 +1,13 @@
-"""What stands between the training loop and the machine: backward, step, mean, save."""
+"""What stands between the training loop and the machine: backward, step, drop, mean, save, and the state to go on from."""
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -42,6 +45,9 @@ def compute_type(config: EngineConfig, device: torch.device) -> torch.dtype:
 def _cpu_has_bf16() -> bool:
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
+STATES = {"rmsprop": 1, "adamw": 2}  # numbers that an optimiser keeps for each weight
 
 
 class SingleEngine:
@@ -87,10 +93,16 @@ class SingleEngine:
         loss.backward()
 
     def step(self, lr: float) -> float:
-        """Clip, update the masters with learning rate `lr`, round them into the model. Returns the norm before clipping."""
+        """Clip, update the masters with learning rate `lr`, round them into the model. Returns the norm before clipping.
+
+        Where the norm is not finite nothing is updated, and the gradients are dropped.
+        """
         for name, master in self.masters.items():
             master.grad = self.grads[name]
         norm = torch.nn.utils.clip_grad_norm_(self.masters.values(), self.max_grad_norm).item()
+        if not math.isfinite(norm):
+            self.drop()
+            return norm
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -100,6 +112,12 @@ class SingleEngine:
             self.grads[name].zero_()
         return norm
 
+    def drop(self) -> float:
+        """Forget the gradients of the step, which have no norm: NaN."""
+        for grad in self.grads.values():
+            grad.zero_()
+        return math.nan
+
     def mean(self, values: Iterable[Tensor]) -> float:
         """The mean over all entries of all tensors (and over ranks, where there are several)."""
         return torch.cat([value.reshape(-1).cpu().double() for value in values]).mean().item()
@@ -107,6 +125,27 @@ class SingleEngine:
     def save(self, folder: Path) -> None:
         """Write the master weights (fp32) and the tokenizer as a Hugging Face model folder."""
         save_model(self.model, {**self.buffers, **self.masters}, self.policy, folder)
+
+    def save_state(self, folder: Path) -> None:
+        """Write what the next step needs, between two steps: the master weights and the optimiser's states, as they are."""
+        save_file(self.masters, folder / "masters.safetensors")
+        states = self.optimizer.state_dict()["state"]
+        tensors = {f"{index}.{name}": value for index, state in states.items() for name, value in state.items()}
+        save_file(tensors, folder / "optimizer.safetensors")
+
+    def load_state(self, folder: Path) -> None:
+        """Go on from what `save_state` wrote: the same bits as if nothing had come between."""
+        with safe_open(folder / "masters.safetensors", "pt") as file:
+            for name, master in self.masters.items():
+                master.copy_(file.get_tensor(name))
+                self.weights[name].data.copy_(master)
+        states: dict[int, dict[str, Tensor]] = {}
+        with safe_open(folder / "optimizer.safetensors", "pt") as file:
+            for key in file.keys():
+                index, _, name = key.partition(".")
+                states.setdefault(int(index), {})[name] = file.get_tensor(key)
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": states, "param_groups": groups})
 
 
 def _collect_into(total: Tensor):

@@ -7,22 +7,61 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from spin import report
+from spin import plan, report
 from spin.config import Config, at
-from spin.errors import UserError
 from spin.evaluate import held_out_margins
-from spin.model import Policy, weight_files
+from spin.model import Policy
 from spin.pairs import Answer
-from spin.stages import Evaluated, Stages, counted, replayed
-from spin.store import Stage, link_file, link_tree
+from spin.stages import Evaluated, Scored, Stages, Trained, check_room, counted, replayed
+from spin.store import link_file, link_tree, locked, write_text
 from spin.track import Tracker, format_seconds
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What the game did at one of its turns: the start (all None but the evaluation), the SFT stage, an iteration."""
+
+    iteration: int | None
+    evaluated: Evaluated | None
+    trained: Trained | None = None
+    opponent: Policy | None = None
+    opponents: Evaluated | None = None  # the evaluation of the opponent
+    scored: Scored | None = None
+
+
+def turns(config: Config, stages: Stages) -> Iterator[Turn]:
+    """The game itself: the start, an SFT stage, then generate -> score -> train -> evaluate (section 4.2 of the paper)."""
+
+    def evaluate(policy: Policy, iteration: int | None, opponents: Evaluated | None) -> Evaluated | None:
+        measured = config.evaluation.enabled and stages.data.held_out
+        return stages.evaluate(policy, iteration, opponents) if measured else None
+
+    policy = stages.start
+    evaluated = evaluate(policy, None, None)
+    yield Turn(None, evaluated)
+    if config.schedule.sft_epochs > 0:
+        trained = stages.sft()
+        policy = trained.policy
+        evaluated = evaluate(policy, None, None)
+        yield Turn(None, evaluated, trained)
+
+    answers: list[list[Answer]] = []
+    for t in range(config.iterations):
+        opponent, opponents = policy, evaluated
+        answers.append(stages.generate(opponent, t))
+        scored = stages.score(opponent, t, answers)
+        trained = stages.train(opponent, t, scored)
+        policy = trained.policy
+        evaluated = evaluate(policy, t, opponents)
+        yield Turn(t, evaluated, trained, opponent, opponents, scored)
 
 
 def play(config: Config, folder: Path, command: str) -> dict:
@@ -31,82 +70,65 @@ def play(config: Config, folder: Path, command: str) -> dict:
     Raises UserError for anything that a user can put right, before any long work where that can be known.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tracker = Tracker(
-        folder,
-        name=config.name,
-        config=asdict(config),
-        wandb=config.tracking.wandb,
-        project=config.tracking.project,
-        entity=config.tracking.entity,
-    )
-    try:
-        return _play(config, folder, command, tracker)
-    finally:
-        tracker.close()
+    with locked(folder / ".lock", f"another run is at work in {folder}", partial(print, flush=True)):
+        tracker = Tracker(
+            folder,
+            name=config.name,
+            config=asdict(config),
+            wandb=config.tracking.wandb,
+            project=config.tracking.project,
+            entity=config.tracking.entity,
+        )
+        try:
+            return _play(config, folder, command, tracker)
+        finally:
+            tracker.close()
 
 
 def _play(config: Config, folder: Path, command: str, tracker: Tracker) -> dict:
     started = time.perf_counter()
     stages = Stages(config, folder, tracker)
-    check_room(stages.store.path, folder, stages.start, config)
+    missing = plan.trainings(plan.look_up(turns, config, stages))
+    check_room(stages.store, stages.training_bytes(missing) if missing else 0, f"{missing} policies and checkpoints")
     remove_stale(folder, config)
     examples = stages.data
     tracker.say(
         f"{config.model.name} on {config.data.name}: {len(examples.train)} training and {len(examples.held_out)} "
         f"held-out examples ({counted(examples.counts)}); {stages.numerics['precision']} on {stages.device}"
     )
-    iterations: list[dict] = []
-    evaluations: list[Evaluated] = []
+    played = []
+    for turn in turns(config, stages):
+        show(turn, folder, config)
+        played.append(turn)
 
-    def evaluate(policy: Policy, iteration: int | None, opponent: Evaluated | None) -> Evaluated | None:
-        if not (config.evaluation.enabled and examples.held_out):
-            return None
-        evaluations.append(stages.evaluate(policy, iteration, opponent))
-        return evaluations[-1]
-
-    policy = stages.start
-    last = evaluate(policy, None, None)
-    if config.schedule.sft_epochs > 0:
-        policy = stages.sft()
-        last = evaluate(policy, None, None)
-
-    answers: list[list[Answer]] = []
-    for t in range(config.iterations):
-        opponent, opponents = policy, last
-        answers.append(stages.generate(opponent, t))
-        pairs, score = stages.score(opponent, t, answers)
-        policy, train = stages.train(opponent, t, pairs, score)
-        show_iteration(folder / f"iter{t}", score, train, opponent, policy, config, t)
-        last = evaluate(policy, t, opponents)
-        if last and opponents:
-            margins = held_out_margins(last.held_out, opponents.held_out).tolist()
-            (folder / f"iter{t}" / "margins.json").write_text(json.dumps({"margin": margins}) + "\n")
-        iterations.append(
-            {
-                "iter": t,
-                "beta": at(config.loss.beta, t),
-                "lr": at(config.optimizer.lr, t),
-                "pairs": len(pairs),
-                "dropped": score.manifest["facts"]["dropped"],
-                "policy": f"iter{t}/policy",
-                "opponent": opponent.label,
-            }
-        )
-
+    evaluations = [turn.evaluated for turn in played if turn.evaluated]
     peak = stages.peak_memory_gib
     summary: dict[str, Any] = {
         "command": command,
         "name": config.name,
         "model": config.model.path or config.model.package,
         "data": {"train": len(examples.train), "held_out": len(examples.held_out), "counts": examples.counts},
-        "iterations": iterations,
+        "iterations": [
+            {
+                "iter": turn.iteration,
+                "beta": at(config.loss.beta, turn.iteration),
+                "lr": at(config.optimizer.lr, turn.iteration),
+                "pairs": len(turn.scored.pairs),
+                "dropped": turn.scored.stage.manifest["facts"]["dropped"],
+                "policy": f"iter{turn.iteration}/policy",
+                "opponent": turn.opponent.label,
+            }
+            for turn in played
+            if turn.iteration is not None and turn.scored and turn.opponent
+        ],
         "evaluations": [{"policy": e.policy.label, "iter": e.iteration, **e.measures} for e in evaluations],
         "samples": _samples(evaluations, config.evaluation.samples),
         "seconds": {stage: round(seconds, 1) for stage, seconds in stages.seconds.items()},
         "peak_memory_gib": round(peak, 2),
     }
-    (folder / "game.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    write_text(folder / "game.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     page = report.write(folder, summary)
+    stages.store.refer(folder, stages.used, only=True)
     report.summary(summary, tracker.console)
     if stages.played == 0:
         tracker.say("Everything was done before: nothing was computed again.")
@@ -115,45 +137,46 @@ def _play(config: Config, folder: Path, command: str, tracker: Tracker) -> dict:
         tracker.say(f"{stages.played} stages played in {took}, peak memory {peak:.2f} GiB.")
     tracker.close({"peak_memory_gib": peak})
     tracker.say(f"report: {page}")
-    tracker.say(f"trained model: {folder / iterations[-1]['policy']}")
+    tracker.say(f"trained model: {folder / summary['iterations'][-1]['policy']}")
     return summary
 
 
-def show_iteration(
-    folder: Path, score: Stage, train: Stage, opponent: Policy, policy: Policy, config: Config, iteration: int
-) -> None:
-    """Lay out `iter<t>/`: pairs.parquet, policy/, and a manifest that says in words what made them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    link_file(score.folder / "pairs.parquet", folder / "pairs.parquet")
-    link_tree(train.folder / "policy", folder / "policy")
+def show_plan(config: Config, folder: Path) -> None:
+    """Say which stages `play` would reuse, resume and play. Nothing is computed, and the run's folder stays as it is."""
+    tracker = Tracker(folder, name=config.name, config={}, rank=1)  # rank 1: silent
+    stages = Stages(config, folder, tracker)
+    plan.show(plan.look_up(turns, config, stages, thorough=True), stages, tracker.console)
+
+
+def show(turn: Turn, folder: Path, config: Config) -> None:
+    """Lay out the run's folder: `sft/policy`, and `iter<t>/` with pairs.parquet, policy/, and a manifest in words."""
+    if turn.trained is None:
+        return
+    policy, train = turn.trained.policy, turn.trained.stage
+    if turn.iteration is None:
+        link_tree(train.folder / "policy", folder / "sft" / "policy")
+        return
+    assert turn.opponent and turn.scored
+    t, score, shown = turn.iteration, turn.scored.stage, folder / f"iter{turn.iteration}"
+    shown.mkdir(parents=True, exist_ok=True)
+    link_file(score.folder / "pairs.parquet", shown / "pairs.parquet")
+    link_tree(train.folder / "policy", shown / "policy")
     manifest = {
-        "iteration": iteration,
+        "iteration": t,
         "data": asdict(config.data),
         "start_of_the_game": config.model.path or config.model.package,
-        "policy": {"label": policy.label, "weights": policy.id, "starts_as": opponent.label},
-        "opponent": {"label": opponent.label, "weights": opponent.id},
-        "loss": {"link": config.loss.link, "beta": at(config.loss.beta, iteration)},
-        "replay": [f"iter{k}" for k in replayed(config.schedule.replay, iteration)],
+        "policy": {"label": policy.label, "weights": policy.id, "starts_as": turn.opponent.label},
+        "opponent": {"label": turn.opponent.label, "weights": turn.opponent.id},
+        "loss": {"link": config.loss.link, "beta": at(config.loss.beta, t)},
+        "replay": [f"iter{k}" for k in replayed(config.schedule.replay, t)],
         "generation": asdict(config.generation),
         "stages": {"score": score.manifest, "train": train.manifest},
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-
-
-def check_room(store: Path, folder: Path, start: Policy, config: Config) -> None:
-    """Raise UserError if the store's disk can't take the policies of a new game (fp32, one a stage).
-
-    Where the run's folder holds a finished game, most of this one may be in the store already: then nothing is said here.
-    """
-    store.mkdir(parents=True, exist_ok=True)
-    stages = config.iterations + (config.schedule.sft_epochs > 0)
-    size, free = fp32_bytes(start.folder), shutil.disk_usage(store).free
-    if free < stages * size and not (folder / "game.json").exists():
-        raise UserError(
-            f"store.path={store}: {free / 2**30:.1f} GiB are free, but {stages} policies of {size / 2**30:.1f} GiB "
-            "will be written. Free some space or give another store.path."
-        )
+    write_text(shown / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    if turn.evaluated and turn.opponents:
+        margins = held_out_margins(turn.evaluated.held_out, turn.opponents.held_out).tolist()
+        write_text(shown / "margins.json", json.dumps({"margin": margins}) + "\n")
 
 
 def remove_stale(folder: Path, config: Config) -> None:
@@ -164,21 +187,6 @@ def remove_stale(folder: Path, config: Config) -> None:
             shutil.rmtree(path)
     if config.schedule.sft_epochs == 0:
         shutil.rmtree(folder / "sft", ignore_errors=True)
-
-
-def fp32_bytes(folder: Path) -> int:
-    """The size of a model folder's weights, were they all fp32."""
-    from safetensors import safe_open
-
-    total = 0
-    for path in weight_files(folder):
-        with safe_open(path, "pt") as file:
-            for name in file.keys():
-                count = 1
-                for size in file.get_slice(name).get_shape():
-                    count *= size
-                total += 4 * count
-    return total
 
 
 def _samples(evaluations: Sequence[Evaluated], count: int) -> list[dict]:

@@ -1,14 +1,16 @@
 """log p(response | prompt) of every response in a batch, summed over its tokens, in fp32 from the logits on."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from spin.checkpoint import Keep, keep_nothing
 from spin.errors import UserError
-from spin.pairs import Batch, Continuations, batches
+from spin.pairs import Batch, Continuations, Rows, collate, plan_batches
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,13 @@ class Forward:
     tokens_per_batch: int
     head_chunk: int
 
-    def batches(self, items: Sequence[Continuations]) -> list[Batch]:
-        return batches(items, self.layout, self.tokens_per_row, self.tokens_per_batch)
+    def plan(self, items: Sequence[Continuations]) -> list[Rows]:
+        return plan_batches(items, self.layout, self.tokens_per_row, self.tokens_per_batch)
+
+    def batches(self, items: Sequence[Continuations]) -> Iterator[Batch]:
+        """One after another: their masks together would take more memory than a large data set."""
+        for rows in self.plan(items):
+            yield collate(items, self.layout, rows)
 
 
 def sequence_logps(model: PreTrainedModel, batch: Batch, forward: Forward) -> Tensor:
@@ -158,6 +165,11 @@ def choose_forward(
     """
     sample = list(items[:4])
     expected = torch.stack([logps.sum() for item in sample for logps in plain_logps(model, item)]).cpu()
+    if not expected.isfinite().all():
+        raise UserError(
+            "the model's own log-probs are not finite: its weights are broken, or too large for this precision: give a "
+            "whole model, or try engine.precision=fp32."
+        )
     tokens = sum(len(response) for item in sample for response in item.responses)
     candidates = [(ly, head) for head in ("chunked", "full") for ly in ("packed", "padded") if layout in ("auto", ly)]
     refused: list[str] = []
@@ -196,16 +208,54 @@ def _unsuitable(model: PreTrainedModel, forward: Forward, longest: int) -> str |
 
 
 def logps_of(
-    model: PreTrainedModel, items: Sequence[Continuations], forward: Forward, advance=lambda n: None
+    model: PreTrainedModel,
+    items: Sequence[Continuations],
+    forward: Forward,
+    advance: Callable[[int], None] = lambda items: None,
+    keep: Keep = keep_nothing,
+    shard_size: int = 256,
 ) -> Tensor:
-    """`sequence_logps` of all responses of all items, without gradients, in the items' order: fp32, on the CPU."""
+    """`sequence_logps` of all responses of all items, without gradients, in the items' order: fp32, on the CPU.
+
+    `keep` gets shards of whole batches, of `shard_size` items or a few more; how they are cut changes no bit.
+    `advance` is told how many items have just been scored. Raises UserError if a log-prob is not finite.
+    """
     first = [0]
     for item in items:
         first.append(first[-1] + len(item.responses))
     result = torch.empty(first[-1])
-    with torch.inference_mode():
-        for batch in forward.batches(items):
+
+    @torch.inference_mode()
+    def score(plan: list[Rows]) -> list[dict]:
+        rows = []
+        for part in plan:
+            batch = collate(items, forward.layout, part)
             where = [k for i in batch.items for k in range(first[i], first[i + 1])]
-            result[where] = sequence_logps(model, batch.to(model.device), forward).cpu()
+            logps = sequence_logps(model, batch.to(model.device), forward).tolist()
+            rows += [{"response": k, "logp": logp} for k, logp in zip(where, logps, strict=True)]
             advance(len(batch.items))
+        return rows
+
+    for number, plan in enumerate(_shards(forward.plan(items), shard_size)):
+        for row in keep(number, [i for part in plan for chosen in part for i in chosen], partial(score, plan)):
+            result[row["response"]] = row["logp"]
+    if not result.isfinite().all():
+        raise UserError(
+            "some log-probs are not finite: the model's weights are broken, or its training went astray: lower the learning "
+            "rate (optimizer.lr, schedule.sft_lr), or try engine.precision=fp32."
+        )
     return result
+
+
+def _shards(plan: Sequence[Rows], size: int) -> Iterator[list[Rows]]:
+    """Runs of batches with at least `size` items together."""
+    shard: list[Rows] = []
+    count = 0
+    for part in plan:
+        shard.append(part)
+        count += sum(map(len, part))
+        if count >= size:
+            yield shard
+            shard, count = [], 0
+    if shard:
+        yield shard

@@ -2,14 +2,18 @@
 
 import hashlib
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict
+from functools import partial
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from spin.checkpoint import Keep, keep_nothing
 from spin.config import GenerationConfig
 from spin.data import Example
-from spin.pairs import Answer
+from spin.errors import UserError
+from spin.pairs import Answer, answer_of
 
 # Finished rows leave the batch once they are this share of it: leaving copies the key-value cache of those that stay.
 COMPACT_AT = 0.25
@@ -25,28 +29,38 @@ def generate(
     stop_ids: Collection[int],
     seed: int,
     advance: Callable[[int], None] = lambda answers: None,
+    keep: Keep = keep_nothing,
+    shard_size: int = 256,
 ) -> list[Answer]:
     """One answer for every example, in their order.
 
     Sampled from the model's own distribution (temperature, then top_p; nothing else: a model's generation_config is not
     consulted), greedy at temperature 0. Each prompt has its own stream of random numbers, made of `seed` and its id,
     so that its answer depends on the batch around it by rounding only. `advance` is told how many
-    answers have just ended.
+    answers have just ended. `keep` gets shards of whole batches, of `shard_size` answers or a few more; how they are cut
+    changes no bit. Raises UserError if the model's logits are not finite.
     """
     by_length = sorted(range(len(examples)), key=lambda i: (len(examples[i].prompt_ids), examples[i].id))
-    answers: dict[int, Answer] = {}
-    for start in range(0, len(by_length), config.batch_size):
-        chosen = by_length[start : start + config.batch_size]
-        prompts = [examples[i].prompt_ids for i in chosen]
-        uniforms = torch.stack([_uniforms(seed, examples[i].id, max_new_tokens) for i in chosen])
-        for i, ids in zip(chosen, _decode(model, prompts, uniforms, config, stop_ids, advance), strict=True):
-            answers[i] = Answer(
-                id=examples[i].id,
-                ids=tuple(ids),
-                finish_reason="stop" if ids[-1] in stop_ids else "length",
-                text=str(tokenizer.decode(ids, skip_special_tokens=True)),
-            )
-    return [answers[i] for i in range(len(examples))]
+    size = -(-shard_size // config.batch_size) * config.batch_size  # whole batches
+    answers: dict[str, Answer] = {}
+
+    def answer(chosen: list[int]) -> list[dict]:
+        rows = []
+        for start in range(0, len(chosen), config.batch_size):
+            batch = [examples[i] for i in chosen[start : start + config.batch_size]]
+            prompts = [example.prompt_ids for example in batch]
+            uniforms = torch.stack([_uniforms(seed, example.id, max_new_tokens) for example in batch])
+            for example, ids in zip(batch, _decode(model, prompts, uniforms, config, stop_ids, advance), strict=True):
+                reason = "stop" if ids[-1] in stop_ids else "length"
+                text = str(tokenizer.decode(ids, skip_special_tokens=True))
+                rows.append(asdict(Answer(id=example.id, ids=tuple(ids), finish_reason=reason, text=text)))
+        return rows
+
+    for number, start in enumerate(range(0, len(by_length), size)):
+        chosen = by_length[start : start + size]
+        for row in keep(number, [examples[i].id for i in chosen], partial(answer, chosen)):
+            answers[row["id"]] = answer_of(row)
+    return [answers[example.id] for example in examples]
 
 
 def _decode(
@@ -82,6 +96,11 @@ def _decode(
             # As an index: a slice of the last position is not contiguous, and the head would copy its weights a row.
             logits_to_keep=torch.tensor([input_ids.shape[1] - 1], device=device),
         ).logits[:, -1]
+        if step == 0 and not logits.isfinite().all():
+            raise UserError(
+                "the model's logits are not finite: its weights are broken, or its training went astray: lower the "
+                "learning rate (optimizer.lr, schedule.sft_lr), or try engine.precision=fp32."
+            )
         chosen = sample(logits, uniforms[rows.cpu(), step].to(device), config.temperature, config.top_p)
         for row, token, alive in zip(rows.tolist(), chosen.tolist(), running.tolist(), strict=True):
             if alive:

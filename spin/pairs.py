@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 from spin.data import Example
 
 Ids = Sequence[int]
+Rows = list[list[int]]  # a batch as planned: for each row, the items in it
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,12 @@ def read_pairs(path: Path) -> list[Pair]:
 
 
 def read_answers(path: Path) -> list[Answer]:
-    return [Answer(**_tuples(row)) for row in pq.read_table(path).to_pylist()]
+    return [answer_of(row) for row in pq.read_table(path).to_pylist()]
+
+
+def answer_of(row: dict) -> Answer:
+    """An answer from a row of a Parquet file."""
+    return Answer(**_tuples(row))
 
 
 def _tuples(row: dict) -> dict:
@@ -166,38 +173,50 @@ class Batch:
         return replace(self, **{name: value.to(device) for name, value in tensors.items()})
 
 
-def batches(items: Sequence[Continuations], layout: str, tokens_per_row: int, tokens_per_batch: int) -> list[Batch]:
-    """Split `items` into batches of at most `tokens_per_batch` tokens, padding included.
+def plan_batches(items: Sequence[Continuations], layout: str, tokens_per_row: int, tokens_per_batch: int) -> list[Rows]:
+    """Which items share a row and which rows a batch, of at most `tokens_per_batch` tokens, padding included.
 
-    layout "packed": items are packed, first fit decreasing, into rows of at most `tokens_per_row` tokens, each prompt
+    layout "packed": items are packed, best fit decreasing, into rows of at most `tokens_per_row` tokens, each prompt
     once. "padded": a row a response, the prompt repeated. An item longer than a budget gets a row or batch of its own.
-    All responses of an item are in one batch.
+    All responses of an item are in one batch. Costs n log n, and no tensors.
     """
-    return _packed(items, tokens_per_row, tokens_per_batch) if layout == "packed" else _padded(items, tokens_per_batch)
+    if layout == "packed":
+        return _plan_packed(items, tokens_per_row, tokens_per_batch)
+    return _plan_padded(items, tokens_per_batch)
 
 
-def _packed(items: Sequence[Continuations], tokens_per_row: int, tokens_per_batch: int) -> list[Batch]:
+def collate(items: Sequence[Continuations], layout: str, rows: Rows) -> Batch:
+    """One of the batches that `plan_batches` planned, as tensors."""
+    if layout == "packed":
+        return _collate_packed(items, rows)
+    return _collate_padded(items, [i for row in rows for i in row])
+
+
+def _plan_packed(items: Sequence[Continuations], tokens_per_row: int, tokens_per_batch: int) -> list[Rows]:
     rows: list[list[int]] = []
-    room: list[int] = []
+    # (free tokens, row), sorted: the tightest row that an item still fits is found by bisection.
+    rooms: list[tuple[int, int]] = []
     for index in sorted(range(len(items)), key=lambda i: -items[i].tokens):
-        row = next((r for r, free in enumerate(room) if free >= items[index].tokens), None)
-        if row is None:
-            row = len(rows)
+        tokens = items[index].tokens
+        at = bisect_left(rooms, (tokens, -1))
+        if at == len(rooms):
+            free, row = tokens_per_row, len(rows)
             rows.append([])
-            room.append(tokens_per_row)
+        else:
+            free, row = rooms.pop(at)
         rows[row].append(index)
-        room[row] -= items[index].tokens
+        insort(rooms, (free - tokens, row))
     lengths = [sum(items[i].tokens for i in row) for row in rows]
     order = sorted(range(len(rows)), key=lambda r: -lengths[r])
-    return [_collate_packed(items, [rows[r] for r in group]) for group in _groups(order, lengths, tokens_per_batch)]
+    return [[rows[r] for r in group] for group in _groups(order, lengths, tokens_per_batch)]
 
 
-def _padded(items: Sequence[Continuations], tokens_per_batch: int) -> list[Batch]:
+def _plan_padded(items: Sequence[Continuations], tokens_per_batch: int) -> list[Rows]:
     # An item's cost is that of its rows: as many as it has responses, each as long as its longest.
     lengths = [len(item.prompt_ids) + max(map(len, item.responses)) for item in items]
     widths = [len(item.responses) for item in items]
     order = sorted(range(len(items)), key=lambda i: -lengths[i])
-    return [_collate_padded(items, group) for group in _groups(order, lengths, tokens_per_batch, widths)]
+    return [[[i] for i in group] for group in _groups(order, lengths, tokens_per_batch, widths)]
 
 
 def _groups(order: list[int], lengths: list[int], budget: int, widths: list[int] | None = None) -> list[list[int]]:

@@ -5,24 +5,30 @@ Each is looked up in the store by what makes it, and only played if it is not th
 
 import hashlib
 import json
+import math
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import safe_open
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from spin import data
+from spin.checkpoint import KEPT, Checkpoints, Shards, TrainState, describe
 from spin.config import Config, at
 from spin.data import Example
-from spin.engine import SingleEngine, compute_type, device_of
+from spin.engine import STATES, SingleEngine, compute_type, device_of
 from spin.errors import UserError
 from spin.evaluate import HeldOut, measures
 from spin.logps import Forward, choose_forward, logps_of
-from spin.model import Policy, content_id, load_model, load_tokenizer, resolve, stop_ids
+from spin.model import Policy, content_id, load_model, load_tokenizer, resolve, stop_ids, weight_files
 from spin.opponent import generate
 from spin.pairs import (
     Answer,
@@ -37,12 +43,43 @@ from spin.pairs import (
     with_opponent_logps,
     write_parquet,
 )
-from spin.store import Stage, Store, link_tree
-from spin.track import Tracker
+from spin.sealed import size_of
+from spin.store import RESUME, Stage, Store, key_of
+from spin.track import Progress, Tracker, plain
 from spin.train import train_sft, train_spin
 
 # A warning is due when more answers than this are cut at the cap: their length alone then tells them from human ones.
 CUT_SHARE = 0.2
+
+
+@dataclass
+class Work:
+    """What the builder of a stage works with: `folder` becomes the stage, `resume` holds what a next try goes on from,
+    `log` takes a row of metrics. `earlier_seconds` is what earlier tries took for what is used of them."""
+
+    folder: Path
+    resume: Path
+    log: Callable[[dict], None]
+    earlier_seconds: float = 0.0
+
+    def earlier(self, seconds: float) -> None:
+        self.earlier_seconds += seconds
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The pairs of an iteration with their opponent's log-probs, and the stage that holds them."""
+
+    pairs: list[Pair]
+    stage: Stage
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A policy that a stage made."""
+
+    policy: Policy
+    stage: Stage
 
 
 @dataclass(frozen=True)
@@ -61,7 +98,7 @@ class Stages:
 
     def __init__(self, config: Config, folder: Path, tracker: Tracker):
         self.config, self.folder, self.tracker = config, folder, tracker
-        self.store = Store(Path(config.store.path))
+        self.store = Store(Path(config.store.path), tracker.say)
         self.device = device_of(config.engine)
         self.dtype = compute_type(config.engine, self.device)
         cache = Path(config.cache.path).expanduser()
@@ -83,6 +120,7 @@ class Stages:
         self.seconds: dict[str, float] = {}
         self.peak_memory_gib = 0.0
         self.played = 0
+        self.used: list[str] = []
         self._loaded: tuple[str, PreTrainedModel] | None = None
         self._forward: Forward | None = None
 
@@ -125,7 +163,9 @@ class Stages:
 
     def _check_context(self) -> None:
         """Raise UserError if a sequence of the run can be longer than the model's context."""
-        context = getattr(AutoConfig.from_pretrained(self.start.folder), "max_position_embeddings", None)
+        context = getattr(
+            AutoConfig.from_pretrained(self.start.folder, trust_remote_code=False), "max_position_embeddings", None
+        )
         new = self.config.max_new_tokens
         longest = max(len(e.prompt_ids) + max(len(e.real_ids), new) for e in [*self.data.train, *self.data.held_out])
         if context is not None and longest > context:
@@ -143,9 +183,7 @@ class Stages:
 
     # --- stages -------------------------------------------------------------------------------------------------------
 
-    def stage(
-        self, name: str, title: str, labels: dict, inputs: dict, build: Callable[[Path, Callable[[dict], None]], dict]
-    ) -> Stage:
+    def stage(self, name: str, title: str, labels: dict, inputs: dict, build: Callable[[Work], dict]) -> Stage:
         """Find the stage in the store or play it. Its metrics are logged either way, so a run's record is whole.
 
         `labels` (iteration, policy) go onto each row: they are this run's names, not part of what made the stage.
@@ -155,12 +193,19 @@ class Stages:
             with (folder / "metrics.jsonl").open("w") as file:
 
                 def log(row: dict) -> None:
-                    file.write(json.dumps(row) + "\n")
+                    file.write(json.dumps(plain(row)) + "\n")
                     file.flush()
                     self.tracker.log({**labels, "stage": name, **row})
 
-                return build(folder, log) | {"peak_memory_gib": peak_memory_gib()}
+                if found := describe(folder / RESUME):
+                    self.tracker.say(f"{title}: going on from {found}")
+                work = Work(folder, folder / RESUME, log)
+                facts = build(work)
+            return facts | {"peak_memory_gib": peak_memory_gib(), "earlier_seconds": work.earlier_seconds}
 
+        reference = f"{name}/{key_of(inputs)}"
+        self.used.append(reference)
+        self.store.refer(self.folder, [reference])
         stage = self.store.get(name, inputs, recorded)
         if stage.reused:
             self.tracker.say(f"{title}: done before, reused")
@@ -184,14 +229,14 @@ class Stages:
             **self._generation_inputs(),
         }
 
-        def build(folder: Path, log: Callable[[dict], None]) -> dict:
+        title = f"iter {iteration}: generate"
+
+        def build(work: Work) -> dict:
             started = time.perf_counter()
-            answers = self._answers(
-                opponent, examples, f"iter {iteration}: generate", _seed(self.config.seed, iteration)
-            )
+            answers = self._answers(work, opponent, examples, title, _seed(self.config.seed, iteration))
             tokens = sum(len(answer.ids) for answer in answers)
-            seconds = time.perf_counter() - started
-            write_parquet(answers, folder / "answers.parquet")
+            seconds = time.perf_counter() - started + work.earlier_seconds
+            write_parquet(answers, work.folder / "answers.parquet")
             finished = sum(answer.finish_reason == "stop" for answer in answers) / len(answers)
             row = {
                 "answers": len(answers),
@@ -199,10 +244,10 @@ class Stages:
                 "tokens_per_second": tokens / seconds,
                 "finished": finished,
             }
-            log({"step": 0, **row})
+            work.log({"step": 0, **row})
             return row
 
-        stage = self.stage("generate", f"iter {iteration}: generate", {"iter": iteration}, inputs, build)
+        stage = self.stage("generate", title, {"iter": iteration}, inputs, build)
         answers = read_answers(stage.folder / "answers.parquet")
         cut = sum(answer.finish_reason == "length" for answer in answers) / len(answers)
         if cut > CUT_SHARE:
@@ -212,7 +257,7 @@ class Stages:
             )
         return answers
 
-    def score(self, opponent: Policy, iteration: int, answers: list[list[Answer]]) -> tuple[list[Pair], Stage]:
+    def score(self, opponent: Policy, iteration: int, answers: list[list[Answer]]) -> Scored:
         """The pairs of this iteration and those replayed from earlier ones (`answers[k]`: iteration k's), all with
         log-probs of the present opponent."""
         pairs, dropped = make_pairs(self.data.train, answers[iteration], iteration)
@@ -228,33 +273,34 @@ class Stages:
         inputs = {"opponent": opponent.id, "iter": iteration, "pairs": fingerprint(pairs), "numerics": self.numerics}
         title = f"iter {iteration}: score"
 
-        def build(folder: Path, log: Callable[[dict], None]) -> dict:
+        def build(work: Work) -> dict:
             started = time.perf_counter()
             model = self.model(opponent)
             forward = self.forward(model)
             with self.tracker.progress(title, len(pairs), "pairs") as bar:
-                scored = with_opponent_logps(pairs, logps_of(model, both(pairs), forward, bar.advance).view(-1, 2))
-            write_parquet(scored, folder / "pairs.parquet")
-            rate = len(pairs) / (time.perf_counter() - started)
+                logps = self._logps(work, model, both(pairs), bar)
+            scored = with_opponent_logps(pairs, logps.view(-1, 2))
+            write_parquet(scored, work.folder / "pairs.parquet")
+            rate = len(pairs) / (time.perf_counter() - started + work.earlier_seconds)
             row = {
                 "pairs": len(pairs),
                 "logps/real": _mean([p.opponent_logp_real for p in scored]),
                 "logps/generated": _mean([p.opponent_logp_generated for p in scored]),
                 "pairs_per_second": rate,
             }
-            log({"step": 0, **row})
+            work.log({"step": 0, **row})
             return {"pairs": len(pairs), "dropped": dropped, "layout": forward.layout, "head": forward.head}
 
         stage = self.stage("score", title, {"iter": iteration}, inputs, build)
         scored = read_pairs(stage.folder / "pairs.parquet")
         assert fingerprint(scored) == inputs["pairs"], f"{stage.folder}: its rows are not the pairs that were scored"
-        return scored, stage
+        return Scored(scored, stage)
 
-    def train(self, opponent: Policy, iteration: int, pairs: list[Pair], score: Stage) -> tuple[Policy, Stage]:
+    def train(self, opponent: Policy, iteration: int, scored: Scored) -> Trained:
         """The main player: starts as the opponent, learns to tell its answers from the human ones."""
-        config = self.config
+        config, pairs = self.config, scored.pairs
         beta, lr = at(config.loss.beta, iteration), at(config.optimizer.lr, iteration)
-        settings = {
+        settings: dict[str, Any] = {
             "lr": lr,
             "epochs": at(config.schedule.epochs, iteration),
             "batch_size": config.schedule.batch_size,
@@ -263,7 +309,7 @@ class Stages:
         }
         inputs = {
             "start": opponent.id,
-            "scores": score.key,
+            "scores": scored.stage.key,
             "beta": beta,
             "link": config.loss.link,
             **settings,
@@ -271,27 +317,20 @@ class Stages:
         }
         title = f"iter {iteration}: train"
 
-        def build(folder: Path, log: Callable[[dict], None]) -> dict:
-            engine = self.engine(opponent)
-            with self.tracker.progress(title, _total(len(pairs), settings["epochs"]), "pairs") as bar:
+        def build(work: Work) -> dict:
+            def learn(engine: SingleEngine, **common) -> TrainState:
+                return train_spin(engine, pairs, beta=beta, link=config.loss.link, **common, **settings)
 
-                def step(row: dict) -> None:
-                    log(row)
-                    bar.advance(row["pairs"], loss=row["loss"], margin=row["rewards/margins"])
-
-                train_spin(
-                    engine, pairs, self.forward(engine.model), beta=beta, link=config.loss.link, log=step, **settings
-                )
-            engine.save(folder / "policy")
-            return {"policy": content_id(folder / "policy")}
+            shown = {"loss": "loss", "margin": "rewards/margins"}
+            return self._train(work, opponent, title, _total(len(pairs), settings["epochs"]), "pairs", shown, learn)
 
         stage = self.stage("train", title, {"iter": iteration}, inputs, build)
-        return self._policy(f"iter{iteration}", stage), stage
+        return self._trained(f"iter{iteration}", stage)
 
-    def sft(self) -> Policy:
+    def sft(self) -> Trained:
         """Fine-tune the start on the human answers: SPIN's opponent at t = 0 is an SFT model of the same data."""
         config = self.config
-        settings = {
+        settings: dict[str, Any] = {
             "lr": config.schedule.sft_lr,
             "epochs": config.schedule.sft_epochs,
             "batch_size": config.schedule.batch_size,
@@ -306,21 +345,14 @@ class Stages:
         }
         items = [Continuations(example.prompt_ids, (example.real_ids,)) for example in self.data.train]
 
-        def build(folder: Path, log: Callable[[dict], None]) -> dict:
-            engine = self.engine(self.start)
-            with self.tracker.progress("SFT", _total(len(items), settings["epochs"]), "examples") as bar:
+        def build(work: Work) -> dict:
+            def learn(engine: SingleEngine, **common) -> TrainState:
+                return train_sft(engine, items, **common, **settings)
 
-                def step(row: dict) -> None:
-                    log(row)
-                    bar.advance(row["pairs"], loss=row["loss"])
+            total = _total(len(items), settings["epochs"])
+            return self._train(work, self.start, "SFT", total, "examples", {"loss": "loss"}, learn)
 
-                train_sft(engine, items, self.forward(engine.model), log=step, **settings)
-            engine.save(folder / "policy")
-            return {"policy": content_id(folder / "policy")}
-
-        stage = self.stage("sft", "SFT", {"iter": None}, inputs, build)
-        link_tree(stage.folder / "policy", self.folder / "sft" / "policy")
-        return self._policy("sft", stage)
+        return self._trained("sft", self.stage("sft", "SFT", {"iter": None}, inputs, build))
 
     def evaluate(self, policy: Policy, iteration: int | None, before: Evaluated | None) -> Evaluated:
         """Held-out measures of `policy`, and against `before`, its opponent, where it is the product of an iteration."""
@@ -337,9 +369,9 @@ class Stages:
         }
         title = f"evaluate {policy.label}"
 
-        def build(folder: Path, log: Callable[[dict], None]) -> dict:
+        def build(work: Work) -> dict:
             # The same random numbers for every policy: differences between policies are not differences of luck.
-            answers = self._answers(policy, examples, title, _seed(self.config.seed, -2))
+            answers = self._answers(work, policy, examples, title, _seed(self.config.seed, -2))
             by_id = {answer.id: answer for answer in answers}
             model = self.model(policy)
             pairs = [join(example, by_id[example.id]) for example in examples]
@@ -349,14 +381,14 @@ class Stages:
                     Continuations(item.prompt_ids, (*item.responses, theirs.generated_ids))
                     for item, theirs in zip(items, before.held_out.pairs, strict=True)
                 ]
-            logps = logps_of(model, items, self.forward(model)).view(len(pairs), -1)
+            logps = self._logps(work, model, items).view(len(pairs), -1)
             scored = with_opponent_logps(pairs, logps[:, :2])
             held_out = HeldOut(scored, logps[:, 2].tolist() if before else None)
-            write_parquet(scored, folder / "held_out.parquet")
+            write_parquet(scored, work.folder / "held_out.parquet")
             result = measures(held_out, before.held_out if before else None, resamples, self.config.seed)
             facts = {"measures": result, "logps_of_opponents_answers": held_out.logps_of_opponents_answers}
-            (folder / "evaluation.json").write_text(json.dumps(facts, indent=2) + "\n")
-            log({"step": 0, **result})
+            (work.folder / "evaluation.json").write_text(json.dumps(facts, indent=2) + "\n")
+            work.log({"step": 0, **result})
             return result
 
         stage = self.stage("evaluate", title, {"iter": iteration, "policy": policy.label}, inputs, build)
@@ -370,21 +402,77 @@ class Stages:
         self.tracker.samples(policy.label, samples, stage.reused)
         return Evaluated(policy, iteration, stage, held_out, facts["measures"])
 
+    def training_bytes(self, stages: int) -> int:
+        """What so many training stages may take on the disk: a policy each, and the checkpoints of one at a time."""
+        policy = fp32_bytes(self.start.folder)
+        return stages * policy + KEPT * policy * (1 + STATES[self.config.optimizer.name])
+
     # --- what several stages need -------------------------------------------------------------------------------------
 
-    def _answers(self, policy: Policy, examples: Sequence[Example], title: str, seed: int) -> list[Answer]:
-        model = self.model(policy)
+    def _answers(self, work: Work, policy: Policy, examples: Sequence[Example], title: str, seed: int) -> list[Answer]:
+        config, model = self.config, self.model(policy)
         with self.tracker.progress(title, len(examples), "answers") as bar:
+
+            def found(rows: int, seconds: float) -> None:
+                bar.skip(rows)
+                work.earlier(seconds)
+
             return generate(
                 model,
                 self.tokenizer,
                 examples,
-                self.config.generation,
-                self.config.max_new_tokens,
+                config.generation,
+                config.max_new_tokens,
                 self.stop_ids,
                 seed,
                 bar.advance,
+                Shards(work.resume / "answers", self.tracker.say, found),
+                config.checkpoint.shard_size,
             )
+
+    def _logps(
+        self, work: Work, model: PreTrainedModel, items: Sequence[Continuations], bar: Progress | None = None
+    ) -> Tensor:
+        def found(rows: int, seconds: float) -> None:
+            work.earlier(seconds)
+            if bar:
+                bar.skip(rows // len(items[0].responses))
+
+        keep = Shards(work.resume / "scores", self.tracker.say, found)
+        advance = bar.advance if bar else lambda items: None
+        return logps_of(model, items, self.forward(model), advance, keep, self.config.checkpoint.shard_size)
+
+    def _train(
+        self,
+        work: Work,
+        start: Policy,
+        title: str,
+        total: int,
+        unit: str,
+        shown: dict[str, str],
+        learn: Callable[..., TrainState],
+    ) -> dict:
+        """Train from `start` by `learn`, from where an earlier try stopped, and save the policy. Returns facts.
+
+        `shown` are the values beside the progress bar, by their names in the rows.
+        """
+        check_room(self.store, self.training_bytes(1) - size_of(work.resume), f"{title}: a policy and its checkpoints")
+        kept = self.config.checkpoint
+        checkpoints = Checkpoints(work.resume / "training", kept.minutes, kept.steps, self.tracker.say)
+        engine = self.engine(start)
+        with self.tracker.progress(title, total, unit) as bar:
+
+            def log(row: dict) -> None:
+                work.log(row)
+                if row["step"] < checkpoints.restored.step:
+                    bar.skip(row["pairs"])
+                else:
+                    bar.advance(row["pairs"], **{name: row[key] for name, key in shown.items()})
+
+            state = learn(engine, forward=self.forward(engine.model), log=log, checkpoints=checkpoints)
+        work.earlier(checkpoints.restored.seconds)
+        engine.save(work.folder / "policy")
+        return {"policy": content_id(work.folder / "policy"), "skipped_steps": state.skipped}
 
     def _generation_inputs(self) -> dict:
         settings = {**asdict(self.config.generation), "max_new_tokens": self.config.max_new_tokens}
@@ -394,8 +482,28 @@ class Stages:
     def _training_inputs(self) -> dict:
         return {"optimizer": {**asdict(self.config.optimizer), "lr": None}, "numerics": self.numerics}
 
-    def _policy(self, label: str, stage: Stage) -> Policy:
-        return Policy(label, stage.folder / "policy", stage.manifest["facts"]["policy"])
+    def _trained(self, label: str, stage: Stage) -> Trained:
+        return Trained(Policy(label, stage.folder / "policy", stage.manifest["facts"]["policy"]), stage)
+
+
+def check_room(store: Store, needed: int, what: str) -> None:
+    """Raise UserError if the store's disk has not `needed` bytes left for `what`."""
+    store.path.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(store.path).free
+    if free < needed:
+        raise UserError(
+            f"store.path={store.path}: {free / 2**30:.1f} GiB are free, but {what} may take {needed / 2**30:.1f} GiB. "
+            "Free some space (`python -m spin.store clean`) or give another store.path."
+        )
+
+
+def fp32_bytes(folder: Path) -> int:
+    """The size of a model folder's weights, were they all fp32."""
+    total = 0
+    for path in weight_files(folder):
+        with safe_open(path, "pt") as file:
+            total += sum(4 * math.prod(file.get_slice(name).get_shape()) for name in file.keys())
+    return total
 
 
 def replayed(replay: str, iteration: int) -> list[int]:

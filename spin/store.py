@@ -1,17 +1,27 @@
-"""Finished stages, found again by what they were made from."""
+"""Finished stages, found again by what they were made from. `python -m spin.store` lists them and makes room."""
 
+import argparse
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
-MANIFEST = "manifest.json"
+from spin.sealed import Damaged, read_manifest, seal, size_of, verify
+
+# Part of every key: another number where the same settings come to give another content.
+VERSION = 2
+PART = ".part"  # <key>.part: an unfinished stage
+RESUME = "resume"  # in it: what the next try goes on from
+RUNS = "runs"  # the one folder of a store that is no stage: which run folders use it
+STAGES = "stages.json"  # in a run's folder: which stages it uses
 
 
 @dataclass(frozen=True)
@@ -34,54 +44,140 @@ class Stage:
 
 def key_of(inputs: dict) -> str:
     """A hash of everything that decides a stage's content: equal for equal values, whatever the order of the keys."""
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([VERSION, inputs], sort_keys=True).encode()).hexdigest()[:16]
 
 
 class Store:
-    """`<path>/<stage>/<key>/`: one folder a finished stage, complete or not there at all."""
+    """`<path>/<stage>/<key>/`: one folder a finished stage, complete or not there at all.
 
-    def __init__(self, path: Path):
-        self.path = path.expanduser()
+    An unfinished one is `<key>.part/`, of which only `resume/` outlives the process that works on it. `say` gets a line
+    where a stage is waited for or turns out to be damaged.
+    """
 
-    def has(self, stage: str, inputs: dict) -> bool:
-        return (self.path / stage / key_of(inputs) / MANIFEST).is_file()
+    def __init__(self, path: Path, say: Callable[[str], None] = print):
+        self.path, self.say = path.expanduser(), say
+
+    def folder(self, stage: str, inputs: dict) -> Path:
+        return self.path / stage / key_of(inputs)
+
+    def peek(self, stage: str, inputs: dict) -> Stage | None:
+        """The finished stage, its files not checked; None if there is none or its manifest is damaged."""
+        folder = self.folder(stage, inputs)
+        try:
+            return Stage(folder, read_manifest(folder), reused=True)
+        except Damaged:
+            return None
+
+    def resume(self, stage: str, inputs: dict) -> Path:
+        """Where an unfinished stage keeps what the next try goes on from; need not exist."""
+        return Path(f"{self.folder(stage, inputs)}{PART}") / RESUME
 
     def get(self, stage: str, inputs: dict, build: Callable[[Path], dict]) -> Stage:
-        """The stage made of `inputs`; `build(folder)` makes it if it is not there and returns facts for the manifest.
+        """The stage made of `inputs`, checked; `build(folder)` makes it if it is not there, and returns facts for its
+        manifest (`earlier_seconds` among them: what earlier tries took for what was used of them).
 
-        It is built beside and renamed when whole, under a lock, so two runs that want the same stage do it once.
+        It is built beside and renamed when whole, under a lock that dies with its process: two runs that want the same
+        stage do it once. What `build` finds in `folder / RESUME` an earlier try has left there; a try that fails leaves it.
         """
-        folder = self.path / stage / key_of(inputs)
-        if not self.has(stage, inputs):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{folder}.lock"):
-                if not self.has(stage, inputs):
-                    return self._build(stage, inputs, folder, build)
-        return Stage(folder, json.loads((folder / MANIFEST).read_text()), reused=True)
+        folder = self.folder(stage, inputs)
+        if (found := self._whole(folder)) is not None:
+            return found
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with locked(Path(f"{folder}.lock"), f"another run is at the same {stage} stage", self.say):
+            return self._whole(folder, clear=True) or self._build(stage, inputs, folder, build)
+
+    def _whole(self, folder: Path, clear: bool = False) -> Stage | None:
+        if not folder.is_dir():
+            return None
+        try:
+            manifest = verify(folder)
+        except Damaged as damage:
+            if clear:
+                self.say(f"{folder}: {damage}: this stage is made again")
+                shutil.rmtree(folder)
+            return None
+        with contextlib.suppress(OSError):  # the store may be somebody else's
+            os.utime(folder)  # last used
+        return Stage(folder, manifest, reused=True)
 
     def _build(self, stage: str, inputs: dict, folder: Path, build: Callable[[Path], dict]) -> Stage:
-        beside = Path(f"{folder}.{os.getpid()}.tmp")
-        # What a killed run left behind is nobody's now: the lock is ours.
-        for left in (folder, *folder.parent.glob(f"{folder.name}.*.tmp")):
-            shutil.rmtree(left, ignore_errors=True)
-        beside.mkdir()
+        part = Path(f"{folder}{PART}")
+        (part / RESUME).mkdir(parents=True, exist_ok=True)
+        for left in part.iterdir():
+            if left.name != RESUME:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
         started = time.time()
-        try:
-            facts = build(beside)
-            manifest = {
-                "stage": stage,
-                "key": folder.name,
-                "made_from": inputs,
-                "facts": facts,
-                "seconds": round(time.time() - started, 1),
-                "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            }
-            (beside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-            beside.rename(folder)
-        except BaseException:
-            shutil.rmtree(beside, ignore_errors=True)
-            raise
-        return Stage(folder, manifest, reused=False)
+        facts = build(part)
+        shutil.rmtree(part / RESUME)
+        about = {
+            "stage": stage,
+            "key": folder.name,
+            "made_from": inputs,
+            "seconds": round(time.time() - started + facts.pop("earlier_seconds", 0.0), 1),
+            "facts": facts,
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+        return Stage(folder, seal(part, folder, about), reused=False)
+
+    # --- who uses what ------------------------------------------------------------------------------------------------
+
+    def refer(self, run: Path, stages: list[str], only: bool = False) -> None:
+        """Note that the run's folder `run` uses `stages` ("train/<key>"); `only`: and no others from now on."""
+        path = run / STAGES
+        noted = _stages_of(run, self.path)
+        wanted = {*stages} if only else noted | {*stages}
+        if wanted != noted or not path.is_file():
+            write_text(
+                path, json.dumps({"store": str(self.path.absolute()), "stages": sorted(wanted)}, indent=2) + "\n"
+            )
+        entry = self.path / RUNS / f"{hashlib.sha256(str(run.absolute()).encode()).hexdigest()[:16]}.json"
+        if not entry.is_file():
+            entry.parent.mkdir(parents=True, exist_ok=True)
+            write_text(entry, json.dumps({"folder": str(run.absolute())}) + "\n")
+
+    def users(self) -> dict[str, list[Path]]:
+        """For every stage that a run's folder uses: which ones. Runs whose folder is gone are forgotten."""
+        result: dict[str, list[Path]] = {}
+        for entry in (self.path / RUNS).glob("*.json"):
+            try:
+                run = Path(json.loads(entry.read_bytes())["folder"])
+            except (ValueError, KeyError, TypeError):
+                continue
+            if not run.is_dir():
+                entry.unlink(missing_ok=True)
+            for stage in _stages_of(run, self.path):
+                result.setdefault(stage, []).append(run)
+        return result
+
+
+def _stages_of(run: Path, store: Path) -> set[str]:
+    try:
+        noted = json.loads((run / STAGES).read_bytes())
+        return set(noted["stages"]) if Path(noted["store"]) == store.absolute() else set()
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+
+
+@contextlib.contextmanager
+def locked(path: Path, reason: str, say: Callable[[str], None]) -> Iterator[None]:
+    """Hold the lock `path`, which dies with its process; where another holds it, `say` why there is a wait, and wait."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(f"{reason}: waiting for it to end ({path})")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that whoever reads it sees the old or the new text, never a part."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(text)
+    beside.replace(path)
 
 
 def link_tree(source: Path, target: Path) -> None:
@@ -99,3 +195,106 @@ def link_file(source: Path | str, target: Path | str) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
+
+
+# --- what a store holds, and making room ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A stage in the store, finished or not: `name` is "train/<key>", `used_by` the run folders that refer to it."""
+
+    name: str
+    folder: Path
+    finished: bool
+    bytes: int
+    age: float
+    used_by: list[Path]
+
+
+def entries(store: Store) -> list[Entry]:
+    """All that the store holds, largest first. `age` is in seconds since it was last used or worked on."""
+    users, found = store.users(), []
+    for folder in store.path.glob("*/*"):
+        if not folder.is_dir() or folder.parent.name == RUNS:
+            continue
+        name = f"{folder.parent.name}/{folder.name.removesuffix(PART)}"
+        with contextlib.suppress(FileNotFoundError):  # finished, and renamed, in the meantime
+            last = max(path.stat().st_mtime for path in (folder, *folder.rglob("*"))) if folder.suffix else 0.0
+            age = max(0.0, time.time() - max(last, folder.stat().st_mtime))
+            found.append(Entry(name, folder, not folder.suffix, size_of(folder), age, users.get(name, [])))
+    return sorted(found, key=lambda entry: -entry.bytes)
+
+
+def remove(entry: Entry) -> bool:
+    """Take a stage out of the store; False if a run is at it."""
+    lock = FileLock(str(entry.folder).removesuffix(PART) + ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return False
+    try:
+        shutil.rmtree(entry.folder)
+        Path(lock.lock_file).unlink(missing_ok=True)
+    finally:
+        lock.release()
+    return True
+
+
+def main(arguments: list[str]) -> None:
+    """`python -m spin.store [list | clean] [--path outputs/store] [--yes]`."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from spin.track import format_seconds
+
+    parser = argparse.ArgumentParser(prog="python -m spin.store", description="What a store holds, and making room.")
+    parser.add_argument(
+        "action",
+        nargs="?",
+        choices=("list", "clean"),
+        default="list",
+        help="list: everything, by size and age (the default); clean: what no run's folder refers to, removed with --yes",
+    )
+    parser.add_argument("--path", type=Path, default=Path("outputs/store"), help="the store (store.path of your runs)")
+    parser.add_argument("--yes", action="store_true", help="with clean: remove it, do not only show it")
+    parser.add_argument(
+        "--older-than", type=float, default=1.0, metavar="HOURS", help="with clean: leave what was used since (1 hour)"
+    )
+    given = parser.parse_args(arguments)
+    store = Store(given.path)
+    if not store.path.is_dir():
+        sys.exit(f"error: {store.path}: no such folder; --path= takes what store.path= says in your runs.")
+    shown = entries(store)
+    if given.action == "clean":
+        shown = [entry for entry in shown if not entry.used_by and entry.age >= 3600 * given.older_than]
+    table = Table("stage", "size", "last used", "used by", box=None, pad_edge=False)
+    for entry in shown:
+        users = ", ".join(sorted({str(_near(run)) for run in entry.used_by})) or "no run's folder"
+        state = "" if entry.finished else " (unfinished)"
+        table.add_row(entry.name + state, _size(entry.bytes), f"{format_seconds(entry.age)} ago", users)
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    if shown:
+        console.print(table)
+    total = _size(sum(entry.bytes for entry in shown))
+    if given.action == "list":
+        free = sum(entry.bytes for entry in shown if not entry.used_by)
+        print(f"{len(shown)} stages, {total}; {_size(free)} of them in stages that no run's folder refers to.")
+    elif not given.yes:
+        print(f"{len(shown)} stages, {total}, that no run's folder refers to; --yes removes them.")
+    else:
+        removed = [entry for entry in shown if remove(entry)]
+        print(f"{len(removed)} stages removed, {_size(sum(entry.bytes for entry in removed))}.")
+
+
+def _near(path: Path) -> Path:
+    """Relative to here where it lies below."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

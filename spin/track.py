@@ -221,6 +221,7 @@ class Progress:
         self.console, self.title, self.total, self.unit = console, title, total, unit
         self.done, self.fields = 0, dict[str, float]()
         self._started = self._shown = time.monotonic()
+        self._skipped = 0
         self._bar: bars.Progress | None = None
 
     def advance(self, n: int = 1, **fields: float) -> None:
@@ -234,6 +235,13 @@ class Progress:
         elif time.monotonic() - self._shown >= LINE_EVERY:
             self._shown = time.monotonic()
             self._print(f"{self._state()}, {format_seconds(self._seconds_left())} left{self._fields()}")
+
+    def skip(self, n: int) -> None:
+        """`n` units were done by an earlier try: they count as done, but not for the rate."""
+        self.done += n
+        self._skipped += n
+        if self._bar:
+            self._bar.update(self._task, completed=self.done)
 
     def __enter__(self) -> "Progress":
         self._started = self._shown = time.monotonic()
@@ -262,18 +270,20 @@ class Progress:
             self._print(f"{self._state()}: stopped")
         else:
             seconds = time.monotonic() - self._started
-            rate = f" ({_rate(self.done / seconds)} {self.unit}/s)" if self.done and seconds else ""
+            rate = f" ({self._rate(seconds)})" if self.done > self._skipped and seconds else ""
             self._print(f"{self.title}: {self.done:,} {self.unit} in {format_seconds(seconds)}{rate}{self._fields()}")
 
     def _state(self) -> str:
         seconds = time.monotonic() - self._started
-        rate = f", {_rate(self.done / seconds)} {self.unit}/s" if self.done and seconds else ""
+        rate = f", {self._rate(seconds)}" if self.done > self._skipped and seconds else ""
         return f"{self.title}: {self.done:,}/{self.total:,} {self.unit}{rate}"
 
+    def _rate(self, seconds: float) -> str:
+        return f"{_rate((self.done - self._skipped) / seconds)} {self.unit}/s"
+
     def _seconds_left(self) -> float:
-        return (
-            (time.monotonic() - self._started) / self.done * max(self.total - self.done, 0) if self.done else math.nan
-        )
+        done = self.done - self._skipped
+        return (time.monotonic() - self._started) / done * max(self.total - self.done, 0) if done else math.nan
 
     def _fields(self) -> str:
         return "".join(f", {key} {_short(value)}" for key, value in self.fields.items())

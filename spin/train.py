@@ -8,14 +8,20 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from spin.checkpoint import Checkpoints, TrainState
 from spin.engine import SingleEngine
 from spin.errors import UserError
+from spin.interrupt import Interrupted, deferred
 from spin.logps import Forward, sequence_logps
 from spin.loss import link_at_zero, spin_loss
 from spin.pairs import Batch, Continuations, Pair, both
 
 # An objective turns a batch's log-probs into a loss and metrics of each of its items, both [items].
-Objective = Callable[[Batch, Tensor, list[int]], tuple[Tensor, dict[str, Tensor]]]
+# It is told which items they are, and which step it is.
+Objective = Callable[[Batch, Tensor, list[int], int], tuple[Tensor, dict[str, Tensor]]]
+
+SKIPS_IN_A_ROW = 5  # steps without an update after which there is no hope
+NO_CHECKPOINTS = Checkpoints()
 
 
 def fit(
@@ -30,38 +36,61 @@ def fit(
     warmup_ratio: float,
     seed: int,
     log: Callable[[dict], None],
-) -> None:
+    checkpoints: Checkpoints = NO_CHECKPOINTS,
+) -> TrainState:
     """Minimise the mean of `objective` over batches of `batch_size` items; every item of a batch weighs the same.
 
     `epochs` passes (a fraction is part of a pass) in an order drawn from `seed`, learning rate rising linearly over the
-    first `warmup_ratio` of the steps and falling linearly to 0 after. `log` gets one row a step. Uses no global random
-    state. Raises UserError if loss or gradients stop being finite.
+    first `warmup_ratio` of the steps and falling linearly to 0 after. `log` gets one row a step, those of steps that
+    `checkpoints` brings back first. Uses no global random state, so that `state` and the engine's tensors are all that
+    a resume needs. When the process is asked to stop, the last whole step is kept first.
+
+    A step whose loss or gradients are not finite is skipped: no update, counted in `skipped`. Raises UserError after
+    several in a row (five, or half of all where there are fewer than ten).
     """
     order = _order(len(items), epochs, seed)
     size = min(batch_size, len(items))  # batches run on across passes: only the last can be smaller
     steps = [order[start : start + size] for start in range(0, len(order), size)]
-    for step, chosen in enumerate(steps):
-        started = time.perf_counter()
-        metrics: dict[str, list[Tensor]] = {}
-        tokens = 0
-        for batch in forward.batches([items[i] for i in chosen]):
-            logps = sequence_logps(engine.model, batch.to(engine.device), forward)
-            losses, values = objective(batch, logps, [chosen[i] for i in batch.items])
-            engine.backward(losses.sum() / len(chosen))
-            tokens += batch.tokens
-            for name, value in values.items():
-                metrics.setdefault(name, []).append(value)
-        row = {name: engine.mean(values) for name, values in metrics.items()}
-        rate = lr * learning_rate_factor(step, len(steps), warmup_ratio)
-        row["grad_norm"] = engine.step(rate)
-        if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
-            raise UserError(
-                f"loss or gradients are not finite at step {step}: lower the learning rate (optimizer.lr, schedule.sft_lr)."
-            )
-        seconds = time.perf_counter() - started
-        log(
-            {"step": step, "steps": len(steps), "pairs": len(chosen), **row, "learning_rate": rate}
-            | {"tokens_per_second": tokens / seconds, "pairs_per_second": len(chosen) / seconds}
+    state = checkpoints.restore(engine)
+    for row in state.rows:
+        log(row)
+    try:
+        while state.step < len(steps):
+            started, chosen = time.perf_counter(), steps[state.step]
+            metrics: dict[str, list[Tensor]] = {}
+            tokens = 0
+            for batch in forward.batches([items[i] for i in chosen]):
+                logps = sequence_logps(engine.model, batch.to(engine.device), forward)
+                losses, values = objective(batch, logps, [chosen[i] for i in batch.items], state.step)
+                engine.backward(losses.sum() / len(chosen))
+                tokens += batch.tokens
+                for name, value in values.items():
+                    metrics.setdefault(name, []).append(value)
+            row = {name: engine.mean(values) for name, values in metrics.items()}
+            rate = lr * learning_rate_factor(state.step, len(steps), warmup_ratio)
+            with deferred():  # the weights and what is known of them change together
+                norm = engine.step(rate) if math.isfinite(row["loss"]) else engine.drop()
+                seconds = time.perf_counter() - started
+                row |= {"grad_norm": norm, "learning_rate": rate}
+                row |= {"tokens_per_second": tokens / seconds, "pairs_per_second": len(chosen) / seconds}
+                state.add({"step": state.step, "steps": len(steps), "pairs": len(chosen), **row}, seconds)
+                log(state.rows[-1])
+                _check_finite(state, len(steps))
+                if checkpoints.due(state):
+                    checkpoints.write(engine, state)
+    except Interrupted:
+        with deferred():
+            if checkpoints.write(engine, state):
+                checkpoints.say(f"training is kept up to step {state.step} of {len(steps)}")
+        raise
+    return state
+
+
+def _check_finite(state: TrainState, steps: int) -> None:
+    if state.skipped_in_a_row >= min(SKIPS_IN_A_ROW, -(-steps // 2)):
+        raise UserError(
+            f"loss or gradients were not finite in {state.skipped_in_a_row} steps up to step {state.step} of {steps}, "
+            "without a break: lower the learning rate (optimizer.lr, schedule.sft_lr), or try engine.precision=fp32."
         )
 
 
@@ -97,24 +126,21 @@ def train_spin(
     link: str,
     log: Callable[[dict], None],
     **settings,
-) -> None:
+) -> TrainState:
     """Train the policy against the scored `pairs` (section 4.1 of the paper); `settings` as for `fit`.
 
     The first step is checked: nothing is trained yet, so policy and opponent must agree. Raises UserError if not.
     """
     opponent = torch.tensor([[p.opponent_logp_real, p.opponent_logp_generated] for p in pairs])
-    first = True
 
-    def objective(batch: Batch, logps: Tensor, indices: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        nonlocal first
+    def objective(batch: Batch, logps: Tensor, indices: list[int], step: int) -> tuple[Tensor, dict[str, Tensor]]:
         policy_logps, opponent_logps = logps.view(-1, 2), opponent[indices].to(logps.device)
-        if first:
+        if step == 0:
             tolerance = FIRST_STEP_TOLERANCE[engine.dtype] * math.sqrt(len(batch.target) / batch.responses)
             check_first_step(policy_logps.detach(), opponent_logps, beta, link, tolerance)
-            first = False
         return spin_loss(policy_logps, opponent_logps, beta, link)
 
-    fit(engine, both(pairs), objective, forward, log=log, **settings)
+    return fit(engine, both(pairs), objective, forward, log=log, **settings)
 
 
 def check_first_step(policy_logps: Tensor, opponent_logps: Tensor, beta: float, link: str, tolerance: float) -> None:
@@ -131,12 +157,12 @@ def check_first_step(policy_logps: Tensor, opponent_logps: Tensor, beta: float, 
 
 def train_sft(
     engine: SingleEngine, items: Sequence[Continuations], forward: Forward, *, log: Callable[[dict], None], **settings
-) -> None:
+) -> TrainState:
     """Fine-tune on the human answers: the mean over examples of their negative log-likelihood a token."""
 
-    def objective(batch: Batch, logps: Tensor, indices: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
+    def objective(batch: Batch, logps: Tensor, indices: list[int], step: int) -> tuple[Tensor, dict[str, Tensor]]:
         lengths = torch.tensor([len(items[i].responses[0]) for i in indices], device=logps.device)
         losses = -logps / lengths
         return losses, {"loss": losses.detach(), "logps/real": logps.detach()}
 
-    fit(engine, items, objective, forward, log=log, **settings)
+    return fit(engine, items, objective, forward, log=log, **settings)

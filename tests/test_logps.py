@@ -10,7 +10,7 @@ import transformers as tf
 
 from spin.errors import UserError
 from spin.logps import Forward, ResponseHead, choose_forward, logps_of, sequence_logps
-from spin.pairs import Continuations, batches
+from spin.pairs import Continuations
 from tests.conftest import BODY, CONFIGS, SMALL, random_items, small_model
 
 PACKED = Forward("packed", "chunked", tokens_per_row=64, tokens_per_batch=128, head_chunk=7)
@@ -139,7 +139,7 @@ def test_each_response_belongs_to_its_item_and_predicts_its_own_tokens():
     items = random_items(7, responses=2)
     for layout in ("packed", "padded"):
         seen = []
-        for batch in batches(items, layout, 50, 100):
+        for batch in Forward(layout, "chunked", 50, 100, 64).batches(items):
             assert batch.input_ids.numel() <= 100 or len(batch.items) == 1
             ids = batch.input_ids.flatten()
             for k in range(batch.responses):
@@ -169,7 +169,7 @@ items = [Continuations((1, 2), (tuple(range(3, 378)), tuple(range(400, 775)))) f
 forward = Forward("padded", {head!r}, 2000, 2000, 16)
 (batch,) = forward.batches(items)
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-small = forward.batches([Continuations((1,), ((2, 3),))])[0]
+small = next(forward.batches([Continuations((1,), ((2, 3),))]))
 sequence_logps(model, small, forward).sum().backward()
 before = peak()
 sequence_logps(model, batch, forward).sum().backward()

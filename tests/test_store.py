@@ -1,8 +1,20 @@
 """A stage is found by what made it, whole or not at all."""
 
-import pytest
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
-from spin.store import Store, key_of, link_file, link_tree
+import pytest
+from filelock import FileLock
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spin.store import RESUME, Store, entries, key_of, link_file, link_tree, main, remove, write_text
+
+ROOT = Path(__file__).parent.parent
 
 
 def build(folder):
@@ -28,27 +40,169 @@ def test_every_input_counts():
     )
 
 
-def test_a_stage_that_fails_leaves_nothing_and_is_built_the_next_time(tmp_path):
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(derandomize=True, deadline=None)
+@given(st.dictionaries(st.text(max_size=3), JSON, max_size=4), st.text(max_size=3), JSON)
+def test_equal_inputs_have_equal_keys_and_others_others(inputs, name, value):
+    assert key_of(inputs) == key_of(dict(reversed(inputs.items())))
+    changed = {**inputs, name: value}
+    # 1 == 1.0 and True == 1 to Python, not to a setting.
+    assert (key_of(inputs) == key_of(changed)) == (repr(sorted(inputs.items())) == repr(sorted(changed.items())))
+
+
+def test_a_stage_that_fails_is_not_there_and_the_next_try_has_what_it_kept(tmp_path):
     store = Store(tmp_path)
 
     def fail(folder):
         build(folder)
+        (folder / RESUME / "half").write_text("way")
         raise RuntimeError("half way")
+
+    def go_on(folder):
+        assert sorted(path.name for path in folder.iterdir()) == [RESUME]  # the rest of the first try is gone
+        assert (folder / RESUME / "half").read_text() == "way"
+        return build(folder)
 
     with pytest.raises(RuntimeError):
         store.get("train", {}, fail)
-    assert not store.has("train", {})
-    assert [path.name for path in (tmp_path / "train").iterdir() if path.is_dir()] == []
-    assert not store.get("train", {}, build).reused
+    assert store.peek("train", {}) is None
+    stage = store.get("train", {}, go_on)
+    assert not stage.reused and sorted(p.name for p in stage.folder.iterdir()) == [
+        "manifest.json",
+        "metrics.jsonl",
+        "result.txt",
+    ]
+    assert [path.name for path in (tmp_path / "train").iterdir() if path.is_dir()] == [stage.key]
 
 
-def test_what_a_killed_run_left_is_replaced(tmp_path):
-    store = Store(tmp_path)
-    left = tmp_path / "train" / f"{key_of({})}.123.tmp"
-    left.mkdir(parents=True)
-    (tmp_path / "train" / key_of({})).mkdir()
-    assert not store.get("train", {}, build).reused
-    assert not left.exists()
+@pytest.mark.parametrize("name", ["result.txt", "metrics.jsonl", "manifest.json"])
+def test_a_damaged_stage_is_named_and_made_again(tmp_path, name):
+    said = []
+    store = Store(tmp_path, said.append)
+    folder = store.get("score", {}, build).folder
+    content = bytearray((folder / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / name).write_bytes(content)
+    again = store.get("score", {}, build)
+    assert not again.reused and again.folder == folder and (folder / "result.txt").read_text() == "done"
+    assert len(said) == 1 and name in said[0] and str(folder) in said[0]
+    assert store.get("score", {}, build).reused
+
+
+def _take(folder: Path, started, names) -> None:
+    def slow(place):
+        names.put(os.getpid())
+        time.sleep(1)
+        return build(place)
+
+    started.wait()
+    stage = Store(folder, lambda text: names.put(text)).get("train", {"a": 1}, slow)
+    names.put(("reused", stage.reused))
+
+
+def test_two_processes_that_want_the_same_stage_do_it_once(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    started, names = context.Barrier(2), context.Queue()
+    both = [context.Process(target=_take, args=(tmp_path, started, names)) for _ in range(2)]
+    for process in both:
+        process.start()
+    got = [names.get(timeout=60) for _ in range(4)]
+    for process in both:
+        process.join()
+    assert sorted(entry[1] for entry in got if isinstance(entry, tuple)) == [False, True]
+    assert len([entry for entry in got if isinstance(entry, int)]) == 1
+    (said,) = [entry for entry in got if isinstance(entry, str)]
+    assert said.startswith("another run is at the same train stage: waiting")
+
+
+def test_a_dead_process_holds_no_lock(tmp_path):
+    script = (
+        "import os, sys, pathlib; from spin.store import Store\n"
+        "def die(folder): (folder / 'resume' / 'shard').write_text('1'); os.kill(os.getpid(), 9)\n"
+        f"Store(pathlib.Path({str(tmp_path)!r})).get('train', {{}}, die)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=60)
+    assert done.returncode == -9
+    said = []
+    assert not Store(tmp_path, said.append).get("train", {}, build).reused
+    assert said == []
+
+
+# --- room -------------------------------------------------------------------------------------------------------------
+
+
+def used_store(tmp_path: Path) -> tuple[Store, list[str]]:
+    """Three finished stages and a part: one used by a run that is there, one by a run that is gone, one by none."""
+    store, names = Store(tmp_path / "store"), []
+    for number, run in enumerate(("here", "gone", None)):
+        stage = store.get("train", {"number": number}, build)
+        names.append(f"train/{stage.key}")
+        if run:
+            (tmp_path / run).mkdir()
+            store.refer(tmp_path / run, [names[-1]])
+    (tmp_path / "gone" / "stages.json").unlink()
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(ZeroDivisionError):
+        store.get("train", {"number": 3}, lambda folder: 1 // 0)
+    names.append(f"train/{key_of({'number': 3})}")
+    return store, names
+
+
+def test_what_no_run_refers_to_is_found_and_removed(tmp_path, capsys):
+    store, names = used_store(tmp_path)
+    found = {entry.name: entry for entry in entries(store)}
+    assert set(found) == set(names)
+    assert [bool(found[name].used_by) for name in names] == [True, False, False, False]
+    assert [found[name].finished for name in names] == [True, True, True, False]
+    main(["list", "--path", str(store.path)])
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in names) and "4 stages" in listed and "(unfinished)" in listed
+    main(["clean", "--path", str(store.path)])
+    assert "0 stages" in capsys.readouterr().out  # all were used within the hour
+    main(["clean", "--path", str(store.path), "--older-than", "0"])
+    assert "3 stages" in capsys.readouterr().out and len(entries(store)) == 4  # shown only
+    main(["clean", "--path", str(store.path), "--older-than", "0", "--yes"])
+    assert "3 stages removed" in capsys.readouterr().out
+    assert [entry.name for entry in entries(store)] == names[:1]
+    assert store.get("train", {"number": 0}, build).reused
+
+
+def test_a_stage_that_a_run_is_at_is_not_removed(tmp_path):
+    store, names = used_store(tmp_path)
+    part = next(entry for entry in entries(store) if not entry.finished)
+    with FileLock(str(store.path / f"{names[3]}.lock")):
+        assert not remove(part) and part.folder.is_dir()
+    assert remove(part) and not part.folder.exists()
+
+
+def test_a_run_that_ends_refers_to_what_it_used_and_no_more(tmp_path):
+    store = Store(tmp_path / "store")
+    run = tmp_path / "run"
+    run.mkdir()
+    store.refer(run, ["train/a"])
+    store.refer(run, ["train/b"])
+    assert set(store.users()) == {"train/a", "train/b"}  # until the end, what an unfinished run may go on from is kept
+    store.refer(run, ["train/b"], only=True)
+    assert store.users() == {"train/b": [run]}
+
+
+def test_a_store_that_is_not_there_is_one_line(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "spin.store", "--path", str(tmp_path / "none")], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "no such folder" in done.stderr
+
+
+def test_a_file_is_replaced_whole(tmp_path):
+    write_text(tmp_path / "a.json", "old")
+    write_text(tmp_path / "a.json", "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"] and (tmp_path / "a.json").read_text() == "new"
 
 
 def test_links_replace_what_is_there_and_take_no_space(tmp_path):

@@ -8,6 +8,7 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file
 
+from spin.checkpoint import Checkpoints
 from spin.config import EngineConfig, OptimizerConfig
 from spin.engine import SingleEngine
 from spin.errors import UserError
@@ -125,7 +126,7 @@ def test_metrics_weigh_every_pair_the_same(tiny_folder):
     engine, items = engine_of(tiny_folder), random_items(9, responses=1)
     values = torch.arange(9.0)
 
-    def objective(batch, logps, indices):
+    def objective(batch, logps, indices, step):
         return 0 * logps, {"loss": values[indices]}
 
     rows = []
@@ -208,14 +209,62 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tiny_folder):
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
-def test_losses_that_are_not_finite_end_the_run_with_advice(tiny_folder):
+def broken_at(steps, loss=True, gradient=True):
+    """An objective whose loss, gradient or both are not finite at some steps, and usual at the others."""
+
+    def objective(batch, logps, indices, step):
+        bad = step in steps
+        losses = -logps * (torch.inf if bad and gradient else 1.0)
+        return losses, {"loss": -logps.detach() * (torch.nan if bad and loss else 1.0)}
+
+    return objective
+
+
+@pytest.mark.parametrize(("loss", "gradient"), [(True, True), (True, False), (False, True)])
+def test_a_step_that_is_not_finite_is_skipped_counted_and_leaves_the_weights(tiny_folder, loss, gradient):
+    items, settings = random_items(12, responses=1), {**SETTINGS, "batch_size": 1}
+    rows, norms = [], []
     engine = engine_of(tiny_folder)
 
-    def objective(batch, logps, indices):
-        return logps * torch.inf, {"loss": logps.detach() * torch.inf}
+    def log(row):
+        rows.append(row)
+        norms.append(sum(float(master.double().square().sum()) for master in engine.masters.values()))
 
-    with pytest.raises(UserError, match="not finite"):
-        fit(engine, random_items(2, responses=1), objective, PACKED, log=print, **SETTINGS)
+    state = fit(engine, items, broken_at({3, 4, 8}, loss, gradient), PACKED, log=log, **settings)
+    assert [row["skipped"] for row in rows] == [0, 0, 0, 1, 2, 2, 2, 2, 3, 3, 3, 3]
+    assert state.skipped == 3 and state.step == 12
+    changed = [now != before for before, now in zip(norms, norms[1:], strict=False)]
+    assert changed == [step not in {3, 4, 8} for step in range(1, 12)]
+    assert all(torch.isfinite(master).all() for master in engine.masters.values())
+
+
+@pytest.mark.parametrize(("count", "broken", "after"), [(12, {2, 3, 4, 5, 6}, 7), (1, {0}, 1), (4, {1, 2}, 3)])
+def test_several_steps_in_a_row_that_are_not_finite_end_the_run_with_advice(
+    tiny_folder, tmp_path, count, broken, after
+):
+    """The last checkpoint that is kept is that of the last step with an update."""
+    said, rows = [], []
+    checkpoints = Checkpoints(tmp_path, steps=1, say=said.append)
+    settings = {**SETTINGS, "batch_size": 1}
+    with pytest.raises(UserError, match="lower the learning rate"):
+        fit(
+            engine_of(tiny_folder),
+            random_items(count, responses=1),
+            broken_at(broken),
+            PACKED,
+            log=rows.append,
+            checkpoints=checkpoints,
+            **settings,
+        )
+    assert len(rows) == after
+    kept = Checkpoints(tmp_path, steps=1).restore(engine_of(tiny_folder))
+    assert kept.step == min(broken) and kept.skipped == 0
+
+
+def test_a_learning_rate_that_is_far_too_large_ends_the_run_with_advice(tiny_folder):
+    settings = {**SETTINGS, "lr": 1e30, "epochs": 4, "batch_size": 2}
+    with pytest.raises(UserError, match="lower the learning rate"):
+        train_sft(engine_of(tiny_folder), random_items(8, responses=1), PACKED, log=lambda row: None, **settings)
 
 
 def test_training_raises_the_margin(tiny_folder):

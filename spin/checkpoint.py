@@ -1,0 +1,172 @@
+"""What an interrupted stage goes on from: finished shards of answers or scores, and the state of training.
+
+All of it is sealed (`sealed.py`): a shard or checkpoint that is damaged is found out, named and not used.
+"""
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from spin.sealed import Damaged, read_manifest, seal, verify
+
+# A checkpoint may take up to this share of the time since the one before it.
+WRITING_SHARE = 0.03
+KEPT = 2  # checkpoints: the newest may turn out to be damaged
+
+# keep(number, of, make): the rows of shard `number`, which `of` (ids, indices) decides; `make()` if they are not there.
+Keep = Callable[[int, Sequence[object], Callable[[], list[dict]]], list[dict]]
+Say = Callable[[str], None]
+
+
+def keep_nothing(number: int, of: Sequence[object], make: Callable[[], list[dict]]) -> list[dict]:
+    """A `Keep` for work that nobody resumes."""
+    return make()
+
+
+class Shards:
+    """A `Keep` in a folder: each shard is made once, whatever happens to the run between two of them.
+
+    `found` is told of every shard that is there: how many rows it has and how many seconds it took.
+    """
+
+    def __init__(self, folder: Path, say: Say, found: Callable[[int, float], None] = lambda rows, seconds: None):
+        self.folder, self.say, self.found = folder, say, found
+
+    def __call__(self, number: int, of: Sequence[object], make: Callable[[], list[dict]]) -> list[dict]:
+        folder = self.folder / f"{number:05d}"
+        if folder.is_dir():
+            try:
+                manifest = verify(folder)
+                if manifest["of"] == list(of):  # not where shards of another size were kept
+                    rows = pq.read_table(folder / "rows.parquet").to_pylist()
+                    self.found(len(rows), manifest["seconds"])
+                    return rows
+            except Damaged as damage:
+                self.say(f"{folder}: {damage}: this shard is made again")
+            shutil.rmtree(folder)
+        started = time.perf_counter()
+        rows = make()
+        beside = self.folder / "next.tmp"
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        pq.write_table(pa.Table.from_pylist(rows), beside / "rows.parquet")
+        seal(beside, folder, {"of": list(of), "seconds": time.perf_counter() - started})
+        return rows
+
+
+@dataclass
+class TrainState:
+    """All that a resume needs beside the engine's tensors.
+
+    The order of the data and the learning rate follow from `step`, and the loop uses no random numbers. `step` counts
+    finished steps, `skipped` those among them without an update (the last `skipped_in_a_row` of them without a break),
+    `rows` are their metrics, `seconds` what they took.
+    """
+
+    step: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    seconds: float = 0.0
+    rows: list[dict] = field(default_factory=list)
+
+    def add(self, row: dict, seconds: float) -> None:
+        """One more step is finished; where its gradient was not finite it was without an update."""
+        self.step += 1
+        updated = math.isfinite(row["grad_norm"])
+        self.skipped += not updated
+        self.skipped_in_a_row = 0 if updated else self.skipped_in_a_row + 1
+        self.seconds += seconds
+        self.rows.append({**row, "skipped": self.skipped})
+
+
+class Engine(Protocol):
+    """What a checkpoint asks of an engine."""
+
+    def save_state(self, folder: Path) -> None: ...
+    def load_state(self, folder: Path) -> None: ...
+
+
+class Checkpoints:
+    """The state of one training stage in `folder`: `step-00000012/`, the last two of them.
+
+    `minutes` after the last, or every `steps` steps, one is due; writing is held to 3 % of the time, where it is slow by
+    waiting longer. Without a folder nothing is kept. `restored` is the state that `restore` found.
+    """
+
+    def __init__(self, folder: Path | None = None, minutes: float = 5.0, steps: int | None = None, say: Say = print):
+        self.folder, self.minutes, self.steps, self.say = folder, minutes, steps, say
+        self.restored = TrainState()
+        self._last = time.monotonic()
+        self._cost = 0.0  # seconds that the last one took to write
+        self._written = 0  # its step
+
+    def restore(self, engine: Engine) -> TrainState:
+        """Put the newest checkpoint that is whole into `engine`, and return where training stands."""
+        for folder in reversed(self._folders()):
+            try:
+                verify(folder)
+            except Damaged as damage:
+                self.say(f"{folder}: {damage}: this checkpoint is not used")
+                shutil.rmtree(folder)
+                continue
+            text = (folder / "state.json").read_text()
+            engine.load_state(folder)
+            self.restored = TrainState(**json.loads(text))
+            self._written = self.restored.step
+            break
+        self._last = time.monotonic()
+        return replace(self.restored, rows=list(self.restored.rows))
+
+    def due(self, state: TrainState) -> bool:
+        if self.folder is None or state.skipped_in_a_row:  # what gives no finite loss is no state to go back to
+            return False
+        if self.steps is not None:
+            return state.step - self._written >= self.steps
+        return time.monotonic() - self._last >= max(60 * self.minutes, self._cost / WRITING_SHARE)
+
+    def write(self, engine: Engine, state: TrainState) -> bool:
+        """Keep `state`, which must be that of a finished step; False where it is kept already or not worth it."""
+        if self.folder is None or state.step == self._written or state.skipped_in_a_row:
+            return False
+        started = time.monotonic()
+        beside = self.folder / "next.tmp"
+        shutil.rmtree(beside, ignore_errors=True)
+        for old in self._folders()[: 1 - KEPT]:  # first, so that no more than two take up space
+            shutil.rmtree(old)
+        beside.mkdir(parents=True)
+        engine.save_state(beside)
+        (beside / "state.json").write_text(json.dumps(asdict(state)))
+        seal(beside, self.folder / f"step-{state.step:08d}", {"step": state.step})
+        self._last, self._written = time.monotonic(), state.step
+        self._cost = self._last - started
+        return True
+
+    def _folders(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*")) if self.folder else []
+
+
+# --- what a stage goes on from, in words ------------------------------------------------------------------------------
+
+
+def describe(resume: Path) -> str | None:
+    """What the folder of an unfinished stage holds, for a person: "training up to step 40", "3 shards of answers"."""
+    parts = []
+    for name in ("answers", "scores"):
+        if count := len(list((resume / name).glob("[0-9]*"))):
+            parts.append(f"{count} shard{'s' if count > 1 else ''} of {name}")
+    for folder in sorted((resume / "training").glob("step-*"), reverse=True):
+        try:
+            step: Any = read_manifest(folder)["step"]
+        except (Damaged, KeyError):
+            continue
+        parts.append(f"training up to step {step}")
+        break
+    return ", ".join(parts) or None

@@ -1,0 +1,69 @@
+"""SIGTERM (a cluster's notice), SIGHUP (a lost terminal) and Ctrl-C, turned into one exception at a safe moment."""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+_depth = 0
+_waiting: signal.Signals | None = None
+_raised = False
+
+
+class Interrupted(KeyboardInterrupt):
+    """The process was asked to stop; `signal` says by what. No `except Exception` of a library swallows it."""
+
+    def __init__(self, number: signal.Signals):
+        super().__init__(number.name)
+        self.signal = number
+
+
+def install() -> None:
+    """From now on these signals raise `Interrupted` in the main thread, once; a second Ctrl-C ends the process at once.
+
+    Signals that the process was started to ignore (nohup, a shell's background jobs) stay ignored.
+    """
+    global _depth, _waiting, _raised
+    _depth, _waiting, _raised = 0, None, False
+    if threading.current_thread() is threading.main_thread():  # Python sets handlers from nowhere else
+        for number in SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, _handle)
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """A signal that comes inside raises at the end: what must happen whole or not at all stands in here."""
+    global _depth, _waiting
+    _depth += 1
+    try:
+        yield
+    finally:
+        _depth -= 1
+        if _depth == 0 and _waiting is not None:
+            number, _waiting = _waiting, None
+            _raise(number)
+
+
+def _handle(number: int, frame: object) -> None:
+    global _waiting
+    came = signal.Signals(number)
+    if _raised or _waiting is not None:
+        if came == signal.SIGINT:  # a person who means now; what is on the disk is whole at any moment
+            print("ended at once.", file=sys.stderr, flush=True)
+            os._exit(128 + number)
+        return  # schedulers like to say it twice
+    if _depth:
+        _waiting = came
+        return
+    _raise(came)
+
+
+def _raise(number: signal.Signals) -> None:
+    global _raised
+    _raised = True
+    raise Interrupted(number)

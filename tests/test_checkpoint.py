@@ -1,0 +1,320 @@
+"""Training that is cut anywhere and goes on ends in the same bits; what is damaged is found out and not used."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from spin import interrupt
+from spin.checkpoint import Checkpoints, Shards, TrainState, describe
+from spin.interrupt import Interrupted, deferred
+from spin.sealed import Damaged, seal, verify
+from spin.store import RESUME
+from spin.train import train_spin
+from tests.test_train import PACKED, SETTINGS, engine_of, scored_pairs
+
+ROOT = Path(__file__).parent.parent
+
+
+# --- sealed folders ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sealed(tmp_path):
+    beside = tmp_path / "beside"
+    (beside / "inner").mkdir(parents=True)
+    (beside / "a.txt").write_text("first")
+    (beside / "inner" / "b.bin").write_bytes(bytes(range(256)) * 9000)
+    seal(beside, tmp_path / "sealed", {"fact": [1, "two"]})
+    return tmp_path / "sealed"
+
+
+def test_what_is_sealed_comes_back_with_its_facts(sealed, tmp_path):
+    assert verify(sealed)["fact"] == [1, "two"]
+    assert not (tmp_path / "beside").exists()
+
+
+def test_any_flipped_byte_is_found(sealed):
+    rng = random.Random(0)
+    for path in [path for path in sealed.rglob("*") if path.is_file()]:
+        whole = path.read_bytes()
+        for _ in range(40):
+            at = rng.randrange(len(whole))
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << rng.randrange(8))]) + whole[at + 1 :])
+            with pytest.raises(Damaged):
+                verify(sealed)
+        path.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(Damaged):
+            verify(sealed)
+        path.unlink()
+        with pytest.raises(Damaged, match="missing"):
+            verify(sealed)
+        path.write_bytes(whole)
+        verify(sealed)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"files": 3, "xxh3": ""}', '{"xxh3": "x"}', "[" * 100_000])
+def test_a_manifest_that_is_none_is_damage_and_no_traceback(sealed, text):
+    (sealed / "manifest.json").write_text(text)
+    with pytest.raises(Damaged):
+        verify(sealed)
+
+
+# --- shards -----------------------------------------------------------------------------------------------------------
+
+
+def shards_of(folder, made, said=None):
+    keep = Shards(folder, (said if said is not None else []).append)
+
+    def rows(number):
+        def make():
+            made.append(number)
+            return [{"id": f"{number}", "ids": (number, 7), "logp": 0.1 * number}]
+
+        return keep(number, [f"id{number}"], make)
+
+    return rows
+
+
+def test_a_shard_is_made_once(tmp_path):
+    made = []
+    first = [shards_of(tmp_path, made)(number) for number in (0, 1, 2)]
+    again = [shards_of(tmp_path, made)(number) for number in (0, 1, 2)]
+    assert made == [0, 1, 2]
+    assert [[{**row, "ids": tuple(row["ids"])} for row in rows] for rows in again] == first
+
+
+def test_a_damaged_shard_is_named_and_made_again(tmp_path):
+    made, said = [], []
+    rows = shards_of(tmp_path, made, said)
+    rows(0), rows(1)
+    path = tmp_path / "00001" / "rows.parquet"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+    assert rows(1)[0]["id"] == "1" and rows(0)
+    assert made == [0, 1, 1] and len(said) == 1 and "00001" in said[0] and "made again" in said[0]
+
+
+def test_a_shard_of_other_prompts_is_not_taken(tmp_path):
+    made = []
+    keep = Shards(tmp_path, print)
+    for ids in (["a", "b"], ["a"], ["a"]):
+        assert keep(0, ids, lambda ids=ids: made.append(ids) or [{"of": ids}]) == [{"of": ids}]
+    assert made == [["a", "b"], ["a"]]
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+STEPS = 8
+
+
+class Cut(Exception):
+    """The process dies."""
+
+
+def train(folder, pairs, tiny_folder, optimizer="rmsprop", dtype=torch.float32, cut=None, every=1, said=None):
+    """`STEPS` steps with a checkpoint after each, or up to `cut`; the masters, the rows and the engine's first step."""
+    rows = []
+    engine = engine_of(tiny_folder, dtype, name=optimizer)
+
+    def log(row):
+        rows.append(row)
+        if row["step"] == cut:
+            raise Cut
+
+    checkpoints = Checkpoints(folder, steps=every, say=(said if said is not None else []).append)
+    settings = {**SETTINGS, "epochs": 2, "batch_size": 3, "warmup_ratio": 0.2}
+    assert len(pairs) * 2 == 3 * STEPS
+    try:
+        train_spin(engine, pairs, PACKED, beta=0.1, link="logistic", log=log, checkpoints=checkpoints, **settings)
+    except Cut:
+        return None
+    return engine.masters, rows, checkpoints.restored.step
+
+
+def same(one, other) -> bool:
+    timings = ("tokens_per_second", "pairs_per_second")
+    rows = [[{k: v for k, v in row.items() if k not in timings} for row in result[1]] for result in (one, other)]
+    return rows[0] == rows[1] and all(torch.equal(one[0][name], other[0][name]) for name in one[0])
+
+
+@pytest.mark.parametrize("optimizer", ["rmsprop", "adamw"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_that_is_cut_at_any_step_ends_in_the_same_bits(tiny_folder, tmp_path, optimizer, dtype):
+    pairs = scored_pairs(tiny_folder, 12, dtype=dtype)
+    whole = train(None, pairs, tiny_folder, optimizer, dtype)
+    for cut in range(0, STEPS, 2 if dtype == torch.float32 else 3):
+        folder = tmp_path / str(cut)
+        assert train(folder, pairs, tiny_folder, optimizer, dtype, cut=cut) is None
+        again = train(folder, pairs, tiny_folder, optimizer, dtype)
+        assert again[2] == cut and same(again, whole)
+        assert len(list(folder.glob("step-*"))) == 2  # older ones go by themselves
+
+
+def test_a_checkpoint_changes_nothing(tiny_folder, tmp_path):
+    pairs = scored_pairs(tiny_folder, 12)
+    assert same(train(tmp_path, pairs, tiny_folder), train(None, pairs, tiny_folder))
+
+
+@pytest.mark.parametrize("name", ["masters.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
+def test_the_last_good_checkpoint_is_used_when_the_newest_is_damaged(tiny_folder, tmp_path, name, damage):
+    pairs, said = scored_pairs(tiny_folder, 12), []
+    train(tmp_path, pairs, tiny_folder, cut=5)
+    newest = tmp_path / "step-00000005"
+    content = (newest / name).read_bytes()
+    (newest / name).unlink()
+    if damage == "truncated":
+        (newest / name).write_bytes(content[:-3])
+    elif damage == "flipped":
+        (newest / name).write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    again = train(tmp_path, pairs, tiny_folder, said=said)
+    assert again[2] == 4 and same(again, train(None, pairs, tiny_folder))
+    assert len(said) == 1 and str(newest) in said[0] and name in said[0] and "not used" in said[0]
+
+
+def test_without_a_good_checkpoint_training_starts_over(tiny_folder, tmp_path):
+    pairs, said = scored_pairs(tiny_folder, 12), []
+    train(tmp_path, pairs, tiny_folder, cut=5)
+    for folder in tmp_path.glob("step-*"):
+        (folder / "state.json").write_text("{}")
+    again = train(tmp_path, pairs, tiny_folder, said=said)
+    assert again[2] == 0 and len(said) == 2 and same(again, train(None, pairs, tiny_folder))
+
+
+def test_when_a_checkpoint_is_due(monkeypatch, tmp_path):
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    class Slow:
+        def save_state(self, folder):
+            now[0] += 9.0  # writing takes nine seconds: the next may come after 300
+
+        def load_state(self, folder):
+            raise AssertionError
+
+    checkpoints, state = Checkpoints(tmp_path, minutes=2, say=print), TrainState()
+    assert checkpoints.restore(Slow()).step == 0
+    due = []
+    for _ in range(10):
+        now[0] += 60
+        state.add({"grad_norm": 1.0}, 60.0)
+        due.append(checkpoints.due(state))
+        if due[-1]:
+            assert checkpoints.write(Slow(), state)
+            assert not checkpoints.write(Slow(), state)  # it is kept already
+    assert due == [False, True, False, False, False, False, True, False, False, False]
+
+
+def test_what_a_next_try_goes_on_from_is_said_in_words(tiny_folder, tmp_path):
+    assert describe(tmp_path / "none") is None
+    shards_of(tmp_path / "answers", [])(0)
+    train(tmp_path / "training", scored_pairs(tiny_folder, 12), tiny_folder, cut=3)
+    assert describe(tmp_path) == "1 shard of answers, training up to step 3"
+    shutil.rmtree(tmp_path / "training" / "step-00000003")
+    assert describe(tmp_path).endswith("step 2")
+
+
+# --- signals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def signals():
+    before = {number: signal.getsignal(number) for number in interrupt.SIGNALS}
+    interrupt.install()
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", interrupt.SIGNALS)
+def test_a_signal_raises_once_and_not_in_what_must_be_whole(signals, number):
+    done = []
+
+    def work():
+        with deferred():
+            with deferred():
+                os.kill(os.getpid(), number)
+            time.sleep(0.01)
+            done.append("whole")
+        done.append("never")
+
+    with pytest.raises(Interrupted) as caught:
+        work()
+    assert done == ["whole"] and caught.value.signal == number
+    os.kill(os.getpid(), signal.SIGTERM)  # schedulers say it twice: what is being written is not disturbed
+    time.sleep(0.01)
+
+
+def test_a_signal_that_was_ignored_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        interrupt.install()
+        os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def test_ctrl_c_twice_ends_at_once():
+    script = (
+        "import os, signal, time; from spin import interrupt\n"
+        "interrupt.install()\n"
+        "with interrupt.deferred():\n"
+        "    os.kill(os.getpid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGINT); time.sleep(60)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 130 and done.stderr == "ended at once.\n"
+
+
+@pytest.mark.parametrize("inside", ["forward", "step"])
+def test_a_signal_in_training_keeps_the_last_whole_step(tiny_folder, tmp_path, signals, inside, monkeypatch):
+    """In the forward pass of step 4 the state after step 3 is kept; within the update of step 4 that after step 4."""
+    pairs = scored_pairs(tiny_folder, 12)
+    engine, said = engine_of(tiny_folder), []
+    calls = 0
+    method = "backward" if inside == "forward" else "step"
+    usual = getattr(engine, method)
+
+    def strike(*arguments):
+        nonlocal calls
+        calls += 1
+        if len(rows) == 4 and calls > 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return usual(*arguments)
+
+    rows = []
+    monkeypatch.setattr(engine, method, strike)
+    settings = {**SETTINGS, "epochs": 2, "batch_size": 3, "warmup_ratio": 0.2}
+    checkpoints = Checkpoints(tmp_path, minutes=60, say=said.append)
+    with pytest.raises(Interrupted):
+        train_spin(
+            engine, pairs, PACKED, beta=0.1, link="logistic", log=rows.append, checkpoints=checkpoints, **settings
+        )
+    kept = 4 if inside == "forward" else 5
+    assert said == [f"training is kept up to step {kept} of 8"]
+    again = train(tmp_path, pairs, tiny_folder)
+    assert again[2] == kept and same(again, train(None, pairs, tiny_folder))
+
+
+def test_a_resume_folder_holds_nothing_that_can_execute_code(tiny_folder, tmp_path):
+    train(tmp_path / RESUME, scored_pairs(tiny_folder, 12), tiny_folder, cut=3)
+    shards_of(tmp_path / RESUME / "answers", [])(0)
+    files = {path.suffix for path in (tmp_path / RESUME).rglob("*") if path.is_file()}
+    assert files == {".safetensors", ".json", ".parquet"}
+    for path in (ROOT / "spin").glob("*.py"):
+        text = path.read_text()
+        assert "pickle" not in text.replace("pickled weights", "") and "torch.load" not in text, path
+        assert "trust_remote_code=True" not in text and "weights_only" not in text, path
+    state = json.loads((tmp_path / RESUME / "step-00000003" / "state.json").read_text())
+    assert state["step"] == 3 and len(state["rows"]) == 3
