@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: run test lint clean
+.PHONY: run test lint bench clean
 run: .venv/run.stamp
 	@$(BIN)/python run.py $(ARGS)
 
@@ -14,6 +14,10 @@ lint: .venv/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# What the numbers in README and docs/ come from. Measure alone: another busy process makes it several times slower.
+bench: .venv/dev.stamp
+	$(BIN)/python benchmarks/overhead.py
 
 .venv/run.stamp: requirements.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
