@@ -50,6 +50,7 @@ class DataConfig:
     min_response_length: int = 1
     max_length: int = 1024
     overlong: str = "drop"
+    check: str = "none"
 
 
 @dataclass
@@ -108,6 +109,16 @@ class EvaluationConfig:
     enabled: bool = True
     samples: int = 3
     bootstrap: int = 1000
+    embedder: str | None = None
+    against: str | None = None
+    harness: list[str] | None = None
+    harness_include: str | None = None
+    harness_limit: int | None = None
+    harness_batch_size: int = 8
+    questions: str | None = None
+    judge: str | None = None
+    judge_model: str | None = None
+    judge_timeout: float = 60.0
 
 
 @dataclass
@@ -139,6 +150,7 @@ class Config:
     name: str = "spin"
     seed: int = 0
     iter: int | None = None
+    stage: str = "game"
     plan: bool = False
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -169,6 +181,7 @@ CHOICES = {
     "data.turns": ("first", "all"),
     "data.filter": ("none", "prose"),
     "data.overlong": ("drop", "cut"),
+    "data.check": ("none", "exact", "number"),
     "optimizer.name": ("rmsprop", "adamw"),
     "loss.link": ("logistic", "hinge", "exponential", "correlation"),
     "schedule.replay": ("none", "previous", "all"),
@@ -288,6 +301,28 @@ def check(config: Config) -> None:
         f"must be engine.tokens_per_row={engine.tokens_per_row} or more",
     )
     _require(engine.head_chunk >= 1, "engine.head_chunk", engine.head_chunk, "must be 1 or more")
+    _require(config.stage in ("game", "evaluate"), "stage", config.stage, "must be game or evaluate")
+    _require(
+        config.stage == "game" or (config.evaluation.enabled and data.held_out > 0),
+        "stage",
+        config.stage,
+        "needs evaluation.enabled=true and data.held_out of 1 or more",
+    )
+    _require(
+        config.evaluation.against is None or config.stage == "evaluate",
+        "evaluation.against",
+        config.evaluation.against,
+        "goes with stage=evaluate",
+    )
+    limit, size = config.evaluation.harness_limit, config.evaluation.harness_batch_size
+    _require(limit is None or limit >= 1, "evaluation.harness_limit", limit, "must be 1 or more, or null for all")
+    _require(size >= 1, "evaluation.harness_batch_size", size, "must be 1 or more")
+    _require(
+        config.evaluation.judge_timeout > 0,
+        "evaluation.judge_timeout",
+        config.evaluation.judge_timeout,
+        "must be above 0",
+    )
     kept = config.checkpoint
     _require(
         kept.minutes >= 0, "checkpoint.minutes", kept.minutes, "must be 0 (as often as 3 % of the time allows) or more"

@@ -31,15 +31,20 @@ class Example:
     prompt_ids: tuple[int, ...]  # template included; for generation and for training alike
     real: str
     real_ids: tuple[int, ...]  # with one end token at the end, unless the answer was cut
+    opening: str = ""  # a hash of the first user message: what makes two prompts one
 
 
 @dataclass
 class Dataset:
-    """`counts["read"]` is the sum of all other counts; `counts["kept"]` is `len(train) + len(held_out)`."""
+    """`counts["read"]` is the sum of all other counts; `counts["kept"]` is `len(train) + len(held_out)`.
+
+    `seen`: how many prompts were not held out because the model was trained on them.
+    """
 
     train: list[Example]
     held_out: list[Example]
     counts: dict[str, int]
+    seen: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,18 +55,26 @@ class _Candidate:
 
     @property
     def opening(self) -> str:
-        """What makes two prompts one. Of the first turn: no later turn may show a held-out answer as its history."""
+        """A hash of what makes two prompts one. Of the first turn: no later turn may show a held-out answer as its history."""
         first = next(message["content"] for message in self.messages if message["role"] == "user")
-        return " ".join(first.split()).casefold()
+        return hashlib.sha256(" ".join(first.split()).casefold().encode()).hexdigest()[:16]
 
 
-def load(config: DataConfig, tokenizer: Any, stop_ids: Collection[int], seed: int, cache: Path) -> Dataset:
+def load(
+    config: DataConfig,
+    tokenizer: Any,
+    stop_ids: Collection[int],
+    seed: int,
+    cache: Path,
+    seen: Collection[str] = frozenset(),
+) -> Dataset:
     """Read, check, tokenise and divide the data set.
 
     Candidates are taken in an order that only their content and `seed` decide. The first `config.held_out` prompts
     are held out with everything that answers them (one example a prompt is kept); the next `config.size` examples are
     the training set. So the held-out set is the same for every size, and a smaller training set is part of a larger
-    one. `stop_ids` are the tokens at which the model stops when it generates.
+    one. `stop_ids` are the tokens at which the model stops when it generates; `seen` the openings of the prompts that it
+    was trained on, which are never held out.
 
     Raises UserError: the source cannot be read, the template does not fit the tokenizer, or too little survives.
     """
@@ -76,20 +89,24 @@ def load(config: DataConfig, tokenizer: Any, stop_ids: Collection[int], seed: in
     train: list[Example] = []
     held_out: list[Example] = []
     held_openings: set[str] = set()
-    tried = 0
+    tried = met = 0
     for candidate, example in _encode_lazily(candidates, tokenizer, end, config):
         tried += 1
         if isinstance(example, str):
             counts[example] += 1  # the reason why there is none
         elif candidate.opening in held_openings:
             counts["of a held-out prompt"] += 1
-        elif len(held_out) < config.held_out:
+        elif len(held_out) < config.held_out and candidate.opening not in seen:
             held_openings.add(candidate.opening)
             held_out.append(example)
         else:
-            train.append(example)
+            met += len(held_out) < config.held_out
             if len(train) == config.size:
-                break
+                counts["trained on before"] += 1  # and no more are needed to train on
+            else:
+                train.append(example)
+        if len(train) == config.size and len(held_out) == config.held_out:
+            break
     counts["not needed"] = len(candidates) - tried
     counts["kept"] = len(train) + len(held_out)
     counts = Counter({reason: count for reason, count in counts.items() if count or reason in ("read", "kept")})
@@ -99,7 +116,7 @@ def load(config: DataConfig, tokenizer: Any, stop_ids: Collection[int], seed: in
             f"({', '.join(f'{reason}: {count}' for reason, count in counts.items())}); "
             "give more data, or loosen the data settings that drop it"
         )
-    return Dataset(train, held_out, dict(counts))
+    return Dataset(train, held_out, dict(counts), met)
 
 
 # --------------------------------------------------------------------------------------------------- text checks
@@ -362,7 +379,14 @@ def _fit(
         real_ids = real_ids[:limit]  # without the end token: the human did not stop here
     if len(real_ids) < config.min_response_length:
         return "answer too short"
-    return Example(candidate.id, _readable(candidate.messages), tuple(prompt_ids), candidate.response, tuple(real_ids))
+    return Example(
+        candidate.id,
+        _readable(candidate.messages),
+        tuple(prompt_ids),
+        candidate.response,
+        tuple(real_ids),
+        candidate.opening,
+    )
 
 
 def _readable(messages: list[Message]) -> str:

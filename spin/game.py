@@ -17,7 +17,8 @@ import torch
 
 from spin import plan, report
 from spin.config import Config, at
-from spin.evaluate import held_out_margins
+from spin.errors import UserError
+from spin.evaluate import differences, held_out_margins
 from spin.model import Policy
 from spin.pairs import Answer
 from spin.stages import Evaluated, Scored, Stages, Trained, check_room, counted, replayed
@@ -38,13 +39,22 @@ class Turn:
 
 
 def turns(config: Config, stages: Stages) -> Iterator[Turn]:
-    """The game itself: the start, an SFT stage, then generate -> score -> train -> evaluate (section 4.2 of the paper)."""
+    """The game itself: the start, an SFT stage, then generate -> score -> train -> evaluate (section 4.2 of the paper).
+
+    With `stage=evaluate` the start is measured and nothing is played.
+    """
 
     def evaluate(policy: Policy, iteration: int | None, opponents: Evaluated | None) -> Evaluated | None:
         measured = config.evaluation.enabled and stages.data.held_out
         return stages.evaluate(policy, iteration, opponents) if measured else None
 
     policy = stages.start
+    if config.stage == "evaluate":
+        opponents = evaluate(stages.against, None, None) if stages.against else None
+        if opponents:
+            yield Turn(None, opponents)
+        yield Turn(None, evaluate(policy, None, opponents), opponents=opponents)
+        return
     evaluated = evaluate(policy, None, None)
     yield Turn(None, evaluated)
     if config.schedule.sft_epochs > 0:
@@ -90,12 +100,17 @@ def _play(config: Config, folder: Path, command: str, tracker: Tracker) -> dict:
     stages = Stages(config, folder, tracker)
     missing = plan.trainings(plan.look_up(turns, config, stages))
     check_room(stages.store, stages.training_bytes(missing) if missing else 0, f"{missing} policies and checkpoints")
-    remove_stale(folder, config)
     examples = stages.data
+    if config.stage == "game":
+        remove_stale(folder, config)
+    elif not examples.held_out:
+        raise UserError("stage=evaluate: no prompt is left to measure on: the model was trained on all that there are.")
     tracker.say(
         f"{config.model.name} on {config.data.name}: {len(examples.train)} training and {len(examples.held_out)} "
         f"held-out examples ({counted(examples.counts)}); {stages.numerics['precision']} on {stages.device}"
     )
+    if examples.seen:
+        tracker.say(f"{examples.seen} prompts are not held out: the model was trained on them.")
     played = []
     for turn in turns(config, stages):
         show(turn, folder, config)
@@ -122,6 +137,7 @@ def _play(config: Config, folder: Path, command: str, tracker: Tracker) -> dict:
             if turn.iteration is not None and turn.scored and turn.opponent
         ],
         "evaluations": [{"policy": e.policy.label, "iter": e.iteration, **e.measures} for e in evaluations],
+        "differences": _differences(evaluations, config),
         "samples": _samples(evaluations, config.evaluation.samples),
         "seconds": {stage: round(seconds, 1) for stage, seconds in stages.seconds.items()},
         "peak_memory_gib": round(peak, 2),
@@ -137,7 +153,8 @@ def _play(config: Config, folder: Path, command: str, tracker: Tracker) -> dict:
         tracker.say(f"{stages.played} stages played in {took}, peak memory {peak:.2f} GiB.")
     tracker.close({"peak_memory_gib": peak})
     tracker.say(f"report: {page}")
-    tracker.say(f"trained model: {folder / summary['iterations'][-1]['policy']}")
+    if summary["iterations"]:
+        tracker.say(f"trained model: {folder / summary['iterations'][-1]['policy']}")
     return summary
 
 
@@ -187,6 +204,25 @@ def remove_stale(folder: Path, config: Config) -> None:
             shutil.rmtree(path)
     if config.schedule.sft_epochs == 0:
         shutil.rmtree(folder / "sft", ignore_errors=True)
+
+
+def _differences(evaluations: Sequence[Evaluated], config: Config) -> list[dict]:
+    """The last policy against the one that self-play started from, and against iteration 0's; or against the other of
+    two that are measured."""
+    played = [e for e in evaluations if e.iteration is not None]
+    before = [e for e in evaluations if e.iteration is None]
+    pairs = [(before[-1], played[-1])] if played and before else []
+    pairs += [(played[0], played[-1])] if len(played) > 1 else []
+    pairs += [(before[0], before[1])] if config.stage == "evaluate" and len(before) > 1 else []
+    return [
+        {
+            "policy": last.policy.label,
+            "against": first.policy.label,
+            "n": len(last.held_out.pairs),
+            "measures": differences(last.held_out, first.held_out, config.evaluation.bootstrap, config.seed),
+        }
+        for first, last in pairs
+    ]
 
 
 def _samples(evaluations: Sequence[Evaluated], count: int) -> list[dict]:

@@ -24,6 +24,7 @@ from spin.config import ModelConfig
 from spin.errors import UserError, brief, explain
 
 INDEX = "model.safetensors.index.json"
+SEEN = "trained_on.json"  # in a policy's folder: hashes of the prompts that it was trained on
 RECORD = "content.json"  # in a folder of the cache: what was in its files when they were written
 
 
@@ -263,6 +264,21 @@ def saved_buffers(model: PreTrainedModel) -> dict[str, Tensor]:
     """What a model keeps beside its parameters and can't make again from its config (Gemma's layer scalars, say)."""
     names = dict(model.named_buffers())
     return {name: value for name, value in model.state_dict().items() if name in names}
+
+
+def trained_on(folder: Path) -> set[str]:
+    """Hashes (`Example.opening`) of the prompts that a policy of ours, or one that it came from, was trained on."""
+    try:
+        return set(json.loads((folder / SEEN).read_bytes()))
+    except FileNotFoundError:
+        return set()
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{folder / SEEN} can't be read: remove it, or take the policy from its run again.") from error
+
+
+def note_trained_on(folder: Path, prompts: set[str]) -> None:
+    """Write what `trained_on` reads."""
+    (folder / SEEN).write_text(json.dumps(sorted(prompts)) + "\n")
 
 
 def save_model(model: PreTrainedModel, weights: Mapping[str, Tensor], source: Policy, folder: Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from spin import packages
+from spin import packages, tasks
 from spin.config import DataConfig
 from spin.errors import UserError, brief, explain
 
@@ -34,12 +34,15 @@ def read_records(config: DataConfig, cache: Path, counts: Counter[str] | None = 
     """The raw records of `config.path` or, where that is null, of `config.file` in the wheel `config.package`, in order.
 
     A path is a .jsonl, .json or .parquet file, a `save_to_disk` folder, a folder of data files as the hub lays them
-    out, a hub name, or `asset:<file>` for a file that comes with spin. `config.splits` null joins all splits. A list
+    out, a hub name, `asset:<file>` for a file that comes with spin, or `builtin:<task>` for a made-up one (tasks.py). `config.splits` null joins all splits. A list
     that breaks off in a wheel's .json is read up to there, and `counts` gets one `truncated record`.
 
     Raises UserError: nothing there, no such split, or a file that cannot be read (with its line where it has lines).
     """
     counts = Counter() if counts is None else counts
+    if config.path is not None and config.path.startswith("builtin:"):
+        yield from tasks.records(config.path.removeprefix("builtin:"))
+        return
     if not config.path:
         if config.path is not None or config.package is None:
             raise UserError("data.path must name the data: a file, a folder or a Hugging Face name")

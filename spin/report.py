@@ -3,7 +3,7 @@
 import json
 import math
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -45,21 +45,28 @@ STYLE: dict[Any, Any] = {
 MEASURES = (
     ("nll_per_token", "NLL of human answers", "nats per token", None),
     ("human_likelier", "human answer is likelier", "share of prompts", 0.5),
+    ("classifier_auc", "a classifier tells them apart", "AUC", 0.5),
+    ("mauve", "likeness of distributions", "MAUVE", None),
+    ("exact_match", "right answers (pass@1)", "share of prompts", None),
     ("length_auc", "human answer is longer", "AUC", 0.5),
     ("rouge_l", "ROUGE-L with human answer", "F1", None),
     ("own_length", "length of own answers", "tokens", None),
     ("finished", "answers that ended", "share of answers", None),
-    ("distinct_2", "distinct word pairs", "share of word pairs", None),
+    ("distinct_2", "distinct word pairs in answers", "share of word pairs", None),
+    ("diversity", "distinct word pairs over answers", "own / human", 1.0),
     ("margin", "margin over the opponent", "nats", None),
     ("accuracy", "margin above 0", "share of prompts", None),
 )
-# Measures that say whether two policies differ: how a sentence names each, and how far a value is from good.
-COMPARED: tuple[tuple[str, str, Callable[[float], float]], ...] = (
-    ("nll_per_token", "NLL of the human answers", lambda value: value),
-    ("human_likelier", "how often the human answer is likelier", lambda value: abs(value - 0.5)),
-    ("length_auc", "length AUC", lambda value: abs(value - 0.5)),
-    ("rouge_l", "ROUGE-L", lambda value: -value),
-)
+# Measures that say whether two policies differ: how a sentence names each.
+COMPARED = {
+    "exact_match": "exact match",
+    "nll_per_token": "NLL of the human answers",
+    "human_likelier": "how often the human answer is likelier",
+    "classifier_auc": "classifier AUC",
+    "mauve": "MAUVE",
+    "length_auc": "length AUC",
+    "rouge_l": "ROUGE-L",
+}
 
 
 def write(folder: Path, game: dict) -> Path:
@@ -127,11 +134,17 @@ def _page(game: dict, train: dict[int, list[dict]], drawn: set[str]) -> str:
         parts.append(
             f"In brackets: 95 % bootstrap intervals over the {evaluations[-1]['n']:,} held-out prompts. NLL: negative "
             "log-likelihood of the human answers. Human likelier: share of prompts whose human answer has a higher "
-            "log-probability a token than the policy's own answer. Length AUC: how often a human answer is longer than "
-            "an own one. Both are 0.5 where human and own answers cannot be told apart that way. Margin and accuracy "
+            "log-probability a token than the policy's own answer. Classifier AUC: how often a classifier of words, "
+            "letters, length and what answer and prompt share, cross-validated over prompts, finds a human answer more "
+            "human than an own one. Length AUC: how often a human answer is longer. These three are 0.5 where human and own "
+            "answers cannot be told apart that way. MAUVE: likeness of the two distributions, at most 1; *if equal* is what "
+            "it comes to with so few prompts where they are equal. Diversity: distinct word pairs over all own answers, "
+            "against the human ones. Margin and accuracy "
             "set a policy against its own opponent, so they cannot be compared between iterations."
         )
-        parts += [f"**{sentence}**" if i == 0 else sentence for i, sentence in enumerate(verdict(evaluations))]
+        parts += [f"**{sentence}**" if i == 0 else sentence for i, sentence in enumerate(verdict(game))]
+        if game["differences"]:
+            parts.append(_differences_table(game["differences"]))
     else:
         parts.append("Nothing was evaluated: there are no held-out prompts, or evaluation was switched off.")
     if "measures" in drawn:
@@ -200,52 +213,59 @@ LENGTHS_CAPTION = (
 )
 
 
-def verdict(evaluations: Sequence[dict]) -> list[str]:
-    """Sentences that say whether self-play changed the policy: the last against the one that it started from, and
-    against iteration 0's. Two policies differ in a measure where their 95 % intervals do not overlap."""
-    played = [row for row in evaluations if row["iter"] is not None]
-    before = [row for row in evaluations if row["iter"] is None]
-    sentences = []
-    if played and before:
-        sentences.append(_compare(before[-1], played[-1]))
-    if len(played) > 1:
-        sentences.append(_compare(played[0], played[-1]))
-    return sentences
+def verdict(game: dict) -> list[str]:
+    """Sentences that say whether policies differ, from `game["differences"]`: where the 95 % interval of the difference
+    on the same prompts leaves 0 out."""
+    return [_verdict(one) for one in game["differences"]]
 
 
-def _compare(first: dict, last: dict) -> str:
-    better: list[str] = []
-    worse: list[str] = []
-    same: list[str] = []
-    for key, name, badness in COMPARED:
-        a, b = first.get(f"{key}_interval"), last.get(f"{key}_interval")
-        if not (_known(a) and _known(b)):
+def _verdict(one: dict) -> str:
+    said: dict[str, list[str]] = {"better": [], "worse": [], "same": []}
+    for key, name in COMPARED.items():
+        if (found := one["measures"].get(key)) is None or not _known(found["change"]):
             continue
-        if a[0] <= b[1] and b[0] <= a[1]:
-            same.append(name)
-        else:
-            change = f"{name} ({first[key]:.3f} → {last[key]:.3f})"
-            (better if badness(last[key]) < badness(first[key]) else worse).append(change)
-    pair = f"{last['policy']} against {first['policy']}"
-    if not better and not worse:
-        return f"{pair}: no difference seen at n={last['n']:,}, the intervals of all measures overlap."
-    groups = (("better in ", better), ("worse in ", worse), ("no difference seen in ", same))
-    return f"{pair}, n={last['n']:,}: " + "; ".join(label + ", ".join(names) for label, names in groups if names) + "."
+        change = "" if found["verdict"] == "same" else f" ({found['first']:.3f} → {found['last']:.3f})"
+        said[found["verdict"]].append(name + change)
+    pair = f"{one['policy']} against {one['against']}, n={one['n']:,}"
+    if not said["better"] and not said["worse"]:
+        return f"{pair}: no difference seen, the intervals of all differences hold 0."
+    groups = (("better in ", "better"), ("worse in ", "worse"), ("no difference seen in ", "same"))
+    return f"{pair}: " + "; ".join(label + ", ".join(said[kind]) for label, kind in groups if said[kind]) + "."
+
+
+def _differences_table(differences: Sequence[dict]) -> str:
+    names = [key for key in COMPARED if any(key in one["measures"] for one in differences)]
+    rows = []
+    for one in differences:
+        cells = []
+        for key in names:
+            found = one["measures"].get(key, {"change": None, "interval": None})
+            bounds = found["interval"]
+            shown = f" [{_number(bounds[0], 3)}, {_number(bounds[1], 3)}]" if _known(bounds) else ""
+            cells.append(_number(found["change"], 3) + shown)
+        rows.append([_md(f"{one['policy']} − {one['against']}"), f"{one['n']:,}", *cells])
+    return _table(["difference", "prompts", *(COMPARED[key] for key in names)], rows)
 
 
 def _measures_table(evaluations: Sequence[dict]) -> str:
     columns = [
         ("NLL, nats per token", "nll_per_token", 3),
         ("human likelier", "human_likelier", 3),
+        ("classifier AUC", "classifier_auc", 3),
+        ("MAUVE", "mauve", 3),
+        ("MAUVE if equal", "mauve_if_equal", 3),
+        ("right answers", "exact_match", 3),
         ("length AUC", "length_auc", 3),
         ("ROUGE-L", "rouge_l", 3),
         ("own length, tokens", "own_length", 1),
         ("human length, tokens", "human_length", 1),
         ("ended by themselves", "finished", 3),
         ("distinct word pairs", "distinct_2", 3),
+        ("diversity", "diversity", 3),
         ("margin, nats", "margin", 2),
         ("accuracy", "accuracy", 3),
     ]
+    columns = [column for column in columns if any(_known(row.get(column[1])) for row in evaluations)]
     rows = [
         [
             _md(row["policy"]),
@@ -424,7 +444,7 @@ def summary(game: dict, console: Console) -> None:
         if Measurement.get(console, console.options.update(max_width=1000), table).maximum > console.width:
             table = _summary_table(game["evaluations"], intervals=False)
         console.print(table)
-        for sentence in verdict(game["evaluations"]):
+        for sentence in verdict(game):
             console.print(Text(sentence))
     if game["samples"]:
         sample = game["samples"][0]
@@ -450,15 +470,17 @@ def _summary_table(evaluations: Sequence[dict], intervals: bool) -> Table:
         padding=(0, 1, 0, 0),
         pad_edge=False,
     )
-    columns = (
+    columns = [
         ("NLL\nnats/token", "nll_per_token", 3),
         ("human\nlikelier", "human_likelier", 2),
+        ("classif.\nAUC", "classifier_auc", 2),
+        ("\nMAUVE", "mauve", 2),
+        ("right\nanswers", "exact_match", 2),
         ("length\nAUC", "length_auc", 2),
-        ("\nROUGE-L", "rouge_l", 2),
         ("own\n/ human", "own_length", 0),
         ("margin\nnats", "margin", 2),
-        ("\naccuracy", "accuracy", 2),
-    )
+    ]
+    columns = [column for column in columns if any(_known(row.get(column[1])) for row in evaluations)]
     table.add_column("\npolicy", no_wrap=True)
     for name, _, _ in columns:
         table.add_column(name, justify="right", no_wrap=True)

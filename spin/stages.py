@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,19 @@ from spin.config import Config, at
 from spin.data import Example
 from spin.engine import STATES, SingleEngine, compute_type, device_of
 from spin.errors import UserError
-from spin.evaluate import HeldOut, measures
+from spin.evaluate import HeldOut, correct, held_out_of, measures
 from spin.logps import Forward, choose_forward, logps_of
-from spin.model import Policy, content_id, load_model, load_tokenizer, resolve, stop_ids, weight_files
+from spin.model import (
+    Policy,
+    content_id,
+    load_model,
+    load_tokenizer,
+    note_trained_on,
+    resolve,
+    stop_ids,
+    trained_on,
+    weight_files,
+)
 from spin.opponent import generate
 from spin.pairs import (
     Answer,
@@ -47,6 +57,7 @@ from spin.sealed import size_of
 from spin.store import RESUME, Stage, Store, key_of
 from spin.track import Progress, Tracker, plain
 from spin.train import train_sft, train_spin
+from spin.two_sample import Features, check_embedder, classifier_scores, clusters, embed, features, with_embeddings
 
 # A warning is due when more answers than this are cut at the cap: their length alone then tells them from human ones.
 CUT_SHARE = 0.2
@@ -105,8 +116,16 @@ class Stages:
         self.start = resolve(config.model, cache)
         self.tokenizer = load_tokenizer(self.start.folder)
         self.stop_ids = stop_ids(self.start.folder, self.tokenizer)
-        self.data = data.load(config.data, self.tokenizer, self.stop_ids, config.seed, cache)
+        self.against: Policy | None = None  # with stage=evaluate: what the start is set against
+        if config.stage == "evaluate":
+            self.start = replace(self.start, label=_name(config.model.path or config.model.name))
+            if (other := config.evaluation.against) is not None:
+                self.against = replace(resolve(replace(config.model, path=other), cache), label=_name(other))
+        seen = trained_on(self.start.folder) | (trained_on(self.against.folder) if self.against else set())
+        self.data = data.load(config.data, self.tokenizer, self.stop_ids, config.seed, cache, seen)
         self._check_context()
+        if config.evaluation.embedder is not None:
+            check_embedder(config.evaluation.embedder)
         # All settings that decide the bits of a forward pass; threads and the like do not.
         self.numerics = {
             "precision": str(self.dtype).removeprefix("torch."),
@@ -364,6 +383,8 @@ class Stages:
             "stop_ids": sorted(self.stop_ids),
             "opponent": before.stage.key if before else None,
             "bootstrap": resamples,
+            "check": self.config.data.check,
+            "embedder": self._embedder_id(),
             "numerics": self.numerics,
             **self._generation_inputs(),
         }
@@ -383,10 +404,17 @@ class Stages:
                 ]
             logps = self._logps(work, model, items).view(len(pairs), -1)
             scored = with_opponent_logps(pairs, logps[:, :2])
-            held_out = HeldOut(scored, logps[:, 2].tolist() if before else None)
+            found = self._features(scored)
+            held_out = HeldOut(
+                scored,
+                logps[:, 2].tolist() if before else None,
+                classifier_scores(found),
+                clusters(found, self.config.seed),
+                correct(scored, self.config.data.check),
+            )
             write_parquet(scored, work.folder / "held_out.parquet")
             result = measures(held_out, before.held_out if before else None, resamples, self.config.seed)
-            facts = {"measures": result, "logps_of_opponents_answers": held_out.logps_of_opponents_answers}
+            facts = {"measures": result, "per_prompt": held_out.per_prompt}
             (work.folder / "evaluation.json").write_text(json.dumps(facts, indent=2) + "\n")
             work.log({"step": 0, **result})
             return result
@@ -394,13 +422,25 @@ class Stages:
         stage = self.stage("evaluate", title, {"iter": iteration, "policy": policy.label}, inputs, build)
         facts = json.loads((stage.folder / "evaluation.json").read_text())
         pairs = read_pairs(stage.folder / "held_out.parquet")
-        held_out = HeldOut(pairs, facts["logps_of_opponents_answers"])
+        held_out = held_out_of(pairs, facts["per_prompt"])
         samples = [
             {"prompt": p.prompt, "real": p.real, "generated": p.generated}
             for p in pairs[: self.config.evaluation.samples]
         ]
         self.tracker.samples(policy.label, samples, stage.reused)
         return Evaluated(policy, iteration, stage, held_out, facts["measures"])
+
+    def _features(self, pairs: Sequence[Pair]) -> Features:
+        """What the two-sample tests see of the held-out answers."""
+        prompts, real, own = ([getattr(p, name) for p in pairs] for name in ("prompt", "real", "generated"))
+        found = features(prompts, real, own)
+        if (model := self.config.evaluation.embedder) is None:
+            return found
+        return with_embeddings(found, embed(model, [*prompts, *prompts], [*real, *own], self.device))
+
+    def _embedder_id(self) -> str | None:
+        model = self.config.evaluation.embedder
+        return content_id(Path(model).expanduser()) if model and Path(model).expanduser().is_dir() else model
 
     def training_bytes(self, stages: int) -> int:
         """What so many training stages may take on the disk: a policy each, and the checkpoints of one at a time."""
@@ -472,6 +512,7 @@ class Stages:
             state = learn(engine, forward=self.forward(engine.model), log=log, checkpoints=checkpoints)
         work.earlier(checkpoints.restored.seconds)
         engine.save(work.folder / "policy")
+        note_trained_on(work.folder / "policy", trained_on(start.folder) | {e.opening for e in self.data.train})
         return {"policy": content_id(work.folder / "policy"), "skipped_steps": state.skipped}
 
     def _generation_inputs(self) -> dict:
@@ -514,6 +555,11 @@ def replayed(replay: str, iteration: int) -> list[int]:
 def _seed(seed: int, part: int) -> int:
     """A seed of its own for each part of the game."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{part}".encode()).digest()[:4], "big")
+
+
+def _name(path: str) -> str:
+    """What to call a policy in a folder: "iter1/policy"."""
+    return "/".join(Path(path).parts[-2:])
 
 
 def _total(count: int, epochs: float) -> int:

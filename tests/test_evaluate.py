@@ -1,11 +1,22 @@
 """Held-out measures against their definitions, and on answers whose quality is known."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 
-from spin.evaluate import HeldOut, held_out_margins, measures, rouge_l
+from spin.evaluate import (
+    CHECKS,
+    HeldOut,
+    correct,
+    differences,
+    diversity,
+    held_out_margins,
+    held_out_of,
+    measures,
+    rouge_l,
+)
 from spin.pairs import Pair
 
 
@@ -82,3 +93,75 @@ def test_intervals_hold_the_value_and_narrow_with_more_prompts():
 )
 def test_rouge_l(candidate, reference, expected):
     assert math.isclose(rouge_l(candidate, reference), expected)
+
+
+def test_what_is_stored_of_an_evaluation_comes_back():
+    rng = np.random.default_rng(0)
+    pairs = [pair(i, -10, -12) for i in range(4)]
+    whole = HeldOut(pairs, [1.0] * 4, rng.normal(size=(2, 4)), rng.integers(0, 3, (2, 4)), np.array([1.0, 0, 0, 1]))
+    for one in (whole, HeldOut(pairs)):
+        again = held_out_of(pairs, json.loads(json.dumps(one.per_prompt)))
+        assert measures(one, None, 50, 0) == measures(again, None, 50, 0)
+
+
+def policies(n: int, shift: float):
+    """Two policies on the same prompts: the second gives human answers `shift` nats more, a little by chance."""
+    rng = np.random.default_rng(3)
+    hard = rng.normal(-40, 15, n)
+    one = [pair(i, hard[i], -30) for i in range(n)]
+    other = [pair(i, hard[i] + shift + rng.normal(0, 1), -30) for i in range(n)]
+    return HeldOut(one), HeldOut(other)
+
+
+def test_a_difference_that_all_prompts_share_is_seen_though_their_own_intervals_overlap():
+    first, last = policies(60, 2.0)
+    found = differences(last, first, 400, 0)["nll_per_token"]
+    assert found["verdict"] == "better" and found["interval"][1] < 0
+    assert found["change"] == pytest.approx(-0.2, abs=0.05)
+    alone = [measures(one, None, 400, 0)["nll_per_token_interval"] for one in (first, last)]
+    assert alone[0][0] < alone[1][1] and alone[1][0] < alone[0][1]
+
+
+def test_no_difference_is_seen_where_there_is_none():
+    first, last = policies(60, 0.0)
+    assert {one["verdict"] for one in differences(last, first, 400, 0).values()} == {"same"}
+    assert all(one["change"] == 0 for one in differences(first, first, 100, 0).values())
+
+
+def test_five_in_a_hundred_comparisons_of_equals_are_taken_for_different():
+    rng, wrong = np.random.default_rng(0), 0
+    for _ in range(150):
+        one, other = ([pair(i, rng.normal(-30, 8), -30) for i in range(40)] for _ in range(2))
+        wrong += differences(HeldOut(other), HeldOut(one), 200, 0)["nll_per_token"]["verdict"] != "same"
+    assert wrong <= 0.12 * 150
+
+
+def test_diversity_falls_where_a_policy_says_the_same_to_all():
+    real = [f"word{i} another{i} third{i}" for i in range(30)]
+    everything = np.arange(30)
+    assert diversity(real, real)(everything) == 1
+    assert diversity(real, [real[0]] * 30)(everything) == pytest.approx(1 / 30)
+    assert diversity(real, [""] * 30)(everything) == 1  # no word pairs: nothing is repeated
+
+
+@pytest.mark.parametrize(
+    ("check", "own", "real", "right"),
+    [
+        ("exact", " 1 2\n3", "1 2 3", True),
+        ("exact", "1 2", "1 2 3", False),
+        ("number", "so it is 1,042.", "21 * 2 ... #### 1042", True),
+        ("number", "3 and 4.50", "4.5", True),
+        ("number", "-3", "3", False),
+        ("number", "none", "3", False),
+        ("number", "3", "none", False),
+    ],
+)
+def test_answers_are_checked(check, own, real, right):
+    assert CHECKS[check](own, real) == right
+
+
+def test_exact_match_is_the_share_of_right_answers():
+    pairs = [pair(0, -1, -1), pair(1, -1, -1, own="wrong"), pair(2, -1, -1, own="A b  c D"), pair(3, -1, -1, own="")]
+    found = measures(HeldOut(pairs, correct=correct(pairs, "exact")), None, 100, 0)
+    assert found["exact_match"] == 0.5 and found["exact_match_interval"][0] < 0.5 < found["exact_match_interval"][1]
+    assert correct(pairs, "none") is None and "exact_match" not in measures(HeldOut(pairs), None, 10, 0)

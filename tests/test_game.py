@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -256,3 +257,68 @@ def test_adamw_padded_fp32_with_checkpointing_plays(played):
     played.play("iter=0", *words, "engine.gradient_checkpointing=true", "evaluation=none", run="other")
     first = next(row for row in played.metrics("other") if row["stage"] == "train")
     assert first["loss"] == pytest.approx(0.693147, abs=1e-4)
+
+
+def test_a_policy_is_measured_on_demand_as_it_was_in_its_game(played):
+    done = played.play("stage=evaluate", f"model.path={played.folder}/run/iter1/policy", run="measured")
+    shown = json.loads((played.folder / "measured" / "game.json").read_text())
+    game = json.loads((played.folder / "run" / "game.json").read_text())
+    (now,), then = shown["evaluations"], game["evaluations"][-1]
+    assert now["policy"] == "iter1/policy" and shown["iterations"] == []
+    for name in ("nll_per_token", "human_likelier", "classifier_auc", "mauve", "length_auc", "own_length", "n"):
+        assert now[name] == then[name], name
+    assert "classif." in done.stdout and (played.folder / "measured" / "report.md").is_file()
+    assert not (played.folder / "measured" / "iter0").exists()
+
+
+def test_two_policies_are_measured_against_each_other(played):
+    words = [f"model.path={played.folder}/run/iter1/policy", f"evaluation.against={played.folder}/run/iter0/policy"]
+    done = played.play("stage=evaluate", *words, run="against")
+    shown = json.loads((played.folder / "against" / "game.json").read_text())
+    then = json.loads((played.folder / "run" / "game.json").read_text())["evaluations"][-1]
+    assert [row["policy"] for row in shown["evaluations"]] == ["iter0/policy", "iter1/policy"]
+    # Iteration 1 against its opponent once more, in other rows: equal up to rounding.
+    assert shown["evaluations"][1]["margin"] == pytest.approx(then["margin"], abs=1e-3)
+    assert "iter1/policy against iter0/policy, n=8: " in done.stdout
+    same = [words[0], f"evaluation.against={played.folder}/run/iter1/policy"]
+    assert "no difference seen" in played.play("stage=evaluate", *same, run="itself").stdout
+
+
+def test_prompts_that_a_policy_was_trained_on_are_not_held_out_for_it(played):
+    """With another seed others are held out: some of those that this policy was trained on are among them."""
+    policy = f"model.path={played.folder}/run/iter1/policy"
+    done = played.play("stage=evaluate", policy, "seed=5", run="other")
+    assert re.search(r"\d+ prompts are not held out: the model was trained on them", done.stdout)
+    trained = {pair.prompt for t in (0, 1) for pair in read_pairs(played.folder / "run" / f"iter{t}" / "pairs.parquet")}
+    stages = json.loads((played.folder / "other" / "stages.json").read_text())["stages"]
+    measured = {
+        pair.prompt for stage in stages for pair in read_pairs(played.folder / "store" / stage / "held_out.parquet")
+    }
+    assert len(measured) == 8 and not trained & measured
+    done = played.play("stage=evaluate", policy, "seed=5", "data.held_out=24", "data.size=24", run="more")
+    held_out = int(re.search(r"(\d+) held-out examples", done.stdout)[1])
+    assert held_out == 24  # the set has 48, of which 24 were trained on
+
+
+def test_a_checked_task_gets_exact_match(played, tmp_path):
+    words = ["data=task", "data.path=builtin:sum", "data.size=60", "data.held_out=10", "iter=0"]
+    played.play(*words, f"hydra.run.dir={tmp_path}/sum")
+    game = json.loads((tmp_path / "sum" / "game.json").read_text())
+    assert all(0 <= row["exact_match"] <= 1 for row in game["evaluations"])
+    assert "right answers" in (tmp_path / "sum" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["stage=evaluate", "evaluation=none"], "needs evaluation.enabled=true"),
+        (["stage=measure"], "must be game or evaluate"),
+        (["evaluation.against=somewhere"], "goes with stage=evaluate"),
+        (["stage=evaluate", "evaluation.against=/nowhere/at/all"], "no such folder"),
+        (["evaluation.embedder=/nowhere/at/all"], "no embedding model can be loaded"),
+        (["data=task", "data.path=builtin:chess"], "there are sort, sum, reverse"),
+    ],
+)
+def test_settings_of_the_evaluation_that_do_not_go(played, words, says, tmp_path):
+    done = played.play(*words, f"hydra.run.dir={tmp_path}/run", status=1)
+    assert says in done.stderr and len(done.stderr.strip().splitlines()) == 1

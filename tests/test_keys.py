@@ -42,6 +42,7 @@ TABLE = {
     "name=other": NOTHING,
     "seed=1": EVERYTHING,
     "plan=true": NOTHING,
+    "stage=game": NOTHING,
     "iter=1": NOTHING,
     "model.name=other": NOTHING,
     "model.path=COPY": NOTHING,  # the weights' content counts, not where they lie
@@ -72,6 +73,7 @@ TABLE = {
     "data.min_response_length=2": NOTHING,  # drops none
     "data.max_length=250": NOTHING,  # drops none
     "data.overlong=cut": NOTHING,  # none is overlong
+    "data.check=exact": EVALUATIONS,
     "optimizer.name=adamw": SFT,
     "optimizer.lr=[1e-3,2e-3]": "iteration 1's training",
     "optimizer.weight_decay=0.1": SFT,
@@ -106,6 +108,16 @@ TABLE = {
     "evaluation.enabled=false": NOTHING,
     "evaluation.samples=2": NOTHING,
     "evaluation.bootstrap=51": EVALUATIONS,
+    "evaluation.embedder=COPY": EVALUATIONS,
+    "evaluation.against=null": NOTHING,  # goes with stage=evaluate
+    "+evaluation.harness=[]": NOTHING,
+    "+evaluation.harness_include=null": NOTHING,
+    "+evaluation.harness_limit=3": NOTHING,
+    "+evaluation.harness_batch_size=3": NOTHING,
+    "+evaluation.questions=null": NOTHING,
+    "+evaluation.judge=null": NOTHING,
+    "+evaluation.judge_model=a": NOTHING,
+    "+evaluation.judge_timeout=9": NOTHING,
     "store.path=COPY": NOTHING,
     "cache.path=COPY": NOTHING,
     "checkpoint.minutes=1": NOTHING,
@@ -148,6 +160,8 @@ def made_concrete(word: str, place: Place, tmp_path) -> str:
         lines = (schema_assets() / "pairs.jsonl").read_text().splitlines()
         (tmp_path / "mine.jsonl").write_text("\n".join(lines[::-1] if value == "SHUFFLED" else lines) + "\n")
         return f"{key}={tmp_path}/mine.jsonl"
+    if key == "evaluation.embedder":
+        return f"{key}={next((place.folder / 'cache').glob('tiny-*[0-9]'))}"
     if key == "model.path":
         copy = tmp_path / "model"
         shutil.copytree(next((place.folder / "cache").glob("tiny-*[0-9]")), copy)

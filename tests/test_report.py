@@ -30,6 +30,9 @@ def evaluation(policy, iteration, better, interval=0.01):
         ("human_likelier", 0.2 + 0.02 * better),
         ("length_auc", 0.8 - 0.02 * better),
         ("rouge_l", 0.2 + 0.02 * better),
+        ("classifier_auc", 0.9 - 0.02 * better),
+        ("mauve", 0.6 + 0.02 * better),
+        ("diversity", 0.8),
         ("own_length", 20.0 + better),
         ("human_length", 31.0),
         ("finished", 0.9),
@@ -39,6 +42,14 @@ def evaluation(policy, iteration, better, interval=0.01):
     if iteration is not None:
         row |= around("margin", 1.5, 0.2) | around("accuracy", 0.7, 0.05)
     return row
+
+
+def difference(policy, against, **verdicts):
+    """A comparison of two policies in all measures, with the given verdicts and "same" for the others."""
+    names = [name for name in report.COMPARED if name != "exact_match"]
+    found = {"first": 2.0, "last": 1.9, "change": -0.1, "interval": [-0.15, 0.02], "verdict": "same"}
+    rows = {name: {**found, "verdict": verdicts.get(name, "same")} for name in names}
+    return {"policy": policy, "against": against, "n": 50, "measures": rows}
 
 
 def made_up(folder, iterations=2, steps=60, margins=True):
@@ -53,6 +64,7 @@ def made_up(folder, iterations=2, steps=60, margins=True):
         "data": {"train": 80, "held_out": 50, "counts": {"prompt | too long": 3}},
         "iterations": [],
         "evaluations": [evaluation("start", None, 0), evaluation("sft", None, 1)],
+        "differences": [difference("iter1", "sft", nll_per_token="better"), difference("iter1", "iter0")],
         "seconds": {"generate": 47.2, "train": 192.0},
         "peak_memory_gib": 1.234,
     }
@@ -216,33 +228,21 @@ def test_all_margins_alike(constant, tmp_path):
 # --- does the last policy differ? -------------------------------------------------------------------------------------
 
 
-def test_verdict_says_so_where_intervals_do_not_overlap():
-    rows = [
-        evaluation("start", None, 9),
-        evaluation("sft", None, 0),
-        evaluation("iter0", 0, 5),
-        evaluation("iter1", 1, 5),
-    ]
-    against_start, against_first = report.verdict(rows)
-    assert against_start.startswith("iter1 against sft, n=50: better in NLL of the human answers (2.100 → 2.000), ")
+def test_verdict_says_what_is_better_and_where_nothing_is_seen():
+    game = {"differences": [difference("iter1", "sft", nll_per_token="better"), difference("iter1", "iter0")]}
+    against_start, against_first = report.verdict(game)
+    assert against_start.startswith("iter1 against sft, n=50: better in NLL of the human answers (2.000 → 1.900); ")
     assert "worse" not in against_start
-    assert against_first == "iter1 against iter0: no difference seen at n=50, the intervals of all measures overlap."
+    assert against_first == "iter1 against iter0, n=50: no difference seen, the intervals of all differences hold 0."
 
 
 def test_verdict_names_what_got_worse_and_what_did_not_change():
-    first, last = evaluation("start", None, 0), evaluation("iter0", 0, 0)
-    last |= around("human_likelier", 0.9, 0.01) | around("rouge_l", 0.3, 0.01)  # 0.9 is further from 0.5 than 0.2
-    (sentence,) = report.verdict([first, last])
-    assert "better in ROUGE-L (0.200 → 0.300); " in sentence
-    assert "worse in how often the human answer is likelier (0.200 → 0.900); " in sentence
-    assert sentence.endswith("no difference seen in NLL of the human answers, length AUC.")
-
-
-def test_verdict_of_overlapping_intervals():
-    rows = [evaluation("start", None, 0, interval=0.5), evaluation("iter0", 0, 5, interval=0.5)]
-    assert report.verdict(rows) == [
-        "iter0 against start: no difference seen at n=50, the intervals of all measures overlap."
-    ]
+    (sentence,) = report.verdict(
+        {"differences": [difference("iter0", "start", human_likelier="worse", rouge_l="better", mauve="same")]}
+    )
+    assert "better in ROUGE-L (2.000 → 1.900); " in sentence
+    assert "worse in how often the human answer is likelier (2.000 → 1.900); " in sentence
+    assert sentence.endswith("no difference seen in NLL of the human answers, classifier AUC, MAUVE, length AUC.")
 
 
 # --- the table at a run's end -----------------------------------------------------------------------------------------
@@ -258,9 +258,9 @@ def test_summary_fits_and_shows_texts_as_they_are(width, tmp_path):
     assert "\x1b" not in text
     if width >= 80:
         assert "…" not in text
-        for cell in ("2.100", "20 / 31", "likelier", "accuracy"):
+        for cell in ("2.100", "20 / 31", "likelier", "margin"):
             assert cell in text
-    for interval in ("2.090, 2.110", "1.30, 1.70", "0.65, 0.75"):
+    for interval in ("2.090, 2.110", "1.30, 1.70", "0.59, 0.61"):
         assert (interval in text) == (width >= 100)
     if width >= 100:
         for name in ("human", "start", "sft", "iter0", "iter3"):
