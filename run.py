@@ -1,5 +1,6 @@
 """Play the game: `python run.py model=zephyr iter=2 loss.beta=0.1`. Hydra entry: compose, validate, play."""
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -31,15 +32,16 @@ def main(composed: DictConfig) -> None:
         config = schema.load(composed)  # before the heavy imports: a typo is answered at once
         folder = Path(HydraConfig.get().runtime.output_dir)
         if config.plan:
-            from spin.game import show_plan
+            with interrupt.deferred():
+                from spin.game import show_plan
 
             show_plan(config, folder)
             return
-        (folder / "config.yaml").write_text(OmegaConf.to_yaml(composed, resolve=True))
+        with interrupt.deferred():  # some libraries swallow what is raised while they are imported
+            from spin.game import play
 
-        from spin.game import play
-
-        play(config, folder, shlex.join(["python", "run.py", *HydraConfig.get().overrides.task]))
+        command = shlex.join(["python", "run.py", *HydraConfig.get().overrides.task])
+        play(config, folder, command, OmegaConf.to_yaml(composed, resolve=True))
     except Exception as error:  # here, for Hydra would print lines of its own before it raises
         line = explain(error)
         if line is None or os.environ[SHOW_TRACEBACK] == "1":
@@ -67,6 +69,7 @@ def basename(path: str | None, default: str) -> str:
 DATA_FILES = (".jsonl", ".json", ".parquet")
 OmegaConf.register_new_resolver("slug", slug, replace=True)
 OmegaConf.register_new_resolver("basename", basename, replace=True)
+OmegaConf.register_new_resolver("measured", lambda stage: "-evaluation" if stage == "evaluate" else "", replace=True)
 
 
 def one_line(error: Exception) -> str:
@@ -120,5 +123,6 @@ if __name__ == "__main__":
         sys.exit(f"error: {one_line(error)}")
     except KeyboardInterrupt as stop:
         number = getattr(stop, "signal", signal.SIGINT)
-        print(f"stopped by {number.name}: what is done is kept, run the same command to go on.", file=sys.stderr)
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            print(f"stopped by {number.name}: what is done is kept, run the same command to go on.", file=sys.stderr)
         sys.exit(128 + number)

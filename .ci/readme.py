@@ -1,4 +1,4 @@
-"""Run every command of the README, in a form that fits a small machine: same groups and keys, a tiny model and data."""
+"""Run every command of README and docs, in a form that fits a small machine: same groups and keys, a tiny model and data."""
 
 import re
 import shlex
@@ -23,6 +23,7 @@ SMALL = {
 RECORD = (
     '{"messages": [{"role": "user", "content": "Name number %d."}, {"role": "assistant", "content": "It is %d!"}]}\n'
 )
+QUESTION = '{"question_id": 1, "category": "writing", "turns": ["Write a line.", "Shorter, please."]}\n'
 
 
 def commands(text: str) -> list[str]:
@@ -42,6 +43,13 @@ def small(command: str, folder: Path) -> list[str]:
         if settings["data"] == "local":
             settings["data.path"] = str(folder / "data.jsonl")
         settings |= SMALL
+    if settings.get("evaluation") == "open_llm_leaderboard":
+        # The same harness on a task of our own: the benchmarks' data would have to be fetched.
+        settings |= {"evaluation.harness": "[spin_choice:2:acc_norm]", "evaluation.harness_include": "tests/tasks"}
+    if "evaluation.questions" in settings:
+        settings |= {"evaluation.questions": str(folder / "question.jsonl"), "generation.max_new_tokens": "16"}
+    if "evaluation.against" in settings:
+        settings["evaluation.against"] = "builtin:tiny"
     settings |= {"store.path": str(folder / "store"), "tracking.wandb": "offline"}
     settings["hydra.sweep.dir" if "-m" in flags else "hydra.run.dir"] = str(folder / "run")
     return [sys.executable, "run.py", *flags, *(f"{key}={value}" for key, value in settings.items())]
@@ -50,9 +58,12 @@ def small(command: str, folder: Path) -> list[str]:
 def main() -> None:
     found = commands((ROOT / "README.md").read_text())
     assert found, "the README shows no command"
+    for page in sorted((ROOT / "docs").glob("*.md")):
+        found += [command for command in commands(page.read_text()) if command not in found]
     for command in found:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
+            (folder / "question.jsonl").write_text(QUESTION)
             (folder / "data.jsonl").write_text("".join(RECORD % (i, i) for i in range(40)))
             print(f"$ {command}", flush=True)
             done = subprocess.run(small(command, folder), cwd=ROOT, capture_output=True, text=True, timeout=600)

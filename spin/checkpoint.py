@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from spin.interrupt import check, deferred
 from spin.sealed import Damaged, read_manifest, seal, verify
 
 # A checkpoint may take up to this share of the time since the one before it.
@@ -41,6 +42,7 @@ class Shards:
         self.folder, self.say, self.found = folder, say, found
 
     def __call__(self, number: int, of: Sequence[object], make: Callable[[], list[dict]]) -> list[dict]:
+        check()
         folder = self.folder / f"{number:05d}"
         if folder.is_dir():
             try:
@@ -54,11 +56,12 @@ class Shards:
             shutil.rmtree(folder)
         started = time.perf_counter()
         rows = make()
-        beside = self.folder / "next.tmp"
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        pq.write_table(pa.Table.from_pylist(rows), beside / "rows.parquet")
-        seal(beside, folder, {"of": list(of), "seconds": time.perf_counter() - started})
+        with deferred():  # what is made is kept
+            beside = self.folder / "next.tmp"
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+            pq.write_table(pa.Table.from_pylist(rows), beside / "rows.parquet")
+            seal(beside, folder, {"of": list(of), "seconds": time.perf_counter() - started})
         return rows
 
 
@@ -95,10 +98,10 @@ class Engine(Protocol):
 
 
 class Checkpoints:
-    """The state of one training stage in `folder`: `step-00000012/`, the last two of them.
+    """The state of one training stage in `folder`: `step-00000012/`, the last two of them (one while the next is written).
 
-    `minutes` after the last, or every `steps` steps, one is due; writing is held to 3 % of the time, where it is slow by
-    waiting longer. Without a folder nothing is kept. `restored` is the state that `restore` found.
+    `minutes` after the last one is due, later where writing would take more than 3 % of the time; or every `steps` steps,
+    whatever that takes. Without a folder nothing is kept. `restored` is the state that `restore` found.
     """
 
     def __init__(self, folder: Path | None = None, minutes: float = 5.0, steps: int | None = None, say: Say = print):
@@ -140,7 +143,7 @@ class Checkpoints:
         beside = self.folder / "next.tmp"
         shutil.rmtree(beside, ignore_errors=True)
         for old in self._folders()[: 1 - KEPT]:  # first, so that no more than two take up space
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)  # a network disk may keep a file that somebody has open
         beside.mkdir(parents=True)
         engine.save_state(beside)
         (beside / "state.json").write_text(json.dumps(asdict(state)))

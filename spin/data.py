@@ -248,7 +248,7 @@ def encode(tokenizer: Any, conversations: Sequence[list[Message]], template: str
 def render(tokenizer: Any, messages: list[Message], template: str) -> str:
     """The prompt's text, up to where the answer starts. Raises UserError as `encode` does."""
     if template == "chat":
-        return _render_chat(tokenizer, messages, add_generation_prompt=True)
+        return render_chat(tokenizer, messages, add_generation_prompt=True)
     pattern = PAPER_TEMPLATE if template == "paper" else template.replace("\\n", "\n")  # as a command line has it
     system = ""
     text = ""
@@ -264,7 +264,7 @@ def render(tokenizer: Any, messages: list[Message], template: str) -> str:
     return text
 
 
-def _render_chat(tokenizer: Any, messages: list[Message], **options: Any) -> str:
+def render_chat(tokenizer: Any, messages: list[Message], **options: Any) -> str:
     if not tokenizer.chat_template:
         raise UserError(
             "data.template=chat: the model's tokenizer has no chat template; set data.template=paper or a text with "
@@ -286,7 +286,7 @@ def _render_chat(tokenizer: Any, messages: list[Message], **options: Any) -> str
 
 def _tokenise(tokenizer: Any, texts: list[str], template: str) -> list[list[int]]:
     """Ids of whole texts that start with a rendered prompt: with one BOS if the tokenizer adds one, never an EOS."""
-    found = _plain_ids(tokenizer, texts)
+    found = plain_ids(tokenizer, texts)
     bos = tokenizer.bos_token_id
     # A chat template's text contains the BOS where the model expects one. A text template's does not, as a rule.
     if template != "chat" and bos is not None and tokenizer("a")["input_ids"][:1] == [bos]:
@@ -294,7 +294,7 @@ def _tokenise(tokenizer: Any, texts: list[str], template: str) -> list[list[int]
     return found
 
 
-def _plain_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+def plain_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
 
@@ -315,11 +315,11 @@ def encode_responses(
         if whole[: len(prompt_ids)] == prompt_ids:
             found.append(whole[len(prompt_ids) :])
             continue
-        anchor, anchored = _plain_ids(tokenizer, [ANCHOR, ANCHOR + response])
+        anchor, anchored = plain_ids(tokenizer, [ANCHOR, ANCHOR + response])
         if anchored[: len(anchor)] == anchor:
             found.append(anchored[len(anchor) :])
         else:
-            found.append(_plain_ids(tokenizer, [response])[0])
+            found.append(plain_ids(tokenizer, [response])[0])
     return found
 
 
@@ -333,8 +333,8 @@ def end_of_turn(tokenizer: Any, stop_ids: Collection[int], template: str) -> int
     """
     if template == "chat":
         messages = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": SENTINEL}]
-        tail = _render_chat(tokenizer, messages).rpartition(SENTINEL)[2]
-        for token in _plain_ids(tokenizer, [tail])[0]:
+        tail = render_chat(tokenizer, messages).rpartition(SENTINEL)[2]
+        for token in plain_ids(tokenizer, [tail])[0]:
             if token in stop_ids:
                 return token
     if tokenizer.eos_token_id is None:

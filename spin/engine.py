@@ -139,11 +139,12 @@ class SingleEngine:
             for name, master in self.masters.items():
                 master.copy_(file.get_tensor(name))
                 self.weights[name].data.copy_(master)
+        # Copies: what safetensors gives is the file, mapped, which would hold its space for as long as we train.
         states: dict[int, dict[str, Tensor]] = {}
         with safe_open(folder / "optimizer.safetensors", "pt") as file:
             for key in file.keys():
                 index, _, name = key.partition(".")
-                states.setdefault(int(index), {})[name] = file.get_tensor(key)
+                states.setdefault(int(index), {})[name] = file.get_tensor(key).clone()
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": states, "param_groups": groups})
 

@@ -31,6 +31,8 @@ def explain(error: BaseException) -> str | None:
         return (
             f"{error.filename}: {(error.strerror or '').lower()}; give another store.path, cache.path or hydra.run.dir."
         )
+    if number == errno.ENOSYS:
+        return "the disk has no file locks (flock): give a store.path, cache.path and hydra.run.dir on one that has."
     if isinstance(error, MemoryError) or re.search(r"can't allocate memory|out of memory", text):
         return (
             "memory is short: lower engine.tokens_per_batch, engine.head_chunk or generation.batch_size, or set "

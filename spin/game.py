@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 
-from spin import plan, report
+from spin import exams, plan, report
 from spin.config import Config, at
 from spin.errors import UserError
 from spin.evaluate import differences, held_out_margins
+from spin.exams import Exams
+from spin.harness import PAPER
 from spin.model import Policy
 from spin.pairs import Answer
 from spin.stages import Evaluated, Scored, Stages, Trained, check_room, counted, replayed
@@ -36,6 +38,12 @@ class Turn:
     opponent: Policy | None = None
     opponents: Evaluated | None = None  # the evaluation of the opponent
     scored: Scored | None = None
+    exams: Exams | None = None
+
+    @property
+    def policy(self) -> Policy | None:
+        """Whose turn it is, where anything is known of it."""
+        return self.trained.policy if self.trained else self.evaluated.policy if self.evaluated else None
 
 
 def turns(config: Config, stages: Stages) -> Iterator[Turn]:
@@ -44,24 +52,32 @@ def turns(config: Config, stages: Stages) -> Iterator[Turn]:
     With `stage=evaluate` the start is measured and nothing is played.
     """
 
-    def evaluate(policy: Policy, iteration: int | None, opponents: Evaluated | None) -> Evaluated | None:
-        measured = config.evaluation.enabled and stages.data.held_out
-        return stages.evaluate(policy, iteration, opponents) if measured else None
+    asked = config.evaluation
+
+    def evaluate(policy: Policy, iteration: int | None, opponents: Evaluated | None) -> tuple[Evaluated | None, Exams]:
+        measured = stages.evaluate(policy, iteration, opponents) if asked.enabled and stages.data.held_out else None
+        return measured, Exams(
+            stages.harness(policy, iteration) if asked.harness else None,
+            stages.mt_bench(policy, iteration) if asked.questions else None,
+            stages.compare(policy, iteration, measured, opponents) if asked.judge and measured and opponents else None,
+        )
 
     policy = stages.start
     if config.stage == "evaluate":
-        opponents = evaluate(stages.against, None, None) if stages.against else None
-        if opponents:
-            yield Turn(None, opponents)
-        yield Turn(None, evaluate(policy, None, opponents), opponents=opponents)
+        opponents = None
+        if stages.against:
+            opponents, found = evaluate(stages.against, None, None)
+            yield Turn(None, opponents, exams=found)
+        evaluated, found = evaluate(policy, None, opponents)
+        yield Turn(None, evaluated, opponents=opponents, exams=found)
         return
-    evaluated = evaluate(policy, None, None)
-    yield Turn(None, evaluated)
+    evaluated, found = evaluate(policy, None, None)
+    yield Turn(None, evaluated, exams=found)
     if config.schedule.sft_epochs > 0:
         trained = stages.sft()
         policy = trained.policy
-        evaluated = evaluate(policy, None, None)
-        yield Turn(None, evaluated, trained)
+        evaluated, found = evaluate(policy, None, None)
+        yield Turn(None, evaluated, trained, exams=found)
 
     answers: list[list[Answer]] = []
     for t in range(config.iterations):
@@ -70,12 +86,14 @@ def turns(config: Config, stages: Stages) -> Iterator[Turn]:
         scored = stages.score(opponent, t, answers)
         trained = stages.train(opponent, t, scored)
         policy = trained.policy
-        evaluated = evaluate(policy, t, opponents)
-        yield Turn(t, evaluated, trained, opponent, opponents, scored)
+        evaluated, found = evaluate(policy, t, opponents)
+        yield Turn(t, evaluated, trained, opponent, opponents, scored, found)
 
 
-def play(config: Config, folder: Path, command: str) -> dict:
+def play(config: Config, folder: Path, command: str, composed: str | None = None) -> dict:
     """Play the game of `config`; `folder` is the run's. Returns what `report` shows, also written as game.json.
+
+    `composed`, the configuration as people write it, becomes config.yaml once the game can begin.
 
     Raises UserError for anything that a user can put right, before any long work where that can be known.
     """
@@ -90,25 +108,29 @@ def play(config: Config, folder: Path, command: str) -> dict:
             entity=config.tracking.entity,
         )
         try:
-            return _play(config, folder, command, tracker)
+            return _play(config, folder, command, composed, tracker)
         finally:
             tracker.close()
 
 
-def _play(config: Config, folder: Path, command: str, tracker: Tracker) -> dict:
+def _play(config: Config, folder: Path, command: str, composed: str | None, tracker: Tracker) -> dict:
     started = time.perf_counter()
     stages = Stages(config, folder, tracker)
-    missing = plan.trainings(plan.look_up(turns, config, stages))
-    check_room(stages.store, stages.training_bytes(missing) if missing else 0, f"{missing} policies and checkpoints")
+    planned = plan.look_up(turns, config, stages)
+    check_room(stages.store, plan.room(planned, stages), f"{plan.trainings(planned)} policies and checkpoints")
     examples = stages.data
     if config.stage == "game":
         remove_stale(folder, config)
+    elif (folder / "iter0").exists():
+        raise UserError(f"{folder} holds a game, which stage=evaluate would overwrite: give another hydra.run.dir.")
     elif not examples.held_out:
         raise UserError("stage=evaluate: no prompt is left to measure on: the model was trained on all that there are.")
     tracker.say(
         f"{config.model.name} on {config.data.name}: {len(examples.train)} training and {len(examples.held_out)} "
         f"held-out examples ({counted(examples.counts)}); {stages.numerics['precision']} on {stages.device}"
     )
+    if composed is not None:
+        write_text(folder / "config.yaml", composed)
     if examples.seen:
         tracker.say(f"{examples.seen} prompts are not held out: the model was trained on them.")
     played = []
@@ -138,6 +160,7 @@ def _play(config: Config, folder: Path, command: str, tracker: Tracker) -> dict:
         ],
         "evaluations": [{"policy": e.policy.label, "iter": e.iteration, **e.measures} for e in evaluations],
         "differences": _differences(evaluations, config),
+        "exams": _exams(played),
         "samples": _samples(evaluations, config.evaluation.samples),
         "seconds": {stage: round(seconds, 1) for stage, seconds in stages.seconds.items()},
         "peak_memory_gib": round(peak, 2),
@@ -167,6 +190,9 @@ def show_plan(config: Config, folder: Path) -> None:
 
 def show(turn: Turn, folder: Path, config: Config) -> None:
     """Lay out the run's folder: `sft/policy`, and `iter<t>/` with pairs.parquet, policy/, and a manifest in words."""
+    if turn.exams and turn.exams.mt_bench and turn.policy:
+        name = f"{config.name}-{turn.policy.label.replace('/', '-')}"
+        exams.write_answers(turn.exams.mt_bench, name, folder / "mt_bench")
     if turn.trained is None:
         return
     policy, train = turn.trained.policy, turn.trained.stage
@@ -204,6 +230,21 @@ def remove_stale(folder: Path, config: Config) -> None:
             shutil.rmtree(path)
     if config.schedule.sft_epochs == 0:
         shutil.rmtree(folder / "sft", ignore_errors=True)
+
+
+def _exams(played: Sequence[Turn]) -> list[dict]:
+    """What benchmarks and judges say of every policy; of MT-Bench the grades."""
+    has_sft = any(turn.iteration is None and turn.trained for turn in played)
+    rows = []
+    for turn in played:
+        policy = turn.policy
+        if turn.exams and policy and any((turn.exams.harness, turn.exams.mt_bench, turn.exams.comparison)):
+            graded = turn.exams.mt_bench and turn.exams.mt_bench["score"]
+            found = {"harness": turn.exams.harness, "mt_bench": graded, "comparison": turn.exams.comparison}
+            # Zephyr, with no SFT stage before it, is the paper's SFT model.
+            paper = PAPER.get("sft" if policy.label == "start" and not has_sft else policy.label)
+            rows.append({"policy": policy.label, "iter": turn.iteration, "paper": paper, **found})
+    return rows
 
 
 def _differences(evaluations: Sequence[Evaluated], config: Config) -> list[dict]:

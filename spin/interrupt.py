@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _depth = 0
 _waiting: signal.Signals | None = None
-_raised = False
+_raised: signal.Signals | None = None
 
 
 class Interrupted(KeyboardInterrupt):
@@ -28,7 +27,7 @@ def install() -> None:
     Signals that the process was started to ignore (nohup, a shell's background jobs) stay ignored.
     """
     global _depth, _waiting, _raised
-    _depth, _waiting, _raised = 0, None, False
+    _depth, _waiting, _raised = 0, None, None
     if threading.current_thread() is threading.main_thread():  # Python sets handlers from nowhere else
         for number in SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:
@@ -49,12 +48,19 @@ def deferred() -> Iterator[None]:
             _raise(number)
 
 
+def check() -> None:
+    """Raise once more where the process was asked to stop and a library has swallowed what was raised."""
+    if _raised is not None:
+        raise Interrupted(_raised)
+
+
 def _handle(number: int, frame: object) -> None:
     global _waiting
     came = signal.Signals(number)
-    if _raised or _waiting is not None:
+    if _raised is not None or _waiting is not None:
         if came == signal.SIGINT:  # a person who means now; what is on the disk is whole at any moment
-            print("ended at once.", file=sys.stderr, flush=True)
+            # Not `print`, which may be at work; the second part shows a cursor that a progress bar may have hidden.
+            os.write(2, b"ended at once.\n" + (b"\x1b[?25h" if os.isatty(2) else b""))
             os._exit(128 + number)
         return  # schedulers like to say it twice
     if _depth:
@@ -65,5 +71,5 @@ def _handle(number: int, frame: object) -> None:
 
 def _raise(number: signal.Signals) -> None:
     global _raised
-    _raised = True
+    _raised = number
     raise Interrupted(number)

@@ -1,5 +1,7 @@
 """log p(response | prompt) of every response in a batch, summed over its tokens, in fp32 from the logits on."""
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -237,7 +239,9 @@ def logps_of(
         return rows
 
     for number, plan in enumerate(_shards(forward.plan(items), shard_size)):
-        for row in keep(number, [i for part in plan for chosen in part for i in chosen], partial(score, plan)):
+        inside = [i for part in plan for chosen in part for i in chosen]
+        content = json.dumps([[items[i].prompt_ids, *items[i].responses] for i in inside])
+        for row in keep(number, [hashlib.sha256(content.encode()).hexdigest()], partial(score, plan)):
             result[row["response"]] = row["logp"]
     if not result.isfinite().all():
         raise UserError(

@@ -52,7 +52,7 @@ def resolve(config: ModelConfig, cache: Path) -> Policy:
         folder = local
     else:
         folder = _from_hub(config)
-    _check_folder(folder, f"model.path={brief(config.path or config.name, 300)}")
+    check_folder(folder, f"model.path={brief(config.path or config.name, 300)}")
     return Policy("start", folder, identity or content_id(folder))
 
 
@@ -97,19 +97,19 @@ def _from_hub(config: ModelConfig) -> Path:
         ) from error
 
 
-def _check_folder(folder: Path, name: str) -> None:
+def check_folder(folder: Path, name: str) -> None:
     """Raise UserError, beginning with `name`, for a folder that no causal LM can be loaded from; no code of it is run."""
     if not (folder / "config.json").is_file():
         raise UserError(f"{name}: there is no config.json in it, so it is not a Hugging Face model folder.")
     if not list(folder.glob("*.safetensors")):
         raise UserError(f"{name}: no *.safetensors weights in it; convert them first (pickled weights are not read).")
-    settings = _read_object(folder / "config.json", name)
-    if kernel := _hub_kernel(settings):
+    settings = read_object(folder / "config.json", name)
+    if kernel := hub_kernel(settings):
         raise UserError(
             f"{name}: its config.json asks for {brief(kernel)}, code from the hub, which is not run; "
             "take *_implementation out of it."
         )
-    _check_weights(folder, settings, name)
+    check_weights(folder, settings, name)
     try:
         architecture = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         is_known = type(architecture) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
@@ -126,7 +126,7 @@ def _check_folder(folder: Path, name: str) -> None:
         raise UserError(f"{name}: {brief(architecture.model_type)} is no causal language model.")
 
 
-def _read_object(path: Path, name: str) -> dict[str, Any]:
+def read_object(path: Path, name: str) -> dict[str, Any]:
     """The JSON object in a file of the model folder that errors call `name`."""
     try:
         found = json.loads(path.read_text("utf-8"))
@@ -137,7 +137,7 @@ def _read_object(path: Path, name: str) -> dict[str, Any]:
     return found
 
 
-def _hub_kernel(settings: dict[str, Any]) -> str | None:
+def hub_kernel(settings: dict[str, Any]) -> str | None:
     """A hub name that a configuration gives for its attention or experts: transformers would load native code there."""
     pending: list[Any] = [settings]
     while pending:
@@ -152,7 +152,7 @@ def _hub_kernel(settings: dict[str, Any]) -> str | None:
     return None
 
 
-def _check_weights(folder: Path, settings: Mapping[str, Any], name: str) -> None:
+def check_weights(folder: Path, settings: Mapping[str, Any], name: str) -> None:
     """Raise UserError unless the files that `from_pretrained` will read are here, whole, and part of `content_id`."""
     files = {path.name: path for path in weight_files(folder)}
     default = "model.safetensors" if "model.safetensors" in files else INDEX
@@ -161,7 +161,7 @@ def _check_weights(folder: Path, settings: Mapping[str, Any], name: str) -> None
     if entry == INDEX:
         if not (folder / INDEX).is_file():
             raise UserError(f"{name}: neither model.safetensors nor {INDEX} is in it, so its weights can't be found.")
-        index = _read_object(folder / INDEX, name)
+        index = read_object(folder / INDEX, name)
         if not isinstance(index.get("weight_map"), dict) or not isinstance(index.get("metadata"), dict):
             raise UserError(f"{name}: its {INDEX} has no weight_map or no metadata; fetch it again.")
         shards = list(dict.fromkeys(map(str, index["weight_map"].values())))
@@ -205,7 +205,7 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTra
     Raises UserError: the weights are not those of the configuration, or can't be read.
     """
     try:
-        with _quiet():
+        with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
@@ -250,7 +250,7 @@ def stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]
     ids = [tokenizer.eos_token_id]
     stated = None
     if (folder / "generation_config.json").is_file():
-        stated = _read_object(folder / "generation_config.json", str(folder)).get("eos_token_id")
+        stated = read_object(folder / "generation_config.json", str(folder)).get("eos_token_id")
     ids += stated if isinstance(stated, list) else [stated]
     if odd := [i for i in ids if i is not None and type(i) is not int]:
         raise UserError(f"{folder}: {brief(odd[0])} in its generation_config.json is no token id; mend eos_token_id.")
@@ -281,18 +281,32 @@ def note_trained_on(folder: Path, prompts: set[str]) -> None:
     (folder / SEEN).write_text(json.dumps(sorted(prompts)) + "\n")
 
 
+def _companions(folder: Path) -> list[Path]:
+    """The files that go with a model's weights to every policy that is made of it: configuration, tokenizer, template."""
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file()
+        and path.suffix in (".json", ".jinja", ".model", ".txt")
+        and not path.name.endswith(".index.json")
+        and path.name != RECORD  # of other weights than these
+    ]
+
+
+def small_files(folder: Path) -> str:
+    """A hash of the files that `save_model` takes over from a model's folder."""
+    digest = hashlib.sha256()
+    for path in _companions(folder):
+        digest.update(f"{path.name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\0".encode())
+    return digest.hexdigest()
+
+
 def save_model(model: PreTrainedModel, weights: Mapping[str, Tensor], source: Policy, folder: Path) -> None:
     """Write `weights` (by parameter or buffer name) with the model's architecture, and the tokenizer files of `source`."""
     folder.mkdir(parents=True, exist_ok=True)
-    for path in source.folder.iterdir():
-        if (
-            path.is_file()
-            and path.suffix in (".json", ".jinja", ".model", ".txt")
-            and not path.name.endswith(".index.json")
-            and path.name != RECORD  # of other weights than these
-        ):
-            shutil.copyfile(path, folder / path.name)
-    with _quiet():
+    for path in _companions(source.folder):
+        shutil.copyfile(path, folder / path.name)
+    with quiet():
         model.save_pretrained(folder, state_dict={name: weight.cpu() for name, weight in weights.items()})
     # The weights are the masters: the config must not claim the type that the model computes in.
     architecture = json.loads((folder / "config.json").read_text())
@@ -301,7 +315,7 @@ def save_model(model: PreTrainedModel, weights: Mapping[str, Tensor], source: Po
 
 
 @contextlib.contextmanager
-def _quiet():
+def quiet():
     """Transformers' progress bars and its table of weights that do not fit off: ours say what is going on."""
     before = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
@@ -341,7 +355,7 @@ def _converted(folder: Path, convert: Callable[[Path], object]) -> tuple[Path, s
             folder.rename(beside)  # first: what a killed process leaves must not look like a folder to be used
         shutil.rmtree(beside, ignore_errors=True)
         try:
-            with _quiet():
+            with quiet():
                 convert(beside)
             contents = _contents(beside)
             (beside / RECORD).write_text(json.dumps(contents, indent=2) + "\n", "utf-8")
@@ -364,7 +378,7 @@ def _intact(folder: Path) -> str | None:
     try:
         found = _contents(folder)
         if not (folder / RECORD).exists():  # of a version of spin that wrote none
-            _check_folder(folder, str(folder))
+            check_folder(folder, str(folder))
             (folder / RECORD).write_text(json.dumps(found, indent=2) + "\n", "utf-8")
             return found["content_id"]
         written = json.loads((folder / RECORD).read_text("utf-8"))

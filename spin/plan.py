@@ -10,7 +10,7 @@ from rich.table import Table
 
 from spin.checkpoint import describe
 from spin.config import Config
-from spin.sealed import Damaged, verify
+from spin.sealed import Damaged, size_of, verify
 from spin.stages import Stages
 from spin.store import Stage
 from spin.track import Tracker, format_seconds
@@ -18,12 +18,14 @@ from spin.track import Tracker, format_seconds
 
 @dataclass(frozen=True)
 class Planned:
-    """A stage ("train"), of what ("iter 1"), what would happen ("reuse", "resume" or "play"), and a remark."""
+    """A stage ("train"), of what ("iter 1"), what would happen ("reuse", "resume" or "play"), a remark, and how many bytes
+    an earlier try has left of it."""
 
     stage: str
     of: str
     status: str
     remark: str = ""
+    left: int = 0
 
 
 class _Unknown:
@@ -37,8 +39,8 @@ class _Unknown:
 class _Missing(Exception):
     """The stage is not in the store; `found` is what an earlier try left, in words."""
 
-    def __init__(self, found: str | None = None, damage: str = ""):
-        self.found, self.damage = found, damage
+    def __init__(self, found: str | None = None, damage: str = "", left: int = 0):
+        self.found, self.damage, self.left = found, damage, left
 
 
 def _looked_up(method: Callable) -> Callable:
@@ -53,7 +55,7 @@ def _looked_up(method: Callable) -> Callable:
             return method(self, *arguments)
         except _Missing as missing:
             status, remark = ("resume", missing.found) if missing.found else ("play", missing.damage)
-            self.planned.append(Planned(method.__name__, self.of, status, remark))
+            self.planned.append(Planned(method.__name__, self.of, status, remark, missing.left))
             return _Unknown()
 
     return look
@@ -63,8 +65,8 @@ def _of(stage: str, arguments: tuple) -> str:
     """What the stage is of, in words, whether or not its policy is known."""
     if stage == "sft":
         return "start"
-    if stage == "evaluate":
-        policy, iteration, _ = arguments
+    if stage in ("evaluate", "harness", "mt_bench", "compare"):
+        policy, iteration = arguments[:2]
         return f"iter {iteration}" if iteration is not None else getattr(policy, "label", "sft")
     return f"iter {arguments[1]}"
 
@@ -82,7 +84,8 @@ class Lookup(Stages):
     def stage(self, name: str, title: str, labels: dict, inputs: dict, build: Callable) -> Stage:
         found = self.store.peek(name, inputs)
         if found is None:
-            raise _Missing(describe(self.store.resume(name, inputs)))
+            resume = self.store.resume(name, inputs)
+            raise _Missing(describe(resume), left=size_of(resume))
         if self.thorough or name not in ("sft", "train"):
             try:
                 verify(found.folder)
@@ -97,6 +100,9 @@ class Lookup(Stages):
     train = _looked_up(Stages.train)
     sft = _looked_up(Stages.sft)
     evaluate = _looked_up(Stages.evaluate)
+    harness = _looked_up(Stages.harness)
+    mt_bench = _looked_up(Stages.mt_bench)
+    compare = _looked_up(Stages.compare)
 
 
 def look_up(
@@ -114,6 +120,12 @@ def trainings(planned: Iterable[Planned]) -> int:
     return sum(one.stage in ("sft", "train") and one.status != "reuse" for one in planned)
 
 
+def room(planned: Iterable[Planned], stages: Stages) -> int:
+    """Bytes that may still be written to the store: policies, and checkpoints but for those that are there."""
+    missing = [one for one in planned if one.stage in ("sft", "train") and one.status != "reuse"]
+    return max(0, stages.training_bytes(len(missing)) - sum(one.left for one in missing)) if missing else 0
+
+
 def show(planned: list[Planned], stages: Stages, console: Console) -> None:
     """The plan as a table, and one line that sums it up."""
     table = Table("stage", "of", "would", "", box=None, pad_edge=False)
@@ -121,10 +133,9 @@ def show(planned: list[Planned], stages: Stages, console: Console) -> None:
         table.add_row(one.stage, one.of, one.status, one.remark)
     console.print(table)
     counts = {status: sum(one.status == status for one in planned) for status in ("reuse", "resume", "play")}
-    room = stages.training_bytes(trainings(planned)) / 2**30 if trainings(planned) else 0.0
     console.print(
         f"{counts['reuse']} stages to reuse, {counts['resume']} to resume, {counts['play']} to play; "
-        f"up to {room:.1f} GiB to write to {stages.store.path}.",
+        f"up to {room(planned, stages) / 2**30:.1f} GiB to write to {stages.store.path}.",
         soft_wrap=True,
         highlight=False,
     )

@@ -150,6 +150,8 @@ def _page(game: dict, train: dict[int, list[dict]], drawn: set[str]) -> str:
     if "measures" in drawn:
         parts += ["![Held-out measures by iteration](figures/measures.png)", MEASURES_CAPTION]
 
+    parts += _exam_parts(game["exams"])
+
     parts.append("## Training")
     if "logps" in drawn:
         parts += ["![Change of log p during training](figures/logps.png)", LOGPS_CAPTION, _logps_table(train)]
@@ -211,6 +213,60 @@ LENGTHS_CAPTION = (
     "the opponent away. A spike at the right end of the generated answers is the cap on new tokens. The longest 1 % is "
     "drawn at the edge.*"
 )
+
+
+def _exam_parts(exams: Sequence[dict]) -> list[str]:
+    """Benchmarks beside the paper's, MT-Bench, and what a judge prefers; nothing for what was not asked for."""
+    parts: list[str] = []
+    if rows := [one for one in exams if one["harness"]]:
+        parts += ["## Benchmarks", _harness_table(rows)]
+        parts.append(
+            "Percent, with the harness's standard error and the number of questions. The paper's rows are of Zephyr-7B "
+            "(arXiv 2401.01335), by an older harness: compare how they change, not where they are."
+        )
+    if rows := [one for one in exams if one["mt_bench"]]:
+        cells = [
+            [
+                _md(one["policy"]),
+                *(
+                    _number(one["mt_bench"][key], 2) + _interval(one["mt_bench"], key, 2, " [{}, {}]")
+                    for key in ("score", "first_turn", "second_turn")
+                ),
+                f"{one['mt_bench']['n']:,}",
+                f"{one['mt_bench']['unparsed']:,}",
+            ]
+            for one in rows
+        ]
+        head = ["policy", "score, 1 to 10", "first turn", "second turn", "questions", "verdicts not read"]
+        parts += ["## MT-Bench", _table(head, cells), "In brackets: 95 % bootstrap intervals over questions."]
+    if rows := [one for one in exams if one["comparison"]]:
+        parts += ["## A judge's preference", *(_md(one["comparison"]["finding"]) for one in rows)]
+        parts.append(
+            "Answers to the held-out prompts, blind and in both orders; a win is a verdict that both orders give, all else "
+            "is a tie. p is the exact sign test's over the prompts that were decided."
+        )
+    return parts
+
+
+def _harness_table(rows: Sequence[dict]) -> str:
+    tasks = [(one["task"], one["shots"], one["metric"]) for one in rows[0]["harness"]]
+    head = ["policy", *(f"{task}, {shots} shots, {metric}" for task, shots, metric in tasks), "average"]
+    cells = []
+    for row in rows:
+        values = [one["value"] * 100 for one in row["harness"]]
+        shown = [
+            f"{one['value'] * 100:.2f}"
+            + (f" ± {one['stderr'] * 100:.2f}" if _known(one["stderr"]) else "")
+            + f" (n={one['n']:,})"
+            for one in row["harness"]
+        ]
+        cells.append([_md(row["policy"]), *shown, f"{sum(values) / len(values):.2f}"])
+        paper = row["paper"] or {}
+        if all(task in paper for task, _, _ in tasks):
+            known = [paper[task] for task, _, _ in tasks]
+            mean = sum(known) / len(known)
+            cells.append([_md(f"paper: {row['policy']}"), *(f"{value:.2f}" for value in known), f"{mean:.2f}"])
+    return _table([_md(name) for name in head], cells)
 
 
 def verdict(game: dict) -> list[str]:
@@ -446,6 +502,14 @@ def summary(game: dict, console: Console) -> None:
         console.print(table)
         for sentence in verdict(game):
             console.print(Text(sentence))
+    for row in game["exams"]:
+        if row["harness"]:
+            shown = ", ".join(f"{one['task']} {one['value'] * 100:.1f}" for one in row["harness"])
+            console.print(Text(f"{row['policy']}: {shown} (percent)"))
+        if row["mt_bench"]:
+            console.print(Text(f"{row['policy']}: MT-Bench {_number(row['mt_bench']['score'], 2)}"))
+        if row["comparison"]:
+            console.print(Text(row["comparison"]["finding"]))
     if game["samples"]:
         sample = game["samples"][0]
         console.print()

@@ -3,6 +3,7 @@
 The checksums find damage (a truncated file, a flipped bit, a file changed by hand), not an attacker.
 """
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -27,6 +28,7 @@ def seal(beside: Path, folder: Path, facts: dict) -> dict:
     files = {}
     for path in sorted(path for path in beside.rglob("*") if path.is_file() and path != beside / MANIFEST):
         files[path.relative_to(beside).as_posix()] = {"bytes": path.stat().st_size, "xxh3": digest(path)}
+        path.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner can read
         _flush(path)
     manifest: dict[str, Any] = {**facts, "files": files}
     manifest["xxh3"] = _digest_of(manifest)
@@ -43,12 +45,17 @@ def verify(folder: Path) -> dict:
     manifest = read_manifest(folder)
     for name, sealed in manifest["files"].items():
         path = folder / name
-        if not path.is_file():
-            raise Damaged(f"{name} is missing")
-        if (size := path.stat().st_size) != sealed["bytes"]:
-            raise Damaged(f"{name} has {size} bytes, not {sealed['bytes']}")
-        if digest(path) != sealed["xxh3"]:
-            raise Damaged(f"the content of {name} has changed")
+        try:
+            if (size := path.stat().st_size) != sealed["bytes"]:
+                raise Damaged(f"{name} has {size} bytes, not {sealed['bytes']}")
+            if digest(path) != sealed["xxh3"]:
+                raise Damaged(f"the content of {name} has changed")
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise Damaged(f"{name} is missing") from error
+        except PermissionError:
+            raise  # whole, as far as is known
+        except OSError as error:  # a sector that the disk can't read
+            raise Damaged(f"{name} cannot be read ({error.strerror})") from error
     return manifest
 
 
@@ -59,9 +66,11 @@ def read_manifest(folder: Path) -> dict:
         stated = manifest.pop("xxh3")
         if not isinstance(manifest["files"], dict):
             raise TypeError
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise Damaged(f"{MANIFEST} is missing") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except PermissionError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Damaged(f"{MANIFEST} cannot be read") from error
     if stated != _digest_of(manifest):
         raise Damaged(f"the content of {MANIFEST} has changed")
@@ -93,10 +102,19 @@ def _digest_of(manifest: dict) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(manifest, sort_keys=True).encode())
 
 
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def _flush(path: Path) -> None:
     """Onto the disk, not only into the system's cache."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not path.is_dir():  # some network disks have no such thing for folders
+            raise
     finally:
         os.close(descriptor)

@@ -20,13 +20,14 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from spin import data
+from spin import data, exams
 from spin.checkpoint import KEPT, Checkpoints, Shards, TrainState, describe
 from spin.config import Config, at
 from spin.data import Example
 from spin.engine import STATES, SingleEngine, compute_type, device_of
 from spin.errors import UserError
 from spin.evaluate import HeldOut, correct, held_out_of, measures
+from spin.interrupt import Interrupted, deferred
 from spin.logps import Forward, choose_forward, logps_of
 from spin.model import (
     Policy,
@@ -35,6 +36,7 @@ from spin.model import (
     load_tokenizer,
     note_trained_on,
     resolve,
+    small_files,
     stop_ids,
     trained_on,
     weight_files,
@@ -54,7 +56,7 @@ from spin.pairs import (
     write_parquet,
 )
 from spin.sealed import size_of
-from spin.store import RESUME, Stage, Store, key_of
+from spin.store import Stage, Store, key_of
 from spin.track import Progress, Tracker, plain
 from spin.train import train_sft, train_spin
 from spin.two_sample import Features, check_embedder, classifier_scores, clusters, embed, features, with_embeddings
@@ -126,6 +128,7 @@ class Stages:
         self._check_context()
         if config.evaluation.embedder is not None:
             check_embedder(config.evaluation.embedder)
+        exams.check(config)
         # All settings that decide the bits of a forward pass; threads and the like do not.
         self.numerics = {
             "precision": str(self.dtype).removeprefix("torch."),
@@ -141,7 +144,7 @@ class Stages:
         self.played = 0
         self.used: list[str] = []
         self._loaded: tuple[str, PreTrainedModel] | None = None
-        self._forward: Forward | None = None
+        self._forwards: dict[str, Forward] = {}
 
     # --- models -------------------------------------------------------------------------------------------------------
 
@@ -152,9 +155,12 @@ class Stages:
             self._loaded = (policy.id, load_model(policy.folder, self.dtype, self.device))
         return self._loaded[1]
 
-    def forward(self, model: PreTrainedModel) -> Forward:
-        """How this model's log-probs are computed, settled on its first use by comparing with its own forward."""
-        if self._forward is None:
+    def forward(self, model: PreTrainedModel, policy: Policy) -> Forward:
+        """How this policy's log-probs are computed, settled on its first use by comparing with its own forward.
+
+        For each policy by itself: what a resumed run finds must not depend on which policy came first.
+        """
+        if policy.id not in self._forwards:
             examples = self.data.train[:5]
             # Two different answers to one prompt: an answer that sees the other would show.
             items = [
@@ -162,7 +168,7 @@ class Stages:
                 for one, other in zip(examples, examples[1:] or examples, strict=False)
             ]
             engine = self.config.engine
-            self._forward, remark = choose_forward(
+            found, remark = choose_forward(
                 model,
                 items,
                 engine.layout,
@@ -171,9 +177,10 @@ class Stages:
                 engine.head_chunk,
                 self._longest(),
             )
-            if remark:
+            if remark and found not in self._forwards.values():
                 self.tracker.say(remark)
-        return self._forward
+            self._forwards[policy.id] = found
+        return self._forwards[policy.id]
 
     def _longest(self) -> int:
         """The most tokens of a prompt, its human answer, and two generated ones (as an evaluation scores them)."""
@@ -193,11 +200,15 @@ class Stages:
                 f"data.max_prompt_length or generation.max_new_tokens={new}."
             )
 
+    def release(self) -> None:
+        """Take the model out of memory, for another one to come."""
+        self._loaded = None
+
     def engine(self, policy: Policy) -> SingleEngine:
         """A training engine that starts from `policy`; whatever model was in memory leaves first."""
-        self._loaded = None
+        self.release()
         engine = SingleEngine(policy, self.dtype, self.device, self.config.engine, self.config.optimizer)
-        self.forward(engine.model)
+        self.forward(engine.model, policy)
         return engine
 
     # --- stages -------------------------------------------------------------------------------------------------------
@@ -216,9 +227,10 @@ class Stages:
                     file.flush()
                     self.tracker.log({**labels, "stage": name, **row})
 
-                if found := describe(folder / RESUME):
+                resume = self.store.resume(name, inputs)
+                if found := describe(resume):
                     self.tracker.say(f"{title}: going on from {found}")
-                work = Work(folder, folder / RESUME, log)
+                work = Work(folder, resume, log)
                 facts = build(work)
             return facts | {"peak_memory_gib": peak_memory_gib(), "earlier_seconds": work.earlier_seconds}
 
@@ -295,9 +307,9 @@ class Stages:
         def build(work: Work) -> dict:
             started = time.perf_counter()
             model = self.model(opponent)
-            forward = self.forward(model)
+            forward = self.forward(model, opponent)
             with self.tracker.progress(title, len(pairs), "pairs") as bar:
-                logps = self._logps(work, model, both(pairs), bar)
+                logps = self._logps(work, model, opponent, both(pairs), bar)
             scored = with_opponent_logps(pairs, logps.view(-1, 2))
             write_parquet(scored, work.folder / "pairs.parquet")
             rate = len(pairs) / (time.perf_counter() - started + work.earlier_seconds)
@@ -381,7 +393,7 @@ class Stages:
             "prompts": fingerprint(examples),
             "seed": self.config.seed,
             "stop_ids": sorted(self.stop_ids),
-            "opponent": before.stage.key if before else None,
+            "opponent": _content(before.held_out.pairs) if before else None,
             "bootstrap": resamples,
             "check": self.config.data.check,
             "embedder": self._embedder_id(),
@@ -402,7 +414,7 @@ class Stages:
                     Continuations(item.prompt_ids, (*item.responses, theirs.generated_ids))
                     for item, theirs in zip(items, before.held_out.pairs, strict=True)
                 ]
-            logps = self._logps(work, model, items).view(len(pairs), -1)
+            logps = self._logps(work, model, policy, items).view(len(pairs), -1)
             scored = with_opponent_logps(pairs, logps[:, :2])
             found = self._features(scored)
             held_out = HeldOut(
@@ -429,6 +441,18 @@ class Stages:
         ]
         self.tracker.samples(policy.label, samples, stage.reused)
         return Evaluated(policy, iteration, stage, held_out, facts["measures"])
+
+    def harness(self, policy: Policy, iteration: int | None) -> list[dict]:
+        """Benchmarks of the lm-evaluation-harness."""
+        return exams.run_harness(self, policy, iteration)
+
+    def mt_bench(self, policy: Policy, iteration: int | None) -> dict:
+        """Answers to MT-Bench's questions, graded where there is a judge."""
+        return exams.run_mt_bench(self, policy, iteration)
+
+    def compare(self, policy: Policy, iteration: int | None, now: Evaluated, before: Evaluated) -> dict:
+        """A judge's preference between a policy and its opponent."""
+        return exams.run_comparison(self, policy, iteration, now, before)
 
     def _features(self, pairs: Sequence[Pair]) -> Features:
         """What the two-sample tests see of the held-out answers."""
@@ -471,7 +495,12 @@ class Stages:
             )
 
     def _logps(
-        self, work: Work, model: PreTrainedModel, items: Sequence[Continuations], bar: Progress | None = None
+        self,
+        work: Work,
+        model: PreTrainedModel,
+        policy: Policy,
+        items: Sequence[Continuations],
+        bar: Progress | None = None,
     ) -> Tensor:
         def found(rows: int, seconds: float) -> None:
             work.earlier(seconds)
@@ -480,7 +509,7 @@ class Stages:
 
         keep = Shards(work.resume / "scores", self.tracker.say, found)
         advance = bar.advance if bar else lambda items: None
-        return logps_of(model, items, self.forward(model), advance, keep, self.config.checkpoint.shard_size)
+        return logps_of(model, items, self.forward(model, policy), advance, keep, self.config.checkpoint.shard_size)
 
     def _train(
         self,
@@ -509,10 +538,16 @@ class Stages:
                 else:
                     bar.advance(row["pairs"], **{name: row[key] for name, key in shown.items()})
 
-            state = learn(engine, forward=self.forward(engine.model), log=log, checkpoints=checkpoints)
+            state = learn(engine, forward=self.forward(engine.model, start), log=log, checkpoints=checkpoints)
         work.earlier(checkpoints.restored.seconds)
-        engine.save(work.folder / "policy")
-        note_trained_on(work.folder / "policy", trained_on(start.folder) | {e.opening for e in self.data.train})
+        try:
+            with deferred():
+                engine.save(work.folder / "policy")
+                note_trained_on(work.folder / "policy", trained_on(start.folder) | {e.opening for e in self.data.train})
+        except Interrupted:
+            with deferred():
+                checkpoints.write(engine, state)
+            raise
         return {"policy": content_id(work.folder / "policy"), "skipped_steps": state.skipped}
 
     def _generation_inputs(self) -> dict:
@@ -521,7 +556,9 @@ class Stages:
         return {"generation": settings, "precision": self.numerics["precision"], "device": self.device.type}
 
     def _training_inputs(self) -> dict:
-        return {"optimizer": {**asdict(self.config.optimizer), "lr": None}, "numerics": self.numerics}
+        # The files beside the weights (tokenizer, template, ...) go with every policy that is made of them.
+        files = small_files(self.start.folder)
+        return {"optimizer": {**asdict(self.config.optimizer), "lr": None}, "numerics": self.numerics, "files": files}
 
     def _trained(self, label: str, stage: Stage) -> Trained:
         return Trained(Policy(label, stage.folder / "policy", stage.manifest["facts"]["policy"]), stage)
@@ -555,6 +592,11 @@ def replayed(replay: str, iteration: int) -> list[int]:
 def _seed(seed: int, part: int) -> int:
     """A seed of its own for each part of the game."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{part}".encode()).digest()[:4], "big")
+
+
+def _content(pairs: Sequence[Pair]) -> str:
+    """A hash of all that pairs hold, log-probs included."""
+    return hashlib.sha256(json.dumps([asdict(pair) for pair in pairs]).encode()).hexdigest()
 
 
 def _name(path: str) -> str:

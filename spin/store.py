@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -14,12 +15,16 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from spin.errors import UserError, explain
+from spin.interrupt import check, deferred
 from spin.sealed import Damaged, read_manifest, seal, size_of, verify
 
 # Part of every key: another number where the same settings come to give another content.
-VERSION = 2
+VERSION = 3
+KEY = re.compile("[0-9a-f]{16}")
 PART = ".part"  # <key>.part: an unfinished stage
 RESUME = "resume"  # in it: what the next try goes on from
+BUILT = "stage"  # in it: what becomes the stage
 RUNS = "runs"  # the one folder of a store that is no stage: which run folders use it
 STAGES = "stages.json"  # in a run's folder: which stages it uses
 
@@ -77,8 +82,10 @@ class Store:
         manifest (`earlier_seconds` among them: what earlier tries took for what was used of them).
 
         It is built beside and renamed when whole, under a lock that dies with its process: two runs that want the same
-        stage do it once. What `build` finds in `folder / RESUME` an earlier try has left there; a try that fails leaves it.
+        stage do it once. `build` works beside `resume(stage, inputs)`: what it finds there an earlier try has left, and a
+        try that fails leaves it. Raises Interrupted where the process was asked to stop.
         """
+        check()
         folder = self.folder(stage, inputs)
         if (found := self._whole(folder)) is not None:
             return found
@@ -98,17 +105,17 @@ class Store:
             return None
         with contextlib.suppress(OSError):  # the store may be somebody else's
             os.utime(folder)  # last used
+            shutil.rmtree(f"{folder}{PART}", ignore_errors=True)  # of a process that was killed right after it was done
         return Stage(folder, manifest, reused=True)
 
     def _build(self, stage: str, inputs: dict, folder: Path, build: Callable[[Path], dict]) -> Stage:
         part = Path(f"{folder}{PART}")
+        beside = part / BUILT
         (part / RESUME).mkdir(parents=True, exist_ok=True)
-        for left in part.iterdir():
-            if left.name != RESUME:
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir()
         started = time.time()
-        facts = build(part)
-        shutil.rmtree(part / RESUME)
+        facts = build(beside)
         about = {
             "stage": stage,
             "key": folder.name,
@@ -117,7 +124,10 @@ class Store:
             "facts": facts,
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
-        return Stage(folder, seal(part, folder, about), reused=False)
+        with deferred():
+            manifest = seal(beside, folder, about)
+            shutil.rmtree(part, ignore_errors=True)  # only now: until the stage is there, `resume` is all that there is
+        return Stage(folder, manifest, reused=False)
 
     # --- who uses what ------------------------------------------------------------------------------------------------
 
@@ -127,41 +137,56 @@ class Store:
         noted = _stages_of(run, self.path)
         wanted = {*stages} if only else noted | {*stages}
         if wanted != noted or not path.is_file():
-            write_text(
-                path, json.dumps({"store": str(self.path.absolute()), "stages": sorted(wanted)}, indent=2) + "\n"
-            )
-        entry = self.path / RUNS / f"{hashlib.sha256(str(run.absolute()).encode()).hexdigest()[:16]}.json"
-        if not entry.is_file():
+            about = {"store": str(self.path.resolve()), "stages": sorted(wanted)}
+            write_text(path, json.dumps(about, indent=2) + "\n")
+        folder = str(run.resolve())
+        entry, text = (
+            self.path / RUNS / f"{hashlib.sha256(folder.encode()).hexdigest()[:16]}.json",
+            json.dumps({"folder": folder}),
+        )
+        if not entry.is_file() or entry.read_text() != text:
             entry.parent.mkdir(parents=True, exist_ok=True)
-            write_text(entry, json.dumps({"folder": str(run.absolute())}) + "\n")
+            write_text(entry, text)
 
     def users(self) -> dict[str, list[Path]]:
-        """For every stage that a run's folder uses: which ones. Runs whose folder is gone are forgotten."""
+        """For every stage that a run's folder uses: which ones. A run whose folder is gone, or can't be read, uses none."""
         result: dict[str, list[Path]] = {}
-        for entry in (self.path / RUNS).glob("*.json"):
-            try:
-                run = Path(json.loads(entry.read_bytes())["folder"])
-            except (ValueError, KeyError, TypeError):
-                continue
-            if not run.is_dir():
-                entry.unlink(missing_ok=True)
+        for run in self.runs():
             for stage in _stages_of(run, self.path):
                 result.setdefault(stage, []).append(run)
         return result
 
+    def runs(self) -> list[Path]:
+        """The run folders that have used this store, whether or not they are still there. Raises UserError for a damaged
+        entry: nobody knows what it used."""
+        found = []
+        for entry in sorted((self.path / RUNS).glob("*.json")):
+            try:
+                found.append(Path(json.loads(entry.read_bytes())["folder"]))
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(
+                    f"{entry} can't be read: remove it, and run its game once more to note it again."
+                ) from error
+        return found
+
 
 def _stages_of(run: Path, store: Path) -> set[str]:
+    """What a run's folder says that it uses of this store; nothing if it says nothing. Raises UserError if it can't be read."""
     try:
         noted = json.loads((run / STAGES).read_bytes())
-        return set(noted["stages"]) if Path(noted["store"]) == store.absolute() else set()
-    except (OSError, ValueError, KeyError, TypeError):
+        return set(noted["stages"]) if Path(noted["store"]).resolve() == store.resolve() else set()
+    except (FileNotFoundError, NotADirectoryError):
         return set()
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{run / STAGES} can't be read: remove it, and run the game once more to note it again."
+        ) from error
 
 
 @contextlib.contextmanager
 def locked(path: Path, reason: str, say: Callable[[str], None]) -> Iterator[None]:
     """Hold the lock `path`, which dies with its process; where another holds it, `say` why there is a wait, and wait."""
-    lock = FileLock(path)
+    lock = FileLock(path, fallback_to_soft=False)  # a soft lock would outlive its process
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -176,16 +201,27 @@ def locked(path: Path, reason: str, say: Callable[[str], None]) -> Iterator[None
 def write_text(path: Path, text: str) -> None:
     """Write a file so that whoever reads it sees the old or the new text, never a part."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text)
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     beside.replace(path)
 
 
 def link_tree(source: Path, target: Path) -> None:
-    """Make `target` show the files of `source`: hard links, which cost no space; copies where links can't be made."""
+    """Make `target` show the files of `source`: weights as hard links, which cost no space (as copies where links can't be
+    made), small files as copies, so that nobody who edits one changes the store."""
     if target.is_dir() and not target.is_symlink():
         shutil.rmtree(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(source, target, copy_function=link_file)
+
+    def show(one: str, other: str) -> None:
+        if one.endswith(".safetensors"):
+            link_file(one, other)
+        else:
+            shutil.copyfile(one, other)
+
+    shutil.copytree(source, target, copy_function=show)
 
 
 def link_file(source: Path | str, target: Path | str) -> None:
@@ -216,7 +252,8 @@ def entries(store: Store) -> list[Entry]:
     """All that the store holds, largest first. `age` is in seconds since it was last used or worked on."""
     users, found = store.users(), []
     for folder in store.path.glob("*/*"):
-        if not folder.is_dir() or folder.parent.name == RUNS:
+        # Nothing but stages, whatever else lies in the folder that somebody takes for a store.
+        if folder.parent.name == RUNS or not KEY.fullmatch(folder.name.removesuffix(PART)) or not folder.is_dir():
             continue
         name = f"{folder.parent.name}/{folder.name.removesuffix(PART)}"
         with contextlib.suppress(FileNotFoundError):  # finished, and renamed, in the meantime
@@ -226,14 +263,16 @@ def entries(store: Store) -> list[Entry]:
     return sorted(found, key=lambda entry: -entry.bytes)
 
 
-def remove(entry: Entry) -> bool:
-    """Take a stage out of the store; False if a run is at it."""
-    lock = FileLock(str(entry.folder).removesuffix(PART) + ".lock")
+def remove(store: Store, entry: Entry) -> bool:
+    """Take a stage out of the store; False if a run is at it, or has come to use it."""
+    lock = FileLock(str(entry.folder).removesuffix(PART) + ".lock", fallback_to_soft=False)
     try:
         lock.acquire(timeout=0)
     except Timeout:
         return False
     try:
+        if entry.name in store.users():
+            return False
         shutil.rmtree(entry.folder)
         Path(lock.lock_file).unlink(missing_ok=True)
     finally:
@@ -243,11 +282,6 @@ def remove(entry: Entry) -> bool:
 
 def main(arguments: list[str]) -> None:
     """`python -m spin.store [list | clean] [--path outputs/store] [--yes]`."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from spin.track import format_seconds
-
     parser = argparse.ArgumentParser(prog="python -m spin.store", description="What a store holds, and making room.")
     parser.add_argument(
         "action",
@@ -263,28 +297,43 @@ def main(arguments: list[str]) -> None:
     )
     given = parser.parse_args(arguments)
     store = Store(given.path)
-    if not store.path.is_dir():
-        sys.exit(f"error: {store.path}: no such folder; --path= takes what store.path= says in your runs.")
+    if not (store.path / RUNS).is_dir():
+        sys.exit(f"error: {store.path}: no such folder, or no store; --path= takes what store.path= says in your runs.")
+    try:
+        _report(store, given.action == "clean", given.yes, given.older_than)
+    except (OSError, UserError) as error:
+        sys.exit(f"error: {explain(error) or error}")
+
+
+def _report(store: Store, clean: bool, yes: bool, older_than: float) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from spin.track import format_seconds
+
     shown = entries(store)
-    if given.action == "clean":
-        shown = [entry for entry in shown if not entry.used_by and entry.age >= 3600 * given.older_than]
+    if clean:
+        shown = [entry for entry in shown if not entry.used_by and entry.age >= 3600 * older_than]
     table = Table("stage", "size", "last used", "used by", box=None, pad_edge=False)
     for entry in shown:
         users = ", ".join(sorted({str(_near(run)) for run in entry.used_by})) or "no run's folder"
         state = "" if entry.finished else " (unfinished)"
         table.add_row(entry.name + state, _size(entry.bytes), f"{format_seconds(entry.age)} ago", users)
-    console = Console(width=None if sys.stdout.isatty() else 200)
     if shown:
-        console.print(table)
+        Console(width=None if sys.stdout.isatty() else 200).print(table)
     total = _size(sum(entry.bytes for entry in shown))
-    if given.action == "list":
+    if not clean:
         free = sum(entry.bytes for entry in shown if not entry.used_by)
         print(f"{len(shown)} stages, {total}; {_size(free)} of them in stages that no run's folder refers to.")
-    elif not given.yes:
+        return
+    for run in store.runs():
+        if not run.is_dir():
+            print(f"not found any more, so that what it alone used counts as unused: {_near(run)}")
+    if not yes:
         print(f"{len(shown)} stages, {total}, that no run's folder refers to; --yes removes them.")
-    else:
-        removed = [entry for entry in shown if remove(entry)]
-        print(f"{len(removed)} stages removed, {_size(sum(entry.bytes for entry in removed))}.")
+        return
+    removed = [entry for entry in shown if remove(store, entry)]
+    print(f"{len(removed)} stages removed, {_size(sum(entry.bytes for entry in removed))}.")
 
 
 def _near(path: Path) -> Path:

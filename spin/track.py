@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -30,7 +31,7 @@ class Tracker:
     login for W&B is found and offline where none is. W&B starts with the first row and never ends a run: when it
     fails, one line says so and the run goes on without it.
 
-    metrics.jsonl is emptied here: a run that is played again writes its results whole. On ranks other than 0 nothing
+    metrics.jsonl is emptied with the first row: a run that is played again writes its results whole. On ranks other than 0 nothing
     is written, shown or sent, and `folder` is not touched.
 
     Raises UserError: online is asked for without a login, or WANDB_MODE has a value that W&B does not know.
@@ -66,7 +67,7 @@ class Tracker:
         self._samples: list[Iterable[Any]] = []
         self._waiting: list[Callable[[Any], None]] = []  # for W&B, once something new is logged
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._file = (self.folder / "metrics.jsonl").open("w", encoding="utf-8")
+        self._file: Any = None
 
     def log(self, row: dict, reused: bool = False) -> None:
         """Write one row to metrics.jsonl, keys as they are (NaN and infinity become null), and send it to W&B.
@@ -79,6 +80,8 @@ class Tracker:
         if not self.active:
             return
         row = plain(row)
+        if self._file is None:  # not before: a run that fails at once leaves the record of the one before
+            self._file = (self.folder / "metrics.jsonl").open("w", encoding="utf-8")
         self._file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
         self._file.flush()
         self._send(lambda run: run.log(self._wandb_row(row)), reused)
@@ -117,7 +120,8 @@ class Tracker:
         """
         if not self.active:
             return
-        self._file.close()
+        if self._file:
+            self._file.close()
         run, mode = self._run, self._mode
         self._run, self._mode = None, "disabled"
         if run is None:
@@ -172,7 +176,7 @@ class Tracker:
         )
         for stage in ("train", "sft"):
             run.define_metric(f"{stage}/*", step_metric="global_step")
-        for stage in ("generate", "score", "evaluate"):
+        for stage in ("generate", "score", "evaluate", "harness", "mt_bench", "compare"):
             run.define_metric(f"{stage}/*", step_metric="iter")
         if self._mode == "online":
             self._print(f"W&B: {run.url}")
@@ -207,8 +211,21 @@ class Tracker:
         self._print(f"Warning: W&B stopped working and is off for this run; metrics.jsonl has everything. ({reason})")
 
 
+class _Console(Console):
+    """Goes quiet where nobody is left to read: a closed pipe (`| head`) or a lost terminal must not end a game."""
+
+    def print(self, *objects: Any, **settings: Any) -> None:
+        try:
+            super().print(*objects, **settings)
+        except OSError:
+            self.quiet = True
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 def _console() -> Console:
-    console = Console()
+    console = _Console()
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = 100  # rich takes 80 where it cannot ask; a log file has room for a table
     return console
@@ -263,7 +280,8 @@ class Progress:
 
     def __exit__(self, kind, error, trace) -> None:
         if self._bar:
-            self._bar.stop()
+            with suppress(OSError):  # the terminal is gone
+                self._bar.stop()
         if self.console is None:
             return
         if kind is not None:

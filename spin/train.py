@@ -11,7 +11,7 @@ from torch import Tensor
 from spin.checkpoint import Checkpoints, TrainState
 from spin.engine import SingleEngine
 from spin.errors import UserError
-from spin.interrupt import Interrupted, deferred
+from spin.interrupt import Interrupted, check, deferred
 from spin.logps import Forward, sequence_logps
 from spin.loss import link_at_zero, spin_loss
 from spin.pairs import Batch, Continuations, Pair, both
@@ -56,6 +56,7 @@ def fit(
         log(row)
     try:
         while state.step < len(steps):
+            check()
             started, chosen = time.perf_counter(), steps[state.step]
             metrics: dict[str, list[Tensor]] = {}
             tokens = 0

@@ -47,6 +47,10 @@ def test_the_measures_move_as_the_method_says(game):
     last = by_policy["iter1"]["human_likelier"]
     assert abs(last - 0.5) < abs(by_policy["start"]["human_likelier"] - 0.5)
     assert by_policy["iter0"]["margin"] > 0
+    # So do the two-sample tests: the start is told apart for certain, the last policy less well.
+    start, end = by_policy["start"], by_policy["iter1"]
+    assert start["classifier_auc_interval"][0] > 0.7 and end["classifier_auc"] < start["classifier_auc"] - 0.05
+    assert start["mauve"] < 0.5 < end["mauve"] and end["mauve_if_equal"] > 0.85
 
 
 def test_each_iteration_starts_with_policy_equal_to_opponent(game):

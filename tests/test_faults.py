@@ -106,16 +106,16 @@ def await_path(place: Place, game, pattern: str) -> Path:
     raise AssertionError(f"the game ended with {game.returncode} before there was any {pattern}")
 
 
-def flip(path: Path, seed: int = 0) -> None:
+def flip(path: Path) -> None:
     """Flip a bit in the middle of a file, in a file of its own: what is linked elsewhere stays."""
     content = bytearray(path.read_bytes())
-    content[len(content) // 2 + seed] ^= 16
+    content[len(content) // 2] ^= 16
     path.unlink()
     path.write_bytes(content)
 
 
 def test_killed_at_any_moment_a_game_ends_in_the_same_bits(place, reference):
-    """SIGKILL at random moments within every one of the eleven stages, two times each and more."""
+    """SIGKILL at random moments: three tries at each of the eleven stages, with what comes before and after."""
     rng = random.Random(7)
     killed: Counter[str] = Counter()
     for number in range(len(ORDER)):
@@ -131,8 +131,7 @@ def test_killed_at_any_moment_a_game_ends_in_the_same_bits(place, reference):
                 assert done.returncode == 0, done.stderr
     assert sum(killed.values()) >= 20, killed
     assert set(killed) >= {"evaluate", "sft", "generate", "score", "train"}, killed
-    last = place.play(*WORDS)
-    assert "nothing was computed again" in last.stdout or "stages played" in last.stdout
+    place.play(*WORDS)
     assert_same(place, reference)
 
 

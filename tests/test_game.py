@@ -260,7 +260,10 @@ def test_adamw_padded_fp32_with_checkpointing_plays(played):
 
 
 def test_a_policy_is_measured_on_demand_as_it_was_in_its_game(played):
-    done = played.play("stage=evaluate", f"model.path={played.folder}/run/iter1/policy", run="measured")
+    words = ["stage=evaluate", f"model.path={played.folder}/run/iter1/policy"]
+    refused = played.play(*words, status=1)
+    assert "holds a game, which stage=evaluate would overwrite" in refused.stderr
+    done = played.play(*words, run="measured")
     shown = json.loads((played.folder / "measured" / "game.json").read_text())
     game = json.loads((played.folder / "run" / "game.json").read_text())
     (now,), then = shown["evaluations"], game["evaluations"][-1]
@@ -269,6 +272,16 @@ def test_a_policy_is_measured_on_demand_as_it_was_in_its_game(played):
         assert now[name] == then[name], name
     assert "classif." in done.stdout and (played.folder / "measured" / "report.md").is_file()
     assert not (played.folder / "measured" / "iter0").exists()
+
+
+def test_the_tokenizer_and_its_template_go_with_a_policy(played, tmp_path):
+    """Other files beside the same weights: policies are made again, for they hold these files."""
+    model = tmp_path / "model"
+    shutil.copytree(next((played.folder / "cache").glob("tiny-*[0-9]")), model)
+    template = model / "chat_template.jinja"
+    template.write_text("{# mine #}" + template.read_text())
+    played.play("iter=0", "schedule.replay=previous", f"model.path={model}", f"hydra.run.dir={tmp_path}/run")
+    assert (tmp_path / "run" / "iter0" / "policy" / "chat_template.jinja").read_text() == template.read_text()
 
 
 def test_two_policies_are_measured_against_each_other(played):
@@ -287,10 +300,10 @@ def test_two_policies_are_measured_against_each_other(played):
 def test_prompts_that_a_policy_was_trained_on_are_not_held_out_for_it(played):
     """With another seed others are held out: some of those that this policy was trained on are among them."""
     policy = f"model.path={played.folder}/run/iter1/policy"
-    done = played.play("stage=evaluate", policy, "seed=5", run="other")
+    done = played.play("stage=evaluate", policy, "seed=5", run="elsewhere")
     assert re.search(r"\d+ prompts are not held out: the model was trained on them", done.stdout)
     trained = {pair.prompt for t in (0, 1) for pair in read_pairs(played.folder / "run" / f"iter{t}" / "pairs.parquet")}
-    stages = json.loads((played.folder / "other" / "stages.json").read_text())["stages"]
+    stages = json.loads((played.folder / "elsewhere" / "stages.json").read_text())["stages"]
     measured = {
         pair.prompt for stage in stages for pair in read_pairs(played.folder / "store" / stage / "held_out.parquet")
     }

@@ -61,12 +61,12 @@ def test_a_stage_that_fails_is_not_there_and_the_next_try_has_what_it_kept(tmp_p
 
     def fail(folder):
         build(folder)
-        (folder / RESUME / "half").write_text("way")
+        (folder.parent / RESUME / "half").write_text("way")
         raise RuntimeError("half way")
 
     def go_on(folder):
-        assert sorted(path.name for path in folder.iterdir()) == [RESUME]  # the rest of the first try is gone
-        assert (folder / RESUME / "half").read_text() == "way"
+        assert list(folder.iterdir()) == []  # the rest of the first try is gone
+        assert (folder.parent / RESUME / "half").read_text() == "way"
         return build(folder)
 
     with pytest.raises(RuntimeError):
@@ -124,7 +124,7 @@ def test_two_processes_that_want_the_same_stage_do_it_once(tmp_path):
 def test_a_dead_process_holds_no_lock(tmp_path):
     script = (
         "import os, sys, pathlib; from spin.store import Store\n"
-        "def die(folder): (folder / 'resume' / 'shard').write_text('1'); os.kill(os.getpid(), 9)\n"
+        "def die(folder): (folder.parent / 'resume' / 'shard').write_text('1'); os.kill(os.getpid(), 9)\n"
         f"Store(pathlib.Path({str(tmp_path)!r})).get('train', {{}}, die)"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=60)
@@ -177,8 +177,93 @@ def test_a_stage_that_a_run_is_at_is_not_removed(tmp_path):
     store, names = used_store(tmp_path)
     part = next(entry for entry in entries(store) if not entry.finished)
     with FileLock(str(store.path / f"{names[3]}.lock")):
-        assert not remove(part) and part.folder.is_dir()
-    assert remove(part) and not part.folder.exists()
+        assert not remove(store, part) and part.folder.is_dir()
+    assert remove(store, part) and not part.folder.exists()
+
+
+def test_a_stage_that_a_run_has_come_to_use_is_not_removed(tmp_path):
+    store, names = used_store(tmp_path)
+    unused = next(entry for entry in entries(store) if entry.name == names[2])
+    store.refer(tmp_path / "here", [names[2]])
+    assert not remove(store, unused) and unused.folder.is_dir()
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_killed_while_it_is_sealed_a_stage_is_whole_or_can_go_on(tmp_path, moment):
+    """Where the machine dies before the stage has its name, what the next try goes on from is still there."""
+    script = f"""
+import os, pathlib, spin.store as store
+def die(*arguments):
+    if {moment!r} == "after":
+        seal(*arguments)
+    os.kill(os.getpid(), 9)
+seal, store.seal = store.seal, die
+def build(folder):
+    (folder / "policy").write_text("long work")
+    (folder.parent / "resume" / "checkpoint").write_text("long work")
+    return {{}}
+store.Store(pathlib.Path({str(tmp_path)!r})).get("train", {{}}, build)
+"""
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=60).returncode == -9
+    store = Store(tmp_path)
+    if moment == "after":
+        assert store.get("train", {}, lambda folder: pytest.fail("built again")).reused
+    else:
+        assert (store.resume("train", {}) / "checkpoint").read_text() == "long work"
+        assert not store.get("train", {}, build).reused
+    assert [path.suffix for path in (tmp_path / "train").iterdir() if path.is_dir()] == [""]
+
+
+def test_clean_takes_nothing_that_is_no_stage(tmp_path, capsys):
+    """Told to clean the folder above the store, or any other, it refuses; what lies in a store beside stages stays."""
+    store, _ = used_store(tmp_path)
+    for path in (tmp_path, tmp_path / "here"):
+        with pytest.raises(SystemExit, match="no store"):
+            main(["clean", "--yes", "--older-than", "0", "--path", str(path)])
+    mine = store.path / "train" / "my_own_notes"
+    mine.mkdir()
+    main(["clean", "--yes", "--older-than", "0", "--path", str(store.path)])
+    assert mine.is_dir() and len(list((store.path / "train").glob("[0-9a-f]*"))) >= 1
+    assert (
+        f"not found any more, so that what it alone used counts as unused: {tmp_path}/gone" in capsys.readouterr().out
+    )
+
+
+def test_a_store_by_another_path_is_the_same(tmp_path):
+    store, names = used_store(tmp_path)
+    (tmp_path / "link").symlink_to(store.path)
+    for path in (tmp_path / "link", tmp_path / "here" / ".." / "store"):
+        assert [bool(entry.used_by) for entry in sorted(entries(Store(path)), key=lambda e: names.index(e.name))] == [
+            True,
+            False,
+            False,
+            False,
+        ]
+
+
+@pytest.mark.parametrize("which", ["entry", "noted"])
+def test_what_says_who_uses_a_store_is_not_guessed_where_it_is_damaged(tmp_path, which):
+    store, _ = used_store(tmp_path)
+    for path in [tmp_path / "here" / "stages.json"] if which == "noted" else (store.path / "runs").glob("*.json"):
+        path.write_text("")
+    with pytest.raises(SystemExit, match="can't be read"):
+        main(["clean", "--yes", "--older-than", "0", "--path", str(store.path)])
+    assert len(entries_of(store)) == 4
+
+
+def entries_of(store: Store) -> list:
+    return [path for path in (store.path / "train").iterdir() if path.is_dir()]
+
+
+def test_a_shown_folder_that_is_edited_leaves_the_store_as_it_is(tmp_path):
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "config.json").write_text("{}")
+    (tmp_path / "source" / "model.safetensors").write_text("weights")
+    link_tree(tmp_path / "source", tmp_path / "shown")
+    with (tmp_path / "shown" / "config.json").open("a") as file:
+        file.write("edited")
+    assert (tmp_path / "source" / "config.json").read_text() == "{}"
+    assert (tmp_path / "shown" / "model.safetensors").stat().st_nlink == 2
 
 
 def test_a_run_that_ends_refers_to_what_it_used_and_no_more(tmp_path):
@@ -209,9 +294,9 @@ def test_links_replace_what_is_there_and_take_no_space(tmp_path):
     for content in ("old", "new"):
         source = tmp_path / content
         source.mkdir()
-        (source / "weights").write_text(content)
+        (source / "weights.safetensors").write_text(content)
         link_tree(source, tmp_path / "shown")
-        link_file(source / "weights", tmp_path / "file")
-    assert (tmp_path / "shown" / "weights").read_text() == (tmp_path / "file").read_text() == "new"
-    assert (tmp_path / "old" / "weights").read_text() == "old"
-    assert (tmp_path / "file").stat().st_ino == (tmp_path / "new" / "weights").stat().st_ino
+        link_file(source / "weights.safetensors", tmp_path / "file")
+    assert (tmp_path / "shown" / "weights.safetensors").read_text() == (tmp_path / "file").read_text() == "new"
+    assert (tmp_path / "old" / "weights.safetensors").read_text() == "old"
+    assert (tmp_path / "file").stat().st_ino == (tmp_path / "new" / "weights.safetensors").stat().st_ino

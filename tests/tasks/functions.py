@@ -1,0 +1,23 @@
+"""What the task files beside this one call."""
+
+import random
+import signal
+
+from spin.interrupt import Interrupted
+
+
+def reversed_order(docs):
+    return docs.select(range(len(docs) - 1, -1, -1))
+
+
+def logp_of_the_true_choice(doc, results):
+    return {"logp": results[doc["answer"]][0]}
+
+
+def short_of_memory(doc, results):
+    raise MemoryError
+
+
+def stopped(doc, results):
+    random.random()
+    raise Interrupted(signal.SIGTERM)

@@ -1,0 +1,443 @@
+"""The harness on a stored policy: its numbers against log-probs and answers computed here; errors, a line each."""
+
+import json
+import logging
+import math
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from spin import harness
+from spin.errors import UserError
+from spin.harness import OPEN_LLM_LEADERBOARD, PAPER, Task, check, identity, parse
+from spin.interrupt import Interrupted
+from spin.model import load_tokenizer
+from tests.games import ROOT
+
+TASKS = ROOT / "tests" / "tasks"
+pytest.importorskip("lm_eval")
+
+
+def run(folder, entries, include=TASKS, limit=None, batch_size=5, dtype=torch.float32, seed=0, said=None):
+    tasks = parse(entries)
+    say = (lambda line: None) if said is None else said.append
+    return harness.run(folder, tasks, str(include), limit, batch_size, dtype, torch.device("cpu"), seed, say)
+
+
+def records(name: str, folder: Path = TASKS) -> list[dict]:
+    return [json.loads(line) for line in (folder / "data" / f"{name}.jsonl").read_text("utf-8").splitlines()]
+
+
+def question(doc: dict) -> str:
+    return f"Q: {doc['question']}\nA:"
+
+
+class Judge:
+    """The model's own forward, one text at a time, and log-probs in float64."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.float64):
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        self.tokenizer = load_tokenizer(folder)
+
+    @torch.no_grad()
+    def logp(self, prompt: str, answer: str) -> float:
+        ids = [self.tokenizer.encode(text, add_special_tokens=False) for text in (prompt, answer)]
+        logits = self.model(torch.tensor([ids[0] + ids[1]])).logits[0, len(ids[0]) - 1 : -1]
+        return float(sum(row.log_softmax(-1)[token] for row, token in zip(logits.double(), ids[1], strict=True)))
+
+    @torch.no_grad()
+    def greedy(self, prompt: str, most: int) -> str:
+        ids = self.tokenizer.encode(prompt, add_special_tokens=False)
+        made: list[int] = []
+        while len(made) < most and "\n" not in self.tokenizer.decode(made):
+            best = self.model(torch.tensor([ids + made])).logits[0, -1].topk(2)
+            assert best.values[0] - best.values[1] > 1e-4, "a tie that fp32 may break in another way"
+            if best.indices[0] == self.tokenizer.eos_token_id:
+                break
+            made.append(int(best.indices[0]))
+        return self.tokenizer.decode(made).split("\n")[0]
+
+
+def prompts(docs: list[dict], shots: int, seed: int) -> list[str]:
+    """A question behind `shots` answered ones, drawn for each anew, as the harness writes them."""
+    rng, pool = random.Random(seed), records("choice_train")
+    drawn = [rng.sample(pool, shots) for _ in docs]
+    answered = ["".join(f"{question(e)} {e['choices'][e['answer']]}\n\n" for e in examples) for examples in drawn]
+    return [before + question(doc) for before, doc in zip(answered, docs, strict=True)]
+
+
+def shares_correct(judge: Judge, docs: list[dict], shots: int, seed: int) -> dict[str, float]:
+    """acc by the log-prob of " " + choice, acc_norm by it per character of the choice, acc_bytes per byte."""
+    correct: dict[str, list[bool]] = {"acc": [], "acc_norm": [], "acc_bytes": []}
+    for prompt, doc in zip(prompts(docs, shots, seed), docs, strict=True):
+        logps = np.array([judge.logp(prompt, f" {choice}") for choice in doc["choices"]])
+        lengths = {
+            "acc": np.ones(4),
+            "acc_norm": np.array([len(choice) for choice in doc["choices"]]),
+            "acc_bytes": np.array([len(choice.encode()) for choice in doc["choices"]]),
+        }
+        for metric, length in lengths.items():
+            ranked = np.sort(logps / length)
+            assert ranked[-1] - ranked[-2] > 1e-4, "a tie that fp32 may break in another way"
+            correct[metric].append(int((logps / length).argmax()) == doc["answer"])
+    return {metric: float(np.mean(values)) for metric, values in correct.items()}
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_folder, tmp_path_factory):
+    """The tiny model with large weights: what stands before a question then changes the answers."""
+    folder = shutil.copytree(tiny_folder, tmp_path_factory.mktemp("policies") / "policy")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.data.normal_(0, 0.2)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def judge(policy):
+    return Judge(policy)
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("shots", "seed"), [(0, 0), (3, 0), (3, 7)])
+def test_accuracies_are_those_of_log_probs_computed_one_at_a_time(policy, judge, shots, seed):
+    expected = shares_correct(judge, records("choice_test"), shots, seed)
+    assert len(set(expected.values())) > 1 and 0 < min(expected.values()) < max(expected.values()) < 1  # it can fail
+    rows = run(policy, [f"spin_choice:{shots}:{metric}" for metric in expected], seed=seed)
+    assert {row["metric"]: row["value"] for row in rows} == pytest.approx(expected)
+    for row in rows:
+        share = row["value"]
+        assert row["stderr"] == pytest.approx(math.sqrt(share * (1 - share) / 23))
+        assert (row["task"], row["shots"], row["n"], row["version"]) == ("spin_choice", shots, 24, "1.5")
+
+
+def test_log_probs_have_the_precision_of_the_type(policy, judge):
+    docs = records("choice_test")
+    true = [f" {doc['choices'][doc['answer']]}" for doc in docs]
+    expected = np.mean([judge.logp(*pair) for pair in zip(prompts(docs, 2, 0), true, strict=True)])
+    errors = [
+        abs(run(policy, ["spin_logps:2:logp"], dtype=dtype)[0]["value"] / expected - 1)
+        for dtype in (torch.float64, torch.float32, torch.bfloat16)
+    ]
+    assert errors[0] < 1e-12 < errors[1] < 1e-5 < errors[2] < 1e-2
+
+
+def test_sums_of_log_probs_are_not_rounded_to_bf16(tiny_folder, tmp_path):
+    """In bf16 a sum near -66 is a multiple of 0.5: choices of one length would tie, and the first would be taken."""
+    include = shutil.copytree(TASKS, tmp_path / "tasks")
+    judge, rng, docs = Judge(tiny_folder, torch.bfloat16), random.Random(0), []
+    while len(docs) < 16:
+        choices = ["".join(rng.choices("abcdefghijklmnop", k=11)) for _ in range(4)]
+        doc = {"question": "which?", "choices": choices}
+        logps = [judge.logp(question(doc), f" {choice}") for choice in choices]
+        if sorted(logps)[-1] - sorted(logps)[-2] > 0.1:  # rows of a batch are not the bits of rows alone
+            docs.append(doc | {"answer": int(np.argmax(logps))})
+    (include / "data" / "choice_test.jsonl").write_text("\n".join(map(json.dumps, docs)))
+    assert run(tiny_folder, ["spin_choice:0:acc"], include, dtype=torch.bfloat16)[0]["value"] == 1
+
+
+def test_generated_answers_are_greedy_ones(policy, judge, tmp_path):
+    include = shutil.copytree(TASKS, tmp_path / "tasks")
+    docs = records("generate")
+    said = [judge.greedy(question(doc), 8) for doc in docs]
+    letters = [found[0] if (found := re.findall("[A-Za-z]", text)) else "" for text in said]
+    # Half of the true answers are what the model says, a quarter its first letter, a quarter neither.
+    true = [(said[i], said[i], letters[i], "neither")[i % 4] for i in range(len(docs))]
+    lines = [json.dumps({**doc, "answer": answer}) for doc, answer in zip(docs, true, strict=True)]
+    (include / "data" / "generate.jsonl").write_text("\n".join(lines) + "\n")
+    entries = ["spin_generate:0:exact_match:whole", "spin_generate:0:exact_match:letter"]
+    whole, letter = run(policy, entries, include)
+    assert whole["value"] == np.mean([a == b for a, b in zip(said, true, strict=True)]) >= 0.5
+    assert letter["value"] == np.mean([a == b for a, b in zip(letters, true, strict=True)]) > 0
+    assert whole["version"] == "0" and whole["metric"] == "exact_match:whole"
+    assert whole["value"] != letter["value"]
+
+
+def test_a_group_has_the_mean_of_its_tasks_by_size(policy, judge):
+    group, first, second = run(policy, ["spin_group:0:acc", "spin_choice:0:acc", "spin_swapped:0:acc"])
+    assert second["value"] == pytest.approx(shares_correct(judge, records("choice_train"), 0, 0)["acc"])
+    assert group["n"] == first["n"] + second["n"] == 31 and group["version"] == "3"
+    assert group["value"] == pytest.approx((24 * first["value"] + 7 * second["value"]) / 31)
+    assert group["stderr"] > 0
+
+
+def test_a_limit_takes_the_first_questions(policy, judge):
+    row, group = run(policy, ["spin_choice:2:acc", "spin_group:0:acc"], limit=5)
+    assert row["n"] == 5 and group["n"] == 10
+    assert row["value"] == pytest.approx(shares_correct(judge, records("choice_test")[:5], 2, 0)["acc"])
+
+
+def test_the_same_rows_again_whatever_stands_beside_them(policy):
+    alone = run(policy, ["spin_choice:3:acc_norm"])
+    random.seed(5)
+    torch.manual_seed(5)
+    beside = run(policy, ["spin_generate:1:exact_match:whole", "spin_choice:3:acc_norm"], batch_size=2)
+    assert beside[1:] == alone
+
+
+def test_prompts_that_do_not_fit_are_told(policy, tmp_path, caplog):
+    said: list[str] = []
+    run(policy, ["spin_choice:0:acc", "spin_choice:7:acc"], said=said)
+    assert any("no chat template" in line for line in said)
+    assert not any("cut from the left" in line for line in said)  # 7 examples and a question are below 1024 bytes
+    short = shutil.copytree(policy, tmp_path / "short")
+    settings = json.loads((short / "config.json").read_text()) | {"max_position_embeddings": 128}
+    (short / "config.json").write_text(json.dumps(settings))
+    run(short, ["spin_choice:0:acc", "spin_choice:5:acc"], said=said)
+    assert [line for line in said if "cut" in line] == [
+        "note: spin_choice, 5 shots: prompts were cut from the left to fit the context of 128"
+    ]
+    assert not [record for record in caplog.records if record.name.startswith("lm_eval")]  # told once, and by `say`
+
+
+# --- what it leaves as it was -----------------------------------------------------------------------------------------
+
+
+def states():
+    numbers = np.random.get_state()
+    return random.getstate(), numbers[1].tolist(), numbers[2], torch.get_rng_state().tolist()
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_random_states_and_logs_are_as_before(policy, stopped):
+    log = logging.getLogger("lm_eval")
+    before = states(), log.level, log.propagate, list(log.handlers), sys.dont_write_bytecode
+    if stopped:
+        with pytest.raises(Interrupted):
+            run(policy, ["spin_stopped:0:acc"])
+    else:
+        run(policy, ["spin_choice:2:acc", "spin_generate:1:exact_match:letter"])
+    assert (states(), log.level, log.propagate, list(log.handlers), sys.dont_write_bytecode) == before
+
+
+def test_from_another_folder_nothing_is_written_and_nothing_logged(policy, tmp_path):
+    """Also that relative data files lie beside their task's file, and that `include` may be relative itself."""
+    include = shutil.copytree(TASKS, tmp_path / "mine" / "tasks", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "temporary").mkdir()
+    script = f"""
+import torch
+from pathlib import Path
+from spin.harness import check, parse, run
+tasks = parse(["spin_choice:0:acc", "spin_swapped:0:acc", "spin_generate:0:exact_match:whole"])
+check(tasks, "tasks")
+for row in run(Path({str(policy)!r}), tasks, "tasks", 3, 2, torch.float32, torch.device("cpu"), 0, print):
+    print(row["task"], row["n"])
+"""
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    places = {"HOME": str(tmp_path), "TMPDIR": str(tmp_path / "temporary"), "PYTHONPATH": str(ROOT)}
+    unset = ("HF_HOME", "HF_DATASETS_CACHE", "XDG_CACHE_HOME", "LMEVAL_LOG_LEVEL", "PYTHONDONTWRITEBYTECODE")
+    environment = {key: value for key, value in os.environ.items() if key not in unset} | places
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=include.parent, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1:] == ["spin_choice 3", "spin_swapped 3", "spin_generate 3"]
+    assert not re.search("INFO|WARN", done.stderr, re.IGNORECASE), done.stderr
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_changed_data_are_read_again(policy, tmp_path):
+    include = shutil.copytree(TASKS, tmp_path / "tasks")
+    data = include / "data" / "choice_test.jsonl"
+    run(policy, ["spin_choice:0:acc"], include)
+    times = data.stat()
+    lines = data.read_text("utf-8").splitlines(keepends=True)
+    data.write_text("".join(lines[:10]), "utf-8")
+    os.utime(data, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert run(policy, ["spin_choice:0:acc"], include)[0]["n"] == 10
+
+
+# --- errors, each in one line -----------------------------------------------------------------------------------------
+
+
+def one_line(error) -> str:
+    text = str(error.value)
+    assert "\n" not in text and len(text) < 700
+    return text
+
+
+@pytest.mark.parametrize(
+    "entry",
+    ["", "arc", "arc:5", "arc:five:acc", "arc:-1:acc", "arc:²:acc", ":5:acc", "arc:5:", "arc:5:acc:", "a:1:b:c:d", 7],
+)
+def test_a_malformed_entry(entry):
+    with pytest.raises(UserError) as error:
+        parse([entry])
+    assert "task:shots:metric" in one_line(error)
+
+
+def test_an_entry_twice():
+    with pytest.raises(UserError) as error:
+        parse(["arc_easy:5:acc", "arc_easy:5:acc_norm", "arc_easy:05:acc"])
+    assert "arc_easy:05:acc is named twice" in one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("entry", "told"),
+    [
+        ("arc_chalenge:25:acc_norm", "arc_challenge"),
+        ("xqzkwv" * 5 + ":0:acc", "lm_eval ls tasks"),
+        ("spin_choise:0:acc", "spin_choice"),
+        ("arc_challenge:25:exact_match", "it has acc, acc_norm."),
+        ("gsm8k:5:acc", "it has exact_match:strict-match, exact_match:flexible-extract."),
+        ("gsm8k:5:exact_match", "it has exact_match:strict-match, exact_match:flexible-extract."),
+        ("gsm8k:5:exact_match:strict", "it has exact_match:strict-match, exact_match:flexible-extract."),
+        ("mmlu:5:acc_norm", "mmlu has no metric acc_norm; it has acc."),
+        ("ai2_arc:0:acc", "name them: arc_challenge, arc_easy"),
+        ("spin_tag:0:exact_match:whole", "name them: spin_generate"),
+        ("truthfulqa_mc2:5:acc", "truthfulqa_mc2:0:acc"),
+        ("spin_group:2:acc", "spin_swapped is defined without examples"),
+        ("humaneval:0:pass_at_k", "runs code"),
+    ],
+)
+def test_a_task_that_cannot_be_had(entry, told):
+    with pytest.raises(UserError) as error:
+        check(parse([entry]), str(TASKS))
+    assert told in one_line(error)
+
+
+def test_the_papers_tasks_can_be_had():
+    check(parse(OPEN_LLM_LEADERBOARD), None)
+    check(parse(["spin_group:0:acc", "spin_generate:0:exact_match:letter"]), str(TASKS))
+
+
+def test_no_such_folder_of_tasks(tmp_path):
+    for refuse in (check, identity):
+        with pytest.raises(UserError) as error:
+            refuse([Task("spin_choice", 0, "acc")], str(tmp_path / "nowhere"))
+        assert "nowhere: no such folder" in one_line(error)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "task: mine\n  dataset_path: [",
+        "- mine",
+        "task: mine\nmetric_list: [acc]",
+        "task: mine\noutput_type: guess",
+        "group: mine\ntask: [mine]\naggregate_metric_list: [{metric: acc}]",
+        "task: mine\ndataset_path: json\noutput_type: multiple_choice\nmetric_list: [{metric: unheard_of}]",
+        "task: mine\ndataset_path: json\noutput_type: multiple_choice\nprocess_docs: !function nowhere.at_all",
+    ],
+)
+def test_a_broken_task_file(policy, tmp_path, text):
+    (tmp_path / "mine.yaml").write_text(text)
+
+    def check_and_run():
+        check([Task("mine", 0, "acc")], str(tmp_path))
+        run(policy, ["mine:0:acc"], tmp_path)
+
+    with pytest.raises(UserError) as error:
+        check_and_run()
+    assert "mine" in one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("entry", "told"),
+    [
+        ("arc_challenge:25:acc_norm", ("arc_challenge", "allenai/ai2_arc ARC-Challenge", "HF_HUB_OFFLINE")),
+        ("mmlu:5:acc", ("mmlu", "cais/mmlu abstract_algebra")),
+        ("spin_lost:0:acc", ("spin_lost", "nowhere.jsonl")),
+        ("spin_choice:8:acc", ("spin_choice has 7 examples, too few for 8 shots.",)),
+        ("spin_memory:0:acc", ("spin_memory", "evaluation.harness_batch_size=5")),
+    ],
+)
+def test_a_task_that_cannot_be_run(policy, entry, told):
+    check(parse([entry]), str(TASKS))
+    with pytest.raises(UserError) as error:
+        run(policy, [entry], limit=1)
+    text = one_line(error)
+    assert all(part in text for part in told), text
+
+
+def test_a_broken_policy(policy, tmp_path):
+    folder = shutil.copytree(policy, tmp_path / "broken")
+    (folder / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(UserError) as error:
+        run(folder, ["spin_choice:0:acc"])
+    assert "broken" in one_line(error)
+
+
+def test_without_the_harness_or_with_another_version(tmp_path):
+    """In a process whose packages are all but lm_eval."""
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    for path in Path(torch.__file__).parents[1].iterdir():
+        if not path.name.lower().startswith("lm_eval"):
+            (packages / path.name).symlink_to(path)
+    other = tmp_path / "other" / "lm_eval-0.4.0.dist-info"
+    other.mkdir(parents=True)
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: lm_eval\nVersion: 0.4.0\n")
+    script = f"""
+import sys
+from spin.harness import check, identity, parse
+tasks = parse(["arc_easy:0:acc"])
+for more in ([], [{str(other.parent)!r}]):
+    sys.path += more
+    for refuse in (check, identity):
+        try:
+            refuse(tasks, None)
+        except ValueError as error:
+            print(error)
+"""
+    places = {"PYTHONPATH": f"{ROOT}:{packages}"}
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", script], env=os.environ | places, capture_output=True, text=True, check=True
+    )
+    missing, same, another, same_again = done.stdout.splitlines()
+    assert missing == same and another == same_again
+    assert "not installed" in missing and "0.4.0" in another
+    assert all("pip install lm-eval==0.4.13" in line for line in (missing, another))
+
+
+# --- keys, the paper's table, the configuration -----------------------------------------------------------------------
+
+
+def test_an_identity_changes_with_what_decides_the_results(tmp_path):
+    include = shutil.copytree(TASKS, tmp_path / "tasks", ignore=shutil.ignore_patterns("__pycache__"))
+    tasks = parse(["spin_choice:0:acc"])
+    first = identity(tasks, str(include))
+    assert first == json.loads(json.dumps(first)) == identity(tasks, str(shutil.copytree(include, tmp_path / "copy")))
+    (include / "__pycache__").mkdir()
+    (include / "__pycache__" / "functions.pyc").write_bytes(b"anything")
+    assert identity(tasks, str(include)) == first
+
+    found = [first, identity(tasks, None)]
+    found += [identity(parse([entry]), str(include)) for entry in ("spin_choice:1:acc", "spin_choice:0:acc_norm")]
+    with (include / "data" / "choice_test.jsonl").open("a") as file:
+        file.write("\n")
+    found.append(identity(tasks, str(include)))
+    (include / "spin_choice.yaml").rename(include / "other.yaml")
+    found.append(identity(tasks, str(include)))
+    assert len({json.dumps(one) for one in found}) == len(found)
+
+
+def test_the_papers_averages_are_the_means_of_its_rows():
+    assert list(PAPER) == ["sft", "iter0", "iter1", "iter2", "iter3"]
+    for row in PAPER.values():
+        assert list(row) == [*(entry.split(":")[0] for entry in OPEN_LLM_LEADERBOARD), "average"]
+        *scores, average = row.values()
+        assert abs(np.mean(scores) - average) <= 0.005 + 1e-9
+
+
+def test_the_configuration_names_the_papers_tasks():
+    path = ROOT / "conf" / "evaluation" / "open_llm_leaderboard.yaml"
+    config = yaml.safe_load(path.read_text())
+    assert config["harness"] == list(OPEN_LLM_LEADERBOARD)
+    assert (config["harness_include"], config["harness_limit"], config["harness_batch_size"]) == (None, None, 8)
