@@ -20,7 +20,10 @@ def place(tmp_path_factory, games):
 
 def test_benchmarks_are_run_on_every_policy_and_shown_beside_the_papers(place):
     words = ["evaluation=open_llm_leaderboard", "iter=0", "evaluation.harness_include=tests/tasks"]
-    words += ["evaluation.harness=[spin_choice:2:acc_norm,spin_generate:0:exact_match:whole]", "evaluation.harness_limit=6"]
+    words += [
+        "evaluation.harness=[spin_choice:2:acc_norm,spin_generate:0:exact_match:whole]",
+        "evaluation.harness_limit=6",
+    ]
     place.play(*words)
     game = json.loads((place.folder / "run" / "game.json").read_text())
     assert [row["policy"] for row in game["exams"]] == ["start", "sft", "iter0"]

@@ -153,9 +153,10 @@ def test_each_response_belongs_to_its_item_and_predicts_its_own_tokens():
         assert sorted(seen) == list(range(7))
 
 
-@pytest.mark.parametrize(("head", "at_least", "at_most"), [("chunked", 0, 120), ("full", 240, 4000)])
+@pytest.mark.parametrize(("head", "at_least", "at_most"), [("chunked", 0, 120), ("full", 180, 4000)])
 def test_the_chunked_head_keeps_no_logits(head, at_least, at_most):
-    """Peak memory, measured: 1,500 response tokens over 40,000 words are 240 MB of fp32 logits a copy."""
+    """Peak memory, measured: 1,500 response tokens over 40,000 words are 229 MiB of fp32 logits a copy, less what
+    the process held at its peak before."""
     script = f"""
 import resource, sys, torch, transformers as tf
 sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
