@@ -49,11 +49,11 @@ MEASURES = (
     ("mauve", "likeness of distributions", "MAUVE", None),
     ("exact_match", "right answers (pass@1)", "share of prompts", None),
     ("length_auc", "human answer is longer", "AUC", 0.5),
-    ("rouge_l", "ROUGE-L with human answer", "F1", None),
+    ("rouge_l", "ROUGE-L to human", "F1", None),
     ("own_length", "length of own answers", "tokens", None),
     ("finished", "answers that ended", "share of answers", None),
-    ("distinct_2", "distinct word pairs in answers", "share of word pairs", None),
-    ("diversity", "distinct word pairs over answers", "own / human", 1.0),
+    ("distinct_2", "distinct word pairs, each", "share of word pairs", None),
+    ("diversity", "distinct word pairs, all", "own / human", 1.0),
     ("margin", "margin over the opponent", "nats", None),
     ("accuracy", "margin above 0", "share of prompts", None),
 )
@@ -186,7 +186,8 @@ def _page(game: dict, train: dict[int, list[dict]], drawn: set[str]) -> str:
 MEASURES_CAPTION = (
     "*By policy: `start` is the model as it was given, `sft` after fine-tuning on the human answers, a number the "
     "policy that this iteration made. Bars: 95 % bootstrap intervals over prompts. Grey dashes: the value at which "
-    "human and own answers cannot be told apart. Blue dashes: mean length of the human answers.*"
+    "human and own answers cannot be told apart. Blue dashes: mean length of the human answers. Distinct word pairs: within "
+    "each answer, and over all own answers against the human ones.*"
 )
 LOGPS_CAPTION = (
     "*Change of log p under the policy since the iteration's first step, for the pairs of each step (mean over "
@@ -365,6 +366,9 @@ def _draw_measures(evaluations: Sequence[dict]) -> Figure | None:
         if key == "own_length":
             human = [row["human_length"] for row in evaluations]
             axes.plot(range(len(labels)), human, color=REAL, linestyle=(0, (4, 3)), linewidth=1.4)
+        if key == "mauve":
+            equal = [_float(row.get("mauve_if_equal")) for row in evaluations]
+            axes.plot(range(len(labels)), equal, color="#777777", linestyle=(0, (4, 3)), linewidth=1.2)
         at = [i for i, row in enumerate(evaluations) if _known(row.get(key))]
         values = [evaluations[i][key] for i in at]
         axes.plot(at, values, color=color, linewidth=1, alpha=0.5)
