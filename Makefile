@@ -18,6 +18,7 @@ lint: .venv/dev.stamp
 # What the numbers in README and docs/ come from. Measure alone: another busy process makes it several times slower.
 bench: .venv/dev.stamp
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/broken_answers.py
 
 .venv/run.stamp: requirements.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import broken_answers
 from spin.evaluate import rouge_l
 from spin.logps import plain_logps
 from spin.model import load_model, load_tokenizer
@@ -51,6 +52,22 @@ def test_the_measures_move_as_the_method_says(game):
     start, end = by_policy["start"], by_policy["iter1"]
     assert start["classifier_auc_interval"][0] > 0.7 and end["classifier_auc"] < start["classifier_auc"] - 0.05
     assert start["mauve"] < 0.5 < end["mauve"] and end["mauve_if_equal"] > 0.85
+
+
+def test_broken_answers_are_caught(game):
+    """What is wrong with them is far outside of the noise in every measure that can see it."""
+    found = broken_answers.main([])
+    for kind in ("human answers to other prompts", "one word repeated", "one answer to all prompts"):
+        row = found[kind]
+        assert row["human_likelier_interval"][0] > 0.5, kind
+        assert row["classifier_auc_interval"][0] > 0.6, kind
+        assert row["mauve_interval"][1] < 0.5 < 0.85 < row["mauve_if_equal"], kind
+    repeated, same, shuffled = (
+        found[kind] for kind in ("one word repeated", "one answer to all prompts", "human answers, words shuffled")
+    )
+    assert repeated["distinct_2"] < 0.1 and repeated["diversity"] < 0.1 and same["diversity"] < 0.1
+    assert repeated["rouge_l_interval"][1] < found["the policy's own"]["rouge_l_interval"][0]
+    assert shuffled["classifier_auc_interval"][0] > 0.8 and shuffled["human_likelier"] > 0.9
 
 
 def test_each_iteration_starts_with_policy_equal_to_opponent(game):
