@@ -215,19 +215,20 @@ def _plain(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
-def _last_number(text: str) -> str | None:
+def _last_number(text: str) -> float | None:
     found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
-    return found[-1].replace(",", "").rstrip(".") if found else None
+    return float(found[-1].replace(",", "")) if found else None
+
+
+def _same_number(own: str, real: str) -> bool:
+    expected = _last_number(real)
+    return expected is not None and _last_number(own) == expected
 
 
 # exact: the same text, but for blanks and case. number: the last number in both is the same (a sum, GSM8K's answers).
 CHECKS: dict[str, Callable[[str, str], bool]] = {
     "exact": lambda own, real: _plain(own) == _plain(real),
-    "number": lambda own, real: (
-        _last_number(real) is not None
-        and _last_number(own) is not None
-        and float(_last_number(own) or 0) == float(_last_number(real) or 0)
-    ),
+    "number": _same_number,
 }
 
 

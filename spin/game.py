@@ -182,7 +182,7 @@ def _play(config: Config, folder: Path, command: str, composed: str | None, trac
 
 
 def show_plan(config: Config, folder: Path) -> None:
-    """Say which stages `play` would reuse, resume and play. Nothing is computed, and the run's folder stays as it is."""
+    """Say which stages `play` would reuse, resume and play. Nothing is computed, and no result in the run's folder touched."""
     tracker = Tracker(folder, name=config.name, config={}, rank=1)  # rank 1: silent
     stages = Stages(config, folder, tracker)
     plan.show(plan.look_up(turns, config, stages, thorough=True), stages, tracker.console)

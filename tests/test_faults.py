@@ -7,7 +7,6 @@ import json
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -225,14 +224,13 @@ def test_a_damaged_stage_is_played_again_and_only_that(reference, place, pattern
     assert_same(place, reference)
 
 
-def test_a_disk_that_fills_up_in_the_middle_costs_nothing_that_is_done(place, reference):
-    """Files may not grow past a size that the scores fit in and a checkpoint does not; then the room is there."""
-    limit = 100_000
-    game = "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-    game += f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); sys.argv[0] = 'run.py';"
-    game += "runpy.run_path('run.py', run_name='__main__')"
-    done = subprocess.run(
-        [sys.executable, "-c", game, *place.words(*WORDS)],
+def play_limited(limits: str, words: list[str]) -> subprocess.CompletedProcess:
+    """Play in an interpreter of its own, which first runs the code `limits`."""
+    script = (
+        f"import resource, runpy, sys; {limits} sys.argv[0] = 'run.py'; runpy.run_path('run.py', run_name='__main__')"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", script, *words],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -240,7 +238,13 @@ def test_a_disk_that_fills_up_in_the_middle_costs_nothing_that_is_done(place, re
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         check=False,
     )
-    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != limit  # ours is as it was
+
+
+def test_a_disk_that_fills_up_in_the_middle_costs_nothing_that_is_done(place, reference):
+    """Files may not grow past a size that the scores fit in and a checkpoint does not; then the room is there."""
+    limits = "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+    limits += "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000));"
+    done = play_limited(limits, place.words(*WORDS))
     assert done.returncode == 1, done.stdout + done.stderr
     assert "no space left" in done.stderr and len(done.stderr.strip().splitlines()) == 1
     assert place.stages() == {"evaluate": 1} and unfinished(place) == ["sft"]
@@ -308,20 +312,11 @@ def test_weights_that_are_not_finite_are_named(place):
 
 def test_short_memory_ends_with_the_settings_to_lower(place):
     """The address space may not grow by more than 40 MB once everything is imported."""
-    script = "import re, resource, runpy, sys, spin.game, transformers.models.llama.modeling_llama, matplotlib.pyplot;"
-    script += "size = int(re.search(r'VmSize:\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024 + 40_000_000;"
-    script += "resource.setrlimit(resource.RLIMIT_AS, (size, size)); sys.argv[0] = 'run.py';"
-    script += "runpy.run_path('run.py', run_name='__main__')"
-    words = place.words(*WORDS, "generation.batch_size=24", "engine.tokens_per_batch=16000", "engine.head_chunk=16000")
-    done = subprocess.run(
-        [sys.executable, "-c", script, *words[1:]],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
+    limits = "import re, spin.game, transformers.models.llama.modeling_llama, matplotlib.pyplot;"
+    limits += "size = int(re.search(r'VmSize:\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024 + 40_000_000;"
+    limits += "resource.setrlimit(resource.RLIMIT_AS, (size, size));"
+    words = ["generation.batch_size=24", "engine.tokens_per_batch=16000", "engine.head_chunk=16000"]
+    done = play_limited(limits, place.words(*words))
     assert done.returncode == 1, done.stdout + done.stderr
     (line,) = done.stderr.strip().splitlines()
     assert "memory is short: lower engine.tokens_per_batch" in line
