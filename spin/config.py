@@ -61,6 +61,7 @@ class OptimizerConfig:
     alpha: float = 0.99
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     eps: float = 1e-8
+    states: str = "fp32"
     max_grad_norm: float = 1.0
 
 
@@ -88,7 +89,8 @@ class GenerationConfig:
     temperature: float = 1.0
     top_p: float = 1.0
     max_new_tokens: int | None = None
-    batch_size: int = 32
+    batch_size: int = 64
+    tokens: int = 65536
 
 
 @dataclass
@@ -99,7 +101,7 @@ class EngineConfig:
     layout: str = "auto"
     tokens_per_row: int = 512
     tokens_per_batch: int = 2048
-    head_chunk: int = 512
+    head_chunk: int = 2048
     gradient_checkpointing: bool = False
 
 
@@ -183,11 +185,12 @@ CHOICES = {
     "data.overlong": ("drop", "cut"),
     "data.check": ("none", "exact", "number"),
     "optimizer.name": ("rmsprop", "adamw"),
+    "optimizer.states": ("fp32", "bf16"),
     "loss.link": ("logistic", "hinge", "exponential", "correlation"),
     "schedule.replay": ("none", "previous", "all"),
     "engine.name": ("single",),
     "engine.precision": ("auto", "fp32", "bf16"),
-    "engine.layout": ("auto", "packed", "padded"),
+    "engine.layout": ("auto", "packed", "masked", "padded"),
     "tracking.wandb": ("auto", "online", "offline", "disabled"),
 }
 
@@ -249,6 +252,8 @@ def check(config: Config) -> None:
     _require(0 < generation.top_p <= 1, "generation.top_p", generation.top_p, "must lie in (0, 1]")
     _require(config.max_new_tokens >= 1, "generation.max_new_tokens", generation.max_new_tokens, "must be 1 or more")
     _require(generation.batch_size >= 1, "generation.batch_size", generation.batch_size, "must be 1 or more")
+
+    _require(generation.tokens >= 1, "generation.tokens", generation.tokens, "must be 1 or more")
 
     _require(data.size is None or data.size >= 1, "data.size", data.size, "must be 1 or more, or null for all")
     _require(data.held_out >= 0, "data.held_out", data.held_out, "must be 0 or more")

@@ -1,9 +1,8 @@
 """What stands between the training loop and the machine: backward, step, drop, mean, save, and the state to go on from."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -14,6 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from spin.config import EngineConfig, OptimizerConfig
 from spin.errors import UserError
 from spin.model import Policy, load_model, save_model, saved_buffers
+from spin.optimizer import Optimizer, join, low_bits
 
 
 def device_of(config: EngineConfig) -> torch.device:
@@ -47,15 +47,12 @@ def _cpu_has_bf16() -> bool:
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
-STATES = {"rmsprop": 1, "adamw": 2}  # numbers that an optimiser keeps for each weight
-
-
 class SingleEngine:
     """One process. The model computes in `dtype`; the optimiser works on fp32 master weights.
 
-    In bf16 a weight of 0.02 has a neighbour 6e-5 away, so updates of a learning rate of 5e-7 would be rounded away:
-    they are added to the masters, from which the model's weights are rounded after each step. Gradients of
-    micro-batches are summed in fp32 as they appear, and the model's own are freed at once.
+    In bf16 a weight of 0.02 has a neighbour 6e-5 away, so updates of a learning rate of 5e-7 would be rounded away. A bf16
+    model's weights are therefore kept with the 16 bits that complete them to the fp32 masters (`low`). Gradients are kept
+    as the model makes them, in `dtype`; those of further micro-batches are added in fp32.
     """
 
     def __init__(
@@ -74,48 +71,63 @@ class SingleEngine:
         self.policy = policy
         self.dtype, self.device = dtype, device
         self.max_grad_norm = optimizer.max_grad_norm
-        self.weights = dict(self.model.named_parameters())
-        if dtype == torch.float32:
-            self.masters = {name: weight.data for name, weight in self.weights.items()}
-            self.buffers = saved_buffers(self.model)
-        else:
+        self.weights = {name: weight.data for name, weight in self.model.named_parameters()}
+        self.low: dict[str, Tensor] = {}
+        self.buffers = saved_buffers(self.model)
+        if dtype != torch.float32:
             full = load_model(policy.folder, torch.float32, device)
-            self.masters = {name: weight.data for name, weight in full.named_parameters()}
             self.buffers = saved_buffers(full)
-        self.grads = {name: torch.zeros_like(master) for name, master in self.masters.items()}
-        for name, weight in self.weights.items():
+            self._set_masters({name: weight.data for name, weight in full.named_parameters()})
+        self.grads: dict[str, Tensor] = {}
+        for name, weight in self.model.named_parameters():
             weight.requires_grad_(True)
-            weight.register_post_accumulate_grad_hook(_collect_into(self.grads[name]))
-        self.optimizer = _optimizer(list(self.masters.values()), optimizer)
+            weight.register_post_accumulate_grad_hook(self._collect(name))
+        self.optimizer = Optimizer(optimizer, self.weights)
+
+    @property
+    def masters(self) -> dict[str, Tensor]:
+        """The fp32 weights: those of the model itself, or made of its halves."""
+        return {
+            name: join(weight, self.low[name]) if name in self.low else weight for name, weight in self.weights.items()
+        }
+
+    def _set_masters(self, masters: Mapping[str, Tensor]) -> None:
+        for name, weight in self.weights.items():
+            weight.copy_(masters[name])
+            if weight.dtype == torch.bfloat16:  # some architectures keep a few weights in fp32
+                self.low[name] = low_bits(masters[name], weight)
+
+    def _collect(self, name: str) -> Callable[[torch.nn.Parameter], None]:
+        def collect(weight: torch.nn.Parameter) -> None:
+            assert weight.grad is not None
+            if (total := self.grads.get(name)) is None:
+                self.grads[name] = weight.grad
+            else:
+                self.grads[name] = total.float().add_(weight.grad)
+            weight.grad = None
+
+        return collect
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of `loss`, a scalar, to those of the step."""
         loss.backward()
 
     def step(self, lr: float) -> float:
-        """Clip, update the masters with learning rate `lr`, round them into the model. Returns the norm before clipping.
+        """Clip, update the masters with learning rate `lr`. Returns the norm before clipping.
 
         Where the norm is not finite nothing is updated, and the gradients are dropped.
         """
-        for name, master in self.masters.items():
-            master.grad = self.grads[name]
-        norm = torch.nn.utils.clip_grad_norm_(self.masters.values(), self.max_grad_norm).item()
-        if not math.isfinite(norm):
-            self.drop()
-            return norm
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        for name, master in self.masters.items():
-            if self.dtype != torch.float32:
-                self.weights[name].data.copy_(master)
-            self.grads[name].zero_()
+        norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in self.grads.values()]
+        norm = torch.linalg.vector_norm(torch.stack(norms)).item()
+        if math.isfinite(norm):
+            scale = min(1.0, self.max_grad_norm / (norm + 1e-6))
+            self.optimizer.step(self.weights, self.low, self.grads, lr, scale)
+        self.drop()
         return norm
 
     def drop(self) -> float:
         """Forget the gradients of the step, which have no norm: NaN."""
-        for grad in self.grads.values():
-            grad.zero_()
+        self.grads.clear()
         return math.nan
 
     def mean(self, values: Iterable[Tensor]) -> float:
@@ -129,39 +141,10 @@ class SingleEngine:
     def save_state(self, folder: Path) -> None:
         """Write what the next step needs, between two steps: the master weights and the optimiser's states, as they are."""
         save_file(self.masters, folder / "masters.safetensors")
-        states = self.optimizer.state_dict()["state"]
-        tensors = {f"{index}.{name}": value for index, state in states.items() for name, value in state.items()}
-        save_file(tensors, folder / "optimizer.safetensors")
+        self.optimizer.save(folder / "optimizer.safetensors")
 
     def load_state(self, folder: Path) -> None:
         """Go on from what `save_state` wrote: the same bits as if nothing had come between."""
         with safe_open(folder / "masters.safetensors", "pt") as file:
-            for name, master in self.masters.items():
-                master.copy_(file.get_tensor(name))
-                self.weights[name].data.copy_(master)
-        # Copies: what safetensors gives is the file, mapped, which would hold its space for as long as we train.
-        states: dict[int, dict[str, Tensor]] = {}
-        with safe_open(folder / "optimizer.safetensors", "pt") as file:
-            for key in file.keys():
-                index, _, name = key.partition(".")
-                states.setdefault(int(index), {})[name] = file.get_tensor(key).clone()
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": states, "param_groups": groups})
-
-
-def _collect_into(total: Tensor):
-    def collect(weight: Tensor) -> None:
-        assert weight.grad is not None
-        total.add_(weight.grad)
-        weight.grad = None
-
-    return collect
-
-
-def _optimizer(masters: list[Tensor], config: OptimizerConfig) -> torch.optim.Optimizer:
-    # Tensor by tensor: all at once would need another copy of the weights for what lies between.
-    common: dict[str, Any] = {"eps": config.eps, "weight_decay": config.weight_decay, "foreach": False}
-    if config.name == "rmsprop":
-        return torch.optim.RMSprop(masters, alpha=config.alpha, **common)
-    beta1, beta2 = config.betas
-    return torch.optim.AdamW(masters, betas=(beta1, beta2), **common)
+            self._set_masters({name: file.get_tensor(name).to(self.device) for name in file.keys()})
+        self.optimizer.load(folder / "optimizer.safetensors")

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from spin.attention import FLEX_BLOCK, NAME, block_mask, use_packed_attention
 from spin.checkpoint import Keep, keep_nothing
-from spin.errors import UserError
+from spin.errors import UserError, brief, explain
 from spin.pairs import Batch, Continuations, Rows, collate, plan_batches
 
 
@@ -19,8 +20,9 @@ from spin.pairs import Batch, Continuations, Rows, collate, plan_batches
 class Forward:
     """How log-probs are computed: exact either way, but for rounding.
 
-    layout: "packed" (prompts shared, rows packed) or "padded". head: "chunked" (logits on response positions only, in
-    chunks that are never kept) or "full" (the model's own logits, for heads that do more than a product).
+    layout: "packed" (prompts shared, one row a batch, attention by each sequence), "masked" (the same in several rows, with
+    a dense mask: for attention that is not ours to choose) or "padded". head: "chunked" (logits on response positions only, in
+    pieces of `head_chunk` words that are never kept) or "full" (the model's own logits, for heads that do more than a product).
     """
 
     layout: str
@@ -40,13 +42,7 @@ class Forward:
 
 def sequence_logps(model: PreTrainedModel, batch: Batch, forward: Forward) -> Tensor:
     """Sum over each response's tokens of log p(token | prompt, earlier tokens): fp32 [batch.responses], in nats."""
-    mask = batch.attention_mask
-    if forward.layout == "packed":
-        # Additive, in the compute type: otherwise every layer converts the boolean mask again.
-        mask = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill_(
-            ~mask, torch.finfo(model.dtype).min
-        )
-    inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "attention_mask": mask}
+    inputs = _inputs(model, batch, forward.layout)
     if forward.head == "full":
         logits = model(**inputs, use_cache=False).logits.flatten(0, 1)[batch.source].float()
         logps = logits.log_softmax(-1).gather(1, batch.target[:, None]).squeeze(1)
@@ -56,6 +52,21 @@ def sequence_logps(model: PreTrainedModel, batch: Batch, forward: Forward) -> Te
         scale, cap = _logit_transform(model)
         logps = ResponseHead.apply(hidden, head.weight, head.bias, batch.target, scale, cap, forward.head_chunk)
     return torch.zeros(batch.responses, device=logps.device).index_add(0, batch.sequence, logps)
+
+
+def _inputs(model: PreTrainedModel, batch: Batch, layout: str) -> dict:
+    ids, positions, mask = batch.input_ids, batch.position_ids, batch.attention_mask
+    if layout == "masked":
+        # Additive, in the compute type: otherwise every layer converts the boolean mask again.
+        allowed, lowest = mask, torch.finfo(model.dtype).min
+        mask = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill_(~allowed, lowest)
+    if layout == "packed":
+        use_packed_attention(model)
+        if ids.is_cuda:
+            padding = (0, -ids.shape[1] % FLEX_BLOCK)
+            ids, positions = (torch.nn.functional.pad(x, padding) for x in (ids, positions))
+            return {"input_ids": ids, "position_ids": positions, "attention_mask": block_mask(mask, ids.shape[1])}
+    return {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
 
 
 def plain_logps(model: PreTrainedModel, item: Continuations) -> list[Tensor]:
@@ -79,69 +90,76 @@ def _logit_transform(model: PreTrainedModel) -> tuple[float, float]:
 class ResponseHead(torch.autograd.Function):
     """log softmax(cap(scale * (hidden @ weight.T + bias)))[target], with its backward written out.
 
-    hidden [n, width], weight [vocabulary, width], target [n] -> fp32 [n]. Only log-sum-exps are kept between forward
-    and backward; the logits are made again, `chunk` positions at a time, so memory is chunk * vocabulary.
+    hidden [n, width], weight [vocabulary, width], target [n] -> fp32 [n]. The vocabulary is gone through in pieces of `chunk`
+    words: the logits of a piece fit the processor's cache, and each piece of the weight's gradient is a single product.
+    Only log-sum-exps are kept between forward and backward, which makes the logits again: memory is n * chunk.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, target, scale, cap, chunk):
-        # Written into place: small results allocated between the large chunks would fragment the heap, chunk by chunk.
+        # Written into place: small results allocated between the large pieces would fragment the heap.
         logps = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        normalisers = torch.empty_like(logps)
-        for start in range(0, len(hidden), chunk):
-            part = slice(start, start + chunk)
-            logits, _ = ResponseHead._logits(hidden[part], weight, bias, scale, cap)
-            torch.logsumexp(logits, -1, out=normalisers[part])
-            logps[part] = logits.gather(1, target[part, None]).squeeze(1) - normalisers[part]
+        normalisers = torch.full_like(logps, -torch.inf)
+        for part, rows, words in _pieces(target, len(weight), chunk):
+            logits, _ = _logits(hidden, weight[part], bias if bias is None else bias[part], scale, cap)
+            logps[rows] = logits[rows, words]
+            torch.logaddexp(normalisers, logits.logsumexp(-1), out=normalisers)
+        logps -= normalisers
         ctx.save_for_backward(hidden, weight, bias, target, normalisers)
         ctx.scale, ctx.cap, ctx.chunk = scale, cap, chunk
         return logps
-
-    @staticmethod
-    def _logits(hidden, weight, bias, scale, cap):
-        logits = torch.nn.functional.linear(hidden, weight, bias).float()
-        if scale != 1:
-            logits *= scale
-        if not cap:
-            return logits, None
-        squashed = (logits / cap).tanh_()
-        return squashed * cap, squashed
 
     @staticmethod
     def backward(ctx, *grads):
         (grad,) = grads
         hidden, weight, bias, target, normalisers = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        # Summed over chunks in fp32: the product itself is in the weights' type.
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
-        for start in range(0, len(hidden), ctx.chunk):
-            part = slice(start, start + ctx.chunk)
-            logits, squashed = ResponseHead._logits(hidden[part], weight, bias, ctx.scale, ctx.cap)
+        # Summed over pieces in fp32: the products themselves are in the weights' type.
+        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if need_hidden else None
+        grad_weight = torch.empty_like(weight) if need_weight else None
+        grad_bias = torch.empty_like(bias) if need_bias else None
+        for part, rows, words in _pieces(target, len(weight), ctx.chunk):
+            logits, squashed = _logits(hidden, weight[part], bias if bias is None else bias[part], ctx.scale, ctx.cap)
             # d logp / d logits = onehot(target) - softmax(logits)
-            slope = logits.sub_(normalisers[part, None]).exp_().mul_(-grad[part, None])
-            slope.scatter_add_(1, target[part, None], grad[part, None])
+            slope = logits.sub_(normalisers[:, None]).exp_().mul_(-grad[:, None])
+            slope[rows, words] += grad[rows]
             if squashed is not None:
                 slope *= 1 - squashed**2
             if ctx.scale != 1:
                 slope *= ctx.scale
             if grad_bias is not None:
-                grad_bias += slope.sum(0)
+                grad_bias[part] = slope.sum(0)
             slope = slope.to(weight.dtype)
             if grad_hidden is not None:
-                torch.mm(slope, weight, out=grad_hidden[part])
+                grad_hidden += slope @ weight[part]
             if grad_weight is not None:
-                grad_weight += slope.T @ hidden[part]
-        return (
-            grad_hidden,
-            grad_weight.to(weight.dtype) if grad_weight is not None else None,
-            grad_bias.to(bias.dtype) if grad_bias is not None else None,
-            *[None] * 4,
-        )
+                torch.mm(slope.T, hidden, out=grad_weight[part])
+        return grad_hidden.to(hidden.dtype) if grad_hidden is not None else None, grad_weight, grad_bias, *[None] * 4
+
+
+def _pieces(target: Tensor, words: int, chunk: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Pieces of the vocabulary; for each, the positions whose target lies in it, and where in it."""
+    ordered, order = target.sort()
+    starts = torch.arange(0, words + chunk, chunk, device=target.device)
+    bounds = torch.searchsorted(ordered, starts).tolist()
+    for k, start in enumerate(range(0, words, chunk)):
+        inside = slice(bounds[k], bounds[k + 1])
+        yield slice(start, min(start + chunk, words)), order[inside], ordered[inside] - start
+
+
+def _logits(hidden, weight, bias, scale, cap):
+    logits = torch.nn.functional.linear(hidden, weight, bias).float()
+    if scale != 1:
+        logits *= scale
+    if not cap:
+        return logits, None
+    squashed = (logits / cap).tanh_()
+    return squashed * cap, squashed
 
 
 # --- which way is right for this model --------------------------------------------------------------------------------
+
+LAYOUTS = ("packed", "masked", "padded")  # the fastest first
 
 # What rounding explains, in nats a response token: |difference of sums| over all sequences / their tokens. Several
 # times what the embedded model shows, and below what a wrong mask gives.
@@ -166,6 +184,11 @@ def choose_forward(
     agrees with the model.
     """
     sample = list(items[:4])
+    window = _window(model)
+    if window and window < longest:  # layers that look back less far must show
+        ids = [token for item in items for response in item.responses for token in response]
+        count = min(longest, window + 32) - len(items[0].prompt_ids)
+        sample.append(Continuations(items[0].prompt_ids, (tuple((ids * -(-count // len(ids)))[:count]), ids[:1])))
     expected = torch.stack([logps.sum() for item in sample for logps in plain_logps(model, item)]).cpu()
     if not expected.isfinite().all():
         raise UserError(
@@ -173,17 +196,23 @@ def choose_forward(
             "whole model, or try engine.precision=fp32."
         )
     tokens = sum(len(response) for item in sample for response in item.responses)
-    candidates = [(ly, head) for head in ("chunked", "full") for ly in ("packed", "padded") if layout in ("auto", ly)]
+    candidates = [(ly, head) for head in ("chunked", "full") for ly in LAYOUTS if layout in ("auto", ly)]
     refused: list[str] = []
     for candidate_layout, head in candidates:
         forward = Forward(candidate_layout, head, tokens_per_row, tokens_per_batch, head_chunk)
         reason = _unsuitable(model, forward, longest)
         if reason is None:
-            found = logps_of(model, sample, forward)
-            off = ((found - expected).abs().sum() / tokens).item()
-            if off <= TOKEN_TOLERANCE.get(model.dtype, 0.03):
-                return forward, f"using the {candidate_layout} layout: {'; '.join(refused)}" if refused else None
-            reason = f"differs from the model's own forward by {off:.2g} nats a token"
+            try:
+                found = logps_of(model, sample, forward)
+            except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+                if candidate_layout == "padded" or (explain(error) and not isinstance(error, UserError)):
+                    raise
+                reason = f"this model does not take it ({brief(error)})"
+            else:
+                off = ((found - expected).abs().sum() / tokens).item()
+                if off <= TOKEN_TOLERANCE.get(model.dtype, 0.03):
+                    return forward, f"using the {candidate_layout} layout: {'; '.join(refused)}" if refused else None
+                reason = f"differs from the model's own forward by {off:.2g} nats a token"
         refused.append(f"{candidate_layout} rows with the {head} head: {reason}")
     hint = "use engine.layout=auto" if layout != "auto" else "try engine.precision=fp32"
     raise UserError(
@@ -195,18 +224,26 @@ def choose_forward(
 def _unsuitable(model: PreTrainedModel, forward: Forward, longest: int) -> str | None:
     """Why this model can't take a packed row at all, where its config tells."""
     config = model.config.get_text_config()
+    attention = config._attn_implementation
     if forward.layout == "padded":
         return None
-    if config._attn_implementation not in ("sdpa", "eager"):
-        return f"its attention ({config._attn_implementation}) takes no dense mask"
+    if attention not in {"packed": ("sdpa", NAME), "masked": ("sdpa", NAME, "eager")}[forward.layout]:
+        return f"its attention ({attention}) is not SDPA"
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    window = getattr(config, "sliding_window", None)
-    # Gemma and Mistral name a window that only matters where rows can be longer than it.
-    if window and getattr(config, "use_sliding_window", True) and window < max(forward.tokens_per_row, longest):
+    window = _window(model)
+    # Gemma and Mistral name a window that only matters where something can be longer than it. Packed rows on a CPU keep it.
+    by_sequence = forward.layout == "packed" and model.device.type == "cpu"
+    if window and not by_sequence and window < max(longest, forward.tokens_per_row):
         return f"its attention window of {window} is shorter than a row"
     if not kinds <= {"full_attention", "sliding_attention"}:
         return f"it has layers other than attention ({', '.join(sorted(kinds))})"
     return None
+
+
+def _window(model: PreTrainedModel) -> int | None:
+    """How many tokens back some layers look at most; None where all see everything."""
+    config = model.config.get_text_config()
+    return getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
 
 
 def logps_of(

@@ -150,10 +150,11 @@ def _tuples(row: dict) -> dict:
 class Batch:
     """Some items as one forward pass.
 
-    input_ids, position_ids: [rows, length]. attention_mask: bool [rows, 1, length, length] when packed (True = may
-    attend), int [rows, length] when padded. For each response token n: `target[n]` is its id, `source[n]` the index
-    into rows * length of the position that predicts it, `sequence[n]` the response it belongs to. Responses count
-    from 0 in the order of `items`, each item's in its own order. `tokens` counts what is not padding.
+    input_ids, position_ids: [rows, length]. attention_mask, by layout: "packed", which has one row: the table of lengths
+    that `attention.py` reads; "masked": bool [rows, 1, length, length], True = may attend; "padded": int [rows, length].
+    For each response token n: `target[n]` is its id, `source[n]` the index into rows * length of the position that
+    predicts it, `sequence[n]` the response it belongs to. Responses count from 0 in the order of `items`, each item's in
+    its own order. `tokens` counts what is not padding.
     """
 
     items: list[int]
@@ -176,23 +177,27 @@ class Batch:
 def plan_batches(items: Sequence[Continuations], layout: str, tokens_per_row: int, tokens_per_batch: int) -> list[Rows]:
     """Which items share a row and which rows a batch, of at most `tokens_per_batch` tokens, padding included.
 
-    layout "packed": items are packed, best fit decreasing, into rows of at most `tokens_per_row` tokens, each prompt
-    once. "padded": a row a response, the prompt repeated. An item longer than a budget gets a row or batch of its own.
-    All responses of an item are in one batch. Costs n log n, and no tensors.
+    layout "packed": a batch is one row of items, best fit decreasing, each prompt once. "masked": the same in several
+    rows of at most `tokens_per_row` tokens, for a mask costs the square of its row. "padded": a row a response, the
+    prompt repeated. An item longer than a budget gets a row or batch of its own. All responses of an item are in one
+    batch. Costs n log n, and no tensors.
     """
     if layout == "packed":
-        return _plan_packed(items, tokens_per_row, tokens_per_batch)
+        return [[row] for row in _best_fit(items, tokens_per_batch)]
+    if layout == "masked":
+        return _plan_masked(items, tokens_per_row, tokens_per_batch)
     return _plan_padded(items, tokens_per_batch)
 
 
 def collate(items: Sequence[Continuations], layout: str, rows: Rows) -> Batch:
     """One of the batches that `plan_batches` planned, as tensors."""
-    if layout == "packed":
-        return _collate_packed(items, rows)
-    return _collate_padded(items, [i for row in rows for i in row])
+    if layout == "padded":
+        return _collate_padded(items, [i for row in rows for i in row])
+    return _collate_packed(items, rows, dense=layout == "masked")
 
 
-def _plan_packed(items: Sequence[Continuations], tokens_per_row: int, tokens_per_batch: int) -> list[Rows]:
+def _best_fit(items: Sequence[Continuations], tokens_per_row: int) -> list[list[int]]:
+    """Rows of items, longest first, each into the fullest row that it still fits."""
     rows: list[list[int]] = []
     # (free tokens, row), sorted: the tightest row that an item still fits is found by bisection.
     rooms: list[tuple[int, int]] = []
@@ -206,6 +211,11 @@ def _plan_packed(items: Sequence[Continuations], tokens_per_row: int, tokens_per
             free, row = rooms.pop(at)
         rows[row].append(index)
         insort(rooms, (free - tokens, row))
+    return rows
+
+
+def _plan_masked(items: Sequence[Continuations], tokens_per_row: int, tokens_per_batch: int) -> list[Rows]:
+    rows = _best_fit(items, tokens_per_row)
     lengths = [sum(items[i].tokens for i in row) for row in rows]
     order = sorted(range(len(rows)), key=lambda r: -lengths[r])
     return [[rows[r] for r in group] for group in _groups(order, lengths, tokens_per_batch)]
@@ -233,7 +243,7 @@ def _groups(order: list[int], lengths: list[int], budget: int, widths: list[int]
     return groups
 
 
-def _collate_packed(items: Sequence[Continuations], rows: list[list[int]]) -> Batch:
+def _collate_packed(items: Sequence[Continuations], rows: list[list[int]], dense: bool) -> Batch:
     length = max(sum(items[i].tokens for i in row) for row in rows)
     input_ids = torch.zeros(len(rows), length, dtype=torch.long)
     position_ids = torch.zeros(len(rows), length, dtype=torch.long)
@@ -254,14 +264,23 @@ def _collate_packed(items: Sequence[Continuations], rows: list[list[int]]) -> Ba
                 if b:
                     targets.add(ids, last, r * length + start)
                 start += len(ids)
-    same_item = item_of[:, :, None] == item_of[:, None, :]
-    same_branch = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    chosen = [i for row in rows for i in row]
+    if dense:
+        same_item = item_of[:, :, None] == item_of[:, None, :]
+        same_branch = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
+        causal = torch.ones(length, length, dtype=torch.bool).tril()
+        mask = (same_item & same_branch & causal)[:, None]
+    else:
+        most = max(len(items[i].responses) for i in chosen)
+        mask = torch.zeros(1, 1, len(chosen), 1 + most, dtype=torch.long)
+        for k, i in enumerate(chosen):
+            lengths = [len(items[i].prompt_ids), *map(len, items[i].responses)]
+            mask[0, 0, k, : len(lengths)] = torch.tensor(lengths)
     return targets.batch(
-        items=[i for row in rows for i in row],
+        items=chosen,
         input_ids=input_ids,
         position_ids=position_ids,
-        attention_mask=(same_item & same_branch & causal)[:, None],
+        attention_mask=mask,
         tokens=int((item_of >= 0).sum()),
     )
 

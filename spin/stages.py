@@ -24,7 +24,7 @@ from spin import data, exams
 from spin.checkpoint import KEPT, Checkpoints, Shards, TrainState, describe
 from spin.config import Config, at
 from spin.data import Example
-from spin.engine import STATES, SingleEngine, compute_type, device_of
+from spin.engine import SingleEngine, compute_type, device_of
 from spin.errors import UserError
 from spin.evaluate import HeldOut, correct, held_out_of, measures
 from spin.interrupt import Interrupted, deferred
@@ -42,6 +42,7 @@ from spin.model import (
     weight_files,
 )
 from spin.opponent import generate
+from spin.optimizer import STATES
 from spin.pairs import (
     Answer,
     Continuations,
@@ -469,7 +470,7 @@ class Stages:
     def training_bytes(self, stages: int) -> int:
         """What so many training stages may take on the disk: a policy each, and the checkpoints of one at a time."""
         policy = fp32_bytes(self.start.folder)
-        return stages * policy + KEPT * policy * (1 + STATES[self.config.optimizer.name])
+        return stages * policy + KEPT * policy * (1 + len(STATES[self.config.optimizer.name]))
 
     # --- what several stages need -------------------------------------------------------------------------------------
 

@@ -8,12 +8,15 @@ import pytest
 import torch
 import transformers as tf
 
+from spin.attention import block_mask
 from spin.errors import UserError
 from spin.logps import Forward, ResponseHead, choose_forward, logps_of, sequence_logps
 from spin.pairs import Continuations
 from tests.conftest import BODY, CONFIGS, SMALL, random_items, small_model
 
 PACKED = Forward("packed", "chunked", tokens_per_row=64, tokens_per_batch=128, head_chunk=7)
+MASKED = Forward("masked", "chunked", tokens_per_row=64, tokens_per_batch=128, head_chunk=7)
+LAYOUTS = ["packed", "masked", "padded"]
 
 
 def naive_logps(model, items: list[Continuations]) -> torch.Tensor:
@@ -40,28 +43,46 @@ def test_logps_equal_a_naive_float64_loop(name):
     assert expected.std() > 5  # the sequences differ by far more than the tolerance
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "gpt2", "granite", "cohere", "gemma3"])
+PACKABLE = ["llama", "mistral", "mistral-short-window", "qwen2", "qwen3", "gpt2", "granite", "cohere", "gemma3"]
+
+
+@pytest.mark.parametrize("name", PACKABLE)
 def test_packing_is_chosen_where_it_is_exact(name):
     forward, remark = choose_forward(small_model(name), random_items(4), "auto", 64, 128, 7, longest=64)
     assert (forward.layout, forward.head, remark) == ("packed", "chunked", None)
 
 
-@pytest.mark.parametrize("name", ["mistral-short-window", "falcon_h1"])
+@pytest.mark.parametrize("name", ["falcon_h1", "gemma2"])
 def test_models_that_packing_would_get_wrong_are_padded(name):
     model, items = small_model(name), random_items(6)
     forward, remark = choose_forward(model, items, "auto", 64, 128, 7, longest=64)
     assert forward.layout == "padded" and remark
-    wrong = logps_of(model, items, PACKED)
+    wrong = logps_of(model, items, MASKED)
     assert (wrong - naive_logps(model, items)).abs().max() > 0.1  # it would have been silent
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma3"])
+def test_windows_shorter_than_a_sequence_are_kept_in_packed_rows_and_lost_under_a_dense_mask(name):
+    """Gemma 3 has layers of both kinds."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = type(CONFIGS[name])(**SMALL, **BODY, head_dim=8, sliding_window=8)
+        model = tf.AutoModelForCausalLM.from_config(config).eval()
+    for weight in model.parameters():
+        weight.data.mul_(20 if weight.ndim > 1 else 1)
+    items = random_items(6)
+    expected = naive_logps(model, items)
+    assert torch.allclose(logps_of(model, items, PACKED), expected, atol=1e-3, rtol=0)
+    assert (logps_of(model, items, MASKED) - expected).abs().max() > 0.1
 
 
 def test_a_layout_that_is_asked_for_and_wrong_is_refused():
     with pytest.raises(UserError, match="shorter than a row"):
-        choose_forward(small_model("mistral-short-window"), random_items(4), "packed", 64, 128, 7, longest=64)
+        choose_forward(small_model("mistral-short-window"), random_items(4), "masked", 64, 128, 7, longest=64)
 
 
 @pytest.mark.parametrize("tokens_per_row", [8, 40, 64, 200])
-@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_budget_does_not_change_the_result(layout, tokens_per_row):
     model, items = small_model("llama"), random_items(12, responses=3)
     forward = Forward(layout, "chunked", tokens_per_row, 2 * tokens_per_row, 5)
@@ -100,10 +121,10 @@ def sum_of(items, log_softmax):
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "granite", "cohere"])
-@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_equal_the_plain_forward(name, layout):
-    if layout == "packed" and name == "gemma2":
-        layout = "padded"  # its window is shorter than the rows
+    if name == "gemma2":
+        layout = "padded"  # eager attention, and a window shorter than the rows
     model, items = small_model(name), random_items(5)
     weights = torch.randn(10, generator=torch.Generator().manual_seed(1))
     model.zero_grad()
@@ -137,7 +158,7 @@ def test_response_head_gradcheck():
 
 def test_each_response_belongs_to_its_item_and_predicts_its_own_tokens():
     items = random_items(7, responses=2)
-    for layout in ("packed", "padded"):
+    for layout in LAYOUTS:
         seen = []
         for batch in Forward(layout, "chunked", 50, 100, 64).batches(items):
             assert batch.input_ids.numel() <= 100 or len(batch.items) == 1
@@ -181,8 +202,64 @@ print(peak() - before)
 
 
 def test_an_attention_window_is_held_against_the_longest_item_of_the_run_not_of_the_sample():
-    """The sample and the row budget fit into the window, a later pair does not: packed, it would be silently wrong."""
+    """The sample and the row budget fit into the window, a later pair does not: masked, it would be silently wrong."""
     config = tf.MistralConfig(**{**SMALL, **BODY}, sliding_window=64)
     model = tf.AutoModelForCausalLM.from_config(config).eval()
-    forward, remark = choose_forward(model, random_items(4), "auto", 48, 96, 7, longest=170)
-    assert forward.layout == "padded" and "window of 64" in remark
+    with pytest.raises(UserError, match="window of 64"):
+        choose_forward(model, random_items(4), "masked", 48, 96, 7, longest=170)
+    forward, _ = choose_forward(model, random_items(4), "auto", 48, 96, 7, longest=170)
+    assert forward.layout == "packed"
+    items = random_items(3, longest=80)
+    assert torch.allclose(logps_of(model, items, forward), naive_logps(model, items), atol=1e-3, rtol=0)
+
+
+def test_a_packed_row_costs_no_padding_and_no_mask():
+    items = random_items(20, responses=2)
+    for batch in Forward("packed", "chunked", 64, 200, 64).batches(items):
+        assert batch.input_ids.shape == (1, batch.tokens) and batch.tokens <= 200
+        assert batch.attention_mask.numel() == 3 * len(batch.items)
+        assert batch.tokens == sum(items[i].tokens for i in batch.items)
+
+
+@pytest.mark.parametrize("padding", [0, 40])
+def test_the_mask_of_a_gpu_allows_what_the_sequences_of_a_cpu_allow(padding):
+    """FlexAttention's mask, which only a GPU computes with, against the rule written out; no block that matters is left out."""
+    items = random_items(12, responses=2)
+    (batch,) = Forward("packed", "chunked", 999, 999, 64).batches(items)
+    total = batch.tokens + padding
+    owner = [
+        (i, b) for i in batch.items for b, ids in enumerate((items[i].prompt_ids, *items[i].responses)) for _ in ids
+    ]
+    mask = block_mask(batch.attention_mask, total)
+    blocks = mask.to_dense()[0, 0]
+    every = torch.arange(total)
+    found = mask.mask_mod(0, 0, every[:, None], every)
+    for q in range(total):
+        for k in range(total):
+            if q < batch.tokens and k < batch.tokens:
+                allowed = k <= q and owner[k][0] == owner[q][0] and owner[k][1] in (0, owner[q][1])
+            else:
+                allowed = q == k  # padding sees itself: nothing else, and never nothing
+            assert bool(found[q, k]) == allowed
+            assert blocks[q // 128, k // 128] or not allowed
+    assert blocks.sum() < blocks.numel()
+
+
+def test_flex_attention_computes_the_same(monkeypatch):
+    """Not compiled, on a CPU: the same mask and the same call as on a GPU."""
+    from torch.nn.attention.flex_attention import flex_attention
+    from transformers.integrations.flex_attention import WrappedFlexAttention
+
+    from spin.attention import packed_attention
+
+    monkeypatch.setattr(WrappedFlexAttention, "__call__", lambda self: flex_attention)
+    (batch,) = Forward("packed", "chunked", 999, 999, 64).batches(random_items(4, responses=2))
+    module = torch.nn.Module()
+    module.num_key_value_groups = 2
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        query, key, value = (torch.randn(1, heads, batch.tokens, 16) for heads in (4, 2, 2))
+    table = batch.attention_mask
+    expected, _ = packed_attention(module, query, key, value, table, scaling=0.25)
+    found, _ = packed_attention(module, query, key, value, block_mask(table, batch.tokens), scaling=0.25)
+    assert torch.allclose(found, expected, atol=1e-5)

@@ -5,6 +5,7 @@ import torch
 
 from spin.config import GenerationConfig
 from spin.data import Example
+from spin.decoding import can_join
 from spin.model import load_model, load_tokenizer
 from spin.opponent import generate, sample
 from tests.conftest import random_items, small_model
@@ -99,3 +100,50 @@ def test_generation_leaves_the_global_random_state_alone(tiny_folder):
     answers = generate(model, tokenizer, examples(3), GenerationConfig(), 5, {1}, 0)
     assert torch.equal(torch.get_rng_state(), before)
     assert all(answer.text == tokenizer.decode(answer.ids, skip_special_tokens=True) for answer in answers)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "gpt2", "granite", "cohere"])
+def test_prompts_join_as_answers_end_and_nothing_changes(name):
+    """Rows of a batch in which others come and go say what they say alone."""
+    model, chosen = small_model(name), examples(30)
+    assert can_join(model, [example.prompt_ids for example in chosen], 40)
+    alone = generate(model, Ids(), chosen, greedy(batch_size=1), 15, {1, 7, 30}, 0)
+    assert generate(model, Ids(), chosen, greedy(batch_size=5), 15, {1, 7, 30}, 0) == alone
+    assert len({len(answer.ids) for answer in alone}) > 3  # they do end at different times
+
+
+def test_fewer_forward_passes_than_batch_after_batch():
+    model, chosen, passes = small_model("llama"), examples(40), []
+    model.register_forward_hook(lambda *rest: passes.append(1))
+    answers = generate(model, Ids(), chosen, GenerationConfig(batch_size=8), 40, {1, 2, 3, 4, 5, 6}, 0)
+    closed = sum(max(len(a.ids) for a in answers[start : start + 8]) for start in range(0, 40, 8))
+    assert len(passes) < 0.8 * closed
+
+
+@pytest.mark.parametrize("name", ["falcon_h1", "mistral-short-window", "gemma2"])
+def test_layers_that_keep_less_than_all_tokens_are_decoded_batch_by_batch(name):
+    model, chosen = small_model(name), examples(9)
+    assert not can_join(model, [example.prompt_ids for example in chosen], 40)
+    alone = generate(model, Ids(), chosen, greedy(batch_size=1), 12, {1, 7, 30}, 0)
+    if name != "falcon_h1":  # a state space sees the padding on the left
+        assert generate(model, Ids(), chosen, greedy(batch_size=4), 12, {1, 7, 30}, 0) == alone
+
+
+def test_a_model_that_misreads_the_mask_is_decoded_batch_by_batch():
+    """Positions that it makes itself, not those that it is told, would be wrong, silently."""
+    model = small_model("llama")
+    forward = model.forward
+
+    def without_positions(position_ids=None, **rest):
+        return forward(**rest)
+
+    assert can_join(model, [(3, 4, 5), (6,)], 20)
+    model.forward = without_positions
+    assert not can_join(model, [(3, 4, 5), (6,)], 20)
+
+
+def test_the_token_budget_limits_the_rows():
+    model, chosen, widths = small_model("llama"), examples(20), []
+    model.model.register_forward_pre_hook(lambda m, a, k: widths.append(len(k["input_ids"])), with_kwargs=True)
+    generate(model, Ids(), chosen, greedy(batch_size=16, tokens=100), 12, {1}, 0)
+    assert max(widths) <= 100 // 13

@@ -1,0 +1,95 @@
+"""The optimiser's updates against PyTorch's own optimisers, and how its numbers are stored."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spin.config import OptimizerConfig
+from spin.optimizer import PIECE, Optimizer, _rounded_at_random, join, low_bits
+
+REFERENCE = {
+    "rmsprop": lambda w: torch.optim.RMSprop(w, lr=1e-3, alpha=0.9, eps=1e-6, weight_decay=0.1),
+    "adamw": lambda w: torch.optim.AdamW(w, lr=1e-3, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.1),
+}
+
+
+def weights(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    large = PIECE["cpu"] + 77  # more than one piece
+    return {"a": torch.randn(3, 5, generator=generator), "b": torch.randn(large, generator=generator)}
+
+
+def optimizer(name, shaped, **settings):
+    return Optimizer(
+        OptimizerConfig(name=name, alpha=0.9, betas=[0.8, 0.9], eps=1e-6, weight_decay=0.1, **settings), shaped
+    )
+
+
+@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize("name", REFERENCE)
+def test_updates_equal_pytorchs(name, halves):
+    """Piece by piece, and from bf16 weights with their low bits, as on whole fp32 tensors."""
+    expected, found = weights(), weights()
+    reference = REFERENCE[name](list(expected.values()))
+    rounded = {k: w.bfloat16() for k, w in found.items()} if halves else found
+    low = {k: low_bits(found[k], w) for k, w in rounded.items()} if halves else {}
+    ours = optimizer(name, rounded)
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step + 1)
+        grads = {k: torch.randn(w.shape, generator=generator) for k, w in expected.items()}
+        for k, w in expected.items():
+            w.grad = 0.5 * grads[k]
+        reference.step()
+        ours.step(rounded, low, grads, lr=1e-3, scale=0.5)
+    for k, w in expected.items():
+        master = join(rounded[k], low[k]) if halves else found[k]
+        off = (master.view(torch.int32) - w.view(torch.int32)).abs()
+        assert off.max() <= (3 if halves else 0)  # a tie is one last bit off
+        assert (off == 0).float().mean() > 0.999
+        if halves:
+            assert torch.equal(rounded[k], w.bfloat16())
+
+
+@given(st.floats(width=32, allow_nan=False, allow_infinity=False))
+def test_a_weight_and_its_low_bits_are_the_master(value):
+    master = torch.tensor([value])
+    rounded = master.bfloat16()
+    if not rounded.isfinite().all():
+        return  # beyond bf16's largest number
+    again = join(rounded, low_bits(master, rounded))
+    off = (again.view(torch.int32) - master.view(torch.int32)).abs().item()
+    tie = master.view(torch.int32).item() & 0xFFFF == 0x8000
+    assert off == 0 or (tie and off == 1)
+
+
+def test_states_in_bf16_keep_changes_too_small_for_them_on_average():
+    value = torch.full((200_000,), 1.0 + 2**-10)  # a quarter of bf16's last bit
+    mean = _rounded_at_random(value, torch.Generator().manual_seed(0)).double().mean().item()
+    assert mean == pytest.approx(1 + 2**-10, abs=5e-5)
+    grads, shaped = {"a": torch.full((4096,), 0.1)}, {"a": torch.zeros(4096)}
+    small = optimizer("adamw", shaped, states="bf16")
+    whole = optimizer("adamw", {"a": torch.zeros(4096)})
+    for _ in range(40):
+        small.step(shaped, {}, grads, 1e-4, 1.0)
+        whole.step({"a": torch.zeros(4096)}, {}, grads, 1e-4, 1.0)
+    assert small.states["a"]["exp_avg_sq"].dtype == torch.bfloat16
+    for state in ("exp_avg", "exp_avg_sq"):
+        found, expected = (o.states["a"][state].double().mean().item() for o in (small, whole))
+        assert found == pytest.approx(expected, rel=2e-3)
+
+
+@pytest.mark.parametrize("states", ["fp32", "bf16"])
+def test_a_saved_optimizer_goes_on_in_the_same_bits(states, tmp_path):
+    results = []
+    for cut in (False, True):
+        shaped = weights()
+        ours = optimizer("adamw", shaped, states=states)
+        for step in range(4):
+            if cut and step == 2:
+                ours.save(tmp_path / "states")
+                ours = optimizer("adamw", shaped, states=states)
+                ours.load(tmp_path / "states")
+            ours.step(shaped, {}, {k: w.cos() for k, w in shaped.items()}, 1e-2, 1.0)
+        results.append(shaped)
+    assert all(torch.equal(results[0][k], results[1][k]) for k in results[0])
