@@ -42,9 +42,10 @@ def prepare(pairs: int, words: Sequence[str] = ()) -> Workload:
 
     assert run
     folder = ROOT / "outputs" / "benchmarks"
-    settings = [f"data.size={pairs}", "data.held_out=0", *LENGTHS, *words, f"store.path={folder}/store"]
+    settings = [f"data.size={pairs}", "data.held_out=0", *LENGTHS, f"store.path={folder}/store", *words]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config = schema.load(compose("config", overrides=settings))
+    folder = Path(config.store.path).parent
     folder.mkdir(parents=True, exist_ok=True)
     stages = Stages(config, folder, Tracker(folder, name="benchmarks", config={}, wandb="disabled"))
     scored = stages.score(stages.start, 0, [stages.generate(stages.start, 0)])
