@@ -3,9 +3,14 @@
 Every key is explained where its value stands, in `conf/`.
 """
 
+import dataclasses
+import hashlib
 import math
+import re
 import typing
 from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -352,3 +357,70 @@ def _per_iteration(config: Config, key: str, value: PerIteration) -> None:
             value,
             f"has {len(value)} entries, but {config.iterations} iterations are played: give one number, or more entries",
         )
+
+
+# --- what conf/ computes with: registered here, for points of a sweep that are composed in processes of their own --------
+
+
+def slug(text: str) -> str:
+    """`text` as the name of one folder: short, and different for different texts."""
+    safe = re.sub(r"[^\w.,=+-]+", "_", text)
+    return (
+        safe if safe == text and len(safe) <= 120 else f"{safe[:100]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    )
+
+
+def basename(path: str | None, default: str) -> str:
+    """What to call a model or data set of the user's own: the last part of its path, or `default` without one."""
+    return (
+        re.sub(r"[^\w.-]+", "_", Path(path).stem if Path(path).suffix in DATA_FILES else Path(path).name)
+        if path
+        else default
+    )
+
+
+DATA_FILES = (".jsonl", ".json", ".parquet")
+OmegaConf.register_new_resolver("slug", slug, replace=True)
+OmegaConf.register_new_resolver("basename", basename, replace=True)
+OmegaConf.register_new_resolver("measured", lambda stage: "-evaluation" if stage == "evaluate" else "", replace=True)
+
+
+# --- what Hydra refuses -----------------------------------------------------------------------------------------------
+
+
+def one_line(error: Exception) -> str:
+    """Hydra's errors, in one line: what is wrong and what to do."""
+    cause: BaseException | None = error
+    while cause is not None and not str(cause):  # Hydra wraps some errors in an empty one
+        cause = cause.__cause__
+    text = str(cause or error)
+    if found := re.search(r"Could not override '(?P<key>[^']+)'", text):
+        key, settings = found["key"], _settings()
+        if key in settings:  # rmsprop has no betas
+            group = key.split(".")[0]
+            return f"{key}: the chosen {group} has no such setting; see conf/{group}/ for those that have."
+        return f"{key}: there is no such setting.{_did_you_mean(key, settings)}"
+    if found := re.search(
+        r"Could not find '(?P<group>.+)/(?P<choice>[^/']+)'\s+Available options in '[^']+':(?P<options>(?:\n\t\S+)+)",
+        text,
+        re.S,
+    ):
+        options = found["options"].split()
+        hint = _did_you_mean(found["choice"], options)
+        return f"{found['group']}={found['choice']}: there is no such choice. There are: {', '.join(options)}.{hint}"
+    hint = " Quote a value that has special signs in it: 'data.template=\"### {prompt}\"'." if "{" in text else ""
+    return " ".join(text.split()) + hint
+
+
+def _did_you_mean(word: str, known: list[str]) -> str:
+    near = get_close_matches(word, known, n=1)
+    return f" Did you mean {near[0]}?" if near else " `python run.py --help` lists the settings."
+
+
+def _settings() -> list[str]:
+    def keys(node, prefix=""):
+        for key, value in node.items():
+            yield from keys(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}"]
+
+    defaults = dataclasses.asdict(Config())
+    return [*keys(defaults), *defaults]

@@ -90,10 +90,11 @@ def turns(config: Config, stages: Stages) -> Iterator[Turn]:
         yield Turn(t, evaluated, trained, opponent, opponents, scored, found)
 
 
-def play(config: Config, folder: Path, command: str, composed: str | None = None) -> dict:
+def play(config: Config, folder: Path, command: str, composed: str | None = None, group: str | None = None) -> dict:
     """Play the game of `config`; `folder` is the run's. Returns what `report` shows, also written as game.json.
 
-    `composed`, the configuration as people write it, becomes config.yaml once the game can begin.
+    `composed`, the configuration as people write it, becomes config.yaml once the game can begin. `group` is the sweep that
+    the game is a point of, if any.
 
     Raises UserError for anything that a user can put right, before any long work where that can be known.
     """
@@ -101,11 +102,12 @@ def play(config: Config, folder: Path, command: str, composed: str | None = None
     with locked(folder / ".lock", f"another run is at work in {folder}", partial(print, flush=True)):
         tracker = Tracker(
             folder,
-            name=config.name,
+            name=folder.name if group else config.name,
             config=asdict(config),
             wandb=config.tracking.wandb,
             project=config.tracking.project,
             entity=config.tracking.entity,
+            group=group,
         )
         try:
             return _play(config, folder, command, composed, tracker)
