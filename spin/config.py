@@ -73,6 +73,10 @@ class OptimizerConfig:
 class LossConfig:
     link: str = "logistic"
     beta: PerIteration = 0.1
+    sft_weight: float = 0.0
+    reference: str = "opponent"
+    alpha: float = 0.5
+    length_normalised: bool = False
 
 
 @dataclass
@@ -93,6 +97,7 @@ class GenerationConfig:
     temperature: float = 1.0
     top_p: float = 1.0
     max_new_tokens: int | None = None
+    answers: int = 1
     batch_size: int = 32
 
 
@@ -189,6 +194,7 @@ CHOICES = {
     "data.check": ("none", "exact", "number"),
     "optimizer.name": ("rmsprop", "adamw"),
     "loss.link": ("logistic", "hinge", "exponential", "correlation"),
+    "loss.reference": ("opponent", "start", "mixture"),
     "schedule.replay": ("none", "previous", "all"),
     "engine.name": ("single",),
     "engine.precision": ("auto", "fp32", "bf16"),
@@ -230,6 +236,9 @@ def check(config: Config) -> None:
     _require(schedule.iterations >= 1, "schedule.iterations", schedule.iterations, "must be 1 or more")
 
     _per_iteration(config, "loss.beta", config.loss.beta)
+    loss = config.loss
+    _require(0 <= loss.sft_weight < math.inf, "loss.sft_weight", loss.sft_weight, "must be 0 (no SFT term) or more")
+    _require(0 <= loss.alpha <= 1, "loss.alpha", loss.alpha, "must lie in [0, 1]: 1 is the opponent, 0 the start")
     _per_iteration(config, "optimizer.lr", config.optimizer.lr)
     _per_iteration(config, "schedule.epochs", schedule.epochs)
 
@@ -253,6 +262,13 @@ def check(config: Config) -> None:
     )
     _require(0 < generation.top_p <= 1, "generation.top_p", generation.top_p, "must lie in (0, 1]")
     _require(config.max_new_tokens >= 1, "generation.max_new_tokens", generation.max_new_tokens, "must be 1 or more")
+    _require(generation.answers >= 1, "generation.answers", generation.answers, "must be 1 answer a prompt, or more")
+    _require(
+        generation.answers == 1 or generation.temperature > 0,
+        "generation.answers",
+        generation.answers,
+        "all answers to a prompt are the same at generation.temperature=0: give a temperature above 0, or answers=1",
+    )
     _require(generation.batch_size >= 1, "generation.batch_size", generation.batch_size, "must be 1 or more")
 
     _require(data.size is None or data.size >= 1, "data.size", data.size, "must be 1 or more, or null for all")
