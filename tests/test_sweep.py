@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -309,9 +310,8 @@ def test_points_in_processes_of_their_own_one_of_which_is_killed(tmp_path):
     words += [f"cache.path={tmp_path}/cache", f"store.path={tmp_path}/store", f"hydra.sweep.dir={tmp_path}/sweep"]
     words += ["-m", "loss.beta=0.1,0.2,0.3", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
     with (tmp_path / "out").open("w") as out:
-        game = subprocess.Popen(
-            ["python", "run.py", *words], executable=os.sys.executable, cwd=ROOT, stdout=out, stderr=out
-        )
+        command = [sys.executable, "run.py", *words]
+        game = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out, env={**os.environ, "OMP_NUM_THREADS": "1"})
     while not list(tmp_path.glob(f"sweep/*/{RECORD}")):
         assert game.poll() is None, (tmp_path / "out").read_text()
         time.sleep(0.1)
