@@ -19,6 +19,7 @@ lint: .venv/dev.stamp
 bench: .venv/dev.stamp
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/broken_answers.py
+	$(BIN)/python benchmarks/sweep.py
 
 .venv/run.stamp: requirements.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv

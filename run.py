@@ -1,19 +1,17 @@
 """Play the game: `python run.py model=zephyr iter=2 loss.beta=0.1`. Hydra entry: compose, validate, play."""
 
 import contextlib
-import dataclasses
-import hashlib
 import os
-import re
 import shlex
 import signal
 import sys
-from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -28,9 +26,10 @@ SHOW_TRACEBACK = "SPIN_TRACEBACK"
 @hydra.main(config_path="conf", config_name="config", version_base="1.3")
 def main(composed: DictConfig) -> None:
     interrupt.install()  # once more, for launchers that call this in a process of their own
+    settings = HydraConfig.get()
+    folder = Path(settings.runtime.output_dir)
     try:
         config = schema.load(composed)  # before the heavy imports: a typo is answered at once
-        folder = Path(HydraConfig.get().runtime.output_dir)
         if config.plan:
             with interrupt.deferred():
                 from spin.game import show_plan
@@ -38,76 +37,20 @@ def main(composed: DictConfig) -> None:
             show_plan(config, folder)
             return
         with interrupt.deferred():  # some libraries swallow what is raised while they are imported
+            from spin import sweep
             from spin.game import play
 
-        command = shlex.join(["python", "run.py", *HydraConfig.get().overrides.task])
-        play(config, folder, command, OmegaConf.to_yaml(composed, resolve=True))
+        command = shlex.join(["python", "run.py", *settings.overrides.task])
+        start = partial(play, config, folder, command, OmegaConf.to_yaml(composed, resolve=True))
+        if settings.mode == RunMode.MULTIRUN:
+            sweep.attempt(config, folder, partial(start, group=Path(settings.sweep.dir).name))
+        else:
+            start()
     except Exception as error:  # here, for Hydra would print lines of its own before it raises
         line = explain(error)
-        if line is None or os.environ[SHOW_TRACEBACK] == "1":
+        if line is None or os.environ.get(SHOW_TRACEBACK) == "1":
             raise
         sys.exit(f"error: {line}")
-
-
-def slug(text: str) -> str:
-    """`text` as the name of one folder: short, and different for different texts."""
-    safe = re.sub(r"[^\w.,=+-]+", "_", text)
-    return (
-        safe if safe == text and len(safe) <= 120 else f"{safe[:100]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-    )
-
-
-def basename(path: str | None, default: str) -> str:
-    """What to call a model or data set of the user's own: the last part of its path, or `default` without one."""
-    return (
-        re.sub(r"[^\w.-]+", "_", Path(path).stem if Path(path).suffix in DATA_FILES else Path(path).name)
-        if path
-        else default
-    )
-
-
-DATA_FILES = (".jsonl", ".json", ".parquet")
-OmegaConf.register_new_resolver("slug", slug, replace=True)
-OmegaConf.register_new_resolver("basename", basename, replace=True)
-OmegaConf.register_new_resolver("measured", lambda stage: "-evaluation" if stage == "evaluate" else "", replace=True)
-
-
-def one_line(error: Exception) -> str:
-    """Hydra's errors, in one line: what is wrong and what to do."""
-    cause: BaseException | None = error
-    while cause is not None and not str(cause):  # Hydra wraps some errors in an empty one
-        cause = cause.__cause__
-    text = str(cause or error)
-    if found := re.search(r"Could not override '(?P<key>[^']+)'", text):
-        key, settings = found["key"], _settings()
-        if key in settings:  # rmsprop has no betas
-            group = key.split(".")[0]
-            return f"{key}: the chosen {group} has no such setting; see conf/{group}/ for those that have."
-        return f"{key}: there is no such setting.{_did_you_mean(key, settings)}"
-    if found := re.search(
-        r"Could not find '(?P<group>.+)/(?P<choice>[^/']+)'\s+Available options in '[^']+':(?P<options>(?:\n\t\S+)+)",
-        text,
-        re.S,
-    ):
-        options = found["options"].split()
-        hint = _did_you_mean(found["choice"], options)
-        return f"{found['group']}={found['choice']}: there is no such choice. There are: {', '.join(options)}.{hint}"
-    hint = " Quote a value that has special signs in it: 'data.template=\"### {prompt}\"'." if "{" in text else ""
-    return " ".join(text.split()) + hint
-
-
-def _did_you_mean(word: str, known: list[str]) -> str:
-    near = get_close_matches(word, known, n=1)
-    return f" Did you mean {near[0]}?" if near else " `python run.py --help` lists the settings."
-
-
-def _settings() -> list[str]:
-    def keys(node, prefix=""):
-        for key, value in node.items():
-            yield from keys(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}"]
-
-    defaults = dataclasses.asdict(schema.Config())
-    return [*keys(defaults), *defaults]
 
 
 if __name__ == "__main__":
@@ -115,12 +58,15 @@ if __name__ == "__main__":
     os.environ[SHOW_TRACEBACK] = os.environ.get("HYDRA_FULL_ERROR", "0")
     os.environ["HYDRA_FULL_ERROR"] = "1"
     interrupt.install()
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))  # argparse wants it first
     try:
         main()
-    except (HydraException, OmegaConfBaseException) as error:
-        if os.environ[SHOW_TRACEBACK] == "1":
+    except Exception as error:
+        is_hydras = isinstance(error, (HydraException, OmegaConfBaseException))
+        line = schema.one_line(error) if is_hydras else explain(error)
+        if line is None or os.environ[SHOW_TRACEBACK] == "1":
             raise
-        sys.exit(f"error: {one_line(error)}")
+        sys.exit(f"error: {line}")
     except KeyboardInterrupt as stop:
         number = getattr(stop, "signal", signal.SIGINT)
         with contextlib.suppress(OSError):  # the terminal may be gone

@@ -51,7 +51,7 @@ def small(command: str, folder: Path) -> list[str]:
     if "evaluation.against" in settings:
         settings["evaluation.against"] = "builtin:tiny"
     settings |= {"store.path": str(folder / "store"), "tracking.wandb": "offline"}
-    settings["hydra.sweep.dir" if "-m" in flags else "hydra.run.dir"] = str(folder / "run")
+    settings |= {"hydra.run.dir": str(folder / "run"), "hydra.sweep.dir": str(folder / "sweep")}
     return [sys.executable, "run.py", *flags, *(f"{key}={value}" for key, value in settings.items())]
 
 

@@ -3,9 +3,14 @@
 Every key is explained where its value stands, in `conf/`.
 """
 
+import dataclasses
+import hashlib
 import math
+import re
 import typing
 from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -69,6 +74,10 @@ class OptimizerConfig:
 class LossConfig:
     link: str = "logistic"
     beta: PerIteration = 0.1
+    sft_weight: float = 0.0
+    reference: str = "opponent"
+    alpha: float = 0.5
+    length_normalised: bool = False
 
 
 @dataclass
@@ -89,6 +98,7 @@ class GenerationConfig:
     temperature: float = 1.0
     top_p: float = 1.0
     max_new_tokens: int | None = None
+    answers: int = 1
     batch_size: int = 64
     tokens: int = 65536
 
@@ -187,6 +197,7 @@ CHOICES = {
     "optimizer.name": ("rmsprop", "adamw"),
     "optimizer.states": ("fp32", "bf16"),
     "loss.link": ("logistic", "hinge", "exponential", "correlation"),
+    "loss.reference": ("opponent", "start", "mixture"),
     "schedule.replay": ("none", "previous", "all"),
     "engine.name": ("single",),
     "engine.precision": ("auto", "fp32", "bf16"),
@@ -228,6 +239,9 @@ def check(config: Config) -> None:
     _require(schedule.iterations >= 1, "schedule.iterations", schedule.iterations, "must be 1 or more")
 
     _per_iteration(config, "loss.beta", config.loss.beta)
+    loss = config.loss
+    _require(0 <= loss.sft_weight < math.inf, "loss.sft_weight", loss.sft_weight, "must be 0 (no SFT term) or more")
+    _require(0 <= loss.alpha <= 1, "loss.alpha", loss.alpha, "must lie in [0, 1]: 1 is the opponent, 0 the start")
     _per_iteration(config, "optimizer.lr", config.optimizer.lr)
     _per_iteration(config, "schedule.epochs", schedule.epochs)
 
@@ -251,6 +265,13 @@ def check(config: Config) -> None:
     )
     _require(0 < generation.top_p <= 1, "generation.top_p", generation.top_p, "must lie in (0, 1]")
     _require(config.max_new_tokens >= 1, "generation.max_new_tokens", generation.max_new_tokens, "must be 1 or more")
+    _require(generation.answers >= 1, "generation.answers", generation.answers, "must be 1 answer a prompt, or more")
+    _require(
+        generation.answers == 1 or generation.temperature > 0,
+        "generation.answers",
+        generation.answers,
+        "all answers to a prompt are the same at generation.temperature=0: give a temperature above 0, or answers=1",
+    )
     _require(generation.batch_size >= 1, "generation.batch_size", generation.batch_size, "must be 1 or more")
 
     _require(generation.tokens >= 1, "generation.tokens", generation.tokens, "must be 1 or more")
@@ -357,3 +378,70 @@ def _per_iteration(config: Config, key: str, value: PerIteration) -> None:
             value,
             f"has {len(value)} entries, but {config.iterations} iterations are played: give one number, or more entries",
         )
+
+
+# --- what conf/ computes with: registered here, for points of a sweep that are composed in processes of their own --------
+
+
+def slug(text: str) -> str:
+    """`text` as the name of one folder: short, and different for different texts."""
+    safe = re.sub(r"[^\w.,=+-]+", "_", text)
+    return (
+        safe if safe == text and len(safe) <= 120 else f"{safe[:100]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    )
+
+
+def basename(path: str | None, default: str) -> str:
+    """What to call a model or data set of the user's own: the last part of its path, or `default` without one."""
+    return (
+        re.sub(r"[^\w.-]+", "_", Path(path).stem if Path(path).suffix in DATA_FILES else Path(path).name)
+        if path
+        else default
+    )
+
+
+DATA_FILES = (".jsonl", ".json", ".parquet")
+OmegaConf.register_new_resolver("slug", slug, replace=True)
+OmegaConf.register_new_resolver("basename", basename, replace=True)
+OmegaConf.register_new_resolver("measured", lambda stage: "-evaluation" if stage == "evaluate" else "", replace=True)
+
+
+# --- what Hydra refuses -----------------------------------------------------------------------------------------------
+
+
+def one_line(error: Exception) -> str:
+    """Hydra's errors, in one line: what is wrong and what to do."""
+    cause: BaseException | None = error
+    while cause is not None and not str(cause):  # Hydra wraps some errors in an empty one
+        cause = cause.__cause__
+    text = str(cause or error)
+    if found := re.search(r"Could not override '(?P<key>[^']+)'", text):
+        key, settings = found["key"], _settings()
+        if key in settings:  # rmsprop has no betas
+            group = key.split(".")[0]
+            return f"{key}: the chosen {group} has no such setting; see conf/{group}/ for those that have."
+        return f"{key}: there is no such setting.{_did_you_mean(key, settings)}"
+    if found := re.search(
+        r"Could not find '(?P<group>.+)/(?P<choice>[^/']+)'\s+Available options in '[^']+':(?P<options>(?:\n\t\S+)+)",
+        text,
+        re.S,
+    ):
+        options = found["options"].split()
+        hint = _did_you_mean(found["choice"], options)
+        return f"{found['group']}={found['choice']}: there is no such choice. There are: {', '.join(options)}.{hint}"
+    hint = " Quote a value that has special signs in it: 'data.template=\"### {prompt}\"'." if "{" in text else ""
+    return " ".join(text.split()) + hint
+
+
+def _did_you_mean(word: str, known: list[str]) -> str:
+    near = get_close_matches(word, known, n=1)
+    return f" Did you mean {near[0]}?" if near else " `python run.py --help` lists the settings."
+
+
+def _settings() -> list[str]:
+    def keys(node, prefix=""):
+        for key, value in node.items():
+            yield from keys(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}"]
+
+    defaults = dataclasses.asdict(Config())
+    return [*keys(defaults), *defaults]

@@ -22,7 +22,7 @@ from spin.evaluate import differences, held_out_margins
 from spin.exams import Exams
 from spin.harness import PAPER
 from spin.model import Policy
-from spin.pairs import Answer
+from spin.pairs import Answer, write_start_logps
 from spin.stages import Evaluated, Scored, Stages, Trained, check_room, counted, replayed
 from spin.store import link_file, link_tree, locked, write_text
 from spin.track import Tracker, format_seconds
@@ -80,20 +80,22 @@ def turns(config: Config, stages: Stages) -> Iterator[Turn]:
         yield Turn(None, evaluated, trained, exams=found)
 
     answers: list[list[Answer]] = []
+    start = policy  # of self-play: the paper's p_theta_0
     for t in range(config.iterations):
         opponent, opponents = policy, evaluated
         answers.append(stages.generate(opponent, t))
-        scored = stages.score(opponent, t, answers)
+        scored = stages.score(opponent, t, answers, start)
         trained = stages.train(opponent, t, scored)
         policy = trained.policy
         evaluated, found = evaluate(policy, t, opponents)
         yield Turn(t, evaluated, trained, opponent, opponents, scored, found)
 
 
-def play(config: Config, folder: Path, command: str, composed: str | None = None) -> dict:
+def play(config: Config, folder: Path, command: str, composed: str | None = None, group: str | None = None) -> dict:
     """Play the game of `config`; `folder` is the run's. Returns what `report` shows, also written as game.json.
 
-    `composed`, the configuration as people write it, becomes config.yaml once the game can begin.
+    `composed`, the configuration as people write it, becomes config.yaml once the game can begin. `group` is the sweep that
+    the game is a point of, if any.
 
     Raises UserError for anything that a user can put right, before any long work where that can be known.
     """
@@ -101,11 +103,12 @@ def play(config: Config, folder: Path, command: str, composed: str | None = None
     with locked(folder / ".lock", f"another run is at work in {folder}", partial(print, flush=True)):
         tracker = Tracker(
             folder,
-            name=config.name,
+            name=folder.name if group else config.name,
             config=asdict(config),
             wandb=config.tracking.wandb,
             project=config.tracking.project,
             entity=config.tracking.entity,
+            group=group,
         )
         try:
             return _play(config, folder, command, composed, tracker)
@@ -202,7 +205,10 @@ def show(turn: Turn, folder: Path, config: Config) -> None:
     assert turn.opponent and turn.scored
     t, score, shown = turn.iteration, turn.scored.stage, folder / f"iter{turn.iteration}"
     shown.mkdir(parents=True, exist_ok=True)
-    link_file(score.folder / "pairs.parquet", shown / "pairs.parquet")
+    if turn.scored.start:
+        write_start_logps(turn.scored.pairs, turn.scored.start.pairs, shown / "pairs.parquet")
+    else:
+        link_file(score.folder / "pairs.parquet", shown / "pairs.parquet")
     link_tree(train.folder / "policy", shown / "policy")
     manifest = {
         "iteration": t,
@@ -210,7 +216,7 @@ def show(turn: Turn, folder: Path, config: Config) -> None:
         "start_of_the_game": config.model.path or config.model.package,
         "policy": {"label": policy.label, "weights": policy.id, "starts_as": turn.opponent.label},
         "opponent": {"label": turn.opponent.label, "weights": turn.opponent.id},
-        "loss": {"link": config.loss.link, "beta": at(config.loss.beta, t)},
+        "loss": {**asdict(config.loss), "beta": at(config.loss.beta, t)},
         "replay": [f"iter{k}" for k in replayed(config.schedule.replay, t)],
         "generation": asdict(config.generation),
         "stages": {"score": score.manifest, "train": train.manifest},

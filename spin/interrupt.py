@@ -20,6 +20,9 @@ class Interrupted(KeyboardInterrupt):
         super().__init__(number.name)
         self.signal = number
 
+    def __reduce__(self):  # on its way out of a process that plays a point of a sweep
+        return type(self), (self.signal,)
+
 
 def install() -> None:
     """From now on these signals raise `Interrupted` in the main thread, once; a second Ctrl-C ends the process at once.

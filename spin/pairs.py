@@ -22,7 +22,8 @@ Rows = list[list[int]]  # a batch as planned: for each row, the items in it
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt with its human (`real`) and its opponent's (`generated`) answer.
+    """A prompt with its human (`real`) and its opponent's (`generated`) answer. `id` is the example's, for a prompt's second
+    answer and those after it with "#1", "#2", ... at its end.
 
     The ids are the truth, the texts are for people. `generated_ids` ends with the stop token only where the opponent
     itself stopped (`finish_reason` "stop"; "length" where it was cut). `iter` is the iteration whose opponent answered
@@ -57,7 +58,7 @@ class Continuations:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model sampled for the example `id`: token ids, and "stop" or "length"."""
+    """What a model sampled for the example `id`: token ids, and "stop" or "length". `id` as in `Pair`."""
 
     id: str
     ids: tuple[int, ...]
@@ -67,9 +68,9 @@ class Answer:
 
 def join(example: Example, answer: Answer, iteration: int = 0) -> Pair:
     """An example and the opponent's answer to it."""
-    assert example.id == answer.id
+    assert example.id == example_of(answer.id)
     return Pair(
-        id=example.id,
+        id=answer.id,
         prompt=example.prompt,
         real=example.real,
         generated=answer.text,
@@ -81,20 +82,32 @@ def join(example: Example, answer: Answer, iteration: int = 0) -> Pair:
     )
 
 
+def asked(examples: Sequence[Example], answers: int) -> list[Example]:
+    """Each example so many times, the second time on with another id: random numbers are drawn by id."""
+    return [replace(e, id=f"{e.id}#{k}") if k else e for e in examples for k in range(answers)]
+
+
+def example_of(id: str) -> str:
+    """The example's id in that of one of the answers to it."""
+    return id.partition("#")[0]
+
+
 def make_pairs(
     examples: Sequence[Example], answers: Sequence[Answer], iteration: int
 ) -> tuple[list[Pair], dict[str, int]]:
     """Put answers beside their examples, by id. Pairs that give no gradient are dropped and counted by reason."""
-    by_id = {answer.id: answer for answer in answers}
+    by_id: dict[str, list[Answer]] = {}
+    for answer in answers:
+        by_id.setdefault(example_of(answer.id), []).append(answer)
     pairs, dropped = [], {"identical": 0, "empty": 0}
     for example in examples:
-        answer = by_id[example.id]
-        if answer.ids == example.real_ids:
-            dropped["identical"] += 1
-        elif not answer.text.strip():
-            dropped["empty"] += 1
-        else:
-            pairs.append(join(example, answer, iteration))
+        for answer in by_id[example.id]:
+            if answer.ids == example.real_ids:
+                dropped["identical"] += 1
+            elif not answer.text.strip():
+                dropped["empty"] += 1
+            else:
+                pairs.append(join(example, answer, iteration))
     return pairs, dropped
 
 
@@ -112,6 +125,42 @@ def both(pairs: Iterable[Pair]) -> list[Continuations]:
     return [Continuations(pair.prompt_ids, (pair.real_ids, pair.generated_ids)) for pair in pairs]
 
 
+def by_prompt(pairs: Sequence[Pair]) -> list[list[int]]:
+    """The indices of pairs that share a prompt and the iteration of its answers, which come one after another."""
+    groups: list[list[int]] = []
+    last = None
+    for index, pair in enumerate(pairs):
+        key = (example_of(pair.id), pair.iter)
+        if key != last:
+            groups.append([])
+        groups[-1].append(index)
+        last = key
+    return groups
+
+
+def items_of(pairs: Sequence[Pair]) -> list[Continuations]:
+    """For every prompt its human answer, once, and all generated ones: (real, generated, ...), by `by_prompt`."""
+    return [
+        Continuations(pairs[group[0]].prompt_ids, (pairs[group[0]].real_ids, *(pairs[i].generated_ids for i in group)))
+        for group in by_prompt(pairs)
+    ]
+
+
+def to_pairs(values: Tensor, widths: Sequence[int]) -> Tensor:
+    """What was computed for each response, [sum of widths], as real and generated of each pair: [pairs, 2].
+
+    widths: how many responses each item has, its human one first.
+    """
+    real: list[int] = []
+    generated: list[int] = []
+    start = 0
+    for width in widths:
+        real += [start] * (width - 1)
+        generated += range(start + 1, start + width)
+        start += width
+    return torch.stack([values[real], values[generated]], dim=1)
+
+
 def fingerprint(rows: Iterable[Example | Pair | Answer]) -> str:
     """A hash of all ids in `rows`, in order: it changes with the texts, the template and the tokenizer."""
     digest = hashlib.sha256()
@@ -124,6 +173,17 @@ def fingerprint(rows: Iterable[Example | Pair | Answer]) -> str:
 def write_parquet(rows: Sequence[Pair | Answer], path: Path) -> None:
     """Write dataclass rows as a Parquet file, one column a field."""
     pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows]), path)
+
+
+def write_start_logps(pairs: Sequence[Pair], under_start: Sequence[Pair], path: Path) -> None:
+    """`write_parquet` of the pairs, with columns `start_logp_*` from the same pairs as another policy scored them."""
+    path.unlink(missing_ok=True)  # it may be a link to the store's
+    table = pa.Table.from_pylist([asdict(pair) for pair in pairs])
+    for name in ("real", "generated"):
+        table = table.append_column(
+            f"start_logp_{name}", pa.array([getattr(p, f"opponent_logp_{name}") for p in under_start])
+        )
+    pq.write_table(table, path)
 
 
 def read_pairs(path: Path) -> list[Pair]:

@@ -398,7 +398,7 @@ def _draw_logps(train: dict[int, list[dict]], iterations: Sequence[dict]) -> Fig
         for key, color, label in (("real", REAL, "log p(real)"), ("generated", GENERATED, "log p(generated)")):
             # A reward is beta times the log-ratio to the opponent on the same pairs: raw log p would mostly show that
             # the answers of one step are longer than those of another.
-            change = np.array([_float(row.get(f"rewards/{key}")) for row in steps]) / played["beta"]
+            change = np.array([_gain(row, key, played["beta"]) for row in steps])
             window = len(change) // 20
             if window > 1:
                 axes.plot(at, change, color=color, linewidth=0.6, alpha=0.35)
@@ -618,6 +618,11 @@ def _number(value: float | None, digits: int) -> str:
 
 def _rate(lr: float) -> str:
     return f"{lr:g}".replace("e-0", "e-")
+
+
+def _gain(row: dict, key: str, beta: float) -> float:
+    """How far log p has moved from the opponent's, in nats; a variant of the loss, whose rewards tell it not, logs it."""
+    return _float(row[f"gains/{key}"]) if f"gains/{key}" in row else _float(row.get(f"rewards/{key}")) / beta
 
 
 def _known(value: Any) -> TypeGuard[Any]:

@@ -29,6 +29,7 @@ from spin.errors import UserError
 from spin.evaluate import HeldOut, correct, held_out_of, measures
 from spin.interrupt import Interrupted, deferred
 from spin.logps import Forward, choose_forward, logps_of
+from spin.loss import mixture
 from spin.model import (
     Policy,
     content_id,
@@ -47,12 +48,16 @@ from spin.pairs import (
     Answer,
     Continuations,
     Pair,
+    asked,
     both,
+    by_prompt,
     fingerprint,
+    items_of,
     join,
     make_pairs,
     read_answers,
     read_pairs,
+    to_pairs,
     with_opponent_logps,
     write_parquet,
 )
@@ -82,10 +87,12 @@ class Work:
 
 @dataclass(frozen=True)
 class Scored:
-    """The pairs of an iteration with their opponent's log-probs, and the stage that holds them."""
+    """The pairs of an iteration with their opponent's log-probs, and the stage that holds them. `start`: the same pairs
+    with log-probs of the policy that self-play started from, where the loss asks for them."""
 
     pairs: list[Pair]
     stage: Stage
+    start: "Scored | None" = None
 
 
 @dataclass(frozen=True)
@@ -184,9 +191,10 @@ class Stages:
         return self._forwards[policy.id]
 
     def _longest(self) -> int:
-        """The most tokens of a prompt, its human answer, and two generated ones (as an evaluation scores them)."""
+        """The most tokens of a prompt, its human answer, and the generated ones (an evaluation scores two)."""
         examples = [*self.data.train, *self.data.held_out]
-        return max(len(e.prompt_ids) + len(e.real_ids) for e in examples) + 2 * self.config.max_new_tokens
+        answers = max(2, self.config.generation.answers)
+        return max(len(e.prompt_ids) + len(e.real_ids) for e in examples) + answers * self.config.max_new_tokens
 
     def _check_context(self) -> None:
         """Raise UserError if a sequence of the run can be longer than the model's context."""
@@ -251,7 +259,7 @@ class Stages:
 
     def generate(self, opponent: Policy, iteration: int) -> list[Answer]:
         """The opponent's answers to all training prompts."""
-        examples = self.data.train
+        examples = asked(self.data.train, self.config.generation.answers)
         inputs = {
             "opponent": opponent.id,
             "prompts": fingerprint(examples),
@@ -289,9 +297,9 @@ class Stages:
             )
         return answers
 
-    def score(self, opponent: Policy, iteration: int, answers: list[list[Answer]]) -> Scored:
+    def score(self, opponent: Policy, iteration: int, answers: list[list[Answer]], start: Policy) -> Scored:
         """The pairs of this iteration and those replayed from earlier ones (`answers[k]`: iteration k's), all with
-        log-probs of the present opponent."""
+        log-probs of the present opponent, and where the reference is made of it, of `start`, iteration 0's opponent."""
         pairs, dropped = make_pairs(self.data.train, answers[iteration], iteration)
         for earlier in replayed(self.config.schedule.replay, iteration):
             more, more_dropped = make_pairs(self.data.train, answers[earlier], earlier)
@@ -302,16 +310,27 @@ class Stages:
                 f"iteration {iteration}: no pair is left, every answer is empty or equals the human one "
                 f"({counted(dropped)}): there is nothing to learn. Sample with generation.temperature=1, or add data."
             )
-        inputs = {"opponent": opponent.id, "iter": iteration, "pairs": fingerprint(pairs), "numerics": self.numerics}
-        title = f"iter {iteration}: score"
+        title, labels = f"iter {iteration}: score", dict[str, Any](iter=iteration)
+        scored = self._score(opponent, iteration, pairs, dropped, title, labels)
+        if self.config.loss.reference == "opponent" or start.id == opponent.id:
+            return scored
+        title, labels = f"{title} under {start.label}", {**labels, "under": start.label}
+        return replace(scored, start=self._score(start, iteration, pairs, dropped, title, labels))
+
+    def _score(
+        self, policy: Policy, iteration: int, pairs: list[Pair], dropped: dict[str, int], title: str, labels: dict
+    ) -> Scored:
+        """The pairs with log-probs of `policy` in the place of the opponent's."""
+        inputs = {"opponent": policy.id, "iter": iteration, "pairs": fingerprint(pairs), "numerics": self.numerics}
+        items = items_of(pairs)
 
         def build(work: Work) -> dict:
             started = time.perf_counter()
-            model = self.model(opponent)
-            forward = self.forward(model, opponent)
-            with self.tracker.progress(title, len(pairs), "pairs") as bar:
-                logps = self._logps(work, model, opponent, both(pairs), bar)
-            scored = with_opponent_logps(pairs, logps.view(-1, 2))
+            model = self.model(policy)
+            forward = self.forward(model, policy)
+            with self.tracker.progress(title, len(items), _unit(items, pairs)) as bar:
+                logps = self._logps(work, model, policy, items, bar)
+            scored = with_opponent_logps(pairs, to_pairs(logps, [len(item.responses) for item in items]))
             write_parquet(scored, work.folder / "pairs.parquet")
             rate = len(pairs) / (time.perf_counter() - started + work.earlier_seconds)
             row = {
@@ -323,7 +342,7 @@ class Stages:
             work.log({"step": 0, **row})
             return {"pairs": len(pairs), "dropped": dropped, "layout": forward.layout, "head": forward.head}
 
-        stage = self.stage("score", title, {"iter": iteration}, inputs, build)
+        stage = self.stage("score", title, labels, inputs, build)
         scored = read_pairs(stage.folder / "pairs.parquet")
         assert fingerprint(scored) == inputs["pairs"], f"{stage.folder}: its rows are not the pairs that were scored"
         return Scored(scored, stage)
@@ -346,15 +365,28 @@ class Stages:
             "link": config.loss.link,
             **settings,
             **self._training_inputs(),
+            **self._variant_inputs(scored),
         }
         title = f"iter {iteration}: train"
 
         def build(work: Work) -> dict:
             def learn(engine: SingleEngine, **common) -> TrainState:
-                return train_spin(engine, pairs, beta=beta, link=config.loss.link, **common, **settings)
+                return train_spin(
+                    engine,
+                    pairs,
+                    beta=beta,
+                    link=config.loss.link,
+                    reference_logps=self._reference_logps(scored),
+                    length_normalised=config.loss.length_normalised,
+                    sft_weight=config.loss.sft_weight,
+                    **common,
+                    **settings,
+                )
 
             shown = {"loss": "loss", "margin": "rewards/margins"}
-            return self._train(work, opponent, title, _total(len(pairs), settings["epochs"]), "pairs", shown, learn)
+            prompts = by_prompt(pairs)
+            total = _total(len(prompts), settings["epochs"])
+            return self._train(work, opponent, title, total, _unit(prompts, pairs), shown, learn)
 
         stage = self.stage("train", title, {"iter": iteration}, inputs, build)
         return self._trained(f"iter{iteration}", stage)
@@ -503,10 +535,12 @@ class Stages:
         items: Sequence[Continuations],
         bar: Progress | None = None,
     ) -> Tensor:
+        responses = sum(len(item.responses) for item in items)
+
         def found(rows: int, seconds: float) -> None:
             work.earlier(seconds)
             if bar:
-                bar.skip(rows // len(items[0].responses))
+                bar.skip(round(rows * len(items) / responses))
 
         keep = Shards(work.resume / "scores", self.tracker.say, found)
         advance = bar.advance if bar else lambda items: None
@@ -553,8 +587,30 @@ class Stages:
 
     def _generation_inputs(self) -> dict:
         settings = {**asdict(self.config.generation), "max_new_tokens": self.config.max_new_tokens}
-        settings.pop("name")
+        for name in ("name", "answers"):  # how many show in the prompts' ids
+            settings.pop(name)
         return {"generation": settings, "precision": self.numerics["precision"], "device": self.device.type}
+
+    def _variant_inputs(self, scored: Scored) -> dict:
+        """What the loss has beside link and beta; nothing for plain SPIN, whose keys stay as they were."""
+        loss = self.config.loss
+        found: dict[str, Any] = {}
+        if loss.sft_weight:
+            found["sft_weight"] = loss.sft_weight
+        if loss.length_normalised:
+            found["length_normalised"] = True
+        if scored.start:
+            found["start_scores"] = scored.start.stage.key
+            found["alpha"] = self._alpha()
+        return found
+
+    def _alpha(self) -> float:
+        """The opponent's weight in a reference that the start has a part in."""
+        return self.config.loss.alpha if self.config.loss.reference == "mixture" else 0.0
+
+    def _reference_logps(self, scored: Scored) -> Tensor | None:
+        """[pairs, 2]; None where the reference is the opponent."""
+        return mixture(_logps_of(scored), _logps_of(scored.start), self._alpha()) if scored.start else None
 
     def _training_inputs(self) -> dict:
         # The files beside the weights (tokenizer, template, ...) go with every policy that is made of them.
@@ -603,6 +659,16 @@ def _content(pairs: Sequence[Pair]) -> str:
 def _name(path: str) -> str:
     """What to call a policy in a folder: "iter1/policy"."""
     return "/".join(Path(path).parts[-2:])
+
+
+def _logps_of(scored: Scored) -> Tensor:
+    """[pairs, 2]: of the real and the generated response."""
+    return torch.tensor([[p.opponent_logp_real, p.opponent_logp_generated] for p in scored.pairs])
+
+
+def _unit(prompts: Sequence, pairs: Sequence[Pair]) -> str:
+    """What progress is counted in: several pairs of a prompt are computed together."""
+    return "pairs" if len(prompts) == len(pairs) else "prompts"
 
 
 def _total(count: int, epochs: float) -> int:

@@ -106,6 +106,20 @@ class Tracker:
 
         self._send(send, reused)
 
+    def leaderboard(self, columns: list[str], rows: list[list], figures: list[Path]) -> None:
+        """Send the table of a sweep, and what was drawn of it, to W&B."""
+        if not self.active:
+            return
+
+        def send(run: Any) -> None:
+            import wandb
+
+            # Whatever stands in a column, some row may have another type there: nothing, or "mean of 3" for a seed.
+            table = wandb.Table(columns=list(columns), data=plain(rows), allow_mixed_types=True)
+            run.log({"leaderboard": table, **{path.stem: wandb.Image(str(path)) for path in figures}})
+
+        self._send(send, reused=False)
+
     def progress(self, title: str, total: int, unit: str) -> "Progress":
         """Show how far a stage of `total` `unit` (say "pairs") has come: `with tracker.progress(...) as bar`.
 

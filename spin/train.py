@@ -4,6 +4,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from spin.errors import UserError
 from spin.interrupt import Interrupted, check, deferred
 from spin.logps import Forward, sequence_logps
 from spin.loss import link_at_zero, spin_loss
-from spin.pairs import Batch, Continuations, Pair, both
+from spin.pairs import Batch, Continuations, Pair, by_prompt, items_of, to_pairs
 
 # An objective turns a batch's log-probs into a loss and metrics of each of its items, both [items].
 # It is told which items they are, and which step it is.
@@ -126,26 +127,60 @@ def train_spin(
     beta: float,
     link: str,
     log: Callable[[dict], None],
+    reference_logps: Tensor | None = None,
+    length_normalised: bool = False,
+    sft_weight: float = 0.0,
     **settings,
 ) -> TrainState:
     """Train the policy against the scored `pairs` (section 4.1 of the paper); `settings` as for `fit`.
 
+    Pairs that share a prompt and an iteration are one item, and weigh as much together as the one pair of another prompt.
+    `reference_logps`, [pairs, 2], stand in for the opponent's in the loss; the other variants are those of `spin_loss`.
+
     The first step is checked: nothing is trained yet, so policy and opponent must agree. Raises UserError if not.
     """
+    groups = by_prompt(pairs)
     opponent = torch.tensor([[p.opponent_logp_real, p.opponent_logp_generated] for p in pairs])
+    reference = opponent if reference_logps is None else reference_logps
+    lengths = torch.tensor([[len(p.real_ids), len(p.generated_ids)] for p in pairs])
 
     def objective(batch: Batch, logps: Tensor, indices: list[int], step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        policy_logps, opponent_logps = logps.view(-1, 2), opponent[indices].to(logps.device)
+        chosen = [pair for item in indices for pair in groups[item]]
+        counts = torch.tensor([len(groups[item]) for item in indices])
+        policy_logps = to_pairs(logps, (counts + 1).tolist())
+        opponent_logps, reference_logps, tokens = (x[chosen].to(logps.device) for x in (opponent, reference, lengths))
         if step == 0:
             tolerance = FIRST_STEP_TOLERANCE[engine.dtype] * math.sqrt(len(batch.target) / batch.responses)
             check_first_step(policy_logps.detach(), opponent_logps, beta, link, tolerance)
-        return spin_loss(policy_logps, opponent_logps, beta, link)
+        losses, metrics = spin_loss(
+            policy_logps,
+            reference_logps,
+            beta,
+            link,
+            tokens,
+            length_normalised=length_normalised,
+            sft_weight=sft_weight,
+        )
+        if reference is not opponent or length_normalised:  # then rewards do not show how log p has changed
+            gains = (policy_logps - opponent_logps).detach()
+            metrics |= {"gains/real": gains[:, 0], "gains/generated": gains[:, 1]}
+        mean = partial(_mean_of_item, counts=counts.to(logps.device))
+        return mean(losses), {name: mean(values) for name, values in metrics.items()}
 
-    return fit(engine, both(pairs), objective, forward, log=log, **settings)
+    return fit(engine, items_of(pairs), objective, forward, log=log, **settings)
+
+
+def _mean_of_item(values: Tensor, counts: Tensor) -> Tensor:
+    """Means over the pairs of each item: values [pairs], an item's one after another; counts [items]."""
+    item = torch.arange(len(counts), device=values.device).repeat_interleave(counts)
+    return values.new_zeros(len(counts)).index_add(0, item, values / counts[item])
 
 
 def check_first_step(policy_logps: Tensor, opponent_logps: Tensor, beta: float, link: str, tolerance: float) -> None:
-    """Before any update margin = 0 and loss = l(0). Raises UserError if the mean |log-ratio| exceeds `tolerance` (nats)."""
+    """Before any update margin = 0 and loss = l(0), both against the opponent, whatever the reference.
+
+    Raises UserError if the mean |log-ratio| exceeds `tolerance` (nats).
+    """
     worst = (policy_logps - opponent_logps).abs().mean().item()
     if not worst <= tolerance:
         loss = spin_loss(policy_logps, opponent_logps, beta, link)[0].mean().item()

@@ -1,5 +1,7 @@
 """The boundary: what a user types is checked before anything heavy is even imported."""
 
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +10,6 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-import run  # registers the resolvers that conf/ uses, too
 from spin import config as schema
 from spin.errors import UserError
 
@@ -155,7 +156,7 @@ def test_imports_run_one_way():
         assert name == "config" or not imports(name, "omegaconf", "hydra"), name
         assert not imports(name, "game"), name
         assert not imports(name, "stages") or name in ("game", "plan"), name
-    for low in ("logps", "model", "pairs", "data", "readers", "packages", "track", "loss", "engine", "report"):
+    for low in ("logps", "model", "pairs", "data", "readers", "packages", "track", "loss", "engine", "report", "sweep"):
         assert not imports(low, "opponent", "train", "evaluate"), low
     for service in ("sealed", "checkpoint", "store", "interrupt"):  # they know nothing of the game
         own = {line.split()[1] for line in text[service].splitlines() if line.startswith("from spin")}
@@ -171,12 +172,52 @@ def test_runs_are_named_after_the_users_own_model_and_data():
 
 def test_sweep_points_have_folders_of_their_own():
     long = ",".join(f"loss.beta={i}" for i in range(40))
-    names = {run.slug(text) for text in ("model.path=org/A", "model.path=org_A", "model.path=org/B", long, long + "1")}
+    names = {
+        schema.slug(text) for text in ("model.path=org/A", "model.path=org_A", "model.path=org/B", long, long + "1")
+    }
     assert len(names) == 5 and all(len(name) <= 120 and "/" not in name for name in names)
-    assert run.slug("loss.beta=0.1,optimizer.lr=1e-06") == "loss.beta=0.1,optimizer.lr=1e-06"
+    assert schema.slug("loss.beta=0.1,optimizer.lr=1e-06") == "loss.beta=0.1,optimizer.lr=1e-06"
 
 
 def test_the_learning_rate_suits_the_model():
     assert load().optimizer.lr == 5e-6
     assert load("model=zephyr").optimizer.lr == 5e-7
     assert load("model=zephyr", "optimizer.lr=[1e-6,1e-7]").optimizer.lr == [1e-6, 1e-7]
+
+
+def hydras(words: str, **env: str) -> str:
+    """What a shell prints for a command that Hydra answers."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "--norc", "-c", words],
+        cwd=ROOT,
+        env={**os.environ, **env, "PATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and not done.stderr, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_tab_completes_choices_and_keys():
+    """Through the function that `eval "$(python run.py -sc install=bash)"` leaves in a shell."""
+    ask = 'eval "$(python run.py -sc install=bash)"; COMP_CWORD=2; for word in "loss=" "loss.b"; do '
+    ask += (
+        'COMP_LINE="python run.py $word"; COMP_POINT=${#COMP_LINE}; hydra_bash_completion; echo "${COMPREPLY[@]}"; done'
+    )
+    links = [f"loss={path.stem}" for path in sorted((ROOT / "conf" / "loss").glob("*.yaml"))]
+    assert hydras(ask).splitlines() == [" ".join(links), "loss.beta="]
+
+
+def test_the_configuration_is_shown_as_composed_and_where_it_comes_from():
+    shown = OmegaConf.create(hydras("python run.py model=zephyr loss=hinge --cfg job"))
+    assert (
+        shown.model.lr == 5e-7 and shown.loss.link == "hinge" and set(shown) >= set(schema.Config.__dataclass_fields__)
+    )
+    assert re.search(r"\| loss/hinge +\| loss ", hydras("python run.py loss=hinge --info defaults"))
+
+
+def test_log_lines_of_a_library_are_shown_on_demand(tmp_path):
+    here = f"cache.path={tmp_path}/c store.path={tmp_path}/s hydra.run.dir={tmp_path}/r tracking.wandb=disabled"
+    shown = hydras(f"python run.py experiment=smoke plan=true 'hydra.verbose=[filelock]' {here} 2>&1")
+    assert re.search(r"^\[.*\]\[filelock\]\[DEBUG\] Lock \d+ acquired", shown, re.M) and "0 stages to reuse" in shown

@@ -21,6 +21,10 @@ SFT = "sft"  # the SFT stage and all that follows; the start's evaluation stays
 ANSWERS = "answers"  # whatever is generated, and what follows; the SFT stage stays
 TRAIN = "train"  # iteration 0's training and what follows; its pairs and scores stay
 SCORE_1 = "score 1"  # iteration 1's scores and what follows
+PAIRS = "pairs"  # what is generated to train on, and what follows; the evaluations before stay
+REFERENCE = (
+    "reference"  # iteration 1's pairs are scored once more, and what follows; at iteration 0 start and opponent are one
+)
 
 ORDER = [
     ("evaluate", "start"),
@@ -36,6 +40,8 @@ PLAYED_AGAIN = {
     ANSWERS: [one for one in ORDER if one != ("sft", "start")],
     TRAIN: ORDER[ORDER.index(("train", "iter 0")) :],
     SCORE_1: ORDER[ORDER.index(("score", "iter 1")) :],
+    PAIRS: ORDER[ORDER.index(("generate", "iter 0")) :],
+    REFERENCE: ORDER[ORDER.index(("score", "iter 1")) :],
 }
 # For every setting: a value, and what it makes to be played again. COPY: a copy of the model's or the data's file.
 TABLE = {
@@ -84,6 +90,10 @@ TABLE = {
     "optimizer.max_grad_norm=2": SFT,
     "loss.link=hinge": TRAIN,
     "loss.beta=0.3": TRAIN,
+    "loss.sft_weight=0.1": TRAIN,
+    "loss.reference=start": REFERENCE,
+    "loss.alpha=0.2": NOTHING,  # goes with reference=mixture
+    "loss.length_normalised=true": TRAIN,
     "schedule.name=other": NOTHING,
     "schedule.iterations=2": NOTHING,
     "schedule.epochs=2": TRAIN,
@@ -96,6 +106,7 @@ TABLE = {
     "generation.temperature=0.5": ANSWERS,
     "generation.top_p=0.9": ANSWERS,
     "generation.max_new_tokens=64": ANSWERS,
+    "generation.answers=2": PAIRS,
     "generation.batch_size=5": ANSWERS,  # by rounding, as the next
     "generation.tokens=900": ANSWERS,
     "engine.name=single": NOTHING,
@@ -197,7 +208,9 @@ def test_what_must_change_a_key_does_and_what_must_not_does_not(played, tmp_path
         assert again == ORDER[ORDER.index(("train", "iter 1")) :]
     else:
         assert again == PLAYED_AGAIN[kind]
-    if word != "evaluation.enabled=false":
+    if kind == REFERENCE:
+        assert [one.status for one in planned if (one.stage, one.of) == ("score", "iter 1")] == ["reuse", "play"]
+    elif word != "evaluation.enabled=false":
         assert [(one.stage, one.of) for one in planned] == ORDER
 
 

@@ -1,0 +1,169 @@
+"""Hydra's basic sweeper, for games: looks at every point first, plays what is missing, and ends with a leaderboard.
+
+Hydra takes sweepers from the package `hydra_plugins` only. A callback would not do: it can't keep a point that can't be
+composed from ending the sweep, nor a point that is done from being launched.
+"""
+
+import contextlib
+import logging
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from spin.config import Config, load, one_line
+from spin.errors import UserError, brief, explain
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A point before it is played: what composes it, what that gave, or why it gave nothing."""
+
+    overrides: tuple[str, ...]
+    swept: dict[str, str]
+    folder: Path | None = None
+    config: Config | None = None
+    problem: str | None = None
+
+
+def say(text: str) -> None:
+    with contextlib.suppress(OSError):  # nobody may be left to read it
+        print(text, flush=True)
+
+
+class SpinSweeper(BasicSweeper):
+    """Plays the product of all comma-separated values; a point that fails is reported, and the others go on.
+
+    Points that are done are not launched again. The process ends with status 1 where a point has no result.
+    """
+
+    def sweep(self, arguments: list[str]) -> None:
+        assert self.config is not None and self.hydra_context is not None
+        folder = Path(self.config.hydra.sweep.dir)
+        # For all points: it is made of `name`, which may differ between them.
+        with open_dict(self.config):
+            quoted = str(folder).replace("'", "\\'")
+            self.config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{quoted}'")
+        jobs = self._jobs(arguments)
+        if all(job.problem for job in jobs):
+            raise UserError(jobs[0].problem or "")
+        folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(self.config, folder / "multirun.yaml")
+
+        from spin import sweep  # after the points were looked at: a typo is answered at once
+
+        ready = [job for job in jobs if job.config and job.folder]
+        for job in jobs:
+            if job.problem:
+                at = ", ".join(f"{key}={value}" for key, value in job.swept.items())
+                say(f"the point {at} can't be played: {job.problem}")
+        if any(job.config.plan for job in ready if job.config):
+            self._launch(ready)
+            return
+        missing = [job for job in ready if job.config and job.folder and not sweep.is_done(job.folder, job.config)]
+        counts = f"{len(ready) - len(missing)} done before, {len(missing)} to play"
+        if len(ready) < len(jobs):
+            counts += f", {len(jobs) - len(ready)} that can't be played"
+        say(f"{len(jobs)} points in {folder}: {counts}")
+        for job in missing:
+            assert job.folder
+            (job.folder / sweep.RECORD).unlink(missing_ok=True)  # what became of it last time
+        died = self._launch(missing)
+        points = [sweep.Point(job.swept, job.folder, job.problem or died.get(job.overrides)) for job in jobs]
+        failed = self._report(folder, points, ready, bool(missing))
+        if failed:
+            sys.exit(f"error: {failed} of {len(jobs)} points have no result; {folder / 'sweep.md'} says why.")
+
+    def _report(self, folder: Path, points: list, ready: Sequence[Job], is_new: bool) -> int:
+        from spin import sweep
+        from spin.track import Tracker
+
+        config = ready[0].config
+        assert config
+        settings = config.tracking
+        tracker = Tracker(
+            folder,
+            name=f"{folder.name} leaderboard",
+            config={},
+            wandb=settings.wandb,
+            project=settings.project,
+            entity=settings.entity,
+            group=folder.name,
+        )
+        try:
+            return sweep.board(folder, points, tracker, is_new)
+        finally:
+            tracker.close()
+
+    def _jobs(self, arguments: list[str]) -> list[Job]:
+        """Every point, composed and checked; nothing heavy is loaded for it."""
+        assert self.config is not None and self.hydra_context is not None
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        overrides = parser.parse_overrides([*self._parse_config(), *arguments])
+        (points,) = self.split_arguments(overrides, None)
+        values = [dict(word.split("=", 1) for word in point) for point in points]
+        swept = [key for key in values[0] if len({one[key] for one in values}) > 1]
+        jobs = {}
+        for words, one in zip(points, values, strict=True):
+            job = Job(tuple(words), {key.lstrip("+"): re.sub(r"\\(.)", r"\1", one[key]) for key in swept})
+            jobs[job.overrides] = self._composed(job)
+        return list(jobs.values())
+
+    def _composed(self, job: Job) -> Job:
+        assert self.config is not None and self.hydra_context is not None
+        try:
+            composed = self.hydra_context.config_loader.load_sweep_config(self.config, list(job.overrides))
+            folder = (Path(composed.hydra.sweep.dir) / composed.hydra.sweep.subdir).absolute()
+            with open_dict(composed):
+                del composed["hydra"]
+            return replace(job, folder=folder, config=load(composed))
+        except (HydraException, OmegaConfBaseException) as error:
+            return replace(job, problem=one_line(error))
+        except UserError as error:
+            return replace(job, problem=str(error))
+
+    def _launch(self, jobs: Sequence[Job]) -> dict[tuple[str, ...], str]:
+        """Launch the jobs until each has a record of its end. Returns why there is none, of those that died without.
+
+        A launcher gives up with the first process that dies, whatever the others do. What was at work then is launched
+        again by itself (it waits for its own lock, and goes on from what was kept), the rest together. Raises UserError
+        where nothing can be launched at all.
+        """
+        from spin import sweep
+
+        def status(job: Job) -> str | None:
+            return sweep.noted(job.folder).get("status") if job.folder else None
+
+        assert self.launcher is not None
+        died: dict[tuple[str, ...], str] = {}
+        size = self.max_batch_size or len(jobs) or 1
+        waiting = [list(jobs[start : start + size]) for start in range(0, len(jobs), size)]
+        number = 0
+        while waiting:
+            batch = waiting.pop(0)
+            try:
+                self.launcher.launch([list(job.overrides) for job in batch], initial_job_idx=number)
+            except Exception as error:
+                reason = explain(error) or brief(f"{type(error).__name__}: {error}", 400)
+                if number == 0 and not any(map(status, batch)):
+                    raise UserError(f"no point can be launched: {reason}") from error
+                left = [job for job in batch if status(job) not in ("done", "failed")]
+                if len(batch) == 1:
+                    died |= {job.overrides: reason for job in left}
+                    continue
+                log.warning("a point's process died, going on without it: %s", reason)
+                waiting += [[job] for job in left if status(job) == "playing"]
+                fresh = [job for job in left if status(job) is None]
+                waiting += [fresh] if 0 < len(fresh) < len(batch) else [[job] for job in fresh]
+            finally:
+                number += len(batch)
+        return died

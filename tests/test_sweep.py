@@ -1,0 +1,323 @@
+"""Sweeps: every point in one table, what fails beside what is done, and nothing played twice."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from statistics import mean, stdev
+
+import pytest
+
+from spin.config import Config, DataConfig, EvaluationConfig
+from spin.interrupt import Interrupted
+from spin.sweep import RECORD, Point, attempt, draw, is_done, made_of, note, noted, rows_of
+from tests.games import ROOT, Place
+from tests.test_config import composed
+
+
+def table(folder: Path) -> list[dict]:
+    with (folder / "sweep.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def sweep(place: Place, *words: str, status: int = 0, name: str = "sweep") -> subprocess.CompletedProcess:
+    return place.play("-m", "iter=0", *words, f"hydra.sweep.dir={place.folder}/{name}", status=status)
+
+
+BETA_LR = ("loss.beta=0.1,-1,2", "optimizer.lr=1e-3,1e-4")
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory, games):
+    place = Place(tmp_path_factory.mktemp("sweep"), games)
+    place.first = sweep(place, *BETA_LR, status=1)
+    return place
+
+
+def test_the_table_has_every_point_with_its_settings_and_measures(swept):
+    folder, done = swept.folder / "sweep", swept.first
+    assert done.stderr == f"error: 2 of 6 points have no result; {folder}/sweep.md says why.\n"
+    assert swept.stages() == {"sft": 1, "generate": 1, "score": 1, "train": 4, "evaluate": 2 + 4}
+    rows = [row for row in table(folder) if row["kind"] == "point"]
+    assert Counter((row["loss.beta"], row["optimizer.lr"]) for row in rows) == Counter(
+        (beta, lr) for beta in ("0.1", "-1", "2") for lr in ("0.001", "0.0001")
+    )
+    for row in rows:
+        if row["loss.beta"] == "-1":
+            assert row["status"] == "failed" and row["reason"] == "loss.beta=-1: must be above 0."
+            assert row["nll_per_token"] == ""
+            continue
+        game = json.loads((Path(row["folder"]) / "game.json").read_text())
+        last = game["evaluations"][-1]
+        assert row["status"] == "done" and row["policy"] == last["policy"] == "iter0"
+        assert float(row["nll_per_token"]) == last["nll_per_token"]
+        assert [float(row["mauve_low"]), float(row["mauve_high"])] == last["mauve_interval"]
+        assert game["iterations"][0]["beta"] == float(row["loss.beta"])
+        assert game["iterations"][0]["lr"] == float(row["optimizer.lr"])
+    aucs = [abs(float(row["classifier_auc"]) - 0.5) for row in rows if row["status"] == "done"]
+    assert aucs == sorted(aucs) and [row["status"] for row in rows] == ["done"] * 4 + ["failed"] * 2
+    (start,) = [row for row in table(folder) if row["kind"] == "start"]
+    assert start["policy"] == "sft"
+    assert (folder / "figures" / "heatmap.png").is_file()
+    page = (folder / "sweep.md").read_text()
+    assert "figures/heatmap.png" in page and "failed: loss.beta=-1: must be above 0." in page
+    for link in re.findall(r"\[report\]\(<(.*?)>\)", page):
+        assert (folder / link).is_file()
+    shown = done.stdout[done.stdout.index("Sweep, 6 points") :]
+    assert "loss.beta=-1, optimizer.lr=0.001: failed: loss.beta=-1: must be above 0." in shown
+
+
+def test_again_it_plays_only_what_is_missing(swept):
+    folder = swept.folder / "sweep"
+    before, text = swept.stages(), (folder / "sweep.csv").read_text()
+    again = sweep(swept, *BETA_LR, status=1)
+    assert "4 done before, 0 to play, 2 that can't be played" in again.stdout
+    assert "Launching" not in again.stdout and "reused" not in again.stdout  # not even looked up in the store
+    assert (folder / "sweep.csv").read_text() == text and swept.stages() == before
+    (point,) = folder.glob("*loss.beta=2*lr=0.001")
+    stages = json.loads((point / "stages.json").read_text())["stages"]
+    (training,) = [stage for stage in stages if stage.startswith("train/")]
+    shutil.rmtree(swept.folder / "store" / training)
+    wider = sweep(swept, "loss.beta=2,0.1,3", "optimizer.lr=1e-3", name="sweep")
+    assert "3 points" in wider.stdout and "1 done before, 2 to play" in wider.stdout
+    assert swept.stages() - before == {
+        "train": 1,
+        "evaluate": 1,
+    }  # beta 3; what was lost came back with the same content
+    assert (folder / "figures" / "lines.png").is_file() and not (folder / "figures" / "heatmap.png").exists()
+
+
+def test_a_point_that_fails_as_it_plays_leaves_the_others_alone(swept):
+    """The sequences of the second point do not fit the model; and where nothing is measured there still is a table."""
+    words = ("evaluation=none", "generation.max_new_tokens=8,3000")
+    done = sweep(swept, *words, status=1, name="failing")
+    assert "this point failed: sequences of up to" in done.stdout
+    assert done.stderr.startswith("error: 1 of 2 points have no result") and len(done.stderr.splitlines()) == 1
+    rows = {row["generation.max_new_tokens"]: row for row in table(swept.folder / "failing")}
+    assert rows["8"]["status"] == "done" and rows["8"]["reason"] == ""
+    assert rows["3000"]["status"] == "failed" and "do not fit the model's context of 1024" in rows["3000"]["reason"]
+    assert not list((swept.folder / "failing" / "figures").iterdir())
+
+
+def test_settings_that_do_not_compose_together_cost_their_own_points_alone(swept):
+    words = ("optimizer=rmsprop,adamw", "optimizer.alpha=0.9,0.99", "plan=true")
+    done = sweep(swept, *words, name="planned")
+    assert done.stdout.count("optimizer.alpha: the chosen optimizer has no such setting") == 2
+    assert done.stdout.count("stages to reuse") == 2
+    done = sweep(swept, "loss.betta=1,2", status=1, name="typo")
+    assert done.stderr == "error: loss.betta: there is no such setting. Did you mean loss.beta?\n" and not done.stdout
+    assert not (swept.folder / "typo").exists()
+
+
+def test_a_sweep_that_is_stopped_ends_and_goes_on(swept):
+    words = ("evaluation=none", "loss.beta=4,5,6", "tracking.wandb=disabled", f"hydra.sweep.dir={swept.folder}/stopped")
+    game = swept.start("-m", "iter=0", *words)
+    folder = swept.folder / "stopped"
+    while not list(folder.glob(f"*/{RECORD}")):
+        assert game.poll() is None, game.wait()
+        time.sleep(0.02)
+    game.kill(signal.SIGTERM)
+    done = game.wait(60)
+    assert done.returncode == 128 + signal.SIGTERM and len(done.stderr.splitlines()) == 1
+    assert len(list(folder.glob(f"*/{RECORD}"))) < 3 and not (folder / "sweep.csv").exists()
+    sweep(swept, "evaluation=none", "loss.beta=4,5,6", name="stopped")
+    assert [row["status"] for row in table(folder)] == ["done"] * 3
+
+
+def test_points_of_several_models_lie_in_one_folder_and_are_a_group_in_wandb(swept, tmp_path):
+    model = next((swept.folder / "cache").glob("tiny-*[0-9]"))
+    shutil.copytree(model, tmp_path / "mine")
+    words = [
+        word
+        for word in swept.words("-m", "evaluation=none", "iter=0", "loss.beta=7")
+        if not word.startswith(("tracking", "hydra.run"))
+    ]
+    words += [f"model.path={tmp_path}/mine,{tmp_path}/gone", "tracking.wandb=offline", "name='${model.name}-x'"]
+    done = swept.games.play(*words, f"hydra.sweep.dir={tmp_path}/models-of-mine")
+    assert done.returncode == 1, done.stdout + done.stderr
+    rows = {row["model.path"]: row for row in table(tmp_path / "models-of-mine")}
+    assert rows[f"{tmp_path}/mine"]["status"] == "done" and "no such folder" in rows[f"{tmp_path}/gone"]["reason"]
+    sent = list((tmp_path / "models-of-mine").glob("**/offline-run-*/*.wandb"))
+    assert len(sent) == 2  # the point that was played, and the leaderboard
+    assert all(b"models-of-mine" in path.read_bytes() for path in sent)
+
+
+def test_the_standard_sweep_is_three_by_three(tmp_path, games):
+    words = ["experiment=beta_lr", "model=tiny", "data=tiny", "plan=true", "tracking.wandb=disabled", "evaluation=none"]
+    done = games.play(
+        *words, f"cache.path={tmp_path}", f"store.path={tmp_path}/store", f"hydra.sweep.dir={tmp_path}/sweep"
+    )
+    assert done.returncode == 0, done.stderr
+    points = re.findall(r"#\d+ : .*loss.beta=(\S+) optimizer.lr=(\S+)", done.stdout)
+    assert len({*points}) == 9 and {float(beta) for beta, _ in points} == {0.05, 0.1, 0.5}
+    assert composed("experiment=beta_lr").name == "smollm2-sharegpt"
+
+
+# --- the table, from what lies in the folders --------------------------------------------------------------------------
+
+
+def game(nll: float, start: float = 2.0, **more) -> dict:
+    row = {"n": 8, "nll_per_token": nll, "nll_per_token_interval": [nll - 0.1, nll + 0.1], "human_length": 9.0, **more}
+    return {
+        "evaluations": [
+            {"policy": "sft", "iter": None, "n": 8, "nll_per_token": start},
+            {"policy": "iter0", "iter": 0, **row},
+        ],
+        "iterations": [{"iter": 0}],
+        "exams": [],
+    }
+
+
+def points_of(tmp_path: Path, games: dict) -> list[Point]:
+    points = []
+    for number, (settings, found) in enumerate(games.items()):
+        folder = tmp_path / str(number)
+        note(folder, "done")
+        (folder / "game.json").write_text(json.dumps(found))
+        points.append(Point(dict(settings), folder))
+    return points
+
+
+def test_means_and_standard_errors_over_seeds(tmp_path):
+    values = {("0.1", "0"): 1.5, ("0.1", "1"): 1.7, ("0.1", "2"): 1.3, ("1", "0"): 1.1, ("1", "1"): 1.2}
+    games = {(("loss.beta", b), ("seed", s)): game(v, start=float(s)) for (b, s), v in values.items()}
+    points = [*points_of(tmp_path, games), Point({"loss.beta": "1", "seed": "2"}, tmp_path / "x", "it broke")]
+    rows = rows_of(points)
+    assert [row["kind"] for row in rows] == ["point"] * 6 + ["mean"] * 2
+    best, other = rows[6:]
+    assert best["loss.beta"] == "1" and best["seeds"] == 2 and other["seeds"] == 3
+    assert other["nll_per_token"] == pytest.approx(mean([1.5, 1.7, 1.3]))
+    assert other["nll_per_token_se"] == pytest.approx(stdev([1.5, 1.7, 1.3]) / 3**0.5)
+    assert best["nll_per_token_se"] == pytest.approx(0.05)
+    assert [row["nll_per_token"] for row in rows[:5]] == sorted(values.values())
+    assert rows[5]["status"] == "failed" and rows[5]["reason"] == "it broke"
+    name, figure = draw(rows)
+    assert name == "lines" and len(figure.axes) == 1
+    ((line, _, (bars,)),) = figure.axes[0].containers
+    assert line.get_xydata().tolist() == [[0.1, pytest.approx(1.5)], [1.0, pytest.approx(1.15)]]
+    assert bars.get_segments()[1][:, 1].tolist() == pytest.approx([1.10, 1.20])
+
+
+def test_a_heat_map_shows_each_point_in_its_cell(tmp_path):
+    values = {("0.5", "1e-07"): 1.5, ("0.5", "0.0005"): 1.7, ("2", "1e-07"): 1.25}
+    games = {(("a", a), ("b", b)): game(value) for (a, b), value in values.items()}
+    rows = rows_of([*points_of(tmp_path, games), Point({"a": "2", "b": "0.0005"}, None, "no")])
+    assert rows[-1] | {"kind": "start", "policy": "sft", "nll_per_token": 2.0} == rows[-1]
+    name, figure = draw(rows)
+    assert name == "heatmap"
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1e-07", "0.0005"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["0.5", "2"]
+    cells = {text.get_position(): text.get_text() for text in axes.texts}
+    assert cells == {(0, 0): "1.500", (1, 0): "1.700", (0, 1): "1.250", (1, 1): "–"}
+
+
+def test_what_cannot_be_drawn_is_not(tmp_path):
+    words = {(("loss", name), ("data", "x")): game(1.0) for name in ("hinge", "logistic")}
+    assert draw(rows_of(points_of(tmp_path, words))) is None
+    three = {(("a", "1"), ("b", str(b)), ("c", "3")): game(1.0) for b in range(2)}
+    assert draw(rows_of(points_of(tmp_path, three))) is None
+    assert draw(rows_of([Point({"a": "1"}, None, "no"), Point({"a": "2"}, None, "no")])) is None
+
+
+def test_benchmarks_are_in_the_table(tmp_path):
+    one = game(1.0)
+    harness = [{"task": "gsm8k", "value": 0.4, "stderr": 0.01}]
+    one["exams"] = [{"policy": "iter0", "harness": harness, "mt_bench": {"score": 6.5}}]
+    (row, _) = rows_of(points_of(tmp_path, {(): one}))
+    assert row["gsm8k"] == 0.4 and row["gsm8k_se"] == 0.01 and row["mt_bench"] == 6.5
+
+
+def test_a_point_is_done_only_as_long_as_nothing_it_was_made_of_has_changed(tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text("{}\n")
+    config = Config(data=DataConfig(path=str(data)))
+    config.model.path = "builtin:tiny"
+    config.stage = "evaluate"
+    folder = tmp_path / "point"
+    folder.mkdir()
+    assert not is_done(folder, config)
+    stage = tmp_path / "store" / "evaluate" / "0"
+    stage.mkdir(parents=True)
+    for path in (folder / "game.json", folder / "report.md", stage / "manifest.json"):
+        path.write_text("{}")
+    (folder / "stages.json").write_text(json.dumps({"store": str(tmp_path / "store"), "stages": ["evaluate/0"]}))
+    note(folder, "playing", made_of=made_of(config))
+    assert not is_done(folder, config)
+    note(folder, "done", made_of=made_of(config))
+    assert is_done(folder, config)
+    config.tracking.project, config.checkpoint.minutes = "other", 9.0  # no result depends on them
+    assert is_done(folder, config)
+    config.evaluation.bootstrap += 1
+    assert not is_done(folder, config)
+    config.evaluation.bootstrap -= 1
+    os.utime(data, ns=(1, 1))
+    assert not is_done(folder, config)
+    note(folder, "done", made_of=made_of(config))
+    assert is_done(folder, config)
+    (stage / "manifest.json").unlink()
+    assert not is_done(folder, config)
+    (folder / RECORD).write_text('{"status": "do')
+    assert not is_done(folder, config)
+    config.data.path = "some/name"  # of the hub: tomorrow it may be another
+    assert made_of(config) is None
+    config.data.revision = "abc"
+    assert made_of(config) is not None
+    assert (
+        made_of(Config(evaluation=EvaluationConfig(judge="http://x/v1"), data=DataConfig(package="a==1"))) is not None
+    )
+
+
+def test_a_fault_of_the_program_ends_its_point_alone_and_leaves_its_traceback(tmp_path, capsys):
+    def broken():
+        raise ZeroDivisionError("by nothing")
+
+    attempt(Config(), tmp_path / "point", broken)
+    (row,) = rows_of([Point({}, tmp_path / "point")])
+    assert row["status"] == "failed" and row["reason"].startswith("ZeroDivisionError: by nothing")
+    assert "in broken" in noted(tmp_path / "point")["traceback"] and "in broken" in capsys.readouterr().err
+    with pytest.raises(Interrupted):
+        attempt(Config(), tmp_path / "point", lambda: (_ for _ in ()).throw(Interrupted(signal.SIGTERM)))
+    (row,) = rows_of([Point({}, tmp_path / "point")])
+    assert row["status"] == "unfinished"
+
+
+def test_a_signal_in_another_process_is_told_as_it_was():
+    import pickle
+
+    stop = pickle.loads(pickle.dumps(Interrupted(signal.SIGTERM)))
+    assert isinstance(stop, Interrupted) and stop.signal is signal.SIGTERM
+
+
+def test_where_no_process_can_be_started_one_line_says_so(swept):
+    if shutil.which("srun"):
+        pytest.skip("a SLURM cluster")
+    done = sweep(swept, "loss.beta=1,2", "hydra/launcher=submitit_slurm", status=1, name="slurm")
+    assert "no point can be launched" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_points_in_processes_of_their_own_one_of_which_is_killed(tmp_path):
+    """Interpreters of their own, as a launcher starts them; the pool dies with the first, the sweep does not."""
+    words = ["experiment=smoke", "iter=0", "schedule.epochs=12", "evaluation=none", "tracking.wandb=disabled"]
+    words += [f"cache.path={tmp_path}/cache", f"store.path={tmp_path}/store", f"hydra.sweep.dir={tmp_path}/sweep"]
+    words += ["-m", "loss.beta=0.1,0.2,0.3", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    with (tmp_path / "out").open("w") as out:
+        command = [sys.executable, "run.py", *words]
+        game = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while not list(tmp_path.glob(f"sweep/*/{RECORD}")):
+        assert game.poll() is None, (tmp_path / "out").read_text()
+        time.sleep(0.1)
+    children = Path(f"/proc/{game.pid}/task/{game.pid}/children").read_text().split()
+    workers = [pid for pid in children if b"popen_loky" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(int(workers[0]), signal.SIGKILL)
+    assert game.wait(280) == 0, (tmp_path / "out").read_text()
+    assert "a point's process died, going on without it" in (tmp_path / "out").read_text()
+    assert [row["status"] for row in table(tmp_path / "sweep")] == ["done"] * 3

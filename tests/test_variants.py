@@ -1,0 +1,361 @@
+"""The loss' variants against their formulas in plain float64, alone, in a training step, and in whole games."""
+
+import json
+import math
+from itertools import product
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from spin.config import GenerationConfig
+from spin.data import Example
+from spin.errors import UserError
+from spin.logps import Forward, logps_of, plain_logps
+from spin.loss import LINKS, mixture, spin_loss
+from spin.model import load_model
+from spin.opponent import generate
+from spin.pairs import (
+    Answer,
+    Continuations,
+    Pair,
+    asked,
+    by_prompt,
+    items_of,
+    make_pairs,
+    read_pairs,
+    to_pairs,
+    with_opponent_logps,
+)
+from spin.train import train_spin
+from tests.conftest import random_items, small_model
+from tests.games import Place
+from tests.test_loss import NAIVE
+from tests.test_opponent import Ids, examples
+from tests.test_train import CPU, PACKED, PADDED, SETTINGS, engine_of
+
+PLAIN = {"length_normalised": False, "sft_weight": 0.0}
+VARIANTS = [
+    {"length_normalised": True, "sft_weight": 0.0},
+    {"length_normalised": False, "sft_weight": 0.7},
+    {"length_normalised": True, "sft_weight": 0.7},
+]
+
+
+def naive_loss(policy, reference, lengths, beta, link, length_normalised, sft_weight) -> float:
+    """One pair, in Python's floats."""
+    (real, generated), (real_0, generated_0), (n, m) = policy, reference, lengths
+    if length_normalised:
+        z = beta * (real - real_0) / n - beta * (generated - generated_0) / m
+    else:
+        z = beta * (real - real_0) - beta * (generated - generated_0)
+    return NAIVE[link](z) + sft_weight * -real / n
+
+
+@pytest.mark.parametrize(("variant", "link"), product(VARIANTS, LINKS))
+def test_the_formula_and_its_gradient(variant, link):
+    generator = torch.Generator().manual_seed(1)
+    policy, reference = (-30 * torch.rand(12, 2, generator=generator, dtype=torch.float64) for _ in range(2))
+    lengths = torch.randint(1, 40, (12, 2), generator=generator)
+    policy.requires_grad_(True)
+    losses, metrics = spin_loss(policy, reference, 0.4, link, lengths, **variant)
+    (grad,) = torch.autograd.grad(losses.sum(), policy)
+    for i in range(12):
+        given = [x[i].tolist() for x in (policy.detach(), reference, lengths)]
+        assert losses[i].item() == pytest.approx(naive_loss(*given, 0.4, link, **variant), rel=1e-9)
+        for column in range(2):
+            ends = []
+            for step in (1e-6, -1e-6):
+                moved = list(given[0])
+                moved[column] += step
+                ends.append(naive_loss(moved, *given[1:], 0.4, link, **variant))
+            assert grad[i, column].item() == pytest.approx((ends[0] - ends[1]) / 2e-6, rel=1e-6, abs=1e-6)
+    if variant["sft_weight"]:
+        parts = metrics["loss/spin"] + variant["sft_weight"] * metrics["loss/sft"]
+        assert torch.allclose(metrics["loss"], parts) and torch.allclose(parts, losses)
+
+
+def test_without_variants_lengths_change_nothing():
+    policy, reference = torch.randn(5, 2), torch.randn(5, 2)
+    plain, _ = spin_loss(policy, reference, 0.3, "logistic")
+    losses, metrics = spin_loss(policy, reference, 0.3, "logistic", torch.full((5, 2), 7), **PLAIN)
+    assert torch.equal(plain, losses) and "loss/sft" not in metrics
+
+
+def test_the_mixture_is_the_geometric_one_and_its_normaliser_cancels():
+    """Over three outcomes the mixture can be normalised: margins and losses are the same as without."""
+    opponent, start = (torch.tensor(p, dtype=torch.float64) for p in ([0.2, 0.5, 0.3], [0.6, 0.1, 0.3]))
+    naive = [math.pow(p, 0.3) * math.pow(q, 0.7) for p, q in zip(opponent.tolist(), start.tolist(), strict=True)]
+    found = mixture(opponent.log(), start.log(), 0.3)
+    assert found.exp().tolist() == pytest.approx(naive)
+    whole = (torch.tensor(naive) / sum(naive)).log()
+    policy = torch.tensor([0.1, 0.2, 0.7], dtype=torch.float64).log()
+    pairs = torch.tensor([[0, 1], [2, 0], [1, 2]])
+    losses, metrics = spin_loss(policy[pairs], found[pairs], 0.5, "logistic")
+    normalised, others = spin_loss(policy[pairs], whole[pairs], 0.5, "logistic")
+    assert torch.allclose(losses, normalised, atol=1e-7)
+    assert not torch.allclose(metrics["rewards/real"], others["rewards/real"])
+    assert torch.equal(mixture(opponent, start, 1.0), opponent) and torch.equal(mixture(opponent, start, 0.0), start)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.4, 0.0])
+def test_the_optimum_with_a_mixed_reference(alpha):
+    """Trained to convergence, logistic: p = r (p_data / p_t)^(1/beta) / Z, theorem 5.4 with the reference r in place of p_t."""
+    data, opponent, start = (
+        torch.tensor(p, dtype=torch.float64) for p in ([0.5, 0.2, 0.3], [0.2, 0.5, 0.3], [0.3, 0.3, 0.4])
+    )
+    reference = mixture(opponent.log(), start.log(), alpha)
+    logits = opponent.log().clone().requires_grad_(True)
+    pairs = torch.tensor(list(product(range(3), repeat=2)))
+    weights = data[pairs[:, 0]] * opponent[pairs[:, 1]]
+    optimizer = torch.optim.LBFGS(
+        [logits], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe"
+    )
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (weights * spin_loss(logits.log_softmax(-1)[pairs], reference[pairs], 2.0, "logistic")[0]).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    expected = (reference + (data / opponent).log() / 2.0).softmax(-1)
+    assert torch.allclose(logits.detach().softmax(-1), expected, atol=1e-6)
+
+
+# --- several answers a prompt -------------------------------------------------------------------------------------------
+
+
+def answers_of(items: list[Continuations]) -> list[Pair]:
+    """Pairs of items with one to three generated answers, not scored."""
+    return [
+        Pair(f"p{i}" + (f"#{k}" if k else ""), "", "", "", "stop", item.prompt_ids, item.responses[0], generated)
+        for i, item in enumerate(items)
+        for k, generated in enumerate(item.responses[1:])
+    ]
+
+
+def ragged(count: int, seed: int) -> list[Continuations]:
+    return [
+        Continuations(item.prompt_ids, item.responses[: 2 + i % 3])
+        for i, item in enumerate(random_items(count, responses=4, seed=seed, longest=25))
+    ]
+
+
+def test_pairs_of_a_prompt_become_one_item_and_come_apart_again():
+    items = ragged(7, seed=3)
+    pairs = answers_of(items)
+    assert items_of(pairs) == items
+    assert [len(group) for group in by_prompt(pairs)] == [1, 2, 3, 1, 2, 3, 1]
+    widths = [len(item.responses) for item in items]
+    values = torch.arange(float(sum(widths)))
+    taken, start = [], 0
+    for width in widths:
+        taken += [[start, start + k] for k in range(1, width)]
+        start += width
+    assert to_pairs(values, widths).tolist() == taken
+    replayed = [*pairs, *(Pair(**{**vars(pair), "iter": 1}) for pair in pairs[:1])]
+    assert len(items_of(replayed)) == 8  # a prompt's answers of two iterations are two items
+
+
+def test_answers_are_asked_for_by_ids_of_their_own_and_put_beside_their_example():
+    chosen = [Example(f"e{i}", f"prompt {i}", (1, 2), f"real {i}", (3, 4 + i)) for i in range(2)]
+    many = asked(chosen, 3)
+    assert [one.id for one in many] == [f"{e.id}{end}" for e in chosen for end in ("", "#1", "#2")]
+    assert asked(chosen, 1) == chosen
+    answers = [Answer(one.id, (5, 6 + i), "stop", f"answer {i}") for i, one in enumerate(many)]
+    answers[1] = Answer(many[1].id, chosen[0].real_ids, "stop", chosen[0].real)
+    answers[5] = Answer(many[5].id, (9,), "stop", " ")
+    pairs, dropped = make_pairs(chosen, answers, 2)
+    assert dropped == {"identical": 1, "empty": 1}
+    assert [pair.id for pair in pairs] == [many[i].id for i in (0, 2, 3, 4)]
+    assert all(pair.real_ids == chosen[0].real_ids for pair in pairs[:2]) and pairs[2].prompt == chosen[1].prompt
+
+
+def test_the_first_answer_is_the_one_that_it_has_alone():
+    """And the others come from streams of their own."""
+    model, chosen = small_model("llama"), examples(20)
+    config = GenerationConfig(batch_size=64)
+    alone = {answer.id: answer.ids for answer in generate(model, Ids(), chosen, config, 10, {1}, 0)}
+    many = {answer.id: answer.ids for answer in generate(model, Ids(), asked(chosen, 3), config, 10, {1}, 0)}
+    assert all(many[id] == ids for id, ids in alone.items())
+    assert len({*many.values()}) > 0.9 * len(many) == 0.9 * 60
+
+
+# --- a step of training -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("forward", [PACKED, PADDED, Forward("packed", "full", 64, 64, 1)])
+@pytest.mark.parametrize("variant", [PLAIN, VARIANTS[2]])
+def test_gradients_of_a_step_are_the_naive_ones(tiny_folder, forward, variant):
+    """One to three answers a prompt, a reference of its own: the mean over prompts of the mean over their pairs, in float64."""
+    items = ragged(6, seed=9)
+    model = load_model(tiny_folder, torch.float32, CPU)
+    widths = [len(item.responses) for item in items]
+    pairs = with_opponent_logps(answers_of(items), to_pairs(logps_of(model, items, forward), widths))
+    generator = torch.Generator().manual_seed(4)
+    reference = torch.tensor([[p.opponent_logp_real, p.opponent_logp_generated] for p in pairs])
+    reference += 3 * torch.randn(reference.shape, generator=generator)
+    engine, kept, rows = engine_of(tiny_folder), {}, []
+    engine.step = lambda lr: kept.update({name: grad.clone() for name, grad in engine.grads.items()}) or 0.0
+    settings = {**SETTINGS, "beta": 0.3, "link": "logistic", **variant}
+    train_spin(engine, pairs, forward, reference_logps=reference, log=rows.append, **settings)
+
+    exact = load_model(tiny_folder, torch.float64, CPU).requires_grad_(True)
+    loss, index = 0.0, 0
+    for item in items:
+        real, *generated = (logps.sum() for logps in naive_logps(exact, item))
+        of_item = 0.0
+        for k, own in enumerate(generated):
+            gains = [real - reference[index, 0].item(), own - reference[index, 1].item()]
+            if variant["length_normalised"]:
+                gains = [gains[0] / len(item.responses[0]), gains[1] / len(item.responses[k + 1])]
+            of_item = of_item + torch.log(1 + torch.exp(-0.3 * (gains[0] - gains[1])))
+            index += 1
+        anchor = -variant["sft_weight"] * real / len(item.responses[0])
+        loss = loss + (of_item / len(generated) + anchor) / len(items)
+    loss.backward()
+    assert rows[0]["loss"] == pytest.approx(loss.item(), abs=1e-4) and rows[0]["pairs"] == len(items)
+    assert rows[0]["gains/real"] == pytest.approx(0, abs=1e-3) and abs(rows[0]["rewards/margins"]) > 1e-3
+    for name, weight in exact.named_parameters():
+        assert torch.allclose(kept[name].double(), weight.grad, atol=2e-5, rtol=1e-3), name
+
+
+def naive_logps(model, item: Continuations) -> list[torch.Tensor]:
+    """With gradients and in the model's own type, which `plain_logps` does not give."""
+    result = []
+    for response in item.responses:
+        ids = torch.tensor([[*item.prompt_ids, *response]])
+        table = model(input_ids=ids).logits[0].log_softmax(-1)
+        at = torch.arange(len(item.prompt_ids) - 1, ids.shape[1] - 1)
+        result.append(table[at, ids[0, len(item.prompt_ids) :]])
+    return result
+
+
+def test_a_policy_that_is_not_its_opponent_is_found_whatever_the_reference(tiny_folder):
+    items = ragged(6, seed=9)
+    model = load_model(tiny_folder, torch.float32, CPU)
+    pairs = with_opponent_logps(
+        answers_of(items), to_pairs(logps_of(model, items, PACKED), [len(i.responses) for i in items])
+    )
+    reference = torch.tensor([[p.opponent_logp_real, p.opponent_logp_generated] for p in pairs])
+    settings = {**SETTINGS, "beta": 0.3, "link": "logistic", "log": lambda row: None}
+    train_spin(engine_of(tiny_folder), pairs, PACKED, reference_logps=reference - 5, **settings)
+    with pytest.raises(UserError, match="does not equal its opponent"):
+        train_spin(
+            engine_of(tiny_folder),
+            with_opponent_logps(pairs, reference - 5),
+            PACKED,
+            reference_logps=reference,
+            **settings,
+        )
+
+
+# --- whole games --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory, games):
+    place = Place(tmp_path_factory.mktemp("variants"), games)
+    place.play("evaluation=none", "iter=0")
+    return place
+
+
+def first_row(place: Place, run: str, iteration: int) -> dict:
+    return next(row for row in place.metrics(run) if row["stage"] == "train" and row["iter"] == iteration)
+
+
+def test_a_game_with_a_mixed_reference(played):
+    """The start scores the pairs too, and the loss is the formula's, from what pairs.parquet shows."""
+    before = played.stages()
+    words = ["evaluation=none", "loss.reference=mixture", "loss.alpha=0.3", "loss.beta=0.5", "optimizer.lr=1e-2"]
+    words += ["loss.length_normalised=true", "loss.sft_weight=0.2", "schedule.batch_size=100", "engine.precision=fp32"]
+    played.play(*words, run="mixed")
+    assert (played.stages() - before)["score"] == 3 and (played.stages() - before)["train"] == 2
+    folder = played.folder / "mixed"
+    columns = pq.read_table(folder / "iter0" / "pairs.parquet").column_names
+    assert "start_logp_real" not in columns  # the start is the opponent
+    rows = pq.read_table(folder / "iter1" / "pairs.parquet").to_pylist()
+    assert {"opponent_logp_real", "start_logp_real", "start_logp_generated"} <= set(rows[0])
+    start = load_model(folder / "sft" / "policy", torch.float32, CPU)
+    opponent = load_model(folder / "iter0" / "policy", torch.float32, CPU)
+    for row in rows[:3]:
+        item = Continuations(row["prompt_ids"], (row["real_ids"], row["generated_ids"]))
+        for model, name in ((start, "start"), (opponent, "opponent")):
+            real, generated = (logps.sum().item() for logps in plain_logps(model, item))
+            assert row[f"{name}_logp_real"] == pytest.approx(real, abs=1e-2)
+            assert row[f"{name}_logp_generated"] == pytest.approx(generated, abs=1e-2)
+    losses = []
+    for row in rows:
+        policy = [row["opponent_logp_real"], row["opponent_logp_generated"]]  # at the first step
+        mixed = [0.3 * row[f"opponent_logp_{n}"] + 0.7 * row[f"start_logp_{n}"] for n in ("real", "generated")]
+        lengths = (len(row["real_ids"]), len(row["generated_ids"]))
+        losses.append(naive_loss(policy, mixed, lengths, 0.5, "logistic", True, 0.2))
+    first = first_row(played, "mixed", 1)
+    assert first["loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-4)
+    assert first["rewards/margins"] != 0 and first["gains/real"] == pytest.approx(0, abs=1e-3)
+    assert first_row(played, "mixed", 0)["rewards/margins"] == pytest.approx(0, abs=1e-4)
+    manifest = json.loads((folder / "iter1" / "manifest.json").read_text())
+    assert manifest["loss"]["reference"] == "mixture" and manifest["loss"]["alpha"] == 0.3
+    again = played.play(*words, run="mixed")
+    assert "nothing was computed again" in again.stdout
+
+
+def test_at_iteration_0_the_start_is_the_opponent(played):
+    done = played.play("evaluation=none", "iter=0", "loss.reference=start", run="same")
+    assert "nothing was computed again" in done.stdout
+
+
+def test_a_game_with_several_answers_a_prompt(played):
+    words = ["evaluation=none", "generation.answers=3", "schedule.replay=previous"]
+    before = played.stages()
+    played.play(*words, run="many")
+    assert played.stages() - before == {"generate": 2, "score": 2, "train": 2}
+    one = read_pairs(played.folder / "run" / "iter0" / "pairs.parquet")
+    many = read_pairs(played.folder / "many" / "iter0" / "pairs.parquet")
+    assert {pair.id.partition("#")[2] for pair in many} == {"", "1", "2"}
+    answers = {pair.id: pair.generated_ids for pair in many}
+    same = [pair.generated_ids == answers.get(pair.id) for pair in one]
+    assert sum(same) / len(same) > 0.5  # but for rounding, which in bf16 now and then decides
+    assert len({pair.generated_ids for pair in many}) > 0.9 * len(many)
+    by_id = {}
+    for pair in many:
+        by_id.setdefault(pair.id.partition("#")[0], []).append(pair)
+    assert all(len({pair.opponent_logp_real for pair in pairs}) == 1 for pairs in by_id.values())
+    sft = load_model(played.folder / "many" / "sft" / "policy", torch.float32, CPU)
+    for pair in many[:4]:
+        (generated,) = plain_logps(sft, Continuations(pair.prompt_ids, (pair.generated_ids,)))
+        assert pair.opponent_logp_generated == pytest.approx(generated.sum().item(), abs=2)
+    rows = [row for row in played.metrics("many") if row["stage"] == "train" and row["iter"] == 0]
+    assert sum(row["pairs"] for row in rows) == len(by_id)  # a step is of prompts
+    assert rows[0]["loss"] == pytest.approx(0.6931, abs=0.01)
+    assert {pair.iter for pair in read_pairs(played.folder / "many" / "iter1" / "pairs.parquet")} == {0, 1}
+
+
+def test_every_reference_in_a_sweep(played):
+    words = ["-m", "evaluation=none", "iter=1", "loss.reference=opponent,start,mixture"]
+    before = played.stages()
+    played.play(*words, f"hydra.sweep.dir={played.folder}/references")
+    new = played.stages() - before
+    assert (
+        new["generate"] == 1 and new["score"] == 2
+    )  # iteration 1's pairs under the opponent, and under the start, once each
+    assert new["train"] == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["loss.reference=base"], "loss.reference=base: must be one of opponent, start, mixture"),
+        (["loss.alpha=1.5"], "loss.alpha=1.5: must lie in [0, 1]"),
+        (["loss.sft_weight=-1"], "loss.sft_weight=-1.0: must be 0"),
+        (["generation.answers=0"], "generation.answers=0: must be 1"),
+        (["generation=greedy", "generation.answers=2"], "all answers to a prompt are the same"),
+    ],
+)
+def test_settings_that_make_no_sense(words, says):
+    from tests.test_config import load
+
+    with pytest.raises(UserError) as error:
+        load(*words)
+    assert says in str(error.value) and "\n" not in str(error.value)
