@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from spin import adapters
 from spin.config import EngineConfig, OptimizerConfig
 from spin.errors import UserError
-from spin.model import Policy, load_model, save_model, saved_buffers
+from spin.model import Policy, load_model, load_policy, save_model, saved_buffers, trained_parameters
 
 
 def device_of(config: EngineConfig) -> torch.device:
@@ -47,7 +48,8 @@ def _cpu_has_bf16() -> bool:
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
-STATES = {"rmsprop": 1, "adamw": 2}  # numbers that an optimiser keeps for each weight
+# What an optimiser keeps for each weight, in numbers of four bytes.
+STATES = {"rmsprop": 1.0, "adamw": 2.0, "rmsprop8bit": 0.254, "adamw8bit": 0.508}
 
 
 class SingleEngine:
@@ -61,7 +63,7 @@ class SingleEngine:
     def __init__(
         self, policy: Policy, dtype: torch.dtype, device: torch.device, engine: EngineConfig, optimizer: OptimizerConfig
     ):
-        self.model = load_model(policy.folder, dtype, device)
+        self.model = load_policy(policy, dtype, device)
         if engine.gradient_checkpointing:
             self.model.activation_checkpointing_enable({"use_reentrant": False})
             for module in self.model.modules():
@@ -74,10 +76,14 @@ class SingleEngine:
         self.policy = policy
         self.dtype, self.device = dtype, device
         self.max_grad_norm = optimizer.max_grad_norm
-        self.weights = dict(self.model.named_parameters())
+        self.weights = trained_parameters(self.model, policy)
         if dtype == torch.float32:
             self.masters = {name: weight.data for name, weight in self.weights.items()}
             self.buffers = saved_buffers(self.model)
+        elif policy.base:
+            found = adapters.read(policy.folder, device)
+            self.masters = {name: found[name] for name in self.weights}
+            self.buffers = {}  # the base's
         else:
             full = load_model(policy.folder, torch.float32, device)
             self.masters = {name: weight.data for name, weight in full.named_parameters()}
@@ -130,7 +136,9 @@ class SingleEngine:
         """Write what the next step needs, between two steps: the master weights and the optimiser's states, as they are."""
         save_file(self.masters, folder / "masters.safetensors")
         states = self.optimizer.state_dict()["state"]
-        tensors = {f"{index}.{name}": value for index, state in states.items() for name, value in state.items()}
+        tensors = {
+            f"{index}.{name}": _saved(name, value) for index, state in states.items() for name, value in state.items()
+        }
         save_file(tensors, folder / "optimizer.safetensors")
 
     def load_state(self, folder: Path) -> None:
@@ -140,13 +148,21 @@ class SingleEngine:
                 master.copy_(file.get_tensor(name))
                 self.weights[name].data.copy_(master)
         # Copies: what safetensors gives is the file, mapped, which would hold its space for as long as we train.
-        states: dict[int, dict[str, Tensor]] = {}
+        states: dict[int, dict[str, Any]] = {}
         with safe_open(folder / "optimizer.safetensors", "pt") as file:
             for key in file.keys():
                 index, _, name = key.partition(".")
-                states.setdefault(int(index), {})[name] = file.get_tensor(key).clone()
+                value = file.get_tensor(key).clone()
+                is_count = value.ndim == 0 and value.dtype == torch.int64
+                states.setdefault(int(index), {})[name] = value.item() if is_count else value
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": states, "param_groups": groups})
+
+
+def _saved(name: str, value: Any) -> Tensor:
+    """An entry of an optimiser's state as a tensor of its own: bitsandbytes counts steps in plain numbers, and its states
+    share the maps of their 8 bits."""
+    return (value.clone() if name.startswith("qmap") else value) if isinstance(value, Tensor) else torch.tensor(value)
 
 
 def _collect_into(total: Tensor):
@@ -159,9 +175,17 @@ def _collect_into(total: Tensor):
 
 
 def _optimizer(masters: list[Tensor], config: OptimizerConfig) -> torch.optim.Optimizer:
+    beta1, beta2 = config.betas
+    if config.name.endswith("8bit"):
+        adapters.import_bitsandbytes()
+        import bitsandbytes
+
+        common: dict[str, Any] = {"eps": config.eps, "weight_decay": config.weight_decay}
+        if config.name == "rmsprop8bit":
+            return bitsandbytes.optim.RMSprop8bit(masters, alpha=config.alpha, **common)
+        return bitsandbytes.optim.AdamW8bit(masters, betas=(beta1, beta2), **common)
     # Tensor by tensor: all at once would need another copy of the weights for what lies between.
-    common: dict[str, Any] = {"eps": config.eps, "weight_decay": config.weight_decay, "foreach": False}
+    common = {"eps": config.eps, "weight_decay": config.weight_decay, "foreach": False}
     if config.name == "rmsprop":
         return torch.optim.RMSprop(masters, alpha=config.alpha, **common)
-    beta1, beta2 = config.betas
     return torch.optim.AdamW(masters, betas=(beta1, beta2), **common)

@@ -68,6 +68,8 @@ def _of(stage: str, arguments: tuple) -> str:
     if stage in ("evaluate", "harness", "mt_bench", "compare"):
         policy, iteration = arguments[:2]
         return f"iter {iteration}" if iteration is not None else getattr(policy, "label", "sft")
+    if stage == "merge":
+        return "the last policy"
     return f"iter {arguments[1]}"
 
 
@@ -103,6 +105,7 @@ class Lookup(Stages):
     harness = _looked_up(Stages.harness)
     mt_bench = _looked_up(Stages.mt_bench)
     compare = _looked_up(Stages.compare)
+    merge = _looked_up(Stages.merge)
 
 
 def look_up(
