@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from spin import adapters
 from spin.config import EngineConfig, OptimizerConfig
 from spin.errors import UserError
-from spin.model import Policy, load_model, load_policy, save_model, saved_buffers, trained_parameters
+from spin.model import Policy, load_policy, masters_of, save_model, saved_buffers, trained_parameters
 
 
 def device_of(config: EngineConfig) -> torch.device:
@@ -80,14 +80,9 @@ class SingleEngine:
         if dtype == torch.float32:
             self.masters = {name: weight.data for name, weight in self.weights.items()}
             self.buffers = saved_buffers(self.model)
-        elif policy.base:
-            found = adapters.read(policy.folder, device)
-            self.masters = {name: found[name] for name in self.weights}
-            self.buffers = {}  # the base's
         else:
-            full = load_model(policy.folder, torch.float32, device)
-            self.masters = {name: weight.data for name, weight in full.named_parameters()}
-            self.buffers = saved_buffers(full)
+            found, self.buffers = masters_of(policy, device)
+            self.masters = {name: found[name] for name in self.weights}
         self.grads = {name: torch.zeros_like(master) for name, master in self.masters.items()}
         for name, weight in self.weights.items():
             weight.requires_grad_(True)
@@ -135,9 +130,11 @@ class SingleEngine:
     def save_state(self, folder: Path) -> None:
         """Write what the next step needs, between two steps: the master weights and the optimiser's states, as they are."""
         save_file(self.masters, folder / "masters.safetensors")
-        states = self.optimizer.state_dict()["state"]
+        states = [self.optimizer.state.get(master, {}) for master in self.masters.values()]
         tensors = {
-            f"{index}.{name}": _saved(name, value) for index, state in states.items() for name, value in state.items()
+            f"{index}.{name}": _saved(name, value)
+            for index, state in enumerate(states)
+            for name, value in state.items()
         }
         save_file(tensors, folder / "optimizer.safetensors")
 

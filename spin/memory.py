@@ -77,6 +77,7 @@ class Load:
     decoded: int
     prompt: int
     length: int
+    files: int = 0  # bytes of the weights on the disk, where they are read into the same memory: on the CPU
     plays: bool = True  # False where nothing is trained
 
 
@@ -179,9 +180,15 @@ def generating(shape: Shape, load: Load) -> Needed:
     )
 
 
+def loading(shape: Shape, load: Load) -> Needed:
+    """The weights beside the files that they are rounded from, which are mapped until the last is read."""
+    return Needed("loading", {"weights": _resting(shape, load), "files": load.files})
+
+
 def stages(shape: Shape, load: Load) -> list[Needed]:
     """What each stage needs, the largest first."""
     played = [generating(shape, load), scoring(shape, load), *([training(shape, load)] if load.plays else [])]
+    played += [loading(shape, load)] if load.files else []
     return sorted(played, key=lambda needed: -needed.total)
 
 

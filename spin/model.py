@@ -368,6 +368,14 @@ def trained_parameters(model: PreTrainedModel, policy: Policy) -> dict[str, torc
     return {name: weight for name, weight in model.named_parameters() if not policy.base or ".lora_" in name}
 
 
+def masters_of(policy: Policy, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What training starts from, in fp32 and by name: the parameters that it changes, and what else is saved with them."""
+    if policy.base:
+        return adapters.read(policy.folder, device), {}
+    full = load_model(policy.folder, torch.float32, device)
+    return {name: weight.data for name, weight in full.named_parameters()}, saved_buffers(full)
+
+
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder. Raises UserError if there is none."""
     try:

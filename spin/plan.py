@@ -125,8 +125,10 @@ def trainings(planned: Iterable[Planned]) -> int:
 
 def room(planned: Iterable[Planned], stages: Stages) -> int:
     """Bytes that may still be written to the store: policies, and checkpoints but for those that are there."""
-    missing = [one for one in planned if one.stage in ("sft", "train") and one.status != "reuse"]
-    return max(0, stages.training_bytes(len(missing)) - sum(one.left for one in missing)) if missing else 0
+    todo = [one for one in planned if one.status != "reuse"]
+    missing = [one for one in todo if one.stage in ("sft", "train")]
+    merged = stages.merged_bytes if any(one.stage == "merge" for one in todo) else 0
+    return merged + (max(0, stages.training_bytes(len(missing)) - sum(one.left for one in missing)) if missing else 0)
 
 
 def show(planned: list[Planned], stages: Stages, console: Console) -> None:

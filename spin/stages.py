@@ -31,6 +31,7 @@ from spin.evaluate import HeldOut, correct, held_out_of, measures
 from spin.interrupt import Interrupted, deferred
 from spin.logps import Forward, choose_forward, logps_of
 from spin.model import (
+    SEEN,
     Policy,
     check_bitsandbytes,
     content_id,
@@ -129,7 +130,8 @@ class Stages:
             self.start = replace(self.start, label=_name(config.model.path or config.model.name))
             if (other := config.evaluation.against) is not None:
                 self.against = replace(resolve(replace(config.model, path=other), cache), label=_name(other))
-        seen = trained_on(self.start.folder) | (trained_on(self.against.folder) if self.against else set())
+        measured = [self.start, *([self.against] if self.against else [])]
+        seen = set().union(*(trained_on(policy.beside(SEEN)) for policy in measured))
         self.data = data.load(config.data, self.tokenizer, self.stop_ids, config.seed, cache, seen)
         self._check_context()
         if config.evaluation.embedder is not None:
@@ -235,7 +237,9 @@ class Stages:
     @property
     def _lora(self) -> adapters.Lora:
         config = self.config.model
-        return adapters.Lora(config.lora_rank, config.lora_alpha, config.lora_targets)
+        targets = config.lora_targets  # their order changes nothing
+        names = targets if isinstance(targets, str) else sorted(set(targets))
+        return adapters.Lora(config.lora_rank, config.lora_alpha, names)
 
     def release(self) -> None:
         """Take the model out of memory, for another one to come."""
@@ -485,7 +489,7 @@ class Stages:
 
         def build(work: Work) -> dict:
             self.release()
-            check_room(self.store, fp32_bytes(self.start.whole.folder), title)
+            check_room(self.store, self.merged_bytes, title)
             save_merged(policy, work.folder / "merged")
             return {}
 
@@ -515,6 +519,11 @@ class Stages:
     def _embedder_id(self) -> str | None:
         model = self.config.evaluation.embedder
         return content_id(Path(model).expanduser()) if model and Path(model).expanduser().is_dir() else model
+
+    @property
+    def merged_bytes(self) -> int:
+        """What an adapter that is put into its base takes on the disk."""
+        return fp32_bytes(self.start.whole.folder)
 
     def check_memory(self) -> None:
         """Say how much memory the stages need, and what to change where that may be too much; nothing is loaded yet.
@@ -547,6 +556,7 @@ class Stages:
             decoded=min(config.generation.batch_size, len(examples)),
             prompt=prompt,
             length=prompt + config.max_new_tokens,
+            files=sum(path.stat().st_size for path in weight_files(whole)) if self.device.type == "cpu" else 0,
             plays=config.stage == "game",
         )
 
@@ -650,7 +660,9 @@ class Stages:
         try:
             with deferred():
                 engine.save(work.folder / "policy")
-                note_trained_on(work.folder / "policy", trained_on(start.folder) | {e.opening for e in self.data.train})
+                note_trained_on(
+                    work.folder / "policy", trained_on(start.beside(SEEN)) | {e.opening for e in self.data.train}
+                )
         except Interrupted:
             with deferred():
                 checkpoints.write(engine, state)

@@ -176,8 +176,9 @@ def _engines(llm: dict, lora: dict | None, config: GenerationConfig) -> Iterator
             if not running:
                 (folder / "engine.json").write_text(json.dumps({"llm": llm, "lora": lora}))
                 running.extend(_start(folder, part, config) for part in range(config.data_parallel))
-            ends = len(running)
-            for part, process in enumerate(running):
+            asked = running[: len(prompts)]
+            ends = len(asked)
+            for part, process in enumerate(asked):
                 path = folder / f"{part}.json"
                 path.write_text(json.dumps({"prompts": prompts[part::ends], "sampling": sampling[part::ends]}))
                 assert process.stdin
@@ -187,7 +188,7 @@ def _engines(llm: dict, lora: dict | None, config: GenerationConfig) -> Iterator
                 except BrokenPipeError:
                     _raise_ended(folder, part, process)
             found: list[dict] = [{}] * len(prompts)
-            for part, process in enumerate(running):
+            for part, process in enumerate(asked):
                 found[part::ends] = _wait(folder, part, process)
             return found
 
