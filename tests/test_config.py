@@ -61,7 +61,10 @@ def test_bad_values_are_named_in_one_line(override, says):
     ("words", "says"),
     [
         (["loss.betta=1"], "loss.betta: there is no such setting. Did you mean loss.beta?"),
-        (["optimizer=sgdd"], "optimizer=sgdd: there is no such choice. There are: adamw, adamw8bit, rmsprop, rmsprop8bit"),
+        (
+            ["optimizer=sgdd"],
+            "optimizer=sgdd: there is no such choice. There are: adamw, adamw8bit, rmsprop, rmsprop8bit",
+        ),
         (["loss.beta=-1"], "loss.beta=-1: must be above 0."),
         (["loss.beta=[1"], "no viable alternative"),
         (["iter=x"], "iter: Value 'x'"),

@@ -100,40 +100,46 @@ def test_what_autograd_keeps_of_a_layer_is_what_the_formula_says(dtype):
 # --- the peak ---------------------------------------------------------------------------------------------------------
 
 # Trains two steps and says how many bytes the process came to hold at most, above what it held before the model was
-# loaded. A control: memory that was freed before does not count as room.
+# loaded. A tiny model goes first: what libraries allocate for themselves is no part of the estimate.
 MEASURE = """
-import json, resource, sys
+import json, sys, tempfile
+from pathlib import Path
 import torch
-from spin.config import EngineConfig, ModelConfig, OptimizerConfig
+from spin import tiny
 from spin.adapters import Lora
+from spin.config import EngineConfig, ModelConfig, OptimizerConfig
 from spin.engine import SingleEngine
 from spin.logps import Forward, sequence_logps
 from spin.memory import _resident
-from spin.model import Policy, content_id, fresh_adapter, quantised
+from spin.model import Policy, fresh_adapter, quantised
 from spin.pairs import Continuations
+
 asked = json.loads(sys.argv[1])
-torch.set_num_threads(1)
-policy = quantised(Policy("start", __import__("pathlib").Path(asked["folder"]), "x"), asked["quantization"])
-if asked["rank"]:
-    model = ModelConfig(path=asked["folder"])
-    policy = fresh_adapter(policy, Lora(asked["rank"], 8, "all-linear"), 0, model, policy.folder / "adapter")
-import peft, bitsandbytes
 forward = Forward("packed", "chunked", asked["row"], asked["tokens"], asked["chunk"])
-vocabulary = asked["vocabulary"]
-def ids(n, k): return tuple((7 * i + k) % (vocabulary - 5) + 3 for i in range(n))
-third = asked["row"] // 4
-items = [Continuations(ids(third, k), (ids(third, k + 1), ids(third, k + 2))) for k in range(asked["tokens"] // asked["row"])]
-warm = torch.nn.functional.linear(torch.zeros(4, 4, dtype=torch.bfloat16), torch.zeros(4, 4, dtype=torch.bfloat16))
+
+def train(folder, vocabulary):
+    policy = quantised(Policy("start", folder, "x"), asked["quantization"])
+    if asked["rank"]:
+        lora = Lora(asked["rank"], 8, "all-linear")
+        policy = fresh_adapter(policy, lora, 0, ModelConfig(path=str(folder)), folder / "adapter")
+    engine = SingleEngine(policy, getattr(torch, asked["dtype"]), torch.device("cpu"),
+        EngineConfig(gradient_checkpointing=asked["checkpointing"]), OptimizerConfig(name=asked["optimizer"]))
+    n = asked["row"] // 4
+    ids = [tuple((7 * i + k) % (vocabulary - 5) + 3 for i in range(n)) for k in range(3)]
+    items = [Continuations(ids[0], (ids[1], ids[2]))] * (asked["tokens"] // asked["row"])
+    for _ in range(2):
+        for batch in forward.batches(items):
+            engine.backward(sequence_logps(engine.model, batch, forward).sum())
+        engine.step(1e-6)
+
+with tempfile.TemporaryDirectory() as name:
+    tiny.make(Path(name))
+    train(Path(name), 258)
 before = _resident()
-with open("/proc/self/clear_refs", "w") as file: file.write("5")  # the peak counts from here
-engine = SingleEngine(policy, getattr(torch, asked["dtype"]), torch.device("cpu"),
-    EngineConfig(gradient_checkpointing=asked["checkpointing"]), OptimizerConfig(name=asked["optimizer"]))
-for _ in range(2):
-    for batch in forward.batches(items):
-        engine.backward(sequence_logps(engine.model, batch, forward).sum())
-    engine.step(1e-6)
-peak = next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith("VmHWM"))
-print(peak - before)
+Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+train(Path(asked["folder"]), asked["vocabulary"])
+status = Path("/proc/self/status").read_text().splitlines()
+print(next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024 - before)
 """
 
 
@@ -171,17 +177,21 @@ CASES = {
     "LoRA": ({}, 8),
     "LoRA on nf4, checkpointing": ({"quantization": "nf4", "checkpointing": True}, 8),
 }
+SLOW = ("fp32", "LoRA on nf4, checkpointing")
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux counts the peak")
-@pytest.mark.parametrize(("change", "rank"), CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    ("change", "rank"),
+    [pytest.param(*case, id=name, marks=pytest.mark.slow if name in SLOW else ()) for name, case in CASES.items()],
+)
 def test_the_estimate_is_near_the_measured_peak(medium, change, rank):
-    """Within a third and 30 MB: an allocator keeps what was freed, and a library its buffers."""
+    """An allocator keeps what was freed; and of a model this small, what rounding to 4 bits takes on the way is much."""
     load = replace(LOAD, **change, files=sum(path.stat().st_size for path in medium.glob("*.safetensors")))
     shape = shape_of(MEDIUM, rank)
     expected = max(one.total for one in (memory.training(shape, load), memory.loading(shape, load)))
     found = measured(medium, MEDIUM.vocab_size, load, rank)
-    assert expected == pytest.approx(found, rel=0.33, abs=30e6), (
+    assert expected == pytest.approx(found, rel=0.5 if load.quantization else 0.33), (
         f"{expected / 1e6:.0f} MB, measured {found / 1e6:.0f} MB"
     )
 
