@@ -343,6 +343,11 @@ def load_model(
     if info["unexpected_keys"]:
         extra = sorted(info["unexpected_keys"])
         print(f"{folder}: {len(extra)} weights have no place in the model: {brief(', '.join(extra))}", file=sys.stderr)
+    for module in model.modules() if quantization else ():
+        # In evaluation mode bitsandbytes repacks weights for processors with AVX512-bf16, for products without gradients:
+        # what lies before such a layer would silently get none.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     torch.nn.Module.to(model, device)
     return model.eval().requires_grad_(False)
 

@@ -1,18 +1,22 @@
 """4-bit bases and 8-bit optimiser states: bitsandbytes itself, on the CPU."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from spin import adapters
 from spin.config import EngineConfig, ModelConfig, OptimizerConfig
 from spin.engine import STATES, SingleEngine
+from spin.logps import logps_of, sequence_logps
 from spin.memory import NF4
 from spin.model import fresh_adapter, load_model, load_policy, quantised, resolve
 from spin.train import train_spin
+from tests.conftest import random_items
 from tests.games import Place
-from tests.test_adapters import CPU, LORA, PACKED, SETTINGS, scored_pairs, whole
+from tests.test_adapters import CPU, LORA, PACKED, SETTINGS, adapted, scored_pairs, whole
 
 WORDS = ["model.adapter=lora", "model.quantization=nf4", "model.merge=true", "iter=0"]
 # Dettmers et al., arXiv 2305.14314, appendix E: the 16 values of a normal float of 4 bits.
@@ -149,6 +153,25 @@ def test_a_resume_goes_on_in_the_same_bits(tiny_folder, tmp_path, name):
         step(one)
         step(one)
     assert all(torch.equal(straight.masters[key], resumed.masters[key]) for key in straight.masters)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_pass_through_rounded_layers(tiny_folder, tmp_path, dtype, checkpointing):
+    """After it has computed without gradients, as an engine's model has; against the same weights, widened."""
+    policy = adapted(tiny_folder, tmp_path / "policy")
+    policy = replace(policy, base=quantised(policy.base, "nf4"))
+    engine = SingleEngine(policy, dtype, CPU, EngineConfig(gradient_checkpointing=checkpointing), OptimizerConfig())
+    items = random_items(6)
+    logps_of(engine.model, items, PACKED)
+    wide = adapters.attach(load_model(tiny_folder, dtype, CPU, "nf4").dequantize().float(), policy.folder)
+    trained = {name: w.requires_grad_(True) for name, w in wide.named_parameters() if "lora_" in name}
+    for batch in PACKED.batches(items):
+        engine.backward(sequence_logps(engine.model, batch, PACKED).sum())
+        sequence_logps(wide, batch, PACKED).sum().backward()
+    for name, weight in trained.items():  # those of the first layer have passed through all others
+        off = (engine.grads[name] - weight.grad).norm() / weight.grad.norm()
+        assert off < {torch.float32: 0.01, torch.bfloat16: 0.1}[dtype], name
 
 
 def test_an_adapter_on_4_bits_with_8_bit_states_and_checkpointing_trains(tiny_folder, tmp_path):
