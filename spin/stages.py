@@ -681,9 +681,8 @@ class Stages:
         # The files beside the weights (tokenizer, template, ...) go with every policy that is made of them.
         files = small_files(self.start.tokenizer)
         inputs = {"optimizer": {**asdict(self.config.optimizer), "lr": None}, "numerics": self.numerics, "files": files}
-        if (
-            self.config.model.adapter == "lora" and not start.base
-        ):  # a fresh one; what is trained on has its own settings
+        # A fresh one; an adapter that is trained on has its own settings.
+        if self.config.model.adapter == "lora" and not start.base:
             inputs["adapter"] = {**asdict(self._lora), "seed": self.config.seed}
         return inputs
 
