@@ -154,7 +154,7 @@ def test_imports_run_one_way():
 
     assert not any("spin" in line for line in text["loss"].splitlines() if line.startswith(("import", "from")))
     for name in text:
-        assert not imports(name, "wandb", "deepspeed", "vllm", "lm_eval"), name
+        assert not imports(name, "wandb", "deepspeed", "vllm", "lm_eval", "peft", "bitsandbytes"), name
         assert name == "config" or not imports(name, "omegaconf", "hydra"), name
         assert not imports(name, "game"), name
         assert not imports(name, "stages") or name in ("game", "plan"), name
