@@ -33,6 +33,12 @@ class ModelConfig:
     file_sha256: str | None = None
     sft_epochs: float = 1.0
     lr: float = 5e-7
+    adapter: str = "none"
+    lora_rank: int = 16
+    lora_alpha: int = 32
+    lora_targets: Any = "all-linear"
+    merge: bool = False
+    quantization: str = "none"
 
 
 @dataclass
@@ -101,6 +107,11 @@ class GenerationConfig:
     answers: int = 1
     batch_size: int = 64
     tokens: int = 65536
+    engine: str = "transformers"
+    python: str | None = None
+    tensor_parallel: int = 1
+    data_parallel: int = 1
+    gpu_memory: float = 0.9
 
 
 @dataclass
@@ -189,16 +200,19 @@ class Config:
 
 
 CHOICES = {
+    "model.adapter": ("none", "lora"),
+    "model.quantization": ("none", "nf4"),
     "data.format": ("auto", "messages", "prompt", "alpaca", "sharegpt", "chitchat"),
     "data.turns": ("first", "all"),
     "data.filter": ("none", "prose"),
     "data.overlong": ("drop", "cut"),
     "data.check": ("none", "exact", "number"),
-    "optimizer.name": ("rmsprop", "adamw"),
+    "optimizer.name": ("rmsprop", "adamw", "rmsprop8bit", "adamw8bit"),
     "optimizer.states": ("fp32", "bf16"),
     "loss.link": ("logistic", "hinge", "exponential", "correlation"),
     "loss.reference": ("opponent", "start", "mixture"),
     "schedule.replay": ("none", "previous", "all"),
+    "generation.engine": ("transformers", "vllm"),
     "engine.name": ("single",),
     "engine.precision": ("auto", "fp32", "bf16"),
     "engine.layout": ("auto", "packed", "masked", "padded"),
@@ -275,6 +289,9 @@ def check(config: Config) -> None:
     _require(generation.batch_size >= 1, "generation.batch_size", generation.batch_size, "must be 1 or more")
 
     _require(generation.tokens >= 1, "generation.tokens", generation.tokens, "must be 1 or more")
+    for key in ("tensor_parallel", "data_parallel"):
+        _require(getattr(generation, key) >= 1, f"generation.{key}", getattr(generation, key), "must be 1 or more")
+    _require(0 < generation.gpu_memory <= 1, "generation.gpu_memory", generation.gpu_memory, "must lie in (0, 1]")
 
     _require(data.size is None or data.size >= 1, "data.size", data.size, "must be 1 or more, or null for all")
     _require(data.held_out >= 0, "data.held_out", data.held_out, "must be 0 or more")
@@ -313,6 +330,7 @@ def check(config: Config) -> None:
         config.model.file,
         "must name the weights in model.package",
     )
+    _model_adapter(config.model, config.stage)
     _require(
         data.path is not None or data.package is not None,
         "data.path",
@@ -357,6 +375,27 @@ def check(config: Config) -> None:
     _require(kept.shard_size >= 1, "checkpoint.shard_size", kept.shard_size, "must be 1 or more")
     _require(config.evaluation.samples >= 1, "evaluation.samples", config.evaluation.samples, "must be 1 or more")
     _require(config.evaluation.bootstrap >= 1, "evaluation.bootstrap", config.evaluation.bootstrap, "must be 1 or more")
+
+
+def _model_adapter(model: ModelConfig, stage: str) -> None:
+    _require(model.lora_rank >= 1, "model.lora_rank", model.lora_rank, "must be 1 or more")
+    _require(model.lora_alpha >= 1, "model.lora_alpha", model.lora_alpha, "must be 1 or more")
+    targets = model.lora_targets
+    _require(
+        (isinstance(targets, str) and targets != "")
+        or (isinstance(targets, list) and targets != [] and all(isinstance(name, str) for name in targets)),
+        "model.lora_targets",
+        targets,
+        "must be all-linear, or a list of layers' names such as [q_proj,v_proj]",
+    )
+    has_adapter = model.adapter == "lora"
+    _require(has_adapter or not model.merge, "model.merge", model.merge, "goes with model.adapter=lora")
+    _require(
+        has_adapter or model.quantization == "none" or stage == "evaluate",
+        "model.quantization",
+        model.quantization,
+        "rounded weights can't be trained, only an adapter beside them: set model.adapter=lora",
+    )
 
 
 def _require(holds: bool, key: str, value: object, rule: str) -> None:

@@ -12,8 +12,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from spin.config import EngineConfig, OptimizerConfig
 from spin.errors import UserError
-from spin.model import Policy, load_model, save_model, saved_buffers
-from spin.optimizer import Optimizer, join, low_bits
+from spin.model import Policy, load_policy, masters_of, save_model, saved_buffers, trained_parameters
+from spin.optimizer import join, low_bits, make_optimizer
 
 
 def device_of(config: EngineConfig) -> torch.device:
@@ -58,7 +58,7 @@ class SingleEngine:
     def __init__(
         self, policy: Policy, dtype: torch.dtype, device: torch.device, engine: EngineConfig, optimizer: OptimizerConfig
     ):
-        self.model = load_model(policy.folder, dtype, device)
+        self.model = load_policy(policy, dtype, device)
         if engine.gradient_checkpointing:
             self.model.activation_checkpointing_enable({"use_reentrant": False})
             for module in self.model.modules():
@@ -71,18 +71,19 @@ class SingleEngine:
         self.policy = policy
         self.dtype, self.device = dtype, device
         self.max_grad_norm = optimizer.max_grad_norm
-        self.weights = {name: weight.data for name, weight in self.model.named_parameters()}
+        trained = trained_parameters(self.model, policy)
+        self.weights = {name: weight.data for name, weight in trained.items()}
         self.low: dict[str, Tensor] = {}
         self.buffers = saved_buffers(self.model)
         if dtype != torch.float32:
-            full = load_model(policy.folder, torch.float32, device)
-            self.buffers = saved_buffers(full)
-            self._set_masters({name: weight.data for name, weight in full.named_parameters()})
+            masters, self.buffers = masters_of(policy, device)
+            self._set_masters(masters)
+            del masters
         self.grads: dict[str, Tensor] = {}
-        for name, weight in self.model.named_parameters():
+        for name, weight in trained.items():
             weight.requires_grad_(True)
             weight.register_post_accumulate_grad_hook(self._collect(name))
-        self.optimizer = Optimizer(optimizer, self.weights)
+        self.optimizer = make_optimizer(optimizer, self.weights)
 
     @property
     def masters(self) -> dict[str, Tensor]:

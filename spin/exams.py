@@ -65,7 +65,7 @@ def _run_task(stages: "Stages", policy: Policy, iteration: int | None, task: har
     def build(work: "Work") -> dict:
         stages.release()
         (row,) = harness.run(
-            policy.folder,
+            policy,
             [task],
             asked.harness_include,
             asked.harness_limit,

@@ -24,7 +24,7 @@ from spin.harness import PAPER
 from spin.model import Policy
 from spin.pairs import Answer, write_start_logps
 from spin.stages import Evaluated, Scored, Stages, Trained, check_room, counted, replayed
-from spin.store import link_file, link_tree, locked, write_text
+from spin.store import Stage, link_file, link_tree, locked, write_text
 from spin.track import Tracker, format_seconds
 
 
@@ -39,6 +39,7 @@ class Turn:
     opponents: Evaluated | None = None  # the evaluation of the opponent
     scored: Scored | None = None
     exams: Exams | None = None
+    merged: Stage | None = None  # of the last policy, where it is an adapter and that was asked for
 
     @property
     def policy(self) -> Policy | None:
@@ -88,7 +89,8 @@ def turns(config: Config, stages: Stages) -> Iterator[Turn]:
         trained = stages.train(opponent, t, scored)
         policy = trained.policy
         evaluated, found = evaluate(policy, t, opponents)
-        yield Turn(t, evaluated, trained, opponent, opponents, scored, found)
+        merged = stages.merge(policy) if config.model.merge and t == config.iterations - 1 else None
+        yield Turn(t, evaluated, trained, opponent, opponents, scored, found, merged)
 
 
 def play(config: Config, folder: Path, command: str, composed: str | None = None, group: str | None = None) -> dict:
@@ -134,6 +136,8 @@ def _play(config: Config, folder: Path, command: str, composed: str | None, trac
     )
     if composed is not None:
         write_text(folder / "config.yaml", composed)
+    if config.engine.name == "single" and any(one.status != "reuse" for one in planned):
+        stages.check_memory()
     if examples.seen:
         tracker.say(f"{examples.seen} prompts are not held out: the model was trained on them.")
     played = []
@@ -210,11 +214,15 @@ def show(turn: Turn, folder: Path, config: Config) -> None:
     else:
         link_file(score.folder / "pairs.parquet", shown / "pairs.parquet")
     link_tree(train.folder / "policy", shown / "policy")
+    if turn.merged:
+        link_tree(turn.merged.folder / "merged", shown / "merged")
+    else:
+        shutil.rmtree(shown / "merged", ignore_errors=True)
     manifest = {
         "iteration": t,
         "data": asdict(config.data),
         "start_of_the_game": config.model.path or config.model.package,
-        "policy": {"label": policy.label, "weights": policy.id, "starts_as": turn.opponent.label},
+        "policy": {"label": policy.label, "weights": policy.id, "starts_as": turn.opponent.label, **_base(policy)},
         "opponent": {"label": turn.opponent.label, "weights": turn.opponent.id},
         "loss": {**asdict(config.loss), "beta": at(config.loss.beta, t)},
         "replay": [f"iter{k}" for k in replayed(config.schedule.replay, t)],
@@ -226,6 +234,12 @@ def show(turn: Turn, folder: Path, config: Config) -> None:
     if turn.evaluated and turn.opponents:
         margins = held_out_margins(turn.evaluated.held_out, turn.opponents.held_out).tolist()
         write_text(shown / "margins.json", json.dumps({"margin": margins}) + "\n")
+
+
+def _base(policy: Policy) -> dict:
+    """Of an adapter, the model that it belongs to."""
+    base = policy.base
+    return {"adapter_of": {"weights": base.id, "quantization": base.quantization}} if base else {}
 
 
 def remove_stale(folder: Path, config: Config) -> None:

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from spin.errors import UserError, brief, explain
-from spin.model import load_model, load_tokenizer
+from spin.model import Policy, load_policy, load_tokenizer
 
 VERSION = "0.4.13"  # what follows leans on its inner parts, and versions differ in scores
 INSTALL = f"pip install lm-eval=={VERSION}"
@@ -141,7 +141,7 @@ def identity(tasks: Sequence[Task], include: str | None) -> dict[str, Any]:
 
 
 def run(
-    folder: Path,
+    policy: Policy,
     tasks: Sequence[Task],
     include: str | None,
     limit: int | None,
@@ -151,7 +151,7 @@ def run(
     seed: int,
     say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """The model in `folder`, its weights in `dtype`, on tasks that `check` has passed; a row for each, in their order.
+    """A policy, its weights in `dtype`, on tasks that `check` has passed; a row for each, in their order.
 
     A row has task, shots, metric, value and stderr in the harness's unit (a share in [0, 1] for acc and exact_match;
     stderr None where it knows none), n (questions; of a group: of all its tasks), version (of the
@@ -171,10 +171,10 @@ def run(
     with tempfile.TemporaryDirectory(prefix="spin-harness-") as converted, _contained() as cut:
         _seed(seed)
         loaded = {(name, shots): _load(index, name, shots, seed, converted) for name, shots in asked}
-        model = load_model(folder, dtype, device)
+        model = load_policy(policy, dtype, device)
         lm = HFLM(
             model,
-            tokenizer=load_tokenizer(folder),
+            tokenizer=load_tokenizer(policy.tokenizer),
             batch_size=batch_size,
             # In bf16 the sums over an answer would be rounded to what tells the choices apart.
             softmax_dtype=torch.promote_types(dtype, torch.float32),

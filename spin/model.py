@@ -2,13 +2,14 @@
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import logging
 import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from spin import packages
+from spin import adapters, packages
 from spin.config import ModelConfig
 from spin.errors import UserError, brief, explain
 
@@ -30,30 +31,118 @@ RECORD = "content.json"  # in a folder of the cache: what was in its files when 
 
 @dataclass(frozen=True)
 class Policy:
-    """A model on disk: its label ("start", "sft", "iter0", ...), its folder, and a hash of its weights' content."""
+    """A model on disk: its label ("start", "sft", "iter0", ...), its folder, and a hash of its weights' content.
+
+    Where the folder holds a LoRA adapter, `base` is the model that it belongs to. `quantization` of a whole model says
+    what its linear layers are rounded to when it is loaded ("nf4").
+    """
 
     label: str
     folder: Path
     id: str
+    base: "Policy | None" = None
+    quantization: str | None = None
+
+    @property
+    def whole(self) -> "Policy":
+        """The whole model that this one is, or that its adapter belongs to."""
+        return self.base or self
+
+    def beside(self, name: str) -> Path:
+        """The folder with the file `name` that goes with the weights: an adapter that comes without it has its base's."""
+        return self.folder if (self.folder / name).is_file() else self.whole.folder
+
+    @property
+    def tokenizer(self) -> Path:
+        """The folder with the tokenizer and what goes with it."""
+        return self.beside("tokenizer_config.json")
 
 
 def resolve(config: ModelConfig, cache: Path) -> Policy:
-    """The start of the game as a local folder with safetensors weights.
+    """The start of the game as a local folder with safetensors weights, or with a LoRA adapter whose base is such a one.
 
     Raises UserError: no such folder or hub name, no safetensors weights in it or broken ones, a configuration that
-    cannot be read or asks for code of its own, a model that is no causal LM.
+    cannot be read or asks for code of its own, a model that is no causal LM, an adapter whose base can't be found.
     """
-    identity = None
+    name = f"model.path={brief(config.path or config.name, 300)}"
+    folder, identity = _folder_of(config, cache)
+    if adapters.is_adapter(folder):
+        base = _base_of(folder, name, config, cache)
+        return Policy("start", folder, adapters.content_of(folder, base.id), base)
+    check_folder(folder, name)
+    return quantised(Policy("start", folder, identity or content_id(folder)), config.quantization)
+
+
+def quantised(policy: Policy, quantization: str) -> Policy:
+    """The whole model `policy` with its linear layers rounded: another model, whose identity says so."""
+    if quantization == "none":
+        return policy
+    identity = hashlib.sha256(f"{policy.id} {quantization}".encode()).hexdigest()
+    return replace(policy, id=identity, quantization=quantization)
+
+
+def _folder_of(config: ModelConfig, cache: Path) -> tuple[Path, str | None]:
+    """Where the model that `config` names lies, and its `content_id` where that is known."""
     if config.path is None:
-        folder, identity = _from_package(config, cache)
-    elif config.path == "builtin:tiny":
-        folder, identity = _tiny(cache)
-    elif (local := _local_folder(config.path)) is not None:
-        folder = local
-    else:
-        folder = _from_hub(config)
-    check_folder(folder, f"model.path={brief(config.path or config.name, 300)}")
-    return Policy("start", folder, identity or content_id(folder))
+        return _from_package(config, cache)
+    if config.path == "builtin:tiny":
+        return _tiny(cache)
+    return _local_folder(config.path) or _from_hub(config), None
+
+
+def _base_of(folder: Path, name: str, config: ModelConfig, cache: Path) -> Policy:
+    """The model that the adapter in `folder` belongs to: where the adapter says, or where its game found it; told by its
+    content where that is known."""
+    settings = read_object(folder / adapters.CONFIG, name)
+    adapters.check_adapter(folder, settings, name)
+    known = read_object(folder / adapters.BASE, name) if (folder / adapters.BASE).is_file() else {}
+    stated = ModelConfig(path=settings.get("base_model_name_or_path") or None, revision=settings.get("revision"))
+    origin = ModelConfig(**{key: known.get("model", {}).get(key) for key in NAMING})
+    wanted, reasons = known.get("content"), []
+    for place in (stated, origin):
+        if place.path is None and place.package is None:
+            continue
+        try:
+            found, identity = _folder_of(place, cache)
+            check_folder(found, f"its base {brief(place.path or place.package, 300)}")
+            identity = identity or content_id(found)
+        except UserError as error:
+            reasons.append(str(error).removeprefix("model.path=").rstrip("."))
+            continue
+        if wanted in (None, identity):
+            rounded = known.get("quantization") or config.quantization
+            return quantised(Policy("base", found, identity), rounded)
+        reasons.append(f"{brief(place.path or place.package, 300)} holds other weights")
+    raise UserError(
+        f"{name}: the base of this adapter can't be found ({'; '.join(dict.fromkeys(reasons)) or 'it names none'}): set "
+        f"base_model_name_or_path in its {adapters.CONFIG} to the base's folder or hub name."
+    )
+
+
+NAMING = ("path", "revision", "package", "package_sha256", "file", "file_sha256")  # what a model is found by
+
+
+def fresh_adapter(start: Policy, lora: adapters.Lora, seed: int, config: ModelConfig, folder: Path) -> Policy:
+    """`start`, a whole model, with an adapter that changes nothing yet, written to `folder`. `config` is what `start` was
+    resolved from."""
+    is_named = config.path is not None and config.path != "builtin:tiny" and _local_folder(config.path) is None
+    named = {
+        "base_model_name_or_path": config.path if is_named else str(start.folder.resolve()),
+        "revision": config.revision if is_named else None,
+    }
+    origin = {key: getattr(config, key) for key in NAMING}
+    if config.path is not None and not is_named and config.path != "builtin:tiny":
+        origin["path"] = str(Path(config.path).expanduser().resolve())
+    about = {"content": unrounded(start), "quantization": start.quantization, "model": origin}
+    adapters.fresh(start.folder, lora, seed, named, about, folder)
+    _copy_companions(start, folder)
+    (folder / "config.json").unlink()
+    return Policy(start.label, folder, content_id(folder, start), start)
+
+
+def unrounded(policy: Policy) -> str:
+    """The identity that a whole model has without quantisation."""
+    return policy.id if policy.quantization is None else content_id(policy.folder)
 
 
 def _local_folder(path: str) -> Path | None:
@@ -99,6 +188,8 @@ def _from_hub(config: ModelConfig) -> Path:
 
 def check_folder(folder: Path, name: str) -> None:
     """Raise UserError, beginning with `name`, for a folder that no causal LM can be loaded from; no code of it is run."""
+    if adapters.is_adapter(folder):
+        raise UserError(f"{name}: a LoRA adapter, not a whole model; give one that is merged into its base.")
     if not (folder / "config.json").is_file():
         raise UserError(f"{name}: there is no config.json in it, so it is not a Hugging Face model folder.")
     if not list(folder.glob("*.safetensors")):
@@ -186,8 +277,12 @@ def weight_files(folder: Path) -> list[Path]:
     ]
 
 
-def content_id(folder: Path) -> str:
-    """A hash of the weights' content and the architecture: the same wherever the folder lies and whatever its name."""
+def content_id(folder: Path, base: Policy | None = None) -> str:
+    """A hash of the weights' content and the architecture: the same wherever the folder lies and whatever its name.
+
+    With `base` the folder holds an adapter, and the hash covers both."""
+    if base is not None:
+        return adapters.content_of(folder, base.id)
     digest = hashlib.sha256()
     architecture = json.loads((folder / "config.json").read_text("utf-8"))
     for volatile in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
@@ -199,11 +294,27 @@ def content_id(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def load_model(
+    folder: Path, dtype: torch.dtype, device: torch.device, quantization: str | None = None
+) -> PreTrainedModel:
     """The model with its weights rounded to `dtype`, in evaluation mode (dropout off, for good) and without gradients.
 
-    Raises UserError: the weights are not those of the configuration, or can't be read.
+    `quantization` "nf4": its linear layers, but for the output layer, are kept in 4 bits and computed in `dtype` (Dettmers
+    et al., arXiv 2305.14314, with double quantisation).
+
+    Raises UserError: the weights are not those of the configuration, or can't be read; bitsandbytes is not installed.
     """
+    rounding: dict[str, Any] = {}
+    if quantization is not None:
+        check_bitsandbytes(f"model.quantization={quantization}")
+        adapters.import_bitsandbytes()
+        four_bits = transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quantization,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+        rounding = {"quantization_config": four_bits, "device_map": {"": device}}
     try:
         with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -213,6 +324,7 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTra
                 use_safetensors=True,  # never a pickle, even where one lies beside
                 ignore_mismatched_sizes=True,  # told below, with the sizes
                 output_loading_info=True,
+                **rounding,
             )
     except Exception as error:  # a library reads a user's files: whatever it raises is about them
         if explain(error) is not None:  # memory is short
@@ -231,8 +343,42 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTra
     if info["unexpected_keys"]:
         extra = sorted(info["unexpected_keys"])
         print(f"{folder}: {len(extra)} weights have no place in the model: {brief(', '.join(extra))}", file=sys.stderr)
+    for module in model.modules() if quantization else ():
+        # In evaluation mode bitsandbytes repacks weights for processors with AVX512-bf16, for products without gradients:
+        # what lies before such a layer would silently get none.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     torch.nn.Module.to(model, device)
     return model.eval().requires_grad_(False)
+
+
+BITSANDBYTES = "bitsandbytes==0.50.2"
+
+
+def check_bitsandbytes(setting: str) -> None:
+    """Raise UserError if `setting` needs what is not installed."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"{setting}: bitsandbytes is not installed: pip install {BITSANDBYTES}")
+
+
+def load_policy(policy: Policy, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """`load_model` of a policy; where it is an adapter, of its base with the adapter in place."""
+    whole = policy.whole
+    model = load_model(whole.folder, dtype, device, whole.quantization)
+    return adapters.attach(model, policy.folder) if policy.base else model
+
+
+def trained_parameters(model: PreTrainedModel, policy: Policy) -> dict[str, torch.nn.Parameter]:
+    """What training changes of a loaded policy, by name: its adapter where it has one, else everything."""
+    return {name: weight for name, weight in model.named_parameters() if not policy.base or ".lora_" in name}
+
+
+def masters_of(policy: Policy, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What training starts from, in fp32 and by name: the parameters that it changes, and what else is saved with them."""
+    if policy.base:
+        return adapters.read(policy.folder, device), {}
+    full = load_model(policy.folder, torch.float32, device)
+    return {name: weight.data for name, weight in full.named_parameters()}, saved_buffers(full)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -289,8 +435,13 @@ def _companions(folder: Path) -> list[Path]:
         if path.is_file()
         and path.suffix in (".json", ".jinja", ".model", ".txt")
         and not path.name.endswith(".index.json")
-        and path.name != RECORD  # of other weights than these
+        and path.name not in (RECORD, adapters.CONFIG, adapters.BASE)  # of other weights than these
     ]
+
+
+def _copy_companions(source: Policy, folder: Path) -> None:
+    for path in _companions(source.tokenizer):
+        shutil.copyfile(path, folder / path.name)
 
 
 def small_files(folder: Path) -> str:
@@ -302,16 +453,40 @@ def small_files(folder: Path) -> str:
 
 
 def save_model(model: PreTrainedModel, weights: Mapping[str, Tensor], source: Policy, folder: Path) -> None:
-    """Write `weights` (by parameter or buffer name) with the model's architecture, and the tokenizer files of `source`."""
+    """Write `weights` (by parameter or buffer name) with the model's architecture, and the tokenizer files of `source`;
+    of an adapter its own weights alone."""
     folder.mkdir(parents=True, exist_ok=True)
-    for path in _companions(source.folder):
-        shutil.copyfile(path, folder / path.name)
+    _copy_companions(source, folder)
+    if source.base is not None:
+        (folder / "config.json").unlink(missing_ok=True)  # with one, transformers would look for a whole model
+        adapters.copy_names(source.folder, folder)
+        return adapters.write(weights, folder)
     with quiet():
         model.save_pretrained(folder, state_dict={name: weight.cpu() for name, weight in weights.items()})
     # The weights are the masters: the config must not claim the type that the model computes in.
     architecture = json.loads((folder / "config.json").read_text())
     architecture["dtype"] = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(architecture, indent=2) + "\n")
+
+
+def save_merged(policy: Policy, folder: Path) -> None:
+    """Write an adapter put into its base as a whole fp32 model folder: W + (alpha / rank) B A in place of each W.
+
+    A quantised base is taken as it was trained beside: rounded, then widened to fp32. Computed on the CPU.
+    """
+    whole, cpu = policy.whole, torch.device("cpu")
+    model = load_model(whole.folder, torch.float32, cpu, whole.quantization)
+    if whole.quantization:
+        with quiet():
+            model = model.dequantize()
+        model.config.quantization_config = None
+    merged = adapters.merged(adapters.attach(model, policy.folder))
+    save_model(
+        merged,
+        {**saved_buffers(merged), **dict(merged.named_parameters())},
+        replace(whole, folder=policy.tokenizer),
+        folder,
+    )
 
 
 @contextlib.contextmanager

@@ -16,11 +16,25 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.optim.rmsprop import rmsprop
 
+from spin import adapters
 from spin.config import OptimizerConfig
 
 STATES = {"rmsprop": ("square_avg",), "adamw": ("exp_avg", "exp_avg_sq")}  # what is kept for each weight
+# In 8 bits, with a scale for each 256 weights: numbers of four bytes a weight.
+EIGHT_BIT = {"rmsprop8bit": 0.254, "adamw8bit": 0.508}
 PIECE = {"cpu": 2**17}  # weights updated together: those of a CPU's cache
 LARGE_PIECE = 2**26  # of a GPU's memory
+
+
+def make_optimizer(config: OptimizerConfig, weights: Mapping[str, Tensor]) -> "Optimizer | EightBit":
+    return EightBit(config, weights) if config.name in EIGHT_BIT else Optimizer(config, weights)
+
+
+def state_numbers(config: OptimizerConfig) -> float:
+    """What is kept for each weight, in numbers of four bytes."""
+    if config.name in EIGHT_BIT:
+        return EIGHT_BIT[config.name]
+    return len(STATES[config.name]) * (1.0 if config.states == "fp32" else 0.5)
 
 
 class Optimizer:
@@ -89,6 +103,71 @@ class Optimizer:
             for name, states in self.states.items():
                 for state, value in states.items():
                     value.copy_(saved.get_tensor(f"{state}.{name}"))
+
+
+class EightBit:
+    """bitsandbytes' RMSprop or AdamW with 8-bit states, one weight matrix after another."""
+
+    def __init__(self, config: OptimizerConfig, weights: Mapping[str, Tensor]):
+        adapters.import_bitsandbytes()
+        import bitsandbytes
+
+        beta1, beta2 = config.betas
+        common: dict[str, Any] = {"eps": config.eps, "weight_decay": config.weight_decay}
+
+        def make(parameter: torch.nn.Parameter) -> Any:
+            if config.name == "rmsprop8bit":
+                return bitsandbytes.optim.RMSprop8bit([parameter], alpha=config.alpha, **common)
+            return bitsandbytes.optim.AdamW8bit([parameter], betas=(beta1, beta2), **common)
+
+        # Each holds its fp32 master for the moment of its update only.
+        self.parameters = {name: torch.nn.Parameter(torch.empty(0, device=w.device)) for name, w in weights.items()}
+        self.optimizers = {name: make(parameter) for name, parameter in self.parameters.items()}
+
+    def step(
+        self,
+        weights: Mapping[str, Tensor],
+        low: Mapping[str, Tensor],
+        grads: Mapping[str, Tensor],
+        lr: float,
+        scale: float,
+    ) -> None:
+        """As `Optimizer.step`."""
+        for name, grad in grads.items():
+            weight, bits, parameter, optimizer = (
+                weights[name],
+                low.get(name),
+                self.parameters[name],
+                self.optimizers[name],
+            )
+            parameter.data = weight if bits is None else join(weight, bits)
+            parameter.grad = grad.float() * scale
+            optimizer.param_groups[0]["lr"] = lr
+            optimizer.step()
+            if bits is not None:
+                weight.copy_(parameter.data)
+                bits.copy_(low_bits(parameter.data, weight))
+            parameter.grad = None
+            parameter.data = weight.new_empty(0)
+
+    def save(self, file: Path) -> None:
+        # bitsandbytes counts steps in plain numbers, and its states share the maps of their 8 bits.
+        save_file(
+            {
+                f"{key}.{name}": value.clone() if isinstance(value, Tensor) else torch.tensor(value)
+                for name, optimizer in self.optimizers.items()
+                for key, value in optimizer.state[self.parameters[name]].items()
+            },
+            file,
+        )
+
+    def load(self, file: Path) -> None:
+        with safe_open(file, "pt") as saved:
+            for entry in saved.keys():
+                key, _, name = entry.partition(".")
+                value = saved.get_tensor(entry).clone()
+                state = self.optimizers[name].state[self.parameters[name]]
+                state[key] = value.item() if value.ndim == 0 else value.to(self.parameters[name].device)
 
 
 def _parts(weight: Tensor) -> Iterator[slice]:

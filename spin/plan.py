@@ -68,6 +68,8 @@ def _of(stage: str, arguments: tuple) -> str:
     if stage in ("evaluate", "harness", "mt_bench", "compare"):
         policy, iteration = arguments[:2]
         return f"iter {iteration}" if iteration is not None else getattr(policy, "label", "sft")
+    if stage == "merge":
+        return "the last policy"
     return f"iter {arguments[1]}"
 
 
@@ -103,6 +105,7 @@ class Lookup(Stages):
     harness = _looked_up(Stages.harness)
     mt_bench = _looked_up(Stages.mt_bench)
     compare = _looked_up(Stages.compare)
+    merge = _looked_up(Stages.merge)
 
 
 def look_up(
@@ -122,8 +125,10 @@ def trainings(planned: Iterable[Planned]) -> int:
 
 def room(planned: Iterable[Planned], stages: Stages) -> int:
     """Bytes that may still be written to the store: policies, and checkpoints but for those that are there."""
-    missing = [one for one in planned if one.stage in ("sft", "train") and one.status != "reuse"]
-    return max(0, stages.training_bytes(len(missing)) - sum(one.left for one in missing)) if missing else 0
+    todo = [one for one in planned if one.status != "reuse"]
+    missing = [one for one in todo if one.stage in ("sft", "train")]
+    merged = stages.merged_bytes if any(one.stage == "merge" for one in todo) else 0
+    return merged + (max(0, stages.training_bytes(len(missing)) - sum(one.left for one in missing)) if missing else 0)
 
 
 def show(planned: list[Planned], stages: Stages, console: Console) -> None:

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from spin import data, exams
+from spin import adapters, data, exams, memory, vllm_engine
+from spin.attention import emulates_bf16
 from spin.checkpoint import KEPT, Checkpoints, Shards, TrainState, describe
 from spin.config import Config, at
 from spin.data import Example
@@ -31,19 +33,23 @@ from spin.interrupt import Interrupted, deferred
 from spin.logps import Forward, choose_forward, logps_of
 from spin.loss import mixture
 from spin.model import (
+    SEEN,
     Policy,
+    check_bitsandbytes,
     content_id,
-    load_model,
+    fresh_adapter,
+    load_policy,
     load_tokenizer,
     note_trained_on,
     resolve,
+    save_merged,
     small_files,
     stop_ids,
     trained_on,
     weight_files,
 )
 from spin.opponent import generate
-from spin.optimizer import STATES
+from spin.optimizer import state_numbers
 from spin.pairs import (
     Answer,
     Continuations,
@@ -69,6 +75,7 @@ from spin.two_sample import Features, check_embedder, classifier_scores, cluster
 
 # A warning is due when more answers than this are cut at the cap: their length alone then tells them from human ones.
 CUT_SHARE = 0.2
+ADAPTER = -3  # a fresh adapter's part of the game, for its seed
 
 
 @dataclass
@@ -124,19 +131,31 @@ class Stages:
         self.dtype = compute_type(config.engine, self.device)
         cache = Path(config.cache.path).expanduser()
         self.start = resolve(config.model, cache)
-        self.tokenizer = load_tokenizer(self.start.folder)
-        self.stop_ids = stop_ids(self.start.folder, self.tokenizer)
+        self.tokenizer = load_tokenizer(self.start.tokenizer)
+        self.stop_ids = stop_ids(self.start.beside("generation_config.json"), self.tokenizer)
+        self._check_adapter()
         self.against: Policy | None = None  # with stage=evaluate: what the start is set against
         if config.stage == "evaluate":
             self.start = replace(self.start, label=_name(config.model.path or config.model.name))
             if (other := config.evaluation.against) is not None:
                 self.against = replace(resolve(replace(config.model, path=other), cache), label=_name(other))
-        seen = trained_on(self.start.folder) | (trained_on(self.against.folder) if self.against else set())
+        measured = [self.start, *([self.against] if self.against else [])]
+        seen = set().union(*(trained_on(policy.beside(SEEN)) for policy in measured))
         self.data = data.load(config.data, self.tokenizer, self.stop_ids, config.seed, cache, seen)
         self._check_context()
         if config.evaluation.embedder is not None:
             check_embedder(config.evaluation.embedder)
         exams.check(config)
+        if config.optimizer.name.endswith("8bit"):
+            check_bitsandbytes(f"optimizer.name={config.optimizer.name}")
+        if self.start.whole.quantization:
+            check_bitsandbytes(f"model.quantization={self.start.whole.quantization}")
+        if config.generation.engine == "vllm":
+            start = self.start
+            rank = adapters.largest_rank(start.folder) if start.base else config.model.lora_rank
+            vllm_engine.check(
+                config.generation, start.whole.quantization, rank if config.model.adapter == "lora" else 0
+            )
         # All settings that decide the bits of a forward pass; threads and the like do not.
         self.numerics = {
             "precision": str(self.dtype).removeprefix("torch."),
@@ -160,7 +179,7 @@ class Stages:
         """The policy in memory, in the compute type. One model at a time."""
         if self._loaded is None or self._loaded[0] != policy.id:
             self._loaded = None
-            self._loaded = (policy.id, load_model(policy.folder, self.dtype, self.device))
+            self._loaded = (policy.id, load_policy(policy, self.dtype, self.device))
         return self._loaded[1]
 
     def forward(self, model: PreTrainedModel, policy: Policy) -> Forward:
@@ -199,7 +218,9 @@ class Stages:
     def _check_context(self) -> None:
         """Raise UserError if a sequence of the run can be longer than the model's context."""
         context = getattr(
-            AutoConfig.from_pretrained(self.start.folder, trust_remote_code=False), "max_position_embeddings", None
+            AutoConfig.from_pretrained(self.start.whole.folder, trust_remote_code=False),
+            "max_position_embeddings",
+            None,
         )
         new = self.config.max_new_tokens
         longest = max(len(e.prompt_ids) + max(len(e.real_ids), new) for e in [*self.data.train, *self.data.held_out])
@@ -208,6 +229,27 @@ class Stages:
                 f"sequences of up to {longest} tokens do not fit the model's context of {context}: lower data.max_length, "
                 f"data.max_prompt_length or generation.max_new_tokens={new}."
             )
+
+    def _check_adapter(self) -> None:
+        """Raise UserError if the start and model.adapter do not go together; before any weight is loaded."""
+        config = self.config.model
+        if config.adapter == "none":
+            if self.start.base and self.config.stage == "game":
+                raise UserError(
+                    f"model.path={config.path} is a LoRA adapter: set model.adapter=lora to go on with it, or merge it into "
+                    "its base first."
+                )
+        elif self.start.base:
+            self.tracker.say(f"model.path={config.path} is a LoRA adapter, which is trained on as it is.")
+        else:
+            self._adapter_size()  # names targets that are not there
+
+    @property
+    def _lora(self) -> adapters.Lora:
+        config = self.config.model
+        targets = config.lora_targets  # their order changes nothing
+        names = targets if isinstance(targets, str) else sorted(set(targets))
+        return adapters.Lora(config.lora_rank, config.lora_alpha, names)
 
     def release(self) -> None:
         """Take the model out of memory, for another one to come."""
@@ -364,7 +406,7 @@ class Stages:
             "beta": beta,
             "link": config.loss.link,
             **settings,
-            **self._training_inputs(),
+            **self._training_inputs(opponent),
             **self._variant_inputs(scored),
         }
         title = f"iter {iteration}: train"
@@ -405,7 +447,7 @@ class Stages:
             "start": self.start.id,
             "examples": fingerprint(self.data.train),
             **settings,
-            **self._training_inputs(),
+            **self._training_inputs(self.start),
         }
         items = [Continuations(example.prompt_ids, (example.real_ids,)) for example in self.data.train]
 
@@ -475,6 +517,19 @@ class Stages:
         self.tracker.samples(policy.label, samples, stage.reused)
         return Evaluated(policy, iteration, stage, held_out, facts["measures"])
 
+    def merge(self, policy: Policy) -> Stage:
+        """A policy that is an adapter put into its base, as a whole model folder: `merged/` in the stage's."""
+        title = f"merge {policy.label}"
+
+        def build(work: Work) -> dict:
+            self.release()
+            check_room(self.store, self.merged_bytes, title)
+            save_merged(policy, work.folder / "merged")
+            return {}
+
+        labels = {"iter": None, "policy": policy.label}
+        return self.stage("merge", title, labels, {"policy": policy.id}, build)
+
     def harness(self, policy: Policy, iteration: int | None) -> list[dict]:
         """Benchmarks of the lm-evaluation-harness."""
         return exams.run_harness(self, policy, iteration)
@@ -499,23 +554,87 @@ class Stages:
         model = self.config.evaluation.embedder
         return content_id(Path(model).expanduser()) if model and Path(model).expanduser().is_dir() else model
 
+    @property
+    def merged_bytes(self) -> int:
+        """What an adapter that is put into its base takes on the disk."""
+        return fp32_bytes(self.start.whole.folder)
+
+    def check_memory(self) -> None:
+        """Say how much memory the stages need, and what to change where that may be too much; nothing is loaded yet.
+
+        Raises UserError if it surely is too much.
+        """
+        config, whole = self.config, self.start.whole.folder
+        architecture = AutoConfig.from_pretrained(whole, trust_remote_code=False)
+        shape = memory.shape_of(architecture)
+        if config.model.adapter == "lora":
+            numbers = fp32_bytes(self.start.folder) // 4 if self.start.base else self._adapter_size()
+            shape = memory.with_adapter(shape, numbers)
+        examples = [*self.data.train, *self.data.held_out]
+        answer = max(max(len(e.real_ids) for e in examples), config.max_new_tokens)
+        prompt = max(len(e.prompt_ids) for e in examples)
+        engine, padded = config.engine, config.engine.layout == "padded"
+        # A pair shares its prompt in a packed row; in padded ones it has two rows.
+        pair = 2 * (prompt + answer) if padded else prompt + 2 * answer
+        row = prompt + answer if padded else pair
+        batch = max(engine.tokens_per_batch, row)
+        load = memory.Load(
+            precision="fp32" if self.dtype == torch.float32 else "bf16",
+            optimizer=config.optimizer.name,
+            checkpointing=engine.gradient_checkpointing,
+            quantization=self.start.whole.quantization,
+            training_tokens=min(batch, max(row, config.schedule.batch_size * pair)),
+            scoring_tokens=min(batch, max(row, len(examples) * pair)),
+            row=row,
+            head_chunk=engine.head_chunk,
+            decoded=min(config.generation.batch_size, len(examples)),
+            prompt=prompt,
+            length=prompt + config.max_new_tokens,
+            files=sum(path.stat().st_size for path in weight_files(whole)) if self.device.type == "cpu" else 0,
+            plays=config.stage == "game",
+            states=config.optimizer.states,
+            emulated=self.dtype == torch.bfloat16 and emulates_bf16(self.device),
+            passes=-(-config.schedule.batch_size * pair // batch),
+            mask=max(engine.tokens_per_row, row) if engine.layout == "masked" else 0,
+        )
+
+        def adapted() -> memory.Shape:
+            return memory.shape_of(architecture, memory.RANK)
+
+        line, warning = memory.check(shape, load, memory.room_of(self.device), adapted)
+        self.tracker.say(line)
+        if warning:
+            self.tracker.say(warning)
+
+    def _adapter_size(self) -> int:
+        """How many numbers a fresh adapter has."""
+        return adapters.size(adapters.skeleton(self.start.folder, self._lora)[0])
+
     def training_bytes(self, stages: int) -> int:
         """What so many training stages may take on the disk: a policy each, and the checkpoints of one at a time."""
-        policy = fp32_bytes(self.start.folder)
-        return stages * policy + KEPT * policy * (1 + len(STATES[self.config.optimizer.name]))
+        if self.start.base or self.config.model.adapter == "none":
+            policy = fp32_bytes(self.start.folder)
+        else:
+            policy = 4 * self._adapter_size()
+        return stages * policy + int(KEPT * policy * (1 + state_numbers(self.config.optimizer)))
 
     # --- what several stages need -------------------------------------------------------------------------------------
 
     def _answers(self, work: Work, policy: Policy, examples: Sequence[Example], title: str, seed: int) -> list[Answer]:
-        config, model = self.config, self.model(policy)
+        config, by_vllm = self.config, self.config.generation.engine == "vllm"
+        if by_vllm:
+            self.release()
         with self.tracker.progress(title, len(examples), "answers") as bar:
 
             def found(rows: int, seconds: float) -> None:
                 bar.skip(rows)
                 work.earlier(seconds)
 
-            return generate(
-                model,
+            # Loaded weights for ours, the stored ones for vLLM's processes.
+            answer = (
+                partial(vllm_engine.generate, policy, self.dtype) if by_vllm else partial(generate, self.model(policy))
+            )
+            return answer(
                 self.tokenizer,
                 examples,
                 config.generation,
@@ -561,6 +680,9 @@ class Stages:
         `shown` are the values beside the progress bar, by their names in the rows.
         """
         check_room(self.store, self.training_bytes(1) - size_of(work.resume), f"{title}: a policy and its checkpoints")
+        if self.config.model.adapter == "lora" and not start.base:
+            model, seed = self.config.model, _seed(self.config.seed, ADAPTER)
+            start = fresh_adapter(start, self._lora, seed, model, work.resume / "adapter")
         kept = self.config.checkpoint
         checkpoints = Checkpoints(work.resume / "training", kept.minutes, kept.steps, self.tracker.say)
         engine = self.engine(start)
@@ -578,17 +700,22 @@ class Stages:
         try:
             with deferred():
                 engine.save(work.folder / "policy")
-                note_trained_on(work.folder / "policy", trained_on(start.folder) | {e.opening for e in self.data.train})
+                note_trained_on(
+                    work.folder / "policy", trained_on(start.beside(SEEN)) | {e.opening for e in self.data.train}
+                )
         except Interrupted:
             with deferred():
                 checkpoints.write(engine, state)
             raise
-        return {"policy": content_id(work.folder / "policy"), "skipped_steps": state.skipped}
+        return {"policy": content_id(work.folder / "policy", start.base), "skipped_steps": state.skipped}
 
     def _generation_inputs(self) -> dict:
         settings = {**asdict(self.config.generation), "max_new_tokens": self.config.max_new_tokens}
-        for name in ("name", "answers"):  # how many show in the prompts' ids
-            settings.pop(name)
+        for key in ("name", "answers", "python", "tensor_parallel", "data_parallel", "gpu_memory"):
+            settings.pop(key)
+        # Another engine rounds, and draws, in other ways; it decodes as many together as it likes.
+        for key in ("batch_size", "tokens") if settings["engine"] == "vllm" else ("engine",):
+            settings.pop(key)
         return {"generation": settings, "precision": self.numerics["precision"], "device": self.device.type}
 
     def _variant_inputs(self, scored: Scored) -> dict:
@@ -612,13 +739,18 @@ class Stages:
         """[pairs, 2]; None where the reference is the opponent."""
         return mixture(_logps_of(scored), _logps_of(scored.start), self._alpha()) if scored.start else None
 
-    def _training_inputs(self) -> dict:
+    def _training_inputs(self, start: Policy) -> dict:
         # The files beside the weights (tokenizer, template, ...) go with every policy that is made of them.
-        files = small_files(self.start.folder)
-        return {"optimizer": {**asdict(self.config.optimizer), "lr": None}, "numerics": self.numerics, "files": files}
+        files = small_files(self.start.tokenizer)
+        inputs = {"optimizer": {**asdict(self.config.optimizer), "lr": None}, "numerics": self.numerics, "files": files}
+        # A fresh one; an adapter that is trained on has its own settings.
+        if self.config.model.adapter == "lora" and not start.base:
+            inputs["adapter"] = {**asdict(self._lora), "seed": self.config.seed}
+        return inputs
 
     def _trained(self, label: str, stage: Stage) -> Trained:
-        return Trained(Policy(label, stage.folder / "policy", stage.manifest["facts"]["policy"]), stage)
+        base = self.start.whole if self.config.model.adapter == "lora" else None
+        return Trained(Policy(label, stage.folder / "policy", stage.manifest["facts"]["policy"], base), stage)
 
 
 def check_room(store: Store, needed: int, what: str) -> None:

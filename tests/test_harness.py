@@ -21,7 +21,7 @@ from spin import harness
 from spin.errors import UserError
 from spin.harness import OPEN_LLM_LEADERBOARD, PAPER, Task, check, identity, parse
 from spin.interrupt import Interrupted
-from spin.model import load_tokenizer
+from spin.model import Policy, load_tokenizer
 from tests.games import ROOT
 
 TASKS = ROOT / "tests" / "tasks"
@@ -31,7 +31,9 @@ pytest.importorskip("lm_eval")
 def run(folder, entries, include=TASKS, limit=None, batch_size=5, dtype=torch.float32, seed=0, said=None):
     tasks = parse(entries)
     say = (lambda line: None) if said is None else said.append
-    return harness.run(folder, tasks, str(include), limit, batch_size, dtype, torch.device("cpu"), seed, say)
+    return harness.run(
+        Policy("policy", folder, ""), tasks, str(include), limit, batch_size, dtype, torch.device("cpu"), seed, say
+    )
 
 
 def records(name: str, folder: Path = TASKS) -> list[dict]:
@@ -234,9 +236,10 @@ def test_from_another_folder_nothing_is_written_and_nothing_logged(policy, tmp_p
 import torch
 from pathlib import Path
 from spin.harness import check, parse, run
+from spin.model import Policy
 tasks = parse(["spin_choice:0:acc", "spin_swapped:0:acc", "spin_generate:0:exact_match:whole"])
 check(tasks, "tasks")
-for row in run(Path({str(policy)!r}), tasks, "tasks", 3, 2, torch.float32, torch.device("cpu"), 0, print):
+for row in run(Policy('policy', Path({str(policy)!r}), ''), tasks, "tasks", 3, 2, torch.float32, torch.device("cpu"), 0, print):
     print(row["task"], row["n"])
 """
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}

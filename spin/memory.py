@@ -1,0 +1,447 @@
+"""What a run needs of memory, told before weights are loaded: counted where it can be (weights, gradients, states),
+estimated where it can't (activations).
+
+`python -m spin.memory` prints which settings fit which card, model size by model size.
+"""
+
+import argparse
+import contextlib
+import os
+import resource
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
+
+from spin.config import OptimizerConfig
+from spin.errors import UserError
+from spin.optimizer import state_numbers
+
+GIB = 2**30
+BYTES = {"fp32": 4, "bf16": 2}
+NF4 = (
+    0.5 + 0.127 / 8
+)  # bytes a weight: 4 bits, and 0.127 for the scales of blocks of 64, which are in 8 bits themselves
+CONTEXT = 0.6 * GIB  # of a GPU: what CUDA takes before anything is allocated
+LIBRARIES = 0.35 * GIB  # of a process on the CPU: what is imported on the way (the two-sample tests, say)
+RESERVED = 0.05  # of a card: what its allocator can't use for being in pieces
+
+
+def bytes_per_weight(precision: str, optimizer: str, states: str = "fp32", passes: int = 2) -> dict[str, float]:
+    """What training holds for each weight that it changes, in `SingleEngine`: the model's own is its master in fp32, and
+    the half of it in bf16. Gradients of one pass are as the model makes them; those of several are summed in fp32."""
+    return {
+        "weights": BYTES[precision],
+        "masters": 0 if precision == "fp32" else 2,
+        "gradients": 4 if passes > 1 else BYTES[precision],
+        "optimiser states": 4 * state_numbers(OptimizerConfig(name=optimizer, states=states)),
+    }
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model by its sizes. `weights` counts all, tied ones once; `linear` those in linear layers but the output's, which
+    quantisation rounds; `adapter` those of its adapter; `largest` those of the largest tensor that is trained.
+
+    Activations grow with `layers`, `width` (of the states between layers), `queries`, `keys` (of all heads together),
+    `inner` (of the feed-forward part) and `vocabulary`.
+    """
+
+    weights: int
+    linear: int
+    adapter: int
+    largest: int
+    layers: int
+    width: int
+    queries: int
+    keys: int
+    inner: int
+    vocabulary: int
+
+
+@dataclass(frozen=True)
+class Load:
+    """The settings and the data, as far as memory goes: the most tokens of a training and of a scoring batch, the longest
+    item, prompts that are decoded together and the most tokens that one of them comes to, of which `prompt` at first."""
+
+    precision: str
+    optimizer: str
+    checkpointing: bool
+    quantization: str | None
+    training_tokens: int
+    scoring_tokens: int
+    row: int
+    head_chunk: int
+    decoded: int
+    prompt: int
+    length: int
+    files: int = 0  # bytes of the weights on the disk, where they are read into the same memory: on the CPU
+    plays: bool = True  # False where nothing is trained
+    states: str = "fp32"  # what the optimiser's averages are kept in
+    passes: int = 2  # batches of a step
+    emulated: bool = False  # bf16 attention on a processor that has no units for it
+    mask: int = 0  # tokens of a row under a dense mask; packed rows have none
+
+
+@dataclass(frozen=True)
+class Needed:
+    """The most that a stage holds, in bytes, by what it is for."""
+
+    stage: str
+    parts: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+
+def shape_of(architecture: PretrainedConfig, rank: int = 0) -> Shape:
+    """Count a model's weights, with those of an adapter of `rank` beside all linear layers but the output's, without
+    memory for any of them."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(architecture, trust_remote_code=False)
+    head = model.get_output_embeddings()
+    linear = [part.weight for part in model.modules() if isinstance(part, torch.nn.Linear) and part is not head]
+    sizes = [weight.numel() for weight in model.parameters()]
+    adapter = [rank * sum(weight.shape) for weight in linear]
+    text = architecture.get_text_config()
+    heads = text.num_attention_heads
+    head_width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return Shape(
+        weights=sum(sizes),
+        linear=sum(weight.numel() for weight in linear),
+        adapter=sum(adapter),
+        largest=max(adapter if rank else sizes),
+        layers=text.num_hidden_layers,
+        width=text.hidden_size,
+        queries=heads * head_width,
+        keys=(getattr(text, "num_key_value_heads", None) or heads) * head_width,
+        inner=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        vocabulary=text.vocab_size,
+    )
+
+
+def with_adapter(shape: Shape, numbers: int) -> Shape:
+    """The same model with an adapter of so many numbers, which alone is trained."""
+    return replace(shape, adapter=numbers, largest=min(shape.largest, numbers))
+
+
+# --- stages -----------------------------------------------------------------------------------------------------------
+
+
+def training(shape: Shape, load: Load) -> Needed:
+    """What training holds at its worst moment: between forward and backward, or in the update."""
+    per = bytes_per_weight(load.precision, load.optimizer, load.states, load.passes)
+    width = BYTES[load.precision]
+    trained = shape.adapter or shape.weights
+    parts = {name: trained * size for name, size in per.items()}
+    parts["weights"] = _resting(shape, load) + shape.adapter * width
+    tokens = load.training_tokens
+    layer = tokens * _kept_by_layer(shape, width, shape.adapter > 0, load.emulated)
+    between = tokens * shape.width * width  # two layers
+    activations = shape.layers * between + layer if load.checkpointing else shape.layers * layer
+    activations += tokens * load.mask * (1 + width)
+    head = _head(shape, load, tokens, trained=not shape.adapter) + 3 * tokens * shape.width * width
+    # Tensor by tensor: the denominator and what is divided by it.
+    update = 2 * 4 * shape.largest
+    if load.quantization:  # a layer at a time is widened
+        activations += shape.width * max(shape.inner, shape.queries) * width
+    if activations + head >= update:
+        return Needed("training", {**parts, "activations": activations, "output layer": head})
+    return Needed("training", {**parts, "update": update})
+
+
+def scoring(shape: Shape, load: Load) -> Needed:
+    """Log-probs without gradients: one layer at a time."""
+    width = BYTES[load.precision]
+    activations = load.scoring_tokens * (_passing(shape, width) + load.mask * (1 + width))
+    return Needed(
+        "scoring",
+        {
+            "weights": _resting(shape, load) + shape.adapter * width,
+            "activations": activations,
+            "output layer": _head(shape, load, load.scoring_tokens, trained=False),
+        },
+    )
+
+
+def generating(shape: Shape, load: Load) -> Needed:
+    """The key-value cache at its longest, and what the last token's distribution takes."""
+    width = BYTES[load.precision]
+    cache = 2 * shape.layers * shape.keys * width * load.decoded * load.length
+    prefill = load.decoded * load.prompt * (_passing(shape, width) + load.prompt * width)
+    # Probabilities, their running sum and what they are made of; and one layer's cache twice, while it grows.
+    drawing = load.decoded * shape.vocabulary * (width + 16) + cache / shape.layers
+    return Needed(
+        "generating",
+        {
+            "weights": _resting(shape, load) + shape.adapter * width,
+            "key-value cache": cache,
+            "activations": max(prefill, drawing),
+        },
+    )
+
+
+def loading(shape: Shape, load: Load) -> Needed:
+    """The weights beside the files that they are rounded from, which are mapped until the last is read."""
+    return Needed("loading", {"weights": _resting(shape, load), "files": load.files})
+
+
+def stages(shape: Shape, load: Load) -> list[Needed]:
+    """What each stage needs, the largest first."""
+    played = [generating(shape, load), scoring(shape, load), *([training(shape, load)] if load.plays else [])]
+    played += [loading(shape, load)] if load.files else []
+    return sorted(played, key=lambda needed: -needed.total)
+
+
+def _resting(shape: Shape, load: Load) -> float:
+    """The model's own weights, whether or not they are trained."""
+    width = BYTES[load.precision]
+    if load.quantization:
+        return NF4 * shape.linear + width * (shape.weights - shape.linear)
+    return width * shape.weights
+
+
+def _kept_by_layer(shape: Shape, width: int, frozen: bool, emulated: bool = False) -> float:
+    """Bytes a token that a Llama's layer keeps for its backward: two norms (their input in fp32, the normalised one unless
+    its weight is `frozen`, the result), rotated queries, keys and values repeated for all heads, attention's result in
+    both layouts (all but the last in fp32 where bf16 is `emulated`), and four of the feed-forward part."""
+    norms = 2 * shape.width * (4 + (1 if frozen else 2) * width)
+    attention = 4 * (4 if emulated else width) + width
+    return norms + attention * shape.queries + 4 * width * shape.inner
+
+
+def _passing(shape: Shape, width: int) -> float:
+    """Bytes a token that a layer holds at its worst moment where nothing is kept."""
+    return width * (2 * shape.width + max(5 * shape.queries, 3 * shape.inner)) + 8 * shape.width
+
+
+def _head(shape: Shape, load: Load, tokens: int, trained: bool) -> float:
+    """The output layer: logits of a piece of the vocabulary in fp32 beside those in the compute type, and where it is
+    trained its gradient and, tied, that of the embeddings and their sum."""
+    width = BYTES[load.precision]
+    piece = min(load.head_chunk, shape.vocabulary)
+    logits = tokens * piece * (4 + (width if width < 4 else 4))
+    return logits + (shape.width * shape.vocabulary * 3 * width if trained else 0)
+
+
+# --- is there enough? -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes of a device: those that are free for this run, what it has in all, and what the run takes there before any
+    weight is loaded."""
+
+    free: float
+    total: float
+    before: float
+
+
+def room_of(device: torch.device) -> Room:
+    """What the device has now."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return Room(free, total, 0.0)
+    resident = _resident()
+    available, everything = _memory()
+    return Room(available + resident, everything, resident + LIBRARIES)
+
+
+def _memory() -> tuple[float, float]:
+    """Free and all memory of this machine, or of the container that it is."""
+    found: dict[str, float] = {}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            name, value, *_ = line.replace(":", " ").split()
+            found[name] = 1024 * float(value)
+    if not found:  # no Linux
+        total = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        return total, total
+    free, total = found["MemAvailable"] + found["SwapFree"], found["MemTotal"] + found["SwapTotal"]
+    with contextlib.suppress(OSError, ValueError):  # "max" is no number
+        limit = float(Path("/sys/fs/cgroup/memory.max").read_text())
+        used = float(Path("/sys/fs/cgroup/memory.current").read_text())
+        free, total = min(free, limit - used), min(total, limit)
+    return free, total
+
+
+def _resident() -> float:
+    with contextlib.suppress(OSError):
+        return float(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return float(peak if sys.platform == "darwin" else 1024 * peak)
+
+
+def check(shape: Shape, load: Load, room: Room, has_adapter: Callable[[], Shape]) -> tuple[str, str | None]:
+    """One line that says what the run needs, and one that warns where it is more than there is free, with what to change.
+
+    `has_adapter` gives the shape that an adapter would make. Raises UserError where what is counted, and not estimated,
+    is more than the device has in all.
+    """
+    worst = stages(shape, load)[0]
+    shown = {"process": room.before, **worst.parts} if room.before else worst.parts
+    parts = ", ".join(f"{name} {_gib(size)}" for name, size in shown.items() if size >= 0.05 * GIB)
+    line = (
+        f"memory needed: about {_gib(room.before + worst.total)} GiB ({worst.stage}{': ' if parts else ''}{parts}), "
+        f"{_gib(room.free)} GiB free"
+    )
+    counted = sum(worst.parts.get(name, 0.0) for name in ("weights", "masters", "gradients", "optimiser states"))
+    if room.before + worst.total <= room.free:
+        return line, None
+    change = advice(shape, load, room, has_adapter)
+    if counted > room.total:
+        raise UserError(
+            f"{worst.stage} needs {_gib(counted)} GiB for {_listed(worst.parts)} alone, and there are {_gib(room.total)} GiB "
+            f"in all: {change}."
+        )
+    return line, f"note: that may not fit: {change}."
+
+
+def _listed(parts: dict[str, float]) -> str:
+    names = [name for name in ("weights", "masters", "gradients", "optimiser states") if parts.get(name)]
+    return ", ".join(names[:-1]) + " and " + names[-1] if len(names) > 1 else names[0]
+
+
+def advice(shape: Shape, load: Load, room: Room, has_adapter: Callable[[], Shape]) -> str:
+    """The fewest changes, in the order of what they cost, that make it fit."""
+    words: list[str] = []
+    for change, shape_then, then in _smaller(shape, load, has_adapter):
+        words.append(change)
+        shape, load = shape_then, then
+        needed = room.before + stages(shape, load)[0].total
+        if needed <= room.free:
+            return f"set {' '.join(words)} (then about {_gib(needed)} GiB)"
+    return (
+        f"even {' '.join(words)} needs about {_gib(needed)} GiB: take a smaller model or more memory"
+        if words
+        else ("take a smaller model or more memory")
+    )
+
+
+def _smaller(shape: Shape, load: Load, has_adapter: Callable[[], Shape]) -> Iterator[tuple[str, Shape, Load]]:
+    """One change after another, each on top of those before."""
+    if load.decoded > 8:
+        load = replace(load, decoded=8)
+        yield "generation.batch_size=8", shape, load
+    if not load.plays:
+        return
+    if not load.checkpointing:
+        load = replace(load, checkpointing=True)
+        yield "engine.gradient_checkpointing=true", shape, load
+    if load.training_tokens > load.row:
+        load = replace(load, training_tokens=load.row, scoring_tokens=load.row, passes=2)
+        yield f"engine.tokens_per_batch={load.row}", shape, load
+    if not shape.adapter:
+        if load.optimizer in ("rmsprop", "adamw"):
+            load = replace(load, optimizer=f"{load.optimizer}8bit")
+            yield f"optimizer={load.optimizer}", shape, load
+        shape = has_adapter()
+        yield "model.adapter=lora", shape, load
+    if not load.quantization:
+        load = replace(load, quantization="nf4")
+        yield "model.quantization=nf4", shape, load
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.1f}"
+
+
+# --- which settings fit which card ------------------------------------------------------------------------------------
+
+CARDS = (12, 16, 24, 40, 80, 141)  # GiB
+# As their makers publish them, but for the 135M model's, which is the embedded one's.
+MODELS: dict[str, dict[str, Any]] = {
+    "135M (SmolLM2)": dict(vocab=49152, width=576, inner=1536, layers=30, heads=9, keys=3, tied=True),
+    "1.7B (SmolLM2)": dict(vocab=49152, width=2048, inner=8192, layers=24, heads=32, keys=32, tied=True),
+    "3B (Llama 3.2)": dict(vocab=128256, width=3072, inner=8192, layers=28, heads=24, keys=8, tied=True),
+    "7B (Mistral, Zephyr)": dict(vocab=32000, width=4096, inner=14336, layers=32, heads=32, keys=8, tied=False),
+    "8B (Llama 3.1)": dict(vocab=128256, width=4096, inner=14336, layers=32, heads=32, keys=8, tied=False),
+    "14B (Qwen2.5)": dict(vocab=152064, width=5120, inner=13824, layers=48, heads=40, keys=8, tied=False),
+    "70B (Llama 3.1)": dict(vocab=128256, width=8192, inner=28672, layers=80, heads=64, keys=8, tied=False),
+}
+RANK = 16
+# The lengths of the authors' script: 1,024 tokens of prompt and answer, of which 512 and 256 new ones.
+TABLE_LOAD = Load(
+    precision="bf16",
+    optimizer="rmsprop",
+    checkpointing=False,
+    quantization=None,
+    training_tokens=2048,
+    scoring_tokens=2048,
+    row=1280,
+    head_chunk=2048,
+    decoded=16,
+    prompt=512,
+    length=768,
+)
+WAYS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "full, checkpointing": {"checkpointing": True},
+    "full, checkpointing, 8-bit states": {"checkpointing": True, "optimizer": "rmsprop8bit"},
+    "LoRA": {"adapter": True},
+    "LoRA, checkpointing": {"adapter": True, "checkpointing": True},
+    "LoRA on nf4, checkpointing": {"adapter": True, "checkpointing": True, "quantization": "nf4"},
+}
+
+
+def architecture_of(vocab: int, width: int, inner: int, layers: int, heads: int, keys: int, tied: bool) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=keys,
+        tie_word_embeddings=tied,
+    )
+
+
+def peak_of(shapes: tuple[Shape, Shape], way: dict[str, Any]) -> float:
+    """Bytes that a model, (without, with an adapter), needs in one of the `WAYS`."""
+    settings = dict(way)
+    shape = shapes[settings.pop("adapter", False)]
+    return stages(shape, replace(TABLE_LOAD, **settings))[0].total
+
+
+def table(models: Sequence[str], cards: Sequence[int]) -> list[list[str]]:
+    """For every model and card the first of the `WAYS` that fits, with its peak in GiB; the header first."""
+    rows = [["model", *(f"{card} GiB" for card in cards)]]
+    for name in models:
+        architecture = architecture_of(**MODELS[name])
+        shapes = shape_of(architecture), shape_of(architecture, RANK)
+        peaks = {way: peak_of(shapes, settings) for way, settings in WAYS.items()}
+        cells = []
+        for card in cards:
+            fitting = [way for way, peak in peaks.items() if peak + CONTEXT <= card * GIB * (1 - RESERVED)]
+            cells.append(f"{fitting[0]} ({_gib(peaks[fitting[0]])})" if fitting else "several cards")
+        rows.append([name, *cells])
+    return rows
+
+
+def main(arguments: list[str]) -> None:
+    """`python -m spin.memory [--cards 24 80]`."""
+    parser = argparse.ArgumentParser(prog="python -m spin.memory", description=main_help())
+    parser.add_argument("--cards", type=int, nargs="+", default=list(CARDS), metavar="GIB", help="cards, by their GiB")
+    given = parser.parse_args(arguments)
+    if min(given.cards) < 1:
+        sys.exit("error: --cards takes GiB of 1 or more.")
+    for number, row in enumerate(table(list(MODELS), given.cards)):
+        print(f"| {' | '.join(row)} |")
+        if number == 0:
+            print("|" + "---|" * len(row))
+
+
+def main_help() -> str:
+    return (
+        "Which settings fit which card: for every model the first that does, and the GiB that it needs at its peak. bf16, "
+        "RMSprop, pairs of up to 1,280 tokens, 2,048 in a batch, 16 prompts decoded together."
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,423 @@
+"""LoRA: against peft's own forward and a step written naively, and the trap that adapters off is the first model."""
+
+import json
+import shutil
+
+import peft
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from spin import adapters
+from spin.adapters import Lora
+from spin.config import EngineConfig, ModelConfig, OptimizerConfig
+from spin.engine import SingleEngine
+from spin.errors import UserError
+from spin.logps import Forward, choose_forward, logps_of, plain_logps
+from spin.model import Policy, content_id, fresh_adapter, load_model, load_policy, resolve, save_merged
+from spin.pairs import Continuations, Pair, read_pairs, with_opponent_logps
+from spin.train import train_spin
+from tests.conftest import CONFIGS, random_items, small_model
+from tests.games import Place
+
+PACKED = Forward("packed", "chunked", 64, 128, 16)
+CPU = torch.device("cpu")
+LORA = Lora(rank=4, alpha=8, targets="all-linear")
+WORDS = ["model.adapter=lora", "model.lora_rank=4", "schedule.replay=previous"]
+SETTINGS = dict(lr=1e-3, epochs=1, batch_size=100, warmup_ratio=0.0, seed=0)
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory, games):
+    place = Place(tmp_path_factory.mktemp("lora"), games)
+    place.first = place.play(*WORDS, "model.merge=true")
+    return place
+
+
+def whole(folder) -> Policy:
+    return Policy("start", folder, content_id(folder))
+
+
+def adapted(folder, target, seed=0, lora=LORA) -> Policy:
+    """A policy with an adapter that does change something."""
+    policy = fresh_adapter(whole(folder), lora, seed, ModelConfig(path=str(folder)), target)
+    generator = torch.Generator().manual_seed(seed)
+    weights = load_file(target / adapters.WEIGHTS)
+    weights = {key: w + 0.1 * torch.randn(w.shape, generator=generator) for key, w in weights.items()}
+    save_file(weights, target / adapters.WEIGHTS, metadata={"format": "pt"})
+    return Policy(policy.label, target, content_id(target, policy.base), policy.base)
+
+
+def peft_model(folder, dtype=torch.float32):
+    config = peft.LoraConfig.from_pretrained(folder)
+    base = AutoModelForCausalLM.from_pretrained(config.base_model_name_or_path, dtype=dtype)
+    return peft.PeftModel.from_pretrained(base, folder, autocast_adapter_dtype=False).to(dtype).eval()
+
+
+# --- a game -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_iteration_starts_with_margin_0_and_ln_2(played):
+    firsts = [row for row in played.metrics() if row["stage"] == "train" and row["step"] == 0]
+    assert [row["iter"] for row in firsts] == [0, 1]
+    for row in firsts:
+        assert row["loss"] == pytest.approx(0.6931, abs=0.01)
+        assert row["rewards/margins"] == pytest.approx(0, abs=0.02)
+        assert row["grad_norm"] > 0
+
+
+def test_the_opponent_has_the_adapter_of_the_iteration_before(played):
+    """With adapters off the opponent would be the first model for ever: scores are compared with peft's own forward."""
+    run = played.folder / "run"
+    pairs = read_pairs(run / "iter1" / "pairs.parquet")
+    assert {pair.iter for pair in pairs} == {0, 1}
+    before = peft_model(run / "iter0" / "policy")
+    item = {pair.id: Continuations(pair.prompt_ids, (pair.real_ids, pair.generated_ids)) for pair in pairs[:8]}
+    for pair in pairs[:8]:
+        real, generated = (logps.sum().item() for logps in plain_logps(before, item[pair.id]))
+        assert pair.opponent_logp_real == pytest.approx(real, abs=2)
+        assert pair.opponent_logp_generated == pytest.approx(generated, abs=2)
+    with before.disable_adapter():
+        off = [plain_logps(before, item[pair.id])[0].sum().item() for pair in pairs[:8]]
+    assert min(abs(pair.opponent_logp_real - value) for pair, value in zip(pairs, off, strict=False)) > 5
+
+
+def test_peft_and_transformers_open_a_policy_and_its_merged_folder_is_the_same_model(played):
+    folder = played.folder / "run" / "iter1"
+    ids = torch.tensor([[5, 6, 7, 8, 9, 100]])
+    base = load_model(next((played.folder / "cache").glob("tiny-*[0-9]")), torch.float32, CPU)
+    with torch.no_grad():
+        expected = peft_model(folder / "policy")(ids).logits
+        for model in (
+            peft.AutoPeftModelForCausalLM.from_pretrained(folder / "policy"),
+            AutoModelForCausalLM.from_pretrained(folder / "policy"),
+            load_policy(resolve(ModelConfig(path=str(folder / "policy")), played.folder / "cache"), torch.float32, CPU),
+            AutoModelForCausalLM.from_pretrained(folder / "merged"),
+        ):
+            assert torch.allclose(model(ids).logits, expected, atol=1e-5)
+        assert (base(ids).logits - expected).abs().max() > 0.1
+    assert not any("lora" in key for key in load_file(folder / "merged" / "model.safetensors"))
+    assert not (played.folder / "run" / "iter0" / "merged").exists()
+
+
+def test_the_store_holds_adapters_alone_but_for_the_merged_folder(played):
+    """Counted by hand: q, o: 64 to 64, k, v: 64 to 32, gate, up: 64 to 128, down: 128 to 64, in two layers, rank 4."""
+    numbers = 2 * 4 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))
+    store = played.folder / "store"
+    found = list(store.glob("train/*/policy/*.safetensors")) + list(store.glob("sft/*/policy/*.safetensors"))
+    assert len(found) == 3 and {path.name for path in found} == {"adapter_model.safetensors"}
+    for path in found:
+        with safe_open(path, "pt") as file:
+            assert sum(file.get_tensor(key).numel() for key in file.keys()) == numbers
+        assert 4 * numbers < path.stat().st_size < 4 * numbers + 6000  # names and shapes
+    (merged,) = store.glob("merge/*/merged/model.safetensors")
+    assert merged.stat().st_size > 350_000
+
+
+def test_a_policy_is_measured_on_demand_and_found_measured(played):
+    """Base and adapter are the policy, whatever the folder: its evaluation is that of the game."""
+    before = played.stages()
+    done = played.play("stage=evaluate", f"model.path={played.folder}/run/sft/policy", run="measured")
+    assert "evaluate sft/policy: done before, reused" in done.stdout and played.stages() == before
+    played.play("stage=evaluate", f"model.path={played.folder}/run/iter1/policy", run="last")
+    (now,), then = (
+        json.loads((played.folder / name / "game.json").read_text())["evaluations"] for name in ("last", "run")
+    )
+    assert all(now[key] == then[-1][key] for key in ("nll_per_token", "human_likelier", "own_length", "n"))
+
+
+def test_a_game_goes_on_from_an_adapter_as_it_is(played):
+    policy = played.folder / "run" / "iter1" / "policy"
+    words = [*WORDS, f"model.path={policy}", "schedule.sft_epochs=0", "iter=0", "evaluation=none", "model.lora_rank=7"]
+    done = played.play(*words, run="on")
+    assert "is a LoRA adapter, which is trained on as it is" in done.stdout
+    first = next(row for row in played.metrics("on") if row["stage"] == "train")
+    assert first["loss"] == pytest.approx(0.6931, abs=0.01)
+    now, then = (load_file(path / "adapter_model.safetensors") for path in (played.folder / "on/iter0/policy", policy))
+    assert {k: v.shape for k, v in now.items()} == {k: v.shape for k, v in then.items()}
+    moved = max((now[key] - then[key]).abs().max() for key in now)
+    assert 0 < moved < 0.05  # three steps of 1e-3
+    planned = played.play(*words[:-1], "model.lora_rank=9", "plan=true", run="on")  # it has a rank already
+    assert "3 stages to reuse, 0 to resume, 0 to play" in planned.stdout
+    refused = played.play(f"model.path={policy}", run="none", status=1)
+    assert "is a LoRA adapter: set model.adapter=lora" in refused.stderr
+    assert len(refused.stderr.strip().splitlines()) == 1
+
+
+def test_the_base_is_found_by_its_content(played, tmp_path):
+    """Its folder is gone: what made it is asked for. Other weights in its place are not taken for it."""
+    base = tmp_path / "base"
+    shutil.copytree(next((played.folder / "cache").glob("tiny-*[0-9]")), base)
+    policy = tmp_path / "policy"
+    shutil.copytree(played.folder / "run" / "iter1" / "policy", policy)
+    settings = json.loads((policy / adapters.CONFIG).read_text())
+    (policy / adapters.CONFIG).write_text(json.dumps(settings | {"base_model_name_or_path": str(base)}))
+    here, cache = ModelConfig(path=str(policy)), played.folder / "cache"
+    found = resolve(here, cache)
+    assert found.base.folder == base
+    weights = load_file(base / "model.safetensors")
+    weights["model.norm.weight"][0] += 0.5
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    again = resolve(here, cache)
+    assert again.base.folder != base and again.id == found.id
+    about = json.loads((policy / adapters.BASE).read_text())
+    (policy / adapters.BASE).write_text(
+        json.dumps(about | {"model": about["model"] | {"path": str(tmp_path / "gone")}})
+    )
+    with pytest.raises(UserError, match="holds other weights") as error:
+        resolve(here, cache)
+    assert "\n" not in str(error.value) and "base_model_name_or_path" in str(error.value)
+
+
+def test_the_same_bits_whatever_was_interrupted(played, place):
+    words = [*WORDS, "iter=0", "checkpoint.steps=1", "evaluation=none"]
+    game = place.start(*words, run="cut")
+    while not list((place.folder / "store").glob("train/*.part/resume/training/step-*")):
+        assert game.poll() is None, game.wait()
+    game.kill()
+    game.wait()
+    checkpoints = list((place.folder / "store").glob("*/*.part/resume/training/step-*/*.safetensors"))
+    assert checkpoints and all(path.stat().st_size < 60_000 for path in checkpoints)
+    place.play(*words, run="cut")
+    one, other = (
+        load_file(p / "iter0/policy/adapter_model.safetensors") for p in (played.folder / "run", place.folder / "cut")
+    )
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+# --- its parts --------------------------------------------------------------------------------------------------------
+
+
+def scored_pairs(policy, count=10) -> list[Pair]:
+    items = random_items(count, seed=5, longest=30)
+    pairs = [Pair(f"p{i}", "", "", "", "stop", item.prompt_ids, *item.responses) for i, item in enumerate(items)]
+    return with_opponent_logps(pairs, logps_of(load_policy(policy, torch.float32, CPU), items, PACKED).view(-1, 2))
+
+
+def test_a_full_batch_step_equals_the_naive_one_weight_for_weight(tiny_folder, tmp_path):
+    """Packed rows, chunked head, clipping and RMSprop on an adapter, against peft's model in float64."""
+    policy = adapted(tiny_folder, tmp_path / "policy")
+    pairs = scored_pairs(policy)
+    engine = SingleEngine(policy, torch.float32, CPU, EngineConfig(), OptimizerConfig(max_grad_norm=0.5))
+    frozen = {name: w.clone() for name, w in engine.model.named_parameters() if "lora_" not in name}
+    train_spin(engine, pairs, PACKED, beta=0.2, link="logistic", log=lambda row: None, **SETTINGS)
+
+    model, opponent = (peft_model(policy.folder, torch.float64) for _ in range(2))
+    trained = {n.removeprefix("base_model.model."): w for n, w in model.named_parameters() if "lora_" in n}
+    for weight in trained.values():
+        weight.requires_grad_(True)
+    loss = 0.0
+    for p in pairs:
+        item = Continuations(p.prompt_ids, (p.real_ids, p.generated_ids))
+        real, generated = (
+            sum(a.double().sum() * sign for a, sign in ((new, 1), (old.detach(), -1)))
+            for new, old in zip(plain64(model, item), plain64(opponent, item), strict=True)
+        )
+        loss = loss + torch.log(1 + torch.exp(-0.2 * (real - generated))) / len(pairs)
+    loss.backward()
+    norm = sum((w.grad**2).sum() for w in trained.values()).sqrt()
+    assert trained.keys() == engine.masters.keys()
+    for name, weight in trained.items():
+        grad = weight.grad * min(1.0, 0.5 / (norm.item() + 1e-6))
+        expected = weight.detach() - 1e-3 * grad / ((0.01 * grad**2).sqrt() + 1e-8)
+        solid = grad.abs() > 1e-6
+        assert solid.float().mean() > 0.5
+        assert torch.allclose(engine.masters[name].double()[solid], expected[solid], atol=2e-5), name
+    for name, weight in engine.model.named_parameters():
+        assert "lora_" in name or torch.equal(weight, frozen[name]), name
+
+
+def plain64(model, item):
+    for response in item.responses:
+        table = model(torch.tensor([[*item.prompt_ids, *response]])).logits[0].log_softmax(-1)
+        yield torch.stack([table[len(item.prompt_ids) - 1 + k, token] for k, token in enumerate(response)])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "qwen3"])
+def test_packed_rows_and_the_chunked_head_see_the_adapter(name, tmp_path):
+    small_model(name).save_pretrained(tmp_path / "base")
+    policy = adapted(tmp_path / "base", tmp_path / "policy")
+    model = load_policy(policy, torch.float32, CPU)
+    items = random_items(4, longest=10)
+    forward, _ = choose_forward(model, items, "auto", 64, 128, 16, 60)
+    assert forward.head == "chunked"
+    expected = torch.stack([one.sum() for item in items for one in plain_logps(peft_model(policy.folder), item)])
+    assert torch.allclose(logps_of(model, items, forward), expected, atol=1e-3)
+    without = logps_of(load_model(policy.base.folder, torch.float32, CPU), items, forward)
+    assert (without - expected).abs().max() > 0.1
+
+
+def test_every_small_model_takes_an_adapter_and_gives_it_back_merged(tmp_path):
+    for name in CONFIGS.keys() - {"falcon_h1"}:
+        base, target = tmp_path / name / "base", tmp_path / name / "policy"
+        small_model(name).save_pretrained(base)
+        (base / "tokenizer_config.json").write_text("{}")
+        policy = adapted(base, target)
+        save_merged(policy, tmp_path / name / "merged")
+        ids = torch.tensor([[2, 3, 5, 7]])
+        with torch.no_grad():
+            here = load_policy(policy, torch.float32, CPU)(ids).logits
+            there = load_model(tmp_path / name / "merged", torch.float32, CPU)(ids).logits
+        assert torch.allclose(here, there, atol=1e-4), name
+
+
+def test_layers_that_peft_can_t_adapt_are_named(tmp_path):
+    small_model("falcon_h1").save_pretrained(tmp_path / "base")
+    with pytest.raises(UserError, match=r"'out_proj' is incompatible with Mamba.*linear layers are down_proj") as error:
+        adapted(tmp_path / "base", tmp_path / "policy")
+    assert "\n" not in str(error.value)
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(tiny_folder, tmp_path):
+    policy, results = adapted(tiny_folder, tmp_path / "policy"), []
+    pairs = scored_pairs(policy)
+    for checkpointing in (False, True):
+        options = EngineConfig(gradient_checkpointing=checkpointing)
+        engine = SingleEngine(policy, torch.float32, CPU, options, OptimizerConfig())
+        train_spin(engine, pairs, PACKED, beta=0.1, link="logistic", log=lambda row: None, **SETTINGS)
+        results.append(engine.masters)
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_in_bf16_masters_keep_what_is_rounded_and_are_what_is_saved(tiny_folder, tmp_path):
+    policy = adapted(tiny_folder, tmp_path / "policy")
+    engine = SingleEngine(policy, torch.bfloat16, CPU, EngineConfig(), OptimizerConfig())
+    before = {name: master.clone() for name, master in engine.masters.items()}
+    assert all(weight.dtype == torch.bfloat16 for weight in engine.model.parameters())
+    pairs = scored_pairs(policy)
+    settings = {**SETTINGS, "lr": 5e-7, "epochs": 4, "batch_size": 5}
+    train_spin(engine, pairs, PACKED, beta=0.1, link="logistic", log=lambda row: None, **settings)
+    moved = torch.cat([(engine.masters[name] - before[name]).abs().flatten() for name in before])
+    assert (moved > 1e-8).float().mean() > 0.5
+    engine.save(tmp_path / "saved")
+    saved = adapters.read(tmp_path / "saved", CPU)
+    assert all(torch.equal(saved[name], engine.masters[name]) for name in engine.masters)
+    (tmp_path / "state").mkdir()
+    engine.save_state(tmp_path / "state")
+    numbers = sum(master.numel() for master in engine.masters.values())
+    size = sum(path.stat().st_size for path in (tmp_path / "state").iterdir())
+    assert 2 * 4 * numbers < size < 2 * 4 * numbers + 20_000
+
+
+def test_a_fresh_adapter_changes_nothing_repeats_its_bits_and_uses_no_global_random_state(tiny_folder, tmp_path):
+    texts = []
+    for noise in (1, 2):
+        torch.manual_seed(noise)
+        state = torch.get_rng_state()
+        policy = fresh_adapter(whole(tiny_folder), LORA, 0, ModelConfig(path=str(tiny_folder)), tmp_path / str(noise))
+        model = load_policy(policy, torch.float32, CPU)
+        assert torch.equal(torch.get_rng_state(), state)
+        texts.append([(tmp_path / str(noise) / name).read_bytes() for name in (adapters.CONFIG, adapters.WEIGHTS)])
+    assert texts[0] == texts[1]
+    other = fresh_adapter(whole(tiny_folder), LORA, 1, ModelConfig(path=str(tiny_folder)), tmp_path / "other")
+    assert other.id != policy.id
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, load_model(tiny_folder, torch.float32, CPU)(ids).logits)
+    std = adapters.read(policy.folder, CPU)["model.layers.0.mlp.down_proj.lora_A.default.weight"].std().item()
+    assert std == pytest.approx(128**-0.5 / 3**0.5, rel=0.2)  # uniform in +-1/sqrt(128)
+
+
+def test_the_identity_of_a_policy_covers_base_adapter_and_scale_and_no_path(tiny_folder, tmp_path):
+    policy = adapted(tiny_folder, tmp_path / "policy")
+    settings = json.loads((policy.folder / adapters.CONFIG).read_text())
+    ids = [policy.id, content_id(policy.folder, Policy("base", tiny_folder, "another"))]
+    for change in ({"lora_alpha": 9}, {"base_model_name_or_path": "/elsewhere", "peft_version": "0"}):
+        (policy.folder / adapters.CONFIG).write_text(json.dumps(settings | change))
+        ids.append(content_id(policy.folder, policy.base))
+    assert len(set(ids)) == 3 and ids[3] == ids[0]
+
+
+def test_adapters_of_others_are_taken_as_they_are_dropout_off(tiny_folder, tmp_path):
+    """Made by peft, not by us: no base.json, no tokenizer, dropout, rslora and ranks by layer."""
+    torch.manual_seed(0)
+    config = peft.LoraConfig(
+        r=3, lora_dropout=0.5, use_rslora=True, target_modules=["q_proj", "down_proj"], rank_pattern={"q_proj": 2},
+        init_lora_weights=False, task_type="CAUSAL_LM",
+    )  # fmt: skip
+    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_folder), config).save_pretrained(tmp_path / "theirs")
+    policy = resolve(ModelConfig(path=str(tmp_path / "theirs")), tmp_path)
+    assert policy.base.folder == tiny_folder and policy.tokenizer == tiny_folder
+    items = random_items(3)
+    found = logps_of(load_policy(policy, torch.float32, CPU), items, PACKED)
+    expected = torch.stack([one.sum() for item in items for one in plain_logps(peft_model(policy.folder), item)])
+    assert torch.allclose(found, expected, atol=1e-3)
+    engine = SingleEngine(policy, torch.float32, CPU, EngineConfig(), OptimizerConfig())
+    rows = []
+    pairs = scored_pairs(policy)
+    train_spin(engine, pairs, PACKED, beta=0.1, link="logistic", log=rows.append, **SETTINGS)
+    assert rows[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"peft_type": "IA3"}, "only LoRA can be used"),
+        ({"use_dora": True}, "a LoRA adapter with use_dora, which can't be used"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"bias": "all"}, "bias"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa"),
+        ({"base_model_name_or_path": "/nowhere/at/all"}, None),
+        ({"base_model_name_or_path": None}, None),
+    ],
+)
+def test_adapters_that_cannot_be_used_are_named_in_one_line(tiny_folder, tmp_path, change, says):
+    policy = adapted(tiny_folder, tmp_path / "policy")
+    (policy.folder / adapters.BASE).unlink()
+    settings = json.loads((policy.folder / adapters.CONFIG).read_text())
+    (policy.folder / adapters.CONFIG).write_text(json.dumps(settings | change))
+    with pytest.raises(UserError, match=says or "the base of this adapter can't be found") as error:
+        resolve(ModelConfig(path=str(policy.folder)), tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_broken_adapter_folders_are_named_in_one_line(tiny_folder, tmp_path):
+    def broken(name, harm):
+        policy = adapted(tiny_folder, tmp_path / name)
+        harm(policy.folder)
+        with pytest.raises(UserError) as error:
+            load_policy(resolve(ModelConfig(path=str(policy.folder)), tmp_path), torch.float32, CPU)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    def reshaped(folder):
+        weights = load_file(folder / adapters.WEIGHTS)
+        save_file({key: w[:, :3].contiguous() for key, w in weights.items()}, folder / adapters.WEIGHTS)
+
+    def lacking(folder):
+        weights = load_file(folder / adapters.WEIGHTS)
+        weights.pop(min(weights))
+        save_file(weights, folder / adapters.WEIGHTS)
+
+    assert "without adapter_model.safetensors" in broken("a", lambda f: (f / adapters.WEIGHTS).unlink())
+    assert "is broken" in broken("b", lambda f: (f / adapters.WEIGHTS).write_bytes(b"no"))
+    assert "is not JSON" in broken("c", lambda f: (f / adapters.CONFIG).write_text("{"))
+    assert "does not fit its base" in broken("d", reshaped)
+    assert "the folder is not whole" in broken("e", lacking)
+    save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
+    strange = broken("f", lambda f: shutil.copyfile(tmp_path / "x.safetensors", f / adapters.WEIGHTS))
+    assert "holds more than LoRA matrices" in strange
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (
+            ["model.lora_targets=[q_prj]"],
+            "linear layers are down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj",
+        ),
+        (["model.lora_targets=[lm_head]"], "embeddings or the output layer can't be used"),
+        (["model.lora_rank=0"], "model.lora_rank=0: must be 1 or more"),
+        (["model.lora_alpha=0"], "model.lora_alpha=0: must be 1 or more"),
+        (["model.lora_targets=[]"], "model.lora_targets=[]: must be all-linear"),
+        (["model.adapter=none", "model.merge=true"], "model.merge=True: goes with model.adapter=lora"),
+        (["model.adapter=none", "model.quantization=nf4"], "set model.adapter=lora"),
+        (["model.adapter=lorra"], "must be one of none, lora"),
+    ],
+)
+def test_settings_that_do_not_go_are_named_before_anything_is_played(played, words, says):
+    given = {word.split("=")[0] for word in words}
+    done = played.play(*words, *(w for w in WORDS if w.split("=")[0] not in given), run="refused", status=1)
+    assert says in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr

@@ -1,0 +1,186 @@
+"""4-bit bases and 8-bit optimiser states: bitsandbytes itself, on the CPU."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from spin import adapters
+from spin.config import EngineConfig, ModelConfig, OptimizerConfig
+from spin.engine import STATES, SingleEngine
+from spin.logps import logps_of, sequence_logps
+from spin.memory import NF4
+from spin.model import fresh_adapter, load_model, load_policy, quantised, resolve
+from spin.train import train_spin
+from tests.conftest import random_items
+from tests.games import Place
+from tests.test_adapters import CPU, LORA, PACKED, SETTINGS, adapted, scored_pairs, whole
+
+WORDS = ["model.adapter=lora", "model.quantization=nf4", "model.merge=true", "iter=0"]
+# Dettmers et al., arXiv 2305.14314, appendix E: the 16 values of a normal float of 4 bits.
+LEVELS = torch.tensor(
+    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory, games):
+    place = Place(tmp_path_factory.mktemp("nf4"), games)
+    place.first = place.play(*WORDS)
+    return place
+
+
+def naive(weight: torch.Tensor) -> torch.Tensor:
+    """Rounded to the nearest level of its block of 64, scales kept whole."""
+    blocks = weight.flatten().view(-1, 64)
+    scale = blocks.abs().amax(1, keepdim=True)
+    nearest = (blocks / scale)[..., None].sub(LEVELS).abs().argmin(-1)
+    return (LEVELS[nearest] * scale).view_as(weight)
+
+
+def test_a_base_of_4_bits_is_what_the_paper_says(tiny_folder):
+    rounded = load_model(tiny_folder, torch.float32, CPU, "nf4").dequantize()
+    exact = load_model(tiny_folder, torch.float32, CPU)
+    for name, weight in exact.named_parameters():
+        found = rounded.get_parameter(name)
+        if "proj" not in name:  # embeddings, which are the output layer here, and norms are whole
+            assert torch.equal(found, weight), name
+            continue
+        scale = weight.flatten().view(-1, 64).abs().amax(1)
+        # Scales are themselves in 8 bits: a share of the largest of 256 of them.
+        off = (found - naive(weight)).abs().max() / scale.max()
+        assert off < 0.02 and (found - weight).abs().mean() > 0.01 * weight.abs().mean(), name
+
+
+def test_it_takes_what_the_estimate_counts(tiny_folder):
+    model = load_model(tiny_folder, torch.bfloat16, CPU, "nf4")
+    held = sum(
+        weight.numel() * weight.element_size()
+        + sum(
+            t.numel() * t.element_size() for t in weight.quant_state.as_dict(packed=True).values() if torch.is_tensor(t)
+        )
+        for weight in model.parameters()
+        if hasattr(weight, "quant_state")
+    )
+    numbers = sum(
+        w.numel() for name, w in load_model(tiny_folder, torch.float32, CPU).named_parameters() if "proj" in name
+    )
+    maps = 14 * (16 + 256) * 4 + 14 * 200  # the levels, and a header in JSON, of each of 14 layers
+    assert held - maps == pytest.approx(NF4 * numbers, rel=0.1)
+
+
+def test_a_game_starts_each_iteration_as_its_opponent(played):
+    firsts = [row for row in played.metrics() if row["stage"] == "train" and row["step"] == 0]
+    assert len(firsts) == 1 and firsts[0]["loss"] == pytest.approx(0.6931, abs=0.01)
+    about = json.loads((played.folder / "run/iter0/policy/base.json").read_text())
+    assert about["quantization"] == "nf4"
+    assert load_file(played.folder / "run/iter0/policy/adapter_model.safetensors")
+    assert not list((played.folder / "store").glob("train/*/policy/model.safetensors"))
+
+
+def test_a_policy_is_opened_on_the_base_that_it_was_trained_beside(played):
+    words = ["stage=evaluate", f"model.path={played.folder}/run/sft/policy"]
+    before = played.stages()
+    assert "done before, reused" in played.play(*words, run="measured").stdout
+    assert played.stages() == before
+
+
+def test_merged_it_is_the_same_model(played):
+    policy = resolve(ModelConfig(path=f"{played.folder}/run/iter0/policy"), played.folder / "cache")
+    assert policy.base.quantization == "nf4"
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    with torch.no_grad():
+        here = load_policy(policy, torch.float32, CPU)(ids).logits
+        merged = load_model(played.folder / "run/iter0/merged", torch.float32, CPU)
+        assert (merged(ids).logits - here).abs().max() < 0.01 * here.abs().max()
+    assert merged.dtype == torch.float32 and getattr(merged.config, "quantization_config", None) is None
+    whole_base = load_model(policy.base.folder, torch.float32, CPU)
+    with torch.no_grad():
+        assert (whole_base(ids).logits - here).abs().max() > 0.05
+
+
+def test_rounding_makes_another_model(tiny_folder):
+    assert quantised(whole(tiny_folder), "nf4").id != whole(tiny_folder).id
+    assert quantised(whole(tiny_folder), "none") == whole(tiny_folder)
+
+
+@pytest.mark.parametrize(("name", "whole_name"), [("rmsprop8bit", "rmsprop"), ("adamw8bit", "adamw")])
+def test_states_of_8_bits_take_a_quarter_and_step_nearly_as_whole_ones(tiny_folder, name, whole_name):
+    pairs, moved, held = scored_pairs(whole(tiny_folder)), [], []
+    for one in (whole_name, name):
+        engine = SingleEngine(whole(tiny_folder), torch.float32, CPU, EngineConfig(), OptimizerConfig(name=one))
+        before = {key: master.clone() for key, master in engine.masters.items()}
+        train_spin(
+            engine, pairs, PACKED, beta=0.1, link="logistic", log=lambda row: None, **SETTINGS | {"batch_size": 5}
+        )
+        moved.append(torch.cat([(engine.masters[key] - before[key]).flatten() for key in before]))
+        large = [master for master in engine.masters.values() if master.numel() >= 4096]  # the others' stay whole
+        states = [engine.optimizer.state[master] for master in large]
+        tensors = [
+            t for state in states for key, t in state.items() if torch.is_tensor(t) and "qmap" not in key and t.ndim
+        ]
+        held.append(sum(t.numel() * t.element_size() for t in tensors) / sum(master.numel() for master in large))
+    assert held[0] == 4 * STATES[whole_name]
+    assert held[1] == pytest.approx(4 * STATES[name], rel=0.02)
+    similar = torch.nn.functional.cosine_similarity(moved[0], moved[1], dim=0)
+    assert similar > 0.9 and moved[1].abs().mean() == pytest.approx(moved[0].abs().mean().item(), rel=0.2)
+
+
+@pytest.mark.parametrize("name", ["rmsprop8bit", "adamw8bit"])
+def test_a_resume_goes_on_in_the_same_bits(tiny_folder, tmp_path, name):
+    pairs = scored_pairs(whole(tiny_folder))
+
+    def engine():
+        return SingleEngine(whole(tiny_folder), torch.bfloat16, CPU, EngineConfig(), OptimizerConfig(name=name))
+
+    def step(one):
+        for key, grad in one.grads.items():
+            grad.copy_(torch.randn(grad.shape, generator=torch.Generator().manual_seed(len(key))))
+        one.step(1e-3)
+
+    assert pairs
+    straight, cut = engine(), engine()
+    for one in (straight, cut):
+        step(one)
+    cut.save_state(tmp_path)
+    resumed = engine()
+    resumed.load_state(tmp_path)
+    for one in (straight, resumed):
+        step(one)
+        step(one)
+    assert all(torch.equal(straight.masters[key], resumed.masters[key]) for key in straight.masters)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_pass_through_rounded_layers(tiny_folder, tmp_path, dtype, checkpointing):
+    """After it has computed without gradients, as an engine's model has; against the same weights, widened."""
+    policy = adapted(tiny_folder, tmp_path / "policy")
+    policy = replace(policy, base=quantised(policy.base, "nf4"))
+    engine = SingleEngine(policy, dtype, CPU, EngineConfig(gradient_checkpointing=checkpointing), OptimizerConfig())
+    items = random_items(6)
+    logps_of(engine.model, items, PACKED)
+    wide = adapters.attach(load_model(tiny_folder, dtype, CPU, "nf4").dequantize().float(), policy.folder)
+    trained = {name: w.requires_grad_(True) for name, w in wide.named_parameters() if "lora_" in name}
+    for batch in PACKED.batches(items):
+        engine.backward(sequence_logps(engine.model, batch, PACKED).sum())
+        sequence_logps(wide, batch, PACKED).sum().backward()
+    for name, weight in trained.items():  # those of the first layer have passed through all others
+        off = (engine.grads[name] - weight.grad).norm() / weight.grad.norm()
+        assert off < {torch.float32: 0.01, torch.bfloat16: 0.1}[dtype], name
+
+
+def test_an_adapter_on_4_bits_with_8_bit_states_and_checkpointing_trains(tiny_folder, tmp_path):
+    start = quantised(whole(tiny_folder), "nf4")
+    policy = fresh_adapter(start, LORA, 0, ModelConfig(path=str(tiny_folder)), tmp_path / "policy")
+    options, optimizer = EngineConfig(gradient_checkpointing=True), OptimizerConfig(name="rmsprop8bit")
+    engine = SingleEngine(policy, torch.bfloat16, CPU, options, optimizer)
+    rows = []
+    settings = {**SETTINGS, "epochs": 8, "lr": 3e-3}
+    train_spin(engine, scored_pairs(policy), PACKED, beta=0.1, link="logistic", log=rows.append, **settings)
+    assert rows[0]["loss"] == pytest.approx(0.6931, abs=0.02)
+    assert rows[-1]["rewards/margins"] > rows[0]["rewards/margins"] + 0.2
