@@ -18,7 +18,6 @@ import matplotlib
 import numpy as np
 import yaml
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
 
 from spin.report import STYLE
 
@@ -28,7 +27,7 @@ RUNS = Path("outputs/studies")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 MEASURES = {  # column: title of its panel, unit
-    "kl": ("distance to the data, KL(human || own)", "change, nats an answer"),
+    "kl": ("distance to the data: KL(human || own)", "change, nats an answer"),
     "right": ("right answers", "change, share of own answers"),
 }
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # Student's t, two-sided, by seeds
@@ -64,9 +63,18 @@ class Study:
     facets: dict[Any, str] = field(default_factory=dict)
     where: Where = field(default_factory=dict)
     log: bool = False
+    limits: dict[str, tuple[float, float]] = field(
+        default_factory=dict
+    )  # by measure, where one point would flatten all others
 
 
 # --- what the studies compare ---------------------------------------------------------------------------------------
+
+
+def plain(number: float) -> str:
+    """3e-5, 0.1, 512: as people write settings."""
+    return f"{number:.0e}".replace("e-0", "e-") if 0 < number < 1e-2 else f"{number:g}"
+
 
 STARTS = {8: "SFT too short (8 epochs)", 16: "SFT at its best (16)", 32: "SFT too long (32)"}
 METHODS = {"spin": "SPIN, 2 iterations of 2 passes", "sft": "continued SFT, 4 passes"}
@@ -81,18 +89,24 @@ STUDIES: dict[str, Study] = {
         facet="start_epochs",
         facets=STARTS,
         where={"passes": 4},
+        limits={"kl": (-0.55, 0.45), "right": (-0.15, 0.15)},
         effects=tuple(
             Effect(
-                f"{name}: {text}",
-                a | {"start_epochs": start, "passes": 4},
-                b and b | {"start_epochs": start, "passes": 4},
-                "lr",
+                f"{name}; {rate}: {text}",
+                {"method": a, "start_epochs": start, **at},
+                {"method": b, "start_epochs": start, **at} if b else None,
+                tuned,
             )
             for start, name in STARTS.items()
+            for rate, tuned, at in (
+                ("tuned lr", "lr", {"passes": 4}),
+                ("lr 1e-5", None, {"passes": 4, "lr": 1e-5}),
+                ("lr 3e-5", None, {"passes": 4, "lr": 3e-5}),
+            )
             for text, a, b in (
-                ("SPIN − start", {"method": "spin"}, None),
-                ("continued SFT − start", {"method": "sft"}, None),
-                ("SPIN − continued SFT", {"method": "spin"}, {"method": "sft"}),
+                ("SPIN − start", "spin", None),
+                ("continued SFT − start", "sft", None),
+                ("SPIN − continued SFT", "spin", "sft"),
             )
         ),
     ),
@@ -147,7 +161,7 @@ STUDIES: dict[str, Study] = {
         facets={3e-5: "lr 3e-5", 1e-4: "lr 1e-4"},
         effects=tuple(
             Effect(
-                f"lr {lr:g}: {link} − logistic",
+                f"lr {plain(lr)}: {link} − logistic",
                 {"lr": lr, "iter": 1, "link": link},
                 {"lr": lr, "iter": 1, "link": "logistic"},
             )
@@ -164,7 +178,7 @@ STUDIES: dict[str, Study] = {
         facet="iter",
         facets={0: "iteration 0", 1: "iteration 1"},
         effects=tuple(
-            Effect(f"lr {lr:g}, iteration 1: β {beta:g} − start", {"lr": lr, "beta": beta, "iter": 1})
+            Effect(f"lr {plain(lr)}, iteration 1: β {beta:g} − start", {"lr": lr, "beta": beta, "iter": 1})
             for lr in (1e-5, 3e-5, 1e-4)
             for beta in (0.1, 1.0, 5.0)
         ),
@@ -179,7 +193,7 @@ STUDIES: dict[str, Study] = {
         effects=(
             *(
                 Effect(
-                    f"lr {lr:g} in the last iteration: β {beta:g} − β 0.1",
+                    f"lr {plain(lr)} in the last iteration: β {beta:g} − β 0.1",
                     {"iter": 3, "lr": lr, "beta": beta},
                     {"iter": 3, "lr": lr, "beta": 0.1},
                 )
@@ -218,6 +232,34 @@ STUDIES: dict[str, Study] = {
             ),
             Effect("greedy, iteration 2 − start", {"iter": 2, "temperature": 0.0}),
             Effect("sampled, iteration 2 − start", {"iter": 2, "temperature": 1.0}),
+        ),
+    ),
+    "reference": Study(
+        x="iter",
+        label="iteration",
+        series="reference",
+        names={"opponent": "the opponent", "mixture": "mixture, alpha 0.5", "start": "the start"},
+        effects=tuple(
+            Effect(
+                f"iteration {t}: {reference} − opponent",
+                {"iter": t, "reference": reference},
+                {"iter": t, "reference": "opponent"},
+            )
+            for t in (1, 2)
+            for reference in ("mixture", "start")
+        ),
+    ),
+    "answers": Study(
+        x="iter",
+        label="iteration",
+        series="answers",
+        names={1: "one answer a prompt", 4: "four"},
+        effects=(
+            *(
+                Effect(f"iteration {t}: four − one", {"iter": t, "answers": 4}, {"iter": t, "answers": 1})
+                for t in (0, 1)
+            ),
+            Effect("four answers, iteration 1 − start", {"iter": 1, "answers": 4}),
         ),
     ),
 }
@@ -294,6 +336,8 @@ def _played(config: dict, folder: Path, t: int) -> Row:
         "lr": at(config["optimizer"]["lr"]),
         "beta": at(config["loss"]["beta"]),
         "link": config["loss"]["link"],
+        "reference": config["loss"].get("reference", "opponent"),
+        "answers": config["generation"].get("answers", 1),
         "replay": config["schedule"]["replay"],
         "temperature": config["generation"]["temperature"],
         "pairs": game["pairs"],
@@ -393,25 +437,21 @@ def draw(study: str, rows: Sequence[Row]) -> Figure:
     how = STUDIES[study]
     rows = select(rows, how.where)
     facets: dict[Any, str] = how.facets or {None: ""}
+    several = len(facets) > 1
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7.2, 2.9 if len(facets) == 1 else 5.0), layout="constrained")
-        shape = (1, len(MEASURES)) if len(facets) == 1 else (len(MEASURES), len(facets))
-        axes = figure.subplots(*shape, squeeze=False, sharey="row" if len(facets) > 1 else False)
+        figure = Figure(figsize=(7.2, 5.0 if several else 2.9), layout="constrained")
+        shape = (len(MEASURES), len(facets)) if several else (1, len(MEASURES))
+        axes = figure.subplots(*shape, squeeze=False, sharey="row" if several else False)
         panels = [(measure, facet) for measure in MEASURES for facet in facets]
         for axis, (measure, facet) in zip(axes.flat, panels, strict=True):
-            inside = select(rows, {how.facet: facet}) if how.facet else rows
             title, unit = MEASURES[measure]
-            _lines(axis, how, inside, measure)
-            axis.set_title(
-                title
-                if facet is None
-                else f"{title}\n{facets[facet]}"
-                if facet == next(iter(facets))
-                else f"\n{facets[facet]}",
-                loc="left",
-            )
+            first = facet == next(iter(facets))
+            _lines(axis, how, select(rows, {how.facet: facet}) if how.facet else rows, measure)
+            axis.set_title("\n".join([title if first else "", facets[facet]] if several else [title]), loc="left")
             axis.set_xlabel(how.label)
-            if axis.get_subplotspec().is_first_col() or len(facets) == 1:
+            if measure in how.limits:
+                axis.set_ylim(how.limits[measure])
+            if first:
                 axis.set_ylabel(unit)
         handles, names = axes.flat[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)))
@@ -419,33 +459,22 @@ def draw(study: str, rows: Sequence[Row]) -> Figure:
 
 
 def _lines(axis: Any, how: Study, rows: Sequence[Row], measure: str) -> None:
+    """One line a series; each a little aside of the others, so that all error bars are seen."""
     axis.axhline(0, color="#333333", linewidth=0.8)
     ticks = sorted({row[how.x] for row in rows})
     for i, (key, name) in enumerate(how.names.items()):
-        points = []
-        for x in ticks:
-            values = [r[measure] - r[f"{measure}_start"] for r in select(rows, {how.series: key, how.x: x})]
-            if values:
-                points.append((x, *mean_interval(values)))
-        if points:
-            x, mean, half = zip(*points, strict=True)
-            shift = 1 + 0.03 * (i - (len(how.names) - 1) / 2) if how.log else 0.06 * (i - (len(how.names) - 1) / 2)
-            moved = [value * shift if how.log else value + shift for value in x]
-            axis.errorbar(
-                moved,
-                mean,
-                half,
-                label=name,
-                color=COLOURS[i],
-                marker=MARKERS[i],
-                markersize=4,
-                capsize=2,
-                linewidth=1.2,
-            )
+        inside = select(rows, {how.series: key})
+        x = [tick for tick in ticks if select(inside, {how.x: tick})]
+        changes = [[row[measure] - row[f"{measure}_start"] for row in select(inside, {how.x: tick})] for tick in x]
+        aside = i - (len(how.names) - 1) / 2
+        moved = [tick * 1.05**aside if how.log else tick + 0.015 * aside * (ticks[-1] - ticks[0]) for tick in x]
+        mean, half = zip(*map(mean_interval, changes), strict=True)
+        style = {"color": COLOURS[i], "marker": MARKERS[i], "markersize": 4, "capsize": 2, "linewidth": 1.2}
+        axis.errorbar(moved, mean, half, label=name, **style)
     if how.log:
         axis.set_xscale("log")
-        axis.xaxis.set_minor_formatter(NullFormatter())
-    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.minorticks_off()
+    axis.set_xticks(ticks, [plain(tick) for tick in ticks])
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

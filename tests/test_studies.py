@@ -19,6 +19,7 @@ import run  # noqa: F401 (defines names that conf/config.yaml uses)
 from experiments import chains, collect
 from experiments.derivation import shares
 from spin import config
+from spin.loss import spin_loss
 from spin.model import load_model, load_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -88,6 +89,19 @@ def test_table_game_is_theorem_5_4_and_shrinks_by_one_minus_one_over_lambda(beta
     assert torch.allclose(trained, expected / expected.sum(), atol=1e-6)
     ratios = shares.play_table(beta)
     assert shares.factor(ratios[0], ratios[1]) == pytest.approx(1 - 1 / beta, abs=1e-4)
+
+
+def test_first_gradient_of_spin_is_that_of_sft():
+    """In expectation: the opponent's own answers add nothing at the start but noise (experiments/continued_sft)."""
+    human, own = torch.tensor(shares.HUMAN).double(), torch.tensor([0.1, 0.5, 0.15, 0.25]).double()
+    logits = own.log().requires_grad_()
+    logps = logits.log_softmax(0)
+    real, generated = torch.cartesian_prod(torch.arange(4), torch.arange(4)).T
+    pairs = torch.stack([logps[real], logps[generated]], 1)
+    losses, _ = spin_loss(pairs, pairs.detach(), 0.7, "logistic")
+    (spin,) = torch.autograd.grad((human[real] * own[generated] * losses).sum(), logits, retain_graph=True)
+    (sft,) = torch.autograd.grad(-(human * logps).sum(), logits)
+    assert torch.allclose(spin, 0.7 / 2 * sft) and sft.abs().max() > 0.1
 
 
 # --- statistics and collection --------------------------------------------------------------------------------------------
