@@ -165,19 +165,21 @@ def commands(page: Path) -> list[list[str]]:
 def test_commands_compose(name):
     found = commands(LAB / name / "README.md")
     assert found
+    if name in ("reference", "answers") and not hasattr(config.LossConfig, "reference"):
+        pytest.skip("needs the variants of the loss")
     for words in found:
-        points = [[]]
-        for override in OverridesParser.create().parse_overrides(
+        overrides = OverridesParser.create().parse_overrides(
             [w for w in words if "=" in w and not w.startswith("hydra.")]
-        ):
-            if override.is_sweep_override():
-                values = [f"{override.key_or_group}={value}" for value in override.sweep_string_iterator()]
-                points = [[*point, values[k % len(values)]] for k, point in enumerate(points * len(values))]
-            else:
-                points = [[*point, override.input_line] for point in points]
+        )
+        choices = [
+            [f"{override.key_or_group}={value}" for value in override.sweep_string_iterator()]
+            if override.is_sweep_override()
+            else [override.input_line]
+            for override in overrides
+        ]
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            for point in points[:12]:
-                config.load(compose("config", point))
+            for k in range(max(map(len, choices))):  # every value once, seed by seed
+                config.load(compose("config", [values[k % len(values)] for values in choices]))
 
 
 def test_every_study_has_its_folder():
