@@ -6,7 +6,7 @@ end, is decided by the prompt's first letter, which is also where the chain begi
 three letters mean nothing: a model that learns them by heart overfits. Every prompt has 39 right answers.
 
 `python -m experiments.chains` writes the training files, one a seed, the answer of each prompt drawn from that
-distribution; and, for the study of the derivation, one set whose answers have every successor equally often.
+distribution.
 """
 
 import json
@@ -73,6 +73,18 @@ def records(seed: int) -> list[dict[str, str]]:
     return found
 
 
+def answer_logps(policy: Path, prompts: Sequence[str], answers: Sequence[Sequence[str]]) -> np.ndarray:
+    """[prompts, answers]: log p of each of a prompt's answers, with its end, by the policy in a model folder, in nats."""
+    tokenizer, model = load_tokenizer(policy), load_model(policy, torch.float32, torch.device("cpu"))
+    encoded = encode(tokenizer, [[{"role": "user", "content": prompt}] for prompt in prompts], TEMPLATE)
+    items = []
+    for prompt, said in zip(encoded, answers, strict=True):
+        responses = encode_responses(tokenizer, [prompt] * len(said), said, TEMPLATE)
+        items.append(Continuations(prompt[1], tuple((*response, tokenizer.eos_token_id) for response in responses)))
+    forward = Forward("padded", "chunked", 16, 16384, 4096)
+    return logps_of(model, items, forward).view(len(prompts), -1).double().numpy()
+
+
 def measure(policy: Path, prompts: Sequence[str] = TEST_PROMPTS) -> dict[str, float]:
     """How far the policy in a model folder is from the humans, computed from all right answers to `prompts`, no sampling.
 
@@ -80,15 +92,7 @@ def measure(policy: Path, prompts: Sequence[str] = TEST_PROMPTS) -> dict[str, fl
     which the two can differ in the probability of any event. right: the policy's probability of a right answer. All means
     over prompts.
     """
-    tokenizer, model = load_tokenizer(policy), load_model(policy, torch.float32, torch.device("cpu"))
-    encoded = encode(tokenizer, [[{"role": "user", "content": prompt}] for prompt in prompts], TEMPLATE)
-    items = []
-    for prompt, (text, ids) in zip(prompts, encoded, strict=True):
-        answers = [*distribution(prompt[0])]
-        responses = encode_responses(tokenizer, [(text, ids)] * len(answers), answers, TEMPLATE)
-        items.append(Continuations(ids, tuple((*response, tokenizer.eos_token_id) for response in responses)))
-    forward = Forward("padded", "chunked", 16, 16384, 4096)
-    logps = logps_of(model, items, forward).view(len(prompts), -1).double().numpy()
+    logps = answer_logps(policy, prompts, [[*distribution(prompt[0])] for prompt in prompts])
     human = np.array([[*distribution(prompt[0]).values()] for prompt in prompts])
     own, right = np.exp(logps), np.exp(logps).sum(1)
     return {

@@ -21,6 +21,7 @@ import torch
 import yaml
 from matplotlib.figure import Figure
 
+from experiments.chains import answer_logps
 from experiments.collect import COLOURS, MARKERS, RUNS, Row, mean_interval, read, write
 from spin.loss import spin_loss
 from spin.report import STYLE
@@ -31,7 +32,6 @@ START = (0.25, 0.25, 0.25, 0.25)  # the SFT data of the model that the game star
 LAMBDAS = (0.3, 0.5, 0.75, 1.0, 2.0, 5.0)
 ITERATIONS = 4
 TRAIN, TEST, SEEDS = 2048, 64, 3
-TEMPLATE = "{prompt}="
 FOLDER = Path("outputs/shares")
 HERE = Path(__file__).parent
 
@@ -105,19 +105,9 @@ def write_data() -> None:
 
 def log_ratio(policy: Path) -> np.ndarray:
     """r of the policy in a model folder: the mean over test prompts, from its probabilities of all answers."""
-    from spin.data import encode, encode_responses
-    from spin.logps import Forward, logps_of
-    from spin.model import load_model, load_tokenizer
-    from spin.pairs import Continuations
-
-    tokenizer, model = load_tokenizer(policy), load_model(policy, torch.float32, torch.device("cpu"))
-    encoded = encode(tokenizer, [[{"role": "user", "content": prompt}] for prompt in prompts()[TRAIN:]], TEMPLATE)
-    items = []
-    for text, ids in encoded:
-        answers = encode_responses(tokenizer, [(text, ids)] * len(LETTERS), LETTERS, TEMPLATE)
-        items.append(Continuations(ids, tuple((*answer, tokenizer.eos_token_id) for answer in answers)))
-    logps = logps_of(model, items, Forward("padded", "chunked", 16, 4096, 4096)).view(len(items), -1).double()
-    return centred((torch.tensor(HUMAN).log() - logps.mean(0)).tolist())
+    asked = prompts()[TRAIN:]
+    logps = answer_logps(policy, asked, [LETTERS] * len(asked)).mean(0)
+    return centred(np.log(HUMAN) - logps)
 
 
 def collect() -> list[Row]:
