@@ -481,9 +481,15 @@ def _lines(axis: Any, how: Study, rows: Sequence[Row], measure: str) -> None:
 
 
 def main(names: Sequence[str]) -> None:
-    if unknown := set(names) - set(STUDIES):
-        raise SystemExit(f"no such study: {', '.join(sorted(unknown))}. There are: {', '.join(STUDIES)}.")
-    for study in names or STUDIES:
+    known = [*STUDIES, "derivation"]
+    if unknown := set(names) - set(known):
+        raise SystemExit(f"no such study: {', '.join(sorted(unknown))}. There are: {', '.join(known)}.")
+    for study in names or known:
+        if study == "derivation":  # of another kind: no policies against a start
+            from experiments.derivation import shares
+
+            shares.redraw()
+            continue
         folder = HERE / study
         if (RUNS / study).exists():
             write(collect(study), folder / "results.csv")

@@ -5,7 +5,7 @@ p_{t+1} ~ p_t (p_data / p_t)^(1/lambda). So r_t = log p_data - log p_t, less its
 multiplied by 1 - 1/lambda. The answers here are one of four letters, whatever the prompt says.
 
     python -m experiments.derivation.shares data      # the files that the README's games are played on
-    python -m experiments.derivation.shares           # results.csv, figure.png and the table
+    python -m experiments.collect derivation          # results.csv, figure.png and the table
 """
 
 import json
@@ -214,16 +214,18 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    if sys.argv[1:] == ["data"]:
-        write_data()
-        return
+def redraw() -> None:
+    """results.csv from the run folders, where there are any; figure and table from results.csv."""
     if (RUNS / "derivation").exists():
         write(collect(), HERE / "results.csv")
     rows = read(HERE / "results.csv")
     draw(rows).savefig(HERE / "figure.png", dpi=150)
-    print(table(rows))
+    print(f"derivation\n\n{table(rows)}\n")
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:] != ["data"]:
+        raise SystemExit(
+            "python -m experiments.derivation.shares data; then the games, then python -m experiments.collect derivation"
+        )
+    write_data()
