@@ -1,0 +1,212 @@
+"""The studies: the task's distribution, what is measured of a policy, the statistics, and that what is published is what was found."""
+
+import csv
+import json
+import math
+import re
+import shlex
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from scipy import stats
+
+import run  # noqa: F401 (defines names that conf/config.yaml uses)
+from experiments import chains, collect
+from experiments.derivation import shares
+from spin import config
+from spin.loss import spin_loss
+from spin.model import load_model, load_tokenizer
+
+ROOT = Path(__file__).parent.parent
+LAB = ROOT / "experiments"
+FOLDERS = sorted(path.parent.name for path in LAB.glob("*/README.md"))
+PLAYED = [name for name in collect.STUDIES if (LAB / name / "results.csv").exists()]
+
+
+# --- the task -----------------------------------------------------------------------------------------------------------
+
+
+def test_answers_are_drawn_from_the_distribution_that_is_claimed():
+    drawn = [record for seed in range(chains.SEEDS) for record in chains.records(seed)]
+    of_c = [record["response"] for record in drawn if record["prompt"][0] == "c"]
+    expected = chains.distribution("c")
+    assert len(expected) == 39 and sum(expected.values()) == pytest.approx(1)
+    assert set(of_c) <= set(expected)
+    likely = [answer for answer, p in expected.items() if p * len(of_c) >= 5]
+    counts = Counter(of_c)
+    seen = [counts[answer] for answer in likely] + [len(of_c) - sum(counts[answer] for answer in likely)]
+    shares_ = [expected[answer] for answer in likely]
+    expected_counts = len(of_c) * np.array([*shares_, 1 - sum(shares_)])
+    assert stats.chisquare(seen, expected_counts).pvalue > 1e-3
+    # ... and not from another letter's, which the same test would tell.
+    other = np.array([chains.distribution("d").get(answer, 1e-3) for answer in likely])
+    wrong = len(of_c) * np.array([*other, max(1e-3, 1 - other.sum())])
+    assert stats.chisquare(seen, wrong * sum(seen) / wrong.sum()).pvalue < 1e-6
+
+
+def test_test_prompts_are_in_no_training_file():
+    for seed in range(chains.SEEDS):
+        prompts = [record["prompt"] for record in chains.records(seed)]
+        assert len(set(prompts)) == len(prompts) == chains.TRAIN
+        assert not set(prompts) & set(chains.TEST_PROMPTS)
+
+
+def test_distance_to_the_data_against_a_naive_computation(tiny_folder):
+    prompts = chains.TEST_PROMPTS[:3]
+    tokenizer = load_tokenizer(tiny_folder)
+    model = load_model(tiny_folder, torch.float64, torch.device("cpu"))
+    kl, tv, right = [], [], []
+    for prompt in prompts:
+        human = chains.distribution(prompt[0])
+        own = {}
+        for answer in human:
+            head = tokenizer(f"{prompt}=", add_special_tokens=False)["input_ids"]
+            ids = [*head, *tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+            logps = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            own[answer] = math.exp(sum(logps[i - 1, ids[i]].item() for i in range(len(head), len(ids))))
+        kl.append(sum(p * math.log(p / own[answer]) for answer, p in human.items()))
+        right.append(sum(own.values()))
+        tv.append(0.5 * (sum(abs(p - own[a]) for a, p in human.items()) + 1 - right[-1]))
+    found = chains.measure(tiny_folder, prompts)
+    assert found["kl"] == pytest.approx(np.mean(kl), rel=1e-4)
+    assert found["tv"] == pytest.approx(np.mean(tv), rel=1e-4)
+    assert found["right"] == pytest.approx(np.mean(right), rel=1e-3, abs=1e-9)
+
+
+# --- the derivation -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beta", shares.LAMBDAS)
+def test_table_game_is_theorem_5_4_and_shrinks_by_one_minus_one_over_lambda(beta):
+    human, own = torch.tensor(shares.HUMAN).double(), torch.tensor(shares.START).double()
+    trained = shares.train_table(own.log(), human, beta).exp()
+    expected = own * (human / own) ** (1 / beta)
+    assert torch.allclose(trained, expected / expected.sum(), atol=1e-6)
+    ratios = shares.play_table(beta)
+    assert shares.factor(ratios[0], ratios[1]) == pytest.approx(1 - 1 / beta, abs=1e-4)
+
+
+def test_first_gradient_of_spin_is_that_of_sft():
+    """In expectation: the opponent's own answers add nothing at the start but noise (experiments/continued_sft)."""
+    human, own = torch.tensor(shares.HUMAN).double(), torch.tensor([0.1, 0.5, 0.15, 0.25]).double()
+    logits = own.log().requires_grad_()
+    logps = logits.log_softmax(0)
+    real, generated = torch.cartesian_prod(torch.arange(4), torch.arange(4)).T
+    pairs = torch.stack([logps[real], logps[generated]], 1)
+    losses, _ = spin_loss(pairs, pairs.detach(), 0.7, "logistic")
+    (spin,) = torch.autograd.grad((human[real] * own[generated] * losses).sum(), logits, retain_graph=True)
+    (sft,) = torch.autograd.grad(-(human * logps).sum(), logits)
+    assert torch.allclose(spin, 0.7 / 2 * sft) and sft.abs().max() > 0.1
+
+
+# --- statistics and collection --------------------------------------------------------------------------------------------
+
+
+def test_interval_is_students():
+    values = [0.3, -0.1, 0.25, 0.4, 0.05]
+    mean, half = collect.mean_interval(values)
+    low, high = stats.t.interval(0.95, 4, np.mean(values), stats.sem(values))
+    assert (mean - half, mean + half) == pytest.approx((low, high), rel=1e-3)
+    assert all(t == pytest.approx(stats.t.ppf(0.975, n - 1), abs=1e-3) for n, t in collect.T95.items())
+
+
+def test_tuned_learning_rate_is_chosen_on_the_other_seeds():
+    changes = {0: {1e-5: 0.0, 1e-3: -9.0}, 1: {1e-5: -1.0, 1e-3: 0.0}, 2: {1e-5: -1.0, 1e-3: 0.5}}
+    rows = [
+        {"seed": seed, "lr": lr, "kl": 2 + change, "kl_start": 2.0}
+        for seed, of in changes.items()
+        for lr, change in of.items()
+    ]
+    # Seed 0's own best is 1e-3, but seeds 1 and 2 are better with 1e-5; for them seed 0 speaks for 1e-3.
+    assert collect.by_seed(rows, {}, "kl", tuned="lr") == pytest.approx({0: 0.0, 1: 0.0, 2: 0.5})
+    with pytest.raises(ValueError, match="not one"):
+        collect.by_seed(rows, {}, "kl")
+
+
+def test_collects_what_a_run_played(tmp_path, place, monkeypatch):
+    data = tmp_path / "chains.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in chains.records(3)))
+    game = place.games.play(
+        "experiment=chains", "seed=3", f"data.path={data}", "data.size=32", "schedule.sft_epochs=1", "iter=1",
+        "loss.beta=[0.1,5]", f"store.path={tmp_path}/store", f"cache.path={tmp_path}/cache",
+        f"hydra.run.dir={tmp_path}/studies/trial/part/point",
+    )  # fmt: skip
+    assert game.returncode == 0, game.stdout + game.stderr
+    monkeypatch.setattr(collect, "RUNS", tmp_path / "studies")
+    rows = collect.collect("trial")
+    assert [(row["iter"], row["passes"], row["beta"], row["seed"]) for row in rows] == [(0, 2, 0.1, 3), (1, 4, 5.0, 3)]
+    point = tmp_path / "studies/trial/part/point"
+    assert [row["kl"] for row in rows] == [chains.measure(point / f"iter{t}/policy")["kl"] for t in range(2)]
+    assert rows[0]["kl_start"] == chains.measure(point / "sft/policy")["kl"]
+    played = json.loads((point / "game.json").read_text())["iterations"]
+    assert [row["pairs"] for row in rows] == [line["pairs"] for line in played]
+    collect.write(rows, tmp_path / "results.csv")
+    again = collect.read(tmp_path / "results.csv")
+    assert [row["kl"] for row in again] == pytest.approx([row["kl"] for row in rows], rel=1e-5)
+    assert (again[0]["link"], again[0]["iter"]) == ("logistic", 0)
+
+
+# --- what is published ----------------------------------------------------------------------------------------------------
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words behind `python run.py` in a page's code blocks."""
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", page.read_text(), re.S)).replace("\\\n", " ")
+    lines = (line.split("  #")[0].strip() for line in blocks.splitlines())
+    return [shlex.split(line)[2:] for line in lines if line.startswith("python run.py")]
+
+
+@pytest.mark.parametrize("name", ["", *FOLDERS])
+def test_commands_compose(name):
+    found = commands(LAB / name / "README.md")
+    assert found
+    for words in found:
+        overrides = OverridesParser.create().parse_overrides(
+            [w for w in words if "=" in w and not w.startswith("hydra.")]
+        )
+        choices = [
+            [f"{override.key_or_group}={value}" for value in override.sweep_string_iterator()]
+            if override.is_sweep_override()
+            else [override.input_line]
+            for override in overrides
+        ]
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            for k in range(max(map(len, choices))):  # every value once, seed by seed
+                config.load(compose("config", [values[k % len(values)] for values in choices]))
+
+
+def test_every_study_has_its_folder():
+    assert set(collect.STUDIES) <= set(FOLDERS)
+
+
+@pytest.mark.parametrize("name", PLAYED)
+def test_published_table_is_what_results_say(name):
+    rows = collect.read(LAB / name / "results.csv")
+    assert len({row["seed"] for row in rows}) >= 3
+    page = (LAB / name / "README.md").read_text()
+    assert collect.table(name, rows) in page, f"run `python -m experiments.collect {name}` and copy its table"
+    assert (LAB / name / "figure.png").stat().st_size > 10_000
+    drawn = collect.draw(name, rows)
+    assert all(axis.lines for axis in drawn.axes)
+
+
+def test_derivation_table_is_what_results_say():
+    rows = collect.read(LAB / "derivation" / "results.csv")
+    assert shares.table(rows) in (LAB / "derivation" / "README.md").read_text()
+
+
+def test_numbers_of_the_overview_are_in_the_studies():
+    pages = "\n".join((LAB / name / "README.md").read_text() for name in FOLDERS)
+    numbers = re.findall(r"[+-]?\d\.\d+ ± \d\.\d+", (ROOT / "docs" / "studies.md").read_text())
+    assert numbers and not [number for number in numbers if number not in pages]
+
+
+def test_results_are_plain_csv():
+    for path in LAB.glob("*/results.csv"):
+        with path.open(newline="") as file:
+            assert all(None not in row and None not in row.values() for row in csv.DictReader(file)), path
