@@ -48,7 +48,7 @@ def prepare(pairs: int, words: Sequence[str] = ()) -> Workload:
     folder = Path(config.store.path).parent
     folder.mkdir(parents=True, exist_ok=True)
     stages = Stages(config, folder, Tracker(folder, name="benchmarks", config={}, wandb="disabled"))
-    scored = stages.score(stages.start, 0, [stages.generate(stages.start, 0)])
+    scored = stages.score(stages.start, 0, [stages.generate(stages.start, 0)], stages.start)
     return Workload(stages.start.folder, scored.stage.folder / "pairs.parquet")
 
 
