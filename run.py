@@ -7,6 +7,7 @@ import signal
 import sys
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -21,6 +22,35 @@ from spin.errors import explain
 
 # What the user set HYDRA_FULL_ERROR to, before we set it for our own purpose.
 SHOW_TRACEBACK = "SPIN_TRACEBACK"
+RANK = int(os.environ.get("RANK", 0))  # of the processes that torchrun started
+
+
+def is_first_to_fail() -> bool:
+    """One process of a game says what went wrong."""
+    ranks = sys.modules.get("spin.ranks")  # imported with the heavy parts
+    if ranks is None or ranks.joined().size == 1:
+        return RANK == 0
+    return ranks.joined().is_first_to_fail()
+
+
+def end(status: int, line: str | None = None) -> NoReturn:
+    """End this process with one line, or silently; at once where it has joined others, which may be gone."""
+    if line is not None:
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            print(line, file=sys.stderr, flush=True)
+    ranks = sys.modules.get("spin.ranks")
+    if ranks is not None and ranks.joined().size > 1:
+        os._exit(status)
+    sys.exit(status)
+
+
+def fail(error: Exception, line: str | None) -> NoReturn:
+    """End with status 1 and one line for what a user can put right, `line`; raise `error` where there is none."""
+    if not is_first_to_fail():
+        end(1)
+    if line is None or os.environ[SHOW_TRACEBACK] == "1":
+        raise error
+    end(1, f"error: {line}")
 
 
 @hydra.main(config_path="conf", config_name="config", version_base="1.3")
@@ -47,10 +77,7 @@ def main(composed: DictConfig) -> None:
         else:
             start()
     except Exception as error:  # here, for Hydra would print lines of its own before it raises
-        line = explain(error)
-        if line is None or os.environ.get(SHOW_TRACEBACK) == "1":
-            raise
-        sys.exit(f"error: {line}")
+        fail(error, explain(error))
 
 
 if __name__ == "__main__":
@@ -58,17 +85,15 @@ if __name__ == "__main__":
     os.environ[SHOW_TRACEBACK] = os.environ.get("HYDRA_FULL_ERROR", "0")
     os.environ["HYDRA_FULL_ERROR"] = "1"
     interrupt.install()
+    if RANK > 0:  # one process speaks
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))  # argparse wants it first
     try:
         main()
     except Exception as error:
         is_hydras = isinstance(error, (HydraException, OmegaConfBaseException))
-        line = schema.one_line(error) if is_hydras else explain(error)
-        if line is None or os.environ[SHOW_TRACEBACK] == "1":
-            raise
-        sys.exit(f"error: {line}")
+        fail(error, schema.one_line(error) if is_hydras else explain(error))
     except KeyboardInterrupt as stop:
         number = getattr(stop, "signal", signal.SIGINT)
-        with contextlib.suppress(OSError):  # the terminal may be gone
-            print(f"stopped by {number.name}: what is done is kept, run the same command to go on.", file=sys.stderr)
-        sys.exit(128 + number)
+        line = f"stopped by {number.name}: what is done is kept, run the same command to go on."
+        end(128 + number, line if is_first_to_fail() else None)

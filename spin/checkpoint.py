@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,53 +15,103 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spin.interrupt import check, deferred
+from spin.interrupt import check, deferred, pending
+from spin.ranks import ALONE, Ranks
 from spin.sealed import Damaged, read_manifest, seal, verify
 
 # A checkpoint may take up to this share of the time since the one before it.
 WRITING_SHARE = 0.03
 KEPT = 2  # checkpoints: the newest may turn out to be damaged
 
-# keep(number, of, make): the rows of shard `number`, which `of` (ids, indices) decides; `make()` if they are not there.
-Keep = Callable[[int, Sequence[object], Callable[[], list[dict]]], list[dict]]
+
+@dataclass(frozen=True)
+class Part:
+    """A part of some work: `of` (ids, hashes) decides its rows, which `make()` gives."""
+
+    of: Sequence[object]
+    make: Callable[[], list[dict]]
+
+
+# keep(parts): the rows of each part in turn, made or found.
+Keep = Callable[[Sequence[Part]], Iterator[list[dict]]]
 Say = Callable[[str], None]
 
 
-def keep_nothing(number: int, of: Sequence[object], make: Callable[[], list[dict]]) -> list[dict]:
-    """A `Keep` for work that nobody resumes."""
-    return make()
+def keep_nothing(parts: Sequence[Part]) -> Iterator[list[dict]]:
+    """A `Keep` for work that nobody resumes, nor shares with other ranks."""
+    for part in parts:
+        yield part.make()
 
 
 class Shards:
-    """A `Keep` in a folder: each shard is made once, whatever happens to the run between two of them.
+    """A `Keep` in a folder: each part is a shard that is made once, whatever happens to the run between two of them.
 
-    `found` is told of every shard that is there: how many rows it has and how many seconds it took.
+    Ranks share the work: each makes the next shard that nobody has begun, and reads all in the end. With `by_rank_0` the
+    others wait for them. `found` is told of every shard that is there: how many rows it has and how many seconds it took.
     """
 
-    def __init__(self, folder: Path, say: Say, found: Callable[[int, float], None] = lambda rows, seconds: None):
-        self.folder, self.say, self.found = folder, say, found
+    def __init__(
+        self,
+        folder: Path,
+        say: Say,
+        found: Callable[[int, float], None] = lambda rows, seconds: None,
+        ranks: Ranks = ALONE,
+        by_rank_0: bool = False,
+    ):
+        self.folder, self.say, self.found, self.ranks, self.by_rank_0 = folder, say, found, ranks, by_rank_0
 
-    def __call__(self, number: int, of: Sequence[object], make: Callable[[], list[dict]]) -> list[dict]:
-        check()
-        folder = self.folder / f"{number:05d}"
-        if folder.is_dir():
-            try:
-                manifest = verify(folder)
-                if manifest["of"] == list(of):  # not where shards of another size were kept
-                    rows = pq.read_table(folder / "rows.parquet").to_pylist()
-                    self.found(len(rows), manifest["seconds"])
-                    return rows
-            except Damaged as damage:
-                self.say(f"{folder}: {damage}: this shard is made again")
-            shutil.rmtree(folder)
+    def __call__(self, parts: Sequence[Part]) -> Iterator[list[dict]]:
+        earlier = {number for number in range(len(parts)) if self._folder(number).is_dir()}
+        if self.ranks.size > 1:
+            self._make(parts)
+        for number, part in enumerate(parts):
+            check()
+            rows = self._read(number, part, self.found if number in earlier else lambda rows, seconds: None)
+            yield self._write(number, part) if rows is None else rows
+
+    def _make(self, parts: Sequence[Part]) -> None:
+        """All shards that are not there, by all ranks."""
+        self.ranks.wait()  # until each has seen what was there before
+        numbers = iter(range(len(parts))) if self.by_rank_0 else self.ranks.claims()
+        while not pending() and (self.ranks.leads or not self.by_rank_0):
+            number = next(numbers, len(parts))
+            if number >= len(parts):
+                break
+            if self._read(number, parts[number]) is None:
+                self._write(number, parts[number])
+        self.ranks.check()
+
+    def _folder(self, number: int) -> Path:
+        return self.folder / f"{number:05d}"
+
+    def _read(
+        self, number: int, part: Part, found: Callable[[int, float], None] = lambda rows, seconds: None
+    ) -> list[dict] | None:
+        """A shard's rows; None where it is not there, or not what it should be: then it is taken away."""
+        folder = self._folder(number)
+        if not folder.is_dir():
+            return None
+        try:
+            manifest = verify(folder)
+            if manifest["of"] == list(part.of):  # not where shards of another size were kept
+                rows = pq.read_table(folder / "rows.parquet").to_pylist()
+                found(len(rows), manifest["seconds"])
+                return rows
+        except Damaged as damage:
+            self.say(f"{folder}: {damage}: this shard is made again")
+        shutil.rmtree(folder)
+        return None
+
+    def _write(self, number: int, part: Part) -> list[dict]:
         started = time.perf_counter()
-        rows = make()
+        rows = part.make()
         with deferred():  # what is made is kept
-            beside = self.folder / "next.tmp"
+            beside = self.folder / f"next-{self.ranks.rank}.tmp"
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir(parents=True)
             pq.write_table(pa.Table.from_pylist(rows), beside / "rows.parquet")
-            seal(beside, folder, {"of": list(of), "seconds": time.perf_counter() - started})
+            facts = {"of": list(part.of), "seconds": time.perf_counter() - started}
+            seal(beside, self._folder(number), facts)
         return rows
 
 
@@ -104,8 +154,15 @@ class Checkpoints:
     whatever that takes. Without a folder nothing is kept. `restored` is the state that `restore` found.
     """
 
-    def __init__(self, folder: Path | None = None, minutes: float = 5.0, steps: int | None = None, say: Say = print):
-        self.folder, self.minutes, self.steps, self.say = folder, minutes, steps, say
+    def __init__(
+        self,
+        folder: Path | None = None,
+        minutes: float = 5.0,
+        steps: int | None = None,
+        say: Say = print,
+        ranks: Ranks = ALONE,
+    ):
+        self.folder, self.minutes, self.steps, self.say, self.ranks = folder, minutes, steps, say, ranks
         self.restored = TrainState()
         self._last = time.monotonic()
         self._cost = 0.0  # seconds that the last one took to write
@@ -113,22 +170,30 @@ class Checkpoints:
 
     def restore(self, engine: Engine) -> TrainState:
         """Put the newest checkpoint that is whole into `engine`, and return where training stands."""
-        for folder in reversed(self._folders()):
-            try:
-                verify(folder)
-            except Damaged as damage:
-                self.say(f"{folder}: {damage}: this checkpoint is not used")
-                shutil.rmtree(folder)
-                continue
+        folder = self.ranks.share(self._newest() if self.ranks.leads else None)
+        if folder is not None:
             text = (folder / "state.json").read_text()
             engine.load_state(folder)
             self.restored = TrainState(**json.loads(text))
             self._written = self.restored.step
-            break
         self._last = time.monotonic()
         return replace(self.restored, rows=list(self.restored.rows))
 
+    def _newest(self) -> Path | None:
+        for folder in reversed(self._folders()):
+            try:
+                verify(folder)
+                return folder
+            except Damaged as damage:
+                self.say(f"{folder}: {damage}: this checkpoint is not used")
+                shutil.rmtree(folder)
+        return None
+
     def due(self, state: TrainState) -> bool:
+        """Is it time? Ranks are of one mind: rank 0's clock counts."""
+        return self.ranks.share(self._due(state))
+
+    def _due(self, state: TrainState) -> bool:
         if self.folder is None or state.skipped_in_a_row:  # what gives no finite loss is no state to go back to
             return False
         if self.steps is not None:
@@ -141,13 +206,15 @@ class Checkpoints:
             return False
         started = time.monotonic()
         beside = self.folder / "next.tmp"
-        shutil.rmtree(beside, ignore_errors=True)
-        for old in self._folders()[: 1 - KEPT]:  # first, so that no more than two take up space
-            shutil.rmtree(old, ignore_errors=True)  # a network disk may keep a file that somebody has open
-        beside.mkdir(parents=True)
+        if self.ranks.leads:
+            shutil.rmtree(beside, ignore_errors=True)
+            for old in self._folders()[: 1 - KEPT]:  # first, so that no more than two take up space
+                shutil.rmtree(old, ignore_errors=True)  # a network disk may keep a file that somebody has open
+            beside.mkdir(parents=True)
         engine.save_state(beside)
-        (beside / "state.json").write_text(json.dumps(asdict(state)))
-        seal(beside, self.folder / f"step-{state.step:08d}", {"step": state.step})
+        if self.ranks.leads:
+            (beside / "state.json").write_text(json.dumps(asdict(state)))
+            seal(beside, self.folder / f"step-{state.step:08d}", {"step": state.step})
         self._last, self._written = time.monotonic(), state.step
         self._cost = self._last - started
         return True

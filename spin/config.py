@@ -124,6 +124,8 @@ class EngineConfig:
     tokens_per_batch: int = 2048
     head_chunk: int = 2048
     gradient_checkpointing: bool = False
+    zero_stage: int = 3
+    offload_optimizer: bool = False
 
 
 @dataclass
@@ -213,7 +215,7 @@ CHOICES = {
     "loss.reference": ("opponent", "start", "mixture"),
     "schedule.replay": ("none", "previous", "all"),
     "generation.engine": ("transformers", "vllm"),
-    "engine.name": ("single",),
+    "engine.name": ("single", "deepspeed"),
     "engine.precision": ("auto", "fp32", "bf16"),
     "engine.layout": ("auto", "packed", "masked", "padded"),
     "tracking.wandb": ("auto", "online", "offline", "disabled"),
@@ -344,6 +346,8 @@ def check(config: Config) -> None:
         engine.tokens_per_batch,
         f"must be engine.tokens_per_row={engine.tokens_per_row} or more",
     )
+    if engine.name == "deepspeed":
+        _deepspeed(config)
     _require(engine.head_chunk >= 1, "engine.head_chunk", engine.head_chunk, "must be 1 or more")
     _require(config.stage in ("game", "evaluate"), "stage", config.stage, "must be game or evaluate")
     _require(
@@ -375,6 +379,29 @@ def check(config: Config) -> None:
     _require(kept.shard_size >= 1, "checkpoint.shard_size", kept.shard_size, "must be 1 or more")
     _require(config.evaluation.samples >= 1, "evaluation.samples", config.evaluation.samples, "must be 1 or more")
     _require(config.evaluation.bootstrap >= 1, "evaluation.bootstrap", config.evaluation.bootstrap, "must be 1 or more")
+
+
+def _deepspeed(config: Config) -> None:
+    engine, optimizer = config.engine, config.optimizer
+    _require(engine.zero_stage in (0, 1, 2, 3), "engine.zero_stage", engine.zero_stage, "must be 0, 1, 2 or 3")
+    _require(
+        engine.zero_stage > 0 or not engine.offload_optimizer,
+        "engine.offload_optimizer",
+        engine.offload_optimizer,
+        "needs engine.zero_stage of 1 or more",
+    )
+    _require(
+        config.model.quantization == "none",
+        "model.quantization",
+        config.model.quantization,
+        "a rounded base can't be spread over ranks: set engine=single, or none",
+    )
+    _require(
+        not optimizer.name.endswith("8bit") and optimizer.states == "fp32",
+        "optimizer",
+        f"{optimizer.name} with {optimizer.states} states",
+        "engine=deepspeed spreads fp32 states over ranks: set optimizer=rmsprop or adamw, and optimizer.states=fp32",
+    )
 
 
 def _model_adapter(model: ModelConfig, stage: str) -> None:

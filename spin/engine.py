@@ -1,19 +1,28 @@
-"""What stands between the training loop and the machine: backward, step, drop, mean, save, and the state to go on from."""
+"""What stands between the training loop and the machine: passes, logps, backward, step, drop, mean, save, and the state to
+go on from."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from spin.config import EngineConfig, OptimizerConfig
 from spin.errors import UserError
+from spin.logps import Forward, sequence_logps
 from spin.model import Policy, load_policy, masters_of, save_model, saved_buffers, trained_parameters
 from spin.optimizer import join, low_bits, make_optimizer
+from spin.pairs import Batch, Continuations
+from spin.ranks import ALONE, Ranks
+
+# Of a checkpoint: the masters by name, and what the optimiser keeps, "<state>.<name>", flat.
+MASTERS, OPTIMIZER = "masters.safetensors", "optimizer.safetensors"
 
 
 def device_of(config: EngineConfig) -> torch.device:
@@ -47,6 +56,38 @@ def _cpu_has_bf16() -> bool:
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
+class Engine(Protocol):
+    """What the training loop asks for: of one process (`SingleEngine`), or of several together (`DeepSpeedEngine`)."""
+
+    model: PreTrainedModel
+    dtype: torch.dtype
+    device: torch.device
+    ranks: Ranks
+
+    def passes(self, items: Sequence[Continuations], forward: Forward) -> Iterator[tuple[Batch, float]]: ...
+    def logps(self, batch: Batch, forward: Forward) -> Tensor: ...
+    def backward(self, loss: Tensor) -> None: ...
+    def step(self, lr: float) -> float: ...
+    def drop(self) -> float: ...
+    def mean(self, values: Sequence[Tensor]) -> float: ...
+    def save(self, folder: Path) -> None: ...
+    def save_state(self, folder: Path) -> None: ...
+    def load_state(self, folder: Path) -> None: ...
+    def close(self) -> None: ...
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Have the layers of `model` compute their activations again in the backward pass, where they would be kept."""
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    for module in model.modules():
+        # Its layers checkpoint in train mode only. What is in them stays in evaluation mode, dropout off.
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
+            for name, value in vars(module).items():
+                if "drop" in name and isinstance(value, float):
+                    setattr(module, name, 0.0)
+
+
 class SingleEngine:
     """One process. The model computes in `dtype`; the optimiser works on fp32 master weights.
 
@@ -55,19 +96,14 @@ class SingleEngine:
     as the model makes them, in `dtype`; those of further micro-batches are added in fp32.
     """
 
+    ranks = ALONE
+
     def __init__(
         self, policy: Policy, dtype: torch.dtype, device: torch.device, engine: EngineConfig, optimizer: OptimizerConfig
     ):
         self.model = load_policy(policy, dtype, device)
         if engine.gradient_checkpointing:
-            self.model.activation_checkpointing_enable({"use_reentrant": False})
-            for module in self.model.modules():
-                # Its layers checkpoint in train mode only. What is in them stays in evaluation mode, dropout off.
-                if isinstance(module, GradientCheckpointingLayer):
-                    module.training = True
-                    for name, value in vars(module).items():
-                        if "drop" in name and isinstance(value, float):
-                            setattr(module, name, 0.0)
+            checkpoint_activations(self.model)
         self.policy = policy
         self.dtype, self.device = dtype, device
         self.max_grad_norm = optimizer.max_grad_norm
@@ -109,6 +145,15 @@ class SingleEngine:
 
         return collect
 
+    def passes(self, items: Sequence[Continuations], forward: Forward) -> Iterator[tuple[Batch, float]]:
+        """The batches of a step's `items`, each with its weight in the loss: 1, or 0 where ranks wait for others."""
+        for batch in forward.batches(items):
+            yield batch, 1.0
+
+    def logps(self, batch: Batch, forward: Forward) -> Tensor:
+        """[batch.responses], with gradients: see `sequence_logps`."""
+        return sequence_logps(self.model, batch.to(self.device), forward)
+
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of `loss`, a scalar, to those of the step."""
         loss.backward()
@@ -131,9 +176,9 @@ class SingleEngine:
         self.grads.clear()
         return math.nan
 
-    def mean(self, values: Iterable[Tensor]) -> float:
+    def mean(self, values: Sequence[Tensor]) -> float:
         """The mean over all entries of all tensors (and over ranks, where there are several)."""
-        return torch.cat([value.reshape(-1).cpu().double() for value in values]).mean().item()
+        return self.ranks.mean(torch.cat([value.reshape(-1).cpu() for value in values]))
 
     def save(self, folder: Path) -> None:
         """Write the master weights (fp32) and the tokenizer as a Hugging Face model folder."""
@@ -141,11 +186,14 @@ class SingleEngine:
 
     def save_state(self, folder: Path) -> None:
         """Write what the next step needs, between two steps: the master weights and the optimiser's states, as they are."""
-        save_file(self.masters, folder / "masters.safetensors")
-        self.optimizer.save(folder / "optimizer.safetensors")
+        save_file(self.masters, folder / MASTERS)
+        self.optimizer.save(folder / OPTIMIZER)
 
     def load_state(self, folder: Path) -> None:
         """Go on from what `save_state` wrote: the same bits as if nothing had come between."""
-        with safe_open(folder / "masters.safetensors", "pt") as file:
+        with safe_open(folder / MASTERS, "pt") as file:
             self._set_masters({name: file.get_tensor(name).to(self.device) for name in file.keys()})
-        self.optimizer.load(folder / "optimizer.safetensors")
+        self.optimizer.load(folder / OPTIMIZER)
+
+    def close(self) -> None:
+        """Nothing is held that Python does not let go of."""

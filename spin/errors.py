@@ -31,6 +31,8 @@ def explain(error: BaseException) -> str | None:
         return (
             f"{error.filename}: {(error.strerror or '').lower()}; give another store.path, cache.path or hydra.run.dir."
         )
+    if re.search(r"gloo/|NCCL|Dist(Network|Store|Backend)Error|ProcessGroup", f"{type(error).__name__}: {text}"):
+        return "another process of this game has ended or can't be reached: what is done is kept, run the same command to go on."
     if number == errno.ENOSYS:
         return "the disk has no file locks (flock): give a store.path, cache.path and hydra.run.dir on one that has."
     if isinstance(error, MemoryError) or re.search(r"can't allocate memory|out of memory", text):

@@ -79,7 +79,7 @@ def _run_task(stages: "Stages", policy: Policy, iteration: int | None, task: har
         work.log({"step": 0, f"{task.name}/{task.metric.partition(':')[0]}": row["value"]})
         return {"value": row["value"]}
 
-    stage = stages.stage("harness", title, {"iter": iteration, "policy": policy.label}, inputs, build)
+    stage = stages.stage("harness", title, {"iter": iteration, "policy": policy.label}, inputs, build, by_rank_0=True)
     return json.loads((stage.folder / "result.json").read_text())
 
 
@@ -137,7 +137,7 @@ def run_mt_bench(stages: "Stages", policy: Policy, iteration: int | None) -> dic
         (work.folder / "mt_bench.json").write_text(json.dumps(result, indent=2) + "\n")
         return {"answers": len(rows), "score": result["score"] and result["score"]["score"]}
 
-    stage = stages.stage("mt_bench", title, {"iter": iteration, "policy": policy.label}, inputs, build)
+    stage = stages.stage("mt_bench", title, {"iter": iteration, "policy": policy.label}, inputs, build, by_rank_0=True)
     return json.loads((stage.folder / "mt_bench.json").read_text())
 
 
@@ -184,7 +184,7 @@ def run_comparison(
         return {"win_rate": comparison.win_rate, "n": comparison.n}
 
     labels = {"iter": iteration, "policy": policy.label}
-    stage = stages.stage("compare", f"judge {title}", labels, inputs, build)
+    stage = stages.stage("compare", f"judge {title}", labels, inputs, build, by_rank_0=True)
     result = json.loads((stage.folder / "comparison.json").read_text())
     # Labels are this run's, not part of what made the stage.
     comparison = judge.Comparison(**{**result, "names": (policy.label, before.policy.label)})

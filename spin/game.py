@@ -7,7 +7,9 @@ import json
 import shutil
 import sys
 import time
+import uuid
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any
 
 import torch
 
-from spin import exams, plan, report
+from spin import exams, interrupt, plan, ranks, report
 from spin.config import Config, at
 from spin.errors import UserError
 from spin.evaluate import differences, held_out_margins
@@ -101,8 +103,17 @@ def play(config: Config, folder: Path, command: str, composed: str | None = None
 
     Raises UserError for anything that a user can put right, before any long work where that can be known.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / ".lock", f"another run is at work in {folder}", partial(print, flush=True)):
+    together = ranks.start(config.engine.name, config.engine.device)
+    if together.leads:
+        folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        if together.size > 1:
+            stack.enter_context(interrupt.deferred())  # they stop together, where `Ranks.check` is
+        if together.leads:
+            stack.enter_context(
+                locked(folder / ".lock", f"another run is at work in {folder}", partial(print, flush=True))
+            )
+        together.wait()
         tracker = Tracker(
             folder,
             name=folder.name if group else config.name,
@@ -111,21 +122,27 @@ def play(config: Config, folder: Path, command: str, composed: str | None = None
             project=config.tracking.project,
             entity=config.tracking.entity,
             group=group,
+            rank=together.rank,
         )
         try:
-            return _play(config, folder, command, composed, tracker)
+            summary = _play(config, folder, command, composed, tracker)
         finally:
             tracker.close()
+    ranks.leave()
+    return summary
 
 
 def _play(config: Config, folder: Path, command: str, composed: str | None, tracker: Tracker) -> dict:
     started = time.perf_counter()
     stages = Stages(config, folder, tracker)
-    planned = plan.look_up(turns, config, stages)
+    leads = stages.ranks.leads
+    planned = stages.ranks.share(plan.look_up(turns, config, stages) if leads else None)
+    _check_store(stages)
     check_room(stages.store, plan.room(planned, stages), f"{plan.trainings(planned)} policies and checkpoints")
     examples = stages.data
     if config.stage == "game":
-        remove_stale(folder, config)
+        if leads:
+            remove_stale(folder, config)
     elif (folder / "iter0").exists():
         raise UserError(f"{folder} holds a game, which stage=evaluate would overwrite: give another hydra.run.dir.")
     elif not examples.held_out:
@@ -134,16 +151,21 @@ def _play(config: Config, folder: Path, command: str, composed: str | None, trac
         f"{config.model.name} on {config.data.name}: {len(examples.train)} training and {len(examples.held_out)} "
         f"held-out examples ({counted(examples.counts)}); {stages.numerics['precision']} on {stages.device}"
     )
-    if composed is not None:
+    if stages.ranks.size > 1:
+        tracker.say(f"{stages.ranks.size} processes, ZeRO stage {config.engine.zero_stage}")
+    if composed is not None and leads:
         write_text(folder / "config.yaml", composed)
-    if config.engine.name == "single" and any(one.status != "reuse" for one in planned):
+    if any(one.status != "reuse" for one in planned):
         stages.check_memory()
     if examples.seen:
         tracker.say(f"{examples.seen} prompts are not held out: the model was trained on them.")
     played = []
     for turn in turns(config, stages):
-        show(turn, folder, config)
+        if leads:
+            show(turn, folder, config)
         played.append(turn)
+    if not leads:
+        return {}
 
     evaluations = [turn.evaluated for turn in played if turn.evaluated]
     peak = stages.peak_memory_gib
@@ -186,6 +208,24 @@ def _play(config: Config, folder: Path, command: str, composed: str | None, trac
     if summary["iterations"]:
         tracker.say(f"trained model: {folder / summary['iterations'][-1]['policy']}")
     return summary
+
+
+def _check_store(stages: Stages) -> None:
+    """Raise UserError unless all ranks see the disk that rank 0 keeps the store on."""
+    if stages.ranks.size == 1:
+        return
+    stages.store.path.mkdir(parents=True, exist_ok=True)
+    sign = stages.ranks.share(f".seen-{uuid.uuid4().hex}" if stages.ranks.leads else None)
+    if stages.ranks.leads:
+        (stages.store.path / sign).touch()
+    stages.ranks.wait()
+    blind = not (stages.store.path / sign).exists()
+    if stages.ranks.most(blind):
+        raise UserError(
+            f"store.path={stages.store.path} is not the same disk for all processes: give a folder that all machines share."
+        )
+    if stages.ranks.leads:
+        (stages.store.path / sign).unlink()
 
 
 def show_plan(config: Config, folder: Path) -> None:

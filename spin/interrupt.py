@@ -57,6 +57,18 @@ def check() -> None:
         raise Interrupted(_raised)
 
 
+def pending() -> int:
+    """The signal that waits for the end of `deferred` to be raised, 0 if none does."""
+    return int(_waiting or 0)
+
+
+def stop(number: int) -> None:
+    """Raise now what `number` would raise, within `deferred` too: where several processes stop together."""
+    global _waiting
+    _waiting = None
+    _raise(signal.Signals(number))
+
+
 def _handle(number: int, frame: object) -> None:
     global _waiting
     came = signal.Signals(number)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from spin.checkpoint import Keep, keep_nothing
+from spin.checkpoint import Keep, Part, keep_nothing
 from spin.config import GenerationConfig
 from spin.data import Example, encode, plain_ids, render_chat
 from spin.errors import UserError, brief, explain
@@ -443,10 +443,9 @@ def in_shards(
             advance(1)
         return found
 
-    rows: list[dict] = []
-    for number, start in enumerate(range(0, len(items), SHARD)):
-        rows += keep(number, ids[start : start + SHARD], partial(made, items[start : start + SHARD]))
-    return rows
+    starts = range(0, len(items), SHARD)
+    parts = [Part(ids[start : start + SHARD], partial(made, items[start : start + SHARD])) for start in starts]
+    return [row for rows in keep(parts) for row in rows]
 
 
 def parse_verdict(reply: str) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spin.attention import FLEX_BLOCK, NAME, block_mask, use_packed_attention
-from spin.checkpoint import Keep, keep_nothing
+from spin.checkpoint import Keep, Part, keep_nothing
 from spin.errors import UserError, brief, explain
 from spin.pairs import Batch, Continuations, Rows, collate, plan_batches
 
@@ -40,17 +40,18 @@ class Forward:
             yield collate(items, self.layout, rows)
 
 
-def sequence_logps(model: PreTrainedModel, batch: Batch, forward: Forward) -> Tensor:
-    """Sum over each response's tokens of log p(token | prompt, earlier tokens): fp32 [batch.responses], in nats."""
+def sequence_logps(model: PreTrainedModel, batch: Batch, forward: Forward, head: "OutputLayer | None" = None) -> Tensor:
+    """Sum over each response's tokens of log p(token | prompt, earlier tokens): fp32 [batch.responses], in nats.
+
+    `head`: the model's output layer, where whoever spreads weights over ranks has to know of it beforehand."""
     inputs = _inputs(model, batch, forward.layout)
     if forward.head == "full":
         logits = model(**inputs, use_cache=False).logits.flatten(0, 1)[batch.source].float()
         logps = logits.log_softmax(-1).gather(1, batch.target[:, None]).squeeze(1)
     else:
         hidden = model.get_decoder()(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)[batch.source]
-        head = model.get_output_embeddings()
-        scale, cap = _logit_transform(model)
-        logps = ResponseHead.apply(hidden, head.weight, head.bias, batch.target, scale, cap, forward.head_chunk)
+        head = head or OutputLayer(model.get_output_embeddings())
+        logps = head(hidden, batch.target, *_logit_transform(model), forward.head_chunk)
     return torch.zeros(batch.responses, device=logps.device).index_add(0, batch.sequence, logps)
 
 
@@ -85,6 +86,17 @@ def _logit_transform(model: PreTrainedModel) -> tuple[float, float]:
     scale = getattr(config, "logit_scale", None) or 1.0
     scale /= getattr(config, "logits_scaling", None) or 1.0
     return scale, getattr(config, "final_logit_softcapping", None) or 0.0
+
+
+class OutputLayer(torch.nn.Module):
+    """The weights of a model's output layer, as the module that computes log-probs with them: see `ResponseHead`."""
+
+    def __init__(self, layer: torch.nn.Module):
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+
+    def forward(self, hidden: Tensor, target: Tensor, scale: float, cap: float, chunk: int) -> Tensor:
+        return ResponseHead.apply(hidden, self.weight, self.bias, target, scale, cap, chunk)
 
 
 class ResponseHead(torch.autograd.Function):
@@ -275,10 +287,14 @@ def logps_of(
             advance(len(batch.items))
         return rows
 
-    for number, plan in enumerate(_shards(forward.plan(items), shard_size)):
+    def content(plan: list[Rows]) -> str:
         inside = [i for part in plan for chosen in part for i in chosen]
-        content = json.dumps([[items[i].prompt_ids, *items[i].responses] for i in inside])
-        for row in keep(number, [hashlib.sha256(content.encode()).hexdigest()], partial(score, plan)):
+        text = json.dumps([[items[i].prompt_ids, *items[i].responses] for i in inside])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    plans = list(_shards(forward.plan(items), shard_size))
+    for rows in keep([Part([content(plan)], partial(score, plan)) for plan in plans]):
+        for row in rows:
             result[row["response"]] = row["logp"]
     if not result.isfinite().all():
         raise UserError(

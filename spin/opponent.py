@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spin.checkpoint import Keep, keep_nothing
+from spin.checkpoint import Keep, Part, keep_nothing
 from spin.config import GenerationConfig
 from spin.data import Example
 from spin.decoding import decode
@@ -64,10 +64,9 @@ def generate(
             found.append(asdict(Answer(id=example.id, ids=tuple(ids), finish_reason=reason, text=text)))
         return found
 
-    for number, start in enumerate(range(0, len(by_length), shard_size)):
-        chosen = by_length[start : start + shard_size]
-        for row in keep(number, [examples[i].id for i in chosen], partial(answer, chosen)):
-            answers[row["id"]] = answer_of(row)
+    shards = [by_length[start : start + shard_size] for start in range(0, len(by_length), shard_size)]
+    for rows in keep([Part([examples[i].id for i in chosen], partial(answer, chosen)) for chosen in shards]):
+        answers |= {row["id"]: answer_of(row) for row in rows}
     return [answers[example.id] for example in examples]
 
 

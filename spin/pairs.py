@@ -274,6 +274,17 @@ def _best_fit(items: Sequence[Continuations], tokens_per_row: int) -> list[list[
     return rows
 
 
+def deal(items: Sequence[Continuations], hands: int) -> list[list[int]]:
+    """The indices of `items` in so many hands, alike in tokens: the longest first, each to whoever has least."""
+    dealt: list[list[int]] = [[] for _ in range(hands)]
+    tokens = [0] * hands
+    for index in sorted(range(len(items)), key=lambda i: -items[i].tokens):
+        least = tokens.index(min(tokens))
+        dealt[least].append(index)
+        tokens[least] += items[index].tokens
+    return dealt
+
+
 def _plan_masked(items: Sequence[Continuations], tokens_per_row: int, tokens_per_batch: int) -> list[Rows]:
     rows = _best_fit(items, tokens_per_row)
     lengths = [sum(items[i].tokens for i in row) for row in rows]

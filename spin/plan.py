@@ -83,7 +83,9 @@ class Lookup(Stages):
         self.of = ""
         self.thorough = thorough
 
-    def stage(self, name: str, title: str, labels: dict, inputs: dict, build: Callable) -> Stage:
+    def stage(
+        self, name: str, title: str, labels: dict, inputs: dict, build: Callable, by_rank_0: bool = False
+    ) -> Stage:
         found = self.store.peek(name, inputs)
         if found is None:
             resume = self.store.resume(name, inputs)

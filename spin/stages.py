@@ -9,6 +9,7 @@ import math
 import resource
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,12 +22,13 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from spin import adapters, data, exams, memory, vllm_engine
+from spin import adapters, data, exams, memory, ranks, vllm_engine
 from spin.attention import emulates_bf16
 from spin.checkpoint import KEPT, Checkpoints, Shards, TrainState, describe
 from spin.config import Config, at
 from spin.data import Example
-from spin.engine import SingleEngine, compute_type, device_of
+from spin.deepspeed_engine import DeepSpeedEngine, check_deepspeed
+from spin.engine import Engine, SingleEngine, compute_type, device_of
 from spin.errors import UserError
 from spin.evaluate import HeldOut, correct, held_out_of, measures
 from spin.interrupt import Interrupted, deferred
@@ -126,6 +128,7 @@ class Stages:
 
     def __init__(self, config: Config, folder: Path, tracker: Tracker):
         self.config, self.folder, self.tracker = config, folder, tracker
+        self.ranks = ranks.joined()
         self.store = Store(Path(config.store.path), tracker.say)
         self.device = device_of(config.engine)
         self.dtype = compute_type(config.engine, self.device)
@@ -150,6 +153,8 @@ class Stages:
             check_bitsandbytes(f"optimizer.name={config.optimizer.name}")
         if self.start.whole.quantization:
             check_bitsandbytes(f"model.quantization={self.start.whole.quantization}")
+        if config.engine.name == "deepspeed":
+            check_deepspeed()
         if config.generation.engine == "vllm":
             start = self.start
             rank = adapters.largest_rank(start.folder) if start.base else config.model.lora_rank
@@ -255,19 +260,28 @@ class Stages:
         """Take the model out of memory, for another one to come."""
         self._loaded = None
 
-    def engine(self, policy: Policy) -> SingleEngine:
+    def engine(self, policy: Policy) -> Engine:
         """A training engine that starts from `policy`; whatever model was in memory leaves first."""
+        asked, optimizer = self.config.engine, self.config.optimizer
+        if asked.name == "deepspeed":
+            if policy.id not in self._forwards:  # settled on a model that is whole
+                self.forward(self.model(policy), policy)
+            self.release()
+            return DeepSpeedEngine(policy, self.dtype, self.device, asked, optimizer, self.ranks)
         self.release()
-        engine = SingleEngine(policy, self.dtype, self.device, self.config.engine, self.config.optimizer)
+        engine = SingleEngine(policy, self.dtype, self.device, asked, optimizer)
         self.forward(engine.model, policy)
         return engine
 
     # --- stages -------------------------------------------------------------------------------------------------------
 
-    def stage(self, name: str, title: str, labels: dict, inputs: dict, build: Callable[[Work], dict]) -> Stage:
+    def stage(
+        self, name: str, title: str, labels: dict, inputs: dict, build: Callable[[Work], dict], by_rank_0: bool = False
+    ) -> Stage:
         """Find the stage in the store or play it. Its metrics are logged either way, so a run's record is whole.
 
-        `labels` (iteration, policy) go onto each row: they are this run's names, not part of what made the stage.
+        `labels` (iteration, policy) go onto each row: they are this run's names, not part of what made the stage. All ranks
+        build it together, and what rank 0 makes of it is kept; or `by_rank_0` alone.
         """
 
         def recorded(folder: Path) -> dict:
@@ -283,12 +297,14 @@ class Stages:
                     self.tracker.say(f"{title}: going on from {found}")
                 work = Work(folder, resume, log)
                 facts = build(work)
-            return facts | {"peak_memory_gib": peak_memory_gib(), "earlier_seconds": work.earlier_seconds}
+            peak = peak_memory_gib() if by_rank_0 else self.ranks.most(peak_memory_gib())
+            return facts | {"peak_memory_gib": peak, "earlier_seconds": work.earlier_seconds}
 
         reference = f"{name}/{key_of(inputs)}"
         self.used.append(reference)
-        self.store.refer(self.folder, [reference])
-        stage = self.store.get(name, inputs, recorded)
+        if self.ranks.leads:
+            self.store.refer(self.folder, [reference])
+        stage = self._stored(name, inputs, recorded, by_rank_0)
         if stage.reused:
             self.tracker.say(f"{title}: done before, reused")
             for row in stage.rows():
@@ -298,6 +314,25 @@ class Stages:
         self.seconds[name] = self.seconds.get(name, 0.0) + stage.manifest["seconds"]
         self.peak_memory_gib = max(self.peak_memory_gib, stage.manifest["facts"]["peak_memory_gib"])
         return stage
+
+    def _stored(self, name: str, inputs: dict, build: Callable[[Path], dict], by_rank_0: bool) -> Stage:
+        """Rank 0 keeps the store, and has the others build with it where a stage is not there."""
+
+        def together(folder: Path) -> dict:
+            if not by_rank_0:
+                self.ranks.share(True)
+            return build(folder)
+
+        stage = None
+        if self.ranks.leads:
+            stage = self.store.get(name, inputs, together)
+            self.ranks.share(False)
+        else:
+            while self.ranks.share():
+                with tempfile.TemporaryDirectory() as scratch:
+                    build(Path(scratch))
+        self.ranks.check()
+        return self.ranks.share(stage)
 
     def generate(self, opponent: Policy, iteration: int) -> list[Answer]:
         """The opponent's answers to all training prompts."""
@@ -412,7 +447,7 @@ class Stages:
         title = f"iter {iteration}: train"
 
         def build(work: Work) -> dict:
-            def learn(engine: SingleEngine, **common) -> TrainState:
+            def learn(engine: Engine, **common) -> TrainState:
                 return train_spin(
                     engine,
                     pairs,
@@ -452,7 +487,7 @@ class Stages:
         items = [Continuations(example.prompt_ids, (example.real_ids,)) for example in self.data.train]
 
         def build(work: Work) -> dict:
-            def learn(engine: SingleEngine, **common) -> TrainState:
+            def learn(engine: Engine, **common) -> TrainState:
                 return train_sft(engine, items, **common, **settings)
 
             total = _total(len(items), settings["epochs"])
@@ -490,6 +525,8 @@ class Stages:
                     for item, theirs in zip(items, before.held_out.pairs, strict=True)
                 ]
             logps = self._logps(work, model, policy, items).view(len(pairs), -1)
+            if not self.ranks.leads:
+                return {}
             scored = with_opponent_logps(pairs, logps[:, :2])
             found = self._features(scored)
             held_out = HeldOut(
@@ -528,7 +565,7 @@ class Stages:
             return {}
 
         labels = {"iter": None, "policy": policy.label}
-        return self.stage("merge", title, labels, {"policy": policy.id}, build)
+        return self.stage("merge", title, labels, {"policy": policy.id}, build, by_rank_0=True)
 
     def harness(self, policy: Policy, iteration: int | None) -> list[dict]:
         """Benchmarks of the lm-evaluation-harness."""
@@ -634,17 +671,37 @@ class Stages:
             answer = (
                 partial(vllm_engine.generate, policy, self.dtype) if by_vllm else partial(generate, self.model(policy))
             )
-            return answer(
+            advance = self._counting(bar)
+            answers = answer(
                 self.tokenizer,
                 examples,
                 config.generation,
                 config.max_new_tokens,
                 self.stop_ids,
                 seed,
-                bar.advance,
-                Shards(work.resume / "answers", self.tracker.say, found),
-                config.checkpoint.shard_size,
+                advance,
+                Shards(work.resume / "answers", self.tracker.say, found, self.ranks, by_rank_0=by_vllm),
+                self._shard_size(len(examples)),
             )
+            advance(0)
+            return answers
+
+    def _counting(self, bar: Progress) -> Callable[[int], None]:
+        """`bar.advance` for what all ranks do."""
+        if self.ranks.size == 1:
+            return bar.advance
+        counter, shown = self.ranks.counter(), 0
+
+        def advance(count: int) -> None:
+            nonlocal shown
+            before, shown = shown, counter.add(count)
+            bar.advance(shown - before)
+
+        return advance
+
+    def _shard_size(self, count: int) -> int:
+        """Of `count` rows: no rank has to stand by."""
+        return min(self.config.checkpoint.shard_size, -(-count // self.ranks.size))
 
     def _logps(
         self,
@@ -661,9 +718,11 @@ class Stages:
             if bar:
                 bar.skip(round(rows * len(items) / responses))
 
-        keep = Shards(work.resume / "scores", self.tracker.say, found)
-        advance = bar.advance if bar else lambda items: None
-        return logps_of(model, items, self.forward(model, policy), advance, keep, self.config.checkpoint.shard_size)
+        keep = Shards(work.resume / "scores", self.tracker.say, found, self.ranks)
+        advance = self._counting(bar) if bar else lambda items: None
+        logps = logps_of(model, items, self.forward(model, policy), advance, keep, self._shard_size(len(items)))
+        advance(0)
+        return logps
 
     def _train(
         self,
@@ -679,12 +738,16 @@ class Stages:
 
         `shown` are the values beside the progress bar, by their names in the rows.
         """
-        check_room(self.store, self.training_bytes(1) - size_of(work.resume), f"{title}: a policy and its checkpoints")
-        if self.config.model.adapter == "lora" and not start.base:
-            model, seed = self.config.model, _seed(self.config.seed, ADAPTER)
-            start = fresh_adapter(start, self._lora, seed, model, work.resume / "adapter")
+        if self.ranks.leads:
+            check_room(
+                self.store, self.training_bytes(1) - size_of(work.resume), f"{title}: a policy and its checkpoints"
+            )
+            if self.config.model.adapter == "lora" and not start.base:
+                model, seed = self.config.model, _seed(self.config.seed, ADAPTER)
+                start = fresh_adapter(start, self._lora, seed, model, work.resume / "adapter")
+        start = self.ranks.share(start)
         kept = self.config.checkpoint
-        checkpoints = Checkpoints(work.resume / "training", kept.minutes, kept.steps, self.tracker.say)
+        checkpoints = Checkpoints(work.resume / "training", kept.minutes, kept.steps, self.tracker.say, self.ranks)
         engine = self.engine(start)
         with self.tracker.progress(title, total, unit) as bar:
 
@@ -700,6 +763,9 @@ class Stages:
         try:
             with deferred():
                 engine.save(work.folder / "policy")
+                engine.close()
+                if not self.ranks.leads:
+                    return {}
                 note_trained_on(
                     work.folder / "policy", trained_on(start.beside(SEEN)) | {e.opening for e in self.data.train}
                 )
@@ -743,6 +809,9 @@ class Stages:
         # The files beside the weights (tokenizer, template, ...) go with every policy that is made of them.
         files = small_files(self.start.tokenizer)
         inputs = {"optimizer": {**asdict(self.config.optimizer), "lr": None}, "numerics": self.numerics, "files": files}
+        # Of ranks and what each keeps: nothing, they change roundings as threads do.
+        if self.config.engine.name != "single":
+            inputs["engine"] = self.config.engine.name
         # A fresh one; an adapter that is trained on has its own settings.
         if self.config.model.adapter == "lora" and not start.base:
             inputs["adapter"] = {**asdict(self._lora), "seed": self.config.seed}

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from spin.checkpoint import Checkpoints, TrainState
-from spin.engine import SingleEngine
+from spin.engine import Engine
 from spin.errors import UserError
-from spin.interrupt import Interrupted, check, deferred
-from spin.logps import Forward, sequence_logps
+from spin.interrupt import Interrupted, deferred
+from spin.logps import Forward
 from spin.loss import link_at_zero, spin_loss
 from spin.pairs import Batch, Continuations, Pair, by_prompt, items_of, to_pairs
 
@@ -26,7 +26,7 @@ NO_CHECKPOINTS = Checkpoints()
 
 
 def fit(
-    engine: SingleEngine,
+    engine: Engine,
     items: Sequence[Continuations],
     objective: Objective,
     forward: Forward,
@@ -57,18 +57,19 @@ def fit(
         log(row)
     try:
         while state.step < len(steps):
-            check()
+            engine.ranks.check()
             started, chosen = time.perf_counter(), steps[state.step]
             metrics: dict[str, list[Tensor]] = {}
-            tokens = 0
-            for batch in forward.batches([items[i] for i in chosen]):
-                logps = sequence_logps(engine.model, batch.to(engine.device), forward)
+            tokens = 0.0
+            for batch, weight in engine.passes([items[i] for i in chosen], forward):
+                logps = engine.logps(batch, forward)
                 losses, values = objective(batch, logps, [chosen[i] for i in batch.items], state.step)
-                engine.backward(losses.sum() / len(chosen))
-                tokens += batch.tokens
+                engine.backward(losses.sum() / len(chosen) * weight)
+                tokens += batch.tokens if weight else 0
                 for name, value in values.items():
-                    metrics.setdefault(name, []).append(value)
+                    metrics.setdefault(name, []).append(value if weight else value[:0])
             row = {name: engine.mean(values) for name, values in metrics.items()}
+            tokens = engine.ranks.total(tokens)
             rate = lr * learning_rate_factor(state.step, len(steps), warmup_ratio)
             with deferred():  # the weights and what is known of them change together
                 norm = engine.step(rate) if math.isfinite(row["loss"]) else engine.drop()
@@ -120,7 +121,7 @@ FIRST_STEP_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
 def train_spin(
-    engine: SingleEngine,
+    engine: Engine,
     pairs: Sequence[Pair],
     forward: Forward,
     *,
@@ -192,7 +193,7 @@ def check_first_step(policy_logps: Tensor, opponent_logps: Tensor, beta: float, 
 
 
 def train_sft(
-    engine: SingleEngine, items: Sequence[Continuations], forward: Forward, *, log: Callable[[dict], None], **settings
+    engine: Engine, items: Sequence[Continuations], forward: Forward, *, log: Callable[[dict], None], **settings
 ) -> TrainState:
     """Fine-tune on the human answers: the mean over examples of their negative log-likelihood a token."""
 

@@ -25,7 +25,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from spin import adapters
-from spin.checkpoint import Keep, keep_nothing
+from spin.checkpoint import Keep, Part, keep_nothing
 from spin.config import GenerationConfig
 from spin.data import Example
 from spin.errors import UserError, brief
@@ -102,10 +102,9 @@ def generate(
             advance(len(chosen))
             return rows
 
-        for number, start in enumerate(range(0, len(examples), shard_size)):
-            chosen = examples[start : start + shard_size]
-            for row in keep(number, [example.id for example in chosen], partial(answer, chosen)):
-                answers[row["id"]] = answer_of(row)
+        shards = [examples[start : start + shard_size] for start in range(0, len(examples), shard_size)]
+        for rows in keep([Part([example.id for example in chosen], partial(answer, chosen)) for chosen in shards]):
+            answers |= {row["id"]: answer_of(row) for row in rows}
     return [answers[example.id] for example in examples]
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from spin import interrupt
-from spin.checkpoint import Checkpoints, Shards, TrainState, describe
+from spin.checkpoint import Checkpoints, Part, Shards, TrainState, describe
 from spin.interrupt import Interrupted, deferred
 from spin.sealed import Damaged, seal, verify
 from spin.store import RESUME
@@ -75,33 +75,35 @@ def test_a_manifest_that_is_none_is_damage_and_no_traceback(sealed, text):
 def shards_of(folder, made, said=None):
     keep = Shards(folder, (said if said is not None else []).append)
 
-    def rows(number):
+    def part(number):
         def make():
             made.append(number)
             return [{"id": f"{number}", "ids": (number, 7), "logp": 0.1 * number}]
 
-        return keep(number, [f"id{number}"], make)
+        return Part([f"id{number}"], make)
 
-    return rows
+    return lambda *numbers: list(keep([part(number) for number in numbers]))
 
 
 def test_a_shard_is_made_once(tmp_path):
     made = []
-    first = [shards_of(tmp_path, made)(number) for number in (0, 1, 2)]
-    again = [shards_of(tmp_path, made)(number) for number in (0, 1, 2)]
-    assert made == [0, 1, 2]
+    cut = shards_of(tmp_path, made)(0)
+    first = shards_of(tmp_path, made)(0, 1, 2)
+    again = shards_of(tmp_path, made)(0, 1, 2)
+    assert made == [0, 1, 2] and len(cut) == 1
+    first[0] = [{**row, "ids": tuple(row["ids"])} for row in first[0]]
     assert [[{**row, "ids": tuple(row["ids"])} for row in rows] for rows in again] == first
 
 
 def test_a_damaged_shard_is_named_and_made_again(tmp_path):
     made, said = [], []
     rows = shards_of(tmp_path, made, said)
-    rows(0), rows(1)
+    rows(0, 1)
     path = tmp_path / "00001" / "rows.parquet"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 4
     path.write_bytes(content)
-    assert rows(1)[0]["id"] == "1" and rows(0)
+    assert [shard[0]["id"] for shard in rows(0, 1)] == ["0", "1"]
     assert made == [0, 1, 1] and len(said) == 1 and "00001" in said[0] and "made again" in said[0]
 
 
@@ -109,7 +111,8 @@ def test_a_shard_of_other_prompts_is_not_taken(tmp_path):
     made = []
     keep = Shards(tmp_path, print)
     for ids in (["a", "b"], ["a"], ["a"]):
-        assert keep(0, ids, lambda ids=ids: made.append(ids) or [{"of": ids}]) == [{"of": ids}]
+        part = Part(ids, lambda ids=ids: made.append(ids) or [{"of": ids}])
+        assert list(keep([part])) == [[{"of": ids}]]
     assert made == [["a", "b"], ["a"]]
 
 

@@ -146,9 +146,10 @@ def test_answers_that_are_kept_need_no_engine(tiny_folder):
     config = replace(CONFIG, python="/nowhere/python")
     kept = []
 
-    def keep(number, of, make):
-        kept.append(list(of))
-        return [{"id": one, "ids": [2, 1], "finish_reason": "stop", "text": "a"} for one in of]
+    def keep(parts):
+        for part in parts:
+            kept.append(list(part.of))
+            yield [{"id": one, "ids": [2, 1], "finish_reason": "stop", "text": "a"} for one in part.of]
 
     answers = vllm_engine.generate(
         whole(tiny_folder), torch.float32, None, EXAMPLES, config, 8, {1}, 0, keep=keep, shard_size=2
