@@ -28,12 +28,40 @@ NF4 = (
 )  # bytes a weight: 4 bits, and 0.127 for the scales of blocks of 64, which are in 8 bits themselves
 CONTEXT = 0.6 * GIB  # of a GPU: what CUDA takes before anything is allocated
 LIBRARIES = 0.35 * GIB  # of a process on the CPU: what is imported on the way (the two-sample tests, say)
+BUCKET = 500_000_000  # numbers that DeepSpeed reduces together
+LIVE = 1_000_000_000  # weights that it keeps gathered at most
 RESERVED = 0.05  # of a card: what its allocator can't use for being in pieces
 
 
-def bytes_per_weight(precision: str, optimizer: str, states: str = "fp32", passes: int = 2) -> dict[str, float]:
+@dataclass(frozen=True)
+class Spread:
+    """A training that `ranks` processes share: ZeRO `stage`, and whether masters and states lie in the machine's memory,
+    which is another one than the device's."""
+
+    ranks: int
+    stage: int
+    offload: bool = False
+
+
+def bytes_per_weight(
+    precision: str, optimizer: str, states: str = "fp32", passes: int = 2, spread: Spread | None = None
+) -> dict[str, float]:
     """What training holds for each weight that it changes, in `SingleEngine`: the model's own is its master in fp32, and
-    the half of it in bf16. Gradients of one pass are as the model makes them; those of several are summed in fp32."""
+    the half of it in bf16. Gradients of one pass are as the model makes them; those of several are summed in fp32.
+
+    With `spread`, what a rank of `DeepSpeedEngine` holds: masters are whole beside the weights, gradients of stage 1 and
+    above are summed in fp32."""
+    if spread is not None:
+        rounds, width = precision == "bf16", BYTES[precision]
+        part = 1 / spread.ranks if spread.stage else 1.0
+        # At stage 0 all of them are widened for the update; at stage 1 the sums are kept whole.
+        gradients = {0: width + 4 * rounds, 1: 4 + width * rounds}.get(spread.stage, 4 * part)
+        return {
+            "weights": width * (part if spread.stage == 3 else 1),
+            "masters": 0 if spread.offload else 4 * part * (rounds or spread.stage > 0),
+            "gradients": 0 if spread.offload and spread.stage > 1 else gradients,
+            "optimiser states": 0 if spread.offload else 4 * part * state_numbers(OptimizerConfig(name=optimizer)),
+        }
     return {
         "weights": BYTES[precision],
         "masters": 0 if precision == "fp32" else 2,
@@ -85,6 +113,7 @@ class Load:
     passes: int = 2  # batches of a step
     emulated: bool = False  # bf16 attention on a processor that has no units for it
     mask: int = 0  # tokens of a row under a dense mask; packed rows have none
+    spread: Spread | None = None  # over several processes; what is told is what one of them needs
 
 
 @dataclass(frozen=True)
@@ -135,19 +164,27 @@ def with_adapter(shape: Shape, numbers: int) -> Shape:
 
 def training(shape: Shape, load: Load) -> Needed:
     """What training holds at its worst moment: between forward and backward, or in the update."""
-    per = bytes_per_weight(load.precision, load.optimizer, load.states, load.passes)
+    spread = load.spread
+    per = bytes_per_weight(load.precision, load.optimizer, load.states, load.passes, spread)
     width = BYTES[load.precision]
     trained = shape.adapter or shape.weights
     parts = {name: trained * size for name, size in per.items()}
     parts["weights"] = _resting(shape, load) + shape.adapter * width
+    if spread and spread.stage == 3:
+        parts["weights"] /= spread.ranks
+        parts["gathered weights"] = min(shape.weights, LIVE) * width
+    if spread and spread.stage:
+        parts["buckets"] = min(trained, BUCKET) * (width + 4)
     tokens = load.training_tokens
     layer = tokens * _kept_by_layer(shape, width, shape.adapter > 0, load.emulated)
     between = tokens * shape.width * width  # two layers
     activations = shape.layers * between + layer if load.checkpointing else shape.layers * layer
     activations += tokens * load.mask * (1 + width)
     head = _head(shape, load, tokens, trained=not shape.adapter) + 3 * tokens * shape.width * width
-    # Tensor by tensor: the denominator and what is divided by it.
-    update = 2 * 4 * shape.largest
+    # Tensor by tensor: the denominator and what is divided by it; a rank's part of all is one tensor.
+    update = 2 * 4 * (trained / spread.ranks if spread and spread.stage else shape.largest)
+    if spread and spread.offload:
+        update = 0
     if load.quantization:  # a layer at a time is widened
         activations += shape.width * max(shape.inner, shape.queries) * width
     if activations + head >= update:
@@ -242,14 +279,14 @@ class Room:
     before: float
 
 
-def room_of(device: torch.device) -> Room:
-    """What the device has now."""
+def room_of(device: torch.device, processes: int = 1) -> Room:
+    """What the device has now, for each of so many processes that share it: on a CPU those of one machine."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return Room(free, total, 0.0)
     resident = _resident()
     available, everything = _memory()
-    return Room(available + resident, everything, resident + LIBRARIES)
+    return Room(available / processes + resident, everything / processes, resident + LIBRARIES)
 
 
 def _memory() -> tuple[float, float]:
@@ -336,6 +373,17 @@ def _smaller(shape: Shape, load: Load, has_adapter: Callable[[], Shape]) -> Iter
     if load.training_tokens > load.row:
         load = replace(load, training_tokens=load.row, scoring_tokens=load.row, passes=2)
         yield f"engine.tokens_per_batch={load.row}", shape, load
+    if (spread := load.spread) is not None:
+        if spread.stage < 3:
+            spread = replace(spread, stage=3)
+            load = replace(load, spread=spread)
+            yield "engine.zero_stage=3", shape, load
+        if not spread.offload:
+            load = replace(load, spread=replace(spread, offload=True))
+            yield "engine.offload_optimizer=true", shape, load
+        if not shape.adapter:
+            yield "model.adapter=lora", has_adapter(), load
+        return
     if not shape.adapter:
         if load.optimizer in ("rmsprop", "adamw"):
             load = replace(load, optimizer=f"{load.optimizer}8bit")
@@ -389,6 +437,18 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
+def _ways_of(ranks: int) -> dict[str, dict[str, Any]]:
+    """What `WAYS` is for several cards. A policy that is generated with or scored is whole on each."""
+    found = {}
+    for stage in (2, 3):
+        for checkpointing in (False, True):
+            name = f"ZeRO {stage}{', checkpointing' * checkpointing}"
+            found[name] = {"spread": Spread(ranks, stage), "checkpointing": checkpointing}
+    found["ZeRO 3, checkpointing, offload"] = {"spread": Spread(ranks, 3, offload=True), "checkpointing": True}
+    found["LoRA, ZeRO 3, checkpointing"] = {"spread": Spread(ranks, 3), "checkpointing": True, "adapter": True}
+    return found
+
+
 def architecture_of(vocab: int, width: int, inner: int, layers: int, heads: int, keys: int, tied: bool) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=vocab,
@@ -408,29 +468,33 @@ def peak_of(shapes: tuple[Shape, Shape], way: dict[str, Any]) -> float:
     return stages(shape, replace(TABLE_LOAD, **settings))[0].total
 
 
-def table(models: Sequence[str], cards: Sequence[int]) -> list[list[str]]:
-    """For every model and card the first of the `WAYS` that fits, with its peak in GiB; the header first."""
-    rows = [["model", *(f"{card} GiB" for card in cards)]]
+def table(models: Sequence[str], cards: Sequence[int], ranks: int = 1) -> list[list[str]]:
+    """For every model and card, of which there are `ranks`, the first of the `WAYS` (of `_ways_of`) that fits, with its peak
+    in GiB; the header first."""
+    number = f"{ranks} × " if ranks > 1 else ""
+    rows = [["model", *(f"{number}{card} GiB" for card in cards)]]
+    ways = WAYS if ranks == 1 else _ways_of(ranks)
     for name in models:
         architecture = architecture_of(**MODELS[name])
         shapes = shape_of(architecture), shape_of(architecture, RANK)
-        peaks = {way: peak_of(shapes, settings) for way, settings in WAYS.items()}
+        peaks = {way: peak_of(shapes, settings) for way, settings in ways.items()}
         cells = []
         for card in cards:
             fitting = [way for way, peak in peaks.items() if peak + CONTEXT <= card * GIB * (1 - RESERVED)]
-            cells.append(f"{fitting[0]} ({_gib(peaks[fitting[0]])})" if fitting else "several cards")
+            cells.append(f"{fitting[0]} ({_gib(peaks[fitting[0]])})" if fitting else "more cards")
         rows.append([name, *cells])
     return rows
 
 
 def main(arguments: list[str]) -> None:
-    """`python -m spin.memory [--cards 24 80]`."""
+    """`python -m spin.memory [--cards 24 80] [--ranks 8]`."""
     parser = argparse.ArgumentParser(prog="python -m spin.memory", description=main_help())
     parser.add_argument("--cards", type=int, nargs="+", default=list(CARDS), metavar="GIB", help="cards, by their GiB")
+    parser.add_argument("--ranks", type=int, default=1, metavar="CARDS", help="so many cards together (engine=deepspeed)")
     given = parser.parse_args(arguments)
-    if min(given.cards) < 1:
-        sys.exit("error: --cards takes GiB of 1 or more.")
-    for number, row in enumerate(table(list(MODELS), given.cards)):
+    if min(given.cards) < 1 or given.ranks < 1:
+        sys.exit("error: --cards takes GiB of 1 or more, --ranks 1 card or more.")
+    for number, row in enumerate(table(list(MODELS), given.cards, given.ranks)):
         print(f"| {' | '.join(row)} |")
         if number == 0:
             print("|" + "---|" * len(row))

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from spin import interrupt
 from spin.errors import UserError
+from spin.interrupt import check, pending, stop
 
 # Others wait while rank 0 waits for another run, or measures by itself: as long as it takes. A rank that dies is found at once.
 PATIENCE = timedelta(days=30)
@@ -84,9 +84,9 @@ class Ranks:
     def check(self) -> None:
         """Raise `Interrupted` on every rank if any was asked to stop. Every rank has to come here."""
         if self.size == 1:
-            interrupt.check()
-        elif number := int(self.most(interrupt.pending())):
-            interrupt.stop(number)
+            check()
+        elif number := int(self.most(pending())):
+            stop(number)
 
     def is_first_to_fail(self) -> bool:
         """False where another rank has failed before: its line says why. Asked once, at the end."""

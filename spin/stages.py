@@ -633,12 +633,17 @@ class Stages:
             emulated=self.dtype == torch.bfloat16 and emulates_bf16(self.device),
             passes=-(-config.schedule.batch_size * pair // batch),
             mask=max(engine.tokens_per_row, row) if engine.layout == "masked" else 0,
+            spread=memory.Spread(
+                self.ranks.size, engine.zero_stage, engine.offload_optimizer and self.device.type != "cpu"
+            )
+            if engine.name == "deepspeed"
+            else None,
         )
 
         def adapted() -> memory.Shape:
             return memory.shape_of(architecture, memory.RANK)
 
-        line, warning = memory.check(shape, load, memory.room_of(self.device), adapted)
+        line, warning = memory.check(shape, load, memory.room_of(self.device, self.ranks.here), adapted)
         self.tracker.say(line)
         if warning:
             self.tracker.say(warning)
