@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 import spin.config  # noqa: E402, F401  # conf/ computes with what it registers
 from spin.memory import CONTEXT, GIB, RESERVED, Load, Needed, generating, scoring, shape_of, training  # noqa: E402
 
-CARD = 80 * GIB
+USABLE = 80 * GIB * (1 - RESERVED) - CONTEXT
 # Zephyr's, as its config.json has it.
 ZEPHYR = MistralConfig(
     vocab_size=32000,
@@ -93,20 +93,27 @@ def stages(experiment: str, words: Sequence[str], ranks: int) -> list[Needed]:
     return [learned, scoring(shape, load), generating(shape, load)]
 
 
-def main() -> None:
-    usable = CARD * (1 - RESERVED) - CONTEXT
-    print("| run | changed | training | scoring | generating | fits 80 GiB |\n|---|---|---|---|---|---|")
-    details = []
+def table() -> tuple[list[str], list[tuple[str, Needed]]]:
+    """Lines in markdown, one a case, and of the recipes as they are the parts of each stage."""
+    lines, details = [], []
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         for experiment, (ranks, changes) in CASES.items():
             for change in changes:
                 found = stages(experiment, change.split(), ranks)
                 cells = " | ".join(f"{one.total / GIB:.1f}" for one in found)
-                fits = "yes" if max(one.total for one in found) <= usable else "no"
-                print(f"| {experiment}, cards: {ranks} | {change or 'nothing'} | {cells} | {fits} |")
+                fits = "yes" if max(one.total for one in found) <= USABLE else "no"
+                changed = f"`{change}`" if change else "nothing"
+                lines.append(f"| {'one card' if ranks == 1 else f'{ranks} cards'} | {changed} | {cells} | {fits} |")
                 if not change:
                     details += [(experiment, one) for one in found]
-    print(f"\nGiB on each card; {usable / GIB:.1f} of 80 can be used. Of which:\n")
+    return lines, details
+
+
+def main() -> None:
+    lines, details = table()
+    print("| run | changed | training | scoring | generating | fits |\n|---|---|---|---|---|---|")
+    print("\n".join(lines))
+    print(f"\nGiB on each card; {USABLE / GIB:.1f} of 80 can be used. Of which:\n")
     for experiment, one in details:
         print(
             f"{experiment}, {one.stage}: " + ", ".join(f"{name} {size / GIB:.1f}" for name, size in one.parts.items())

@@ -14,12 +14,13 @@ import torch
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks import paper_memory
 from spin import config as schema
 from spin.errors import UserError
 from spin.model import resolve
 from spin.pairs import read_pairs
 from tests import hub
-from tests.test_config import composed
+from tests.test_config import ROOT, composed
 
 PAPER = ["experiment=paper", "engine=single"]
 ONE_GPU = ["experiment=paper_one_gpu"]
@@ -108,6 +109,13 @@ def test_one_card_plays_the_same_game_with_other_memory():
     }
     assert changed == {"name", "optimizer.states", "engine.gradient_checkpointing"}
     assert one["engine"]["name"] == "single"
+
+
+def test_the_recipes_fit_cards_of_80_gib_by_the_table_in_the_docs():
+    lines, details = paper_memory.table()
+    docs = (ROOT / "docs" / "paper.md").read_text().splitlines()
+    assert [line for line in lines if line not in docs] == []
+    assert len(details) == 6 and all(needed.total < paper_memory.USABLE for _, needed in details)
 
 
 def test_the_start_is_found_by_its_name_and_revision(place, monkeypatch):
