@@ -20,6 +20,7 @@ SMALL = {
     "data.template": "paper",
     "evaluation.bootstrap": "50",
 }
+SEVERAL_CARDS = ("engine", "engine.zero_stage", "engine.offload_optimizer")
 RECORD = (
     '{"messages": [{"role": "user", "content": "Name number %d."}, {"role": "assistant", "content": "It is %d!"}]}\n'
 )
@@ -27,19 +28,21 @@ QUESTION = '{"question_id": 1, "category": "writing", "turns": ["Write a line.",
 
 
 def commands(text: str) -> list[str]:
-    """All `python run.py ...` lines of the README's code blocks, continued lines joined."""
+    """All `python run.py ...` and `torchrun ... run.py ...` lines of the README's code blocks, continued lines joined."""
     blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.S)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.split("  #")[0].strip() for line in lines if re.match(r"\s*python run\.py", line)]
+    return [line.split("  #")[0].strip() for line in lines if re.match(r"\s*(python|torchrun .*) run\.py", line)]
 
 
 def small(command: str, folder: Path) -> list[str]:
-    words = shlex.split(command)[2:]
+    launcher, *words = shlex.split(command)
+    words = words[words.index("run.py") + 1 :]
     flags = [word for word in words if "=" not in word]  # -m, --cfg job
     settings = dict(word.split("=", 1) for word in words if "=" in word)
     if "experiment" not in settings or settings["experiment"] != "smoke":
         if settings.get("data", "sharegpt") in ("sharegpt", "chitchat", "ultrachat"):
             settings["data"] = "tiny"
+            settings.pop("data.splits", None)
         if settings["data"] == "local":
             settings["data.path"] = str(folder / "data.jsonl")
         settings |= SMALL
@@ -50,6 +53,9 @@ def small(command: str, folder: Path) -> list[str]:
         settings |= {"evaluation.questions": str(folder / "question.jsonl"), "generation.max_new_tokens": "16"}
     if "evaluation.against" in settings:
         settings["evaluation.against"] = "builtin:tiny"
+    if launcher == "torchrun":
+        # The same game in one process: what stands before run.py asks for cards, these for several.
+        settings = {key: value for key, value in settings.items() if key not in SEVERAL_CARDS} | {"engine": "single"}
     settings |= {"store.path": str(folder / "store"), "tracking.wandb": "offline"}
     settings |= {"hydra.run.dir": str(folder / "run"), "hydra.sweep.dir": str(folder / "sweep")}
     return [sys.executable, "run.py", *flags, *(f"{key}={value}" for key, value in settings.items())]
