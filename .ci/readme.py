@@ -20,7 +20,6 @@ SMALL = {
     "data.template": "paper",
     "evaluation.bootstrap": "50",
 }
-SEVERAL_CARDS = ("engine", "engine.zero_stage", "engine.offload_optimizer")
 RECORD = (
     '{"messages": [{"role": "user", "content": "Name number %d."}, {"role": "assistant", "content": "It is %d!"}]}\n'
 )
@@ -36,6 +35,7 @@ def commands(text: str) -> list[str]:
 
 def small(command: str, folder: Path) -> list[str]:
     launcher, *words = shlex.split(command)
+    several = launcher == "torchrun"
     words = words[words.index("run.py") + 1 :]
     flags = [word for word in words if "=" not in word]  # -m, --cfg job
     settings = dict(word.split("=", 1) for word in words if "=" in word)
@@ -53,12 +53,11 @@ def small(command: str, folder: Path) -> list[str]:
         settings |= {"evaluation.questions": str(folder / "question.jsonl"), "generation.max_new_tokens": "16"}
     if "evaluation.against" in settings:
         settings["evaluation.against"] = "builtin:tiny"
-    if launcher == "torchrun":
-        # The same game in one process: what stands before run.py asks for cards, these for several.
-        settings = {key: value for key, value in settings.items() if key not in SEVERAL_CARDS} | {"engine": "single"}
     settings |= {"store.path": str(folder / "store"), "tracking.wandb": "offline"}
     settings |= {"hydra.run.dir": str(folder / "run"), "hydra.sweep.dir": str(folder / "sweep")}
-    return [sys.executable, "run.py", *flags, *(f"{key}={value}" for key, value in settings.items())]
+    # Two processes for any number of cards, here.
+    launch = [sys.executable, *("-m torch.distributed.run --standalone --nproc-per-node 2".split() if several else [])]
+    return [*launch, "run.py", *flags, *(f"{key}={value}" for key, value in settings.items())]
 
 
 def main() -> None:

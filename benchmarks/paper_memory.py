@@ -8,7 +8,6 @@ recipe lets them be. That is more than the run itself says, which knows its long
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -18,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import spin.config  # noqa: E402, F401  # conf/ computes with what it registers
-from spin.memory import CONTEXT, GIB, RESERVED, Load, Needed, generating, scoring, shape_of, training  # noqa: E402
+from spin.memory import CONTEXT, GIB, RESERVED, Load, Needed, Spread, generating, scoring, shape_of, training  # noqa: E402
 
 USABLE = 80 * GIB * (1 - RESERVED) - CONTEXT
 # Zephyr's, as its config.json has it.
@@ -30,11 +29,6 @@ ZEPHYR = MistralConfig(
     num_attention_heads=32,
     num_key_value_heads=8,
 )
-# Under ZeRO-3 each card holds its part of these; the masters are whole there, beside the bf16 weights.
-SHARDED = ("weights", "masters", "gradients", "optimiser states")
-WHOLE_MASTER = 4
-# DeepSpeed's defaults: parameters that are gathered at one time, and those whose gradients are reduced together; in bf16.
-GATHERED = 2 * (1_000_000_000 + 500_000_000)
 
 CASES: dict[str, tuple[int, list[str]]] = {
     "paper": (
@@ -61,13 +55,11 @@ CASES: dict[str, tuple[int, list[str]]] = {
 
 def stages(experiment: str, words: Sequence[str], ranks: int) -> list[Needed]:
     """Training, scoring and generating: bytes on each card."""
-    # What an engine's file says besides is overridden by the recipe.
-    config = compose("config", [f"experiment={experiment}", "engine=single", *words])
+    config = compose("config", [f"experiment={experiment}", *words])
     data, engine, generation, schedule = config.data, config.engine, config.generation, config.schedule
     prompt, new = data.max_prompt_length, generation.max_new_tokens
-    # As spin/stages.py: the longest prompt with two of the longest answers.
-    answer = max(data.max_length - 1, new)
-    row = prompt + 2 * answer
+    # As spin/stages.py: the longest prompt and human answer, and a generated one.
+    row = data.max_length + new
     batch = max(engine.tokens_per_batch, row)
     load = Load(
         precision=engine.precision,
@@ -83,14 +75,10 @@ def stages(experiment: str, words: Sequence[str], ranks: int) -> list[Needed]:
         length=prompt + new,
         states=config.optimizer.states,
         passes=-(-schedule.batch_size * row // (ranks * batch)),
+        spread=Spread(ranks, engine.zero_stage, engine.offload_optimizer) if engine.name == "deepspeed" else None,
     )
     shape = shape_of(ZEPHYR)
-    learned = training(shape, load)
-    if ranks > 1:
-        parts = learned.parts | {"masters": WHOLE_MASTER * shape.weights}
-        parts |= {name: parts[name] / ranks for name in SHARDED}
-        learned = replace(learned, parts={**parts, "gathered": GATHERED})
-    return [learned, scoring(shape, load), generating(shape, load)]
+    return [training(shape, load), scoring(shape, load), generating(shape, load)]
 
 
 def table() -> tuple[list[str], list[tuple[str, Needed]]]:

@@ -6,6 +6,7 @@ composed from ending the sweep, nor a point that is done from being launched.
 
 import contextlib
 import logging
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -48,6 +49,8 @@ class SpinSweeper(BasicSweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         assert self.config is not None and self.hydra_context is not None
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise UserError("a sweep plays its points in one process each: start torchrun for each point, without -m.")
         folder = Path(self.config.hydra.sweep.dir)
         # For all points: it is made of `name`, which may differ between them.
         with open_dict(self.config):

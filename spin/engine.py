@@ -123,9 +123,10 @@ class SingleEngine:
 
     @property
     def masters(self) -> dict[str, Tensor]:
-        """The fp32 weights: those of the model itself, or made of its halves."""
+        """The fp32 weights, those of the model itself or made of its halves, on the CPU: a GPU need not hold them at once."""
         return {
-            name: join(weight, self.low[name]) if name in self.low else weight for name, weight in self.weights.items()
+            name: (join(weight, self.low[name]) if name in self.low else weight).cpu()
+            for name, weight in self.weights.items()
         }
 
     def _set_masters(self, masters: Mapping[str, Tensor]) -> None:

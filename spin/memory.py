@@ -481,7 +481,9 @@ def table(models: Sequence[str], cards: Sequence[int], ranks: int = 1) -> list[l
         cells = []
         for card in cards:
             fitting = [way for way, peak in peaks.items() if peak + CONTEXT <= card * GIB * (1 - RESERVED)]
-            cells.append(f"{fitting[0]} ({_gib(peaks[fitting[0]])})" if fitting else "more cards")
+            cells.append(
+                f"{fitting[0]} ({_gib(peaks[fitting[0]])})" if fitting else ("several cards" if ranks == 1 else "more")
+            )
         rows.append([name, *cells])
     return rows
 
@@ -490,7 +492,9 @@ def main(arguments: list[str]) -> None:
     """`python -m spin.memory [--cards 24 80] [--ranks 8]`."""
     parser = argparse.ArgumentParser(prog="python -m spin.memory", description=main_help())
     parser.add_argument("--cards", type=int, nargs="+", default=list(CARDS), metavar="GIB", help="cards, by their GiB")
-    parser.add_argument("--ranks", type=int, default=1, metavar="CARDS", help="so many cards together (engine=deepspeed)")
+    parser.add_argument(
+        "--ranks", type=int, default=1, metavar="CARDS", help="so many cards together (engine=deepspeed)"
+    )
     given = parser.parse_args(arguments)
     if min(given.cards) < 1 or given.ranks < 1:
         sys.exit("error: --cards takes GiB of 1 or more, --ranks 1 card or more.")

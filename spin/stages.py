@@ -608,30 +608,34 @@ class Stages:
             numbers = fp32_bytes(self.start.folder) // 4 if self.start.base else self._adapter_size()
             shape = memory.with_adapter(shape, numbers)
         examples = [*self.data.train, *self.data.held_out]
-        answer = max(max(len(e.real_ids) for e in examples), config.max_new_tokens)
+        new, engine, padded = config.max_new_tokens, config.engine, config.engine.layout == "padded"
         prompt = max(len(e.prompt_ids) for e in examples)
-        engine, padded = config.engine, config.engine.layout == "padded"
         # A pair shares its prompt in a packed row; in padded ones it has two rows.
-        pair = 2 * (prompt + answer) if padded else prompt + 2 * answer
-        row = prompt + answer if padded else pair
+        row = max(
+            len(e.prompt_ids) + (max(len(e.real_ids), new) if padded else len(e.real_ids) + new) for e in examples
+        )
+        pair = 2 * row if padded else row
         batch = max(engine.tokens_per_batch, row)
+        pairs = -(-config.schedule.batch_size // self.ranks.size)  # of a step, on this rank
         load = memory.Load(
             precision="fp32" if self.dtype == torch.float32 else "bf16",
             optimizer=config.optimizer.name,
             checkpointing=engine.gradient_checkpointing,
             quantization=self.start.whole.quantization,
-            training_tokens=min(batch, max(row, config.schedule.batch_size * pair)),
+            training_tokens=min(batch, max(row, pairs * pair)),
             scoring_tokens=min(batch, max(row, len(examples) * pair)),
             row=row,
             head_chunk=engine.head_chunk,
-            decoded=min(config.generation.batch_size, len(examples)),
+            decoded=max(
+                1, min(config.generation.batch_size, len(examples), config.generation.tokens // (prompt + new))
+            ),
             prompt=prompt,
-            length=prompt + config.max_new_tokens,
+            length=prompt + new,
             files=sum(path.stat().st_size for path in weight_files(whole)) if self.device.type == "cpu" else 0,
             plays=config.stage == "game",
             states=config.optimizer.states,
             emulated=self.dtype == torch.bfloat16 and emulates_bf16(self.device),
-            passes=-(-config.schedule.batch_size * pair // batch),
+            passes=-(-pairs * pair // batch),
             mask=max(engine.tokens_per_row, row) if engine.layout == "masked" else 0,
             spread=memory.Spread(
                 self.ranks.size, engine.zero_stage, engine.offload_optimizer and self.device.type != "cpu"

@@ -299,8 +299,9 @@ def test_a_game_says_what_it_needs_before_it_loads_anything(place):
     assert stated == pytest.approx(peak, abs=0.6)
 
 
-def test_the_table_of_the_docs_is_what_the_command_prints(capsys):
-    memory.main([])
+@pytest.mark.parametrize("words", ["", "--ranks 8 --cards 24 40 80"])
+def test_the_table_of_the_docs_is_what_the_command_prints(capsys, words):
+    memory.main(words.split())
     printed = capsys.readouterr().out.strip()
     assert printed in (ROOT / "docs" / "memory.md").read_text()
 
@@ -309,4 +310,4 @@ def test_the_command_takes_other_cards():
     done = subprocess.run(
         [sys.executable, "-m", "spin.memory", "--cards", "0"], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
-    assert done.returncode == 1 and done.stderr == "error: --cards takes GiB of 1 or more.\n"
+    assert done.returncode == 1 and done.stderr == "error: --cards takes GiB of 1 or more, --ranks 1 card or more.\n"
