@@ -1,10 +1,13 @@
 """The paper's run from end to end: both recipes as they stand, on the data's and the model's layout on the hub, all small.
 
-The words beside `experiment=` give places and sizes, and the engine, which is to run without launching anything.
+The words beside `experiment=` give places and sizes, and but for one slow test the engine, which is to run without torchrun.
 """
 
 import json
 import math
+import os
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
@@ -61,6 +64,10 @@ def model(place):
 
 def play(place, games, run, recipe):
     done = games.play(*recipe, model(place), *words(place, run))
+    return outcome(place, run, done)
+
+
+def outcome(place, run, done):
     assert done.returncode == 0, done.stdout + done.stderr
     folder = place.folder / run
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -243,6 +250,19 @@ def test_one_card_finds_what_does_not_depend_on_how_training_saves_memory(place,
     assert (one["optimizer"]["states"], eight["optimizer"]["states"]) == ("bf16", "fp32")
     assert one["scores"] == eight["scores"] and one["lr"] == eight["lr"] and one["beta"] == eight["beta"]
     assert manifests[0]["policy"]["weights"] != manifests[1]["policy"]["weights"]
+
+
+@pytest.mark.slow
+def test_two_processes_play_the_recipe_as_it_stands(place):
+    """What is typed for eight cards: DeepSpeed, ZeRO-3, bf16; here two processes on a CPU."""
+    launch = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 2 run.py".split()]
+    asked = ["experiment=paper", model(place), *words(place, "two")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, *asked], cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
+    game = outcome(place, "two", done)
+    is_the_papers_game(game)
+    assert all(one["stages"]["train"]["made_from"]["engine"] == "deepspeed" for one in game.manifests)
+    assert "2 processes, ZeRO stage 3" in game.said
 
 
 @pytest.mark.slow
