@@ -5,13 +5,14 @@ part of masters and optimiser states (1), of the gradients too (2), of the weigh
 the number of ranks, what is saved is whole and in the form that `SingleEngine` saves.
 """
 
+import contextlib
 import importlib.util
+import io
 import logging
 import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -117,8 +118,9 @@ class DeepSpeedEngine:
             self.optimizer = torch.optim.AdamW(self.trained.values(), betas=(beta1, beta2), **common)
         # DeepSpeed rounds these, too: those of rotary positions would be others than the opponent was scored with.
         buffers = {name: value.clone() for name, value in self.model.named_buffers()}
-        deepspeed.init_distributed(verbose=False)  # with what `ranks` has begun
-        ds, *_ = deepspeed.initialize(model=_Root(self.model), optimizer=self.optimizer, config=self._settings())
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what memory is there
+            deepspeed.init_distributed(verbose=False)  # with what `ranks` has begun
+            ds, *_ = deepspeed.initialize(model=_Root(self.model), optimizer=self.optimizer, config=self._settings())
         for name, value in buffers.items():
             owner, _, leaf = name.rpartition(".")
             self.model.get_submodule(owner)._buffers[leaf] = value.to(self.device)
@@ -295,6 +297,12 @@ class DeepSpeedEngine:
 
     def close(self) -> None:
         """Let go of what DeepSpeed holds."""
-        with ExitStack() as stack:
-            if "_ds" in vars(self):
-                stack.callback(self._ds.destroy)
+        if "_ds" not in vars(self):
+            return
+        from deepspeed.runtime.zero import parameter_offload
+
+        self._ds.destroy()
+        # What is left of it would hold the weights until the process ends: a stack of modules, hooks of their gradients.
+        parameter_offload.FWD_MODULE_STACK.clear()
+        for weight in self.model.parameters():
+            weight.data = weight.new_empty(0)

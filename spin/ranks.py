@@ -135,7 +135,8 @@ def start(engine: str, device: str) -> Ranks:
         return ALONE
     if _joined is ALONE:
         on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-        os.environ["DS_ACCELERATOR"] = "cuda" if on_gpu else "cpu"
+        # DeepSpeed asks for these, where torchrun has started nothing too.
+        os.environ |= {"DS_ACCELERATOR": "cuda" if on_gpu else "cpu", "LOCAL_RANK": str(local)}
         if on_gpu:
             if here > torch.cuda.device_count():
                 raise UserError(
