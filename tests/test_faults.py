@@ -134,7 +134,7 @@ def test_killed_at_any_moment_a_game_ends_in_the_same_bits(place, reference):
     assert_same(place, reference)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_a_game_that_is_asked_to_stop_says_so_keeps_its_state_and_goes_on(place, reference, number):
     """Without a checkpoint being due: the signal itself has the state written."""
     rng, words = random.Random(number), [*WORDS, "checkpoint.steps=null", "checkpoint.minutes=60"]
