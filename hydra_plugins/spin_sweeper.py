@@ -205,7 +205,8 @@ class SpinSweeper(BasicSweeper):
             if len(batch) == 1:
                 died |= {job.overrides: why(lost[0]) for job in left}
                 continue
-            log.warning("a point's process died, going on without it: %s", why(lost[0]))
+            if left:
+                log.warning("a point's process died, going on without it: %s", why(lost[0]))
             waiting += [[job] for job in left if status(job) == "playing"]
             fresh = [job for job in left if status(job) is None]
             waiting += [fresh] if 0 < len(fresh) < len(batch) else [[job] for job in fresh]
