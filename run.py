@@ -76,6 +76,9 @@ def main(composed: DictConfig) -> None:
             sweep.attempt(config, folder, partial(start, group=Path(settings.sweep.dir).name))
         else:
             start()
+    except interrupt.Interrupted as stop:
+        interrupt.hand_on(stop.signal)
+        raise
     except Exception as error:  # here, for Hydra would print lines of its own before it raises
         fail(error, explain(error))
 

@@ -53,6 +53,9 @@ def small(command: str, folder: Path) -> list[str]:
         settings |= {"evaluation.questions": str(folder / "question.jsonl"), "generation.max_new_tokens": "16"}
     if "evaluation.against" in settings:
         settings["evaluation.against"] = "builtin:tiny"
+    if settings.get("hydra/launcher") == "cluster":  # the same jobs, here
+        settings = {key: value for key, value in settings.items() if not key.startswith("hydra.launcher.")}
+        settings["hydra/launcher"] = "submitit_local"
     settings |= {"store.path": str(folder / "store"), "tracking.wandb": "offline"}
     settings |= {"hydra.run.dir": str(folder / "run"), "hydra.sweep.dir": str(folder / "sweep")}
     # Two processes for any number of cards, here.

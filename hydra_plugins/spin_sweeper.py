@@ -9,9 +9,10 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -23,6 +24,7 @@ from spin.config import Config, load, one_line
 from spin.errors import UserError, brief, explain
 
 log = logging.getLogger(__name__)
+ROOT = Path(__file__).parent.parent
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,42 @@ class Job:
 def say(text: str) -> None:
     with contextlib.suppress(OSError):  # nobody may be left to read it
         print(text, flush=True)
+
+
+def why(error: Exception) -> str:
+    """What a launcher's error says, in one line: of a job's output, which it may hold, the last."""
+    lines = [line for line in str(error).splitlines() if line.strip(" -")]
+    text = " ".join(lines if len(lines) < 4 else [lines[0], "...", lines[-1]])
+    return explain(error) or brief(f"{type(error).__name__}: {text}", 600)
+
+
+@contextlib.contextmanager
+def each_to_its_end(launcher: object) -> Iterator[list[Exception]]:
+    """What went wrong with jobs that were launched in here.
+
+    submitit's launchers give up with the first job that dies, and leave the others at work, or in the queue, where nobody
+    waits for them: in here they wait for all.
+    """
+    lost: list[Exception] = []
+    if "submitit" not in type(launcher).__module__:
+        yield lost
+        return
+    import submitit
+
+    wait = submitit.Job.results
+
+    def results(job: Any) -> list:
+        try:
+            return wait(job)
+        except Exception as error:
+            lost.append(error)
+            return [None]
+
+    submitit.Job.results = results  # type: ignore
+    try:
+        yield lost
+    finally:
+        submitit.Job.results = wait  # type: ignore
 
 
 class SpinSweeper(BasicSweeper):
@@ -137,9 +175,9 @@ class SpinSweeper(BasicSweeper):
     def _launch(self, jobs: Sequence[Job]) -> dict[tuple[str, ...], str]:
         """Launch the jobs until each has a record of its end. Returns why there is none, of those that died without.
 
-        A launcher gives up with the first process that dies, whatever the others do. What was at work then is launched
-        again by itself (it waits for its own lock, and goes on from what was kept), the rest together. Raises UserError
-        where nothing can be launched at all.
+        A launcher may give up with the first process that dies, whatever the others do. What was at work then is launched
+        again by itself (it waits for its own lock, and goes on from what was kept), the rest together. A point that was
+        asked to stop is left as it is. Raises UserError where nothing can be launched at all.
         """
         from spin import sweep
 
@@ -151,22 +189,27 @@ class SpinSweeper(BasicSweeper):
         size = self.max_batch_size or len(jobs) or 1
         waiting = [list(jobs[start : start + size]) for start in range(0, len(jobs), size)]
         number = 0
+        # A cluster's processes start where this one did, but know nothing of where the program is.
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         while waiting:
             batch = waiting.pop(0)
-            try:
-                self.launcher.launch([list(job.overrides) for job in batch], initial_job_idx=number)
-            except Exception as error:
-                reason = explain(error) or brief(f"{type(error).__name__}: {error}", 400)
-                if number == 0 and not any(map(status, batch)):
-                    raise UserError(f"no point can be launched: {reason}") from error
-                left = [job for job in batch if status(job) not in ("done", "failed")]
-                if len(batch) == 1:
-                    died |= {job.overrides: reason for job in left}
-                    continue
-                log.warning("a point's process died, going on without it: %s", reason)
-                waiting += [[job] for job in left if status(job) == "playing"]
-                fresh = [job for job in left if status(job) is None]
-                waiting += [fresh] if 0 < len(fresh) < len(batch) else [[job] for job in fresh]
-            finally:
-                number += len(batch)
+            with each_to_its_end(self.launcher) as lost:
+                try:
+                    self.launcher.launch([list(job.overrides) for job in batch], initial_job_idx=number)
+                except Exception as error:
+                    lost.append(error)
+            if lost and number == 0 and not any(map(status, batch)):
+                raise UserError(f"no point can be launched: {why(lost[0])}") from lost[0]
+            number += len(batch)
+            if not lost:
+                continue
+            left = [job for job in batch if status(job) not in ("done", "failed", "stopped")]
+            if len(batch) == 1:
+                died |= {job.overrides: why(lost[0]) for job in left}
+                continue
+            if left:
+                log.warning("a point's process died, going on without it: %s", why(lost[0]))
+            waiting += [[job] for job in left if status(job) == "playing"]
+            fresh = [job for job in left if status(job) is None]
+            waiting += [fresh] if 0 < len(fresh) < len(batch) else [[job] for job in fresh]
         return died

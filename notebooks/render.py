@@ -4,7 +4,6 @@ The notebooks themselves are kept without outputs.
 """
 
 import base64
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,6 @@ PAGES = HERE.parent / "docs" / "notebooks"
 def run(name: str) -> nbformat.NotebookNode:
     """The notebook with its outputs, run by a kernel of its own that starts where Jupyter would."""
     notebook = nbformat.read(HERE / f"{name}.ipynb", as_version=4)
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, where it is there, prints which one it found
     NotebookClient(notebook, timeout=280, kernel_name="python3", resources={"metadata": {"path": str(HERE)}}).execute()
     return notebook
 

@@ -475,12 +475,23 @@ OmegaConf.register_new_resolver("measured", lambda stage: "-evaluation" if stage
 # --- what Hydra refuses -----------------------------------------------------------------------------------------------
 
 
+LAUNCHERS = {
+    "joblib": "hydra-joblib-launcher==1.2.0",
+    "submitit_local": "hydra-submitit-launcher==1.2.0",
+    "submitit_slurm": "hydra-submitit-launcher==1.2.0",
+}
+
+
 def one_line(error: Exception) -> str:
     """Hydra's errors, in one line: what is wrong and what to do."""
     cause: BaseException | None = error
     while cause is not None and not str(cause):  # Hydra wraps some errors in an empty one
         cause = cause.__cause__
     text = str(cause or error)
+    if (found := re.search(r"Could not (?:find|load) 'hydra/launcher/(\w+)'", text)) and found[1] in LAUNCHERS:
+        return (
+            f"hydra/launcher={found[1]} is a plugin of Hydra's that is not installed: pip install {LAUNCHERS[found[1]]}"
+        )
     if found := re.search(r"Could not override '(?P<key>[^']+)'", text):
         key, settings = found["key"], _settings()
         if key in settings:  # rmsprop has no betas

@@ -1,16 +1,19 @@
-"""SIGTERM (a cluster's notice), SIGHUP (a lost terminal) and Ctrl-C, turned into one exception at a safe moment."""
+"""SIGTERM, SIGUSR1, SIGUSR2 (a cluster's notices), SIGHUP (a lost terminal) and Ctrl-C, turned into one exception at a
+safe moment."""
 
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+SCHEDULERS = (signal.SIGUSR1, signal.SIGUSR2)  # what SLURM is told to send a while before the time is over
 
 _depth = 0
 _waiting: signal.Signals | None = None
 _raised: signal.Signals | None = None
+_theirs: dict[int, Callable] = {}
 
 
 class Interrupted(KeyboardInterrupt):
@@ -33,8 +36,18 @@ def install() -> None:
     _depth, _waiting, _raised = 0, None, None
     if threading.current_thread() is threading.main_thread():  # Python sets handlers from nowhere else
         for number in SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:
+            before = signal.getsignal(number)
+            if number in SCHEDULERS and callable(before) and before is not _handle:
+                _theirs[number] = before
+            if before != signal.SIG_IGN:
                 signal.signal(number, _handle)
+
+
+def hand_on(number: signal.Signals) -> None:
+    """Now that all is kept, call what handled this signal before `install`: submitit's, which puts the job back into the
+    queue and ends the process, or says that the job has run out of time once too often."""
+    if number in _theirs:
+        _theirs[number](number, None)
 
 
 @contextmanager

@@ -27,6 +27,8 @@ from spin.errors import UserError, brief, explain
 INDEX = "model.safetensors.index.json"
 SEEN = "trained_on.json"  # in a policy's folder: hashes of the prompts that it was trained on
 RECORD = "content.json"  # in a folder of the cache: what was in its files when they were written
+# Where DeepSpeed is installed transformers imports it to save a model, and it prints which accelerator it has not found.
+logging.getLogger("DeepSpeed").addFilter(lambda record: record.module != "real_accelerator")
 
 
 @dataclass(frozen=True)

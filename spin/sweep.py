@@ -27,6 +27,7 @@ from rich.text import Text
 
 from spin.config import Config
 from spin.errors import brief, explain
+from spin.interrupt import Interrupted
 from spin.report import MEASURES, STYLE, WIDTH, _known, _md, _number, _table
 from spin.store import STAGES, VERSION, write_text
 from spin.track import Tracker
@@ -60,7 +61,7 @@ class Point:
 
 
 def note(folder: Path, status: str, **more: Any) -> None:
-    """Write down that the point in `folder` is "playing", "done" or "failed"."""
+    """Write down that the point in `folder` is "playing", "done", "failed" or "stopped" (by a signal)."""
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / RECORD, json.dumps({"status": status, **more}, indent=2) + "\n")
 
@@ -71,6 +72,9 @@ def attempt(config: Config, folder: Path, play: Callable[[], object]) -> None:
     note(folder, "playing")
     try:
         play()
+    except Interrupted as stop:
+        note(folder, "stopped", reason=f"stopped by {stop.signal.name}: run the same command to go on")
+        raise
     except Exception as error:
         trace = {}
         if (reason := explain(error)) is None:

@@ -260,15 +260,27 @@ def test_a_signal_raises_once_and_not_in_what_must_be_whole(signals, number):
     time.sleep(0.01)
 
 
-def test_a_signal_that_was_ignored_stays_ignored():
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        interrupt.install()
-        os.kill(os.getpid(), signal.SIGHUP)
-    finally:
-        signal.signal(signal.SIGHUP, before)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def test_a_signal_that_was_ignored_stays_ignored(signals):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    interrupt.install()
+    os.kill(os.getpid(), signal.SIGHUP)
+
+
+def test_a_schedulers_own_handler_is_called_when_all_is_kept_and_not_before(signals, monkeypatch):
+    """As submitit's, which is there first, puts the job back into the queue and ends the process."""
+    monkeypatch.setattr(interrupt, "_theirs", {})
+    called = []
+    signal.signal(signal.SIGUSR2, lambda number, frame: called.append(number))
+    signal.signal(signal.SIGTERM, lambda number, frame: called.append(number))
+    interrupt.install()
+    interrupt.install()  # each point of a sweep does
+    with pytest.raises(Interrupted) as caught, deferred():
+        os.kill(os.getpid(), signal.SIGUSR2)
+    assert called == []
+    interrupt.hand_on(caught.value.signal)
+    interrupt.hand_on(signal.SIGTERM)  # submitit's handler of this one would only ignore it
+    interrupt.hand_on(signal.SIGUSR1)
+    assert called == [signal.SIGUSR2]
 
 
 def test_ctrl_c_twice_ends_at_once():

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from spin import tiny
 from spin.logps import plain_logps
 from spin.model import load_model, load_tokenizer
-from spin.pairs import Continuations, read_pairs
+from spin.pairs import Continuations, read_answers, read_pairs
 from tests.games import ROOT, Games, Place
 
 
@@ -177,7 +177,17 @@ def test_a_users_own_chat_data_and_model_folder(played, tmp_path, place):
     (tmp_path / "chat.jsonl").write_text("".join(record % (i, i) for i in range(20)))
     model = next((played.folder / "cache").glob("tiny-*[0-9]"))
     place.play(f"model.path={model}", "data=local", f"data.path={tmp_path}/chat.jsonl", "data.held_out=4", "iter=0")
-    assert len(read_pairs(tmp_path / "run" / "iter0" / "pairs.parquet")) == 16
+    (answered,) = (tmp_path / "store" / "generate").glob("*/answers.parquet")
+    answers = {answer.id: answer.text for answer in read_answers(answered)}
+    assert len(answers) == 16
+    pairs = read_pairs(tmp_path / "run" / "iter0" / "pairs.parquet")
+    said = {pair.id: pair.generated for pair in pairs}
+    # What is said, and is not what the human said, makes a pair; that depends on the bits of the processor.
+    assert said == {id: text for id, text in answers.items() if text.strip() and id in said} and len(said) == len(pairs)
+    assert all(
+        not answers[id].strip() or re.fullmatch(r"Yes: \d+\.", answers[id]) for id in answers.keys() - said.keys()
+    )
+    assert len(pairs) > 8 and all(pair.real == f"Yes: {pair.prompt[4:-1]}." for pair in pairs)
 
 
 def test_answers_that_are_all_empty_end_the_run_with_one_line(played, tmp_path, place):

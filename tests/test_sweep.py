@@ -14,8 +14,10 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
-from spin.config import Config, DataConfig, EvaluationConfig
+from spin.config import LAUNCHERS, Config, DataConfig, EvaluationConfig
 from spin.interrupt import Interrupted
 from spin.sweep import RECORD, Point, attempt, draw, is_done, made_of, note, noted, rows_of
 from tests.games import ROOT, Place
@@ -299,8 +301,85 @@ def test_a_signal_in_another_process_is_told_as_it_was():
 def test_where_no_process_can_be_started_one_line_says_so(swept):
     if shutil.which("srun"):
         pytest.skip("a SLURM cluster")
-    done = sweep(swept, "loss.beta=1,2", "hydra/launcher=submitit_slurm", status=1, name="slurm")
+    done = sweep(swept, "loss.beta=1,2", "hydra/launcher=cluster", status=1, name="slurm")
     assert "no point can be launched" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_slurm", "cluster"])
+def test_a_launcher_that_is_not_installed_is_named_with_the_line_that_installs_it(launcher):
+    """Hydra looks for plugins along this path; the project's own are left."""
+    script = "import runpy, sys, hydra_plugins; hydra_plugins.__path__ = ['hydra_plugins'];"
+    script += "sys.argv[0] = 'run.py'; runpy.run_path('run.py', run_name='__main__')"
+    words = ["-m", "experiment=smoke", f"hydra/launcher={launcher}", "loss.beta=1,2"]
+    done = subprocess.run([sys.executable, "-c", script, *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    named = LAUNCHERS[{"cluster": "submitit_slurm"}.get(launcher, launcher)]
+    assert done.returncode == 1 and not done.stdout and len(done.stderr.splitlines()) == 1
+    assert done.stderr.endswith(f"pip install {named}\n")
+    assert named in (ROOT / "requirements.txt").read_text()
+
+
+def test_a_cluster_is_told_to_give_notice_and_to_take_a_point_back():
+    """The script that goes to SLURM, as submitit writes it."""
+    from submitit.slurm.slurm import _make_sbatch_string
+
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        words = ["hydra/launcher=cluster", "hydra.launcher.partition=gpu", "hydra.launcher.timeout_min=30"]
+        launcher = compose("config", words, return_hydra_config=True).hydra.launcher
+    settings = OmegaConf.to_container(launcher)
+    assert settings.pop("_target_").endswith("SlurmLauncher") and settings.pop("max_num_timeout") > 0
+    for ours, theirs in (("name", "job_name"), ("timeout_min", "time"), ("tasks_per_node", "ntasks_per_node")):
+        settings[theirs] = settings.pop(ours)
+    settings |= {"mem": f"{settings.pop('mem_gb')}GB", "folder": settings.pop("submitit_folder"), "map_count": 2}
+    lines = _make_sbatch_string("python", **settings).splitlines()
+    for line in ("--partition=gpu", "--time=30", "--signal=USR2@300", "--requeue", "--array=0-1%2", "--mem=64GB"):
+        assert f"#SBATCH {line}" in lines, (line, lines)
+    assert "export OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK" in lines[: lines.index("# command")]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_points_in_jobs_of_their_own_are_told_of_their_time_and_go_on(tmp_path):
+    """Jobs as submitit starts them, from another folder, with paths relative to it. One is told that its time is over, and is
+    put back into the queue; one is killed, and is launched again; one is told to end, and is left; all share their stages."""
+    words = ["experiment=smoke", "iter=0", "schedule.epochs=20", "schedule.batch_size=4", "evaluation=none"]
+    words += ["cache.path=cache", "store.path=store", "hydra.sweep.dir=sweep", "tracking.wandb=disabled"]
+    words += ["-m", "loss.beta=0.1,0.2,0.3,-1", "hydra/launcher=submitit_local", "checkpoint.minutes=60"]
+
+    def start() -> subprocess.Popen:
+        with (tmp_path / "out").open("w") as out:
+            command = [sys.executable, str(ROOT / "run.py"), *words]
+            env = {**os.environ, "OMP_NUM_THREADS": "1"}
+            return subprocess.Popen(command, cwd=tmp_path, stdout=out, stderr=out, env=env)
+
+    def children(pid: int) -> list[int]:
+        return sorted(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+
+    def logs() -> str:
+        return "".join(path.read_text() for path in tmp_path.glob("sweep/.submitit/*/*_log.out"))
+
+    def rows() -> dict[str, dict]:
+        return {row["loss.beta"]: row for row in table(tmp_path / "sweep") if row["kind"] == "point"}
+
+    game = start()
+    told = {0: signal.SIGUSR2, 1: signal.SIGKILL, 2: signal.SIGTERM}
+    while told:
+        assert game.poll() is None, (tmp_path / "out").read_text()
+        for number, beta in enumerate(("0.1", "0.2", "0.3")):
+            metrics = list((tmp_path / "sweep").glob(f"*loss.beta={beta}*/metrics.jsonl"))
+            if number in told and metrics and '"train"' in metrics[0].read_text():
+                os.kill(children(children(game.pid)[number])[0], told.pop(number))  # the job of submitit's process
+        time.sleep(0.02)
+    assert game.wait(280) == 1, (tmp_path / "out").read_text()
+    assert "a point's process died, going on without it" in (tmp_path / "out").read_text()
+    found = rows()
+    assert [found[beta]["status"] for beta in ("0.1", "0.2", "0.3", "-1")] == ["done", "done", "unfinished", "failed"]
+    assert found["0.3"]["reason"] == "stopped by SIGTERM: run the same command to go on"
+    assert logs().count("training is kept up to step") == 2 and logs().count("going on from training up to step") == 1
+    assert start().wait(280) == 1
+    assert "2 done before, 1 to play, 1 that can't be played" in (tmp_path / "out").read_text()
+    assert rows()["0.3"]["status"] == "done" and logs().count("going on from training up to step") == 2
+    stages = Counter(path.parent.parent.name for path in (tmp_path / "store").glob("*/*/manifest.json"))
+    assert stages == {"sft": 1, "generate": 1, "score": 1, "train": 3}
 
 
 @pytest.mark.slow
