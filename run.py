@@ -48,7 +48,7 @@ def fail(error: Exception, line: str | None) -> NoReturn:
     """End with status 1 and one line for what a user can put right, `line`; raise `error` where there is none."""
     if not is_first_to_fail():
         end(1)
-    if line is None or os.environ[SHOW_TRACEBACK] == "1":
+    if line is None or os.environ.get(SHOW_TRACEBACK) == "1":
         raise error
     end(1, f"error: {line}")
 
