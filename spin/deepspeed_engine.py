@@ -105,8 +105,6 @@ class DeepSpeedEngine:
             with safe_open(self._saved / MASTERS, "pt") as file:
                 for name, weight in self.trained.items():
                     weight.data.copy_(file.get_tensor(name))
-        elif self.dtype != torch.float32:
-            _, self.buffers = masters_of(self.policy, torch.device("cpu"))
         for weight in self.trained.values():
             weight.requires_grad_(True)
         c = self.config
@@ -154,7 +152,7 @@ class DeepSpeedEngine:
         """Put masters and states in place: DeepSpeed has only seen the rounded weights."""
         if self._saved is None:
             if self.dtype != torch.float32:
-                masters, _ = masters_of(self.policy, torch.device("cpu"))
+                masters, self.buffers = masters_of(self.policy, torch.device("cpu"))
                 self._spread(ds, masters.__getitem__)
             return
         with safe_open(self._saved / OPTIMIZER, "pt") as file:
