@@ -6,6 +6,7 @@ composed from ending the sweep, nor a point that is done from being launched.
 
 import contextlib
 import logging
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -48,6 +49,8 @@ class SpinSweeper(BasicSweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         assert self.config is not None and self.hydra_context is not None
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # where a point fails, one process would go on without the others
+            raise UserError("a sweep is started as one process: give each of its points a torchrun of its own.")
         folder = Path(self.config.hydra.sweep.dir)
         # For all points: it is made of `name`, which may differ between them.
         with open_dict(self.config):
