@@ -490,7 +490,9 @@ def main(arguments: list[str]) -> None:
     """`python -m spin.memory [--cards 24 80] [--ranks 8]`."""
     parser = argparse.ArgumentParser(prog="python -m spin.memory", description=main_help())
     parser.add_argument("--cards", type=int, nargs="+", default=list(CARDS), metavar="GIB", help="cards, by their GiB")
-    parser.add_argument("--ranks", type=int, default=1, metavar="CARDS", help="so many cards together (engine=deepspeed)")
+    parser.add_argument(
+        "--ranks", type=int, default=1, metavar="CARDS", help="so many cards together (engine=deepspeed)"
+    )
     given = parser.parse_args(arguments)
     if min(given.cards) < 1 or given.ranks < 1:
         sys.exit("error: --cards takes GiB of 1 or more, --ranks 1 card or more.")
