@@ -158,6 +158,9 @@ class DeepSpeedEngine:
             if self.dtype != torch.float32:
                 masters, _ = masters_of(self.policy, torch.device("cpu"))
                 self._spread(ds, masters.__getitem__)
+            for part in self._parts(ds):  # at stage 0 DeepSpeed has made an update of nothing, which AdamW would count
+                if "step" in (state := self.optimizer.state.get(part, {})):
+                    state["step"].zero_()
             return
         with safe_open(self._saved / OPTIMIZER, "pt") as file:
             self.updates = int(file.metadata()["updates"])
