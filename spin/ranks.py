@@ -137,6 +137,7 @@ def start(engine: str, device: str) -> Ranks:
     if _joined is ALONE:
         on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
         os.environ["DS_ACCELERATOR"] = "cuda" if on_gpu else "cpu"
+        os.environ.setdefault("LOCAL_RANK", str(local))  # without which DeepSpeed does not begin
         store: dist.Store = dist.HashStore()
         if "MASTER_ADDR" in os.environ:
             store, _, _ = next(dist.rendezvous("env://", rank, size))
