@@ -204,18 +204,21 @@ def _start(folder: Path, part: int, config: GenerationConfig) -> subprocess.Pope
     width = config.tensor_parallel
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
     ours = ",".join(visible.split(",")[part * width : (part + 1) * width])
-    # Without its own folder on the path: the names of our modules are not for others to import.
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(TORCHRUN)}
-    environment |= {"PYTHONSAFEPATH": "1", "CUDA_VISIBLE_DEVICES": ours}
     with (folder / f"{part}.log").open("wb") as log:
         return subprocess.Popen(
             [config.python or sys.executable, str(WORKER), str(folder / "engine.json")],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
-            env=environment,
+            env=_environment(ours),
             start_new_session=True,  # a signal is for us, who then end it with all of its own processes
         )
+
+
+def _environment(gpus: str) -> dict[str, str]:
+    """Without its own folder on the path: the names of our modules are not for others to import."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(TORCHRUN)}
+    return {**kept, "PYTHONSAFEPATH": "1", "CUDA_VISIBLE_DEVICES": gpus}
 
 
 def _wait(folder: Path, part: int, process: subprocess.Popen) -> list[dict]:

@@ -12,12 +12,12 @@ import torch
 
 from spin import ranks
 from spin.checkpoint import Checkpoints, Shards
-from spin.config import EngineConfig, GenerationConfig, OptimizerConfig
+from spin.config import EngineConfig, GenerationConfig, ModelConfig, OptimizerConfig
 from spin.data import Example
 from spin.deepspeed_engine import DeepSpeedEngine
 from spin.engine import SingleEngine
 from spin.logps import Forward, logps_of, sequence_logps
-from spin.model import Policy, content_id, load_model, load_policy, load_tokenizer
+from spin.model import Policy, content_id, load_model, load_policy, load_tokenizer, resolve
 from spin.opponent import generate
 from spin.pairs import Pair, with_opponent_logps
 from spin.ranks import ALONE, Ranks
@@ -210,6 +210,8 @@ def share_work(folder: Path, model_folder: Path, together: Ranks) -> dict:
         path.write_bytes(content)
     together.wait()
     again = answered(model_folder, keep, 2)
+    if together.rank == 1:  # alone: transformers would have rank 0 write
+        resolve(ModelConfig(path="builtin:tiny"), folder / "cache")
     taken = []
     for number in together.claims():
         if number >= 200:
@@ -224,6 +226,7 @@ def share_work(folder: Path, model_folder: Path, together: Ranks) -> dict:
         "again": again,
         "said": said,
         "taken": taken,
+        "made": sorted(path.name for path in (folder / "cache").glob("tiny-*/*")),
         "counted": counter.add(0),
         "shared": together.share({"rank": together.rank}),
         "most": together.most(together.rank),

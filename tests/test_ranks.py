@@ -344,6 +344,7 @@ def test_what_ranks_tell_each_other(two):
     for found in (zero, one):
         assert found["counted"] == 3 and found["shared"] == {"rank": 0}
         assert found["most"] == 1 and found["total"] == 1 and found["mean"] == 3
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {*one["made"]}
     assert sorted([zero["firsts"], one["firsts"]]) == [0, 3]  # one of them, whenever it is asked
     assert ALONE.share(5) == 5 and ALONE.most(2) == 2 and ALONE.total(2) == 2
     assert ALONE.mean(torch.tensor([1.0, 2.0])) == 1.5 and ALONE.is_first_to_fail()
