@@ -87,8 +87,8 @@ class SpinSweeper(BasicSweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         assert self.config is not None and self.hydra_context is not None
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise UserError("a sweep plays its points in one process each: start torchrun for each point, without -m.")
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # where a point fails, one process would go on without the others
+            raise UserError("a sweep is started as one process: give each of its points a torchrun of its own.")
         folder = Path(self.config.hydra.sweep.dir)
         # For all points: it is made of `name`, which may differ between them.
         with open_dict(self.config):

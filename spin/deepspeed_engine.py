@@ -11,6 +11,7 @@ import io
 import logging
 import math
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -53,6 +54,9 @@ def _deepspeed() -> Any:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of calls of its own
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    for name, module in list(sys.modules.items()):  # it prints, and resets the peak of memory that we tell
+        if name.startswith("deepspeed.") and "see_memory_usage" in vars(module):
+            module.see_memory_usage = lambda message, force=False: None  # type: ignore[attr-defined]
     return deepspeed
 
 
@@ -154,6 +158,9 @@ class DeepSpeedEngine:
             if self.dtype != torch.float32:
                 masters, self.buffers = masters_of(self.policy, torch.device("cpu"))
                 self._spread(ds, masters.__getitem__)
+            for part in self._parts(ds):  # at stage 0 DeepSpeed has made an update of nothing, which AdamW would count
+                if "step" in (state := self.optimizer.state.get(part, {})):
+                    state["step"].zero_()
             return
         with safe_open(self._saved / OPTIMIZER, "pt") as file:
             self.updates = int(file.metadata()["updates"])

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers
@@ -463,7 +464,7 @@ def save_model(model: PreTrainedModel, weights: Mapping[str, Tensor], source: Po
         (folder / "config.json").unlink(missing_ok=True)  # with one, transformers would look for a whole model
         adapters.copy_names(source.folder, folder)
         return adapters.write(weights, folder)
-    with quiet():
+    with _saving():
         model.save_pretrained(folder, state_dict={name: weight.cpu() for name, weight in weights.items()})
     # The weights are the masters: the config must not claim the type that the model computes in.
     architecture = json.loads((folder / "config.json").read_text())
@@ -506,6 +507,21 @@ def quiet():
             transformers.utils.logging.enable_progress_bar()
 
 
+@contextlib.contextmanager
+def _saving():
+    """`save_pretrained` as it is for a plain model, quiet: it would leave the writing to rank 0 of all processes, and import
+    DeepSpeed, where it is installed, to see whether the model is wrapped in its engine."""
+    plain: list[tuple[Any, str, Any]] = [
+        (PreTrainedModel, "should_save_on_this_rank", lambda self, is_main_process: True),
+        (transformers.modeling_utils, "unwrap_model", lambda model, recursive=False: model),
+    ]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(quiet())
+        for owner, name, ours in plain:
+            stack.enter_context(mock.patch.object(owner, name, ours))
+        yield
+
+
 def _is_no_table(record: logging.LogRecord) -> bool:
     return "LOAD REPORT" not in record.getMessage()
 
@@ -532,7 +548,7 @@ def _converted(folder: Path, convert: Callable[[Path], object]) -> tuple[Path, s
             folder.rename(beside)  # first: what a killed process leaves must not look like a folder to be used
         shutil.rmtree(beside, ignore_errors=True)
         try:
-            with quiet():
+            with _saving():
                 convert(beside)
             contents = _contents(beside)
             (beside / RECORD).write_text(json.dumps(contents, indent=2) + "\n", "utf-8")

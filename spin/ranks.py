@@ -4,6 +4,7 @@
 rank 0 alone keeps the store, writes and speaks.
 """
 
+import itertools
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -29,6 +30,7 @@ class Ranks:
         self.rank, self.size, self.local, self.here = rank, size, local, here
         self._store = store  # what they all see, kept by the process that started them
         self._counters = 0
+        self._is_first: bool | None = None
 
     @property
     def leads(self) -> bool:
@@ -72,9 +74,8 @@ class Ranks:
 
     def claims(self) -> Iterator[int]:
         """0, 1, 2, ..., each for one rank only: whoever is free takes the next. All ranks make the same queues, in one order."""
-        counter = self.counter()
-        while True:
-            yield counter.add(1) - 1
+        counter = self.counter()  # now, whoever takes none has it, too
+        return (counter.add(1) - 1 for _ in itertools.count())
 
     def counter(self) -> "Counter":
         """A count that all ranks add to. All ranks make the same counters, in one order."""
@@ -89,13 +90,13 @@ class Ranks:
             stop(number)
 
     def is_first_to_fail(self) -> bool:
-        """False where another rank has failed before: its line says why. Asked once, at the end."""
-        if self._store is None:
-            return True
-        try:
-            return self._store.add("failed", 1) == 1
-        except RuntimeError:  # whoever keeps the store is gone
-            return self.leads
+        """False where another rank has failed before: its line says why. Asked at the end, when this rank has failed."""
+        if self._is_first is None:
+            try:
+                self._is_first = self._store is None or self._store.add("failed", 1) == 1
+            except RuntimeError:  # whoever keeps the store is gone
+                self._is_first = self.leads
+        return self._is_first
 
 
 class Counter:
@@ -135,15 +136,8 @@ def start(engine: str, device: str) -> Ranks:
         return ALONE
     if _joined is ALONE:
         on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-        # DeepSpeed asks for these, where torchrun has started nothing too.
-        os.environ |= {"DS_ACCELERATOR": "cuda" if on_gpu else "cpu", "LOCAL_RANK": str(local)}
-        if on_gpu:
-            if here > torch.cuda.device_count():
-                raise UserError(
-                    f"{here} processes were started on a machine with {torch.cuda.device_count()} GPUs: "
-                    "give torchrun a smaller --nproc-per-node."
-                )
-            torch.cuda.set_device(local)
+        os.environ["DS_ACCELERATOR"] = "cuda" if on_gpu else "cpu"
+        os.environ.setdefault("LOCAL_RANK", str(local))  # without which DeepSpeed does not begin
         store: dist.Store = dist.HashStore()
         if "MASTER_ADDR" in os.environ:
             store, _, _ = next(dist.rendezvous("env://", rank, size))
@@ -152,6 +146,13 @@ def start(engine: str, device: str) -> Ranks:
         meeting = dist.PrefixStore("torch", store)
         dist.init_process_group(backend, store=meeting, rank=rank, world_size=size, timeout=PATIENCE)
         _joined = Ranks(rank, size, local, here, dist.PrefixStore("spin", store))
+        if on_gpu:  # joined before, so that one of them says it, whosever machine it is
+            if here > torch.cuda.device_count():
+                raise UserError(
+                    f"{here} processes were started on a machine with {torch.cuda.device_count()} GPUs: "
+                    "give torchrun a smaller --nproc-per-node."
+                )
+            torch.cuda.set_device(local)
     return _joined
 
 

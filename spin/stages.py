@@ -209,6 +209,7 @@ class Stages:
                 engine.head_chunk,
                 self._longest(),
             )
+            found, remark = self.ranks.share((found, remark))  # all go one way, on whatever processors
             if remark and found not in self._forwards.values():
                 self.tracker.say(remark)
             self._forwards[policy.id] = found

@@ -16,7 +16,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from spin.errors import UserError, explain
-from spin.interrupt import check, deferred
+from spin.interrupt import check, deferred, pending, stop
 from spin.sealed import Damaged, read_manifest, seal, size_of, verify
 
 # Part of every key: another number where the same settings come to give another content.
@@ -191,7 +191,11 @@ def locked(path: Path, reason: str, say: Callable[[str], None]) -> Iterator[None
         lock.acquire(timeout=0)
     except Timeout:
         say(f"{reason}: waiting for it to end ({path})")
-        lock.acquire()
+        while not lock.is_locked:
+            if number := pending():  # in a game of several processes, whose others wait for this one
+                stop(number)
+            with contextlib.suppress(Timeout):
+                lock.acquire(timeout=1)
     try:
         yield
     finally:

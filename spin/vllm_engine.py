@@ -35,6 +35,8 @@ from spin.pairs import Answer, answer_of
 
 VERSION = "0.33.0"  # whose interface this is written for
 INSTALL = f"python -m venv .venv-vllm && .venv-vllm/bin/pip install vllm=={VERSION}"
+# What torchrun tells the processes of a game: vLLM's, which are others, would look for each other in the wrong place.
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
 WORKER = Path(__file__).with_name("vllm_worker.py")
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes as the largest of an adapter
 
@@ -202,17 +204,21 @@ def _start(folder: Path, part: int, config: GenerationConfig) -> subprocess.Pope
     width = config.tensor_parallel
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
     ours = ",".join(visible.split(",")[part * width : (part + 1) * width])
-    # Without its own folder on the path: the names of our modules are not for others to import.
-    environment = {**os.environ, "PYTHONSAFEPATH": "1", "CUDA_VISIBLE_DEVICES": ours}
     with (folder / f"{part}.log").open("wb") as log:
         return subprocess.Popen(
             [config.python or sys.executable, str(WORKER), str(folder / "engine.json")],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
-            env=environment,
+            env=_environment(ours),
             start_new_session=True,  # a signal is for us, who then end it with all of its own processes
         )
+
+
+def _environment(gpus: str) -> dict[str, str]:
+    """Without its own folder on the path: the names of our modules are not for others to import."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(TORCHRUN)}
+    return {**kept, "PYTHONSAFEPATH": "1", "CUDA_VISIBLE_DEVICES": gpus}
 
 
 def _wait(folder: Path, part: int, process: subprocess.Popen) -> list[dict]:

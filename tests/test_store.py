@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,7 +13,8 @@ from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spin.store import RESUME, Store, entries, key_of, link_file, link_tree, main, remove, write_text
+from spin import interrupt
+from spin.store import RESUME, Store, entries, key_of, link_file, link_tree, locked, main, remove, write_text
 
 ROOT = Path(__file__).parent.parent
 
@@ -300,3 +302,24 @@ def test_links_replace_what_is_there_and_take_no_space(tmp_path):
     assert (tmp_path / "shown" / "weights.safetensors").read_text() == (tmp_path / "file").read_text() == "new"
     assert (tmp_path / "old" / "weights.safetensors").read_text() == "old"
     assert (tmp_path / "file").stat().st_ino == (tmp_path / "new" / "weights.safetensors").stat().st_ino
+
+
+def test_a_wait_for_another_run_can_be_stopped_in_a_game_of_several_processes(tmp_path):
+    """These have signals wait for all of them; who waits at a lock would never come to where they are looked at."""
+    before, said = {number: signal.getsignal(number) for number in interrupt.SIGNALS}, []
+
+    def wait():
+        with FileLock(tmp_path / "lock"), interrupt.deferred():
+            os.kill(os.getpid(), signal.SIGTERM)
+            with locked(tmp_path / "lock", "another run", said.append):
+                raise AssertionError
+
+    interrupt.install()
+    try:
+        with pytest.raises(interrupt.Interrupted):
+            wait()
+    finally:
+        interrupt.install()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert len(said) == 1

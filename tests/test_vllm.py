@@ -178,3 +178,13 @@ def test_the_engine_is_part_of_what_makes_answers_and_of_nothing_else(tmp_path):
     ):
         assert inputs(engine="vllm", **change) == vllm
     assert "engine" not in ours[0]["generation"]  # as before there were two
+
+
+def test_its_processes_are_not_told_of_torchruns(monkeypatch):
+    """They would wait for each other at the store of a game's own processes."""
+    for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE"):
+        monkeypatch.setenv(key, "1")
+    monkeypatch.setenv("HF_TOKEN", "kept")
+    found = vllm_engine._environment("0,1")
+    assert found["HF_TOKEN"] == "kept" and found["CUDA_VISIBLE_DEVICES"] == "0,1"
+    assert not [key for key in found if key.startswith(vllm_engine.TORCHRUN)]

@@ -1,0 +1,253 @@
+"""One rank of tests/test_ranks.py: `torchrun ... tests/ranks_worker.py FOLDER` plays the cases in FOLDER/cases.json together
+with the other ranks. Each leaves a folder of its name: rows, facts, the policy. `play` plays a case in one process, too."""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from spin import ranks
+from spin.checkpoint import Checkpoints, Shards
+from spin.config import EngineConfig, GenerationConfig, ModelConfig, OptimizerConfig
+from spin.data import Example
+from spin.deepspeed_engine import DeepSpeedEngine
+from spin.engine import SingleEngine
+from spin.logps import Forward, logps_of, sequence_logps
+from spin.model import Policy, content_id, load_model, load_policy, load_tokenizer, resolve
+from spin.opponent import generate
+from spin.pairs import Pair, with_opponent_logps
+from spin.ranks import ALONE, Ranks
+from spin.train import _order, fit, train_spin
+from tests.conftest import random_items
+
+CPU = torch.device("cpu")
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PAIRS = 10  # in batches of 3: the ranks' shares are unequal, and the last step is one pair's
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained, and how. `objective`: "spin", or one that in the steps `broken` is not finite for one item: "loss" and
+    gradients, or the "gradient" alone. `kept`: the folder of checkpoints, one after every step;
+    `cut`: the step at which the process dies."""
+
+    name: str
+    model: str
+    stage: int = 0
+    precision: str = "fp32"
+    optimizer: str = "rmsprop"
+    base: str | None = None
+    lr: float = 1e-3
+    clip: float = 0.5
+    tokens: int = 64  # of a pass, below two pairs' of most
+    epochs: float = 1
+    checkpointing: bool = False
+    offload: bool = False
+    objective: str = "spin"
+    broken: list[int] = field(default_factory=list)
+    kept: str | None = None
+    cut: int | None = None
+
+    @property
+    def policy(self) -> Policy:
+        base = Policy("base", Path(self.base), content_id(Path(self.base))) if self.base else None
+        return Policy("start", Path(self.model), content_id(Path(self.model), base), base)
+
+    @property
+    def forward(self) -> Forward:
+        return Forward("packed", "chunked", 64, self.tokens, 16)
+
+
+class Cut(Exception):
+    """The process dies."""
+
+
+@lru_cache
+def scored(policy: Policy, precision: str, forward: Forward) -> list[Pair]:
+    items = random_items(PAIRS, seed=5, longest=30)
+    pairs = [Pair(f"p{i}", "", "", "", "stop", item.prompt_ids, *item.responses) for i, item in enumerate(items)]
+    return with_opponent_logps(pairs, logps_of(load_policy(policy, TYPES[precision], CPU), items, forward).view(-1, 2))
+
+
+def broken_at(case: Case) -> Callable:
+    """The negative log-prob of one response; where it is broken, it is for one item, and so on one rank."""
+    order = _order(PAIRS, case.epochs, 0)
+
+    def objective(batch, logps, indices, step):
+        bad = torch.tensor([step in case.broken and i == order[3 * step] for i in indices])
+        losses = -logps * torch.where(bad, torch.inf, 1.0)
+        found = torch.where(bad, torch.nan, -logps.detach()) if case.objective == "loss" else -logps.detach()
+        return losses, {"loss": found}
+
+    return objective
+
+
+def play(case: Case, folder: Path, together: Ranks = ALONE) -> SingleEngine | DeepSpeedEngine:
+    """Train as the case says; by `SingleEngine` where there is one rank. The engine, closed."""
+    folder = folder / case.name
+    options = EngineConfig(
+        name="deepspeed",
+        zero_stage=case.stage,
+        offload_optimizer=case.offload,
+        gradient_checkpointing=case.checkpointing,
+    )
+    optimizer = OptimizerConfig(name=case.optimizer, max_grad_norm=case.clip)
+    arguments = (case.policy, TYPES[case.precision], CPU, options, optimizer)
+    engine = SingleEngine(*arguments) if together is ALONE else DeepSpeedEngine(*arguments, together)
+    rows: list[dict] = []
+    facts: dict = {"passes": 0, "first": None}
+    usual = engine.logps
+
+    def logps(batch, forward):
+        found = usual(batch, forward)
+        if facts["passes"] == 0 and together is not ALONE:  # against the policy as it was scored, in the same batch
+            plain = load_policy(case.policy, TYPES[case.precision], CPU)
+            with torch.no_grad():
+                expected = sequence_logps(plain, batch, forward)
+            facts["first"] = (found.detach() - expected).abs().max().item()
+        facts["passes"] += 1
+        return found
+
+    def log(row: dict) -> None:
+        rows.append(row)
+        if row["step"] == case.cut:
+            raise Cut
+
+    engine.logps = logps  # type: ignore[method-assign]
+    kept = Checkpoints(Path(case.kept), steps=1, ranks=together) if case.kept else Checkpoints(ranks=together)
+    settings = dict(lr=case.lr, epochs=case.epochs, batch_size=3, warmup_ratio=0.0, seed=0, log=log, checkpoints=kept)
+    try:
+        if case.objective == "spin":
+            train_spin(
+                engine,
+                scored(case.policy, case.precision, case.forward),
+                case.forward,
+                beta=0.2,
+                link="logistic",
+                **settings,
+            )
+        else:
+            fit(engine, random_items(PAIRS, 1, seed=5), broken_at(case), case.forward, **settings)
+        engine.save(folder / "policy")
+    except Cut:
+        pass
+    if together is not ALONE:
+        facts["bytes"] = measured(engine)
+    if together is not ALONE and case.base:
+        names = {name for name, weight in engine.model.named_parameters() if weight.requires_grad}
+        facts["trained"] = sorted(names)
+    engine.close()
+    facts["restored"] = kept.restored.step
+    facts["passes of all"] = together.total(facts["passes"])
+    facts["first"] = together.most(facts["first"] or 0.0)
+    if together.leads:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "facts.json").write_text(json.dumps(facts))
+        (folder / "rows.json").write_text(json.dumps(rows))
+    return engine
+
+
+def measured(engine: DeepSpeedEngine) -> dict[str, int]:
+    """Bytes that this rank holds, by what they are for, each storage once."""
+
+    def held(tensors) -> int:
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+    weights = [getattr(weight, "ds_tensor", weight) for weight in engine.model.parameters()]
+    parts = engine._parts(engine._ds)
+    if engine.stage == 0 and engine.dtype != torch.float32:
+        parts = list(engine._copies(engine._ds).values())
+    states = [
+        value
+        for state in engine.optimizer.state.values()
+        for name, value in state.items()
+        if isinstance(value, torch.Tensor) and name != "step"
+    ]
+    own = {tensor.untyped_storage().data_ptr() for tensor in weights}
+    return {
+        "weights": held(weights),
+        "masters": held([part for part in parts if part.untyped_storage().data_ptr() not in own]),
+        "optimiser states": held(states),
+    }
+
+
+# --- work that is no training -------------------------------------------------------------------------------------------
+
+
+def examples() -> list[Example]:
+    items = random_items(13, 1, seed=8)
+    return [Example(f"e{i}", "", item.prompt_ids, "", ()) for i, item in enumerate(items)]
+
+
+def answered(model_folder: Path, keep, size: int) -> tuple[list[dict], list[float]]:
+    """Answers and log-probs by the model, in shards of `size`."""
+    model = load_model(model_folder, torch.float32, CPU)
+    settings = GenerationConfig(batch_size=3, temperature=1.0)
+    tokenizer = load_tokenizer(model_folder)
+    answers = generate(model, tokenizer, examples(), settings, 12, {1}, 0, keep=keep("answers"), shard_size=size)
+    forward = Forward("packed", "chunked", 64, 64, 16)
+    logps = logps_of(model, random_items(13, seed=9), forward, keep=keep("scores"), shard_size=size)
+    return [asdict(answer) for answer in answers], logps.tolist()
+
+
+def share_work(folder: Path, model_folder: Path, together: Ranks) -> dict:
+    """What two ranks tell each other, and what they make of shards; with one shard damaged, once more."""
+    said: list[str] = []
+
+    def keep(name: str) -> Shards:
+        return Shards(folder / name, said.append, ranks=together)
+
+    first = answered(model_folder, keep, 2)
+    together.wait()
+    if together.leads:
+        path = folder / "answers" / "00002" / "rows.parquet"
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 4
+        path.write_bytes(content)
+    together.wait()
+    again = answered(model_folder, keep, 2)
+    if together.rank == 1:  # alone: transformers would have rank 0 write
+        resolve(ModelConfig(path="builtin:tiny"), folder / "cache")
+    taken = []
+    for number in together.claims():
+        if number >= 200:
+            break
+        taken.append(number)
+    together.claims()  # a queue that nobody takes from is one all the same
+    counter = together.counter()
+    counter.add(together.rank + 1)
+    together.wait()
+    return {
+        "first": first,
+        "again": again,
+        "said": said,
+        "taken": taken,
+        "made": sorted(path.name for path in (folder / "cache").glob("tiny-*/*")),
+        "counted": counter.add(0),
+        "shared": together.share({"rank": together.rank}),
+        "most": together.most(together.rank),
+        "total": together.total(0.5),
+        "mean": together.mean(torch.tensor([1.0, 2.0, 6.0][: 3 * together.rank])),  # nothing on rank 0
+        "firsts": together.is_first_to_fail() + 2 * together.is_first_to_fail(),
+    }
+
+
+def main(folder: Path) -> None:
+    together = ranks.start("deepspeed", "cpu")
+    job = json.loads((folder / "cases.json").read_text())
+    torch.manual_seed(together.rank)  # what is random must not matter
+    for case in job["cases"]:
+        play(Case(**case), folder, together)
+    if job["shared"]:
+        found = share_work(folder / "shared", Path(job["shared"]), together)
+        (folder / f"shared-{together.rank}.json").write_text(json.dumps(found))
+    together.wait()
+    ranks.leave()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

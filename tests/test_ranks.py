@@ -1,0 +1,541 @@
+"""engine=deepspeed: two real processes (gloo, on the CPU) against one, in losses, weights, answers, checkpoints and games."""
+
+import importlib.util
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from spin.checkpoint import keep_nothing
+from spin.deepspeed_engine import check_deepspeed
+from spin.errors import UserError
+from spin.memory import Spread, bytes_per_weight
+from spin.pairs import deal, read_pairs
+from spin.ranks import ALONE
+from tests.conftest import random_items, small_model
+from tests.games import Place
+from tests.ranks_worker import Case, answered, play
+from tests.test_adapters import adapted
+from tests.test_config import load
+
+ROOT = Path(__file__).parent.parent
+TIMINGS = {"tokens_per_second", "pairs_per_second"}
+
+
+def torchrun(size: int, *words: str, timeout: float = 250, env: dict[str, str] | None = None):
+    """The command `torchrun --nproc-per-node SIZE *words`, ended."""
+    return subprocess.run(
+        launch(size, *words),
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def launch(size: int, *words: str) -> list[str]:
+    """`--standalone` looks for a free port by itself."""
+    runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+    return [*runner, *words]
+
+
+class Results:
+    """What the ranks left in `folder` of `cases`, and what one process makes of the same."""
+
+    def __init__(self, folder: Path, cases: list[Case], size: int = 2, shared: str | None = None):
+        self.folder, self.cases = folder, {case.name: case for case in cases}
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "cases.json").write_text(json.dumps({"cases": [asdict(case) for case in cases], "shared": shared}))
+        done = torchrun(size, "-m", "tests.ranks_worker", str(folder))
+        assert done.returncode == 0, done.stdout + done.stderr
+        self.printed = done.stdout + done.stderr
+
+    def alone(self, name: str) -> Path:
+        """The folder of what one process makes of a case."""
+        if not (self.folder / "alone" / name).exists():
+            play(self.cases[name], self.folder / "alone")
+        return self.folder / "alone" / name
+
+    def of(self, name: str) -> tuple[dict, list[dict]]:
+        """The ranks' facts and rows."""
+        facts, rows = (json.loads((self.folder / name / f"{part}.json").read_text()) for part in ("facts", "rows"))
+        return facts, rows
+
+    def moves(self, name: str, folder: Path | None = None) -> torch.Tensor:
+        """How far training has moved each weight."""
+        saved = weights_of((folder or self.folder / name) / "policy")
+        start = weights_of(Path(self.cases[name].model))
+        assert saved.keys() == start.keys()
+        return torch.cat([(saved[key].double() - start[key].double()).flatten() for key in sorted(saved)])
+
+    def compare(self, name: str) -> None:
+        """Ranks and the one process: rows, and weights.
+
+        In fp32 they differ by the order of sums: 1e-6 of a gradient. RMSprop and AdamW divide a gradient by its own size, so
+        that few weights, whose gradients are all rounding, move by the full rate in either direction: hence a bound on all
+        moves together. In bf16 a gradient is rounded to 2^-9 of itself where it is summed over layers and, at stage 0, over
+        passes and ranks; log-probs of the later steps have the rounding of weights that differ in their last bit.
+        """
+        fp32 = self.cases[name].precision == "fp32"
+        alone = self.alone(name)
+        rows, expected = self.of(name)[1], json.loads((alone / "rows.json").read_text())
+        assert len(rows) == len(expected) > 0
+        for row, other in zip(rows, expected, strict=True):
+            assert row.keys() == other.keys()
+            for key in row.keys() - TIMINGS:
+                if isinstance(row[key], float):
+                    bound = dict(rel=1e-4, abs=1e-4) if fp32 else dict(rel=0.02, abs=0.1)
+                    assert row[key] == pytest.approx(other[key], nan_ok=True, **bound), (key, row, other)
+                else:
+                    assert row[key] == other[key], key
+            assert row["loss"] == pytest.approx(other["loss"], nan_ok=True, rel=1e-5 if fp32 else 0.01)
+        moved, should = self.moves(name), self.moves(name, alone)
+        assert should.norm() > 0
+        share = ((moved - should).norm() / should.norm()).item()
+        assert share < (1e-4 if fp32 else 0.1), (name, share)
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    (path,) = folder.glob("*.safetensors")
+    return load_file(path)
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    first, second = weights_of(one), weights_of(other)
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As each rank has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def models(tiny_folder, tmp_path_factory):
+    """The tiny model (tied embeddings), an untied one, and an adapter of the first."""
+    folder = tmp_path_factory.mktemp("ranks-models")
+    untied = small_model("llama")
+    untied.save_pretrained(folder / "untied")
+    (folder / "untied" / "tokenizer.json").write_bytes((tiny_folder / "tokenizer.json").read_bytes())
+    (folder / "untied" / "tokenizer_config.json").write_bytes((tiny_folder / "tokenizer_config.json").read_bytes())
+    adapted(tiny_folder, folder / "adapter")
+    return {"tied": str(tiny_folder), "untied": str(folder / "untied"), "adapter": str(folder / "adapter")}
+
+
+def some_cases(models: dict[str, str], folder: Path) -> list[Case]:
+    tied, untied = models["tied"], models["untied"]
+    adamw = dict(model=tied, stage=3, optimizer="adamw")
+    return [
+        Case("0", tied, 0),
+        Case("0 bf16 adamw", tied, 0, "bf16", "adamw"),
+        Case("1 bf16 untied", untied, 1, "bf16"),
+        Case("2 adamw offload", tied, 2, optimizer="adamw", offload=True),
+        Case("2 bf16 small steps", tied, 2, "bf16", lr=1e-7),
+        Case("3 adamw checkpointing", checkpointing=True, **adamw),
+        Case("3 bf16 small steps", tied, 3, "bf16", lr=1e-7),
+        Case("3 broken", tied, 3, objective="loss", broken=[1, 2, 4], epochs=2),
+        Case("3 lora", models["adapter"], 3, base=tied),
+        Case("3 cut", kept=str(folder / "kept"), cut=2, **adamw),
+        Case("3 again", kept=str(folder / "kept"), **adamw),
+        Case("3 after one", kept=str(folder / "kept by one"), **adamw),
+    ]
+
+
+def more_cases(models: dict[str, str], folder: Path) -> list[Case]:
+    tied, untied = models["tied"], models["untied"]
+    broken = dict(broken=[1, 2, 4], epochs=2)
+    return [
+        Case("0 bf16 adamw", tied, 0, "bf16", "adamw"),
+        Case("1 adamw", untied, 1, optimizer="adamw", tokens=4096),
+        Case("2", tied, 2, tokens=200),
+        Case("2 bf16", untied, 2, "bf16", checkpointing=True),
+        Case("3 bf16 untied adamw", untied, 3, "bf16", "adamw", offload=True),
+        Case("3 one pass", untied, 3, tokens=4096),
+        Case("0 broken", tied, 0, objective="loss", **broken),
+        Case("1 broken gradient bf16", tied, 1, "bf16", objective="gradient", **broken),
+        Case("2 broken gradient", tied, 2, objective="gradient", **broken),
+        Case("0 lora bf16", models["adapter"], 0, "bf16", base=tied),
+        Case("2 lora", models["adapter"], 2, base=tied),
+        Case("2 bf16 cut", tied, 2, "bf16", "adamw", kept=str(folder / "kept 2"), cut=2),
+        Case("2 bf16 again", tied, 2, "bf16", "adamw", kept=str(folder / "kept 2")),
+        Case("2 bf16 whole", tied, 2, "bf16", "adamw"),
+        Case("0 bf16 cut", tied, 0, "bf16", "adamw", kept=str(folder / "kept 0"), cut=2),
+        Case("0 bf16 again", tied, 0, "bf16", "adamw", kept=str(folder / "kept 0")),
+    ]
+
+
+@pytest.fixture(scope="module")
+def two(models, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    cases = some_cases(models, folder)
+    play(replace(cases[-1], name="cut by one", cut=2), folder)  # leaves a checkpoint, which two go on from
+    return Results(folder, cases, shared=models["untied"])
+
+
+@pytest.fixture(scope="module")
+def more(models, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("more-ranks")
+    return Results(folder, more_cases(models, folder))
+
+
+# --- training -----------------------------------------------------------------------------------------------------------
+
+
+def test_two_ranks_train_as_one_process_does(two):
+    for name, case in two.cases.items():
+        if case.kept is None:
+            two.compare(name)
+    rows = two.of("0")[1]
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert [row["pairs"] for row in rows] == [3, 3, 3, 1]  # of 2 and 1 on the ranks, at last of 1 and 0
+    assert all(row["grad_norm"] > two.cases["0"].clip for row in rows)  # clipped
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one_process_does_in_other_ways(more):
+    for name, case in more.cases.items():
+        if case.kept is None:
+            more.compare(name)
+    assert same_weights(more.folder / "2 bf16 again" / "policy", more.folder / "2 bf16 whole" / "policy")
+    assert same_weights(more.folder / "0 bf16 again" / "policy", more.folder / "0 bf16 adamw" / "policy")
+    check_bytes(more)
+
+
+def test_ranks_pass_through_the_model_equally_often(two):
+    """ZeRO-3 gathers weights in every pass: one that has nothing left passes with weight 0."""
+    facts, _ = two.of("0")
+    assert facts["passes of all"] == 2 * facts["passes"] > 2 * 4
+
+
+def test_the_first_log_probs_are_those_of_one_process_to_the_bit(two):
+    """In bf16, too: what DeepSpeed casts are not only weights, and rotary positions in bf16 are others."""
+    for name, case in two.cases.items():
+        if case.cut is not None or case.kept is None:
+            assert two.of(name)[0]["first"] == 0.0, name
+
+
+@pytest.mark.parametrize("name", ["2 bf16 small steps", "3 bf16 small steps"])
+def test_masters_are_the_policys_own_weights_and_what_is_saved(two, name):
+    """All steps together are below what bf16 tells apart: had masters begun as rounded weights, it would be seen."""
+    moved = two.moves(name).abs()
+    assert 0 < moved.max() < 4 * 10 * 1e-7 * 1.1  # RMSprop's first steps are of ten times the rate
+    assert (moved > 1e-8).double().mean() > 0.5
+    saved, start = weights_of(two.folder / name / "policy"), weights_of(Path(two.cases[name].model))
+    assert any((start[key] != start[key].bfloat16().float()).any() for key in start)
+    kept = torch.cat([(saved[key].bfloat16() == start[key].bfloat16()).flatten() for key in start])
+    assert kept.double().mean() > 0.95
+
+
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(two):
+    rows = two.of("3 broken")[1]  # the weights after it are compared above
+    assert [row["skipped"] for row in rows] == [0, 1, 2, 2, 3, 3, 3]
+    assert [math.isnan(row["grad_norm"]) for row in rows] == [False, True, True, False, True, False, False]
+
+
+def test_of_an_adapter_nothing_else_is_trained_or_saved(two):
+    facts, _ = two.of("3 lora")
+    assert facts["trained"] and all(".lora_" in name for name in facts["trained"])
+    assert all(".lora_" in name for name in weights_of(two.folder / "3 lora" / "policy"))
+
+
+def check_bytes(results: Results) -> None:
+    for name, case in results.cases.items():
+        held = results.of(name)[0]["bytes"]
+        numbers = sum(value.numel() for value in weights_of(Path(case.model)).values())
+        expected = bytes_per_weight(case.precision, case.optimizer, spread=Spread(2, case.stage))
+        for part in held if case.base is None else ():  # of parts of one length, the last is filled up
+            assert held[part] == pytest.approx(numbers * expected[part], rel=0.01), (name, part)
+
+
+def test_the_estimate_of_memory_is_what_a_rank_holds(two):
+    check_bytes(two)
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------------------
+
+
+def test_training_that_is_cut_goes_on_to_the_same_bits(two):
+    facts, rows = two.of("3 again")
+    whole = two.of("3 adamw checkpointing")[1]
+    assert facts["restored"] == 2
+    assert [{k: v for k, v in row.items() if k not in TIMINGS} for row in rows] == [
+        {k: v for k, v in row.items() if k not in TIMINGS} for row in whole
+    ]
+    assert same_weights(two.folder / "3 again" / "policy", two.folder / "3 adamw checkpointing" / "policy")
+
+
+def test_two_go_on_from_what_one_kept_and_one_from_what_two_kept(two):
+    """AdamW: the number of updates decides how far the next one goes."""
+    whole = two.moves("3 adamw checkpointing", two.alone("3 adamw checkpointing"))
+    assert two.of("3 after one")[0]["restored"] == 2
+    assert (two.moves("3 after one") - whole).norm() < 1e-4 * whole.norm()
+    kept = kept_at(two, 3)
+    play(replace(two.cases["3 again"], name="one after two", kept=str(kept)), two.folder)
+    facts, _ = two.of("one after two")
+    assert facts["restored"] == 3
+    assert (two.moves("3 again", two.folder / "one after two") - whole).norm() < 1e-4 * whole.norm()
+
+
+def kept_at(two: Results, step: int) -> Path:
+    """A folder with the checkpoint of that step alone."""
+    folder = two.folder / f"kept at {step}, {time.monotonic_ns()}"
+    shutil.copytree(two.folder / "kept" / f"step-{step:08d}", folder / f"step-{step:08d}")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 3])
+def test_other_numbers_of_ranks_go_on_from_what_two_kept(two, tmp_path, size):
+    cases = [
+        replace(two.cases["3 again"], name=f"stage {stage}", stage=stage, kept=str(kept_at(two, 3)))
+        for stage in (0, 2, 3)
+    ]
+    results = Results(tmp_path, cases, size)
+    whole = two.moves("3 adamw checkpointing", two.alone("3 adamw checkpointing"))
+    for case in cases:
+        assert results.of(case.name)[0]["restored"] == 3
+        assert (results.moves(case.name) - whole).norm() < 1e-4 * whole.norm()
+
+
+# --- shared work --------------------------------------------------------------------------------------------------------
+
+
+def test_every_item_is_dealt_once_in_hands_alike():
+    for count in (1, 2, 7, 40):
+        items = random_items(count, seed=count)
+        for hands in (1, 2, 3, 8):
+            dealt = deal(items, hands)
+            assert len(dealt) == hands and sorted(i for hand in dealt for i in hand) == list(range(count))
+            tokens = [sum(items[i].tokens for i in hand) for hand in dealt]
+            assert max(tokens) - min(tokens) <= max(item.tokens for item in items)
+
+
+def test_ranks_share_answers_and_scores_which_are_those_of_one(two, models):
+    """And a shard that is damaged is made again, by one of them."""
+    found = [json.loads((two.folder / f"shared-{rank}.json").read_text()) for rank in (0, 1)]
+    alone = json.loads(json.dumps(answered(Path(models["untied"]), lambda name: keep_nothing, 2)))
+    for answers, logps in (one[when] for one in found for when in ("first", "again")):
+        assert answers == alone[0]
+        assert logps == pytest.approx(alone[1], abs=1e-4)
+    (said,) = [line for one in found for line in one["said"]]
+    assert "00002" in said and "made again" in said
+
+
+def test_what_ranks_tell_each_other(two):
+    zero, one = (json.loads((two.folder / f"shared-{rank}.json").read_text()) for rank in (0, 1))
+    assert sorted(zero["taken"] + one["taken"]) == list(range(200))
+    for found in (zero, one):
+        assert found["counted"] == 3 and found["shared"] == {"rank": 0}
+        assert found["most"] == 1 and found["total"] == 1 and found["mean"] == 3
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {*one["made"]}
+    assert sorted([zero["firsts"], one["firsts"]]) == [0, 3]  # one of them, whenever it is asked
+    assert ALONE.share(5) == 5 and ALONE.most(2) == 2 and ALONE.total(2) == 2
+    assert ALONE.mean(torch.tensor([1.0, 2.0])) == 1.5 and ALONE.is_first_to_fail()
+
+
+def test_the_library_is_quiet(two):
+    lines = [line for line in two.printed.splitlines() if line.strip()]
+    assert lines == [], lines[:10]
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["model.adapter=lora", "model.quantization=nf4"], "model.quantization=nf4"),
+        (["optimizer=rmsprop8bit"], "rmsprop8bit"),
+        (["optimizer.states=bf16"], "rmsprop with bf16 states"),
+        (["engine.zero_stage=0", "engine.offload_optimizer=true"], "engine.offload_optimizer=True"),
+        (["engine.zero_stage=4"], "engine.zero_stage=4: must be 0, 1, 2 or 3"),
+    ],
+)
+def test_what_can_not_be_spread_over_ranks_is_refused(words, says):
+    with pytest.raises(UserError) as refused:
+        load("engine=deepspeed", *words)
+    assert says in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_deepspeed_that_is_missing_is_asked_for(monkeypatch):
+    usual = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "deepspeed" else usual(name))
+    with pytest.raises(UserError, match=r"pip install deepspeed==\d"):
+        check_deepspeed()
+
+
+# --- games --------------------------------------------------------------------------------------------------------------
+
+GAME = ("engine=deepspeed", "engine.precision=fp32", "checkpoint.steps=1", "schedule.batch_size=4")
+
+
+def errors(done: subprocess.CompletedProcess) -> list[str]:
+    return [line for line in done.stderr.splitlines() if line.startswith(("error:", "stopped by"))]
+
+
+def play_ranks(place: Place, *words: str, run: str = "run", size: int = 2) -> subprocess.CompletedProcess:
+    done = torchrun(size, "run.py", *place.words(*words, run=run))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == "", done.stderr
+    return done
+
+
+def assert_near(place: Place, ranks: str, one: str) -> None:
+    """The rows of two runs up to the end of iteration 0: the same ones, and their numbers alike up to its first update.
+
+    That is one of RMSprop's first, which makes a full step of whatever a gradient is, rounding too: from there two packings
+    of one process part as well, by some hundredths of the loss.
+    """
+    stages, parted = ("sft", "generate", "score", "train"), False
+    rows, expected = (
+        [row for row in place.metrics(run) if row["stage"] in stages and row["iter"] in (None, 0)]
+        for run in (ranks, one)
+    )
+    assert {row["stage"] for row in rows} >= {"generate", "score", "train"}
+    for row, other in zip(rows, expected, strict=True):
+        assert row.keys() == other.keys() and row["step"] == other["step"]
+        for key in row.keys() - TIMINGS if not parted else {"loss"}:
+            bound = dict(abs=0.2) if parted else dict(rel=1e-3, abs=1e-3)
+            assert row[key] == (pytest.approx(other[key], **bound) if isinstance(row[key], float) else other[key]), key
+        parted = parted or row["stage"] == "train"
+
+
+def test_a_game_of_two_ranks_is_that_of_one_process(place):
+    """ZeRO 3. Self-play from the start: answers and scores of iteration 0 are the same to the bit."""
+    words = ["schedule.sft_epochs=0", "iter=0", "tracking.wandb=offline"]
+    done = play_ranks(place, *GAME, *words, run="ranks")
+    assert "2 processes, ZeRO stage 3" in done.stdout and done.stdout.count("report: ") == 1
+    place.play("engine.precision=fp32", "schedule.batch_size=4", *words, f"store.path={place.folder}/one", run="one")
+    runs = place.folder / "ranks", place.folder / "one"
+    assert read_pairs(runs[0] / "iter0" / "pairs.parquet") == read_pairs(runs[1] / "iter0" / "pairs.parquet")
+    assert_near(place, "ranks", "one")
+    assert len(list((runs[0] / "wandb").glob("offline-run-*"))) == 1
+    for name in ("report.md", "config.yaml", "game.json", "iter0/manifest.json"):
+        assert (runs[0] / name).is_file()
+    again = play_ranks(place, *GAME, *words, run="ranks")
+    assert "Everything was done before" in again.stdout
+
+
+def test_a_typo_is_one_line_whatever_the_number_of_processes(place):
+    done = torchrun(2, "run.py", *place.words("loss.bta=1"))
+    assert done.returncode == 1 and len(errors(done)) == 1 and "bta" in errors(done)[0]
+    assert done.stdout == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["engine=deepspeed", "loss.beta=-1"], "loss.beta=-1"),
+        (["engine=single"], "2 processes were started, and engine=single plays in one"),
+        (["engine=deepspeed", "model.path=nowhere/at/all"], "nowhere/at/all"),
+        (["-m", "engine=deepspeed", "loss.beta=0.1,0.2"], "a sweep is started as one process"),
+    ],
+)
+def test_what_a_user_can_put_right_is_one_line(place, words, says):
+    done = torchrun(2, "run.py", *place.words(*words))
+    assert done.returncode == 1 and len(errors(done)) == 1 and says in errors(done)[0], done.stderr
+    assert "report:" not in done.stdout
+
+
+@pytest.mark.slow
+def test_games_of_other_stages_and_of_one_rank(place):
+    place.play("engine.precision=fp32", "schedule.batch_size=4", f"store.path={place.folder}/one", run="one")
+    for stage in (0, 2):
+        words = [*GAME, f"engine.zero_stage={stage}", f"store.path={place.folder}/zero{stage}"]
+        play_ranks(place, *words, run=f"zero{stage}")
+        assert_near(place, f"zero{stage}", "one")
+    done = place.play(*GAME, f"store.path={place.folder}/alone", run="alone")  # without torchrun
+    assert "processes" not in done.stdout
+    assert_near(place, "alone", "one")
+    planned = play_ranks(place, *words, "plan=true", run="zero2")
+    assert planned.stdout.count("11 stages to reuse, 0 to resume, 0 to play") == 1
+    model = f"model.path={place.folder}/zero2/iter1/policy"
+    done = play_ranks(
+        place, *GAME, model, "stage=evaluate", f"evaluation.against={place.folder}/zero2/iter0/policy", run="measured"
+    )
+    (row,) = [row for row in place.metrics("zero2") if row["stage"] == "evaluate" and row["iter"] == 1]
+    found = place.metrics("measured")[-1]
+    assert found["iter"] is None and found["nll_per_token"] == row["nll_per_token"]
+
+
+def start_ranks(place: Place, *words: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        launch(2, "run.py", *place.words(*words)),
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def await_path(place: Place, pattern: str, game: subprocess.Popen) -> None:
+    end = time.monotonic() + 120
+    while not any((place.folder / "store").glob(pattern)):
+        assert game.poll() is None and time.monotonic() < end, pattern
+        time.sleep(0.005)
+
+
+def await_steps(place: Place, count: int, game: subprocess.Popen) -> None:
+    """Wait until so many steps of training against an opponent are in the record."""
+    path, end = place.folder / "run" / "metrics.jsonl", time.monotonic() + 120
+    while not path.exists() or path.read_text().count('"stage": "train"') < count:
+        assert game.poll() is None and time.monotonic() < end
+        time.sleep(0.005)
+
+
+def ended(game: subprocess.Popen) -> subprocess.CompletedProcess:
+    out, err = game.communicate(timeout=120)
+    return subprocess.CompletedProcess(game.args, game.returncode, out, err)
+
+
+@pytest.mark.slow
+def test_ranks_that_are_killed_or_stopped_go_on_to_the_same_bits(place):
+    """SIGKILL of one rank while it trains, then SIGTERM to torchrun while the next try does, then to the end."""
+    words = [*GAME, "engine.zero_stage=2", "iter=0", "schedule.epochs=3"]
+    play_ranks(place, *words, f"store.path={place.folder}/whole", run="whole")
+    game = start_ranks(place, *words)
+    await_path(place, "sft/*.part/resume/training/step-00000003", game)
+    children = Path(f"/proc/{game.pid}/task/{game.pid}/children").read_text().split()
+    os.kill(int(children[1]), signal.SIGKILL)
+    done = ended(game)
+    assert done.returncode != 0 and len(errors(done)) == 1, done.stderr
+    assert errors(done)[0].startswith("error: another process of this game has ended")
+
+    rare = [word.replace("steps=1", "steps=null") for word in words] + ["checkpoint.minutes=60"]
+    game = start_ranks(place, *rare)
+    await_steps(place, 3, game)
+    game.send_signal(signal.SIGTERM)
+    done = ended(game)
+    assert done.returncode != 0
+    assert errors(done) == ["stopped by SIGTERM: what is done is kept, run the same command to go on."], done.stderr
+    assert "SFT: going on from training up to step" in done.stdout
+    kept = re.search(r"training is kept up to step (\d+) of 18", done.stdout)
+    assert kept and int(kept[1]) >= 3
+
+    done = play_ranks(place, *words)
+    assert f"iter 0: train: going on from training up to step {kept[1]}" in done.stdout
+    for name in ("sft", "iter0"):
+        assert same_weights(place.folder / "run" / name / "policy", place.folder / "whole" / name / "policy")
+    rows = [
+        [{k: v for k, v in row.items() if k not in TIMINGS} for row in place.metrics(run)] for run in ("run", "whole")
+    ]
+    assert rows[0] == rows[1]
