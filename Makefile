@@ -19,6 +19,10 @@ lint: .venv/dev.stamp
 
 # What the numbers in README and docs/ come from. Measure alone: another busy process makes it several times slower.
 bench: .venv/dev.stamp
+	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/generation.py
+	$(BIN)/python benchmarks/growth.py
+	$(BIN)/python benchmarks/gpu.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/broken_answers.py
 	$(BIN)/python benchmarks/sweep.py

@@ -1,12 +1,16 @@
 """The paper's step on one GPU: 64 pairs of UltraChat-like lengths through a Mistral-7B architecture with random weights.
 
-    python benchmarks/gpu.py                           on the GPU that is there
-    python benchmarks/gpu.py --small                   a tiny model on any machine: shows that the script runs, measures nothing
+    python benchmarks/gpu.py                           on the GPU that is there; without one as with --small
+    python benchmarks/gpu.py --small                   a tiny model on the CPU: shows that the script runs, measures nothing
 
 The paper reports 6.69 s to generate and 10 s to train for 64 examples on eight A100-80G (section 6.1). Here: full fine-tuning
 with fp32-exact master weights (bf16 and the 16 bits that complete it), RMSprop with bf16 states, gradient checkpointing, the
 whole batch in one packed pass. Printed as a table in markdown: seconds, peak memory, and the share of the card's own peak (a
-large bf16 product, measured in the same run) that the useful FLOPs make up.
+large bf16 product, measured in the same run) that the useful FLOPs make up. To reach on one card of 80 GB: 10 s to train, at
+45 % of its peak.
+
+No GPU was at hand when this was written: what has been tried is `--small`, which goes through the same calls but for the
+kernels of a GPU (FlexAttention in place of SDPA by sequence, whose mask the tests compare).
 """
 
 import argparse
@@ -36,12 +40,12 @@ def main() -> None:
     options = parser.parse_args()
     import torch
 
-    if not (options.small or torch.cuda.is_available()):
-        raise SystemExit("error: there is no GPU here: give --small to see the script run.")
-    device = torch.device("cpu" if options.small else "cuda")
+    small = options.small or not torch.cuda.is_available()
+    device = torch.device("cpu" if small else "cuda")
     with tempfile.TemporaryDirectory() as folder:
-        rows = measure(Path(folder), device, options.pairs, options.steps, options.small)
-    name = "a tiny model: no measurement" if options.small else torch.cuda.get_device_name()
+        rows = measure(Path(folder), device, options.pairs, options.steps, small)
+    name = "a tiny model on the CPU: this shows that the script runs, and measures nothing"
+    name = name if small else torch.cuda.get_device_name()
     print(f"\n`{shlex.join(['python', *sys.argv])}`: {name}. {machine()}\n")
     print("| | seconds for the batch | peak memory, GiB | of the peak |\n|---|---|---|---|")
     for what, seconds, memory, share in rows:

@@ -1,21 +1,21 @@
 """Training and scoring of pairs, side by side with what people use now.
 
-    python benchmarks/training.py                      the embedded model, 32 pairs, 8 a step
+    python benchmarks/training.py                      the embedded model, 16 pairs, 8 a step
     python benchmarks/training.py --repeats 5 --only spin,trl
 
-Contenders, each in processes of its own, in turn, on the same weights, pairs, token ids and precision (bf16 products, fp32
+Contenders, each in processes of its own, in turn, on the same weights, token ids, steps and precision (bf16 products, fp32
 master weights; fp32 where the processor has no bf16):
 
 - spin: this project.
 - trl: TRL's DPOTrainer with precomputed reference log-probs and its best settings for a CPU (no gradient checkpointing).
-- trl-as-it-comes: DPOTrainer with its defaults but for the reference log-probs, which it computes in each step.
+- trl-as-it-comes: DPOTrainer with its defaults: gradient checkpointing, and a reference model's forward in each step.
 - official: the way of the paper's code: chosen and rejected padded into one batch, full logits, a reference model's
   forward in each step.
 
-Printed as tables in markdown, with what made them: pairs a second of training (the steps after the first) and of scoring,
-peak resident memory of the process, the loss of the first step (ln 2 where policy and reference agree), and the share of the
-machine's own peak: the FLOPs that an unpadded computation with shared prompts needs, over the rate of a large product in
-that type. `--growth` measures how cost grows with pairs and length.
+Printed as a table in markdown, with what made it: pairs a second of training (each pair once, after a step that warms up) and
+of scoring, peak resident memory of the process, the loss of the first step (ln 2 where policy and reference agree), and the
+share of the machine's own peak: the FLOPs that an unpadded computation with shared prompts needs, over the rate of a large
+product in that type, measured before and after.
 """
 
 import argparse
@@ -38,9 +38,7 @@ LR, BETA = 5e-7, 0.1
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--pairs", type=int, default=32, help="pairs to train on once, after a first step that warms up"
-    )
+    parser.add_argument("--pairs", type=int, default=16, help="pairs to train on, in whole steps")
     parser.add_argument("--batch-size", type=int, default=8, help="pairs a step")
     parser.add_argument("--repeats", type=int, default=3, help="processes for each contender")
     parser.add_argument("--only", default=",".join(CONTENDERS), help="contenders, by commas; the first is compared")
@@ -60,17 +58,28 @@ def main() -> None:
         ]
         for name in options.only.split(",")
     }
+    before = matrix_peaks()
     found = interleaved(contenders, options.repeats)
-    report(found, workload, shlex.join(["python", *sys.argv]))
+    peaks = {name: max(rate, before[name]) for name, rate in matrix_peaks().items()}
+    report(found, workload, options.batch_size, peaks, shlex.join(["python", *sys.argv]))
 
 
-def report(found: dict[str, list[dict]], workload: Workload, command: str) -> None:
+def matrix_peaks() -> dict[str, float]:
+    return {name: peak_rate(name, seconds=2) for name in ("bfloat16", "float32")}
+
+
+def whole_steps(pairs: list, batch_size: int) -> list:
+    """As many of the pairs as fill their last step: generation may have left fewer than were asked for."""
+    return pairs[: len(pairs) // batch_size * batch_size]
+
+
+def report(found: dict[str, list[dict]], workload: Workload, batch_size: int, peaks: dict, command: str) -> None:
     from spin.pairs import read_pairs
 
-    pairs = read_pairs(workload.pairs)
+    pairs = whole_steps(read_pairs(workload.pairs), batch_size)
     ours = next(iter(found))
     precision = found[ours][0]["precision"]
-    flops, peak = useful_flops(workload.model, pairs), peak_rate(precision)
+    flops, peak = useful_flops(workload.model, pairs), peaks[precision]
     kinds = ("prompt_ids", "real_ids", "generated_ids")
     lengths = [statistics.mean(len(getattr(pair, kind)) for pair in pairs) for kind in kinds]
     print(f"\n`{command}`: {len(pairs)} pairs of {' + '.join(f'{length:.0f}' for length in lengths)} tokens")
@@ -78,15 +87,17 @@ def report(found: dict[str, list[dict]], workload: Workload, command: str) -> No
         f"(prompt, human answer, generated answer), {precision}. {machine()} A large product: {peak / 1e12:.2f} TFLOP/s.\n"
     )
     print(
-        "| | training, pairs/s | slower by | scoring, pairs/s | slower by | peak memory, GiB | share | first loss | of peak |"
+        "| | training, pairs/s | slower by | scoring, pairs/s | slower by | peak memory, GiB | times ours | first loss | of peak |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     base = {key: median(found[ours], key) for key in ("train", "score", "memory")}
     for name, rows in found.items():
-        train, score, memory = (median(rows, key) for key in ("train", "score", "memory"))
+        train, memory = median(rows, "train"), median(rows, "memory")
+        score = median(rows, "score") if rows[0]["score"] else None
+        scoring = f"{score:.2f} | {base['score'] / score:.2f}" if score else "in its steps | – "
         print(
-            f"| {name} | {train:.2f} | {base['train'] / train:.2f} | {score:.2f} | {base['score'] / score:.2f} | {memory:.2f} "
-            f"| {base['memory'] / memory:.2f} | {median(rows, 'loss'):.5f} | {flops * train / peak:.2f} |"
+            f"| {name} | {train:.2f} | {base['train'] / train:.2f} | {scoring} | {memory:.2f} "
+            f"| {memory / base['memory']:.2f} | {median(rows, 'loss'):.5f} | {flops * train / peak:.2f} |"
         )
     for name, rows in found.items():
         spread = ", ".join(f"{row['train']:.2f}" for row in rows)
@@ -112,7 +123,9 @@ def useful_flops(model: Path, pairs: list) -> float:
     return total / len(pairs)
 
 
-# --- contenders: each trains on the pairs in their order, and returns what it measured --------------------------------
+# --- contenders -------------------------------------------------------------------------------------------------------
+# Each trains on the pairs in their order, `batch_size` a step, the first step twice. It returns the seconds of each step, the
+# loss of the first, and the seconds that scoring all pairs took (None if it does that in its steps).
 
 
 def contend(name: str, workload: Workload, batch_size: int) -> dict:
@@ -122,12 +135,13 @@ def contend(name: str, workload: Workload, batch_size: int) -> dict:
     from spin.engine import compute_type
     from spin.pairs import read_pairs
 
-    pairs = read_pairs(workload.pairs)
+    pairs = whole_steps(read_pairs(workload.pairs), batch_size)
     dtype = compute_type(schema.EngineConfig(), torch.device("cpu"))
     seconds, loss, scoring = CONTENDERS[name](workload, pairs, batch_size, dtype)
+    assert len(seconds) == 1 + len(pairs) // batch_size
     return {
-        "train": batch_size / statistics.median(seconds[1:]),
-        "score": len(pairs) / scoring,
+        "train": len(pairs) / sum(seconds[1:]),
+        "score": scoring and len(pairs) / scoring,
         "loss": loss,
         "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "precision": str(dtype).removeprefix("torch."),
@@ -135,6 +149,8 @@ def contend(name: str, workload: Workload, batch_size: int) -> dict:
 
 
 def spin(workload, pairs, batch_size, dtype):
+    from dataclasses import replace
+
     import torch
 
     from spin import config as schema
@@ -142,7 +158,7 @@ def spin(workload, pairs, batch_size, dtype):
     from spin.logps import choose_forward, logps_of
     from spin.model import Policy, load_model
     from spin.pairs import both
-    from spin.train import train_spin
+    from spin.train import _order, train_spin
 
     settings, device = schema.EngineConfig(), torch.device("cpu")
     policy = Policy("start", workload.model, "start")
@@ -157,22 +173,40 @@ def spin(workload, pairs, batch_size, dtype):
     scoring = time.perf_counter() - started
     del model
     engine = SingleEngine(policy, dtype, device, settings, schema.OptimizerConfig())
+    # It shuffles: lay them out so that they come in the order that the others take them in.
+    wanted = [replace(pair, id=str(k)) for k, pair in enumerate(pairs[:batch_size] + pairs)]
+    laid_out = dict(zip(_order(len(wanted), 1, seed=0), wanted, strict=True))
     rows: list[dict] = []
-    common = {"lr": LR, "epochs": 2, "batch_size": batch_size, "warmup_ratio": 0.1, "seed": 0, "beta": BETA}
-    train_spin(engine, pairs, forward, link="logistic", log=rows.append, **common)
+    common = {"lr": LR, "epochs": 1, "batch_size": batch_size, "warmup_ratio": 0.1, "seed": 0, "beta": BETA}
+    train_spin(engine, [laid_out[k] for k in range(len(wanted))], forward, link="logistic", log=rows.append, **common)
     return [row["pairs"] / row["pairs_per_second"] for row in rows], rows[0]["loss"], scoring
 
 
 def trl(workload, pairs, batch_size, dtype, **settings):
     import torch
     import transformers
-    from datasets import Dataset
+    from datasets import Dataset, concatenate_datasets
+    from torch.utils.data import SequentialSampler
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer
+
+    scoring = None
 
     class SameTokens(DPOTrainer):
         def _prepare_dataset(self, dataset, *rest):
             return dataset  # token ids as they are, where it would tokenise texts again
+
+        def _get_train_sampler(self, *rest):
+            return SequentialSampler(self.train_dataset)
+
+        def _precompute_ref_logps(self, dataset, name, size):
+            nonlocal scoring
+            cut = range(batch_size), range(batch_size, len(dataset))
+            warm = super()._precompute_ref_logps(dataset.select(cut[0]), name, size)
+            started = time.perf_counter()
+            rest = super()._precompute_ref_logps(dataset.select(cut[1]), name, size)
+            scoring = time.perf_counter() - started
+            return concatenate_datasets([warm, rest])
 
     class Clock(TrainerCallback):
         def __init__(self):
@@ -187,7 +221,7 @@ def trl(workload, pairs, batch_size, dtype, **settings):
     transformers.utils.logging.set_verbosity_error()
     rows = [
         {"prompt_ids": list(p.prompt_ids), "chosen_ids": list(p.real_ids), "rejected_ids": list(p.generated_ids)}
-        for p in pairs
+        for p in pairs[:batch_size] + pairs
     ]
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
@@ -195,7 +229,7 @@ def trl(workload, pairs, batch_size, dtype, **settings):
         config = DPOConfig(
             output_dir=folder,
             per_device_train_batch_size=batch_size,
-            num_train_epochs=2,
+            num_train_epochs=1,
             optim="rmsprop",
             learning_rate=LR,
             beta=BETA,
@@ -208,7 +242,6 @@ def trl(workload, pairs, batch_size, dtype, **settings):
             logging_steps=1,
             **chosen,
         )
-        started = time.perf_counter()
         trainer = SameTokens(
             AutoModelForCausalLM.from_pretrained(workload.model, dtype=torch.float32),
             args=config,
@@ -216,9 +249,6 @@ def trl(workload, pairs, batch_size, dtype, **settings):
             processing_class=AutoTokenizer.from_pretrained(workload.model),
             callbacks=[clock],
         )
-        started = time.perf_counter()
-        trainer._precompute_ref_logps(trainer.train_dataset.select_columns(list(rows[0])), "train", batch_size)
-        scoring = time.perf_counter() - started
         trainer.train()
         loss = next(row["loss"] for row in trainer.state.log_history if "loss" in row)
     return clock.seconds, loss, scoring
@@ -254,13 +284,14 @@ def official(workload, pairs, batch_size, dtype):
     masters = [p.detach().float().clone() for p in weights] if dtype != torch.float32 else [p.data for p in weights]
     optimizer = torch.optim.RMSprop(masters, lr=LR)
     batches = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
-    started = time.perf_counter()
     with torch.no_grad():
+        logps(reference, pairs[:2])  # what is done once is not measured
+        started = time.perf_counter()
         for batch in batches:
             logps(reference, batch)
-    scoring = time.perf_counter() - started
+        scoring = time.perf_counter() - started
     seconds, losses = [], []
-    for batch in batches * 2:
+    for batch in batches[:1] + batches:
         started = time.perf_counter()
         with torch.no_grad():
             theirs = logps(reference, batch)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -33,6 +34,17 @@ class Workload:
 
 def prepare(pairs: int, words: Sequence[str] = ()) -> Workload:
     """Generate and score so many pairs, or find them in the store (outputs/benchmarks)."""
+    stages = stages_of([f"data.size={pairs}", "data.held_out=0", *LENGTHS, *words])
+    scored = stages.score(stages.start, 0, [stages.generate(stages.start, 0)], stages.start)
+    return Workload(stages.start.folder, scored.stage.folder / "pairs.parquet")
+
+
+def start(words: Sequence[str] = ()) -> Any:
+    """The policy that a game with these settings starts from, fetched if it is not there."""
+    return stages_of(["data=tiny", *words]).start
+
+
+def stages_of(words: Sequence[str]) -> Any:
     from hydra import compose, initialize_config_dir
 
     import run  # registers the resolvers that conf/ uses
@@ -42,14 +54,11 @@ def prepare(pairs: int, words: Sequence[str] = ()) -> Workload:
 
     assert run
     folder = ROOT / "outputs" / "benchmarks"
-    settings = [f"data.size={pairs}", "data.held_out=0", *LENGTHS, f"store.path={folder}/store", *words]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = schema.load(compose("config", overrides=settings))
+        config = schema.load(compose("config", overrides=[f"store.path={folder}/store", *words]))
     folder = Path(config.store.path).parent
     folder.mkdir(parents=True, exist_ok=True)
-    stages = Stages(config, folder, Tracker(folder, name="benchmarks", config={}, wandb="disabled"))
-    scored = stages.score(stages.start, 0, [stages.generate(stages.start, 0)], stages.start)
-    return Workload(stages.start.folder, scored.stage.folder / "pairs.parquet")
+    return Stages(config, folder, Tracker(folder, name="benchmarks", config={}, wandb="disabled"))
 
 
 def interleaved(contenders: dict[str, list[str]], repeats: int) -> dict[str, list[dict]]:

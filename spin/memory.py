@@ -111,7 +111,6 @@ class Load:
     plays: bool = True  # False where nothing is trained
     states: str = "fp32"  # what the optimiser's averages are kept in
     passes: int = 2  # batches of a step
-    emulated: bool = False  # bf16 attention on a processor that has no units for it
     mask: int = 0  # tokens of a row under a dense mask; packed rows have none
     spread: Spread | None = None  # over several processes; what is told is what one of them needs
 
@@ -176,7 +175,7 @@ def training(shape: Shape, load: Load) -> Needed:
     if spread and spread.stage:
         parts["buckets"] = min(trained, BUCKET) * (width + 4)
     tokens = load.training_tokens
-    layer = tokens * _kept_by_layer(shape, width, shape.adapter > 0, load.emulated)
+    layer = tokens * _kept_by_layer(shape, width, shape.adapter > 0)
     between = tokens * shape.width * width  # two layers
     activations = shape.layers * between + layer if load.checkpointing else shape.layers * layer
     activations += tokens * load.mask * (1 + width)
@@ -243,13 +242,12 @@ def _resting(shape: Shape, load: Load) -> float:
     return width * shape.weights
 
 
-def _kept_by_layer(shape: Shape, width: int, frozen: bool, emulated: bool = False) -> float:
+def _kept_by_layer(shape: Shape, width: int, frozen: bool) -> float:
     """Bytes a token that a Llama's layer keeps for its backward: two norms (their input in fp32, the normalised one unless
-    its weight is `frozen`, the result), rotated queries, keys and values repeated for all heads, attention's result in
-    both layouts (all but the last in fp32 where bf16 is `emulated`), and four of the feed-forward part."""
+    its weight is `frozen`, the result), rotated queries, keys, values, attention's result (of a GPU in both layouts), and
+    four of the feed-forward part."""
     norms = 2 * shape.width * (4 + (1 if frozen else 2) * width)
-    attention = 4 * (4 if emulated else width) + width
-    return norms + attention * shape.queries + 4 * width * shape.inner
+    return norms + width * (3 * shape.queries + 2 * shape.keys + 4 * shape.inner)
 
 
 def _passing(shape: Shape, width: int) -> float:

@@ -23,7 +23,6 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from spin import adapters, data, exams, memory, ranks, vllm_engine
-from spin.attention import emulates_bf16
 from spin.checkpoint import KEPT, Checkpoints, Shards, TrainState, describe
 from spin.config import Config, at
 from spin.data import Example
@@ -635,7 +634,6 @@ class Stages:
             files=sum(path.stat().st_size for path in weight_files(whole)) if self.device.type == "cpu" else 0,
             plays=config.stage == "game",
             states=config.optimizer.states,
-            emulated=self.dtype == torch.bfloat16 and emulates_bf16(self.device),
             passes=-(-pairs * pair // batch),
             mask=max(engine.tokens_per_row, row) if engine.layout == "masked" else 0,
             spread=memory.Spread(

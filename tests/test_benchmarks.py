@@ -44,3 +44,11 @@ def test_generation_beside_other_tools(tmp_path):
     rows = table(tmp_path, "generation.py", "--prompts", "8", "--batch-size", "4", "--new", "8", *tiny(tmp_path))
     assert list(rows) == ["spin", "plain", "continuous", "article"]
     assert all(tokens > 0 and rate > 0 for _, tokens, rate, *_ in rows.values())
+
+
+@pytest.mark.slow
+def test_growth_of_cost(tmp_path):
+    words = ["--repeats", "1", "--words", f"model=tiny store.path={tmp_path}/store"]
+    rows = table(tmp_path, "growth.py", *words)
+    assert {name.split(",")[0] for name in rows} == {"scoring", "training", "generation"}
+    assert all(len(cells) == 5 and min(cells) > 0 for cells in rows.values())  # once, its seconds, three times memory

@@ -12,7 +12,6 @@ import transformers as tf
 
 from spin import adapters, memory
 from spin.adapters import Lora
-from spin.attention import emulates_bf16
 from spin.config import EngineConfig, OptimizerConfig
 from spin.engine import SingleEngine
 from spin.errors import UserError
@@ -96,8 +95,7 @@ def test_what_autograd_keeps_of_a_layer_is_what_the_formula_says(dtype):
         kept.append(sum(found.values()))
         assert logps.requires_grad
     a_token = (kept[1] - kept[0]) / 2 / batch.input_ids.numel()
-    emulated = dtype == torch.bfloat16 and emulates_bf16(CPU)
-    formula = memory._kept_by_layer(shape_of(config), dtype.itemsize, frozen=False, emulated=emulated)
+    formula = memory._kept_by_layer(shape_of(config), dtype.itemsize, frozen=False)
     assert a_token == pytest.approx(formula, rel=0.1)
 
 
@@ -194,7 +192,6 @@ def test_the_estimate_is_near_the_measured_peak(medium, change, rank):
     load = replace(
         LOAD,
         **change,
-        emulated=emulates_bf16(CPU),
         passes=1,
         files=sum(path.stat().st_size for path in medium.glob("*.safetensors")),
     )
@@ -221,7 +218,6 @@ def test_the_estimate_is_near_the_measured_peak_of_the_embedded_model(change, ra
     files = sum(path.stat().st_size for path in here.glob("*.safetensors"))
     load = replace(
         LOAD,
-        emulated=emulates_bf16(CPU),
         passes=1,
         training_tokens=512,
         scoring_tokens=512,

@@ -106,10 +106,19 @@ def test_generation_leaves_the_global_random_state_alone(tiny_folder):
 def test_prompts_join_as_answers_end_and_nothing_changes(name):
     """Rows of a batch in which others come and go say what they say alone."""
     model, chosen = small_model(name), examples(30)
-    assert can_join(model, [example.prompt_ids for example in chosen], 40)
+    assert can_join(model, [example.prompt_ids for example in chosen], 40) is not None
     alone = generate(model, Ids(), chosen, greedy(batch_size=1), 15, {1, 7, 30}, 0)
     assert generate(model, Ids(), chosen, greedy(batch_size=5), 15, {1, 7, 30}, 0) == alone
     assert len({len(answer.ids) for answer in alone}) > 3  # they do end at different times
+
+
+def test_prompts_read_in_padded_rows_are_answered_as_those_in_a_packed_row(monkeypatch):
+    """Rows are what a GPU reads; a CPU packs."""
+    model, chosen = small_model("llama"), examples(30)
+    assert can_join(model, [example.prompt_ids for example in chosen], 40) is True
+    packed = generate(model, Ids(), chosen, greedy(batch_size=5), 15, {1, 7, 30}, 0)
+    monkeypatch.setattr("spin.decoding.can_join", lambda *rest: False)
+    assert generate(model, Ids(), chosen, greedy(batch_size=5), 15, {1, 7, 30}, 0) == packed
 
 
 def test_fewer_forward_passes_than_batch_after_batch():
@@ -123,7 +132,7 @@ def test_fewer_forward_passes_than_batch_after_batch():
 @pytest.mark.parametrize("name", ["falcon_h1", "mistral-short-window", "gemma2"])
 def test_layers_that_keep_less_than_all_tokens_are_decoded_batch_by_batch(name):
     model, chosen = small_model(name), examples(9)
-    assert not can_join(model, [example.prompt_ids for example in chosen], 40)
+    assert can_join(model, [example.prompt_ids for example in chosen], 40) is None
     alone = generate(model, Ids(), chosen, greedy(batch_size=1), 12, {1, 7, 30}, 0)
     if name != "falcon_h1":  # a state space sees the padding on the left
         assert generate(model, Ids(), chosen, greedy(batch_size=4), 12, {1, 7, 30}, 0) == alone
@@ -137,9 +146,9 @@ def test_a_model_that_misreads_the_mask_is_decoded_batch_by_batch():
     def without_positions(position_ids=None, **rest):
         return forward(**rest)
 
-    assert can_join(model, [(3, 4, 5), (6,)], 20)
+    assert can_join(model, [(3, 4, 5), (6,)], 20) is not None
     model.forward = without_positions
-    assert not can_join(model, [(3, 4, 5), (6,)], 20)
+    assert can_join(model, [(3, 4, 5), (6,)], 20) is None
 
 
 def test_the_token_budget_limits_the_rows():
