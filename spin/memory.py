@@ -162,7 +162,8 @@ def with_adapter(shape: Shape, numbers: int) -> Shape:
 
 
 def training(shape: Shape, load: Load) -> Needed:
-    """What training holds at its worst moment: between forward and backward, or in the update."""
+    """What training holds at its worst moment: before the backward pass, where the activations are whole and a step's only
+    pass has made no gradients yet, or after it, in the update."""
     spread = load.spread
     per = bytes_per_weight(load.precision, load.optimizer, load.states, load.passes, spread)
     width = BYTES[load.precision]
@@ -186,9 +187,11 @@ def training(shape: Shape, load: Load) -> Needed:
         update = 0
     if load.quantization:  # a layer at a time is widened
         activations += shape.width * max(shape.inner, shape.queries) * width
-    if activations + head >= update:
-        return Needed("training", {**parts, "activations": activations, "output layer": head})
-    return Needed("training", {**parts, "update": update})
+    before = {**parts, "activations": activations, "output layer": head}
+    if load.passes == 1 and spread is None:
+        del before["gradients"]
+    after = {**parts, "update": max(update, layer)}
+    return max((Needed("training", moment) for moment in (before, after)), key=lambda needed: needed.total)
 
 
 def scoring(shape: Shape, load: Load) -> Needed:
