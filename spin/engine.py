@@ -4,7 +4,7 @@ go on from."""
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
@@ -116,9 +116,10 @@ class SingleEngine:
             self._set_masters(masters)
             del masters
         self.grads: dict[str, Tensor] = {}
+        self._hooks: list[Any] = []
         for name, weight in trained.items():
             weight.requires_grad_(True)
-            weight.register_post_accumulate_grad_hook(self._collect(name))
+            self._hooks.append(weight.register_post_accumulate_grad_hook(self._collect(name)))
         self.optimizer = make_optimizer(optimizer, self.weights)
 
     @property
@@ -197,4 +198,7 @@ class SingleEngine:
         self.optimizer.load(folder / OPTIMIZER)
 
     def close(self) -> None:
-        """Nothing is held that Python does not let go of."""
+        """Take away the hooks: weights and engine hold each other through them where no collector sees it."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()

@@ -1,7 +1,9 @@
 """Training against the same step written naively, and the traps of the loop."""
 
+import gc
 import hashlib
 import json
+import weakref
 
 import pytest
 import torch
@@ -321,3 +323,14 @@ def test_what_a_model_keeps_beside_its_parameters_is_saved_too(tiny_folder, tmp_
     engine.buffers = saved_buffers(engine.model)
     engine.save(tmp_path / "policy")
     assert load_file(tmp_path / "policy" / "model.safetensors")["model.scalar"].item() == pytest.approx(0.3)
+
+
+def test_an_engine_that_is_closed_leaves_no_weights_behind(tiny_folder):
+    """A game trains several times in one process: what each leaves would add up."""
+    engine = engine_of(tiny_folder)
+    train_spin(engine, scored_pairs(tiny_folder), PACKED, beta=0.1, link="logistic", log=lambda row: None, **SETTINGS)
+    left = [weakref.ref(engine), weakref.ref(engine.model), *map(weakref.ref, engine.model.parameters())]
+    engine.close()
+    del engine
+    gc.collect()
+    assert not any(one() is not None for one in left)
