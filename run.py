@@ -5,6 +5,7 @@ import os
 import shlex
 import signal
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -23,14 +24,27 @@ from spin.errors import explain
 # What the user set HYDRA_FULL_ERROR to, before we set it for our own purpose.
 SHOW_TRACEBACK = "SPIN_TRACEBACK"
 RANK = int(os.environ.get("RANK", 0))  # of the processes that torchrun started
+PATIENCE = 30  # seconds that the others give the first of them to say what is wrong
+
+
+def has_joined() -> bool:
+    """Whether this process has met the others of its game."""
+    ranks = sys.modules.get("spin.ranks")  # imported with the heavy parts
+    return ranks is not None and ranks.joined().size > 1
 
 
 def is_first_to_fail() -> bool:
-    """One process of a game says what went wrong."""
-    ranks = sys.modules.get("spin.ranks")  # imported with the heavy parts
-    if ranks is None or ranks.joined().size == 1:
-        return RANK == 0
-    return ranks.joined().is_first_to_fail()
+    """One process of a game says what went wrong: the first to fail, or the first by rank where they have not met yet."""
+    return sys.modules["spin.ranks"].joined().is_first_to_fail() if has_joined() else RANK == 0
+
+
+def await_the_first() -> None:
+    """Most likely the first process is about to fail in the same way, and torchrun would end it once we are gone, before
+    it has said why. Ends this process as soon as torchrun asks for it; returns where the first has not failed."""
+    try:
+        time.sleep(PATIENCE)
+    except KeyboardInterrupt:
+        end(1)
 
 
 def end(status: int, line: str | None = None) -> NoReturn:
@@ -38,8 +52,7 @@ def end(status: int, line: str | None = None) -> NoReturn:
     if line is not None:
         with contextlib.suppress(OSError):  # the terminal may be gone
             print(line, file=sys.stderr, flush=True)
-    ranks = sys.modules.get("spin.ranks")
-    if ranks is not None and ranks.joined().size > 1:
+    if has_joined():
         os._exit(status)
     sys.exit(status)
 
@@ -47,7 +60,9 @@ def end(status: int, line: str | None = None) -> NoReturn:
 def fail(error: Exception, line: str | None) -> NoReturn:
     """End with status 1 and one line for what a user can put right, `line`; raise `error` where there is none."""
     if not is_first_to_fail():
-        end(1)
+        if has_joined():
+            end(1)
+        await_the_first()
     if line is None or os.environ.get(SHOW_TRACEBACK) == "1":
         raise error
     end(1, f"error: {line}")

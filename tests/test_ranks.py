@@ -439,6 +439,29 @@ def test_a_typo_is_one_line_whatever_the_number_of_processes(place):
     assert done.stdout == ""
 
 
+def start_second(place: Place, *words: str) -> subprocess.Popen:
+    """run.py as torchrun starts the second of two processes, without the first."""
+    env = {**os.environ, "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    command = [sys.executable, "run.py", *place.words(*words)]
+    return subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def test_the_others_leave_it_to_the_first_to_say_what_is_wrong(place):
+    """However long it takes: torchrun would end it if they ended."""
+    second = start_second(place, "loss.bta=1")
+    with pytest.raises(subprocess.TimeoutExpired):
+        second.wait(timeout=12)
+    second.terminate()
+    assert second.communicate(timeout=60) == ("", "") and second.returncode == 1
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_alone_says_why(place):
+    second = start_second(place, "loss.bta=1")
+    printed, said = second.communicate(timeout=120)
+    assert second.returncode == 1 and printed == "" and said.startswith("error: ") and "bta" in said
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "says"),
