@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from spin.activations import keep_less
 from spin.config import EngineConfig, OptimizerConfig
 from spin.engine import MASTERS, OPTIMIZER, checkpoint_activations
 from spin.errors import UserError
@@ -94,6 +95,7 @@ class DeepSpeedEngine:
         self.model = load_policy(policy, dtype, torch.device("cpu") if self.stage == 3 else device)
         if engine.gradient_checkpointing:
             checkpoint_activations(self.model)
+        keep_less(self.model, in_checkpoints=engine.gradient_checkpointing)
         self.trained = trained_parameters(self.model, policy)
         self.shapes = {name: weight.shape for name, weight in self.trained.items()}
         self.buffers = saved_buffers(self.model)

@@ -13,11 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from spin.activations import keep_less
 from spin.config import EngineConfig, OptimizerConfig
 from spin.errors import UserError
 from spin.logps import Forward, sequence_logps
 from spin.model import Policy, load_policy, masters_of, save_model, saved_buffers, trained_parameters
-from spin.optimizer import join, low_bits, make_optimizer
+from spin.optimizer import join, low_bits, make_optimizer, norm_of
 from spin.pairs import Batch, Continuations
 from spin.ranks import ALONE, Ranks
 
@@ -104,6 +105,7 @@ class SingleEngine:
         self.model = load_policy(policy, dtype, device)
         if engine.gradient_checkpointing:
             checkpoint_activations(self.model)
+        keep_less(self.model, in_checkpoints=engine.gradient_checkpointing)
         self.policy = policy
         self.dtype, self.device = dtype, device
         self.max_grad_norm = optimizer.max_grad_norm
@@ -165,8 +167,7 @@ class SingleEngine:
 
         Where the norm is not finite nothing is updated, and the gradients are dropped.
         """
-        norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in self.grads.values()]
-        norm = torch.linalg.vector_norm(torch.stack(norms)).item()
+        norm = norm_of(self.grads.values())
         if math.isfinite(norm):
             scale = min(1.0, self.max_grad_norm / (norm + 1e-6))
             self.optimizer.step(self.weights, self.low, self.grads, lr, scale)

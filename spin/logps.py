@@ -103,8 +103,9 @@ class ResponseHead(torch.autograd.Function):
     """log softmax(cap(scale * (hidden @ weight.T + bias)))[target], with its backward written out.
 
     hidden [n, width], weight [vocabulary, width], target [n] -> fp32 [n]. The vocabulary is gone through in pieces of `chunk`
-    words: the logits of a piece fit the processor's cache, and each piece of the weight's gradient is a single product.
-    Only log-sum-exps are kept between forward and backward, which makes the logits again: memory is n * chunk.
+    words, and for each the positions in blocks: the logits of a block fit the processor's cache, and each piece of the
+    weight's gradient is a single product. Only log-sum-exps are kept between forward and backward, which makes the logits
+    again: memory is n * chunk in the weights' type.
     """
 
     @staticmethod
@@ -112,10 +113,11 @@ class ResponseHead(torch.autograd.Function):
         # Written into place: small results allocated between the large pieces would fragment the heap.
         logps = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         normalisers = torch.full_like(logps, -torch.inf)
-        for part, rows, words in _pieces(target, len(weight), chunk):
-            logits, _ = _logits(hidden, weight[part], bias if bias is None else bias[part], scale, cap)
-            logps[rows] = logits[rows, words]
-            torch.logaddexp(normalisers, logits.logsumexp(-1), out=normalisers)
+        for part, blocks in _pieces(target, len(weight), chunk):
+            for block, rows, words in blocks:
+                logits, _ = _logits(hidden[block], weight[part], bias if bias is None else bias[part], scale, cap)
+                logps[block][rows] = logits[rows, words]
+                torch.logaddexp(normalisers[block], logits.logsumexp(-1), out=normalisers[block])
         logps -= normalisers
         ctx.save_for_backward(hidden, weight, bias, target, normalisers)
         ctx.scale, ctx.cap, ctx.chunk = scale, cap, chunk
@@ -129,34 +131,56 @@ class ResponseHead(torch.autograd.Function):
         # Summed over pieces in fp32: the products themselves are in the weights' type.
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if need_hidden else None
         grad_weight = torch.empty_like(weight) if need_weight else None
-        grad_bias = torch.empty_like(bias) if need_bias else None
-        for part, rows, words in _pieces(target, len(weight), ctx.chunk):
-            logits, squashed = _logits(hidden, weight[part], bias if bias is None else bias[part], ctx.scale, ctx.cap)
-            # d logp / d logits = onehot(target) - softmax(logits)
-            slope = logits.sub_(normalisers[:, None]).exp_().mul_(-grad[:, None])
-            slope[rows, words] += grad[rows]
-            if squashed is not None:
-                slope *= 1 - squashed**2
-            if ctx.scale != 1:
-                slope *= ctx.scale
-            if grad_bias is not None:
-                grad_bias[part] = slope.sum(0)
-            slope = slope.to(weight.dtype)
-            if grad_hidden is not None:
-                grad_hidden += slope @ weight[part]
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
+        slopes = weight.new_empty(len(hidden), min(ctx.chunk, len(weight)))  # of a piece
+        for part, blocks in _pieces(target, len(weight), ctx.chunk):
+            slopes = slopes[:, : part.stop - part.start]
+            for block, rows, words in blocks:
+                logits, squashed = _logits(
+                    hidden[block], weight[part], bias if bias is None else bias[part], ctx.scale, ctx.cap
+                )
+                # d logp / d logits = onehot(target) - softmax(logits)
+                slope = logits.sub_(normalisers[block, None]).exp_().mul_(-grad[block, None])
+                slope[rows, words] += grad[block][rows]
+                if squashed is not None:
+                    slope *= 1 - squashed**2
+                if ctx.scale != 1:
+                    slope *= ctx.scale
+                if grad_bias is not None:
+                    grad_bias[part] += slope.sum(0)
+                slopes[block] = slope
+                if grad_hidden is not None:
+                    grad_hidden[block] += slopes[block] @ weight[part]
             if grad_weight is not None:
-                torch.mm(slope.T, hidden, out=grad_weight[part])
-        return grad_hidden.to(hidden.dtype) if grad_hidden is not None else None, grad_weight, grad_bias, *[None] * 4
+                torch.mm(slopes.T, hidden, out=grad_weight[part])
+        return (
+            grad_hidden.to(hidden.dtype) if grad_hidden is not None else None,
+            grad_weight,
+            grad_bias.to(bias.dtype) if grad_bias is not None else None,
+            *[None] * 4,
+        )
 
 
-def _pieces(target: Tensor, words: int, chunk: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Pieces of the vocabulary; for each, the positions whose target lies in it, and where in it."""
-    ordered, order = target.sort()
-    starts = torch.arange(0, words + chunk, chunk, device=target.device)
-    bounds = torch.searchsorted(ordered, starts).tolist()
-    for k, start in enumerate(range(0, words, chunk)):
-        inside = slice(bounds[k], bounds[k + 1])
-        yield slice(start, min(start + chunk, words)), order[inside], ordered[inside] - start
+BLOCK = {"cpu": 256}  # positions whose logits of a piece of the vocabulary are made together; all on a GPU
+
+
+def _pieces(target: Tensor, words: int, chunk: int) -> Iterator[tuple[slice, list[tuple[slice, Tensor, Tensor]]]]:
+    """Pieces of the vocabulary; of each, the blocks of positions, with those in a block whose target lies in the piece, and
+    where in it."""
+    count = len(target)
+    size = BLOCK.get(target.device.type, count)
+    blocks = [slice(start, min(start + size, count)) for start in range(0, count, size)]
+    tile = target // chunk * len(blocks) + torch.arange(count, device=target.device) // size
+    ordered, order = tile.sort(stable=True)
+    tiles = torch.arange(-(-words // chunk) * len(blocks) + 1, device=target.device)
+    bounds = iter(torch.searchsorted(ordered, tiles).tolist())
+    ends, begin = bounds, next(bounds)
+    for start in range(0, words, chunk):
+        found = []
+        for block in blocks:
+            inside = order[begin : (begin := next(ends))]
+            found.append((block, inside - block.start, target[inside] - start))
+        yield slice(start, min(start + chunk, words)), found
 
 
 def _logits(hidden, weight, bias, scale, cap):

@@ -176,7 +176,7 @@ def training(shape: Shape, load: Load) -> Needed:
     if spread and spread.stage:
         parts["buckets"] = min(trained, BUCKET) * (width + 4)
     tokens = load.training_tokens
-    layer = tokens * _kept_by_layer(shape, width, shape.adapter > 0)
+    layer = tokens * _kept_by_layer(shape, width, load.checkpointing)
     between = tokens * shape.width * width  # two layers
     activations = shape.layers * between + layer if load.checkpointing else shape.layers * layer
     activations += tokens * load.mask * (1 + width)
@@ -245,12 +245,11 @@ def _resting(shape: Shape, load: Load) -> float:
     return width * shape.weights
 
 
-def _kept_by_layer(shape: Shape, width: int, frozen: bool) -> float:
-    """Bytes a token that a Llama's layer keeps for its backward: two norms (their input in fp32, the normalised one unless
-    its weight is `frozen`, the result), rotated queries, keys, values, attention's result (of a GPU in both layouts), and
-    four of the feed-forward part."""
-    norms = 2 * shape.width * (4 + (1 if frozen else 2) * width)
-    return norms + width * (3 * shape.queries + 2 * shape.keys + 4 * shape.inner)
+def _kept_by_layer(shape: Shape, width: int, checkpointing: bool) -> float:
+    """Bytes a token that a Llama's layer keeps for its backward (`spin.activations`): inputs and results of two norms, rotated
+    queries, keys, values, attention's result (of a GPU in both layouts), the factors of the feed-forward part, and their
+    product with `checkpointing`."""
+    return width * (4 * shape.width + 3 * shape.queries + 2 * shape.keys + (3 if checkpointing else 2) * shape.inner)
 
 
 def _passing(shape: Shape, width: int) -> float:

@@ -5,7 +5,7 @@ The weights may be stored as bf16 and the 16 bits that complete them (`low_bits`
 memory of the master alone, and the model computes with the one half.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +174,16 @@ def _parts(weight: Tensor) -> Iterator[slice]:
     size = PIECE.get(weight.device.type, LARGE_PIECE)
     for start in range(0, len(weight), size):
         yield slice(start, start + size)
+
+
+def norm_of(grads: Iterable[Tensor]) -> float:
+    """The norm of all gradients together, in fp32: in pieces, for PyTorch widens a whole tensor first."""
+    norms = [
+        torch.linalg.vector_norm(grad.view(-1)[part], dtype=torch.float32)
+        for grad in grads
+        for part in _parts(grad.view(-1))
+    ]
+    return torch.linalg.vector_norm(torch.stack(norms)).item()
 
 
 def low_bits(master: Tensor, rounded: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from spin.interrupt import check, deferred, pending, stop
 from spin.sealed import Damaged, read_manifest, seal, size_of, verify
 
 # Part of every key: another number where the same settings come to give another content.
-VERSION = 5
+VERSION = 6
 KEY = re.compile("[0-9a-f]{16}")
 PART = ".part"  # <key>.part: an unfinished stage
 RESUME = "resume"  # in it: what the next try goes on from

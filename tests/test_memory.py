@@ -11,6 +11,7 @@ import torch
 import transformers as tf
 
 from spin import adapters, memory
+from spin.activations import keep_less
 from spin.adapters import Lora
 from spin.config import EngineConfig, OptimizerConfig
 from spin.engine import SingleEngine
@@ -70,8 +71,9 @@ def test_what_an_engine_holds_a_weight_is_what_the_table_says(tiny_folder, preci
         assert sum(storages.values()) == pytest.approx(numbers * sum(expected.values()))
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_autograd_keeps_of_a_layer_is_what_the_formula_says(dtype):
+def test_what_autograd_keeps_of_a_layer_is_what_the_formula_says(dtype, checkpointing):
     """Counted storage by storage in two models that differ by two layers."""
     kept = []
     for layers in (2, 4):
@@ -79,6 +81,7 @@ def test_what_autograd_keeps_of_a_layer_is_what_the_formula_says(dtype):
             **{**MEDIUM.to_dict(), "num_hidden_layers": layers, "hidden_size": 96, "vocab_size": 97}
         )
         model = tf.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        keep_less(model, checkpointing)  # a layer that is at work
         weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
         forward = Forward("packed", "chunked", 256, 512, 64)
         batch = next(forward.batches(random_items(60)))
@@ -95,7 +98,7 @@ def test_what_autograd_keeps_of_a_layer_is_what_the_formula_says(dtype):
         kept.append(sum(found.values()))
         assert logps.requires_grad
     a_token = (kept[1] - kept[0]) / 2 / batch.input_ids.numel()
-    formula = memory._kept_by_layer(shape_of(config), dtype.itemsize, frozen=False)
+    formula = memory._kept_by_layer(shape_of(config), dtype.itemsize, checkpointing)
     assert a_token == pytest.approx(formula, rel=0.1)
 
 

@@ -1,0 +1,232 @@
+"""Keeping little: the same bits forward, the same gradients, for every architecture, and what is built otherwise left alone."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+
+from spin import activations
+from spin.activations import keep_less
+from spin.adapters import Lora
+from spin.config import EngineConfig, ModelConfig, OptimizerConfig
+from spin.engine import SingleEngine, checkpoint_activations
+from spin.logps import Forward, choose_forward, plain_logps, sequence_logps
+from spin.model import Policy, content_id, fresh_adapter, load_policy
+from tests.conftest import BODY, CONFIGS, SMALL, random_items, small_model
+
+PACKED = Forward("packed", "chunked", 256, 512, 16)
+OTHERS = {
+    "olmo2": tf.Olmo2Config(**SMALL, **BODY),
+    "phi3": tf.Phi3Config(**SMALL, **BODY),
+    "mixtral": tf.MixtralConfig(**SMALL, **BODY, num_local_experts=4),
+    "glm4": tf.Glm4Config(**SMALL, **BODY, head_dim=8),
+}
+# Norms and feed-forward parts of a model that keep less.
+FOUND = {
+    **dict.fromkeys(["llama", "mistral", "mistral-short-window", "qwen2", "granite"], (7, 3)),
+    "qwen3": (13, 3),
+    "gemma2": (13, 3),
+    "gemma3": (19, 3),
+    "gpt2": (0, 0),
+    "cohere": (0, 3),
+    "falcon_h1": (7, 3),  # its multipliers are 1
+    "olmo2": (13, 3),
+    "phi3": (7, 0),
+    "mixtral": (7, 0),
+    "glm4": (13, 0),
+}
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch):
+    """The last one smaller than the others."""
+    monkeypatch.setitem(activations.PIECE, "cpu", 32 * 37)
+
+
+def model_of(name: str, dtype: torch.dtype) -> tf.PreTrainedModel:
+    if name in CONFIGS:
+        return small_model(name, dtype)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return tf.AutoModelForCausalLM.from_config(OTHERS[name], dtype=dtype).eval()
+
+
+def uneven(model: nn.Module) -> None:
+    """Norms' weights that are not all alike."""
+    generator = torch.Generator().manual_seed(1)
+    for weight in model.parameters():
+        if weight.ndim == 1:
+            weight.data += torch.randn(weight.shape, generator=generator).to(weight.dtype) / 10
+
+
+def gradients(model: tf.PreTrainedModel, forward: Forward) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    batch = next(forward.batches(random_items(12, longest=16)))
+    logps = sequence_logps(model, batch, forward)
+    (logps * torch.linspace(-1, 1, len(logps))).sum().backward()
+    return logps.detach(), {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", [*CONFIGS, *OTHERS])
+def test_the_same_bits_forward_and_the_same_gradients(name, dtype):
+    plain, lean = model_of(name, dtype), model_of(name, dtype)
+    forward, _ = choose_forward(plain, random_items(3), "auto", 256, 512, 16, longest=64)
+    for model in (plain, lean):
+        uneven(model)
+    keep_less(lean)
+    wrapped = [module.forward for module in lean.modules() if "forward" in vars(module)]
+    counts = [sum(call.func is kind for call in wrapped) for kind in (activations._norm, activations._feed_forward)]
+    assert tuple(counts) == FOUND[name]
+
+    expected, grads = gradients(plain, forward)
+    logps, found = gradients(lean, forward)
+    assert torch.equal(logps, expected)
+    assert found.keys() == grads.keys()
+    for key, grad in found.items():
+        off = (grad.double() - grads[key].double()).norm() / grads[key].double().norm()
+        assert off < (1e-5 if dtype == torch.float32 else 2e-2), key
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_and_products_against_float64(dtype):
+    """The gradients are no further from those of float64 than PyTorch's own."""
+    exact = model_of("llama", torch.float64)
+    uneven(exact)
+    exact.to(dtype).double()  # the rounded weights
+    _, grads = gradients(exact, PACKED)
+    off = {}
+    for lean in (False, True):
+        model = model_of("llama", torch.float64)
+        uneven(model)
+        model.to(dtype)
+        if lean:
+            keep_less(model)
+        _, found = gradients(model, PACKED)
+        off[lean] = {key: (grad.double() - grads[key]).norm() / grads[key].norm() for key, grad in found.items()}
+    assert all(off[True][key] <= 1.2 * off[False][key] + 1e-7 for key in grads)
+
+
+def kept_bytes(model: tf.PreTrainedModel) -> int:
+    """What autograd keeps between forward and backward, storage by storage."""
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    found = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        logps = sequence_logps(model, next(PACKED.batches(random_items(40))), PACKED)
+    assert logps.requires_grad
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
+def test_less_is_kept(name, dtype):
+    before = kept_bytes(model_of(name, dtype))
+    lean = model_of(name, dtype)
+    keep_less(lean)
+    assert kept_bytes(lean) < 0.75 * before
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_layers_that_are_computed_again_hold_nothing_of_their_feed_forward_part(checkpointing):
+    _, grads = gradients(model_of("llama", torch.float32), PACKED)
+    model = model_of("llama", torch.float32)
+    if checkpointing:
+        checkpoint_activations(model)
+    keep_less(model, checkpointing)
+    factors: list[weakref.ref] = []
+    for layer in model.model.layers:
+        layer.mlp.up_proj.register_forward_hook(lambda module, given, result: factors.append(weakref.ref(result)))
+    batch = next(PACKED.batches(random_items(12, longest=16)))
+    logps = sequence_logps(model, batch, PACKED)
+    gc.collect()
+    assert [factor() is None for factor in factors] == [checkpointing] * 3
+    (logps * torch.linspace(-1, 1, len(logps))).sum().backward()
+    for name, weight in model.named_parameters():
+        assert torch.allclose(weight.grad, grads[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_adapters_and_rounded_weights(tmp_path, quantization):
+    small_model("llama").save_pretrained(tmp_path / "model")
+    whole = Policy("start", tmp_path / "model", content_id(tmp_path / "model"))
+    whole = Policy("start", whole.folder, whole.id, quantization=None if quantization == "none" else quantization)
+    lora = Lora(rank=4, alpha=8, targets="all-linear")
+    policy = fresh_adapter(whole, lora, 0, ModelConfig(path=str(whole.folder)), tmp_path / "adapter")
+    results = []
+    for lean in (False, True):
+        model = load_policy(policy, torch.float32, torch.device("cpu"))
+        for name, weight in model.named_parameters():
+            if "lora_" in name:
+                generator = torch.Generator().manual_seed(len(name))
+                weight.data = torch.randn(weight.shape, generator=generator) / 10
+                weight.requires_grad_(True)
+        if lean:
+            keep_less(model)
+            wrapped = [module.forward.func for module in model.modules() if "forward" in vars(module)]
+            assert wrapped.count(activations._feed_forward) == 3
+        results.append(gradients(model, PACKED))
+    (expected, grads), (logps, found) = results
+    assert torch.equal(logps, expected) and found.keys() == grads.keys() and all("lora_" in key for key in found)
+    assert all(torch.allclose(found[key], grads[key], rtol=1e-4, atol=1e-5) for key in found)
+
+
+def test_an_engine_keeps_little(tiny_folder):
+    policy = Policy("start", tiny_folder, "x")
+    for checkpointing in (False, True):
+        settings = EngineConfig(gradient_checkpointing=checkpointing)
+        engine = SingleEngine(policy, torch.float32, torch.device("cpu"), settings, OptimizerConfig())
+        wrapped = [module.forward for module in engine.model.modules() if "forward" in vars(module)]
+        forgotten = [call.args[1] for call in wrapped if call.func is activations._feed_forward]
+        assert forgotten == [not checkpointing] * 2
+        assert len(wrapped) == 7
+        engine.close()
+
+
+class Doubled(nn.Module):
+    """A feed-forward part with the names of a gated one, that does something else."""
+
+    def __init__(self, part: nn.Module):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = part.gate_proj, part.up_proj, part.down_proj
+        self.act_fn = part.act_fn
+
+    def forward(self, states):
+        return 2 * self.down_proj(self.act_fn(self.gate_proj(states)) * self.up_proj(states))
+
+
+def test_what_is_built_otherwise_is_left_alone():
+    model = small_model("llama")
+    for layer in model.model.layers:
+        layer.mlp = Doubled(layer.mlp)
+    item = random_items(1)[0]
+    before = torch.cat(plain_logps(model, item))
+    keep_less(model)
+    assert all("forward" not in vars(layer.mlp) for layer in model.model.layers)
+    assert torch.equal(torch.cat(plain_logps(model, item)), before)
+
+
+def test_a_layer_without_its_wide_output_is_no_norm_of_ours():
+    """A gated norm is given two tensors: it goes its own way."""
+
+    class GatedRMSNorm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(8))
+
+        def forward(self, states, gate=None):
+            return self.weight * (states if gate is None else states * gate)
+
+    norm = GatedRMSNorm()
+    keep_less(norm)
+    states, gate = torch.randn(5, 8), torch.randn(5, 8)
+    assert torch.equal(norm(states, gate), states * gate)
+    assert torch.equal(norm(states), states)
