@@ -78,6 +78,15 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float, top_p: float = 1
     """
     if temperature == 0:
         return logits.argmax(-1)
+    size = max(1, PIECE // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    parts = zip(logits.split(size), uniform.split(size), strict=True)
+    return torch.cat([_sample(*part, temperature, top_p) for part in parts])
+
+
+PIECE = 2**18  # numbers gone through together: those of a processor's cache
+
+
+def _sample(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> Tensor:
     probs = (logits.float() / temperature).softmax(-1)
     if top_p < 1:
         ordered, order = probs.sort(dim=-1, descending=True)

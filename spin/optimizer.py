@@ -72,7 +72,7 @@ class Optimizer:
                         states[state][part] = _rounded_at_random(value, generator)
                 if bits is not None:
                     weight[part] = master
-                    bits.view(-1)[part] = low_bits(master, weight[part])
+                    low_bits(master, weight[part], out=bits.view(-1)[part])
 
     def _update(self, master: Tensor, grad: Tensor, states: list[Tensor], lr: float) -> None:
         c = self.config
@@ -186,18 +186,18 @@ def norm_of(grads: Iterable[Tensor]) -> float:
     return torch.linalg.vector_norm(torch.stack(norms)).item()
 
 
-def low_bits(master: Tensor, rounded: Tensor) -> Tensor:
+def low_bits(master: Tensor, rounded: Tensor, out: Tensor | None = None) -> Tensor:
     """int16: what `rounded` (bf16, the nearest to `master`, fp32) lacks of `master`, as a difference of their bits.
 
     A master exactly half-way below an even bf16 (one in 131,072) is off by 2^-15 of bf16's last bit: its fp32 neighbour.
     """
-    difference = master.view(torch.int32) - (rounded.view(torch.int16).to(torch.int32) << 16)
-    return difference.clamp_(max=2**15 - 1).to(torch.int16)
+    difference = (master.view(torch.int32) - rounded.float().view(torch.int32)).clamp_(max=2**15 - 1)
+    return difference.to(torch.int16) if out is None else out.copy_(difference)
 
 
 def join(rounded: Tensor, low: Tensor) -> Tensor:
     """The fp32 master of a bf16 weight and its low bits."""
-    return ((rounded.view(torch.int16).to(torch.int32) << 16) + low).view(torch.float32)
+    return rounded.float().view(torch.int32).add_(low).view(torch.float32)
 
 
 def _rounded_at_random(value: Tensor, generator: torch.Generator) -> Tensor:
