@@ -6,7 +6,8 @@
 Each number is the median of several measurements, made in turn, each in a process of its own: seconds of the part alone, and
 the process' peak resident memory. Pairs are scored and trained on 8 a step; the lengths of their answers grow at 8 pairs;
 prompts are answered 16 at a time, all to the same length. A cost that is linear doubles with every column. Memory does not
-grow with the number of pairs or prompts, and with their length only up to the budget of a pass (engine.tokens_per_batch).
+grow with the number of pairs or prompts (but for what the allocator keeps of the first steps of training), and with their
+length only up to the budget of a pass (engine.tokens_per_batch).
 """
 
 import argparse

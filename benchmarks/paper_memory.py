@@ -35,7 +35,7 @@ CASES: dict[str, tuple[int, list[str]]] = {
         8,
         [
             "",
-            "engine.tokens_per_batch=8192",
+            "engine.tokens_per_batch=16384",
             "engine.tokens_per_batch=16384 engine.gradient_checkpointing=true",
             "generation.batch_size=256 generation.tokens=327680",
         ],

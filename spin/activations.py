@@ -24,12 +24,11 @@ def keep_less(model: nn.Module, in_checkpoints: bool = False) -> None:
     `in_checkpoints`: whole layers are computed again in the backward pass (gradient checkpointing). Then the product of a
     feed-forward part is kept while its layer is at work: what it is made of would otherwise be kept from the start.
     """
-    known: dict[type, bool] = {}
     for module in model.modules():
         if _is_row_norm(module):
             module.forward = partial(_norm, module.forward, next(module.parameters()))
-        elif _is_gated(module) and known.setdefault(type(module), _multiplies(module)):
-            module.forward = partial(_feed_forward, module, not in_checkpoints)
+        elif _is_gated(module) and _multiplies(module):
+            module.forward = partial(_feed_forward, module, module.forward, not in_checkpoints)
 
 
 def _is_row_norm(module: nn.Module) -> bool:
@@ -51,7 +50,7 @@ def _multiplies(module: nn.Module) -> bool:
     width = getattr(module.gate_proj, "in_features", 0)
     states = torch.randn(1, 3, width, generator=torch.Generator().manual_seed(0)).to(weight.device, kind)
     try:
-        return torch.equal(module(states), _feed_forward(module, False, states))
+        return torch.equal(module(states), _feed_forward(module, module.forward, False, states))
     except (RuntimeError, TypeError, ValueError):
         return False
 
@@ -62,12 +61,18 @@ def _norm(forward: Callable[..., Tensor], weight: Tensor, states: Tensor, *rest:
     return _Again.apply(forward, (weight,), states, weight)
 
 
-def _feed_forward(module: Any, forget_product: bool, states: Tensor) -> Tensor:
+def _feed_forward(
+    module: Any, forward: Callable[..., Tensor], forget_product: bool, states: Tensor, *rest: Any, **more: Any
+) -> Tensor:
+    if rest or more:
+        return forward(states, *rest, **more)
+
     def multiply(gate: Tensor, up: Tensor) -> Tensor:
         return module.act_fn(gate) * up
 
     gate, up = module.gate_proj(states), module.up_proj(states)
-    product = _Again.apply(multiply, (), gate, up)
+    weights = tuple(module.act_fn.parameters())  # some activation functions learn
+    product = _Again.apply(multiply, weights, gate, up, *weights)
     if not forget_product:
         return module.down_proj(product)
     place, size = product.data_ptr(), product.numel()

@@ -168,7 +168,7 @@ def _pieces(target: Tensor, words: int, chunk: int) -> Iterator[tuple[slice, lis
     """Pieces of the vocabulary; of each, the blocks of positions, with those in a block whose target lies in the piece, and
     where in it."""
     count = len(target)
-    size = BLOCK.get(target.device.type, count)
+    size = BLOCK.get(target.device.type, max(1, count))
     blocks = [slice(start, min(start + size, count)) for start in range(0, count, size)]
     tile = target // chunk * len(blocks) + torch.arange(count, device=target.device) // size
     ordered, order = tile.sort(stable=True)

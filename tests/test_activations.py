@@ -185,7 +185,7 @@ def test_an_engine_keeps_little(tiny_folder):
         settings = EngineConfig(gradient_checkpointing=checkpointing)
         engine = SingleEngine(policy, torch.float32, torch.device("cpu"), settings, OptimizerConfig())
         wrapped = [module.forward for module in engine.model.modules() if "forward" in vars(module)]
-        forgotten = [call.args[1] for call in wrapped if call.func is activations._feed_forward]
+        forgotten = [call.args[2] for call in wrapped if call.func is activations._feed_forward]
         assert forgotten == [not checkpointing] * 2
         assert len(wrapped) == 7
         engine.close()
@@ -201,6 +201,32 @@ class Doubled(nn.Module):
 
     def forward(self, states):
         return 2 * self.down_proj(self.act_fn(self.gate_proj(states)) * self.up_proj(states))
+
+
+class Scaled(nn.Module):
+    """An activation function that learns."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor([1.5]))
+
+    def forward(self, gate):
+        return nn.functional.silu(gate * self.scale)
+
+
+def test_an_activation_function_that_learns():
+    results = []
+    for lean in (False, True):
+        model = small_model("llama")
+        for layer in model.model.layers:
+            layer.mlp.act_fn = Scaled()
+        if lean:
+            keep_less(model)
+            assert all("forward" in vars(layer.mlp) for layer in model.model.layers)
+        results.append(gradients(model, PACKED))
+    (expected, grads), (logps, found) = results
+    assert torch.equal(logps, expected) and "model.layers.2.mlp.act_fn.scale" in found
+    assert all(torch.allclose(found[key], grads[key], rtol=1e-4, atol=1e-5) for key in grads)
 
 
 def test_what_is_built_otherwise_is_left_alone():

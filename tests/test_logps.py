@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers as tf
 
+from spin import logps
 from spin.attention import block_mask
 from spin.errors import UserError
 from spin.logps import Forward, ResponseHead, choose_forward, logps_of, sequence_logps
@@ -17,6 +18,12 @@ from tests.conftest import BODY, CONFIGS, SMALL, random_items, small_model
 PACKED = Forward("packed", "chunked", tokens_per_row=64, tokens_per_batch=128, head_chunk=7)
 MASKED = Forward("masked", "chunked", tokens_per_row=64, tokens_per_batch=128, head_chunk=7)
 LAYOUTS = ["packed", "masked", "padded"]
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Of positions in the output layer: two of a gradcheck's, several of everything else."""
+    monkeypatch.setitem(logps.BLOCK, "cpu", 3)
 
 
 def naive_logps(model, items: list[Continuations]) -> torch.Tensor:
