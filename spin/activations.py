@@ -6,6 +6,7 @@ two matrix products have made. Both are the model's own code, called in pieces t
 once more backward: the same bits in less memory, and less of it gone through.
 """
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -25,10 +26,11 @@ def keep_less(model: nn.Module, in_checkpoints: bool = False) -> None:
     feed-forward part is kept while its layer is at work: what it is made of would otherwise be kept from the start.
     """
     for module in model.modules():
+        this = weakref.ref(module)  # a module that held itself would stay in memory until a collector came by
         if _is_row_norm(module):
-            module.forward = partial(_norm, module.forward, next(module.parameters()))
+            module.forward = partial(_norm, this)
         elif _is_gated(module) and _multiplies(module):
-            module.forward = partial(_feed_forward, module, module.forward, not in_checkpoints)
+            module.forward = partial(_feed_forward, this, not in_checkpoints)
 
 
 def _is_row_norm(module: nn.Module) -> bool:
@@ -50,22 +52,23 @@ def _multiplies(module: nn.Module) -> bool:
     width = getattr(module.gate_proj, "in_features", 0)
     states = torch.randn(1, 3, width, generator=torch.Generator().manual_seed(0)).to(weight.device, kind)
     try:
-        return torch.equal(module(states), _feed_forward(module, module.forward, False, states))
+        return torch.equal(module(states), _feed_forward(weakref.ref(module), False, states))
     except (RuntimeError, TypeError, ValueError):
         return False
 
 
-def _norm(forward: Callable[..., Tensor], weight: Tensor, states: Tensor, *rest: Any, **more: Any) -> Tensor:
-    if rest or more or states.shape[-1:] != weight.shape:  # gated ones, or of groups
+def _norm(this: Callable[[], Any], states: Tensor, *rest: Any, **more: Any) -> Tensor:
+    module = this()
+    forward = partial(type(module).forward, module)
+    if rest or more or states.shape[-1:] != module.weight.shape:  # gated ones, or of groups
         return forward(states, *rest, **more)
-    return _Again.apply(forward, (weight,), states, weight)
+    return _Again.apply(forward, (module.weight,), states, module.weight)
 
 
-def _feed_forward(
-    module: Any, forward: Callable[..., Tensor], forget_product: bool, states: Tensor, *rest: Any, **more: Any
-) -> Tensor:
+def _feed_forward(this: Callable[[], Any], forget_product: bool, states: Tensor, *rest: Any, **more: Any) -> Tensor:
+    module = this()
     if rest or more:
-        return forward(states, *rest, **more)
+        return type(module).forward(module, states, *rest, **more)
 
     def multiply(gate: Tensor, up: Tensor) -> Tensor:
         return module.act_fn(gate) * up

@@ -182,7 +182,7 @@ class Stages:
     def model(self, policy: Policy) -> PreTrainedModel:
         """The policy in memory, in the compute type. One model at a time."""
         if self._loaded is None or self._loaded[0] != policy.id:
-            self._loaded = None
+            self.release()
             self._loaded = (policy.id, load_policy(policy, self.dtype, self.device))
         return self._loaded[1]
 
@@ -259,6 +259,7 @@ class Stages:
     def release(self) -> None:
         """Take the model out of memory, for another one to come."""
         self._loaded = None
+        memory.give_back()
 
     def engine(self, policy: Policy) -> Engine:
         """A training engine that starts from `policy`; whatever model was in memory leaves first."""

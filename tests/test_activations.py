@@ -185,10 +185,25 @@ def test_an_engine_keeps_little(tiny_folder):
         settings = EngineConfig(gradient_checkpointing=checkpointing)
         engine = SingleEngine(policy, torch.float32, torch.device("cpu"), settings, OptimizerConfig())
         wrapped = [module.forward for module in engine.model.modules() if "forward" in vars(module)]
-        forgotten = [call.args[2] for call in wrapped if call.func is activations._feed_forward]
+        forgotten = [call.args[1] for call in wrapped if call.func is activations._feed_forward]
         assert forgotten == [not checkpointing] * 2
         assert len(wrapped) == 7
         engine.close()
+
+
+def test_a_model_that_keeps_less_goes_when_it_is_let_go_of():
+    """Its weights are not to wait for a collector of cycles."""
+    model = small_model("llama")
+    keep_less(model)
+    gradients(model, PACKED)
+    parts = [weakref.ref(model.model.norm), weakref.ref(model.model.layers[0].mlp.up_proj.weight)]
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert [part() for part in parts] == [None, None]
+    finally:
+        gc.enable()
 
 
 class Doubled(nn.Module):
