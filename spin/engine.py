@@ -17,6 +17,7 @@ from spin.activations import keep_less
 from spin.config import EngineConfig, OptimizerConfig
 from spin.errors import UserError
 from spin.logps import Forward, sequence_logps
+from spin.memory import give_back
 from spin.model import Policy, load_policy, masters_of, save_model, saved_buffers, trained_parameters
 from spin.optimizer import join, low_bits, make_optimizer, norm_of
 from spin.pairs import Batch, Continuations
@@ -185,10 +186,12 @@ class SingleEngine:
 
     def save(self, folder: Path) -> None:
         """Write the master weights (fp32) and the tokenizer as a Hugging Face model folder."""
+        give_back()  # the activations', before the masters are made whole
         save_model(self.model, {**self.buffers, **self.masters}, self.policy, folder)
 
     def save_state(self, folder: Path) -> None:
         """Write what the next step needs, between two steps: the master weights and the optimiser's states, as they are."""
+        give_back()
         save_file(self.masters, folder / MASTERS)
         self.optimizer.save(folder / OPTIMIZER)
 

@@ -310,3 +310,22 @@ def test_the_command_takes_other_cards():
         [sys.executable, "-m", "spin.memory", "--cards", "0"], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 1 and done.stderr == "error: --cards takes GiB of 1 or more, --ranks 1 card or more.\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other C libraries have their own ways")
+def test_freed_memory_goes_back_to_the_system():
+    """What small tensors leave stays with the process where one of them is still there, until it is told to give it back."""
+    script = """
+import torch
+from spin.memory import _resident, give_back
+tensors = [torch.ones(16_000) for _ in range(4_000)]  # 256 MB, each too small for a mapping of its own
+last, most = torch.ones(16_000), _resident()
+del tensors
+kept = _resident()
+give_back()
+print(most - kept, most - _resident(), last.sum().item())
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    freed, given_back, _ = map(float, done.stdout.split())
+    assert freed < 50e6 and given_back > 200e6
