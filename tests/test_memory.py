@@ -115,7 +115,7 @@ from spin.adapters import Lora
 from spin.config import EngineConfig, ModelConfig, OptimizerConfig
 from spin.engine import SingleEngine
 from spin.logps import Forward, sequence_logps
-from spin.memory import _resident
+from spin.memory import _resident, give_back
 from spin.model import Policy, fresh_adapter, quantised
 from spin.pairs import Continuations
 
@@ -140,6 +140,7 @@ def train(folder, vocabulary):
 with tempfile.TemporaryDirectory() as name:
     tiny.make(Path(name))
     train(Path(name), 258)
+give_back()
 before = _resident()
 Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
 train(Path(asked["folder"]), asked["vocabulary"])
