@@ -173,8 +173,8 @@ def _pieces(target: Tensor, words: int, chunk: int) -> Iterator[tuple[slice, lis
     tile = target // chunk * len(blocks) + torch.arange(count, device=target.device) // size
     ordered, order = tile.sort(stable=True)
     tiles = torch.arange(-(-words // chunk) * len(blocks) + 1, device=target.device)
-    bounds = iter(torch.searchsorted(ordered, tiles).tolist())
-    ends, begin = bounds, next(bounds)
+    ends = iter(torch.searchsorted(ordered, tiles).tolist())
+    begin = next(ends)
     for start in range(0, words, chunk):
         found = []
         for block in blocks:

@@ -255,8 +255,7 @@ def test_what_is_built_otherwise_is_left_alone():
     assert torch.equal(torch.cat(plain_logps(model, item)), before)
 
 
-def test_a_layer_without_its_wide_output_is_no_norm_of_ours():
-    """A gated norm is given two tensors: it goes its own way."""
+def test_a_norm_that_is_given_a_gate_goes_its_own_way():
 
     class GatedRMSNorm(nn.Module):
         def __init__(self):
