@@ -124,6 +124,7 @@ class SingleEngine:
             weight.requires_grad_(True)
             self._hooks.append(weight.register_post_accumulate_grad_hook(self._collect(name)))
         self.optimizer = make_optimizer(optimizer, self.weights)
+        give_back()  # what loading and rounding took on the way
 
     @property
     def masters(self) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """The estimate of memory: against what is counted in an engine, what autograd keeps, and the measured peak."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -136,6 +137,7 @@ def train(folder, vocabulary):
         for batch in forward.batches(items):
             engine.backward(sequence_logps(engine.model, batch, forward).sum())
         engine.step(1e-6)
+    engine.close()
 
 with tempfile.TemporaryDirectory() as name:
     tiny.make(Path(name))
@@ -147,6 +149,11 @@ train(Path(asked["folder"]), asked["vocabulary"])
 status = Path("/proc/self/status").read_text().splitlines()
 print(next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024 - before)
 """
+
+
+# What is freed goes back to the system at once. Else glibc keeps holes between small tensors: how many is chance, and where
+# weights are rounded to 4 bits while they are read it is anything up to half of the peak (docs/memory.md).
+AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
 
 
 def measured(folder: Path, vocabulary: int, load: Load, rank: int) -> float:
@@ -163,7 +170,12 @@ def measured(folder: Path, vocabulary: int, load: Load, rank: int) -> float:
         "chunk": load.head_chunk,
     }
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, json.dumps(asked)], cwd=ROOT, capture_output=True, text=True, timeout=250
+        [sys.executable, "-c", MEASURE, json.dumps(asked)],
+        cwd=ROOT,
+        env={**os.environ, **AT_ONCE},
+        capture_output=True,
+        text=True,
+        timeout=250,
     )
     assert done.returncode == 0, done.stderr
     return float(done.stdout.split()[-1])
@@ -192,7 +204,7 @@ SLOW = ("fp32", "LoRA on nf4, checkpointing")
     [pytest.param(*case, id=name, marks=pytest.mark.slow if name in SLOW else ()) for name, case in CASES.items()],
 )
 def test_the_estimate_is_near_the_measured_peak(medium, change, rank):
-    """An allocator keeps what was freed; and of a model this small, what rounding to 4 bits takes on the way is much."""
+    """Of a model this small, the logits' gradients that fp32 is counted to hold are much."""
     load = replace(
         LOAD,
         **change,
@@ -202,9 +214,8 @@ def test_the_estimate_is_near_the_measured_peak(medium, change, rank):
     shape = shape_of(MEDIUM, rank)
     expected = max(one.total for one in (memory.training(shape, load), memory.loading(shape, load)))
     found = measured(medium, MEDIUM.vocab_size, load, rank)
-    assert expected == pytest.approx(found, rel=0.5 if load.quantization else 0.33), (
-        f"{expected / 1e6:.0f} MB, measured {found / 1e6:.0f} MB"
-    )
+    off = 0.3 if load.precision == "fp32" else 0.2
+    assert expected == pytest.approx(found, rel=off), f"{expected / 1e6:.0f} MB, measured {found / 1e6:.0f} MB"
 
 
 @pytest.mark.slow
