@@ -17,9 +17,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from spin import config as schema
-from spin import interrupt
-from spin.errors import explain
+from spin.config import schema
+from spin.config.hydra import hydra_error_line
+from spin.runtime import signals as interrupt
+from spin.runtime.errors import user_message
 
 # What the user set HYDRA_FULL_ERROR to, before we set it for our own purpose.
 SHOW_TRACEBACK = "SPIN_TRACEBACK"
@@ -70,11 +71,11 @@ def fail(error: Exception, line: str | None) -> NoReturn:
 
 @hydra.main(config_path="conf", config_name="config", version_base="1.3")
 def main(composed: DictConfig) -> None:
-    interrupt.install()  # once more, for launchers that call this in a process of their own
+    interrupt.install_handlers()  # once more, for launchers that call this in a process of their own
     settings = HydraConfig.get()
     folder = Path(settings.runtime.output_dir)
     try:
-        config = schema.load(composed)  # before the heavy imports: a typo is answered at once
+        config = schema.load_config(composed)  # before the heavy imports: a typo is answered at once
         if config.plan:
             with interrupt.deferred():
                 from spin.game import show_plan
@@ -82,27 +83,27 @@ def main(composed: DictConfig) -> None:
             show_plan(config, folder)
             return
         with interrupt.deferred():  # some libraries swallow what is raised while they are imported
-            from spin import sweep
             from spin.game import play
+            from spin.pipeline import points as sweep
 
         command = shlex.join(["python", "run.py", *settings.overrides.task])
         start = partial(play, config, folder, command, OmegaConf.to_yaml(composed, resolve=True))
         if settings.mode == RunMode.MULTIRUN:
-            sweep.attempt(config, folder, partial(start, group=Path(settings.sweep.dir).name))
+            sweep.play_point(config, folder, partial(start, group=Path(settings.sweep.dir).name))
         else:
             start()
     except interrupt.Interrupted as stop:
-        interrupt.hand_on(stop.signal)
+        interrupt.call_previous_handler(stop.signal)
         raise
     except Exception as error:  # here, for Hydra would print lines of its own before it raises
-        fail(error, explain(error))
+        fail(error, user_message(error))
 
 
 if __name__ == "__main__":
     # Hydra would print its own errors over several lines, and a traceback for ours: have it raise, and print one line.
     os.environ[SHOW_TRACEBACK] = os.environ.get("HYDRA_FULL_ERROR", "0")
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    interrupt.install()
+    interrupt.install_handlers()
     if RANK > 0:  # one process speaks
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))  # argparse wants it first
@@ -110,7 +111,7 @@ if __name__ == "__main__":
         main()
     except Exception as error:
         is_hydras = isinstance(error, (HydraException, OmegaConfBaseException))
-        fail(error, schema.one_line(error) if is_hydras else explain(error))
+        fail(error, hydra_error_line(error) if is_hydras else user_message(error))
     except KeyboardInterrupt as stop:
         number = getattr(stop, "signal", signal.SIGINT)
         line = f"stopped by {number.name}: what is done is kept, run the same command to go on."

@@ -36,19 +36,19 @@ def main(words: list[str]) -> dict[str, dict]:
     from hydra import compose, initialize_config_dir
 
     import run  # registers the resolvers that conf/ uses
-    from spin import config as schema
-    from spin.data import encode_responses
-    from spin.evaluate import HeldOut, measures
+    from spin.config import schema
+    from spin.data.templates import encode_responses
+    from spin.engines.logps import compute_logps
+    from spin.evaluation.measures import HeldOut, measures
+    from spin.evaluation.two_sample import classifier_scores, clusters, features
     from spin.game import turns
-    from spin.logps import logps_of
-    from spin.pairs import both, with_opponent_logps
-    from spin.stages import Stages
-    from spin.track import Tracker
-    from spin.two_sample import classifier_scores, clusters, features
+    from spin.method.pairs import as_continuations, with_opponent_logps
+    from spin.pipeline.stages import Stages
+    from spin.runtime.tracking import Tracker
 
     assert run
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = schema.load(compose("config", overrides=["tracking.wandb=disabled", *words]))
+        config = schema.load_config(compose("config", overrides=["tracking.wandb=disabled", *words]))
     folder = ROOT / "outputs" / config.name
     stages = Stages(config, folder, Tracker(folder, name="", config={}, rank=1))
     *_, last = turns(config, stages)
@@ -67,7 +67,7 @@ def main(words: list[str]) -> dict[str, dict]:
             replace(pair, generated=text, generated_ids=one, finish_reason="stop")
             for pair, text, one in zip(pairs, texts, ids, strict=True)
         ]
-        logps = logps_of(model, both(changed), stages.forward(model, last.policy)).view(-1, 2)
+        logps = compute_logps(model, as_continuations(changed), stages.forward(model, last.policy)).view(-1, 2)
         x = features([p.prompt for p in changed], [p.real for p in changed], texts)
         held_out = HeldOut(with_opponent_logps(changed, logps), None, classifier_scores(x), clusters(x, config.seed))
         found[kind] = measures(held_out, None, config.evaluation.bootstrap, config.seed)

@@ -70,12 +70,12 @@ def main() -> None:
 def contend(name: str, workload: Workload, batch_size: int, new: int) -> dict:
     import torch
 
-    from spin import config as schema
-    from spin.engine import compute_type
-    from spin.model import load_model, load_tokenizer, stop_ids
-    from spin.pairs import read_pairs
+    from spin.config import schema
+    from spin.engines.base import select_dtype
+    from spin.method.pairs import read_pairs
+    from spin.models.load import load_model, load_tokenizer, stop_ids
 
-    dtype = compute_type(schema.EngineConfig(), torch.device("cpu"))
+    dtype = select_dtype(schema.EngineConfig(), torch.device("cpu"))
     model, tokenizer = load_model(workload.model, dtype, torch.device("cpu")), load_tokenizer(workload.model)
     prompts = [list(pair.prompt_ids) for pair in read_pairs(workload.pairs)]
     prompts = prompts[:ARTICLE_PROMPTS] if name == "article" else prompts
@@ -95,12 +95,12 @@ def contend(name: str, workload: Workload, batch_size: int, new: int) -> dict:
 
 
 def spin(model, tokenizer, prompts, stops, batch_size, new):
-    from spin.config import GenerationConfig
-    from spin.data import Example
-    from spin.opponent import generate
+    from spin.config.schema import GenerationConfig
+    from spin.data.examples import Example
+    from spin.generation.sampling import generate_answers
 
     examples = [Example(str(i), "", tuple(ids), "", ()) for i, ids in enumerate(prompts)]
-    found = generate(model, tokenizer, examples, GenerationConfig(batch_size=batch_size), new, stops, seed=0)
+    found = generate_answers(model, tokenizer, examples, GenerationConfig(batch_size=batch_size), new, stops, seed=0)
     return [answer.ids for answer in found]
 
 

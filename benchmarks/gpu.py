@@ -55,13 +55,15 @@ def main() -> None:
 def measure(folder: Path, device, count: int, steps: int, small: bool) -> list[tuple[str, float, float, float]]:
     import torch
 
-    from spin import config as schema
-    from spin.engine import SingleEngine
-    from spin.logps import choose_forward, logps_of
-    from spin.model import Policy, load_model, load_tokenizer
-    from spin.opponent import generate
-    from spin.pairs import both, with_opponent_logps
-    from spin.train import train_spin
+    from spin.config import schema
+    from spin.engines.layouts import choose_forward
+    from spin.engines.logps import compute_logps
+    from spin.engines.single import SingleEngine
+    from spin.generation.sampling import generate_answers
+    from spin.method.pairs import as_continuations, with_opponent_logps
+    from spin.method.training import train_spin
+    from spin.models.load import load_model, load_tokenizer
+    from spin.models.policy import Policy
 
     short = 16 if small else 1
     make_model(folder, device, small)
@@ -86,19 +88,19 @@ def measure(folder: Path, device, count: int, steps: int, small: bool) -> list[t
     parameters = sum(p.numel() for p in model.parameters())
     examples = [example_of(pair) for pair in pairs]
     sampling = schema.GenerationConfig(batch_size=count)
-    generate(model, tokenizer, examples[:2], sampling, 4, [], 0)
+    generate_answers(model, tokenizer, examples[:2], sampling, 4, [], 0)
     flops = useful_flops(folder, pairs)
     clock(
         f"generation, {count} answers of {NEW // short} tokens",
-        lambda: generate(model, tokenizer, examples, sampling, NEW // short, [], 0),
+        lambda: generate_answers(model, tokenizer, examples, sampling, NEW // short, [], 0),
         2 * count * NEW // short * parameters,
     )
-    items = both(pairs)
+    items = as_continuations(pairs)
     longest = max(item.tokens for item in items)
     forward, remark = choose_forward(model, items, "auto", 256, tokens, settings.head_chunk, longest)
     print(remark or f"log-probs: {forward.layout} rows, as fast as they go", file=sys.stderr)
-    logps_of(model, items, forward)
-    scores = clock("scoring", lambda: logps_of(model, items, forward), count * flops / 3)
+    compute_logps(model, items, forward)
+    scores = clock("scoring", lambda: compute_logps(model, items, forward), count * flops / 3)
     pairs = with_opponent_logps(pairs, scores.view(-1, 2))
     model.to("meta")  # out of memory: one model at a time
     engine = SingleEngine(policy, dtype, device, settings, schema.OptimizerConfig(states="bf16"))
@@ -118,9 +120,9 @@ def make_model(folder: Path, device, small: bool) -> None:
     import torch
     from transformers import AutoModelForCausalLM, MistralConfig
 
-    from spin import tiny
+    from spin.models import tiny
 
-    tiny.make(folder)  # for its tokenizer
+    tiny.make_tiny_model(folder)  # for its tokenizer
     shape = (
         {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
         if small
@@ -135,7 +137,7 @@ def make_model(folder: Path, device, small: bool) -> None:
 
 
 def make_pairs(count: int, short: int) -> list:
-    from spin.pairs import Pair
+    from spin.method.pairs import Pair
 
     rng = random.Random(0)
 
@@ -150,7 +152,7 @@ def make_pairs(count: int, short: int) -> list:
 
 
 def example_of(pair):
-    from spin.data import Example
+    from spin.data.examples import Example
 
     return Example(pair.id, "", pair.prompt_ids, "", pair.real_ids)
 
@@ -165,7 +167,7 @@ def memory_reset(device) -> None:
 
 
 def memory_peak(device) -> float:
-    from spin.stages import peak_memory_gib
+    from spin.pipeline.stages import peak_memory_gib
 
     return peak_memory_gib()
 

@@ -68,12 +68,12 @@ def main() -> None:
 def measure(folder: Path, what: str, amount: int) -> dict:
     import torch
 
-    from spin import config as schema
-    from spin.engine import compute_type
+    from spin.config import schema
+    from spin.engines.base import select_dtype
 
     part, _, axis = what.partition(", by ")
     device = torch.device("cpu")
-    dtype = compute_type(schema.EngineConfig(), device)
+    dtype = select_dtype(schema.EngineConfig(), device)
     work = {"scoring": scoring, "training": training, "generation": generation}[part]
     count = amount if axis != "tokens of an answer" else ROWS if part == "generation" else STEP
     seconds = work(folder, dtype, device, count, amount if axis == "tokens of an answer" else None)
@@ -82,7 +82,7 @@ def measure(folder: Path, what: str, amount: int) -> dict:
 
 def random_pairs(count: int, answer: int) -> list:
     """Lengths spread by a quarter about their mean, the same at every number."""
-    from spin.pairs import Pair
+    from spin.method.pairs import Pair
 
     rng = random.Random(0)
 
@@ -96,39 +96,40 @@ def random_pairs(count: int, answer: int) -> list:
 
 def loaded(folder, dtype, device, pairs):
     """The model, and how pairs go through it; what is done once is done."""
-    from spin import config as schema
-    from spin.logps import choose_forward, logps_of
-    from spin.model import load_model
-    from spin.pairs import both
+    from spin.config import schema
+    from spin.engines.layouts import choose_forward
+    from spin.engines.logps import compute_logps
+    from spin.method.pairs import as_continuations
+    from spin.models.load import load_model
 
-    model, items, settings = load_model(folder, dtype, device), both(pairs), schema.EngineConfig()
+    model, items, settings = load_model(folder, dtype, device), as_continuations(pairs), schema.EngineConfig()
     budgets = settings.tokens_per_row, settings.tokens_per_batch, settings.head_chunk
     forward, _ = choose_forward(model, items, "auto", *budgets, max(item.tokens for item in items))
-    logps_of(model, items[:2], forward)
+    compute_logps(model, items[:2], forward)
     return model, items, forward
 
 
 def scoring(folder, dtype, device, count, answer) -> float:
-    from spin.logps import logps_of
+    from spin.engines.logps import compute_logps
 
     model, items, forward = loaded(folder, dtype, device, random_pairs(count, answer or ANSWER))
     started = time.perf_counter()
-    logps_of(model, items, forward)
+    compute_logps(model, items, forward)
     return time.perf_counter() - started
 
 
 def training(folder, dtype, device, count, answer) -> float:
     """Without the first step, which warms up: on as many pairs as the others, which come after."""
-    from spin import config as schema
-    from spin.engine import SingleEngine
-    from spin.logps import logps_of
-    from spin.model import Policy
-    from spin.pairs import with_opponent_logps
-    from spin.train import train_spin
+    from spin.config import schema
+    from spin.engines.logps import compute_logps
+    from spin.engines.single import SingleEngine
+    from spin.method.pairs import with_opponent_logps
+    from spin.method.training import train_spin
+    from spin.models.policy import Policy
 
     pairs = random_pairs(count + STEP, answer or ANSWER)
     model, items, forward = loaded(folder, dtype, device, pairs)
-    pairs = with_opponent_logps(pairs, logps_of(model, items, forward).view(-1, 2))
+    pairs = with_opponent_logps(pairs, compute_logps(model, items, forward).view(-1, 2))
     del model
     engine = SingleEngine(
         Policy("start", folder, "start"), dtype, device, schema.EngineConfig(), schema.OptimizerConfig()
@@ -140,17 +141,17 @@ def training(folder, dtype, device, count, answer) -> float:
 
 
 def generation(folder, dtype, device, count, new) -> float:
-    from spin.config import GenerationConfig
-    from spin.data import Example
-    from spin.model import load_model, load_tokenizer
-    from spin.opponent import generate
+    from spin.config.schema import GenerationConfig
+    from spin.data.examples import Example
+    from spin.generation.sampling import generate_answers
+    from spin.models.load import load_model, load_tokenizer
 
     model, tokenizer = load_model(folder, dtype, device), load_tokenizer(folder)
     examples = [Example(pair.id, "", pair.prompt_ids, "", ()) for pair in random_pairs(count, 1)]
     config = GenerationConfig(batch_size=ROWS)
-    generate(model, tokenizer, examples[:2], config, 2, [], seed=0)
+    generate_answers(model, tokenizer, examples[:2], config, 2, [], seed=0)
     started = time.perf_counter()
-    generate(model, tokenizer, examples, config, new or NEW, [], seed=0)
+    generate_answers(model, tokenizer, examples, config, new or NEW, [], seed=0)
     return time.perf_counter() - started
 
 

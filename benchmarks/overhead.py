@@ -38,7 +38,7 @@ def main() -> None:
     from hydra import compose, initialize_config_dir
 
     import run  # registers the resolvers that conf/ uses
-    from spin import config as schema
+    from spin.config import schema
     from spin.game import play
 
     assert run
@@ -77,10 +77,10 @@ def main() -> None:
 
         return original(keep, number, of, work)
 
-    from spin.checkpoint import Shards
+    from spin.runtime.shards import ResumableShards
 
-    original = Shards.__call__
-    Shards.__call__ = made  # type: ignore[method-assign]
+    original = ResumableShards.__call__
+    ResumableShards.__call__ = made  # type: ignore[method-assign]
     for (place, name), what in WATCHED.items():
         module, _, member = place.partition(".checkpoint.")
         holder = getattr(import_module("spin.checkpoint"), member) if member else import_module(module)
@@ -89,7 +89,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=ROOT, prefix=".overhead-") as folder:
         here = [f"store.path={folder}/store", "tracking.wandb=disabled"]
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            config = schema.load(compose("config", overrides=[*words, *here]))
+            config = schema.load_config(compose("config", overrides=[*words, *here]))
         started = time.perf_counter()
         play(config, Path(folder) / "run", "python benchmarks/overhead.py")
         total = time.perf_counter() - started

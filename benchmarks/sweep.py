@@ -95,11 +95,13 @@ def counted(found: Counter[str]) -> str:
 
 def same(one: Path, other: Path) -> bool:
     """Have both runs the same policies, in the same bits?"""
-    from spin.sealed import digest
+    from spin.runtime.artifacts import file_digest
 
     files = [sorted(path.relative_to(run) for path in run.glob("iter*/policy/*.safetensors")) for run in (one, other)]
     return (
-        bool(files[0]) and files[0] == files[1] and all(digest(one / path) == digest(other / path) for path in files[0])
+        bool(files[0])
+        and files[0] == files[1]
+        and all(file_digest(one / path) == file_digest(other / path) for path in files[0])
     )
 
 

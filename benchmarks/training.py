@@ -74,7 +74,7 @@ def whole_steps(pairs: list, batch_size: int) -> list:
 
 
 def report(found: dict[str, list[dict]], workload: Workload, batch_size: int, peaks: dict, command: str) -> None:
-    from spin.pairs import read_pairs
+    from spin.method.pairs import read_pairs
 
     pairs = whole_steps(read_pairs(workload.pairs), batch_size)
     ours = next(iter(found))
@@ -131,12 +131,12 @@ def useful_flops(model: Path, pairs: list) -> float:
 def contend(name: str, workload: Workload, batch_size: int) -> dict:
     import torch
 
-    from spin import config as schema
-    from spin.engine import compute_type
-    from spin.pairs import read_pairs
+    from spin.config import schema
+    from spin.engines.base import select_dtype
+    from spin.method.pairs import read_pairs
 
     pairs = whole_steps(read_pairs(workload.pairs), batch_size)
-    dtype = compute_type(schema.EngineConfig(), torch.device("cpu"))
+    dtype = select_dtype(schema.EngineConfig(), torch.device("cpu"))
     seconds, loss, scoring = CONTENDERS[name](workload, pairs, batch_size, dtype)
     assert len(seconds) == 1 + len(pairs) // batch_size
     return {
@@ -153,23 +153,25 @@ def spin(workload, pairs, batch_size, dtype):
 
     import torch
 
-    from spin import config as schema
-    from spin.engine import SingleEngine
-    from spin.logps import choose_forward, logps_of
-    from spin.model import Policy, load_model
-    from spin.pairs import both
-    from spin.train import _order, train_spin
+    from spin.config import schema
+    from spin.engines.layouts import choose_forward
+    from spin.engines.logps import compute_logps
+    from spin.engines.single import SingleEngine
+    from spin.method.pairs import as_continuations
+    from spin.method.training import _order, train_spin
+    from spin.models.load import load_model
+    from spin.models.policy import Policy
 
     settings, device = schema.EngineConfig(), torch.device("cpu")
     policy = Policy("start", workload.model, "start")
     model = load_model(policy.folder, dtype, device)
-    items = both(pairs)
+    items = as_continuations(pairs)
     longest = max(item.tokens for item in items)
     forward, _ = choose_forward(
         model, items, "auto", settings.tokens_per_row, settings.tokens_per_batch, settings.head_chunk, longest
     )
     started = time.perf_counter()
-    logps_of(model, items, forward)
+    compute_logps(model, items, forward)
     scoring = time.perf_counter() - started
     del model
     engine = SingleEngine(policy, dtype, device, settings, schema.OptimizerConfig())

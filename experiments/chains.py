@@ -20,10 +20,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from spin.data import encode, encode_responses
-from spin.logps import Forward, logps_of
-from spin.model import load_model, load_tokenizer
-from spin.pairs import Continuations
+from spin.data.templates import encode_prompts, encode_responses
+from spin.engines.logps import Forward, compute_logps
+from spin.engines.packing import Continuations
+from spin.models.load import load_model, load_tokenizer
 
 LETTERS = "abcdefghij"
 LONGEST = 3
@@ -76,13 +76,13 @@ def records(seed: int) -> list[dict[str, str]]:
 def answer_logps(policy: Path, prompts: Sequence[str], answers: Sequence[Sequence[str]]) -> np.ndarray:
     """[prompts, answers]: log p of each of a prompt's answers, with its end, by the policy in a model folder, in nats."""
     tokenizer, model = load_tokenizer(policy), load_model(policy, torch.float32, torch.device("cpu"))
-    encoded = encode(tokenizer, [[{"role": "user", "content": prompt}] for prompt in prompts], TEMPLATE)
+    encoded = encode_prompts(tokenizer, [[{"role": "user", "content": prompt}] for prompt in prompts], TEMPLATE)
     items = []
     for prompt, said in zip(encoded, answers, strict=True):
         responses = encode_responses(tokenizer, [prompt] * len(said), said, TEMPLATE)
         items.append(Continuations(prompt[1], tuple((*response, tokenizer.eos_token_id) for response in responses)))
     forward = Forward("padded", "chunked", 16, 16384, 4096)
-    return logps_of(model, items, forward).view(len(prompts), -1).double().numpy()
+    return compute_logps(model, items, forward).view(len(prompts), -1).double().numpy()
 
 
 def measure(policy: Path, prompts: Sequence[str] = TEST_PROMPTS) -> dict[str, float]:

@@ -19,7 +19,7 @@ import numpy as np
 import yaml
 from matplotlib.figure import Figure
 
-from spin.report import STYLE
+from spin.reporting.report import STYLE
 
 HERE = Path(__file__).parent
 RUNS = Path("outputs/studies")
@@ -270,7 +270,7 @@ STUDIES: dict[str, Study] = {
 
 def collect(study: str) -> list[Row]:
     """One row for every policy that the study's runs made, and the measures of the policy that each run started from."""
-    from spin.model import content_id
+    from spin.models.policy import content_id
 
     kept = RUNS / "measured.json"
     known = json.loads(kept.read_text()) if kept.exists() else {}

@@ -20,8 +20,9 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from spin.config import Config, load, one_line
-from spin.errors import UserError, brief, explain
+from spin.config.hydra import hydra_error_line
+from spin.config.schema import Config, load_config
+from spin.runtime.errors import UserError, brief, user_message
 
 log = logging.getLogger(__name__)
 ROOT = Path(__file__).parent.parent
@@ -47,7 +48,7 @@ def why(error: Exception) -> str:
     """What a launcher's error says, in one line: of a job's output, which it may hold, the last."""
     lines = [line for line in str(error).splitlines() if line.strip(" -")]
     text = " ".join(lines if len(lines) < 4 else [lines[0], "...", lines[-1]])
-    return explain(error) or brief(f"{type(error).__name__}: {text}", 600)
+    return user_message(error) or brief(f"{type(error).__name__}: {text}", 600)
 
 
 @contextlib.contextmanager
@@ -100,7 +101,7 @@ class SpinSweeper(BasicSweeper):
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self.config, folder / "multirun.yaml")
 
-        from spin import sweep  # after the points were looked at: a typo is answered at once
+        from spin.pipeline import points as sweep_points
 
         ready = [job for job in jobs if job.config and job.folder]
         for job in jobs:
@@ -110,23 +111,25 @@ class SpinSweeper(BasicSweeper):
         if any(job.config.plan for job in ready if job.config):
             self._launch(ready)
             return
-        missing = [job for job in ready if job.config and job.folder and not sweep.is_done(job.folder, job.config)]
+        missing = [
+            job for job in ready if job.config and job.folder and not sweep_points.is_done(job.folder, job.config)
+        ]
         counts = f"{len(ready) - len(missing)} done before, {len(missing)} to play"
         if len(ready) < len(jobs):
             counts += f", {len(jobs) - len(ready)} that can't be played"
         say(f"{len(jobs)} points in {folder}: {counts}")
         for job in missing:
             assert job.folder
-            (job.folder / sweep.RECORD).unlink(missing_ok=True)  # what became of it last time
+            (job.folder / sweep_points.RECORD).unlink(missing_ok=True)  # what became of it last time
         died = self._launch(missing)
-        points = [sweep.Point(job.swept, job.folder, job.problem or died.get(job.overrides)) for job in jobs]
+        points = [sweep_points.Point(job.swept, job.folder, job.problem or died.get(job.overrides)) for job in jobs]
         failed = self._report(folder, points, ready, bool(missing))
         if failed:
             sys.exit(f"error: {failed} of {len(jobs)} points have no result; {folder / 'sweep.md'} says why.")
 
     def _report(self, folder: Path, points: list, ready: Sequence[Job], is_new: bool) -> int:
-        from spin import sweep
-        from spin.track import Tracker
+        from spin.reporting import leaderboard
+        from spin.runtime.tracking import Tracker
 
         config = ready[0].config
         assert config
@@ -141,7 +144,7 @@ class SpinSweeper(BasicSweeper):
             group=folder.name,
         )
         try:
-            return sweep.board(folder, points, tracker, is_new)
+            return leaderboard.write_leaderboard(folder, points, tracker, is_new)
         finally:
             tracker.close()
 
@@ -166,9 +169,9 @@ class SpinSweeper(BasicSweeper):
             folder = (Path(composed.hydra.sweep.dir) / composed.hydra.sweep.subdir).absolute()
             with open_dict(composed):
                 del composed["hydra"]
-            return replace(job, folder=folder, config=load(composed))
+            return replace(job, folder=folder, config=load_config(composed))
         except (HydraException, OmegaConfBaseException) as error:
-            return replace(job, problem=one_line(error))
+            return replace(job, problem=hydra_error_line(error))
         except UserError as error:
             return replace(job, problem=str(error))
 
@@ -179,10 +182,10 @@ class SpinSweeper(BasicSweeper):
         again by itself (it waits for its own lock, and goes on from what was kept), the rest together. A point that was
         asked to stop is left as it is. Raises UserError where nothing can be launched at all.
         """
-        from spin import sweep
+        from spin.pipeline import points as sweep_points
 
         def status(job: Job) -> str | None:
-            return sweep.noted(job.folder).get("status") if job.folder else None
+            return sweep_points.read_record(job.folder).get("status") if job.folder else None
 
         assert self.launcher is not None
         died: dict[tuple[str, ...], str] = {}

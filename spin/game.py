@@ -17,17 +17,24 @@ from typing import Any
 
 import torch
 
-from spin import exams, interrupt, plan, ranks, report
-from spin.config import Config, at
-from spin.errors import UserError
-from spin.evaluate import differences, held_out_margins
-from spin.exams import Exams
-from spin.harness import PAPER
-from spin.model import Policy
-from spin.pairs import Answer, write_start_logps
-from spin.stages import Evaluated, Scored, Stages, Trained, check_room, counted, replayed
-from spin.store import Stage, link_file, link_tree, locked, write_text
-from spin.track import Tracker, format_seconds
+from spin.config.schema import Config, value_at_iteration
+from spin.evaluation.external.harness import PAPER
+from spin.evaluation.measures import differences, held_out_margins
+from spin.generation.answers import Answer
+from spin.method.pairs import write_start_logps
+from spin.models.policy import Policy
+from spin.pipeline import external as exams
+from spin.pipeline import plan
+from spin.pipeline.external import Exams
+from spin.pipeline.stages import Evaluated, Scored, Stages, Trained, check_room, counted, replayed
+from spin.reporting import report
+from spin.runtime import process_group as ranks
+from spin.runtime import signals as interrupt
+from spin.runtime.errors import UserError
+from spin.runtime.files import hold_lock, link_file, link_tree, write_text
+from spin.runtime.progress import format_seconds
+from spin.runtime.store import Artifact
+from spin.runtime.tracking import Tracker
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,7 @@ class Turn:
     opponents: Evaluated | None = None  # the evaluation of the opponent
     scored: Scored | None = None
     exams: Exams | None = None
-    merged: Stage | None = None  # of the last policy, where it is an adapter and that was asked for
+    merged: Artifact | None = None  # of the last policy, where it is an adapter and that was asked for
 
     @property
     def policy(self) -> Policy | None:
@@ -103,17 +110,17 @@ def play(config: Config, folder: Path, command: str, composed: str | None = None
 
     Raises UserError for anything that a user can put right, before any long work where that can be known.
     """
-    together = ranks.start(config.engine.name, config.engine.device)
-    if together.leads:
+    together = ranks.join_group(config.engine.name, config.engine.device)
+    if together.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         if together.size > 1:
             stack.enter_context(interrupt.deferred())  # they stop together, where `Ranks.check` is
-        if together.leads:
+        if together.is_main_process:
             stack.enter_context(
-                locked(folder / ".lock", f"another run is at work in {folder}", partial(print, flush=True))
+                hold_lock(folder / ".lock", f"another run is at work in {folder}", partial(print, flush=True))
             )
-        together.wait()
+        together.barrier()
         tracker = Tracker(
             folder,
             name=folder.name if group else config.name,
@@ -128,15 +135,15 @@ def play(config: Config, folder: Path, command: str, composed: str | None = None
             summary = _play(config, folder, command, composed, tracker)
         finally:
             tracker.close()
-    ranks.leave()
+    ranks.leave_group()
     return summary
 
 
 def _play(config: Config, folder: Path, command: str, composed: str | None, tracker: Tracker) -> dict:
     started = time.perf_counter()
     stages = Stages(config, folder, tracker)
-    leads = stages.ranks.leads
-    planned = stages.ranks.share(plan.look_up(turns, config, stages) if leads else None)
+    leads = stages.ranks.is_main_process
+    planned = stages.ranks.broadcast(plan.look_up(turns, config, stages) if leads else None)
     _check_store(stages)
     check_room(stages.store, plan.room(planned, stages), f"{plan.trainings(planned)} policies and checkpoints")
     examples = stages.data
@@ -177,8 +184,8 @@ def _play(config: Config, folder: Path, command: str, composed: str | None, trac
         "iterations": [
             {
                 "iter": turn.iteration,
-                "beta": at(config.loss.beta, turn.iteration),
-                "lr": at(config.optimizer.lr, turn.iteration),
+                "beta": value_at_iteration(config.loss.beta, turn.iteration),
+                "lr": value_at_iteration(config.optimizer.lr, turn.iteration),
                 "pairs": len(turn.scored.pairs),
                 "dropped": turn.scored.stage.manifest["facts"]["dropped"],
                 "policy": f"iter{turn.iteration}/policy",
@@ -195,9 +202,9 @@ def _play(config: Config, folder: Path, command: str, composed: str | None, trac
         "peak_memory_gib": round(peak, 2),
     }
     write_text(folder / "game.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-    page = report.write(folder, summary)
+    page = report.write_report(folder, summary)
     stages.store.refer(folder, stages.used, only=True)
-    report.summary(summary, tracker.console)
+    report.print_summary(summary, tracker.console)
     if stages.played == 0:
         tracker.say("Everything was done before: nothing was computed again.")
     else:
@@ -215,16 +222,16 @@ def _check_store(stages: Stages) -> None:
     if stages.ranks.size == 1:
         return
     stages.store.path.mkdir(parents=True, exist_ok=True)
-    sign = stages.ranks.share(f".seen-{uuid.uuid4().hex}" if stages.ranks.leads else None)
-    if stages.ranks.leads:
+    sign = stages.ranks.broadcast(f".seen-{uuid.uuid4().hex}" if stages.ranks.is_main_process else None)
+    if stages.ranks.is_main_process:
         (stages.store.path / sign).touch()
-    stages.ranks.wait()
+    stages.ranks.barrier()
     blind = not (stages.store.path / sign).exists()
-    if stages.ranks.most(blind):
+    if stages.ranks.all_reduce_max(blind):
         raise UserError(
             f"store.path={stages.store.path} is not the same disk for all processes: give a folder that all machines share."
         )
-    if stages.ranks.leads:
+    if stages.ranks.is_main_process:
         (stages.store.path / sign).unlink()
 
 
@@ -264,7 +271,7 @@ def show(turn: Turn, folder: Path, config: Config) -> None:
         "start_of_the_game": config.model.path or config.model.package,
         "policy": {"label": policy.label, "weights": policy.id, "starts_as": turn.opponent.label, **_base(policy)},
         "opponent": {"label": turn.opponent.label, "weights": turn.opponent.id},
-        "loss": {**asdict(config.loss), "beta": at(config.loss.beta, t)},
+        "loss": {**asdict(config.loss), "beta": value_at_iteration(config.loss.beta, t)},
         "replay": [f"iter{k}" for k in replayed(config.schedule.replay, t)],
         "generation": asdict(config.generation),
         "stages": {"score": score.manifest, "train": train.manifest},

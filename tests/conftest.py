@@ -11,8 +11,8 @@ import pytest
 import torch
 import transformers as tf
 
-from spin import tiny
-from spin.pairs import Continuations
+from spin.engines.packing import Continuations
+from spin.models import tiny
 from tests.games import Games, Place
 
 SMALL = {"vocab_size": 97, "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
@@ -64,7 +64,7 @@ def random_items(count: int, responses: int = 2, seed: int = 0, longest: int = 2
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    tiny.make(folder)
+    tiny.make_tiny_model(folder)
     return folder
 
 

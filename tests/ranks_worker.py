@@ -10,18 +10,21 @@ from pathlib import Path
 
 import torch
 
-from spin import ranks
-from spin.checkpoint import Checkpoints, Shards
-from spin.config import EngineConfig, GenerationConfig, ModelConfig, OptimizerConfig
-from spin.data import Example
-from spin.deepspeed_engine import DeepSpeedEngine
-from spin.engine import SingleEngine
-from spin.logps import Forward, logps_of, sequence_logps
-from spin.model import Policy, content_id, load_model, load_policy, load_tokenizer, resolve
-from spin.opponent import generate
-from spin.pairs import Pair, with_opponent_logps
-from spin.ranks import ALONE, Ranks
-from spin.train import _order, fit, train_spin
+from spin.config.schema import EngineConfig, GenerationConfig, ModelConfig, OptimizerConfig
+from spin.data.examples import Example
+from spin.engines.deepspeed import DeepSpeedEngine
+from spin.engines.logps import Forward, compute_logps, sequence_logps
+from spin.engines.single import SingleEngine
+from spin.generation.sampling import generate_answers
+from spin.method.pairs import Pair, with_opponent_logps
+from spin.method.training import _order, fit, train_spin
+from spin.models.find import find_model
+from spin.models.load import load_model, load_policy, load_tokenizer
+from spin.models.policy import Policy, content_id
+from spin.runtime import process_group as ranks
+from spin.runtime.checkpoints import Checkpoints
+from spin.runtime.process_group import SINGLE_PROCESS, ProcessGroup
+from spin.runtime.shards import ResumableShards
 from tests.conftest import random_items
 
 CPU = torch.device("cpu")
@@ -70,7 +73,9 @@ class Cut(Exception):
 def scored(policy: Policy, precision: str, forward: Forward) -> list[Pair]:
     items = random_items(PAIRS, seed=5, longest=30)
     pairs = [Pair(f"p{i}", "", "", "", "stop", item.prompt_ids, *item.responses) for i, item in enumerate(items)]
-    return with_opponent_logps(pairs, logps_of(load_policy(policy, TYPES[precision], CPU), items, forward).view(-1, 2))
+    return with_opponent_logps(
+        pairs, compute_logps(load_policy(policy, TYPES[precision], CPU), items, forward).view(-1, 2)
+    )
 
 
 def broken_at(case: Case) -> Callable:
@@ -86,7 +91,7 @@ def broken_at(case: Case) -> Callable:
     return objective
 
 
-def play(case: Case, folder: Path, together: Ranks = ALONE) -> SingleEngine | DeepSpeedEngine:
+def play(case: Case, folder: Path, together: ProcessGroup = SINGLE_PROCESS) -> SingleEngine | DeepSpeedEngine:
     """Train as the case says; by `SingleEngine` where there is one rank. The engine, closed."""
     folder = folder / case.name
     options = EngineConfig(
@@ -97,14 +102,16 @@ def play(case: Case, folder: Path, together: Ranks = ALONE) -> SingleEngine | De
     )
     optimizer = OptimizerConfig(name=case.optimizer, max_grad_norm=case.clip)
     arguments = (case.policy, TYPES[case.precision], CPU, options, optimizer)
-    engine = SingleEngine(*arguments) if together is ALONE else DeepSpeedEngine(*arguments, together)
+    engine = SingleEngine(*arguments) if together is SINGLE_PROCESS else DeepSpeedEngine(*arguments, together)
     rows: list[dict] = []
     facts: dict = {"passes": 0, "first": None}
     usual = engine.logps
 
     def logps(batch, forward):
         found = usual(batch, forward)
-        if facts["passes"] == 0 and together is not ALONE:  # against the policy as it was scored, in the same batch
+        if (
+            facts["passes"] == 0 and together is not SINGLE_PROCESS
+        ):  # against the policy as it was scored, in the same batch
             plain = load_policy(case.policy, TYPES[case.precision], CPU)
             with torch.no_grad():
                 expected = sequence_logps(plain, batch, forward)
@@ -135,16 +142,16 @@ def play(case: Case, folder: Path, together: Ranks = ALONE) -> SingleEngine | De
         engine.save(folder / "policy")
     except Cut:
         pass
-    if together is not ALONE:
+    if together is not SINGLE_PROCESS:
         facts["bytes"] = measured(engine)
-    if together is not ALONE and case.base:
+    if together is not SINGLE_PROCESS and case.base:
         names = {name for name, weight in engine.model.named_parameters() if weight.requires_grad}
         facts["trained"] = sorted(names)
     engine.close()
     facts["restored"] = kept.restored.step
     facts["passes of all"] = together.total(facts["passes"])
     facts["first"] = together.most(facts["first"] or 0.0)
-    if together.leads:
+    if together.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "facts.json").write_text(json.dumps(facts))
         (folder / "rows.json").write_text(json.dumps(rows))
@@ -188,30 +195,32 @@ def answered(model_folder: Path, keep, size: int) -> tuple[list[dict], list[floa
     model = load_model(model_folder, torch.float32, CPU)
     settings = GenerationConfig(batch_size=3, temperature=1.0)
     tokenizer = load_tokenizer(model_folder)
-    answers = generate(model, tokenizer, examples(), settings, 12, {1}, 0, keep=keep("answers"), shard_size=size)
+    answers = generate_answers(
+        model, tokenizer, examples(), settings, 12, {1}, 0, keep=keep("answers"), shard_size=size
+    )
     forward = Forward("packed", "chunked", 64, 64, 16)
-    logps = logps_of(model, random_items(13, seed=9), forward, keep=keep("scores"), shard_size=size)
+    logps = compute_logps(model, random_items(13, seed=9), forward, keep=keep("scores"), shard_size=size)
     return [asdict(answer) for answer in answers], logps.tolist()
 
 
-def share_work(folder: Path, model_folder: Path, together: Ranks) -> dict:
+def share_work(folder: Path, model_folder: Path, together: ProcessGroup) -> dict:
     """What two ranks tell each other, and what they make of shards; with one shard damaged, once more."""
     said: list[str] = []
 
-    def keep(name: str) -> Shards:
-        return Shards(folder / name, said.append, ranks=together)
+    def keep(name: str) -> ResumableShards:
+        return ResumableShards(folder / name, said.append, ranks=together)
 
     first = answered(model_folder, keep, 2)
-    together.wait()
-    if together.leads:
+    together.barrier()
+    if together.is_main_process:
         path = folder / "answers" / "00002" / "rows.parquet"
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 4
         path.write_bytes(content)
-    together.wait()
+    together.barrier()
     again = answered(model_folder, keep, 2)
     if together.rank == 1:  # alone: transformers would have rank 0 write
-        resolve(ModelConfig(path="builtin:tiny"), folder / "cache")
+        find_model(ModelConfig(path="builtin:tiny"), folder / "cache")
     taken = []
     for number in together.claims():
         if number >= 200:
@@ -220,7 +229,7 @@ def share_work(folder: Path, model_folder: Path, together: Ranks) -> dict:
     together.claims()  # a queue that nobody takes from is one all the same
     counter = together.counter()
     counter.add(together.rank + 1)
-    together.wait()
+    together.barrier()
     return {
         "first": first,
         "again": again,
@@ -228,7 +237,7 @@ def share_work(folder: Path, model_folder: Path, together: Ranks) -> dict:
         "taken": taken,
         "made": sorted(path.name for path in (folder / "cache").glob("tiny-*/*")),
         "counted": counter.add(0),
-        "shared": together.share({"rank": together.rank}),
+        "shared": together.broadcast({"rank": together.rank}),
         "most": together.most(together.rank),
         "total": together.total(0.5),
         "mean": together.mean(torch.tensor([1.0, 2.0, 6.0][: 3 * together.rank])),  # nothing on rank 0
@@ -237,7 +246,7 @@ def share_work(folder: Path, model_folder: Path, together: Ranks) -> dict:
 
 
 def main(folder: Path) -> None:
-    together = ranks.start("deepspeed", "cpu")
+    together = ranks.join_group("deepspeed", "cpu")
     job = json.loads((folder / "cases.json").read_text())
     torch.manual_seed(together.rank)  # what is random must not matter
     for case in job["cases"]:
@@ -245,8 +254,8 @@ def main(folder: Path) -> None:
     if job["shared"]:
         found = share_work(folder / "shared", Path(job["shared"]), together)
         (folder / f"shared-{together.rank}.json").write_text(json.dumps(found))
-    together.wait()
-    ranks.leave()
+    together.barrier()
+    ranks.leave_group()
 
 
 if __name__ == "__main__":

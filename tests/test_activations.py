@@ -8,13 +8,17 @@ import torch
 import transformers as tf
 from torch import nn
 
-from spin import activations
-from spin.activations import keep_less
-from spin.adapters import Lora
-from spin.config import EngineConfig, ModelConfig, OptimizerConfig
-from spin.engine import SingleEngine, checkpoint_activations
-from spin.logps import Forward, choose_forward, plain_logps, sequence_logps
-from spin.model import Policy, content_id, fresh_adapter, load_policy
+from spin.config.schema import EngineConfig, ModelConfig, OptimizerConfig
+from spin.engines import activations
+from spin.engines.activations import save_less_for_backward
+from spin.engines.base import checkpoint_activations
+from spin.engines.layouts import choose_forward
+from spin.engines.logps import Forward, reference_logps, sequence_logps
+from spin.engines.single import SingleEngine
+from spin.models.adapters import Lora
+from spin.models.find import fresh_adapter
+from spin.models.load import load_policy
+from spin.models.policy import Policy, content_id
 from tests.conftest import BODY, CONFIGS, SMALL, random_items, small_model
 
 PACKED = Forward("packed", "chunked", 256, 512, 16)
@@ -76,7 +80,7 @@ def test_the_same_bits_forward_and_the_same_gradients(name, dtype):
     forward, _ = choose_forward(plain, random_items(3), "auto", 256, 512, 16, longest=64)
     for model in (plain, lean):
         uneven(model)
-    keep_less(lean)
+    save_less_for_backward(lean)
     wrapped = [module.forward for module in lean.modules() if "forward" in vars(module)]
     counts = [sum(call.func is kind for call in wrapped) for kind in (activations._norm, activations._feed_forward)]
     assert tuple(counts) == FOUND[name]
@@ -103,7 +107,7 @@ def test_norms_and_products_against_float64(dtype):
         uneven(model)
         model.to(dtype)
         if lean:
-            keep_less(model)
+            save_less_for_backward(model)
         _, found = gradients(model, PACKED)
         off[lean] = {key: (grad.double() - grads[key]).norm() / grads[key].norm() for key, grad in found.items()}
     assert all(off[True][key] <= 1.2 * off[False][key] + 1e-7 for key in grads)
@@ -131,7 +135,7 @@ def kept_bytes(model: tf.PreTrainedModel) -> int:
 def test_less_is_kept(name, dtype):
     before = kept_bytes(model_of(name, dtype))
     lean = model_of(name, dtype)
-    keep_less(lean)
+    save_less_for_backward(lean)
     assert kept_bytes(lean) < 0.75 * before
 
 
@@ -141,7 +145,7 @@ def test_layers_that_are_computed_again_hold_nothing_of_their_feed_forward_part(
     model = model_of("llama", torch.float32)
     if checkpointing:
         checkpoint_activations(model)
-    keep_less(model, checkpointing)
+    save_less_for_backward(model, checkpointing)
     factors: list[weakref.ref] = []
     for layer in model.model.layers:
         layer.mlp.up_proj.register_forward_hook(lambda module, given, result: factors.append(weakref.ref(result)))
@@ -170,7 +174,7 @@ def test_adapters_and_rounded_weights(tmp_path, quantization):
                 weight.data = torch.randn(weight.shape, generator=generator) / 10
                 weight.requires_grad_(True)
         if lean:
-            keep_less(model)
+            save_less_for_backward(model)
             wrapped = [module.forward.func for module in model.modules() if "forward" in vars(module)]
             assert wrapped.count(activations._feed_forward) == 3
         results.append(gradients(model, PACKED))
@@ -194,7 +198,7 @@ def test_an_engine_keeps_little(tiny_folder):
 def test_a_model_that_keeps_less_goes_when_it_is_let_go_of():
     """Its weights are not to wait for a collector of cycles."""
     model = small_model("llama")
-    keep_less(model)
+    save_less_for_backward(model)
     gradients(model, PACKED)
     parts = [weakref.ref(model.model.norm), weakref.ref(model.model.layers[0].mlp.up_proj.weight)]
     gc.collect()
@@ -236,7 +240,7 @@ def test_an_activation_function_that_learns():
         for layer in model.model.layers:
             layer.mlp.act_fn = Scaled()
         if lean:
-            keep_less(model)
+            save_less_for_backward(model)
             assert all("forward" in vars(layer.mlp) for layer in model.model.layers)
         results.append(gradients(model, PACKED))
     (expected, grads), (logps, found) = results
@@ -249,10 +253,10 @@ def test_what_is_built_otherwise_is_left_alone():
     for layer in model.model.layers:
         layer.mlp = Doubled(layer.mlp)
     item = random_items(1)[0]
-    before = torch.cat(plain_logps(model, item))
-    keep_less(model)
+    before = torch.cat(reference_logps(model, item))
+    save_less_for_backward(model)
     assert all("forward" not in vars(layer.mlp) for layer in model.model.layers)
-    assert torch.equal(torch.cat(plain_logps(model, item)), before)
+    assert torch.equal(torch.cat(reference_logps(model, item)), before)
 
 
 def test_a_norm_that_is_given_a_gate_goes_its_own_way():
@@ -266,7 +270,7 @@ def test_a_norm_that_is_given_a_gate_goes_its_own_way():
             return self.weight * (states if gate is None else states * gate)
 
     norm = GatedRMSNorm()
-    keep_less(norm)
+    save_less_for_backward(norm)
     states, gate = torch.randn(5, 8), torch.randn(5, 8)
     assert torch.equal(norm(states, gate), states * gate)
     assert torch.equal(norm(states), states)

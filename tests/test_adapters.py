@@ -10,15 +10,20 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from spin import adapters
-from spin.adapters import Lora
-from spin.config import EngineConfig, ModelConfig, OptimizerConfig
-from spin.engine import SingleEngine
-from spin.errors import UserError
-from spin.logps import Forward, choose_forward, logps_of, plain_logps
-from spin.model import Policy, content_id, fresh_adapter, load_model, load_policy, resolve, save_merged
-from spin.pairs import Continuations, Pair, read_pairs, with_opponent_logps
-from spin.train import train_spin
+from spin.config.schema import EngineConfig, ModelConfig, OptimizerConfig
+from spin.engines.layouts import choose_forward
+from spin.engines.logps import Forward, compute_logps, reference_logps
+from spin.engines.packing import Continuations
+from spin.engines.single import SingleEngine
+from spin.method.pairs import Pair, read_pairs, with_opponent_logps
+from spin.method.training import train_spin
+from spin.models import adapters
+from spin.models.adapters import Lora
+from spin.models.find import find_model, fresh_adapter
+from spin.models.load import load_model, load_policy
+from spin.models.policy import Policy, content_id
+from spin.models.save import save_merged
+from spin.runtime.errors import UserError
 from tests.conftest import CONFIGS, random_items, small_model
 from tests.games import Place
 
@@ -36,13 +41,13 @@ def played(tmp_path_factory, games):
     return place
 
 
-def whole(folder) -> Policy:
+def base_or_self(folder) -> Policy:
     return Policy("start", folder, content_id(folder))
 
 
 def adapted(folder, target, seed=0, lora=LORA) -> Policy:
     """A policy with an adapter that does change something."""
-    policy = fresh_adapter(whole(folder), lora, seed, ModelConfig(path=str(folder)), target)
+    policy = fresh_adapter(base_or_self(folder), lora, seed, ModelConfig(path=str(folder)), target)
     generator = torch.Generator().manual_seed(seed)
     weights = load_file(target / adapters.WEIGHTS)
     weights = {key: w + 0.1 * torch.randn(w.shape, generator=generator) for key, w in weights.items()}
@@ -76,11 +81,11 @@ def test_the_opponent_has_the_adapter_of_the_iteration_before(played):
     before = peft_model(run / "iter0" / "policy")
     item = {pair.id: Continuations(pair.prompt_ids, (pair.real_ids, pair.generated_ids)) for pair in pairs[:8]}
     for pair in pairs[:8]:
-        real, generated = (logps.sum().item() for logps in plain_logps(before, item[pair.id]))
+        real, generated = (logps.sum().item() for logps in reference_logps(before, item[pair.id]))
         assert pair.opponent_logp_real == pytest.approx(real, abs=2)
         assert pair.opponent_logp_generated == pytest.approx(generated, abs=2)
     with before.disable_adapter():
-        off = [plain_logps(before, item[pair.id])[0].sum().item() for pair in pairs[:8]]
+        off = [reference_logps(before, item[pair.id])[0].sum().item() for pair in pairs[:8]]
     assert min(abs(pair.opponent_logp_real - value) for pair, value in zip(pairs, off, strict=False)) > 5
 
 
@@ -93,7 +98,9 @@ def test_peft_and_transformers_open_a_policy_and_its_merged_folder_is_the_same_m
         for model in (
             peft.AutoPeftModelForCausalLM.from_pretrained(folder / "policy"),
             AutoModelForCausalLM.from_pretrained(folder / "policy"),
-            load_policy(resolve(ModelConfig(path=str(folder / "policy")), played.folder / "cache"), torch.float32, CPU),
+            load_policy(
+                find_model(ModelConfig(path=str(folder / "policy")), played.folder / "cache"), torch.float32, CPU
+            ),
             AutoModelForCausalLM.from_pretrained(folder / "merged"),
         ):
             assert torch.allclose(model(ids).logits, expected, atol=1e-5)
@@ -155,19 +162,19 @@ def test_the_base_is_found_by_its_content(played, tmp_path):
     settings = json.loads((policy / adapters.CONFIG).read_text())
     (policy / adapters.CONFIG).write_text(json.dumps(settings | {"base_model_name_or_path": str(base)}))
     here, cache = ModelConfig(path=str(policy)), played.folder / "cache"
-    found = resolve(here, cache)
+    found = find_model(here, cache)
     assert found.base.folder == base
     weights = load_file(base / "model.safetensors")
     weights["model.norm.weight"][0] += 0.5
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
-    again = resolve(here, cache)
+    again = find_model(here, cache)
     assert again.base.folder != base and again.id == found.id
     about = json.loads((policy / adapters.BASE).read_text())
     (policy / adapters.BASE).write_text(
         json.dumps(about | {"model": about["model"] | {"path": str(tmp_path / "gone")}})
     )
     with pytest.raises(UserError, match="holds other weights") as error:
-        resolve(here, cache)
+        find_model(here, cache)
     assert "\n" not in str(error.value) and "base_model_name_or_path" in str(error.value)
 
 
@@ -193,7 +200,7 @@ def test_the_same_bits_whatever_was_interrupted(played, place):
 def scored_pairs(policy, count=10) -> list[Pair]:
     items = random_items(count, seed=5, longest=30)
     pairs = [Pair(f"p{i}", "", "", "", "stop", item.prompt_ids, *item.responses) for i, item in enumerate(items)]
-    return with_opponent_logps(pairs, logps_of(load_policy(policy, torch.float32, CPU), items, PACKED).view(-1, 2))
+    return with_opponent_logps(pairs, compute_logps(load_policy(policy, torch.float32, CPU), items, PACKED).view(-1, 2))
 
 
 def test_a_full_batch_step_equals_the_naive_one_weight_for_weight(tiny_folder, tmp_path):
@@ -243,9 +250,9 @@ def test_packed_rows_and_the_chunked_head_see_the_adapter(name, tmp_path):
     items = random_items(4, longest=10)
     forward, _ = choose_forward(model, items, "auto", 64, 128, 16, 60)
     assert forward.head == "chunked"
-    expected = torch.stack([one.sum() for item in items for one in plain_logps(peft_model(policy.folder), item)])
-    assert torch.allclose(logps_of(model, items, forward), expected, atol=1e-3)
-    without = logps_of(load_model(policy.base.folder, torch.float32, CPU), items, forward)
+    expected = torch.stack([one.sum() for item in items for one in reference_logps(peft_model(policy.folder), item)])
+    assert torch.allclose(compute_logps(model, items, forward), expected, atol=1e-3)
+    without = compute_logps(load_model(policy.base.folder, torch.float32, CPU), items, forward)
     assert (without - expected).abs().max() > 0.1
 
 
@@ -292,7 +299,7 @@ def test_in_bf16_masters_keep_what_is_rounded_and_are_what_is_saved(tiny_folder,
     moved = torch.cat([(engine.masters[name] - before[name]).abs().flatten() for name in before])
     assert (moved > 1e-8).float().mean() > 0.5
     engine.save(tmp_path / "saved")
-    saved = adapters.read(tmp_path / "saved", CPU)
+    saved = adapters.read_weights(tmp_path / "saved", CPU)
     assert all(torch.equal(saved[name], engine.masters[name]) for name in engine.masters)
     (tmp_path / "state").mkdir()
     engine.save_state(tmp_path / "state")
@@ -306,17 +313,19 @@ def test_a_fresh_adapter_changes_nothing_repeats_its_bits_and_uses_no_global_ran
     for noise in (1, 2):
         torch.manual_seed(noise)
         state = torch.get_rng_state()
-        policy = fresh_adapter(whole(tiny_folder), LORA, 0, ModelConfig(path=str(tiny_folder)), tmp_path / str(noise))
+        policy = fresh_adapter(
+            base_or_self(tiny_folder), LORA, 0, ModelConfig(path=str(tiny_folder)), tmp_path / str(noise)
+        )
         model = load_policy(policy, torch.float32, CPU)
         assert torch.equal(torch.get_rng_state(), state)
         texts.append([(tmp_path / str(noise) / name).read_bytes() for name in (adapters.CONFIG, adapters.WEIGHTS)])
     assert texts[0] == texts[1]
-    other = fresh_adapter(whole(tiny_folder), LORA, 1, ModelConfig(path=str(tiny_folder)), tmp_path / "other")
+    other = fresh_adapter(base_or_self(tiny_folder), LORA, 1, ModelConfig(path=str(tiny_folder)), tmp_path / "other")
     assert other.id != policy.id
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
         assert torch.equal(model(ids).logits, load_model(tiny_folder, torch.float32, CPU)(ids).logits)
-    std = adapters.read(policy.folder, CPU)["model.layers.0.mlp.down_proj.lora_A.default.weight"].std().item()
+    std = adapters.read_weights(policy.folder, CPU)["model.layers.0.mlp.down_proj.lora_A.default.weight"].std().item()
     assert std == pytest.approx(128**-0.5 / 3**0.5, rel=0.2)  # uniform in +-1/sqrt(128)
 
 
@@ -338,11 +347,11 @@ def test_adapters_of_others_are_taken_as_they_are_dropout_off(tiny_folder, tmp_p
         init_lora_weights=False, task_type="CAUSAL_LM",
     )  # fmt: skip
     peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_folder), config).save_pretrained(tmp_path / "theirs")
-    policy = resolve(ModelConfig(path=str(tmp_path / "theirs")), tmp_path)
+    policy = find_model(ModelConfig(path=str(tmp_path / "theirs")), tmp_path)
     assert policy.base.folder == tiny_folder and policy.tokenizer == tiny_folder
     items = random_items(3)
-    found = logps_of(load_policy(policy, torch.float32, CPU), items, PACKED)
-    expected = torch.stack([one.sum() for item in items for one in plain_logps(peft_model(policy.folder), item)])
+    found = compute_logps(load_policy(policy, torch.float32, CPU), items, PACKED)
+    expected = torch.stack([one.sum() for item in items for one in reference_logps(peft_model(policy.folder), item)])
     assert torch.allclose(found, expected, atol=1e-3)
     engine = SingleEngine(policy, torch.float32, CPU, EngineConfig(), OptimizerConfig())
     rows = []
@@ -369,7 +378,7 @@ def test_adapters_that_cannot_be_used_are_named_in_one_line(tiny_folder, tmp_pat
     settings = json.loads((policy.folder / adapters.CONFIG).read_text())
     (policy.folder / adapters.CONFIG).write_text(json.dumps(settings | change))
     with pytest.raises(UserError, match=says or "the base of this adapter can't be found") as error:
-        resolve(ModelConfig(path=str(policy.folder)), tmp_path)
+        find_model(ModelConfig(path=str(policy.folder)), tmp_path)
     assert "\n" not in str(error.value)
 
 
@@ -378,7 +387,7 @@ def test_broken_adapter_folders_are_named_in_one_line(tiny_folder, tmp_path):
         policy = adapted(tiny_folder, tmp_path / name)
         harm(policy.folder)
         with pytest.raises(UserError) as error:
-            load_policy(resolve(ModelConfig(path=str(policy.folder)), tmp_path), torch.float32, CPU)
+            load_policy(find_model(ModelConfig(path=str(policy.folder)), tmp_path), torch.float32, CPU)
         assert "\n" not in str(error.value)
         return str(error.value)
 

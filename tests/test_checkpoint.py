@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from spin import interrupt
-from spin.checkpoint import Checkpoints, Part, Shards, TrainState, describe
-from spin.interrupt import Interrupted, deferred
-from spin.sealed import Damaged, seal, verify
-from spin.store import RESUME
-from spin.train import train_spin
+from spin.method.training import train_spin
+from spin.runtime import signals as interrupt
+from spin.runtime.artifacts import CorruptArtifact, commit_atomically, verify_artifact
+from spin.runtime.checkpoints import Checkpoints, TrainState, describe_progress
+from spin.runtime.shards import ResumableShards, Shard
+from spin.runtime.signals import Interrupted, deferred
+from spin.runtime.store import RESUME
 from tests.test_train import PACKED, SETTINGS, engine_of, scored_pairs
 
 ROOT = Path(__file__).parent.parent
@@ -34,12 +35,12 @@ def sealed(tmp_path):
     (beside / "inner").mkdir(parents=True)
     (beside / "a.txt").write_text("first")
     (beside / "inner" / "b.bin").write_bytes(bytes(range(256)) * 9000)
-    seal(beside, tmp_path / "sealed", {"fact": [1, "two"]})
+    commit_atomically(beside, tmp_path / "sealed", {"fact": [1, "two"]})
     return tmp_path / "sealed"
 
 
 def test_what_is_sealed_comes_back_with_its_facts(sealed, tmp_path):
-    assert verify(sealed)["fact"] == [1, "two"]
+    assert verify_artifact(sealed)["fact"] == [1, "two"]
     assert not (tmp_path / "beside").exists()
 
 
@@ -50,37 +51,37 @@ def test_any_flipped_byte_is_found(sealed):
         for _ in range(40):
             at = rng.randrange(len(whole))
             path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << rng.randrange(8))]) + whole[at + 1 :])
-            with pytest.raises(Damaged):
-                verify(sealed)
+            with pytest.raises(CorruptArtifact):
+                verify_artifact(sealed)
         path.write_bytes(whole[: len(whole) // 2])
-        with pytest.raises(Damaged):
-            verify(sealed)
+        with pytest.raises(CorruptArtifact):
+            verify_artifact(sealed)
         path.unlink()
-        with pytest.raises(Damaged, match="missing"):
-            verify(sealed)
+        with pytest.raises(CorruptArtifact, match="missing"):
+            verify_artifact(sealed)
         path.write_bytes(whole)
-        verify(sealed)
+        verify_artifact(sealed)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"files": 3, "xxh3": ""}', '{"xxh3": "x"}', "[" * 100_000])
 def test_a_manifest_that_is_none_is_damage_and_no_traceback(sealed, text):
     (sealed / "manifest.json").write_text(text)
-    with pytest.raises(Damaged):
-        verify(sealed)
+    with pytest.raises(CorruptArtifact):
+        verify_artifact(sealed)
 
 
 # --- shards -----------------------------------------------------------------------------------------------------------
 
 
 def shards_of(folder, made, said=None):
-    keep = Shards(folder, (said if said is not None else []).append)
+    keep = ResumableShards(folder, (said if said is not None else []).append)
 
     def part(number):
         def make():
             made.append(number)
             return [{"id": f"{number}", "ids": (number, 7), "logp": 0.1 * number}]
 
-        return Part([f"id{number}"], make)
+        return Shard([f"id{number}"], make)
 
     return lambda *numbers: list(keep([part(number) for number in numbers]))
 
@@ -109,9 +110,9 @@ def test_a_damaged_shard_is_named_and_made_again(tmp_path):
 
 def test_a_shard_of_other_prompts_is_not_taken(tmp_path):
     made = []
-    keep = Shards(tmp_path, print)
+    keep = ResumableShards(tmp_path, print)
     for ids in (["a", "b"], ["a"], ["a"]):
-        part = Part(ids, lambda ids=ids: made.append(ids) or [{"of": ids}])
+        part = Shard(ids, lambda ids=ids: made.append(ids) or [{"of": ids}])
         assert list(keep([part])) == [[{"of": ids}]]
     assert made == [["a", "b"], ["a"]]
 
@@ -220,12 +221,12 @@ def test_when_a_checkpoint_is_due(monkeypatch, tmp_path):
 
 
 def test_what_a_next_try_goes_on_from_is_said_in_words(tiny_folder, tmp_path):
-    assert describe(tmp_path / "none") is None
+    assert describe_progress(tmp_path / "none") is None
     shards_of(tmp_path / "answers", [])(0)
     train(tmp_path / "training", scored_pairs(tiny_folder, 12), tiny_folder, cut=3)
-    assert describe(tmp_path) == "1 shard of answers, training up to step 3"
+    assert describe_progress(tmp_path) == "1 shard of answers, training up to step 3"
     shutil.rmtree(tmp_path / "training" / "step-00000003")
-    assert describe(tmp_path).endswith("step 2")
+    assert describe_progress(tmp_path).endswith("step 2")
 
 
 # --- signals ----------------------------------------------------------------------------------------------------------
@@ -234,9 +235,9 @@ def test_what_a_next_try_goes_on_from_is_said_in_words(tiny_folder, tmp_path):
 @pytest.fixture
 def signals():
     before = {number: signal.getsignal(number) for number in interrupt.SIGNALS}
-    interrupt.install()
+    interrupt.install_handlers()
     yield
-    interrupt.install()  # forgets what came
+    interrupt.install_handlers()  # forgets what came
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -262,7 +263,7 @@ def test_a_signal_raises_once_and_not_in_what_must_be_whole(signals, number):
 
 def test_a_signal_that_was_ignored_stays_ignored(signals):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    interrupt.install()
+    interrupt.install_handlers()
     os.kill(os.getpid(), signal.SIGHUP)
 
 
@@ -272,14 +273,14 @@ def test_a_schedulers_own_handler_is_called_when_all_is_kept_and_not_before(sign
     called = []
     signal.signal(signal.SIGUSR2, lambda number, frame: called.append(number))
     signal.signal(signal.SIGTERM, lambda number, frame: called.append(number))
-    interrupt.install()
-    interrupt.install()  # each point of a sweep does
+    interrupt.install_handlers()
+    interrupt.install_handlers()  # each point of a sweep does
     with pytest.raises(Interrupted) as caught, deferred():
         os.kill(os.getpid(), signal.SIGUSR2)
     assert called == []
-    interrupt.hand_on(caught.value.signal)
-    interrupt.hand_on(signal.SIGTERM)  # submitit's handler of this one would only ignore it
-    interrupt.hand_on(signal.SIGUSR1)
+    interrupt.call_previous_handler(caught.value.signal)
+    interrupt.call_previous_handler(signal.SIGTERM)  # submitit's handler of this one would only ignore it
+    interrupt.call_previous_handler(signal.SIGUSR1)
     assert called == [signal.SIGUSR2]
 
 
@@ -318,8 +319,8 @@ def test_a_signal_in_training_keeps_the_last_whole_step(tiny_folder, tmp_path, s
     kept = 4 if inside == "forward" else 5
     assert said == [f"training is kept up to step {kept} of 8"]
     with pytest.raises(Interrupted):  # a library that swallows it only delays it
-        interrupt.check()
-    interrupt.install()  # as the next process has it
+        interrupt.raise_if_stopped()
+    interrupt.install_handlers()  # as the next process has it
     again = train(tmp_path, pairs, tiny_folder)
     assert again[2] == kept and same(again, train(None, pairs, tiny_folder))
 

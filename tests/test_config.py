@@ -10,8 +10,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from spin import config as schema
-from spin.errors import UserError
+from spin.config import hydra, schema
+from spin.runtime.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 
@@ -22,7 +22,7 @@ def composed(*overrides: str):
 
 
 def load(*overrides: str) -> schema.Config:
-    return schema.load(composed(*overrides))
+    return schema.load_config(composed(*overrides))
 
 
 @pytest.mark.parametrize(
@@ -118,12 +118,12 @@ def test_iter_is_a_value_and_plays_up_to_and_including_it():
 
 def test_the_papers_schedule_and_a_number_that_holds_for_all():
     paper = load("schedule=paper", "model=zephyr", "data=ultrachat")
-    assert [schema.at(paper.optimizer.lr, t) for t in range(4)] == [5e-7, 5e-7, 1e-7, 1e-7]
-    assert [schema.at(paper.loss.beta, t) for t in range(4)] == [0.1, 0.1, 0.1, 5.0]
+    assert [schema.value_at_iteration(paper.optimizer.lr, t) for t in range(4)] == [5e-7, 5e-7, 1e-7, 1e-7]
+    assert [schema.value_at_iteration(paper.loss.beta, t) for t in range(4)] == [0.1, 0.1, 0.1, 5.0]
     assert paper.iterations == 4 and paper.schedule.sft_epochs == 0 and paper.schedule.replay == "previous"
     assert paper.optimizer.name == "rmsprop" and paper.schedule.batch_size == 64
     flat = load("schedule=paper", "loss.beta=0.1")
-    assert [schema.at(flat.loss.beta, t) for t in range(4)] == [0.1] * 4
+    assert [schema.value_at_iteration(flat.loss.beta, t) for t in range(4)] == [0.1] * 4
 
 
 def test_sft_comes_first_where_the_start_has_not_seen_the_data():
@@ -181,10 +181,10 @@ def test_runs_are_named_after_the_users_own_model_and_data():
 def test_sweep_points_have_folders_of_their_own():
     long = ",".join(f"loss.beta={i}" for i in range(40))
     names = {
-        schema.slug(text) for text in ("model.path=org/A", "model.path=org_A", "model.path=org/B", long, long + "1")
+        hydra.slug(text) for text in ("model.path=org/A", "model.path=org_A", "model.path=org/B", long, long + "1")
     }
     assert len(names) == 5 and all(len(name) <= 120 and "/" not in name for name in names)
-    assert schema.slug("loss.beta=0.1,optimizer.lr=1e-06") == "loss.beta=0.1,optimizer.lr=1e-06"
+    assert hydra.slug("loss.beta=0.1,optimizer.lr=1e-06") == "loss.beta=0.1,optimizer.lr=1e-06"
 
 
 def test_the_learning_rate_suits_the_model():

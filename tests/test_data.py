@@ -17,10 +17,11 @@ from omegaconf import OmegaConf
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from spin import data
-from spin.config import DataConfig
-from spin.errors import UserError
-from spin.readers import ASSETS, exchanges, read_records
+from spin.config.schema import DataConfig
+from spin.data import examples, templates
+from spin.data.formats import exchanges
+from spin.data.sources import ASSETS, read_records
+from spin.runtime.errors import UserError
 
 CORPUS = [
     "### Instruction: What is it?\n\n### Response: Hello there, the answer is in the book. It is a good day.",
@@ -106,7 +107,9 @@ def load(tmp_path, tokenizer):
 
     def load(source, seed=0, tokenizer=tokenizer, **changes):
         path = write(tmp_path / "rows.jsonl", source) if isinstance(source, list) else source
-        found = data.load(config(path, **changes), tokenizer, {tokenizer.eos_token_id}, seed, tmp_path / "cache")
+        found = examples.load_dataset(
+            config(path, **changes), tokenizer, {tokenizer.eos_token_id}, seed, tmp_path / "cache"
+        )
         counts = dict(found.counts)
         assert counts.pop("read") == sum(counts.values())
         assert found.counts["kept"] == len(found.train) + len(found.held_out)
@@ -128,7 +131,7 @@ def fails(match, call, *arguments, **changes):
 def test_one_template_one_bos_one_end(load, tokenizer, template):
     found = load([pair("What is it?", "Hello there.")], template=template).train[0]
     messages = [{"role": "user", "content": "What is it?"}]
-    [(text, ids)] = data.encode(tokenizer, [messages], template)
+    [(text, ids)] = templates.encode_prompts(tokenizer, [messages], template)
     assert found.prompt_ids == tuple(ids)  # what anyone else gets who asks for this prompt
     assert found.real_ids.count(tokenizer.eos_token_id) == 1 and found.real_ids[-1] == tokenizer.eos_token_id
     whole = tokenizer.decode(found.prompt_ids + found.real_ids)
@@ -146,7 +149,9 @@ def test_one_template_one_bos_one_end(load, tokenizer, template):
 
 
 def test_a_template_with_its_own_bos_gets_no_second(sentencepiece):
-    [(_, ids)] = data.encode(sentencepiece, [[{"role": "user", "content": "Hi"}]], "<s>[INST] {prompt} [/INST]")
+    [(_, ids)] = templates.encode_prompts(
+        sentencepiece, [[{"role": "user", "content": "Hi"}]], "<s>[INST] {prompt} [/INST]"
+    )
     assert ids.count(sentencepiece.bos_token_id) == 1
 
 
@@ -159,7 +164,7 @@ def test_a_chat_template_decides_about_the_bos(sentencepiece):
         chat_template=LLAMA.removeprefix("{{ bos_token }}"),
     )
     messages = [{"role": "user", "content": "Why?"}]
-    [(_, ids)] = data.encode(bare, [messages], "chat")
+    [(_, ids)] = templates.encode_prompts(bare, [messages], "chat")
     assert ids == bare.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     assert bare("a")["input_ids"][0] == bare.bos_token_id not in ids
 
@@ -169,15 +174,15 @@ def test_a_chat_template_decides_about_the_bos(sentencepiece):
 @given(text=st.text(st.characters(codec="utf-8"), min_size=1, max_size=30).map(str.strip).filter(bool))
 def test_prompt_ids_are_a_prefix_and_nothing_is_lost(byte_level, template, text):
     tokenizer = byte_level
-    [(prompt, prompt_ids)] = data.encode(tokenizer, [[{"role": "user", "content": "Why?"}]], template)
-    [response_ids] = data.encode_responses(tokenizer, [(prompt, prompt_ids)], [text], template)
+    [(prompt, prompt_ids)] = templates.encode_prompts(tokenizer, [[{"role": "user", "content": "Why?"}]], template)
+    [response_ids] = templates.encode_responses(tokenizer, [(prompt, prompt_ids)], [text], template)
     assert tokenizer.decode(prompt_ids + response_ids) == prompt + text
 
 
 def test_no_blank_comes_before_an_answer_that_merges_with_the_prompt(sentencepiece):
     """`Response: ` + `Hello` is one piece `▁Hello` in the whole: the ids after the prompt's must still say `Hello`."""
-    found = data.encode(sentencepiece, [[{"role": "user", "content": "What is it?"}]], "paper")
-    [ids] = data.encode_responses(sentencepiece, found, ["Hello there."], "paper")
+    found = templates.encode_prompts(sentencepiece, [[{"role": "user", "content": "What is it?"}]], "paper")
+    [ids] = templates.encode_responses(sentencepiece, found, ["Hello there."], "paper")
     assert not sentencepiece.convert_ids_to_tokens(ids)[0].startswith("▁")
     assert sentencepiece.decode(found[0][1] + ids).endswith("### Response: Hello there.")
 
@@ -206,16 +211,16 @@ def test_history_is_rendered_with_the_same_template(load, tokenizer):
 def test_end_of_turn(byte_level, sentencepiece):
     ids = byte_level.convert_tokens_to_ids
     end = ids("<|im_end|>")
-    assert data.end_of_turn(byte_level, {ids("<|endoftext|>"), end}, "chat") == end
-    assert data.end_of_turn(byte_level, {ids("<|endoftext|>")}, "chat") == end  # nothing follows: the tokenizer's
-    assert data.end_of_turn(sentencepiece, {2}, "paper") == 2
+    assert templates.end_of_turn(byte_level, {ids("<|endoftext|>"), end}, "chat") == end
+    assert templates.end_of_turn(byte_level, {ids("<|endoftext|>")}, "chat") == end  # nothing follows: the tokenizer's
+    assert templates.end_of_turn(sentencepiece, {2}, "paper") == 2
     chat = PreTrainedTokenizerFast(
         tokenizer_object=byte_level.backend_tokenizer, eos_token="<|endoftext|>", chat_template=CHATML
     )
-    assert data.end_of_turn(chat, {ids("<|endoftext|>"), end}, "chat") == end  # the turn's end is not the text's
-    assert data.end_of_turn(chat, {end}, "paper") == ids("<|endoftext|>")
+    assert templates.end_of_turn(chat, {ids("<|endoftext|>"), end}, "chat") == end  # the turn's end is not the text's
+    assert templates.end_of_turn(chat, {end}, "paper") == ids("<|endoftext|>")
     endless = PreTrainedTokenizerFast(tokenizer_object=byte_level.backend_tokenizer)
-    fails("end-of-sequence", data.end_of_turn, endless, {0}, "paper")
+    fails("end-of-sequence", templates.end_of_turn, endless, {0}, "paper")
 
 
 def test_chat_template_missing_or_refusing(load, byte_level):
@@ -306,7 +311,7 @@ def test_selection_depends_on_content_and_seed_alone(load, monkeypatch):
     assert (len(small.train), len(large.train), len(all_of_them.train)) == (4, 20, 35)
     assert small.counts["not needed"] == 31
     assert load(rows[::-1], held_out=5, size=20) == large
-    monkeypatch.setattr(data, "BLOCK", 3)
+    monkeypatch.setattr(examples, "BLOCK", 3)
     assert load(rows, held_out=5, size=20) == large
     assert load(rows, held_out=5, size=20, seed=1).train != large.train
 
@@ -531,7 +536,7 @@ def test_broken_files_give_user_errors_or_counts(byte_level, tmp_path, rows, noi
     path = tmp_path / f"fuzz{suffix}"
     path.write_bytes(raw[:at] + noise + raw[at:])
     try:
-        found = data.load(config(path, turns=turns), byte_level, {2}, 0, tmp_path)
+        found = examples.load_dataset(config(path, turns=turns), byte_level, {2}, 0, tmp_path)
     except UserError as error:
         said = str(error)
     else:
@@ -566,7 +571,7 @@ def test_every_key_stands_in_every_file(name):
 
 def test_the_tiny_set(byte_level, tmp_path):
     tiny = DataConfig(**OmegaConf.to_object(OmegaConf.load(CONF / "tiny.yaml")))
-    found = data.load(tiny, byte_level, {2}, 0, tmp_path)
+    found = examples.load_dataset(tiny, byte_level, {2}, 0, tmp_path)
     assert (len(found.train), len(found.held_out)) == (24, 8)
     assert found.counts == {"read": 48, "kept": 32, "not needed": 16}
     assert len((ASSETS / "pairs.jsonl").read_text().splitlines()) == 48
@@ -581,9 +586,12 @@ def test_a_path_wins_over_the_package_of_the_chosen_group(tmp_path):
 def test_a_chat_template_that_prints_the_date_gives_the_same_prompt_every_day(byte_level):
     tokenizer = copy.deepcopy(byte_level)
     tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }} " + tokenizer.chat_template
-    ((text, _),) = data.encode(tokenizer, [[{"role": "user", "content": "Hello"}]], "chat")
+    ((text, _),) = templates.encode_prompts(tokenizer, [[{"role": "user", "content": "Hello"}]], "chat")
     assert text.startswith("01 Jan 2026 ")
 
 
 def test_a_line_feed_in_a_template_from_the_command_line(byte_level):
-    assert data.render(byte_level, [{"role": "user", "content": "Hello"}], r"Q: {prompt}\nA:") == "Q: Hello\nA:"
+    assert (
+        templates.render_prompt(byte_level, [{"role": "user", "content": "Hello"}], r"Q: {prompt}\nA:")
+        == "Q: Hello\nA:"
+    )

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from benchmarks import broken_answers
-from spin.evaluate import rouge_l
-from spin.logps import plain_logps
-from spin.model import load_model, load_tokenizer
-from spin.pairs import Continuations, read_pairs
+from spin.engines.logps import reference_logps
+from spin.engines.packing import Continuations
+from spin.evaluation.measures import rouge_l
+from spin.method.pairs import read_pairs
+from spin.models.load import load_model, load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 RUN = ROOT / "outputs" / "smollm2-sharegpt"
@@ -86,7 +87,7 @@ def test_the_stored_scores_are_the_opponents_own(game):
     """bf16 packed scores against the fp32 forward of the saved SFT model, one sequence at a time."""
     model = load_model(RUN / "sft" / "policy", torch.float32, torch.device("cpu"))
     for pair in read_pairs(RUN / "iter0" / "pairs.parquet")[:3]:
-        real, generated = plain_logps(model, Continuations(pair.prompt_ids, (pair.real_ids, pair.generated_ids)))
+        real, generated = reference_logps(model, Continuations(pair.prompt_ids, (pair.real_ids, pair.generated_ids)))
         assert pair.opponent_logp_real == pytest.approx(real.sum().item(), abs=2)
         assert pair.opponent_logp_generated == pytest.approx(generated.sum().item(), abs=3)
 

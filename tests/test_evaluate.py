@@ -6,18 +6,9 @@ import math
 import numpy as np
 import pytest
 
-from spin.evaluate import (
-    CHECKS,
-    HeldOut,
-    correct,
-    differences,
-    diversity,
-    held_out_margins,
-    held_out_of,
-    measures,
-    rouge_l,
-)
-from spin.pairs import Pair
+from spin.evaluation.answer_checks import CHECKS, correct
+from spin.evaluation.measures import HeldOut, differences, diversity, held_out_margins, held_out_of, measures, rouge_l
+from spin.method.pairs import Pair
 
 
 def pair(

@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from spin.pairs import read_pairs
+from spin.method.pairs import read_pairs
 from tests.games import Place
 
 ROOT = Path(__file__).parent.parent

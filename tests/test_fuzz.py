@@ -17,10 +17,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from spin import data, packages, tiny
-from spin.config import DataConfig
-from spin.errors import UserError
-from spin.readers import read_records
+from spin.config.schema import DataConfig
+from spin.data import examples, prose, templates
+from spin.data.sources import read_records
+from spin.models import tiny
+from spin.models import wheels as packages
+from spin.runtime.errors import UserError
 
 FORMATS = ["auto", "messages", "prompt", "alpaca", "sharegpt", "chitchat"]
 ROWS = [
@@ -50,7 +52,7 @@ def check(tokenizer, tmp_path_factory):
         """The message, or the data set. The path as a whole or its name stands in the message, or else the setting."""
         config = DataConfig(path=str(path), **{"template": "paper", **changes})
         try:
-            found = data.load(config, tokenizer, {1}, 0, cache)
+            found = examples.load_dataset(config, tokenizer, {1}, 0, cache)
         except UserError as error:
             said = str(error)
             assert 10 < len(said) < 1000 and said.isprintable(), said
@@ -296,9 +298,10 @@ EVERY_BYTE = """
 import os, sys
 from collections import Counter
 from pathlib import Path
-from spin.config import DataConfig
-from spin.errors import UserError
-from spin.readers import exchanges, read_records
+from spin.config.schema import DataConfig
+from spin.runtime.errors import UserError
+from spin.data.formats import exchanges
+from spin.data.sources import read_records
 
 folder = Path(sys.argv[1])
 file = folder / sys.argv[2]
@@ -462,9 +465,9 @@ def test_long_texts_of_one_kind_take_no_minutes(check, tmp_path, answer, filter)
 )
 def test_end_marks_are_taken_off_as_one_by_one(parts, marks):
     text = "".join(parts)
-    found = data._strip_ends(text, marks)
+    found = examples._strip_ends(text, marks)
     naive = text.strip()
-    while mark := next((mark for mark in (*marks, *data.END_MARKS) if naive.endswith(mark)), None):
+    while mark := next((mark for mark in (*marks, *examples.END_MARKS) if naive.endswith(mark)), None):
         naive = naive.removesuffix(mark).rstrip()
     assert found == naive
 
@@ -473,7 +476,7 @@ def test_end_marks_are_taken_off_as_one_by_one(parts, marks):
 @given(text=st.lists(st.sampled_from(list("ab1.)- •–\n\r\t\v\u2028\u00a0")), max_size=12).map("".join))
 def test_list_marks_stand_at_the_start_of_a_line(text):
     # Unanchored blanks, as plainly as it can be said.
-    assert bool(data._MARKUP.search(text)) == bool(re.search(r"^\s*(?:[-•–]|\d+[.)])\s", text, re.M))
+    assert bool(prose._MARKUP.search(text)) == bool(re.search(r"^\s*(?:[-•–]|\d+[.)])\s", text, re.M))
 
 
 # --------------------------------------------------------------------------------------------------- chat templates
@@ -496,7 +499,7 @@ def test_chat_templates_that_fail(tmp_path, template, reason):
     tokenizer.chat_template = template
     talk = [{"role": ("user", "assistant")[n % 2], "content": "x"} for n in range(999)]
     with pytest.raises(UserError, match=f"refuses messages of user, assistant.*{reason}") as error:
-        data.encode(tokenizer, [talk], "chat")
+        templates.encode_prompts(tokenizer, [talk], "chat")
     assert str(error.value).isprintable() and len(str(error.value)) < 1000
 
 

@@ -14,10 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from spin import tiny
-from spin.logps import plain_logps
-from spin.model import load_model, load_tokenizer
-from spin.pairs import Continuations, read_answers, read_pairs
+from spin.engines.logps import reference_logps
+from spin.engines.packing import Continuations
+from spin.generation.answers import read_answers
+from spin.method.pairs import read_pairs
+from spin.models import tiny
+from spin.models.load import load_model, load_tokenizer
 from tests.games import ROOT, Games, Place
 
 
@@ -74,7 +76,7 @@ def test_replayed_pairs_are_scored_under_the_present_opponent(played):
         old = before[pair.id]
         assert pair.generated_ids == old.generated_ids
         assert pair.opponent_logp_generated != old.opponent_logp_generated
-        real, generated = plain_logps(opponent, Continuations(pair.prompt_ids, (pair.real_ids, pair.generated_ids)))
+        real, generated = reference_logps(opponent, Continuations(pair.prompt_ids, (pair.real_ids, pair.generated_ids)))
         assert pair.opponent_logp_real == pytest.approx(real.sum().item(), abs=2)
         assert pair.opponent_logp_generated == pytest.approx(generated.sum().item(), abs=2)
 
@@ -223,7 +225,7 @@ def test_a_disk_that_fills_up_ends_the_run_with_one_line(tmp_path, place):
         f"cache.path={tmp_path}/cache",
         f"store.path={tmp_path}/store",
     ]
-    tiny.make(tmp_path / "model")
+    tiny.make_tiny_model(tmp_path / "model")
     words += [f"model.path={tmp_path}/model", f"hydra.run.dir={tmp_path}/run"]
     done = subprocess.run([sys.executable, "-c", limit, *words], cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 1, done.stdout + done.stderr

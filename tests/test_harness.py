@@ -17,21 +17,22 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from spin import harness
-from spin.errors import UserError
-from spin.harness import OPEN_LLM_LEADERBOARD, PAPER, Task, check, identity, parse
-from spin.interrupt import Interrupted
-from spin.model import Policy, load_tokenizer
+from spin.evaluation.external import harness
+from spin.evaluation.external.harness import OPEN_LLM_LEADERBOARD, PAPER, Task, check_tasks, identity, parse_tasks
+from spin.models.load import load_tokenizer
+from spin.models.policy import Policy
+from spin.runtime.errors import UserError
+from spin.runtime.signals import Interrupted
 from tests.games import ROOT
 
 TASKS = ROOT / "tests" / "tasks"
 pytest.importorskip("lm_eval")
 
 
-def run(folder, entries, include=TASKS, limit=None, batch_size=5, dtype=torch.float32, seed=0, said=None):
-    tasks = parse(entries)
+def run_tasks(folder, entries, include=TASKS, limit=None, batch_size=5, dtype=torch.float32, seed=0, said=None):
+    tasks = parse_tasks(entries)
     say = (lambda line: None) if said is None else said.append
-    return harness.run(
+    return harness.run_tasks(
         Policy("policy", folder, ""), tasks, str(include), limit, batch_size, dtype, torch.device("cpu"), seed, say
     )
 
@@ -121,7 +122,7 @@ def judge(policy):
 def test_accuracies_are_those_of_log_probs_computed_one_at_a_time(policy, judge, shots, seed):
     expected = shares_correct(judge, records("choice_test"), shots, seed)
     assert len(set(expected.values())) > 1 and 0 < min(expected.values()) < max(expected.values()) < 1  # it can fail
-    rows = run(policy, [f"spin_choice:{shots}:{metric}" for metric in expected], seed=seed)
+    rows = run_tasks(policy, [f"spin_choice:{shots}:{metric}" for metric in expected], seed=seed)
     assert {row["metric"]: row["value"] for row in rows} == pytest.approx(expected)
     for row in rows:
         share = row["value"]
@@ -134,7 +135,7 @@ def test_log_probs_have_the_precision_of_the_type(policy, judge):
     true = [f" {doc['choices'][doc['answer']]}" for doc in docs]
     expected = np.mean([judge.logp(*pair) for pair in zip(prompts(docs, 2, 0), true, strict=True)])
     errors = [
-        abs(run(policy, ["spin_logps:2:logp"], dtype=dtype)[0]["value"] / expected - 1)
+        abs(run_tasks(policy, ["spin_logps:2:logp"], dtype=dtype)[0]["value"] / expected - 1)
         for dtype in (torch.float64, torch.float32, torch.bfloat16)
     ]
     assert errors[0] < 1e-12 < errors[1] < 1e-5 < errors[2] < 1e-2
@@ -151,7 +152,7 @@ def test_sums_of_log_probs_are_not_rounded_to_bf16(tiny_folder, tmp_path):
         if sorted(logps)[-1] - sorted(logps)[-2] > 0.1:  # rows of a batch are not the bits of rows alone
             docs.append(doc | {"answer": int(np.argmax(logps))})
     (include / "data" / "choice_test.jsonl").write_text("\n".join(map(json.dumps, docs)))
-    assert run(tiny_folder, ["spin_choice:0:acc"], include, dtype=torch.bfloat16)[0]["value"] == 1
+    assert run_tasks(tiny_folder, ["spin_choice:0:acc"], include, dtype=torch.bfloat16)[0]["value"] == 1
 
 
 def test_generated_answers_are_greedy_ones(policy, judge, tmp_path):
@@ -164,7 +165,7 @@ def test_generated_answers_are_greedy_ones(policy, judge, tmp_path):
     lines = [json.dumps({**doc, "answer": answer}) for doc, answer in zip(docs, true, strict=True)]
     (include / "data" / "generate.jsonl").write_text("\n".join(lines) + "\n")
     entries = ["spin_generate:0:exact_match:whole", "spin_generate:0:exact_match:letter"]
-    whole, letter = run(policy, entries, include)
+    whole, letter = run_tasks(policy, entries, include)
     assert whole["value"] == np.mean([a == b for a, b in zip(said, true, strict=True)]) >= 0.5
     assert letter["value"] == np.mean([a == b for a, b in zip(letters, true, strict=True)]) > 0
     assert whole["version"] == "0" and whole["metric"] == "exact_match:whole"
@@ -172,7 +173,7 @@ def test_generated_answers_are_greedy_ones(policy, judge, tmp_path):
 
 
 def test_a_group_has_the_mean_of_its_tasks_by_size(policy, judge):
-    group, first, second = run(policy, ["spin_group:0:acc", "spin_choice:0:acc", "spin_swapped:0:acc"])
+    group, first, second = run_tasks(policy, ["spin_group:0:acc", "spin_choice:0:acc", "spin_swapped:0:acc"])
     assert second["value"] == pytest.approx(shares_correct(judge, records("choice_train"), 0, 0)["acc"])
     assert group["n"] == first["n"] + second["n"] == 31 and group["version"] == "3"
     assert group["value"] == pytest.approx((24 * first["value"] + 7 * second["value"]) / 31)
@@ -180,28 +181,28 @@ def test_a_group_has_the_mean_of_its_tasks_by_size(policy, judge):
 
 
 def test_a_limit_takes_the_first_questions(policy, judge):
-    row, group = run(policy, ["spin_choice:2:acc", "spin_group:0:acc"], limit=5)
+    row, group = run_tasks(policy, ["spin_choice:2:acc", "spin_group:0:acc"], limit=5)
     assert row["n"] == 5 and group["n"] == 10
     assert row["value"] == pytest.approx(shares_correct(judge, records("choice_test")[:5], 2, 0)["acc"])
 
 
 def test_the_same_rows_again_whatever_stands_beside_them(policy):
-    alone = run(policy, ["spin_choice:3:acc_norm"])
+    alone = run_tasks(policy, ["spin_choice:3:acc_norm"])
     random.seed(5)
     torch.manual_seed(5)
-    beside = run(policy, ["spin_generate:1:exact_match:whole", "spin_choice:3:acc_norm"], batch_size=2)
+    beside = run_tasks(policy, ["spin_generate:1:exact_match:whole", "spin_choice:3:acc_norm"], batch_size=2)
     assert beside[1:] == alone
 
 
 def test_prompts_that_do_not_fit_are_told(policy, tmp_path, caplog):
     said: list[str] = []
-    run(policy, ["spin_choice:0:acc", "spin_choice:7:acc"], said=said)
+    run_tasks(policy, ["spin_choice:0:acc", "spin_choice:7:acc"], said=said)
     assert any("no chat template" in line for line in said)
     assert not any("cut from the left" in line for line in said)  # 7 examples and a question are below 1024 bytes
     short = shutil.copytree(policy, tmp_path / "short")
     settings = json.loads((short / "config.json").read_text()) | {"max_position_embeddings": 128}
     (short / "config.json").write_text(json.dumps(settings))
-    run(short, ["spin_choice:0:acc", "spin_choice:5:acc"], said=said)
+    run_tasks(short, ["spin_choice:0:acc", "spin_choice:5:acc"], said=said)
     assert [line for line in said if "cut" in line] == [
         "note: spin_choice, 5 shots: prompts were cut from the left to fit the context of 128"
     ]
@@ -222,9 +223,9 @@ def test_random_states_and_logs_are_as_before(policy, stopped):
     before = states(), log.level, log.propagate, list(log.handlers), sys.dont_write_bytecode
     if stopped:
         with pytest.raises(Interrupted):
-            run(policy, ["spin_stopped:0:acc"])
+            run_tasks(policy, ["spin_stopped:0:acc"])
     else:
-        run(policy, ["spin_choice:2:acc", "spin_generate:1:exact_match:letter"])
+        run_tasks(policy, ["spin_choice:2:acc", "spin_generate:1:exact_match:letter"])
     assert (states(), log.level, log.propagate, list(log.handlers), sys.dont_write_bytecode) == before
 
 
@@ -235,11 +236,11 @@ def test_from_another_folder_nothing_is_written_and_nothing_logged(policy, tmp_p
     script = f"""
 import torch
 from pathlib import Path
-from spin.harness import check, parse, run
-from spin.model import Policy
-tasks = parse(["spin_choice:0:acc", "spin_swapped:0:acc", "spin_generate:0:exact_match:whole"])
-check(tasks, "tasks")
-for row in run(Policy('policy', Path({str(policy)!r}), ''), tasks, "tasks", 3, 2, torch.float32, torch.device("cpu"), 0, print):
+from spin.evaluation.external.harness import check_tasks, parse_tasks, run_tasks
+from spin.models.policy import Policy
+tasks = parse_tasks(["spin_choice:0:acc", "spin_swapped:0:acc", "spin_generate:0:exact_match:whole"])
+check_tasks(tasks, "tasks")
+for row in run_tasks(Policy('policy', Path({str(policy)!r}), ''), tasks, "tasks", 3, 2, torch.float32, torch.device("cpu"), 0, print):
     print(row["task"], row["n"])
 """
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -258,12 +259,12 @@ for row in run(Policy('policy', Path({str(policy)!r}), ''), tasks, "tasks", 3, 2
 def test_changed_data_are_read_again(policy, tmp_path):
     include = shutil.copytree(TASKS, tmp_path / "tasks")
     data = include / "data" / "choice_test.jsonl"
-    run(policy, ["spin_choice:0:acc"], include)
+    run_tasks(policy, ["spin_choice:0:acc"], include)
     times = data.stat()
     lines = data.read_text("utf-8").splitlines(keepends=True)
     data.write_text("".join(lines[:10]), "utf-8")
     os.utime(data, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert run(policy, ["spin_choice:0:acc"], include)[0]["n"] == 10
+    assert run_tasks(policy, ["spin_choice:0:acc"], include)[0]["n"] == 10
 
 
 # --- errors, each in one line -----------------------------------------------------------------------------------------
@@ -281,13 +282,13 @@ def one_line(error) -> str:
 )
 def test_a_malformed_entry(entry):
     with pytest.raises(UserError) as error:
-        parse([entry])
+        parse_tasks([entry])
     assert "task:shots:metric" in one_line(error)
 
 
 def test_an_entry_twice():
     with pytest.raises(UserError) as error:
-        parse(["arc_easy:5:acc", "arc_easy:5:acc_norm", "arc_easy:05:acc"])
+        parse_tasks(["arc_easy:5:acc", "arc_easy:5:acc_norm", "arc_easy:05:acc"])
     assert "arc_easy:05:acc is named twice" in one_line(error)
 
 
@@ -311,17 +312,17 @@ def test_an_entry_twice():
 )
 def test_a_task_that_cannot_be_had(entry, told):
     with pytest.raises(UserError) as error:
-        check(parse([entry]), str(TASKS))
+        check_tasks(parse_tasks([entry]), str(TASKS))
     assert told in one_line(error)
 
 
 def test_the_papers_tasks_can_be_had():
-    check(parse(OPEN_LLM_LEADERBOARD), None)
-    check(parse(["spin_group:0:acc", "spin_generate:0:exact_match:letter"]), str(TASKS))
+    check_tasks(parse_tasks(OPEN_LLM_LEADERBOARD), None)
+    check_tasks(parse_tasks(["spin_group:0:acc", "spin_generate:0:exact_match:letter"]), str(TASKS))
 
 
 def test_no_such_folder_of_tasks(tmp_path):
-    for refuse in (check, identity):
+    for refuse in (check_tasks, identity):
         with pytest.raises(UserError) as error:
             refuse([Task("spin_choice", 0, "acc")], str(tmp_path / "nowhere"))
         assert "nowhere: no such folder" in one_line(error)
@@ -343,8 +344,8 @@ def test_a_broken_task_file(policy, tmp_path, text):
     (tmp_path / "mine.yaml").write_text(text)
 
     def check_and_run():
-        check([Task("mine", 0, "acc")], str(tmp_path))
-        run(policy, ["mine:0:acc"], tmp_path)
+        check_tasks([Task("mine", 0, "acc")], str(tmp_path))
+        run_tasks(policy, ["mine:0:acc"], tmp_path)
 
     with pytest.raises(UserError) as error:
         check_and_run()
@@ -362,9 +363,9 @@ def test_a_broken_task_file(policy, tmp_path, text):
     ],
 )
 def test_a_task_that_cannot_be_run(policy, entry, told):
-    check(parse([entry]), str(TASKS))
+    check_tasks(parse_tasks([entry]), str(TASKS))
     with pytest.raises(UserError) as error:
-        run(policy, [entry], limit=1)
+        run_tasks(policy, [entry], limit=1)
     text = one_line(error)
     assert all(part in text for part in told), text
 
@@ -373,7 +374,7 @@ def test_a_broken_policy(policy, tmp_path):
     folder = shutil.copytree(policy, tmp_path / "broken")
     (folder / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(UserError) as error:
-        run(folder, ["spin_choice:0:acc"])
+        run_tasks(folder, ["spin_choice:0:acc"])
     assert "broken" in one_line(error)
 
 
@@ -389,8 +390,8 @@ def test_without_the_harness_or_with_another_version(tmp_path):
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: lm_eval\nVersion: 0.4.0\n")
     script = f"""
 import sys
-from spin.harness import check, identity, parse
-tasks = parse(["arc_easy:0:acc"])
+from spin.evaluation.external.harness import check_tasks, identity, parse_tasks
+tasks = parse_tasks(["arc_easy:0:acc"])
 for more in ([], [{str(other.parent)!r}]):
     sys.path += more
     for refuse in (check, identity):
@@ -414,7 +415,7 @@ for more in ([], [{str(other.parent)!r}]):
 
 def test_an_identity_changes_with_what_decides_the_results(tmp_path):
     include = shutil.copytree(TASKS, tmp_path / "tasks", ignore=shutil.ignore_patterns("__pycache__"))
-    tasks = parse(["spin_choice:0:acc"])
+    tasks = parse_tasks(["spin_choice:0:acc"])
     first = identity(tasks, str(include))
     assert first == json.loads(json.dumps(first)) == identity(tasks, str(shutil.copytree(include, tmp_path / "copy")))
     (include / "__pycache__").mkdir()
@@ -422,7 +423,7 @@ def test_an_identity_changes_with_what_decides_the_results(tmp_path):
     assert identity(tasks, str(include)) == first
 
     found = [first, identity(tasks, None)]
-    found += [identity(parse([entry]), str(include)) for entry in ("spin_choice:1:acc", "spin_choice:0:acc_norm")]
+    found += [identity(parse_tasks([entry]), str(include)) for entry in ("spin_choice:1:acc", "spin_choice:0:acc_norm")]
     with (include / "data" / "choice_test.jsonl").open("a") as file:
         file.write("\n")
     found.append(identity(tasks, str(include)))

@@ -14,12 +14,20 @@ import torch
 import transformers as tf
 from scipy.stats import binomtest
 
-from spin import judge as judges
-from spin import tiny
-from spin.checkpoint import Shards
-from spin.errors import UserError
-from spin.judge import ApiJudge, LocalJudge, RewardModel, compare, open_judge, parse_verdict, sign_test
-from spin.model import load_model, load_tokenizer
+from spin.evaluation.external import judges
+from spin.evaluation.external.judges import (
+    ApiJudge,
+    LocalJudge,
+    RewardModel,
+    compare,
+    open_judge,
+    parse_verdict,
+    sign_test,
+)
+from spin.models import tiny
+from spin.models.load import load_model, load_tokenizer
+from spin.runtime.errors import UserError
+from spin.runtime.shards import ResumableShards
 
 SECRET = "sk-very-secret-0123456789"
 QUESTION = [{"role": "user", "content": "Which?"}]
@@ -536,7 +544,7 @@ def test_a_comparison_that_is_stopped_asks_nobody_twice(serve, tmp_path):
     whole = compare(PROMPTS, LONG, SHORT, server.judge(), 0)
     server.seen.clear()
     server.faults = [None] * 37 + [(404, {}, b"gone")]
-    kept, done = Shards(tmp_path / "verdicts", print), []
+    kept, done = ResumableShards(tmp_path / "verdicts", print), []
     with pytest.raises(UserError):
         compare(PROMPTS, LONG, SHORT, server.judge(), 0, keep=kept, advance=done.append)
     assert len(server.seen) == 38 and sum(done) == 18

@@ -6,11 +6,11 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from spin import config as schema
+from spin.config import schema
 from spin.game import turns
-from spin.plan import look_up
-from spin.stages import Stages
-from spin.track import Tracker
+from spin.pipeline.plan import look_up
+from spin.pipeline.stages import Stages
+from spin.runtime.tracking import Tracker
 from tests.games import Place
 from tests.test_config import load
 
@@ -201,16 +201,16 @@ def made_concrete(word: str, place: Place, tmp_path) -> str:
 
 
 def schema_assets():
-    from spin.readers import ASSETS
+    from spin.data.sources import ASSETS
 
     return ASSETS
 
 
 def plan_precision(place: Place) -> str:
-    from spin.engine import compute_type, device_of
+    from spin.engines.base import select_device, select_dtype
 
     engine = load("experiment=smoke").engine
-    return str(compute_type(engine, device_of(engine))).removeprefix("torch.")
+    return str(select_dtype(engine, select_device(engine))).removeprefix("torch.")
 
 
 @pytest.mark.parametrize(("word", "kind"), TABLE.items(), ids=TABLE)

@@ -8,11 +8,13 @@ import pytest
 import torch
 import transformers as tf
 
-from spin import logps
-from spin.attention import block_mask
-from spin.errors import UserError
-from spin.logps import Forward, ResponseHead, choose_forward, logps_of, sequence_logps
-from spin.pairs import Continuations
+from spin.engines import head as logps
+from spin.engines.flex import block_mask
+from spin.engines.head import ResponseHead
+from spin.engines.layouts import choose_forward
+from spin.engines.logps import Forward, compute_logps, sequence_logps
+from spin.engines.packing import Continuations
+from spin.runtime.errors import UserError
 from tests.conftest import BODY, CONFIGS, SMALL, random_items, small_model
 
 PACKED = Forward("packed", "chunked", tokens_per_row=64, tokens_per_batch=128, head_chunk=7)
@@ -46,7 +48,7 @@ def test_logps_equal_a_naive_float64_loop(name):
     model, items = small_model(name), random_items(9)
     forward, _ = choose_forward(model, items, "auto", 64, 128, 7, longest=64)
     expected = naive_logps(model, items)
-    assert torch.allclose(logps_of(model, items, forward), expected, atol=1e-3, rtol=0)
+    assert torch.allclose(compute_logps(model, items, forward), expected, atol=1e-3, rtol=0)
     assert expected.std() > 5  # the sequences differ by far more than the tolerance
 
 
@@ -64,7 +66,7 @@ def test_models_that_packing_would_get_wrong_are_padded(name):
     model, items = small_model(name), random_items(6)
     forward, remark = choose_forward(model, items, "auto", 64, 128, 7, longest=64)
     assert forward.layout == "padded" and remark
-    wrong = logps_of(model, items, MASKED)
+    wrong = compute_logps(model, items, MASKED)
     assert (wrong - naive_logps(model, items)).abs().max() > 0.1  # it would have been silent
 
 
@@ -79,8 +81,8 @@ def test_windows_shorter_than_a_sequence_are_kept_in_packed_rows_and_lost_under_
         weight.data.mul_(20 if weight.ndim > 1 else 1)
     items = random_items(6)
     expected = naive_logps(model, items)
-    assert torch.allclose(logps_of(model, items, PACKED), expected, atol=1e-3, rtol=0)
-    assert (logps_of(model, items, MASKED) - expected).abs().max() > 0.1
+    assert torch.allclose(compute_logps(model, items, PACKED), expected, atol=1e-3, rtol=0)
+    assert (compute_logps(model, items, MASKED) - expected).abs().max() > 0.1
 
 
 def test_a_layout_that_is_asked_for_and_wrong_is_refused():
@@ -93,11 +95,11 @@ def test_a_layout_that_is_asked_for_and_wrong_is_refused():
 def test_the_budget_does_not_change_the_result(layout, tokens_per_row):
     model, items = small_model("llama"), random_items(12, responses=3)
     forward = Forward(layout, "chunked", tokens_per_row, 2 * tokens_per_row, 5)
-    assert torch.allclose(logps_of(model, items, forward), naive_logps(model, items), atol=1e-4, rtol=0)
+    assert torch.allclose(compute_logps(model, items, forward), naive_logps(model, items), atol=1e-4, rtol=0)
 
 
 def test_dropout_is_off_when_scoring(tiny_folder):
-    from spin.model import load_model
+    from spin.models.load import load_model
 
     model = load_model(tiny_folder, torch.float32, torch.device("cpu"))
     assert not model.training
@@ -105,7 +107,7 @@ def test_dropout_is_off_when_scoring(tiny_folder):
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.5
     items = random_items(3)
-    assert torch.equal(logps_of(model, items, PACKED), logps_of(model, items, PACKED))
+    assert torch.equal(compute_logps(model, items, PACKED), compute_logps(model, items, PACKED))
 
 
 def test_log_softmax_is_fp32_under_bf16():
@@ -113,7 +115,7 @@ def test_log_softmax_is_fp32_under_bf16():
     model, items = small_model("llama", torch.bfloat16), random_items(6, longest=40)
     rounded = sum_of(items, lambda ids: model(ids).logits.log_softmax(-1))
     exact = sum_of(items, lambda ids: model(ids).logits.double().log_softmax(-1))
-    found = logps_of(model, items, Forward("padded", "chunked", 64, 64, 7)).double()
+    found = compute_logps(model, items, Forward("padded", "chunked", 64, 64, 7)).double()
     assert (found - exact).abs().mean() < (rounded - exact).abs().mean()
 
 
@@ -188,9 +190,9 @@ def test_the_chunked_head_keeps_no_logits(head, at_least, at_most):
     script = rf"""
 import re, sys, torch, transformers as tf
 sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
-from spin.errors import UserError
-from spin.logps import Forward, sequence_logps
-from spin.pairs import Continuations
+from spin.runtime.errors import UserError
+from spin.engines.logps import Forward, sequence_logps
+from spin.engines.packing import Continuations
 torch.set_num_threads(1)
 config = tf.LlamaConfig(vocab_size=40000, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1)
 model = tf.AutoModelForCausalLM.from_config(config)
@@ -218,7 +220,7 @@ def test_an_attention_window_is_held_against_the_longest_item_of_the_run_not_of_
     forward, _ = choose_forward(model, random_items(4), "auto", 48, 96, 7, longest=170)
     assert forward.layout == "packed"
     items = random_items(3, longest=80)
-    assert torch.allclose(logps_of(model, items, forward), naive_logps(model, items), atol=1e-3, rtol=0)
+    assert torch.allclose(compute_logps(model, items, forward), naive_logps(model, items), atol=1e-3, rtol=0)
 
 
 def test_a_packed_row_costs_no_padding_and_no_mask():
@@ -258,7 +260,7 @@ def test_flex_attention_computes_the_same(monkeypatch):
     from torch.nn.attention.flex_attention import flex_attention
     from transformers.integrations.flex_attention import WrappedFlexAttention
 
-    from spin.attention import packed_attention
+    from spin.engines.attention import packed_attention
 
     monkeypatch.setattr(WrappedFlexAttention, "__call__", lambda self: flex_attention)
     (batch,) = Forward("packed", "chunked", 999, 999, 64).batches(random_items(4, responses=2))

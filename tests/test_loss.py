@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from spin.loss import LINKS, link_at_zero, spin_loss
+from spin.method.objectives import LINKS, link_at_zero, spin_loss
 
 NAIVE = {
     "logistic": lambda z: math.log(1 + math.exp(-z)),

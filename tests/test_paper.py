@@ -18,10 +18,10 @@ from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import paper_memory
-from spin import config as schema
-from spin.errors import UserError
-from spin.model import resolve
-from spin.pairs import read_pairs
+from spin.config import schema
+from spin.method.pairs import read_pairs
+from spin.models.find import find_model
+from spin.runtime.errors import UserError
 from tests import hub
 from tests.test_config import ROOT, composed
 
@@ -90,7 +90,7 @@ def paper(place, games):
 
 
 def test_the_recipe_is_the_papers():
-    config = schema.load(composed(*PAPER))
+    config = schema.load_config(composed(*PAPER))
     model, data, schedule, optimizer = config.model, config.data, config.schedule, config.optimizer
     assert model.path == "alignment-handbook/zephyr-7b-sft-full" and model.adapter == model.quantization == "none"
     assert model.revision == "ac6e600eefcce74f5e8bae1035d4f66019e93190"
@@ -101,7 +101,10 @@ def test_the_recipe_is_the_papers():
     assert (optimizer.name, optimizer.weight_decay, optimizer.states) == ("rmsprop", 0, "fp32")
     assert (config.loss.link, config.loss.reference, config.loss.sft_weight) == ("logistic", "opponent", 0)
     for t, (lr, beta, *_) in enumerate(ITERATIONS):
-        assert (schema.at(optimizer.lr, t), schema.at(config.loss.beta, t)) == (lr, beta)
+        assert (schema.value_at_iteration(optimizer.lr, t), schema.value_at_iteration(config.loss.beta, t)) == (
+            lr,
+            beta,
+        )
     assert (config.generation.temperature, config.generation.top_p, config.max_new_tokens) == (1, 1, 256)
     assert config.engine.precision == "bf16" and config.seed == 0
 
@@ -127,14 +130,14 @@ def test_the_recipes_fit_cards_of_80_gib_by_the_table_in_the_docs():
 
 def test_the_start_is_found_by_its_name_and_revision(place, monkeypatch):
     """In the hub's cache, where a download puts it."""
-    config = schema.load(composed(*PAPER)).model
+    config = schema.load_config(composed(*PAPER)).model
     snapshot = place.folder / "hub" / f"models--{config.path.replace('/', '--')}" / "snapshots" / config.revision
     snapshot.parent.mkdir(parents=True)
     snapshot.symlink_to(place.folder / "zephyr-7b-sft-full")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(place.folder / "hub"))
-    assert resolve(config, place.folder / "cache").folder == snapshot
+    assert find_model(config, place.folder / "cache").folder == snapshot
     with pytest.raises(UserError, match="the Hugging Face hub has it not or can't be reached"):
-        resolve(replace(config, revision="0" * 40), place.folder / "cache")
+        find_model(replace(config, revision="0" * 40), place.folder / "cache")
 
 
 # --- what is played ---------------------------------------------------------------------------------------------------

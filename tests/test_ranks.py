@@ -17,12 +17,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from spin.checkpoint import keep_nothing
-from spin.deepspeed_engine import check_deepspeed
-from spin.errors import UserError
-from spin.memory import Spread, bytes_per_weight
-from spin.pairs import deal, read_pairs
-from spin.ranks import ALONE
+from spin.engines.deepspeed import check_deepspeed
+from spin.engines.memory import Spread, bytes_per_weight
+from spin.engines.packing import balance_by_tokens
+from spin.method.pairs import read_pairs
+from spin.runtime.errors import UserError
+from spin.runtime.process_group import SINGLE_PROCESS
+from spin.runtime.shards import compute_shards
 from tests.conftest import random_items, small_model
 from tests.games import Place
 from tests.ranks_worker import Case, answered, play
@@ -321,7 +322,7 @@ def test_every_item_is_dealt_once_in_hands_alike():
     for count in (1, 2, 7, 40):
         items = random_items(count, seed=count)
         for hands in (1, 2, 3, 8):
-            dealt = deal(items, hands)
+            dealt = balance_by_tokens(items, hands)
             assert len(dealt) == hands and sorted(i for hand in dealt for i in hand) == list(range(count))
             tokens = [sum(items[i].tokens for i in hand) for hand in dealt]
             assert max(tokens) - min(tokens) <= max(item.tokens for item in items)
@@ -330,7 +331,7 @@ def test_every_item_is_dealt_once_in_hands_alike():
 def test_ranks_share_answers_and_scores_which_are_those_of_one(two, models):
     """And a shard that is damaged is made again, by one of them."""
     found = [json.loads((two.folder / f"shared-{rank}.json").read_text()) for rank in (0, 1)]
-    alone = json.loads(json.dumps(answered(Path(models["untied"]), lambda name: keep_nothing, 2)))
+    alone = json.loads(json.dumps(answered(Path(models["untied"]), lambda name: compute_shards, 2)))
     for answers, logps in (one[when] for one in found for when in ("first", "again")):
         assert answers == alone[0]
         assert logps == pytest.approx(alone[1], abs=1e-4)
@@ -346,8 +347,8 @@ def test_what_ranks_tell_each_other(two):
         assert found["most"] == 1 and found["total"] == 1 and found["mean"] == 3
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {*one["made"]}
     assert sorted([zero["firsts"], one["firsts"]]) == [0, 3]  # one of them, whenever it is asked
-    assert ALONE.share(5) == 5 and ALONE.most(2) == 2 and ALONE.total(2) == 2
-    assert ALONE.mean(torch.tensor([1.0, 2.0])) == 1.5 and ALONE.is_first_to_fail()
+    assert SINGLE_PROCESS.share(5) == 5 and SINGLE_PROCESS.most(2) == 2 and SINGLE_PROCESS.total(2) == 2
+    assert SINGLE_PROCESS.mean(torch.tensor([1.0, 2.0])) == 1.5 and SINGLE_PROCESS.is_first_to_fail()
 
 
 def test_the_library_is_quiet(two):

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from spin import report
+from spin.reporting import report
 
 NASTY = "Is a | b?\n\n```python\nx = [bold]1[/bold]\n```\n# no heading\n<b>&amp;</b> $x$ ![i](u) \x1b[31mred"
 
@@ -125,7 +125,7 @@ def figures(folder):
 def test_report_of_a_whole_run(tmp_path):
     game = made_up(tmp_path)
     json.dumps(game)
-    page = report.write(tmp_path, game)
+    page = report.write_report(tmp_path, game)
     assert page == tmp_path / "report.md"
     assert figures(tmp_path) == set(report.FIGURES)
     text = page.read_text()
@@ -146,7 +146,7 @@ def test_report_of_a_whole_run(tmp_path):
 
 
 def test_texts_of_users_do_not_break_the_page(tmp_path):
-    text = report.write(tmp_path, made_up(tmp_path)).read_text()
+    text = report.write_report(tmp_path, made_up(tmp_path)).read_text()
     prose = outside_fences(text)
     for piece in ("no heading", "[bold]", "<b>", "![i]", "x = "):
         assert piece in text
@@ -169,17 +169,17 @@ def test_a_long_answer_is_wrapped_and_keeps_its_indentation():
 
 def test_a_run_again_replaces_figures_that_it_no_longer_has(tmp_path):
     game = made_up(tmp_path)
-    report.write(tmp_path, game)
+    report.write_report(tmp_path, game)
     for path in tmp_path.glob("iter*/margins.json"):
         path.unlink()
-    text = report.write(tmp_path, game).read_text()
+    text = report.write_report(tmp_path, game).read_text()
     assert figures(tmp_path) == {"measures", "logps", "lengths"}
     assert "margins.png" not in text
 
 
 def test_report_without_training_steps(tmp_path):
     game = made_up(tmp_path, steps=0)
-    text = report.write(tmp_path, game).read_text()
+    text = report.write_report(tmp_path, game).read_text()
     assert "No training steps are on record" in text
     assert "logps" not in figures(tmp_path)
 
@@ -188,16 +188,16 @@ def test_report_of_almost_nothing(tmp_path):
     """No evaluation, no samples, nothing computed, no metrics at all."""
     game = made_up(tmp_path, iterations=1, steps=1, margins=False)
     game |= {"evaluations": [], "samples": [], "seconds": {}}
-    text = report.write(tmp_path, game).read_text()
+    text = report.write_report(tmp_path, game).read_text()
     assert figures(tmp_path) == {"logps", "lengths"}
     assert "Nothing was evaluated" in text
     assert "nothing was computed" in text
     (tmp_path / "metrics.jsonl").unlink()
     (tmp_path / "iter0" / "pairs.parquet").unlink()
-    report.write(tmp_path, game)
+    report.write_report(tmp_path, game)
     assert figures(tmp_path) == set()
     shown = io.StringIO()
-    report.summary(game, Console(file=shown, width=100))
+    report.print_summary(game, Console(file=shown, width=100))
     assert shown.getvalue() == ""
 
 
@@ -212,7 +212,7 @@ def test_report_with_numbers_that_are_not_known(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     rows[5] |= {"rewards/real": None, "logps/real": None}
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    text = report.write(tmp_path, game).read_text()
+    text = report.write_report(tmp_path, game).read_text()
     assert "| – | – |" in text
     assert "nan" not in text
     assert figures(tmp_path) == set(report.FIGURES)
@@ -222,7 +222,7 @@ def test_report_with_numbers_that_are_not_known(tmp_path):
 def test_all_margins_alike(constant, tmp_path):
     game = made_up(tmp_path, iterations=1)
     (tmp_path / "iter0" / "margins.json").write_text(json.dumps({"margin": [constant] * 5}))
-    report.write(tmp_path, game)
+    report.write_report(tmp_path, game)
     assert "margins" in figures(tmp_path)
 
 
@@ -252,7 +252,7 @@ def test_verdict_names_what_got_worse_and_what_did_not_change():
 @pytest.mark.parametrize("width", [60, 80, 100, 160])
 def test_summary_fits_and_shows_texts_as_they_are(width, tmp_path):
     shown = io.StringIO()
-    report.summary(made_up(tmp_path, iterations=4), Console(file=shown, width=width))
+    report.print_summary(made_up(tmp_path, iterations=4), Console(file=shown, width=width))
     text = shown.getvalue()
     assert max(len(line) for line in text.splitlines()) <= width
     assert "[bold]1[/bold]" in text
@@ -270,11 +270,11 @@ def test_summary_fits_and_shows_texts_as_they_are(width, tmp_path):
 
 def test_summary_puts_answers_side_by_side(tmp_path):
     shown = io.StringIO()
-    report.summary(made_up(tmp_path, iterations=1), Console(file=shown, width=100))
+    report.print_summary(made_up(tmp_path, iterations=1), Console(file=shown, width=100))
     heads = [line for line in shown.getvalue().splitlines() if line.startswith("┃ ")]
     assert [re.findall(r"\w+", line) for line in heads] == [["human", "start"], ["sft", "iter0"]]
 
 
 def test_report_needs_no_torch():
-    code = "import sys, spin.report; assert not {'torch', 'transformers', 'wandb'} & set(sys.modules)"
+    code = "import sys, spin.reporting.report; assert not {'torch', 'transformers', 'wandb'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -7,14 +7,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from spin import adapters
-from spin.config import EngineConfig, ModelConfig, OptimizerConfig
-from spin.engine import SingleEngine
-from spin.logps import logps_of, sequence_logps
-from spin.memory import NF4
-from spin.model import fresh_adapter, load_model, load_policy, quantised, resolve
-from spin.optimizer import EightBit, state_numbers
-from spin.train import train_spin
+from spin.config.schema import EngineConfig, ModelConfig, OptimizerConfig
+from spin.engines.eight_bit import EightBit
+from spin.engines.logps import compute_logps, sequence_logps
+from spin.engines.memory import NF4
+from spin.engines.optimizers import state_values_per_weight
+from spin.engines.single import SingleEngine
+from spin.method.training import train_spin
+from spin.models import adapters
+from spin.models.find import find_model, fresh_adapter
+from spin.models.load import load_model, load_policy
+from spin.models.policy import with_quantization
 from tests.conftest import random_items
 from tests.games import Place
 from tests.test_adapters import CPU, LORA, PACKED, SETTINGS, adapted, scored_pairs, whole
@@ -91,7 +94,7 @@ def test_a_policy_is_opened_on_the_base_that_it_was_trained_beside(played):
 
 
 def test_merged_it_is_the_same_model(played):
-    policy = resolve(ModelConfig(path=f"{played.folder}/run/iter0/policy"), played.folder / "cache")
+    policy = find_model(ModelConfig(path=f"{played.folder}/run/iter0/policy"), played.folder / "cache")
     assert policy.base.quantization == "nf4"
     ids = torch.tensor([[5, 6, 7, 8, 9]])
     with torch.no_grad():
@@ -105,8 +108,8 @@ def test_merged_it_is_the_same_model(played):
 
 
 def test_rounding_makes_another_model(tiny_folder):
-    assert quantised(whole(tiny_folder), "nf4").id != whole(tiny_folder).id
-    assert quantised(whole(tiny_folder), "none") == whole(tiny_folder)
+    assert with_quantization(whole(tiny_folder), "nf4").id != whole(tiny_folder).id
+    assert with_quantization(whole(tiny_folder), "none") == whole(tiny_folder)
 
 
 def states_of(optimizer, key):
@@ -135,8 +138,8 @@ def test_states_of_8_bits_take_a_quarter_and_step_nearly_as_whole_ones(tiny_fold
         held.append(
             sum(t.numel() * t.element_size() for t in tensors) / sum(master.numel() for master in large.values())
         )
-    assert held[0] == 4 * state_numbers(OptimizerConfig(name=whole_name))
-    assert held[1] == pytest.approx(4 * state_numbers(OptimizerConfig(name=name)), rel=0.02)
+    assert held[0] == 4 * state_values_per_weight(OptimizerConfig(name=whole_name))
+    assert held[1] == pytest.approx(4 * state_values_per_weight(OptimizerConfig(name=name)), rel=0.02)
     similar = torch.nn.functional.cosine_similarity(moved[0], moved[1], dim=0)
     assert similar > 0.9 and moved[1].abs().mean() == pytest.approx(moved[0].abs().mean().item(), rel=0.2)
 
@@ -171,11 +174,11 @@ def test_a_resume_goes_on_in_the_same_bits(tiny_folder, tmp_path, name):
 def test_gradients_pass_through_rounded_layers(tiny_folder, tmp_path, dtype, checkpointing):
     """After it has computed without gradients, as an engine's model has; against the same weights, widened."""
     policy = adapted(tiny_folder, tmp_path / "policy")
-    policy = replace(policy, base=quantised(policy.base, "nf4"))
+    policy = replace(policy, base=with_quantization(policy.base, "nf4"))
     engine = SingleEngine(policy, dtype, CPU, EngineConfig(gradient_checkpointing=checkpointing), OptimizerConfig())
     items = random_items(6)
-    logps_of(engine.model, items, PACKED)
-    wide = adapters.attach(load_model(tiny_folder, dtype, CPU, "nf4").dequantize().float(), policy.folder)
+    compute_logps(engine.model, items, PACKED)
+    wide = adapters.attach_adapter(load_model(tiny_folder, dtype, CPU, "nf4").dequantize().float(), policy.folder)
     trained = {name: w.requires_grad_(True) for name, w in wide.named_parameters() if "lora_" in name}
     for batch in PACKED.batches(items):
         engine.backward(sequence_logps(engine.model, batch, PACKED).sum())
@@ -186,7 +189,7 @@ def test_gradients_pass_through_rounded_layers(tiny_folder, tmp_path, dtype, che
 
 
 def test_an_adapter_on_4_bits_with_8_bit_states_and_checkpointing_trains(tiny_folder, tmp_path):
-    start = quantised(whole(tiny_folder), "nf4")
+    start = with_quantization(whole(tiny_folder), "nf4")
     policy = fresh_adapter(start, LORA, 0, ModelConfig(path=str(tiny_folder)), tmp_path / "policy")
     options, optimizer = EngineConfig(gradient_checkpointing=True), OptimizerConfig(name="rmsprop8bit")
     engine = SingleEngine(policy, torch.bfloat16, CPU, options, optimizer)

@@ -13,8 +13,10 @@ from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spin import interrupt
-from spin.store import RESUME, Store, entries, key_of, link_file, link_tree, locked, main, remove, write_text
+from spin.runtime import signals as interrupt
+from spin.runtime.files import hold_lock, link_file, link_tree, write_text
+from spin.runtime.store import RESUME, Store, key_of
+from spin.runtime.store_cli import entries, main, remove
 
 ROOT = Path(__file__).parent.parent
 
@@ -125,7 +127,7 @@ def test_two_processes_that_want_the_same_stage_do_it_once(tmp_path):
 
 def test_a_dead_process_holds_no_lock(tmp_path):
     script = (
-        "import os, sys, pathlib; from spin.store import Store\n"
+        "import os, sys, pathlib; from spin.runtime.store import Store\n"
         "def die(folder): (folder.parent / 'resume' / 'shard').write_text('1'); os.kill(os.getpid(), 9)\n"
         f"Store(pathlib.Path({str(tmp_path)!r})).get('train', {{}}, die)"
     )
@@ -194,12 +196,12 @@ def test_a_stage_that_a_run_has_come_to_use_is_not_removed(tmp_path):
 def test_killed_while_it_is_sealed_a_stage_is_whole_or_can_go_on(tmp_path, moment):
     """Where the machine dies before the stage has its name, what the next try goes on from is still there."""
     script = f"""
-import os, pathlib, spin.store as store
+import os, pathlib, spin.runtime.store as store
 def die(*arguments):
     if {moment!r} == "after":
         seal(*arguments)
     os.kill(os.getpid(), 9)
-seal, store.seal = store.seal, die
+seal, store.commit_atomically = store.commit_atomically, die
 def build(folder):
     (folder / "policy").write_text("long work")
     (folder.parent / "resume" / "checkpoint").write_text("long work")
@@ -281,7 +283,10 @@ def test_a_run_that_ends_refers_to_what_it_used_and_no_more(tmp_path):
 
 def test_a_store_that_is_not_there_is_one_line(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "spin.store", "--path", str(tmp_path / "none")], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "spin", "store", "--path", str(tmp_path / "none")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "no such folder" in done.stderr
 
@@ -311,15 +316,15 @@ def test_a_wait_for_another_run_can_be_stopped_in_a_game_of_several_processes(tm
     def wait():
         with FileLock(tmp_path / "lock"), interrupt.deferred():
             os.kill(os.getpid(), signal.SIGTERM)
-            with locked(tmp_path / "lock", "another run", said.append):
+            with hold_lock(tmp_path / "lock", "another run", said.append):
                 raise AssertionError
 
-    interrupt.install()
+    interrupt.install_handlers()
     try:
         with pytest.raises(interrupt.Interrupted):
             wait()
     finally:
-        interrupt.install()
+        interrupt.install_handlers()
         for number, handler in before.items():
             signal.signal(number, handler)
     assert len(said) == 1

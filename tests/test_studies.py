@@ -18,9 +18,9 @@ from scipy import stats
 import run  # noqa: F401 (defines names that conf/config.yaml uses)
 from experiments import chains, collect
 from experiments.derivation import shares
-from spin import config
-from spin.loss import spin_loss
-from spin.model import load_model, load_tokenizer
+from spin.config.schema import schema as config
+from spin.method.objectives import spin_loss
+from spin.models.load import load_model, load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 LAB = ROOT / "experiments"
@@ -177,7 +177,7 @@ def test_commands_compose(name):
         ]
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             for k in range(max(map(len, choices))):  # every value once, seed by seed
-                config.load(compose("config", [values[k % len(values)] for values in choices]))
+                config.load_config(compose("config", [values[k % len(values)] for values in choices]))
 
 
 def test_every_study_has_its_folder():

@@ -17,9 +17,11 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from spin.config import LAUNCHERS, Config, DataConfig, EvaluationConfig
-from spin.interrupt import Interrupted
-from spin.sweep import RECORD, Point, attempt, draw, is_done, made_of, note, noted, rows_of
+from spin.config.hydra import LAUNCHERS
+from spin.config.schema import Config, DataConfig, EvaluationConfig
+from spin.pipeline.points import RECORD, Point, content_hash, is_done, play_point, read_record, record_status
+from spin.reporting.leaderboard import draw, rows_of
+from spin.runtime.signals import Interrupted
 from tests.games import ROOT, Place
 from tests.test_config import composed
 
@@ -181,7 +183,7 @@ def points_of(tmp_path: Path, games: dict) -> list[Point]:
     points = []
     for number, (settings, found) in enumerate(games.items()):
         folder = tmp_path / str(number)
-        note(folder, "done")
+        record_status(folder, "done")
         (folder / "game.json").write_text(json.dumps(found))
         points.append(Point(dict(settings), folder))
     return points
@@ -251,9 +253,9 @@ def test_a_point_is_done_only_as_long_as_nothing_it_was_made_of_has_changed(tmp_
     for path in (folder / "game.json", folder / "report.md", stage / "manifest.json"):
         path.write_text("{}")
     (folder / "stages.json").write_text(json.dumps({"store": str(tmp_path / "store"), "stages": ["evaluate/0"]}))
-    note(folder, "playing", made_of=made_of(config))
+    record_status(folder, "playing", made_of=content_hash(config))
     assert not is_done(folder, config)
-    note(folder, "done", made_of=made_of(config))
+    record_status(folder, "done", made_of=content_hash(config))
     assert is_done(folder, config)
     config.tracking.project, config.checkpoint.minutes = "other", 9.0  # no result depends on them
     assert is_done(folder, config)
@@ -262,18 +264,19 @@ def test_a_point_is_done_only_as_long_as_nothing_it_was_made_of_has_changed(tmp_
     config.evaluation.bootstrap -= 1
     os.utime(data, ns=(1, 1))
     assert not is_done(folder, config)
-    note(folder, "done", made_of=made_of(config))
+    record_status(folder, "done", made_of=content_hash(config))
     assert is_done(folder, config)
     (stage / "manifest.json").unlink()
     assert not is_done(folder, config)
     (folder / RECORD).write_text('{"status": "do')
     assert not is_done(folder, config)
     config.data.path = "some/name"  # of the hub: tomorrow it may be another
-    assert made_of(config) is None
+    assert content_hash(config) is None
     config.data.revision = "abc"
-    assert made_of(config) is not None
+    assert content_hash(config) is not None
     assert (
-        made_of(Config(evaluation=EvaluationConfig(judge="http://x/v1"), data=DataConfig(package="a==1"))) is not None
+        content_hash(Config(evaluation=EvaluationConfig(judge="http://x/v1"), data=DataConfig(package="a==1")))
+        is not None
     )
 
 
@@ -281,12 +284,12 @@ def test_a_fault_of_the_program_ends_its_point_alone_and_leaves_its_traceback(tm
     def broken():
         raise ZeroDivisionError("by nothing")
 
-    attempt(Config(), tmp_path / "point", broken)
+    play_point(Config(), tmp_path / "point", broken)
     (row,) = rows_of([Point({}, tmp_path / "point")])
     assert row["status"] == "failed" and row["reason"].startswith("ZeroDivisionError: by nothing")
-    assert "in broken" in noted(tmp_path / "point")["traceback"] and "in broken" in capsys.readouterr().err
+    assert "in broken" in read_record(tmp_path / "point")["traceback"] and "in broken" in capsys.readouterr().err
     with pytest.raises(Interrupted):
-        attempt(Config(), tmp_path / "point", lambda: (_ for _ in ()).throw(Interrupted(signal.SIGTERM)))
+        play_point(Config(), tmp_path / "point", lambda: (_ for _ in ()).throw(Interrupted(signal.SIGTERM)))
     (row,) = rows_of([Point({}, tmp_path / "point")])
     assert row["status"] == "unfinished"
 

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from spin import track
-from spin.errors import UserError
-from spin.track import Tracker, format_seconds, wandb_mode
+from spin.runtime import tracking as track
+from spin.runtime.errors import UserError
+from spin.runtime.progress import format_seconds
+from spin.runtime.tracking import Tracker, wandb_mode
 
 KEY = "0" * 40
 
@@ -84,7 +85,7 @@ def test_offline_run_is_silent_and_needs_no_network(tmp_path):
     """In a process of its own, so that all that W&B's service prints is seen."""
     code = """
 import sys, pathlib
-from spin.track import Tracker
+from spin.runtime.tracking import Tracker
 one = Tracker(pathlib.Path(sys.argv[1]), name="t", config={"loss": {"beta": 0.1}}, wandb="auto")
 for t in (0, 1):
     for step in (0, 1):
@@ -133,7 +134,7 @@ def test_wandb_row_is_prefixed_and_counts_steps_through(tmp_path):
 def test_disabled_does_not_import_wandb(tmp_path):
     code = """
 import sys, pathlib
-from spin.track import Tracker
+from spin.runtime.tracking import Tracker
 one = Tracker(pathlib.Path(sys.argv[1]), name="t", config={}, wandb="disabled")
 one.log({"loss": 1.0}); one.samples("iter0", []); one.close()
 assert "wandb" not in sys.modules

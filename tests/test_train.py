@@ -10,14 +10,15 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file
 
-from spin.checkpoint import Checkpoints
-from spin.config import EngineConfig, OptimizerConfig
-from spin.engine import SingleEngine
-from spin.errors import UserError
-from spin.logps import Forward, logps_of, sequence_logps
-from spin.model import Policy, content_id, load_model, saved_buffers
-from spin.pairs import Pair, with_opponent_logps
-from spin.train import check_first_step, fit, learning_rate_factor, train_sft, train_spin
+from spin.config.schema import EngineConfig, OptimizerConfig
+from spin.engines.logps import Forward, compute_logps, sequence_logps
+from spin.engines.single import SingleEngine
+from spin.method.pairs import Pair, with_opponent_logps
+from spin.method.training import check_first_step, fit, learning_rate_factor, train_sft, train_spin
+from spin.models.load import load_model, saved_buffers
+from spin.models.policy import Policy, content_id
+from spin.runtime.checkpoints import Checkpoints
+from spin.runtime.errors import UserError
 from tests.conftest import BODY, SMALL, random_items
 
 PACKED = Forward("packed", "chunked", 64, 128, 16)
@@ -37,7 +38,7 @@ def scored_pairs(folder, count=10, forward=PACKED, dtype=torch.float32) -> list[
     items = random_items(count, seed=5, longest=30)
     pairs = [Pair(f"p{i}", "", "", "", "stop", item.prompt_ids, *item.responses) for i, item in enumerate(items)]
     model = load_model(folder, dtype, CPU)
-    return with_opponent_logps(pairs, logps_of(model, items, forward).view(-1, 2))
+    return with_opponent_logps(pairs, compute_logps(model, items, forward).view(-1, 2))
 
 
 SETTINGS = dict(lr=1e-3, epochs=1, batch_size=100, warmup_ratio=0.0, seed=0)
@@ -80,7 +81,7 @@ def test_a_full_batch_step_equals_the_naive_one_weight_for_weight(tiny_folder):
 
 @pytest.mark.parametrize("link", ["logistic", "hinge", "exponential", "correlation"])
 def test_the_first_step_shows_margin_0_and_the_link_at_0(tiny_folder, link):
-    from spin.loss import link_at_zero
+    from spin.method.objectives import link_at_zero
 
     rows = []
     train_spin(

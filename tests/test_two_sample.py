@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from spin.two_sample import (
+from spin.evaluation.two_sample import (
     MIXTURES,
     SCALE,
     classifier_scores,

@@ -8,26 +8,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from spin.config import GenerationConfig
-from spin.data import Example
-from spin.errors import UserError
-from spin.logps import Forward, logps_of, plain_logps
-from spin.loss import LINKS, mixture, spin_loss
-from spin.model import load_model
-from spin.opponent import generate
-from spin.pairs import (
-    Answer,
-    Continuations,
-    Pair,
-    asked,
-    by_prompt,
-    items_of,
-    make_pairs,
-    read_pairs,
-    to_pairs,
-    with_opponent_logps,
-)
-from spin.train import train_spin
+from spin.config.schema import GenerationConfig
+from spin.data.examples import Example
+from spin.engines.logps import Forward, compute_logps, reference_logps
+from spin.engines.packing import Continuations
+from spin.generation.answers import Answer, repeat_prompts
+from spin.generation.sampling import generate_answers
+from spin.method.objectives import LINKS, mix_references, spin_loss
+from spin.method.pairs import Pair, by_prompt, items_of, make_pairs, read_pairs, to_pairs, with_opponent_logps
+from spin.method.training import train_spin
+from spin.models.load import load_model
+from spin.runtime.errors import UserError
 from tests.conftest import random_items, small_model
 from tests.games import Place
 from tests.test_loss import NAIVE
@@ -86,7 +77,7 @@ def test_the_mixture_is_the_geometric_one_and_its_normaliser_cancels():
     """Over three outcomes the mixture can be normalised: margins and losses are the same as without."""
     opponent, start = (torch.tensor(p, dtype=torch.float64) for p in ([0.2, 0.5, 0.3], [0.6, 0.1, 0.3]))
     naive = [math.pow(p, 0.3) * math.pow(q, 0.7) for p, q in zip(opponent.tolist(), start.tolist(), strict=True)]
-    found = mixture(opponent.log(), start.log(), 0.3)
+    found = mix_references(opponent.log(), start.log(), 0.3)
     assert found.exp().tolist() == pytest.approx(naive)
     whole = (torch.tensor(naive) / sum(naive)).log()
     policy = torch.tensor([0.1, 0.2, 0.7], dtype=torch.float64).log()
@@ -95,7 +86,9 @@ def test_the_mixture_is_the_geometric_one_and_its_normaliser_cancels():
     normalised, others = spin_loss(policy[pairs], whole[pairs], 0.5, "logistic")
     assert torch.allclose(losses, normalised, atol=1e-7)
     assert not torch.allclose(metrics["rewards/real"], others["rewards/real"])
-    assert torch.equal(mixture(opponent, start, 1.0), opponent) and torch.equal(mixture(opponent, start, 0.0), start)
+    assert torch.equal(mix_references(opponent, start, 1.0), opponent) and torch.equal(
+        mix_references(opponent, start, 0.0), start
+    )
 
 
 @pytest.mark.parametrize("alpha", [1.0, 0.4, 0.0])
@@ -104,7 +97,7 @@ def test_the_optimum_with_a_mixed_reference(alpha):
     data, opponent, start = (
         torch.tensor(p, dtype=torch.float64) for p in ([0.5, 0.2, 0.3], [0.2, 0.5, 0.3], [0.3, 0.3, 0.4])
     )
-    reference = mixture(opponent.log(), start.log(), alpha)
+    reference = mix_references(opponent.log(), start.log(), alpha)
     logits = opponent.log().clone().requires_grad_(True)
     pairs = torch.tensor(list(product(range(3), repeat=2)))
     weights = data[pairs[:, 0]] * opponent[pairs[:, 1]]
@@ -160,9 +153,9 @@ def test_pairs_of_a_prompt_become_one_item_and_come_apart_again():
 
 def test_answers_are_asked_for_by_ids_of_their_own_and_put_beside_their_example():
     chosen = [Example(f"e{i}", f"prompt {i}", (1, 2), f"real {i}", (3, 4 + i)) for i in range(2)]
-    many = asked(chosen, 3)
+    many = repeat_prompts(chosen, 3)
     assert [one.id for one in many] == [f"{e.id}{end}" for e in chosen for end in ("", "#1", "#2")]
-    assert asked(chosen, 1) == chosen
+    assert repeat_prompts(chosen, 1) == chosen
     answers = [Answer(one.id, (5, 6 + i), "stop", f"answer {i}") for i, one in enumerate(many)]
     answers[1] = Answer(many[1].id, chosen[0].real_ids, "stop", chosen[0].real)
     answers[5] = Answer(many[5].id, (9,), "stop", " ")
@@ -176,8 +169,11 @@ def test_the_first_answer_is_the_one_that_it_has_alone():
     """And the others come from streams of their own."""
     model, chosen = small_model("llama"), examples(20)
     config = GenerationConfig(batch_size=64)
-    alone = {answer.id: answer.ids for answer in generate(model, Ids(), chosen, config, 10, {1}, 0)}
-    many = {answer.id: answer.ids for answer in generate(model, Ids(), asked(chosen, 3), config, 10, {1}, 0)}
+    alone = {answer.id: answer.ids for answer in generate_answers(model, Ids(), chosen, config, 10, {1}, 0)}
+    many = {
+        answer.id: answer.ids
+        for answer in generate_answers(model, Ids(), repeat_prompts(chosen, 3), config, 10, {1}, 0)
+    }
     assert all(many[id] == ids for id, ids in alone.items())
     assert len({*many.values()}) > 0.9 * len(many) == 0.9 * 60
 
@@ -192,7 +188,7 @@ def test_gradients_of_a_step_are_the_naive_ones(tiny_folder, forward, variant):
     items = ragged(6, seed=9)
     model = load_model(tiny_folder, torch.float32, CPU)
     widths = [len(item.responses) for item in items]
-    pairs = with_opponent_logps(answers_of(items), to_pairs(logps_of(model, items, forward), widths))
+    pairs = with_opponent_logps(answers_of(items), to_pairs(compute_logps(model, items, forward), widths))
     generator = torch.Generator().manual_seed(4)
     reference = torch.tensor([[p.opponent_logp_real, p.opponent_logp_generated] for p in pairs])
     reference += 3 * torch.randn(reference.shape, generator=generator)
@@ -236,7 +232,7 @@ def test_a_policy_that_is_not_its_opponent_is_found_whatever_the_reference(tiny_
     items = ragged(6, seed=9)
     model = load_model(tiny_folder, torch.float32, CPU)
     pairs = with_opponent_logps(
-        answers_of(items), to_pairs(logps_of(model, items, PACKED), [len(i.responses) for i in items])
+        answers_of(items), to_pairs(compute_logps(model, items, PACKED), [len(i.responses) for i in items])
     )
     reference = torch.tensor([[p.opponent_logp_real, p.opponent_logp_generated] for p in pairs])
     settings = {**SETTINGS, "beta": 0.3, "link": "logistic", "log": lambda row: None}
@@ -282,7 +278,7 @@ def test_a_game_with_a_mixed_reference(played):
     for row in rows[:3]:
         item = Continuations(row["prompt_ids"], (row["real_ids"], row["generated_ids"]))
         for model, name in ((start, "start"), (opponent, "opponent")):
-            real, generated = (logps.sum().item() for logps in plain_logps(model, item))
+            real, generated = (logps.sum().item() for logps in reference_logps(model, item))
             assert row[f"{name}_logp_real"] == pytest.approx(real, abs=1e-2)
             assert row[f"{name}_logp_generated"] == pytest.approx(generated, abs=1e-2)
     losses = []
@@ -324,7 +320,7 @@ def test_a_game_with_several_answers_a_prompt(played):
     assert all(len({pair.opponent_logp_real for pair in pairs}) == 1 for pairs in by_id.values())
     sft = load_model(played.folder / "many" / "sft" / "policy", torch.float32, CPU)
     for pair in many[:4]:
-        (generated,) = plain_logps(sft, Continuations(pair.prompt_ids, (pair.generated_ids,)))
+        (generated,) = reference_logps(sft, Continuations(pair.prompt_ids, (pair.generated_ids,)))
         assert pair.opponent_logp_generated == pytest.approx(generated.sum().item(), abs=2)
     rows = [row for row in played.metrics("many") if row["stage"] == "train" and row["iter"] == 0]
     assert sum(row["pairs"] for row in rows) == len(by_id)  # a step is of prompts

@@ -13,14 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from spin import vllm_engine
-from spin.config import GenerationConfig, ModelConfig
-from spin.data import Example
-from spin.errors import UserError
-from spin.model import fresh_adapter, load_tokenizer
-from spin.pairs import Answer
-from spin.stages import Stages
-from spin.track import Tracker
+from spin.config.schema import GenerationConfig, ModelConfig
+from spin.data.examples import Example
+from spin.generation import vllm as vllm_engine
+from spin.generation.answers import Answer
+from spin.models.find import fresh_adapter
+from spin.models.load import load_tokenizer
+from spin.pipeline.stages import Stages
+from spin.runtime.errors import UserError
+from spin.runtime.tracking import Tracker
 from tests import vllm_interface
 from tests.test_adapters import LORA, whole
 from tests.test_config import load
@@ -135,7 +136,7 @@ def test_a_worker_that_ends_is_named_with_its_own_words_and_leaves_no_process(ti
     with pytest.raises(
         UserError, match="vLLM ended with status 1: ModuleNotFoundError: No module named 'vllm'"
     ) as error:
-        vllm_engine.generate(
+        vllm_engine.generate_with_vllm(
             whole(tiny_folder), torch.float32, load_tokenizer(tiny_folder), EXAMPLES, config, 8, {1}, 0
         )
     assert "\n" not in str(error.value)
@@ -151,7 +152,7 @@ def test_answers_that_are_kept_need_no_engine(tiny_folder):
             kept.append(list(part.of))
             yield [{"id": one, "ids": [2, 1], "finish_reason": "stop", "text": "a"} for one in part.of]
 
-    answers = vllm_engine.generate(
+    answers = vllm_engine.generate_with_vllm(
         whole(tiny_folder), torch.float32, None, EXAMPLES, config, 8, {1}, 0, keep=keep, shard_size=2
     )  # fmt: skip
     assert kept == [["e0", "e1"], ["e2", "e3"], ["e4"]]

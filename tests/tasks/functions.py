@@ -3,7 +3,7 @@
 import random
 import signal
 
-from spin.interrupt import Interrupted
+from spin.runtime.signals import Interrupted
 
 
 def reversed_order(docs):

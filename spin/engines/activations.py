@@ -1,0 +1,142 @@
+"""Layers that keep less for their backward pass than autograd would, and compute again what is cheap.
+
+An RMSNorm of transformers keeps its input in fp32 and the normalised input; here it keeps its input as it came. A gated
+feed-forward part keeps the gate before and after its activation function, the other factor, and their product; here what its
+two matrix products have made. Both are the model's own code, called in pieces that stay in the processor's cache, forward and
+once more backward: the same bits in less memory, and less of it gone through.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+PIECE = {"cpu": 2**18}  # numbers computed together: those of a CPU's cache
+LARGE_PIECE = 2**26  # of a GPU's memory
+
+
+def save_less_for_backward(model: nn.Module, in_checkpoints: bool = False) -> None:
+    """Have the norms and the gated feed-forward parts of `model` keep little. What is built otherwise is left alone.
+
+    `in_checkpoints`: whole layers are computed again in the backward pass (gradient checkpointing). Then the product of a
+    feed-forward part is kept while its layer is at work: what it is made of would otherwise be kept from the start.
+    """
+    for module in model.modules():
+        this = weakref.ref(module)  # a module that held itself would stay in memory until a collector came by
+        if _is_row_norm(module):
+            module.forward = partial(_norm, this)
+        elif _is_gated(module) and _multiplies(module):
+            module.forward = partial(_feed_forward, this, not in_checkpoints)
+
+
+def _is_row_norm(module: nn.Module) -> bool:
+    """An RMSNorm over the last dimension with nothing but its weight."""
+    weights = dict(module.named_parameters())
+    return type(module).__name__.endswith("RMSNorm") and list(weights) == ["weight"] and weights["weight"].ndim == 1
+
+
+def _is_gated(module: nn.Module) -> bool:
+    parts = (getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj", "act_fn"))
+    return all(isinstance(part, nn.Module) for part in parts)
+
+
+@torch.no_grad()
+def _multiplies(module: nn.Module) -> bool:
+    """Whether its own forward is what `_feed_forward` makes of it: found out, not assumed."""
+    weight = next(module.parameters())
+    kind = weight.dtype if weight.is_floating_point() else torch.bfloat16
+    width = getattr(module.gate_proj, "in_features", 0)
+    states = torch.randn(1, 3, width, generator=torch.Generator().manual_seed(0)).to(weight.device, kind)
+    try:
+        return torch.equal(module(states), _feed_forward(weakref.ref(module), False, states))
+    except (RuntimeError, TypeError, ValueError):
+        return False
+
+
+def _norm(this: Callable[[], Any], states: Tensor, *rest: Any, **more: Any) -> Tensor:
+    module = this()
+    forward = partial(type(module).forward, module)
+    if rest or more or states.shape[-1:] != module.weight.shape:  # gated ones, or of groups
+        return forward(states, *rest, **more)
+    return _Again.apply(forward, (module.weight,), states, module.weight)
+
+
+def _feed_forward(this: Callable[[], Any], forget_product: bool, states: Tensor, *rest: Any, **more: Any) -> Tensor:
+    module = this()
+    if rest or more:
+        return type(module).forward(module, states, *rest, **more)
+
+    def multiply(gate: Tensor, up: Tensor) -> Tensor:
+        return module.act_fn(gate) * up
+
+    gate, up = module.gate_proj(states), module.up_proj(states)
+    weights = tuple(module.act_fn.parameters())  # some activation functions learn
+    product = _Again.apply(multiply, weights, gate, up, *weights)
+    if not forget_product:
+        return module.down_proj(product)
+    place, size = product.data_ptr(), product.numel()
+
+    def pack(tensor: Tensor) -> Tensor | torch.Size:
+        return tensor.shape if tensor.data_ptr() == place and tensor.numel() == size else tensor
+
+    def unpack(kept: Tensor | torch.Size) -> Tensor:
+        return kept if isinstance(kept, Tensor) else _by_pieces(multiply, (gate.detach(), up.detach())).view(kept)
+
+    with saved_tensors_hooks(pack, unpack):
+        return module.down_proj(product)
+
+
+class _Again(torch.autograd.Function):
+    """function(*inputs), for a function that treats each row (of the last dimension) by itself. `weights`, which it uses,
+    come once more after the inputs. Inputs are kept, and what is between is computed again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, function, weights, *tensors):
+        inputs = tensors[: len(tensors) - len(weights)]
+        ctx.function, ctx.weights = function, weights
+        ctx.save_for_backward(*inputs)
+        return _by_pieces(function, inputs)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        inputs = ctx.saved_tensors
+        trained = [weight for weight in ctx.weights if weight.requires_grad]
+        *rows, above = (_rows(x) for x in (*inputs, grads[0]))
+        found = [torch.empty_like(row) for row in rows]
+        sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in trained]
+        for part in _pieces(above):
+            with torch.enable_grad():
+                pieces = [row[part].detach().requires_grad_() for row in rows]
+                result = ctx.function(*pieces)
+            new = torch.autograd.grad(result, [*pieces, *trained], above[part])
+            for whole, grad in zip(found, new[: len(rows)], strict=True):
+                whole[part] = grad
+            for total, grad in zip(sums, new[len(rows) :], strict=True):
+                total += grad
+        of_inputs = [grad.view_as(given) for grad, given in zip(found, inputs, strict=True)]
+        of_weights = {id(weight): total.to(weight.dtype) for weight, total in zip(trained, sums, strict=True)}
+        return None, None, *of_inputs, *(of_weights.get(id(weight)) for weight in ctx.weights)
+
+
+def _by_pieces(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Tensor:
+    """function(*inputs), of the inputs' shape, without gradients."""
+    rows = [_rows(x) for x in inputs]
+    result = torch.empty_like(rows[0])
+    with torch.no_grad():
+        for part in _pieces(result):
+            result[part] = function(*(row[part] for row in rows))
+    return result.view_as(inputs[0])
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _pieces(rows: Tensor) -> Iterator[slice]:
+    size = max(1, PIECE.get(rows.device.type, LARGE_PIECE) // rows.shape[1])
+    for start in range(0, len(rows), size):
+        yield slice(start, start + size)

@@ -1,0 +1,318 @@
+"""Training on several processes: DeepSpeed's ZeRO (Rajbhandari et al., arXiv 1910.02054) behind the verbs of `SingleEngine`.
+
+Every rank computes a part of each step's items. What a rank keeps for each weight depends on the stage: everything (0), a
+part of masters and optimiser states (1), of the gradients too (2), of the weights themselves too (3). Whatever the stage and
+the number of ranks, what is saved is whole and in the form that `SingleEngine` saves.
+"""
+
+import contextlib
+import importlib.util
+import io
+import logging
+import math
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from spin.config.schema import EngineConfig, OptimizerConfig
+from spin.engines.activations import save_less_for_backward
+from spin.engines.base import MASTERS, OPTIMIZER, checkpoint_activations
+from spin.engines.head import OutputLayer
+from spin.engines.logps import Forward, sequence_logps
+from spin.engines.optimizers import STATES
+from spin.engines.packing import Batch, Continuations, balance_by_tokens, collate
+from spin.models.load import load_policy, masters_of, saved_buffers, trained_parameters
+from spin.models.policy import Policy
+from spin.models.save import save_model
+from spin.runtime.errors import UserError
+from spin.runtime.process_group import ProcessGroup
+
+DEEPSPEED = "deepspeed==0.19.8"
+BUCKET = 500_000_000  # numbers that are reduced or gathered together: DeepSpeed's own
+
+
+def check_deepspeed() -> None:
+    """Raise UserError if it is not installed."""
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UserError(f"engine=deepspeed: DeepSpeed is not installed: pip install {DEEPSPEED}")
+
+
+def _deepspeed() -> Any:
+    """The library, quiet, and with gloo alone on a CPU: its own transport there is compiled on first use."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of calls of its own
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    for name, module in list(sys.modules.items()):  # it prints, and resets the peak of memory that we tell
+        if name.startswith("deepspeed.") and "see_memory_usage" in vars(module):
+            module.see_memory_usage = lambda message, force=False: None  # type: ignore[attr-defined]
+    return deepspeed
+
+
+class _Root(torch.nn.Module):
+    """Log-probs as one module: DeepSpeed gathers weights around the modules that use them, the output layer's too."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+        self.head = OutputLayer(model.get_output_embeddings())
+
+    def forward(self, batch: Batch, forward: Forward) -> Tensor:
+        return sequence_logps(self.model, batch, forward, self.head)
+
+
+class DeepSpeedEngine:
+    """The verbs of `SingleEngine` on all ranks together: each has to call each verb, in the same order.
+
+    DeepSpeed takes over when the first log-probs are asked for, so that `load_state` need not reach into what it made.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        dtype: torch.dtype,
+        device: torch.device,
+        engine: EngineConfig,
+        optimizer: OptimizerConfig,
+        ranks: ProcessGroup,
+    ):
+        self.policy, self.dtype, self.device, self.ranks = policy, dtype, device, ranks
+        self.stage, self.offload = engine.zero_stage, engine.offload_optimizer
+        self.config = optimizer
+        # Weights that are spread are taken from the CPU, one after another: no device has to hold them all.
+        self.model = load_policy(policy, dtype, torch.device("cpu") if self.stage == 3 else device)
+        if engine.gradient_checkpointing:
+            checkpoint_activations(self.model)
+        save_less_for_backward(self.model, in_checkpoints=engine.gradient_checkpointing)
+        self.trained = trained_parameters(self.model, policy)
+        self.shapes = {name: weight.shape for name, weight in self.trained.items()}
+        self.buffers = saved_buffers(self.model)
+        self.updates = 0
+        self._saved: Path | None = None  # the checkpoint to go on from
+
+    # --- what DeepSpeed makes of it -----------------------------------------------------------------------------------
+
+    @cached_property
+    def _ds(self) -> Any:
+        deepspeed = _deepspeed()
+        if self._saved:
+            with safe_open(self._saved / MASTERS, "pt") as file:
+                for name, weight in self.trained.items():
+                    weight.data.copy_(file.get_tensor(name))
+        for weight in self.trained.values():
+            weight.requires_grad_(True)
+        c = self.config
+        common: dict[str, Any] = {"lr": 0.0, "eps": c.eps, "weight_decay": c.weight_decay, "foreach": False}
+        if c.name == "rmsprop":
+            self.optimizer: Any = torch.optim.RMSprop(self.trained.values(), alpha=c.alpha, **common)
+        else:
+            beta1, beta2 = c.betas
+            self.optimizer = torch.optim.AdamW(self.trained.values(), betas=(beta1, beta2), **common)
+        # DeepSpeed rounds these, too: those of rotary positions would be others than the opponent was scored with.
+        buffers = {name: value.clone() for name, value in self.model.named_buffers()}
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what memory is there
+            deepspeed.init_distributed(verbose=False)  # with what `ranks` has begun
+            ds, *_ = deepspeed.initialize(model=_Root(self.model), optimizer=self.optimizer, config=self._settings())
+        for name, value in buffers.items():
+            owner, _, leaf = name.rpartition(".")
+            self.model.get_submodule(owner)._buffers[leaf] = value.to(self.device)
+        self._begin(ds)
+        return ds
+
+    def _settings(self) -> dict[str, Any]:
+        size = sum(shape.numel() for shape in self.shapes.values())
+        bucket = min(BUCKET, size + size % 2)
+        zero: dict[str, Any] = {"stage": self.stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+        if self.offload:
+            on_gpu = self.device.type == "cuda"
+            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
+        settings: dict[str, Any] = {
+            # Ours are counted in pairs; DeepSpeed is told only where a step ends.
+            "train_batch_size": self.ranks.size,
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": self.config.max_grad_norm,
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "bf16": {"enabled": self.dtype == torch.bfloat16},
+            "steps_per_print": None,
+        }
+        if self.stage > 0:  # sums of passes and of ranks in fp32
+            settings |= {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}
+        return settings
+
+    def _begin(self, ds: Any) -> None:
+        """Put masters and states in place: DeepSpeed has only seen the rounded weights."""
+        if self._saved is None:
+            if self.dtype != torch.float32:
+                masters, self.buffers = masters_of(self.policy, torch.device("cpu"))
+                self._spread(ds, masters.__getitem__)
+            for part in self._parts(ds):  # at stage 0 DeepSpeed has made an update of nothing, which AdamW would count
+                if "step" in (state := self.optimizer.state.get(part, {})):
+                    state["step"].zero_()
+            return
+        with safe_open(self._saved / OPTIMIZER, "pt") as file:
+            self.updates = int(file.metadata()["updates"])
+            for part in self._parts(ds):
+                self.optimizer.state[part] = {"step": torch.tensor(float(self.updates))}
+            for state in STATES[self.config.name]:
+
+                def value_of(name: str, state: str = state) -> Tensor:
+                    return file.get_tensor(f"{state}.{name}").view(self.shapes[name])
+
+                self._spread(ds, value_of)
+                for part in self._parts(ds):
+                    self.optimizer.state[part][state] = part.detach().clone()
+        with safe_open(self._saved / MASTERS, "pt") as file:
+            self._spread(ds, file.get_tensor)
+
+    def _parts(self, ds: Any) -> list[Tensor]:
+        """This rank's parts of the fp32 masters, as the optimiser has them."""
+        if self.stage == 3:  # which it gives the optimiser one after another
+            return ds.optimizer.fp32_partitioned_groups_flat
+        return [part for group in self.optimizer.param_groups for part in group["params"]]
+
+    def _spread(self, ds: Any, value_of: Callable[[str], Tensor]) -> None:
+        """Put `value_of(name)`, whole and fp32, in the place of each master: a part of it on each rank, or all."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+        copies = self._copies(ds)
+        for name, weight in self.trained.items():
+            value = value_of(name).float()
+            if self.stage == 0:
+                copies[name].data.copy_(value)
+            elif self.stage < 3:
+                safe_set_full_fp32_param(weight, value.to(self.device))
+            else:  # parts are of one length, the last is filled up
+                length = weight.ds_tensor.numel()  # type: ignore[attr-defined]
+                flat = torch.nn.functional.pad(value.flatten(), (0, length * self.ranks.size - value.numel()))
+                safe_set_local_fp32_param(weight, flat[self.ranks.rank * length :][:length].to(self.device))
+
+    def _whole(self, ds: Any) -> dict[str, Tensor]:
+        """The masters by name, whole, on the CPU of rank 0; empty elsewhere."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        copies, found = self._copies(ds), {}
+        for name, weight in self.trained.items():
+            value = copies[name].detach() if self.stage == 0 else safe_get_full_fp32_param(weight)
+            if self.ranks.is_main_process:
+                found[name] = value.view(self.shapes[name]).to("cpu", copy=True).contiguous()
+        return found
+
+    def _copies(self, ds: Any) -> Mapping[str, Tensor]:
+        """At stage 0, where each rank has them all, the masters by name."""
+        if self.stage > 0 or self.dtype == torch.float32:
+            return self.trained
+        rounded = [weight for group in ds.optimizer.fp16_groups for weight in group]
+        masters = [weight for group in ds.optimizer.fp32_groups for weight in group]
+        found = {id(weight): master for weight, master in zip(rounded, masters, strict=True)}
+        return {name: found[id(weight)] for name, weight in self.trained.items()}
+
+    # --- the verbs ----------------------------------------------------------------------------------------------------
+
+    def micro_batches(self, items: Sequence[Continuations], forward: Forward) -> Iterator[tuple[Batch, float]]:
+        """This rank's batches of a step's `items`, with weight 1; as many on every rank, the last of some with weight 0, as
+        all of them pass through the model together."""
+        hands = balance_by_tokens(items, self.ranks.size)
+        plans = [forward.plan([items[i] for i in hand]) for hand in hands]
+        hand, plan = hands[self.ranks.rank], plans[self.ranks.rank]
+        mine = [[[hand[k] for k in row] for row in rows] for rows in plan]
+        shortest = min(range(len(items)), key=lambda i: items[i].tokens)
+        count = max(map(len, plans))
+        for k in range(count):
+            self._ds.set_gradient_accumulation_boundary(k == count - 1)
+            yield collate(items, forward.layout, mine[k] if k < len(mine) else [[shortest]]), float(k < len(mine))
+
+    def logps(self, batch: Batch, forward: Forward) -> Tensor:
+        """[batch.responses], with gradients: see `sequence_logps`."""
+        return self._ds(batch.to(self.device), forward)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of `loss`, this rank's part of the step's, to those of the step."""
+        # DeepSpeed takes the mean over ranks. A loss that is not finite must not have gradients that are.
+        scale = self.ranks.size if loss.isfinite() else math.nan
+        self._ds.backward(loss * scale)
+
+    def step(self, lr: float) -> float:
+        """As `SingleEngine.step`."""
+        norm = None
+        if self.stage == 0 and self.dtype == torch.float32:  # then DeepSpeed looks at no norm
+            grads = [weight.grad for weight in self.trained.values() if weight.grad is not None]
+            norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad) for grad in grads])).item()
+            if not math.isfinite(norm):
+                self._ds.zero_grad()
+                return norm
+        for group in self._ds.optimizer.param_groups:
+            group["lr"] = lr
+        self._ds.step()
+        if not self._ds.was_step_applied():
+            return math.nan
+        self.updates += 1
+        return float(self._ds.get_global_grad_norm()) if norm is None else norm
+
+    def skip_step(self) -> float:
+        """Forget the gradients of a step whose loss is not finite: see `backward`."""
+        norm = self.step(0.0)
+        assert not math.isfinite(norm)
+        return math.nan
+
+    def mean(self, values: Sequence[Tensor]) -> float:
+        """The mean over all entries of all tensors of all ranks."""
+        return self.ranks.mean(torch.cat([value.reshape(-1).cpu() for value in values]))
+
+    def save(self, folder: Path) -> None:
+        """As `SingleEngine.save`, whole, by rank 0."""
+        masters = self._whole(self._ds)
+        if self.ranks.is_main_process:
+            save_model(self.model, {**self.buffers, **masters}, self.policy, folder)
+
+    def save_state(self, folder: Path) -> None:
+        """As `SingleEngine.save_state`, whole, by rank 0."""
+        masters = self._whole(self._ds)
+        if self.ranks.is_main_process:
+            save_file(masters, folder / MASTERS)
+        del masters
+        states: dict[str, Tensor] = {}
+        parts = self._parts(self._ds)
+        kept = [part.detach().clone() for part in parts]
+        for state in STATES[self.config.name]:  # each in the masters' place, for the moment
+            for part in parts:
+                part.data.copy_(self.optimizer.state[part][state])
+            states |= {f"{state}.{name}": value.view(-1) for name, value in self._whole(self._ds).items()}
+        for part, value in zip(parts, kept, strict=True):
+            part.data.copy_(value)
+        if self.ranks.is_main_process:
+            save_file(states, folder / OPTIMIZER, {"updates": str(self.updates)})
+
+    def load_state(self, folder: Path) -> None:
+        """Go on from what `save_state` wrote, on any number of ranks, before the first log-probs."""
+        assert "_ds" not in vars(self)
+        self._saved = folder
+
+    def close(self) -> None:
+        """Let go of what DeepSpeed holds."""
+        if "_ds" not in vars(self):
+            return
+        from deepspeed.runtime.zero import parameter_offload
+
+        self._ds.destroy()
+        # What is left of it would hold the weights until the process ends: a stack of modules, hooks of their gradients.
+        parameter_offload.FWD_MODULE_STACK.clear()
+        for weight in self.model.parameters():
+            weight.data = weight.new_empty(0)

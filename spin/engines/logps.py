@@ -1,0 +1,142 @@
+"""log p(response | prompt) of every response in a batch, summed over its tokens, in fp32 from the logits on."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from spin.engines.attention import use_packed_attention
+from spin.engines.flex import FLEX_BLOCK, block_mask
+from spin.engines.head import OutputLayer, logit_transform
+from spin.engines.packing import Batch, Continuations, Rows, collate, plan_batches
+from spin.runtime.errors import UserError
+from spin.runtime.shards import Shard, ShardDriver, compute_shards
+
+
+@dataclass(frozen=True)
+class Forward:
+    """How log-probs are computed: exact either way, but for rounding.
+
+    layout: "packed" (prompts shared, one row a batch, attention by each sequence), "masked" (the same in several rows, with
+    a dense mask: for attention that is not ours to choose) or "padded". head: "chunked" (logits on response positions only, in
+    pieces of `head_chunk` words that are never kept) or "full" (the model's own logits, for heads that do more than a product).
+    """
+
+    layout: str
+    head: str
+    tokens_per_row: int
+    tokens_per_batch: int
+    head_chunk: int
+
+    def plan(self, items: Sequence[Continuations]) -> list[Rows]:
+        return plan_batches(items, self.layout, self.tokens_per_row, self.tokens_per_batch)
+
+    def batches(self, items: Sequence[Continuations]) -> Iterator[Batch]:
+        """One after another: their masks together would take more memory than a large data set."""
+        for rows in self.plan(items):
+            yield collate(items, self.layout, rows)
+
+
+def sequence_logps(model: PreTrainedModel, batch: Batch, forward: Forward, head: "OutputLayer | None" = None) -> Tensor:
+    """Sum over each response's tokens of log p(token | prompt, earlier tokens): fp32 [batch.responses], in nats.
+
+    `head`: the model's output layer, where whoever spreads weights over ranks has to know of it beforehand."""
+    inputs = _inputs(model, batch, forward.layout)
+    if forward.head == "full":
+        logits = model(**inputs, use_cache=False).logits.flatten(0, 1)[batch.source].float()
+        logps = logits.log_softmax(-1).gather(1, batch.target[:, None]).squeeze(1)
+    else:
+        hidden = model.get_decoder()(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)[batch.source]
+        head = head or OutputLayer(model.get_output_embeddings())
+        logps = head(hidden, batch.target, *logit_transform(model), forward.head_chunk)
+    return torch.zeros(batch.responses, device=logps.device).index_add(0, batch.sequence, logps)
+
+
+def _inputs(model: PreTrainedModel, batch: Batch, layout: str) -> dict:
+    ids, positions, mask = batch.input_ids, batch.position_ids, batch.attention_mask
+    if layout == "masked":
+        # Additive, in the compute type: otherwise every layer converts the boolean mask again.
+        allowed, lowest = mask, torch.finfo(model.dtype).min
+        mask = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill_(~allowed, lowest)
+    if layout == "packed":
+        use_packed_attention(model)
+        if ids.is_cuda:
+            padding = (0, -ids.shape[1] % FLEX_BLOCK)
+            ids, positions = (torch.nn.functional.pad(x, padding) for x in (ids, positions))
+            return {"input_ids": ids, "position_ids": positions, "attention_mask": block_mask(mask, ids.shape[1])}
+    return {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
+
+
+def reference_logps(model: PreTrainedModel, item: Continuations) -> list[Tensor]:
+    """The token log-probs of each response by the model's own forward, one sequence at a time: slow, and the yardstick."""
+    result = []
+    for response in item.responses:
+        ids = torch.tensor([[*item.prompt_ids, *response]], device=model.device)
+        logits = model(input_ids=ids, use_cache=False).logits[0, len(item.prompt_ids) - 1 : -1].float()
+        result.append(logits.log_softmax(-1).gather(1, ids[0, len(item.prompt_ids) :, None]).squeeze(1))
+    return result
+
+
+def compute_logps(
+    model: PreTrainedModel,
+    items: Sequence[Continuations],
+    forward: Forward,
+    advance: Callable[[int], None] = lambda items: None,
+    keep: ShardDriver = compute_shards,
+    shard_size: int = 256,
+) -> Tensor:
+    """`sequence_logps` of all responses of all items, without gradients, in the items' order: fp32, on the CPU.
+
+    `keep` gets shards of whole batches, of `shard_size` items or a few more; how they are cut changes no bit.
+    `advance` is told how many items have just been scored. Raises UserError if a log-prob is not finite.
+    """
+    first = [0]
+    for item in items:
+        first.append(first[-1] + len(item.responses))
+    result = torch.empty(first[-1])
+
+    @torch.inference_mode()
+    def score(plan: list[Rows]) -> list[dict]:
+        rows = []
+        for part in plan:
+            batch = collate(items, forward.layout, part)
+            where = [k for i in batch.items for k in range(first[i], first[i + 1])]
+            logps = sequence_logps(model, batch.to(model.device), forward).tolist()
+            rows += [{"response": k, "logp": logp} for k, logp in zip(where, logps, strict=True)]
+            advance(len(batch.items))
+        return rows
+
+    def content(plan: list[Rows]) -> str:
+        inside = [i for part in plan for chosen in part for i in chosen]
+        text = json.dumps([[items[i].prompt_ids, *items[i].responses] for i in inside])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    plans = list(_shards(forward.plan(items), shard_size))
+    for rows in keep([Shard([content(plan)], partial(score, plan)) for plan in plans]):
+        for row in rows:
+            result[row["response"]] = row["logp"]
+    if not result.isfinite().all():
+        raise UserError(
+            "some log-probs are not finite: the model's weights are broken, or its training went astray: lower the learning "
+            "rate (optimizer.lr, schedule.sft_lr), or try engine.precision=fp32."
+        )
+    return result
+
+
+def _shards(plan: Sequence[Rows], size: int) -> Iterator[list[Rows]]:
+    """Runs of batches with at least `size` items together."""
+    shard: list[Rows] = []
+    count = 0
+    for part in plan:
+        shard.append(part)
+        count += sum(map(len, part))
+        if count >= size:
+            yield shard
+            shard, count = [], 0
+    if shard:
+        yield shard

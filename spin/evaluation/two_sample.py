@@ -1,0 +1,174 @@
+"""Can own answers be told from human ones? A classifier two-sample test, and a divergence of the MAUVE kind.
+
+The fixed point of SPIN is a policy whose answers have the humans' distribution (Theorem 5.2 of the paper). Both look at
+an answer together with its prompt: good answers to the wrong prompts do not pass.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from spin.runtime.errors import UserError, brief, user_message
+
+Features = Any  # a sparse matrix [2 * prompts, features], human answers first
+
+FOLDS = 5
+DIMENSIONS = 20  # of the space in which answers are clustered
+ANSWERS_A_CLUSTER = 10  # as in the paper on MAUVE, section 2.2
+MOST_CLUSTERS = 500
+SCALE = 5.0  # its c: how fast similarity falls with divergence
+MIXTURES = np.linspace(0, 1, 27)[1:-1]
+SWAPS = 200  # draws of what equal distributions would give
+
+
+def features(prompts: Sequence[str], real: Sequence[str], own: Sequence[str]) -> Features:
+    """[2 * prompts, features], human answers first: word and character n-grams (tf-idf), and a few numbers.
+
+    The numbers: length in words and characters, words that are repeated, and how much answer and prompt have in common.
+    They know neither which answers are human nor any of the policy's log-probs.
+    """
+    from scipy.sparse import (  # here and below: the import takes a second that most runs need not spend
+        csr_matrix,
+        hstack,
+    )
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.preprocessing import StandardScaler
+
+    answers, both = [*real, *own], [*prompts, *prompts]
+    columns = []
+    for analyzer, longest in (("word", 2), ("char_wb", 3)):
+        pattern = {"token_pattern": r"(?u)\b\w+\b|[^\w\s]"} if analyzer == "word" else {}
+        ngrams = TfidfVectorizer(analyzer=analyzer, ngram_range=(1, longest), sublinear_tf=True, min_df=2, **pattern)
+        try:
+            columns.append(ngrams.fit_transform(answers))
+        except ValueError:  # no n-gram stands in two answers
+            continue
+    numbers = np.array([_numbers(prompt, answer) for prompt, answer in zip(both, answers, strict=True)])
+    columns.append(csr_matrix(0.5 * StandardScaler().fit_transform(numbers)))
+    return hstack(columns).tocsr()
+
+
+def _numbers(prompt: str, answer: str) -> list[float]:
+    asked, said = (re.findall(r"\w+", text.lower()) for text in (prompt, answer))
+    shared = set(asked) & set(said)
+    return [
+        np.log1p(len(said)),
+        np.log1p(len(answer)),
+        len(set(said)) / max(1, len(said)),
+        len(shared) / max(1, len(set(asked))),
+        sum(word in shared for word in said) / max(1, len(said)),
+        sum(len(word) for word in shared) / max(1, len(answer)),
+    ]
+
+
+def classifier_scores(x: Features) -> np.ndarray:
+    """[2, prompts]: how human a classifier finds each human answer (row 0) and each own one (row 1).
+
+    Logistic regression, cross-validated over prompts: both answers to a prompt are scored by a classifier that has seen
+    neither. The AUC of these scores is 0.5 where the distributions are equal (Lopez-Paz and Oquab, 2017, use accuracy).
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GroupKFold
+
+    n = x.shape[0] // 2
+    labels, prompts = np.repeat([1, 0], n), np.tile(np.arange(n), 2)
+    scores = np.zeros(2 * n)
+    if n > 1:
+        for seen, unseen in GroupKFold(min(FOLDS, n)).split(x, labels, prompts):
+            model = LogisticRegression(C=3.0, max_iter=500).fit(x[seen], labels[seen])
+            scores[unseen] = model.decision_function(x[unseen])
+    return scores.reshape(2, n)
+
+
+def clusters(x: Features, seed: int) -> np.ndarray:
+    """[2, prompts]: which cluster each answer is in, human answers in row 0. Found without knowing which are human."""
+    from sklearn.cluster import KMeans
+    from sklearn.decomposition import TruncatedSVD
+
+    n = x.shape[0]
+    count = int(np.clip(n // ANSWERS_A_CLUSTER, 2, MOST_CLUSTERS))
+    width = min(DIMENSIONS, n - 1, x.shape[1] - 1)
+    space = TruncatedSVD(width, random_state=seed).fit_transform(x) if width >= 1 else x.toarray()
+    return KMeans(count, n_init=5, random_state=seed).fit_predict(space).reshape(2, -1)
+
+
+def mauve(real: np.ndarray, own: np.ndarray) -> float:
+    """How alike two samples of clusters are: 1 for equal shares, 0 for none in common.
+
+    The area under the divergence curve of Pillutla et al. (2021), section 2.1: for mixtures R of the two distributions P
+    (human) and Q (own), the points exp(-c KL(Q|R)), exp(-c KL(P|R)). Theirs clusters the states of a large model.
+    """
+    count = int(max(real.max(), own.max())) + 1
+    p, q = (np.bincount(sample, minlength=count) / len(sample) for sample in (real, own))
+    r = MIXTURES[:, None] * p + (1 - MIXTURES[:, None]) * q
+    y, x = (np.exp(-SCALE * _divergence(one, r)) for one in (p, q))
+    x, y = np.array([1.0, *x, 0.0]), np.array([0.0, *y, 1.0])  # its ends, where R is one of the two
+    order = np.lexsort((-y, x))
+    return float(np.trapezoid(y[order], x[order]))
+
+
+def _divergence(p: np.ndarray, r: np.ndarray) -> np.ndarray:
+    """KL(p | r) of one distribution to each row of r, nats."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(p > 0, p * np.log(p / r), 0.0).sum(-1)
+
+
+def mauve_if_equal(found: np.ndarray, seed: int) -> float:
+    """What `mauve` comes to, at the median, where human and own answers have one distribution: below 1, since two samples
+    of one distribution differ. From swapping the two answers of prompts at random, which changes nothing about such answers.
+    """
+    rng = np.random.default_rng(seed)
+    values = []
+    for _ in range(SWAPS):
+        swap = rng.random(found.shape[1]) < 0.5
+        values.append(mauve(np.where(swap, found[1], found[0]), np.where(swap, found[0], found[1])))
+    return float(np.median(values))
+
+
+def check_embedder(model: str) -> None:
+    """Raise UserError if `model` is no embedding model that can be opened; loads no weights."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        AutoConfig.from_pretrained(model, trust_remote_code=False)
+        AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    except Exception as error:  # a library reads a user's files: whatever it raises is about them
+        raise UserError(f"evaluation.embedder={model}: no embedding model can be loaded ({brief(error)}).") from error
+
+
+@torch.inference_mode()
+def embed(model: str, prompts: Sequence[str], answers: Sequence[str], device: torch.device) -> np.ndarray:
+    """[answers, width]: the mean state of an embedding model over each prompt with its answer.
+
+    `model` is a folder or hub name that AutoModel opens. Raises UserError if its weights can't be opened.
+    """
+    from transformers import AutoModel, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        encoder = AutoModel.from_pretrained(model, trust_remote_code=False, use_safetensors=True)
+    except Exception as error:  # a library reads a user's files: whatever it raises is about them
+        if user_message(error) is not None:
+            raise
+        raise UserError(f"evaluation.embedder={model}: no embedding model can be loaded ({brief(error)}).") from error
+    torch.nn.Module.to(encoder, device).eval()
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    longest = min(tokenizer.model_max_length, getattr(encoder.config, "max_position_embeddings", 512), 512)
+    rows = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        # One by one: padding would change what some models give.
+        inputs = tokenizer(f"{prompt}\n\n{answer}", truncation=True, max_length=longest, return_tensors="pt").to(device)
+        rows.append(encoder(**inputs).last_hidden_state[0].float().mean(0).cpu().numpy())
+    return np.stack(rows)
+
+
+def with_embeddings(x: Features, embeddings: np.ndarray) -> Features:
+    """Features with the states of an embedding model, each scaled to weigh together what the n-grams do."""
+    from scipy.sparse import csr_matrix, hstack
+    from sklearn.preprocessing import StandardScaler
+
+    scaled = StandardScaler().fit_transform(embeddings) / np.sqrt(embeddings.shape[1])
+    return hstack([x, csr_matrix(scaled)]).tocsr()
