@@ -22,10 +22,10 @@ from spin.models import adapters
 from spin.models.adapters import Lora
 from spin.models.policy import Policy, content_id
 from spin.runtime.errors import UserError
+from tests.config.test_schema import load as load_config
 from tests.conftest import random_items
-from tests.test_config import load as load_config
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 LOAD = Load("bf16", "rmsprop", False, None, 1024, 1024, 256, 2048, 16, 128, 192)
 MEDIUM = tf.LlamaConfig(

@@ -21,9 +21,9 @@ from spin.runtime.checkpoints import Checkpoints, TrainState, describe_progress
 from spin.runtime.shards import ResumableShards, Shard
 from spin.runtime.signals import Interrupted, deferred
 from spin.runtime.store import RESUME
-from tests.test_train import PACKED, SETTINGS, engine_of, scored_pairs
+from tests.method.test_training import PACKED, SETTINGS, engine_of, scored_pairs
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 # --- sealed folders ---------------------------------------------------------------------------------------------------

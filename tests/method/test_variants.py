@@ -21,9 +21,9 @@ from spin.models.load import load_model
 from spin.runtime.errors import UserError
 from tests.conftest import random_items, small_model
 from tests.games import Place
-from tests.test_loss import NAIVE
-from tests.test_opponent import Ids, examples
-from tests.test_train import CPU, PACKED, PADDED, SETTINGS, engine_of
+from tests.generation.test_sampling import Ids, examples
+from tests.method.test_objectives import NAIVE
+from tests.method.test_training import CPU, PACKED, PADDED, SETTINGS, engine_of
 
 PLAIN = {"length_normalised": False, "sft_weight": 0.0}
 VARIANTS = [
@@ -350,7 +350,7 @@ def test_every_reference_in_a_sweep(played):
     ],
 )
 def test_settings_that_make_no_sense(words, says):
-    from tests.test_config import load
+    from tests.config.test_schema import load
 
     with pytest.raises(UserError) as error:
         load(*words)

@@ -20,7 +20,7 @@ from spin.models.load import load_model, load_policy
 from spin.models.policy import with_quantization
 from tests.conftest import random_items
 from tests.games import Place
-from tests.test_adapters import CPU, LORA, PACKED, SETTINGS, adapted, scored_pairs, whole
+from tests.models.test_adapters import CPU, LORA, PACKED, SETTINGS, adapted, scored_pairs, whole
 
 WORDS = ["model.adapter=lora", "model.quantization=nf4", "model.merge=true", "iter=0"]
 # Dettmers et al., arXiv 2305.14314, appendix E: the 16 values of a normal float of 4 bits.

@@ -18,7 +18,7 @@ from spin.runtime.files import hold_lock, link_file, link_tree, write_text
 from spin.runtime.store import RESUME, Store, key_of
 from spin.runtime.store_cli import entries, main, remove
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def build(folder):

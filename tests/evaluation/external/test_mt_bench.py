@@ -27,8 +27,8 @@ from spin.generation.sampling import generate_answers
 from spin.models.load import load_model, load_tokenizer, stop_ids
 from spin.runtime.errors import UserError
 from spin.runtime.shards import ResumableShards
-from tests.test_config import ROOT
-from tests.test_judge import make_reward, one_line, serve  # noqa: F401
+from tests.config.test_schema import ROOT
+from tests.evaluation.external.test_judges import make_reward, one_line, serve  # noqa: F401
 
 CATEGORIES = "writing roleplay extraction math coding reasoning stem humanities".split()
 RECORDS = [

@@ -1,7 +1,7 @@
 """Reads names from vLLM's wheel, without installing or running it, into the record that our calls are held against.
 
 pip download --no-deps --only-binary=:all: vllm==0.33.0
-python tests/vllm_interface.py vllm-0.33.0-*.whl > tests/vllm_interface.json
+python tests/generation/vllm_interface.py vllm-0.33.0-*.whl > tests/generation/vllm_interface.json
 """
 
 import ast

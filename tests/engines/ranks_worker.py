@@ -1,4 +1,4 @@
-"""One rank of tests/test_ranks.py: `torchrun ... tests/ranks_worker.py FOLDER` plays the cases in FOLDER/cases.json together
+"""One rank of tests/engines/test_deepspeed.py: `torchrun ... tests/engines/ranks_worker.py FOLDER` plays the cases in FOLDER/cases.json together
 with the other ranks. Each leaves a folder of its name: rows, facts, the policy. `play` plays a case in one process, too."""
 
 import json

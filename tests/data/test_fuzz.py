@@ -30,7 +30,7 @@ ROWS = [
     for n in range(4)
 ]
 JSONL = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def fuzz(examples: int) -> settings:

@@ -22,7 +22,7 @@ from spin.models.policy import content_id
 from spin.models.save import save_model
 from spin.runtime.errors import UserError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARDS = [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]

@@ -16,7 +16,7 @@ from spin.evaluation.measures import rouge_l
 from spin.method.pairs import read_pairs
 from spin.models.load import load_model, load_tokenizer
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RUN = ROOT / "outputs" / "smollm2-sharegpt"
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]

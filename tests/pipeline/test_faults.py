@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from spin.method.pairs import read_pairs
 from tests.games import Place
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 # Many small shards and checkpoints, so that there is much to go on from.
 WORDS = (
     "generation.batch_size=4",

@@ -22,8 +22,8 @@ from spin.config.schema import Config, DataConfig, EvaluationConfig
 from spin.pipeline.points import RECORD, Point, content_hash, is_done, play_point, read_record, record_status
 from spin.reporting.leaderboard import draw, rows_of
 from spin.runtime.signals import Interrupted
+from tests.config.test_schema import composed
 from tests.games import ROOT, Place
-from tests.test_config import composed
 
 
 def table(folder: Path) -> list[dict]:

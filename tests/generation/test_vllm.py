@@ -22,9 +22,9 @@ from spin.models.load import load_tokenizer
 from spin.pipeline.stages import Stages
 from spin.runtime.errors import UserError
 from spin.runtime.tracking import Tracker
-from tests import vllm_interface
-from tests.test_adapters import LORA, whole
-from tests.test_config import load
+from tests.config.test_schema import load
+from tests.generation import vllm_interface
+from tests.models.test_adapters import LORA, whole
 
 RECORD = json.loads((Path(__file__).parent / "vllm_interface.json").read_text())
 CONFIG = GenerationConfig(temperature=0.7, top_p=0.9, engine="vllm", tensor_parallel=2)

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from tests.evaluation.external.test_judges import longer, serve  # noqa: F401 (a fixture: a judge behind a real address)
 from tests.games import Place
-from tests.test_judge import longer, serve  # noqa: F401 (a fixture: a judge behind a real address)
 
 QUESTIONS = [
     {"question_id": 81, "category": "writing", "turns": ["Write a line on the sea.", "Make it shorter."]},

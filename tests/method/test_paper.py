@@ -23,7 +23,7 @@ from spin.method.pairs import read_pairs
 from spin.models.find import find_model
 from spin.runtime.errors import UserError
 from tests import hub
-from tests.test_config import ROOT, composed
+from tests.config.test_schema import ROOT, composed
 
 PAPER = ["experiment=paper", "engine=single"]
 ONE_GPU = ["experiment=paper_one_gpu"]

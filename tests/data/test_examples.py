@@ -474,7 +474,7 @@ def test_a_hub_name_without_a_network():
         "except errors.UserError as error: print('said:', error)\n"
     )
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], env=env, cwd=root, capture_output=True, text=True, timeout=60)
     assert done.stdout.startswith("said: data.path=nobody/nothing-of-this-name"), done.stderr
     assert done.stdout.count("\n") == 1
@@ -558,7 +558,7 @@ def test_every_exchange_is_counted():
 # ----------------------------------------------------------------------------------------------------- conf/data
 
 
-CONF = Path(__file__).parents[1] / "conf" / "data"
+CONF = Path(__file__).parents[2] / "conf" / "data"
 
 
 @pytest.mark.parametrize("name", ["sharegpt", "chitchat", "ultrachat", "local", "tiny"])

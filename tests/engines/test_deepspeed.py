@@ -24,13 +24,13 @@ from spin.method.pairs import read_pairs
 from spin.runtime.errors import UserError
 from spin.runtime.process_group import SINGLE_PROCESS
 from spin.runtime.shards import compute_shards
+from tests.config.test_schema import load
 from tests.conftest import random_items, small_model
+from tests.engines.ranks_worker import Case, answered, play
 from tests.games import Place
-from tests.ranks_worker import Case, answered, play
-from tests.test_adapters import adapted
-from tests.test_config import load
+from tests.models.test_adapters import adapted
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TIMINGS = {"tokens_per_second", "pairs_per_second"}
 
 
@@ -60,7 +60,7 @@ class Results:
         self.folder, self.cases = folder, {case.name: case for case in cases}
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "cases.json").write_text(json.dumps({"cases": [asdict(case) for case in cases], "shared": shared}))
-        done = torchrun(size, "-m", "tests.ranks_worker", str(folder))
+        done = torchrun(size, "-m", "tests.engines.ranks_worker", str(folder))
         assert done.returncode == 0, done.stdout + done.stderr
         self.printed = done.stdout + done.stderr
 

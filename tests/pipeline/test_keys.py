@@ -11,8 +11,8 @@ from spin.game import turns
 from spin.pipeline.plan import look_up
 from spin.pipeline.stages import Stages
 from spin.runtime.tracking import Tracker
+from tests.config.test_schema import load
 from tests.games import Place
-from tests.test_config import load
 
 NOTHING = "nothing"  # every stage is reused
 EVALUATIONS = "evaluations"  # the evaluations alone
@@ -115,7 +115,7 @@ TABLE = {
     "generation.answers=2": PAIRS,
     "generation.batch_size=5": ANSWERS,  # by rounding, as the next
     "generation.tokens=900": ANSWERS,
-    "generation.engine=transformers": NOTHING,  # vllm: tests/test_vllm.py
+    "generation.engine=transformers": NOTHING,  # vllm: tests/generation/test_vllm.py
     "generation.python=a": NOTHING,  # with vllm, as the next three, which change answers by rounding
     "generation.tensor_parallel=2": NOTHING,
     "generation.data_parallel=2": NOTHING,

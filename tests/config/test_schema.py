@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from spin.config import hydra, schema
 from spin.runtime.errors import UserError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def composed(*overrides: str):

@@ -189,7 +189,7 @@ def test_the_chunked_head_keeps_no_logits(head, at_least, at_most):
     the step alone: what was reached before, by a process that this one was forked from, too, is reset."""
     script = rf"""
 import re, sys, torch, transformers as tf
-sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
+sys.path.insert(0, {str(Path(__file__).parents[2])!r})
 from spin.runtime.errors import UserError
 from spin.engines.logps import Forward, sequence_logps
 from spin.engines.packing import Continuations
