@@ -29,7 +29,7 @@ READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "TORCH", "OMP_", "MKL_", "PYTHON", "MP
 # What a game imports, the libraries' own late imports too. Not wandb: it makes temporary folders when it is imported,
 # and the first game to end would take them away from all.
 IMPORTS = """
-    hydra spin.game spin.tiny datasets pandas pyarrow.dataset pyarrow.parquet
+    hydra spin.game spin.models.tiny datasets pandas pyarrow.dataset pyarrow.parquet
     matplotlib.backends.backend_agg transformers.generation.utils transformers.models.llama.modeling_llama
 """.split()
 

@@ -18,7 +18,7 @@ from scipy import stats
 import run  # noqa: F401 (defines names that conf/config.yaml uses)
 from experiments import chains, collect
 from experiments.derivation import shares
-from spin.config.schema import schema as config
+from spin.config import schema as config
 from spin.method.objectives import spin_loss
 from spin.models.load import load_model, load_tokenizer
 
