@@ -20,7 +20,7 @@ from spin.models.load import load_model, load_policy
 from spin.models.policy import with_quantization
 from tests.conftest import random_items
 from tests.games import Place
-from tests.models.test_adapters import CPU, LORA, PACKED, SETTINGS, adapted, scored_pairs, whole
+from tests.models.test_adapters import CPU, LORA, PACKED, SETTINGS, adapted, base_or_self, scored_pairs
 
 WORDS = ["model.adapter=lora", "model.quantization=nf4", "model.merge=true", "iter=0"]
 # Dettmers et al., arXiv 2305.14314, appendix E: the 16 values of a normal float of 4 bits.
@@ -108,8 +108,8 @@ def test_merged_it_is_the_same_model(played):
 
 
 def test_rounding_makes_another_model(tiny_folder):
-    assert with_quantization(whole(tiny_folder), "nf4").id != whole(tiny_folder).id
-    assert with_quantization(whole(tiny_folder), "none") == whole(tiny_folder)
+    assert with_quantization(base_or_self(tiny_folder), "nf4").id != base_or_self(tiny_folder).id
+    assert with_quantization(base_or_self(tiny_folder), "none") == base_or_self(tiny_folder)
 
 
 def states_of(optimizer, key):
@@ -120,9 +120,9 @@ def states_of(optimizer, key):
 
 @pytest.mark.parametrize(("name", "whole_name"), [("rmsprop8bit", "rmsprop"), ("adamw8bit", "adamw")])
 def test_states_of_8_bits_take_a_quarter_and_step_nearly_as_whole_ones(tiny_folder, name, whole_name):
-    pairs, moved, held = scored_pairs(whole(tiny_folder)), [], []
+    pairs, moved, held = scored_pairs(base_or_self(tiny_folder)), [], []
     for one in (whole_name, name):
-        engine = SingleEngine(whole(tiny_folder), torch.float32, CPU, EngineConfig(), OptimizerConfig(name=one))
+        engine = SingleEngine(base_or_self(tiny_folder), torch.float32, CPU, EngineConfig(), OptimizerConfig(name=one))
         before = {key: master.clone() for key, master in engine.masters.items()}
         train_spin(
             engine, pairs, PACKED, beta=0.1, link="logistic", log=lambda row: None, **SETTINGS | {"batch_size": 5}
@@ -147,7 +147,7 @@ def test_states_of_8_bits_take_a_quarter_and_step_nearly_as_whole_ones(tiny_fold
 @pytest.mark.parametrize("name", ["rmsprop8bit", "adamw8bit"])
 def test_a_resume_goes_on_in_the_same_bits(tiny_folder, tmp_path, name):
     def engine():
-        return SingleEngine(whole(tiny_folder), torch.bfloat16, CPU, EngineConfig(), OptimizerConfig(name=name))
+        return SingleEngine(base_or_self(tiny_folder), torch.bfloat16, CPU, EngineConfig(), OptimizerConfig(name=name))
 
     def step(one):
         for number, (key, weight) in enumerate(one.weights.items()):
@@ -189,7 +189,7 @@ def test_gradients_pass_through_rounded_layers(tiny_folder, tmp_path, dtype, che
 
 
 def test_an_adapter_on_4_bits_with_8_bit_states_and_checkpointing_trains(tiny_folder, tmp_path):
-    start = with_quantization(whole(tiny_folder), "nf4")
+    start = with_quantization(base_or_self(tiny_folder), "nf4")
     policy = fresh_adapter(start, LORA, 0, ModelConfig(path=str(tiny_folder)), tmp_path / "policy")
     options, optimizer = EngineConfig(gradient_checkpointing=True), OptimizerConfig(name="rmsprop8bit")
     engine = SingleEngine(policy, torch.bfloat16, CPU, options, optimizer)

@@ -24,7 +24,7 @@ from spin.runtime.errors import UserError
 from spin.runtime.tracking import Tracker
 from tests.config.test_schema import load
 from tests.generation import vllm_interface
-from tests.models.test_adapters import LORA, whole
+from tests.models.test_adapters import LORA, base_or_self
 
 RECORD = json.loads((Path(__file__).parent / "vllm_interface.json").read_text())
 CONFIG = GenerationConfig(temperature=0.7, top_p=0.9, engine="vllm", tensor_parallel=2)
@@ -38,8 +38,8 @@ def test_the_record_is_of_the_version_that_is_asked_for():
 
 
 def test_all_that_is_sent_has_a_name_that_vllm_knows(tiny_folder, tmp_path):
-    policy = fresh_adapter(whole(tiny_folder), LORA, 0, ModelConfig(path=str(tiny_folder)), tmp_path / "policy")
-    for one in (policy, whole(tiny_folder)):
+    policy = fresh_adapter(base_or_self(tiny_folder), LORA, 0, ModelConfig(path=str(tiny_folder)), tmp_path / "policy")
+    for one in (policy, base_or_self(tiny_folder)):
         arguments = vllm_engine.llm_arguments(one, torch.bfloat16, CONFIG, 300)
         assert arguments.keys() <= {*RECORD["LLM"], *RECORD["EngineArgs"]}
     sampling = vllm_engine.sampling_arguments(EXAMPLES[0], CONFIG, 64, {1, 2}, 0)
@@ -79,7 +79,7 @@ def test_the_reader_of_signatures_reads_them():
 
 
 def test_an_engine_is_told_the_policy_by_its_folder(tiny_folder, tmp_path):
-    start = whole(tiny_folder)
+    start = base_or_self(tiny_folder)
     told = vllm_engine.llm_arguments(start, torch.bfloat16, CONFIG, 300)
     assert told["model"] == str(tiny_folder) and told["dtype"] == "bfloat16" and "enable_lora" not in told
     assert told["tensor_parallel_size"] == 2 and told["max_model_len"] == 300
@@ -137,7 +137,7 @@ def test_a_worker_that_ends_is_named_with_its_own_words_and_leaves_no_process(ti
         UserError, match="vLLM ended with status 1: ModuleNotFoundError: No module named 'vllm'"
     ) as error:
         vllm_engine.generate_with_vllm(
-            whole(tiny_folder), torch.float32, load_tokenizer(tiny_folder), EXAMPLES, config, 8, {1}, 0
+            base_or_self(tiny_folder), torch.float32, load_tokenizer(tiny_folder), EXAMPLES, config, 8, {1}, 0
         )
     assert "\n" not in str(error.value)
 
@@ -153,7 +153,7 @@ def test_answers_that_are_kept_need_no_engine(tiny_folder):
             yield [{"id": one, "ids": [2, 1], "finish_reason": "stop", "text": "a"} for one in part.of]
 
     answers = vllm_engine.generate_with_vllm(
-        whole(tiny_folder), torch.float32, None, EXAMPLES, config, 8, {1}, 0, keep=keep, shard_size=2
+        base_or_self(tiny_folder), torch.float32, None, EXAMPLES, config, 8, {1}, 0, keep=keep, shard_size=2
     )  # fmt: skip
     assert kept == [["e0", "e1"], ["e2", "e3"], ["e4"]]
     assert answers == [Answer(example.id, (2, 1), "stop", "a") for example in EXAMPLES]
