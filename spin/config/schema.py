@@ -17,8 +17,17 @@ from spin.runtime.errors import UserError
 PerIteration = Any
 
 
+class Section:  # TEMPORARY
+    def model_dump(self):
+        from dataclasses import asdict
+        return asdict(self)
+    def model_copy(self, update):
+        from dataclasses import replace
+        return replace(self, **update)
+
+
 @dataclass
-class ModelConfig:
+class ModelConfig(Section):
     name: str = "model"
     path: str | None = None
     revision: str | None = None
@@ -37,7 +46,7 @@ class ModelConfig:
 
 
 @dataclass
-class DataConfig:
+class DataConfig(Section):
     name: str = "data"
     path: str | None = None
     revision: str | None = None
@@ -60,7 +69,7 @@ class DataConfig:
 
 
 @dataclass
-class OptimizerConfig:
+class OptimizerConfig(Section):
     name: str = "rmsprop"
     lr: PerIteration = 5e-7
     weight_decay: float = 0.0
@@ -72,7 +81,7 @@ class OptimizerConfig:
 
 
 @dataclass
-class LossConfig:
+class LossConfig(Section):
     link: str = "logistic"
     beta: PerIteration = 0.1
     sft_weight: float = 0.0
@@ -82,7 +91,7 @@ class LossConfig:
 
 
 @dataclass
-class ScheduleConfig:
+class ScheduleConfig(Section):
     name: str = "constant"
     iterations: int = 1
     epochs: PerIteration = 1
@@ -94,12 +103,12 @@ class ScheduleConfig:
 
 
 @dataclass
-class GenerationConfig:
+class GenerationConfig(Section):
     name: str = "sample"
     temperature: float = 1.0
     top_p: float = 1.0
     max_new_tokens: int | None = None
-    answers: int = 1
+    num_answers: int = 1
     batch_size: int = 64
     tokens: int = 65536
     engine: str = "transformers"
@@ -110,7 +119,7 @@ class GenerationConfig:
 
 
 @dataclass
-class EngineConfig:
+class EngineConfig(Section):
     name: str = "single"
     device: str = "auto"
     precision: str = "auto"
@@ -124,7 +133,7 @@ class EngineConfig:
 
 
 @dataclass
-class EvaluationConfig:
+class EvaluationConfig(Section):
     name: str = "heldout"
     enabled: bool = True
     samples: int = 3
@@ -142,31 +151,31 @@ class EvaluationConfig:
 
 
 @dataclass
-class StoreConfig:
+class StoreConfig(Section):
     path: str = "outputs/store"
 
 
 @dataclass
-class CheckpointConfig:
+class CheckpointConfig(Section):
     minutes: float = 5.0
     steps: int | None = None
     shard_size: int = 256
 
 
 @dataclass
-class CacheConfig:
+class CacheConfig(Section):
     path: str = "~/.cache/spin"
 
 
 @dataclass
-class TrackingConfig:
+class TrackingConfig(Section):
     wandb: str = "auto"
     project: str = "spin"
     entity: str | None = None
 
 
 @dataclass
-class Config:
+class Config(Section):
     name: str = "spin"
     seed: int = 0
     iter: int | None = None
@@ -276,11 +285,11 @@ def check_config(config: Config) -> None:
     )
     _require(0 < generation.top_p <= 1, "generation.top_p", generation.top_p, "must lie in (0, 1]")
     _require(config.max_new_tokens >= 1, "generation.max_new_tokens", generation.max_new_tokens, "must be 1 or more")
-    _require(generation.answers >= 1, "generation.answers", generation.answers, "must be 1 answer a prompt, or more")
+    _require(generation.num_answers >= 1, "generation.num_answers", generation.num_answers, "must be 1 answer a prompt, or more")
     _require(
-        generation.answers == 1 or generation.temperature > 0,
-        "generation.answers",
-        generation.answers,
+        generation.num_answers == 1 or generation.temperature > 0,
+        "generation.num_answers",
+        generation.num_answers,
         "all answers to a prompt are the same at generation.temperature=0: give a temperature above 0, or answers=1",
     )
     _require(generation.batch_size >= 1, "generation.batch_size", generation.batch_size, "must be 1 or more")

@@ -69,3 +69,12 @@ def resident_bytes() -> float:
         return float(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return float(peak if sys.platform == "darwin" else 1024 * peak)
+
+
+def peak_memory_gib() -> float:
+    """The peak memory of this process: allocated on the GPU if it computed there, else resident."""
+    devices = range(torch.cuda.device_count())
+    if on_gpu := max((torch.cuda.max_memory_allocated(device) for device in devices), default=0):
+        return on_gpu / GIB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / GIB if sys.platform == "darwin" else peak / 2**20  # bytes on macOS, KiB on Linux

@@ -1,15 +1,20 @@
-"""The SPIN objective and its links. Torch only: nothing else of spin is imported here."""
+"""The SPIN objective and its variants, as pure functions of named log-probs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Link = Callable[[Tensor], Tensor]
+from spin.config.schema import LossConfig, value_at_iteration
+from spin.method.pairs import RESPONSES, Logps
 
-# The convex decreasing functions l of the paper, section 4.1. l(0) is what the first step of an iteration must give.
-LINKS: dict[str, Link] = {
+Metrics = dict[str, Tensor]
+
+# The convex decreasing link functions l of section 4.1 of the paper.
+LINKS: dict[str, Callable[[Tensor], Tensor]] = {
     "logistic": lambda z: F.softplus(-z),
     "hinge": lambda z: F.relu(1 - z),
     "exponential": lambda z: torch.exp(-z),
@@ -17,69 +22,110 @@ LINKS: dict[str, Link] = {
 }
 
 
+@dataclass(frozen=True)
+class Objective:
+    """What an iteration minimises, and what has to be computed for it.
+
+    loss(policy, references, lengths) returns the loss of each pair, [pairs], and detached metrics, each [pairs]. `policy`
+    has log-probs by response, `references` by model and response, `lengths` tokens by response. Losses are not reduced:
+    the training loop gives every prompt the same weight.
+
+    `references` names the models that score the responses: "opponent" (always: the first step is compared with it), and
+    "start", the policy that self-play started from. `settings` decide the content of what is trained. `initial_loss` is
+    the loss while the policy still equals the opponent; None if it depends on the log-probs.
+    """
+
+    loss: Callable[[Logps, Mapping[str, Logps], Logps], tuple[Tensor, Metrics]]
+    references: tuple[str, ...]
+    initial_loss: float | None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def make_objective(config: LossConfig, iteration: int) -> Objective:
+    """The objective that `config` describes, with the beta of `iteration`."""
+    beta = value_at_iteration(config.beta, iteration)
+    anchored = config.reference != "opponent"
+    alpha = config.alpha if config.reference == "mixture" else 0.0
+
+    def loss(policy: Logps, references: Mapping[str, Logps], lengths: Logps) -> tuple[Tensor, Metrics]:
+        reference = opponent = references["opponent"]
+        if anchored:
+            reference = mix_references(opponent, references["start"], alpha)
+        losses, metrics = spin_loss(
+            policy, reference, beta, config.link, lengths, config.length_normalised, config.sft_weight
+        )
+        if anchored or config.length_normalised:  # rewards then do not show how log p has changed
+            metrics |= {f"gains/{name}": (policy[name] - opponent[name]).detach() for name in RESPONSES}
+        return losses, metrics
+
+    settings: dict[str, Any] = {"link": config.link, "beta": beta}
+    if config.sft_weight:
+        settings["sft_weight"] = config.sft_weight
+    if config.length_normalised:
+        settings["length_normalised"] = True
+    if anchored:
+        settings["alpha"] = alpha
+    references = ("opponent", "start") if anchored else ("opponent",)
+    has_initial = config.sft_weight == 0 and not anchored
+    return Objective(loss, references, link_at_zero(config.link) if has_initial else None, settings)
+
+
 def link_at_zero(link: str) -> float:
-    """The loss of a policy that equals its opponent: ln 2 for logistic, 1 for the others."""
+    """l(0), the loss of a policy that equals its opponent: ln 2 for logistic, 1 for the others."""
     return LINKS[link](torch.zeros((), dtype=torch.float64)).item()
 
 
 def spin_loss(
-    policy_logps: Tensor,
-    reference_logps: Tensor,
+    policy: Logps,
+    reference: Logps,
     beta: float,
     link: str,
-    lengths: Tensor | None = None,
+    lengths: Logps | None = None,
     length_normalised: bool = False,
     sft_weight: float = 0.0,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of each pair, and what people watch while it falls (equation 4.7 of arXiv 2401.01335).
-
-    policy_logps, reference_logps: [pairs, 2], summed log-probs in nats of the real (column 0) and the generated
-    (column 1) response given the prompt; the reference is the opponent p_t, or what `mixture` makes of it and the start.
-    beta is the paper's lambda. Returns the losses [pairs], not reduced, so that the caller can weigh every prompt the
-    same however the pairs were batched, and metrics, each [pairs], detached.
+) -> tuple[Tensor, Metrics]:
+    """Return the SPIN loss of each pair, [pairs], and detached metrics (equation 4.7 of arXiv 2401.01335).
 
         loss = l( beta [log p(y|x) - log p_t(y|x)] - beta [log p(y'|x) - log p_t(y'|x)] )
 
-    Two variants need `lengths`, [pairs, 2], the responses' tokens (with the end token where there is one):
+    y is the real and y' the generated response, p the policy, p_t the reference (the opponent), beta the paper's lambda.
 
-    - length_normalised: each bracket is divided by its response's length, so that a margin is one of means a token and
-      a long answer counts no more than a short one (SimPO, arXiv 2405.14734, section 2.2, which has no reference; with
-      one, as here: the length-normalised DPO of Tulu 3, arXiv 2411.15124, section 5.1). As margins are smaller by
-      the length of an answer, beta has to be larger (SimPO: 2 to 10, Tulu 3: 5).
-    - sft_weight w: w times the negative log-likelihood of the real response a token, -log p(y|x) / |y|, is added: an
-      anchor against log p(y|x) falling while the margin grows (Iterative RPO, arXiv 2404.19733, equation 1, which
-      normalises by length, too). A token's mean, not the sum, so that w needs no change with the length of answers.
+    Two variants need `lengths`, in tokens, end token included:
+
+    - length_normalised divides each bracket by the length of its response (SimPO, arXiv 2405.14734, section 2.2; with a
+      reference: Tulu 3, arXiv 2411.15124, section 5.1). Margins shrink by that length, so beta has to grow (2 to 10).
+    - sft_weight w adds -w log p(y|x) / |y|, which keeps log p(y|x) from falling while the margin grows (Iterative RPO,
+      arXiv 2404.19733, equation 1).
     """
-    gains = policy_logps - reference_logps
+    gains = {name: policy[name] - reference[name] for name in RESPONSES}
     if length_normalised:
         assert lengths is not None
-        gains = gains / lengths
-    rewards = beta * gains
-    margins = rewards[:, 0] - rewards[:, 1]
+        gains = {name: gains[name] / lengths[name] for name in RESPONSES}
+    rewards = {name: beta * gains[name] for name in RESPONSES}
+    margins = rewards["real"] - rewards["generated"]
     losses = LINKS[link](margins)
     metrics = {
-        "rewards/real": rewards[:, 0],
-        "rewards/generated": rewards[:, 1],
+        "rewards/real": rewards["real"],
+        "rewards/generated": rewards["generated"],
         "rewards/margins": margins,
-        # A tie counts as half, so that a policy equal to its opponent shows 0.5.
+        # A tie counts as half: a policy equal to its opponent shows 0.5.
         "rewards/accuracies": (margins > 0).float() + 0.5 * (margins == 0).float(),
-        "logps/real": policy_logps[:, 0],
-        "logps/generated": policy_logps[:, 1],
+        "logps/real": policy["real"],
+        "logps/generated": policy["generated"],
     }
     if sft_weight:
         assert lengths is not None
-        metrics |= {"loss/spin": losses, "loss/sft": -policy_logps[:, 0] / lengths[:, 0]}
+        metrics |= {"loss/spin": losses, "loss/sft": -policy["real"] / lengths["real"]}
         losses = losses + sft_weight * metrics["loss/sft"]
     return losses, {name: value.detach() for name, value in {"loss": losses, **metrics}.items()}
 
 
-def mix_references(opponent_logps: Tensor, start_logps: Tensor, alpha: float) -> Tensor:
-    """log-probs of the geometric mixture of opponent and start, p_t^alpha p_0^(1 - alpha), not normalised.
+def mix_references(opponent: Logps, start: Logps, alpha: float) -> Logps:
+    """Log-probs of the unnormalised geometric mixture p_t^alpha p_0^(1 - alpha) of opponent and start.
 
-    This is what keeping near both, alpha KL(p || p_t) + (1 - alpha) KL(p || p_0), comes to (alpha-SPIN, arXiv 2404.04291):
-    alpha = 1 is SPIN, 0 keeps the start as reference. The mixture is one of whole responses, and its normaliser Z(x) is
-    left out, as it would take a sum over all of them. It cancels in the margin, so the loss is exact; what is lost is the
-    common level of `rewards/real` and `rewards/generated`, and with `length_normalised` (two lengths divide it) the
-    cancelling. Shapes as in `spin_loss`.
+    Regularising towards both, alpha KL(p || p_t) + (1 - alpha) KL(p || p_0), leads to this reference (alpha-SPIN, arXiv
+    2404.04291): alpha = 1 is SPIN, alpha = 0 keeps the start as reference. The normaliser Z(x) cancels in the margin, so
+    the loss is exact; `rewards/real` and `rewards/generated` miss a common offset. With `length_normalised` it does not
+    cancel.
     """
-    return alpha * opponent_logps + (1 - alpha) * start_logps
+    return {name: alpha * opponent[name] + (1 - alpha) * start[name] for name in RESPONSES}

@@ -1,8 +1,7 @@
-"""Pairs of answers to one prompt, and how many of them become the rows of one forward pass."""
+"""Pairs: a prompt with its human answer and an opponent's answer to it."""
 
-import math
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,18 +11,21 @@ from torch import Tensor
 
 from spin.data.examples import Example
 from spin.engines.packing import Continuations
-from spin.generation.answers import Answer, example_of
+from spin.generation.answers import Answer
 from spin.runtime.tables import with_tuples
+
+# Log-probs of each response by its name, "real" or "generated": [pairs], summed over tokens, in nats.
+Logps = Mapping[str, Tensor]
+RESPONSES = ("real", "generated")
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt with its human (`real`) and its opponent's (`generated`) answer. `id` is the example's, for a prompt's second
-    answer and those after it with "#1", "#2", ... at its end.
+    """A prompt with its human (`real`) and its opponent's (`generated`) answer.
 
-    The ids are the truth, the texts are for people. `generated_ids` ends with the stop token only where the opponent
-    itself stopped (`finish_reason` "stop"; "length" where it was cut). `iter` is the iteration whose opponent answered
-    (an earlier one where the pair is replayed). `opponent_logp_*` are summed log-probs in nats.
+    `id` is the example's, `answer` counts the opponent's answers to one prompt, `iter` is the iteration whose opponent
+    answered (an earlier one in a replayed pair). Losses and log-probs are computed from the ids; the texts are for
+    display. `generated_ids` ends with a stop token only if `finish_reason` is "stop"; "length" means it was cut off.
     """
 
     id: str
@@ -35,15 +37,14 @@ class Pair:
     real_ids: tuple[int, ...]
     generated_ids: tuple[int, ...]
     iter: int = 0
-    opponent_logp_real: float = math.nan
-    opponent_logp_generated: float = math.nan
+    answer: int = 0
 
 
 def make_pair(example: Example, answer: Answer, iteration: int = 0) -> Pair:
-    """An example and the opponent's answer to it."""
-    assert example.id == example_of(answer.id)
+    """Join an example and an answer to it."""
+    assert example.id == answer.id
     return Pair(
-        id=answer.id,
+        id=example.id,
         prompt=example.prompt,
         real=example.real,
         generated=answer.text,
@@ -52,16 +53,17 @@ def make_pair(example: Example, answer: Answer, iteration: int = 0) -> Pair:
         real_ids=example.real_ids,
         generated_ids=answer.ids,
         iter=iteration,
+        answer=answer.index,
     )
 
 
 def make_pairs(
     examples: Sequence[Example], answers: Sequence[Answer], iteration: int
 ) -> tuple[list[Pair], dict[str, int]]:
-    """Put answers beside their examples, by id. Pairs that give no gradient are dropped and counted by reason."""
+    """Join examples and answers by id. Returns the pairs, and how many were dropped because they give no gradient."""
     by_id: dict[str, list[Answer]] = {}
     for answer in answers:
-        by_id.setdefault(example_of(answer.id), []).append(answer)
+        by_id.setdefault(answer.id, []).append(answer)
     pairs, dropped = [], {"identical": 0, "empty": 0}
     for example in examples:
         for answer in by_id[example.id]:
@@ -74,66 +76,61 @@ def make_pairs(
     return pairs, dropped
 
 
-def with_opponent_logps(pairs: Sequence[Pair], logps: Tensor) -> list[Pair]:
-    """Write the opponent's log-probs, [pairs, 2] (real, generated), beside the pairs."""
-    assert logps.shape == (len(pairs), 2)
-    return [
-        replace(pair, opponent_logp_real=real, opponent_logp_generated=generated)
-        for pair, (real, generated) in zip(pairs, logps.tolist(), strict=True)
-    ]
-
-
-def as_continuations(pairs: Iterable[Pair]) -> list[Continuations]:
-    """The pairs as (real, generated) continuations of one prompt."""
-    return [Continuations(pair.prompt_ids, (pair.real_ids, pair.generated_ids)) for pair in pairs]
-
-
-def by_prompt(pairs: Sequence[Pair]) -> list[list[int]]:
-    """The indices of pairs that share a prompt and the iteration of its answers, which come one after another."""
+def group_by_prompt(pairs: Sequence[Pair]) -> list[list[int]]:
+    """Indices of consecutive pairs that share a prompt and an iteration: one group per prompt."""
     groups: list[list[int]] = []
-    last = None
+    previous = None
     for index, pair in enumerate(pairs):
-        key = (example_of(pair.id), pair.iter)
-        if key != last:
+        if (pair.id, pair.iter) != previous:
             groups.append([])
         groups[-1].append(index)
-        last = key
+        previous = pair.id, pair.iter
     return groups
 
 
-def items_of(pairs: Sequence[Pair]) -> list[Continuations]:
-    """For every prompt its human answer, once, and all generated ones: (real, generated, ...), by `by_prompt`."""
+def to_continuations(pairs: Sequence[Pair]) -> list[Continuations]:
+    """One item per prompt, in the order of `group_by_prompt`: the human answer once, then every generated one."""
     return [
         Continuations(pairs[group[0]].prompt_ids, (pairs[group[0]].real_ids, *(pairs[i].generated_ids for i in group)))
-        for group in by_prompt(pairs)
+        for group in group_by_prompt(pairs)
     ]
 
 
-def to_pairs(values: Tensor, widths: Sequence[int]) -> Tensor:
-    """What was computed for each response, [sum of widths], as real and generated of each pair: [pairs, 2].
-
-    widths: how many responses each item has, its human one first.
-    """
+def split_responses(values: Tensor, pairs_per_prompt: Sequence[int]) -> dict[str, Tensor]:
+    """Turn values per response, in the order of `to_continuations`, into values per pair under each response's name."""
     real: list[int] = []
     generated: list[int] = []
     start = 0
-    for width in widths:
-        real += [start] * (width - 1)
-        generated += range(start + 1, start + width)
-        start += width
-    return torch.stack([values[real], values[generated]], dim=1)
+    for count in pairs_per_prompt:
+        real += [start] * count
+        generated += range(start + 1, start + 1 + count)
+        start += 1 + count
+    return {"real": values[real], "generated": values[generated]}
 
 
-def write_start_logps(pairs: Sequence[Pair], under_start: Sequence[Pair], path: Path) -> None:
-    """`write_parquet` of the pairs, with columns `start_logp_*` from the same pairs as another policy scored them."""
-    path.unlink(missing_ok=True)  # it may be a link to the store's
+def token_counts(pairs: Sequence[Pair]) -> dict[str, Tensor]:
+    """Tokens of each response, [pairs]."""
+    return {name: torch.tensor([len(getattr(pair, f"{name}_ids")) for pair in pairs]) for name in RESPONSES}
+
+
+def write_pairs(path: Path, pairs: Sequence[Pair], logps: Mapping[str, Logps]) -> None:
+    """Write pairs as Parquet, with a column `<model>_logp_<response>` for each model in `logps` and each response."""
     table = pa.Table.from_pylist([asdict(pair) for pair in pairs])
-    for name in ("real", "generated"):
-        table = table.append_column(
-            f"start_logp_{name}", pa.array([getattr(p, f"opponent_logp_{name}") for p in under_start])
-        )
+    for model, responses in logps.items():
+        for response, values in responses.items():
+            table = table.append_column(f"{model}_logp_{response}", pa.array(values.tolist()))
+    path.unlink(missing_ok=True)  # it may be a hard link to a file in the store
     pq.write_table(table, path)
 
 
-def read_pairs(path: Path) -> list[Pair]:
-    return [Pair(**with_tuples(row)) for row in pq.read_table(path).to_pylist()]
+def read_pairs(path: Path) -> tuple[list[Pair], dict[str, Logps]]:
+    """Read what `write_pairs` wrote: the pairs, and log-probs by model and response."""
+    table = pq.read_table(path)
+    columns = [field.name for field in fields(Pair)]
+    pairs = [Pair(**with_tuples(row)) for row in table.select(columns).to_pylist()]
+    logps: dict[str, dict[str, Tensor]] = {}
+    for column in table.column_names:
+        model, _, response = column.partition("_logp_")
+        if response:
+            logps.setdefault(model, {})[response] = torch.tensor(table[column].to_pylist())
+    return pairs, dict(logps)

@@ -1,10 +1,8 @@
 """The main player's training loop."""
 
-import hashlib
 import math
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,24 +10,28 @@ from torch import Tensor
 from spin.engines.base import Engine
 from spin.engines.logps import Forward
 from spin.engines.packing import Batch, Continuations
-from spin.method.objectives import link_at_zero, spin_loss
-from spin.method.pairs import Pair, by_prompt, items_of, to_pairs
+from spin.method.objectives import Metrics, Objective
+from spin.method.pairs import RESPONSES, Logps, Pair, group_by_prompt, split_responses, to_continuations, token_counts
 from spin.runtime.checkpoints import Checkpoints, TrainState
 from spin.runtime.errors import UserError
+from spin.runtime.random import seed_of
 from spin.runtime.signals import Interrupted, deferred
 
-# An objective turns a batch's log-probs into a loss and metrics of each of its items, both [items].
-# It is told which items they are, and which step it is.
-Objective = Callable[[Batch, Tensor, list[int], int], tuple[Tensor, dict[str, Tensor]]]
+# batch_loss(batch, logps, items, step): the loss and metrics of each item of a micro-batch, both [items]. `logps` are
+# those of its responses, `items` the indices of its items, `step` counts from 0.
+BatchLoss = Callable[[Batch, Tensor, list[int], int], tuple[Tensor, Metrics]]
 
-SKIPS_IN_A_ROW = 5  # steps without an update after which there is no hope
+MAX_SKIPPED_IN_A_ROW = 5
 NO_CHECKPOINTS = Checkpoints()
+# How far the log-probs of two batchings of one response may differ, in nats, per root of its tokens: rounding errors add
+# up like a random walk. Several times what real models show.
+FIRST_STEP_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
 def fit(
     engine: Engine,
     items: Sequence[Continuations],
-    objective: Objective,
+    batch_loss: BatchLoss,
     forward: Forward,
     *,
     lr: float,
@@ -40,19 +42,15 @@ def fit(
     log: Callable[[dict], None],
     checkpoints: Checkpoints = NO_CHECKPOINTS,
 ) -> TrainState:
-    """Minimise the mean of `objective` over batches of `batch_size` items; every item of a batch weighs the same.
+    """Minimise the mean of `batch_loss` over batches of `batch_size` items. Returns the final state.
 
-    `epochs` passes (a fraction is part of a pass) in an order drawn from `seed`, learning rate rising linearly over the
-    first `warmup_ratio` of the steps and falling linearly to 0 after. `log` gets one row a step, those of steps that
-    `checkpoints` brings back first. Uses no global random state, so that `state` and the engine's tensors are all that
-    a resume needs. When the process is asked to stop, the last whole step is kept first.
+    `epochs` may be a fraction. The learning rate rises linearly over the first `warmup_ratio` of the steps and then falls
+    linearly to 0. `log` receives one row per step, restored steps first. No global random state is used, so `TrainState`
+    and the engine's tensors are all that a resume needs. On SIGTERM or SIGINT the last complete step is saved first.
 
-    A step whose loss or gradients are not finite is skipped: no update, counted in `skipped`. Raises UserError after
-    several in a row (five, or half of all where there are fewer than ten).
+    A step whose loss or gradients are not finite is skipped. Raises UserError after several skipped steps in a row.
     """
-    order = _order(len(items), epochs, seed)
-    size = min(batch_size, len(items))  # batches run on across passes: only the last can be smaller
-    steps = [order[start : start + size] for start in range(0, len(order), size)]
+    steps = plan_steps(len(items), epochs, batch_size, seed)
     state = checkpoints.restore(engine)
     for row in state.rows:
         log(row)
@@ -60,24 +58,15 @@ def fit(
         while state.step < len(steps):
             engine.ranks.raise_if_stopped()
             started, chosen = time.perf_counter(), steps[state.step]
-            metrics: dict[str, list[Tensor]] = {}
-            tokens = 0.0
-            for batch, weight in engine.micro_batches([items[i] for i in chosen], forward):
-                logps = engine.logps(batch, forward)
-                losses, values = objective(batch, logps, [chosen[i] for i in batch.items], state.step)
-                engine.backward(losses.sum() / len(chosen) * weight)
-                tokens += batch.tokens if weight else 0
-                for name, value in values.items():
-                    metrics.setdefault(name, []).append(value if weight else value[:0])
-            row = {name: engine.mean(values) for name, values in metrics.items()}
-            tokens = engine.ranks.all_reduce_sum(tokens)
+            row = _accumulate_gradients(engine, items, batch_loss, forward, chosen, state.step)
             rate = lr * learning_rate_factor(state.step, len(steps), warmup_ratio)
-            with deferred():  # the weights and what is known of them change together
+            with deferred():  # a signal must not separate the weights from the state that describes them
                 norm = engine.step(rate) if math.isfinite(row["loss"]) else engine.skip_step()
                 seconds = time.perf_counter() - started
-                row |= {"grad_norm": norm, "learning_rate": rate}
-                row |= {"tokens_per_second": tokens / seconds, "pairs_per_second": len(chosen) / seconds}
-                state.add({"step": state.step, "steps": len(steps), "pairs": len(chosen), **row}, seconds)
+                row |= {"grad_norm": norm, "learning_rate": rate, "tokens_per_second": row.pop("tokens") / seconds}
+                pairs = sum(max(1, len(items[i].responses) - 1) for i in chosen)
+                row |= {"prompts": len(chosen), "pairs": pairs, "pairs_per_second": pairs / seconds}
+                state.add({"step": state.step, "steps": len(steps), **row}, seconds)
                 log(state.rows[-1])
                 _check_finite(state, len(steps))
                 if checkpoints.due(state):
@@ -85,17 +74,42 @@ def fit(
     except Interrupted:
         with deferred():
             if checkpoints.write(engine, state):
-                checkpoints.say(f"training is kept up to step {state.step} of {len(steps)}")
+                checkpoints.say(f"saved the training state at step {state.step} of {len(steps)}")
         raise
     return state
 
 
-def _check_finite(state: TrainState, steps: int) -> None:
-    if state.skipped_in_a_row >= min(SKIPS_IN_A_ROW, -(-steps // 2)):
-        raise UserError(
-            f"loss or gradients were not finite in {state.skipped_in_a_row} steps up to step {state.step} of {steps}, "
-            "without a break: lower the learning rate (optimizer.lr, schedule.sft_lr), or try engine.precision=fp32."
-        )
+def _accumulate_gradients(
+    engine: Engine,
+    items: Sequence[Continuations],
+    batch_loss: BatchLoss,
+    forward: Forward,
+    chosen: list[int],
+    step: int,
+) -> dict[str, float]:
+    """Add up the gradients of one step's items. Returns the means of their metrics, and `tokens` over all ranks."""
+    metrics: dict[str, list[Tensor]] = {}
+    tokens = 0.0
+    for batch, weight in engine.micro_batches([items[i] for i in chosen], forward):
+        logps = engine.logps(batch, forward)
+        losses, values = batch_loss(batch, logps, [chosen[i] for i in batch.items], step)
+        engine.backward(losses.sum() / len(chosen) * weight)
+        tokens += batch.tokens if weight else 0
+        for name, value in values.items():
+            metrics.setdefault(name, []).append(value if weight else value[:0])
+    means = {name: engine.mean(values) for name, values in metrics.items()}
+    return means | {"tokens": engine.ranks.all_reduce_sum(tokens)}
+
+
+def plan_steps(count: int, epochs: float, batch_size: int, seed: int) -> list[list[int]]:
+    """The item indices of every step. Each epoch has its own permutation; batches continue across epochs."""
+    order: list[int] = []
+    for epoch in range(math.ceil(epochs)):
+        generator = torch.Generator().manual_seed(seed_of(seed, epoch))
+        order += torch.randperm(count, generator=generator).tolist()
+    order = order[: max(1, round(count * epochs))]
+    size = min(batch_size, count)  # only the last batch may be smaller
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def learning_rate_factor(step: int, steps: int, warmup_ratio: float) -> float:
@@ -106,101 +120,79 @@ def learning_rate_factor(step: int, steps: int, warmup_ratio: float) -> float:
     return (steps - step) / max(1, steps - warmup)
 
 
-def _order(count: int, epochs: float, seed: int) -> list[int]:
-    """Indices for all epochs, each epoch a permutation of its own."""
-    order: list[int] = []
-    for epoch in range(math.ceil(epochs)):
-        digest = hashlib.sha256(f"{seed}:{epoch}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        order += torch.randperm(count, generator=generator).tolist()
-    return order[: max(1, round(count * epochs))]
-
-
-# How far the log-probs of two batchings of one response may be apart, in nats, for each root of its tokens: rounding
-# errors add up like a random walk. Several times what the embedded model shows.
-FIRST_STEP_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+def _check_finite(state: TrainState, steps: int) -> None:
+    if state.skipped_in_a_row >= min(MAX_SKIPPED_IN_A_ROW, -(-steps // 2)):
+        raise UserError(
+            f"loss or gradients were not finite in {state.skipped_in_a_row} steps in a row, up to step {state.step} of "
+            f"{steps}: lower the learning rate (optimizer.lr, schedule.sft_lr), or set engine.precision=fp32."
+        )
 
 
 def train_spin(
     engine: Engine,
     pairs: Sequence[Pair],
+    references: Mapping[str, Logps],
+    objective: Objective,
     forward: Forward,
     *,
-    beta: float,
-    link: str,
     log: Callable[[dict], None],
-    reference_logps: Tensor | None = None,
-    length_normalised: bool = False,
-    sft_weight: float = 0.0,
     **settings,
 ) -> TrainState:
-    """Train the policy against the scored `pairs` (section 4.1 of the paper); `settings` as for `fit`.
+    """Train the policy to tell the human answers from its opponent's (section 4.1 of the paper). Settings as for `fit`.
 
-    Pairs that share a prompt and an iteration are one item, and weigh as much together as the one pair of another prompt.
-    `reference_logps`, [pairs, 2], stand in for the opponent's in the loss; the other variants are those of `spin_loss`.
-
-    The first step is checked: nothing is trained yet, so policy and opponent must agree. Raises UserError if not.
+    `references` holds the pairs' log-probs under each model that the objective names. Pairs that share a prompt are one
+    item, and together weigh as much as the single pair of another prompt. Raises UserError if the policy does not equal
+    its opponent at the first step.
     """
-    groups = by_prompt(pairs)
-    opponent = torch.tensor([[p.opponent_logp_real, p.opponent_logp_generated] for p in pairs])
-    reference = opponent if reference_logps is None else reference_logps
-    lengths = torch.tensor([[len(p.real_ids), len(p.generated_ids)] for p in pairs])
+    groups = group_by_prompt(pairs)
+    lengths = token_counts(pairs)
 
-    def objective(batch: Batch, logps: Tensor, indices: list[int], step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        chosen = [pair for item in indices for pair in groups[item]]
-        counts = torch.tensor([len(groups[item]) for item in indices])
-        policy_logps = to_pairs(logps, (counts + 1).tolist())
-        opponent_logps, reference_logps, tokens = (x[chosen].to(logps.device) for x in (opponent, reference, lengths))
+    def batch_loss(batch: Batch, logps: Tensor, items: list[int], step: int) -> tuple[Tensor, Metrics]:
+        rows = [index for item in items for index in groups[item]]
+        counts = torch.tensor([len(groups[item]) for item in items])
+
+        def select(values: Logps) -> Logps:
+            return {name: value[rows].to(logps.device) for name, value in values.items()}
+
+        policy = split_responses(logps, counts.tolist())
+        reference_logps = {model: select(values) for model, values in references.items()}
+        losses, metrics = objective.loss(policy, reference_logps, select(lengths))
         if step == 0:
             tolerance = FIRST_STEP_TOLERANCE[engine.dtype] * math.sqrt(len(batch.target) / batch.responses)
-            check_first_step(policy_logps.detach(), opponent_logps, beta, link, tolerance)
-        losses, metrics = spin_loss(
-            policy_logps,
-            reference_logps,
-            beta,
-            link,
-            tokens,
-            length_normalised=length_normalised,
-            sft_weight=sft_weight,
-        )
-        if reference is not opponent or length_normalised:  # then rewards do not show how log p has changed
-            gains = (policy_logps - opponent_logps).detach()
-            metrics |= {"gains/real": gains[:, 0], "gains/generated": gains[:, 1]}
-        mean = partial(_mean_of_item, counts=counts.to(logps.device))
-        return mean(losses), {name: mean(values) for name, values in metrics.items()}
+            check_first_step(policy, reference_logps["opponent"], losses, objective, tolerance)
+        counts = counts.to(logps.device)
+        return mean_per_item(losses, counts), {name: mean_per_item(values, counts) for name, values in metrics.items()}
 
-    return fit(engine, items_of(pairs), objective, forward, log=log, **settings)
+    return fit(engine, to_continuations(pairs), batch_loss, forward, log=log, **settings)
 
 
-def _mean_of_item(values: Tensor, counts: Tensor) -> Tensor:
-    """Means over the pairs of each item: values [pairs], an item's one after another; counts [items]."""
+def mean_per_item(values: Tensor, counts: Tensor) -> Tensor:
+    """Means over the pairs of each item, [items]; `values`, [pairs], item after item, `counts`, [items]."""
     item = torch.arange(len(counts), device=values.device).repeat_interleave(counts)
     return values.new_zeros(len(counts)).index_add(0, item, values / counts[item])
 
 
-def check_first_step(policy_logps: Tensor, opponent_logps: Tensor, beta: float, link: str, tolerance: float) -> None:
-    """Before any update margin = 0 and loss = l(0), both against the opponent, whatever the reference.
-
-    Raises UserError if the mean |log-ratio| exceeds `tolerance` (nats).
-    """
-    worst = (policy_logps - opponent_logps).abs().mean().item()
-    if not worst <= tolerance:
-        loss = spin_loss(policy_logps, opponent_logps, beta, link)[0].mean().item()
+def check_first_step(policy: Logps, opponent: Logps, losses: Tensor, objective: Objective, tolerance: float) -> None:
+    """Raise UserError if the policy's log-probs differ from its opponent's by more than `tolerance` nats on average."""
+    gaps = [(policy[name].detach() - opponent[name]).abs() for name in RESPONSES]
+    gap = torch.stack(gaps, dim=1).mean().item()
+    if not gap <= tolerance:
+        expected = "" if objective.initial_loss is None else f", where l(0) = {objective.initial_loss:.5f}"
         raise UserError(
-            f"the policy does not equal its opponent at the first step: log-probs differ by {worst:.3g} nats a response "
-            f"(loss {loss:.5f}, where l(0) = {link_at_zero(link):.5f}): the stored scores were made by other weights. "
-            "Remove this iteration's folder under store.path/score and run again."
+            f"the policy does not equal its opponent at the first step: log-probs differ by {gap:.3g} nats per response "
+            f"(loss {losses.mean().item():.5f}{expected}): the stored scores were made with other weights. Remove this "
+            "iteration's folder under store.path/score and run again."
         )
 
 
 def train_sft(
     engine: Engine, items: Sequence[Continuations], forward: Forward, *, log: Callable[[dict], None], **settings
 ) -> TrainState:
-    """Fine-tune on the human answers: the mean over examples of their negative log-likelihood a token."""
+    """Fine-tune on the human answers: minimise the mean over examples of their negative log-likelihood per token."""
 
-    def objective(batch: Batch, logps: Tensor, indices: list[int], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def batch_loss(batch: Batch, logps: Tensor, indices: list[int], step: int) -> tuple[Tensor, Metrics]:
         lengths = torch.tensor([len(items[i].responses[0]) for i in indices], device=logps.device)
         losses = -logps / lengths
         return losses, {"loss": losses.detach(), "logps/real": logps.detach()}
 
-    return fit(engine, items, objective, forward, log=log, **settings)
+    return fit(engine, items, batch_loss, forward, log=log, **settings)

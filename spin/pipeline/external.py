@@ -1,205 +1,267 @@
-"""What a policy is examined with beside the held-out measures: benchmarks, MT-Bench, a judge's preference. All optional.
-
-Each is a stage like the others: found again by what makes it, and resumed where it was cut.
-"""
+"""Optional evaluations of a policy by other programs, as stages: benchmarks, MT-Bench, a judge's comparison."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 from spin.config.schema import Config
-from spin.evaluation.external import harness, mt_bench
-from spin.evaluation.external import judges as judge
+from spin.evaluation.external import harness, judges, mt_bench
 from spin.models.policy import Policy
+from spin.pipeline.context import Run
+from spin.pipeline.evaluate import Evaluate, Evaluation
+from spin.pipeline.stage import Node, Stage, Work
 from spin.runtime.shards import ResumableShards
+from spin.runtime.store import Artifact
 from spin.runtime.tables import fingerprint
-
-if TYPE_CHECKING:
-    from spin.pipeline.stages import Evaluated, Stages, Work
 
 MT_BENCH_TOKENS = 1024  # of an answer, as in FastChat
 
 
-@dataclass(frozen=True)
-class Exams:
-    """What came out, None for what was not asked for: rows of `harness.run`, `mt_bench_score` with the answers, and a
-    `judge.Comparison` with the opponent."""
-
-    harness: list[dict] | None = None
-    mt_bench: dict | None = None
-    comparison: dict | None = None
-
-
-def check(config: Config) -> None:
-    """Before anything long is begun: raise UserError if what `config` asks for is not there, or does not go together."""
-    asked = config.evaluation
-    if asked.harness:
-        harness.check_tasks(harness.parse_tasks(asked.harness), asked.harness_include)
-    if asked.questions is not None:
-        mt_bench.read_questions(asked.questions)
-    if asked.judge is not None:
-        judge.identity(asked.judge, asked.judge_model)
-    if asked.name == "mt_bench" and asked.questions is None:
-        mt_bench.read_questions(None)  # says where to get them
+def check_external(config: Config) -> None:
+    """Raise UserError if a benchmark, question file or judge that the settings name is not available."""
+    evaluation = config.evaluation
+    if evaluation.harness:
+        harness.check_tasks(harness.parse_tasks(evaluation.harness), evaluation.harness_include)
+    if evaluation.questions is not None or evaluation.name == "mt_bench":
+        mt_bench.read_questions(evaluation.questions)  # without a file: says where to get it
+    if evaluation.judge is not None:
+        judges.identity(evaluation.judge, evaluation.judge_model)
 
 
-def run_harness(stages: "Stages", policy: Policy, iteration: int | None) -> list[dict]:
-    """The policy's benchmarks: rows of `harness.run`. A stage for each task, so that a run that is cut keeps those it has."""
-    asked = stages.config.evaluation
-    return [_run_task(stages, policy, iteration, task) for task in harness.parse_tasks(asked.harness or [])]
+def declare_external(
+    config: Config,
+    iteration: int | None,
+    policy: Node[Policy],
+    evaluation: Evaluate | None = None,
+    opponent: Evaluate | None = None,
+) -> list["External"]:
+    """The external evaluations of a policy that the settings ask for."""
+    settings = config.evaluation
+    stages: list[External] = [Benchmark(iteration, policy, task) for task in harness.parse_tasks(settings.harness or [])]
+    if settings.questions:
+        stages.append(MtBench(iteration, policy))
+    if settings.judge and evaluation and opponent:
+        stages.append(Compare(iteration, policy, evaluation, opponent))
+    return stages
 
 
-def _run_task(stages: "Stages", policy: Policy, iteration: int | None, task: harness.Task) -> dict:
-    asked = stages.config.evaluation
-    inputs = {
-        "policy": policy.id,
-        "harness": harness.identity([task], asked.harness_include),
-        "limit": asked.harness_limit,
-        "batch_size": asked.harness_batch_size,  # by rounding
-        "seed": stages.config.seed,
-        "precision": stages.numerics["precision"],
-        "device": stages.device.type,
-    }
-    title = f"{task.name} of {policy.label}"
+class External(Stage[Any]):
+    """An external evaluation of `policy`. The main process computes it alone."""
 
-    def build(work: "Work") -> dict:
-        stages.release()
+    main_process_only: ClassVar[bool] = True
+    result_file: ClassVar[str]
+    policy: Node[Policy]
+
+    @property
+    def needs(self) -> Sequence[Node]:
+        return (self.policy,)
+
+    def subject(self, *results) -> str:
+        if self.iteration is None:
+            return results[0].label if results else "sft"
+        return f"iter {self.iteration}"
+
+    def labels(self, policy: Policy, *results) -> dict:
+        return {"iter": self.iteration, "policy": policy.label}
+
+    def read(self, run: Run, artifact: Artifact, *results) -> Any:
+        return json.loads((artifact.folder / self.result_file).read_text())
+
+    def show(self, result: Any, policy: Policy, run: Run) -> None:
+        """Write files for other programs into the run's folder."""
+
+
+@dataclass(frozen=True, eq=False)
+class Benchmark(External):
+    """One task of the lm-evaluation-harness. A stage of its own, so that an interrupted run keeps the finished tasks."""
+
+    name: ClassVar[str] = "harness"
+    result_file: ClassVar[str] = "result.json"
+    iteration: int | None
+    policy: Node[Policy]
+    task: harness.Task
+
+    def title(self, policy: Policy) -> str:
+        return f"{self.task.name} of {policy.label}"
+
+    def inputs(self, run: Run, policy: Policy) -> dict:
+        settings = run.config.evaluation
+        return {
+            "policy": policy.id,
+            "harness": harness.identity([self.task], settings.harness_include),
+            "limit": settings.harness_limit,
+            "batch_size": settings.harness_batch_size,  # changes rounding
+            "seed": run.config.seed,
+            "precision": run.numerics["precision"],
+            "device": run.device.type,
+        }
+
+    def build(self, run: Run, work: Work, policy: Policy) -> dict:
+        settings = run.config.evaluation
+        run.models.release()
         (row,) = harness.run_tasks(
             policy,
-            [task],
-            asked.harness_include,
-            asked.harness_limit,
-            asked.harness_batch_size,
-            stages.dtype,
-            stages.device,
-            stages.config.seed,
-            lambda text: stages.tracker.say(f"{title}: {text}"),
+            [self.task],
+            settings.harness_include,
+            settings.harness_limit,
+            settings.harness_batch_size,
+            run.dtype,
+            run.device,
+            run.config.seed,
+            lambda text: run.say(f"{work.title}: {text}"),
         )
-        (work.folder / "result.json").write_text(json.dumps(row, indent=2) + "\n")
-        work.log({"step": 0, f"{task.name}/{task.metric.partition(':')[0]}": row["value"]})
+        (work.folder / self.result_file).write_text(json.dumps(row, indent=2) + "\n")
+        work.log({"step": 0, f"{self.task.name}/{self.task.metric.partition(':')[0]}": row["value"]})
         return {"value": row["value"]}
 
-    stage = stages.stage("harness", title, {"iter": iteration, "policy": policy.label}, inputs, build, by_rank_0=True)
-    return json.loads((stage.folder / "result.json").read_text())
 
+@dataclass(frozen=True, eq=False)
+class MtBench(External):
+    """Answers to MT-Bench's questions in FastChat's layout, graded if there is a judge."""
 
-def run_mt_bench(stages: "Stages", policy: Policy, iteration: int | None) -> dict:
-    """The policy's answers to MT-Bench's questions in FastChat's layout, and the judge's grades where there is one."""
-    config = stages.config
-    asked = config.evaluation
-    questions = mt_bench.read_questions(asked.questions)
-    tokens = config.generation.max_new_tokens or MT_BENCH_TOKENS
-    inputs = {
-        "policy": policy.id,
-        "questions": [asdict(question) for question in questions],
-        "template": config.data.template,
-        "stop_ids": sorted(stages.stop_ids),
-        "max_new_tokens": tokens,
-        "batch_size": config.generation.batch_size,  # by rounding
-        "seed": config.seed,
-        "precision": stages.numerics["precision"],
-        "device": stages.device.type,
-        "judge": judge.identity(asked.judge, asked.judge_model) if asked.judge else None,
-        "bootstrap": asked.bootstrap,
-    }
-    title = f"MT-Bench of {policy.label}"
+    name: ClassVar[str] = "mt_bench"
+    result_file: ClassVar[str] = "mt_bench.json"
+    iteration: int | None
+    policy: Node[Policy]
 
-    def build(work: "Work") -> dict:
-        say = stages.tracker.say
+    def title(self, policy: Policy) -> str:
+        return f"MT-Bench of {policy.label}"
 
-        def keep(part: str) -> ResumableShards:
-            return ResumableShards(work.resume / "answers" / part, say, lambda rows, seconds: work.earlier(seconds))
+    def inputs(self, run: Run, policy: Policy) -> dict:
+        config, settings = run.config, run.config.evaluation
+        return {
+            "policy": policy.id,
+            "questions": [asdict(question) for question in mt_bench.read_questions(settings.questions)],
+            "template": config.data.template,
+            "stop_ids": sorted(run.stop_ids),
+            "max_new_tokens": config.generation.max_new_tokens or MT_BENCH_TOKENS,
+            "batch_size": config.generation.batch_size,  # changes rounding
+            "seed": config.seed,
+            "precision": run.numerics["precision"],
+            "device": run.device.type,
+            "judge": judges.identity(settings.judge, settings.judge_model) if settings.judge else None,
+            "bootstrap": settings.bootstrap,
+        }
 
-        with stages.tracker.progress(title, mt_bench.TURNS * len(questions), "answers") as bar:
-            rows = mt_bench.answer(
-                stages.model(policy),
-                stages.tokenizer,
+    def build(self, run: Run, work: Work, policy: Policy) -> dict:
+        config, settings = run.config, run.config.evaluation
+        questions = mt_bench.read_questions(settings.questions)
+
+        def keep(turn: str) -> ResumableShards:
+            on_reused = lambda rows, seconds: work.add_earlier(seconds)  # noqa: E731
+            return ResumableShards(work.resume / "answers" / turn, run.say, on_reused)
+
+        with run.tracker.progress(work.title, mt_bench.TURNS * len(questions), "answers") as bar:
+            answers = mt_bench.answer(
+                run.models.load(policy),
+                run.tokenizer,
                 questions,
                 config.data.template,
-                stages.stop_ids,
+                run.stop_ids,
                 config.generation,
-                tokens,
+                config.generation.max_new_tokens or MT_BENCH_TOKENS,
                 config.seed,
                 bar.advance,
-                say=say,
+                say=run.say,
                 keep=keep,
             )
-        stages.release()
-        result: dict[str, Any] = {"answers": rows, "verdicts": None, "score": None}
-        if asked.judge:
-            somebody = _open(stages)
-            with stages.tracker.progress(f"{title}: judge", mt_bench.TURNS * len(rows), "verdicts") as bar:
-                shards = ResumableShards(work.resume / "verdicts", say, lambda rows, seconds: bar.skip(rows))
-                verdicts = mt_bench.judge_answers(rows, questions, somebody, say, advance=bar.advance, keep=shards)
-            score = mt_bench.mt_bench_score(verdicts, asked.bootstrap, config.seed)
+        run.models.release()
+        result: dict[str, Any] = {"answers": answers, "verdicts": None, "score": None}
+        if settings.judge:
+            judge = open_judge(run)
+            with run.tracker.progress(f"{work.title}: judge", mt_bench.TURNS * len(answers), "verdicts") as bar:
+                shards = ResumableShards(work.resume / "verdicts", run.say, lambda rows, seconds: bar.skip(rows))
+                verdicts = mt_bench.judge_answers(answers, questions, judge, run.say, advance=bar.advance, keep=shards)
+            score = mt_bench.mt_bench_score(verdicts, settings.bootstrap, config.seed)
             result |= {"verdicts": verdicts, "score": score}
             work.log({"step": 0, **{key: value for key, value in score.items() if key != "by_category"}})
-        (work.folder / "mt_bench.json").write_text(json.dumps(result, indent=2) + "\n")
-        return {"answers": len(rows), "score": result["score"] and result["score"]["score"]}
+        (work.folder / self.result_file).write_text(json.dumps(result, indent=2) + "\n")
+        return {"answers": len(answers), "score": result["score"] and result["score"]["score"]}
 
-    stage = stages.stage("mt_bench", title, {"iter": iteration, "policy": policy.label}, inputs, build, by_rank_0=True)
-    return json.loads((stage.folder / "mt_bench.json").read_text())
+    def show(self, result: dict, policy: Policy, run: Run) -> None:
+        model_id = f"{run.config.name}-{policy.label.replace('/', '-')}"
+        mt_bench.write([{**row, "model_id": model_id} for row in result["answers"]], run.folder / "mt_bench")
 
 
-def run_comparison(
-    stages: "Stages", policy: Policy, iteration: int | None, now: "Evaluated", before: "Evaluated"
-) -> dict:
-    """Which answers to the held-out prompts a judge prefers: this policy's or its opponent's. See `judge.compare`."""
-    asked, seed = stages.config.evaluation, stages.config.seed
-    assert asked.judge is not None
-    pairs = list(zip(now.held_out.pairs, before.held_out.pairs, strict=True))
-    inputs = {
-        "answers": fingerprint([one for one, _ in pairs]),
-        "opponents": fingerprint([other for _, other in pairs]),
-        "judge": judge.identity(asked.judge, asked.judge_model),
-        "precision": stages.numerics["precision"],
-        "device": stages.device.type,
-        "bootstrap": asked.bootstrap,
-        "seed": seed,
-    }
-    title = f"{policy.label} against {before.policy.label}"
+@dataclass(frozen=True, eq=False)
+class Compare(External):
+    """A judge's preference between the held-out answers of a policy and those of its opponent."""
 
-    def build(work: "Work") -> dict:
-        stages.release()
-        somebody = _open(stages)
-        with stages.tracker.progress(f"judge {title}", len(pairs), "prompts") as bar:
+    name: ClassVar[str] = "compare"
+    result_file: ClassVar[str] = "comparison.json"
+    iteration: int | None
+    policy: Node[Policy]
+    evaluation: Node[Evaluation]
+    opponent: Node[Evaluation]
 
-            def found(rows: int, seconds: float) -> None:
+    @property
+    def needs(self) -> Sequence[Node]:
+        return (self.policy, self.evaluation, self.opponent)
+
+    def title(self, policy: Policy, now: Evaluation, before: Evaluation) -> str:
+        return f"judge {policy.label} against {before.policy.label}"
+
+    def inputs(self, run: Run, policy: Policy, now: Evaluation, before: Evaluation) -> dict:
+        settings = run.config.evaluation
+        return {
+            "answers": fingerprint(now.held_out.pairs),
+            "opponents": fingerprint(before.held_out.pairs),
+            "judge": judges.identity(settings.judge, settings.judge_model),
+            "precision": run.numerics["precision"],
+            "device": run.device.type,
+            "bootstrap": settings.bootstrap,
+            "seed": run.config.seed,
+        }
+
+    def build(self, run: Run, work: Work, policy: Policy, now: Evaluation, before: Evaluation) -> dict:
+        run.models.release()
+        judge = open_judge(run)
+        with run.tracker.progress(work.title, len(now.held_out.pairs), "prompts") as bar:
+
+            def on_reused(rows: int, seconds: float) -> None:
                 bar.skip(rows)
-                work.earlier(seconds)
+                work.add_earlier(seconds)
 
-            comparison = judge.compare(
-                [one.prompt for one, _ in pairs],
-                [one.generated for one, _ in pairs],
-                [other.generated for _, other in pairs],
-                somebody,
-                seed,
-                asked.bootstrap,
+            comparison = judges.compare(
+                [pair.prompt for pair in now.held_out.pairs],
+                [pair.generated for pair in now.held_out.pairs],
+                [pair.generated for pair in before.held_out.pairs],
+                judge,
+                run.config.seed,
+                run.config.evaluation.bootstrap,
                 advance=bar.advance,
-                keep=ResumableShards(work.resume / "verdicts", stages.tracker.say, found),
+                keep=ResumableShards(work.resume / "verdicts", run.say, on_reused),
             )
         result = asdict(comparison)
-        (work.folder / "comparison.json").write_text(json.dumps(result, indent=2) + "\n")
-        work.log({"step": 0, **{k: v for k, v in result.items() if k not in ("outcomes", "names")}})
+        (work.folder / self.result_file).write_text(json.dumps(result, indent=2) + "\n")
+        work.log({"step": 0, **{key: value for key, value in result.items() if key not in ("outcomes", "names")}})
         return {"win_rate": comparison.win_rate, "n": comparison.n}
 
-    labels = {"iter": iteration, "policy": policy.label}
-    stage = stages.stage("compare", f"judge {title}", labels, inputs, build, by_rank_0=True)
-    result = json.loads((stage.folder / "comparison.json").read_text())
-    # Labels are this run's, not part of what made the stage.
-    comparison = judge.Comparison(**{**result, "names": (policy.label, before.policy.label)})
-    return {**asdict(comparison), "finding": comparison.finding}
+    def read(self, run: Run, artifact: Artifact, policy: Policy, now: Evaluation, before: Evaluation) -> dict:
+        result = super().read(run, artifact)
+        # Labels belong to this run and do not decide the stage's content.
+        comparison = judges.Comparison(**{**result, "names": (policy.label, before.policy.label)})
+        return {**asdict(comparison), "finding": comparison.finding}
 
 
-def _open(stages: "Stages") -> Any:
-    asked = stages.config.evaluation
-    assert asked.judge is not None
-    return judge.open_judge(
-        asked.judge, asked.judge_model, asked.judge_timeout, dtype=stages.dtype, device=stages.device
+def open_judge(run: Run) -> Any:
+    settings = run.config.evaluation
+    assert settings.judge is not None
+    return judges.open_judge(
+        settings.judge, settings.judge_model, settings.judge_timeout, dtype=run.dtype, device=run.device
     )
 
 
-def write_answers(result: dict, name: str, folder: Path) -> None:
-    """MT-Bench answers as FastChat reads them, under a name that people know the model by."""
-    mt_bench.write([{**row, "model_id": name} for row in result["answers"]], folder)
+def summarize_external(results: Sequence[tuple[Stage, Any]], paper_label: str) -> dict:
+    """A policy's results as the report shows them; `paper_label` is its name in the paper's table, if it is there."""
+    by_name: dict[str, list] = {}
+    for stage, result in results:
+        by_name.setdefault(stage.name, []).append(result)
+    graded = [result["score"] for result in by_name.get("mt_bench", [])]
+    return {
+        "harness": by_name.get("harness"),
+        "mt_bench": graded[0] if graded else None,
+        "comparison": by_name["compare"][0] if "compare" in by_name else None,
+        "paper": harness.PAPER.get(paper_label),
+    }

@@ -150,7 +150,7 @@ def _page(game: dict, train: dict[int, list[dict]], drawn: set[str]) -> str:
     if "measures" in drawn:
         parts += ["![Held-out measures by iteration](figures/measures.png)", MEASURES_CAPTION]
 
-    parts += _exam_parts(game["exams"])
+    parts += _exam_parts(game["external"])
 
     parts.append("## Training")
     if "logps" in drawn:
@@ -506,7 +506,7 @@ def print_summary(game: dict, console: Console) -> None:
         console.print(table)
         for sentence in verdict(game):
             console.print(Text(sentence))
-    for row in game["exams"]:
+    for row in game["external"]:
         if row["harness"]:
             shown = ", ".join(f"{one['task']} {one['value'] * 100:.1f}" for one in row["harness"])
             console.print(Text(f"{row['policy']}: {shown} (percent)"))

@@ -1,4 +1,4 @@
-"""The loss against its formula, and against what the paper proves of its minimiser."""
+"""The loss against its formula, and its minimiser against the paper's theorems."""
 
 import math
 
@@ -6,6 +6,12 @@ import pytest
 import torch
 
 from spin.method.objectives import LINKS, link_at_zero, spin_loss
+
+
+def named(table: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Log-probs by response from a table [pairs, 2]."""
+    return {"real": table[:, 0], "generated": table[:, 1]}
+
 
 NAIVE = {
     "logistic": lambda z: math.log(1 + math.exp(-z)),
@@ -16,10 +22,10 @@ NAIVE = {
 
 
 @pytest.mark.parametrize("link", LINKS)
-def test_the_loss_is_equation_4_7(link):
+def test_loss_is_equation_4_7(link):
     generator = torch.Generator().manual_seed(0)
     policy, opponent = (-30 * torch.rand(20, 2, generator=generator, dtype=torch.float64) for _ in range(2))
-    losses, metrics = spin_loss(policy, opponent, 0.3, link)
+    losses, metrics = spin_loss(named(policy), named(opponent), 0.3, link)
     for i in range(20):
         z = 0.3 * (policy[i, 0] - opponent[i, 0]).item() - 0.3 * (policy[i, 1] - opponent[i, 1]).item()
         assert losses[i].item() == pytest.approx(NAIVE[link](z), rel=1e-9)
@@ -28,20 +34,20 @@ def test_the_loss_is_equation_4_7(link):
 
 
 @pytest.mark.parametrize("link", LINKS)
-def test_links_are_convex_decreasing_and_start_at_their_value_at_zero(link):
+def test_links_are_convex_and_decreasing(link):
     z = torch.linspace(-3, 3, 61, dtype=torch.float64)
     values = LINKS[link](z)
     assert (values.diff() <= 1e-12).all() and (values.diff().diff() >= -1e-12).all()
     logps = torch.randn(4, 2)
-    losses, metrics = spin_loss(logps, logps, 0.1, link)
+    losses, metrics = spin_loss(named(logps), named(logps), 0.1, link)
     assert torch.allclose(losses, torch.full((4,), link_at_zero(link)))
     assert (metrics["rewards/margins"] == 0).all() and (metrics["rewards/accuracies"] == 0.5).all()
     assert link_at_zero("logistic") == pytest.approx(math.log(2))
 
 
-def test_large_margins_neither_overflow_nor_vanish_into_nan():
+def test_large_margins_stay_finite():
     policy = torch.tensor([[-1e4, -1.0], [-1.0, -1e4]], requires_grad=True)
-    losses, _ = spin_loss(policy, torch.full((2, 2), -50.0), 5.0, "logistic")
+    losses, _ = spin_loss(named(policy), named(torch.full((2, 2), -50.0)), 5.0, "logistic")
     losses.sum().backward()
     assert losses.isfinite().all() and policy.grad.isfinite().all()
 
@@ -60,7 +66,7 @@ def best_response(data: torch.Tensor, opponent: torch.Tensor, beta: float) -> to
         policy = logits.log_softmax(-1)
         rows = torch.stack([torch.stack([policy[y], policy[generated]]) for y, generated in outcomes])
         reference = torch.stack([torch.stack([opponent[y], opponent[generated]]) for y, generated in outcomes]).log()
-        loss = (weights * spin_loss(rows, reference, beta, "logistic")[0]).sum()
+        loss = (weights * spin_loss(named(rows), named(reference), beta, "logistic")[0]).sum()
         loss.backward()
         return loss
 
@@ -69,7 +75,7 @@ def best_response(data: torch.Tensor, opponent: torch.Tensor, beta: float) -> to
 
 
 @pytest.mark.parametrize("beta", [1.0, 2.5])
-def test_the_optimum_is_theorem_5_4(beta):
+def test_optimum_is_theorem_5_4(beta):
     data = torch.tensor([0.8, 0.2], dtype=torch.float64)
     opponent = torch.tensor([0.35, 0.65], dtype=torch.float64)
     expected = opponent * (data / opponent) ** (1 / beta)
@@ -78,7 +84,7 @@ def test_the_optimum_is_theorem_5_4(beta):
 
 
 @pytest.mark.parametrize("beta", [0.75, 2.5])
-def test_the_fixed_point_is_the_data_and_iterations_reach_it(beta):
+def test_iterations_converge_to_the_data(beta):
     data = torch.tensor([0.8, 0.2], dtype=torch.float64)
     assert torch.allclose(best_response(data, data, beta), data, atol=1e-6)
     policy = torch.tensor([0.35, 0.65], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Training against the same step written naively, and the traps of the loop."""
+"""Training against a naive float64 step, and the loop's edge cases."""
 
 import gc
 import hashlib
@@ -10,10 +10,11 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file
 
-from spin.config.schema import EngineConfig, OptimizerConfig
+from spin.config.schema import EngineConfig, LossConfig, OptimizerConfig
 from spin.engines.logps import Forward, compute_logps, sequence_logps
 from spin.engines.single import SingleEngine
-from spin.method.pairs import Pair, with_opponent_logps
+from spin.method.objectives import link_at_zero, make_objective
+from spin.method.pairs import Pair, group_by_prompt, split_responses, to_continuations
 from spin.method.training import check_first_step, fit, learning_rate_factor, train_sft, train_spin
 from spin.models.load import load_model, saved_buffers
 from spin.models.policy import Policy, content_id
@@ -34,22 +35,33 @@ def engine_of(folder, dtype=torch.float32, **optimizer) -> SingleEngine:
     return SingleEngine(policy_of(folder), dtype, CPU, EngineConfig(), OptimizerConfig(**optimizer))
 
 
-def scored_pairs(folder, count=10, forward=PACKED, dtype=torch.float32) -> list[Pair]:
+def pairs_of(count=10) -> list[Pair]:
     items = random_items(count, seed=5, longest=30)
-    pairs = [Pair(f"p{i}", "", "", "", "stop", item.prompt_ids, *item.responses) for i, item in enumerate(items)]
-    model = load_model(folder, dtype, CPU)
-    return with_opponent_logps(pairs, compute_logps(model, items, forward).view(-1, 2))
+    return [Pair(f"p{i}", "", "", "", "stop", item.prompt_ids, *item.responses) for i, item in enumerate(items)]
+
+
+def score(folder, pairs, forward=PACKED, dtype=torch.float32) -> dict:
+    """References for `train_spin`: the pairs' log-probs under the opponent in `folder`."""
+    values = compute_logps(load_model(folder, dtype, CPU), to_continuations(pairs), forward)
+    return {"opponent": split_responses(values, [len(group) for group in group_by_prompt(pairs)])}
+
+
+def train(engine, pairs, forward=PACKED, references=None, log=lambda row: None, loss=None, **settings):
+    """One call of `train_spin`, by default with the references that the engine's own start gives."""
+    references = references or score(engine.policy.folder, pairs, forward, engine.dtype)
+    objective = make_objective(LossConfig(**{"beta": 0.1, **(loss or {})}), 0)
+    return train_spin(engine, pairs, references, objective, forward, log=log, **{**SETTINGS, **settings})
 
 
 SETTINGS = dict(lr=1e-3, epochs=1, batch_size=100, warmup_ratio=0.0, seed=0)
 
 
-def test_a_full_batch_step_equals_the_naive_one_weight_for_weight(tiny_folder):
+def test_step_equals_naive_float64(tiny_folder):
     """One step of a whole iteration: log-probs, loss, mean over pairs, clipping, RMSprop, in plain float64."""
-    pairs = scored_pairs(tiny_folder)
+    pairs = pairs_of()
     engine = engine_of(tiny_folder, max_grad_norm=0.5)
     rows = []
-    train_spin(engine, pairs, PACKED, beta=0.2, link="logistic", log=rows.append, **SETTINGS)
+    train(engine, pairs, log=rows.append, loss={"beta": 0.2})
 
     model = load_model(tiny_folder, torch.float64, CPU).requires_grad_(True)
     opponent = load_model(tiny_folder, torch.float64, CPU)
@@ -80,35 +92,30 @@ def test_a_full_batch_step_equals_the_naive_one_weight_for_weight(tiny_folder):
 
 
 @pytest.mark.parametrize("link", ["logistic", "hinge", "exponential", "correlation"])
-def test_the_first_step_shows_margin_0_and_the_link_at_0(tiny_folder, link):
-    from spin.method.objectives import link_at_zero
-
+def test_first_step_has_margin_0(tiny_folder, link):
     rows = []
-    train_spin(
-        engine_of(tiny_folder), scored_pairs(tiny_folder), PADDED, beta=0.1, link=link, log=rows.append, **SETTINGS
-    )
+    train(engine_of(tiny_folder), pairs_of(), PADDED, log=rows.append, loss={"link": link})
     assert rows[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)
     assert rows[0]["loss"] == pytest.approx(link_at_zero(link), abs=1e-4)
 
 
-def test_a_policy_that_is_not_its_opponent_is_found_at_the_first_step(tiny_folder):
-    pairs = scored_pairs(tiny_folder)
-    off = with_opponent_logps(
-        pairs, torch.tensor([[p.opponent_logp_real - 3, p.opponent_logp_generated] for p in pairs])
-    )
+def test_wrong_opponent_is_found(tiny_folder):
+    pairs = pairs_of()
+    opponent = score(tiny_folder, pairs)["opponent"]
+    wrong = {"opponent": opponent | {"real": opponent["real"] - 3}}
     with pytest.raises(UserError, match="does not equal its opponent"):
-        train_spin(engine_of(tiny_folder), off, PACKED, beta=0.1, link="logistic", log=print, **SETTINGS)
-    nan = torch.full((4, 2), torch.nan)
+        train(engine_of(tiny_folder), pairs, references=wrong)
+    nan = {name: torch.full((4,), torch.nan) for name in ("real", "generated")}
     with pytest.raises(UserError):
-        check_first_step(nan, nan, 0.1, "logistic", 0.1)
+        check_first_step(nan, nan, torch.full((4,), torch.nan), make_objective(LossConfig(), 0), 0.1)
 
 
 @pytest.mark.parametrize(
     "forward", [PADDED, Forward("packed", "chunked", 300, 300, 64), Forward("packed", "full", 64, 64, 1)]
 )
-def test_every_pair_weighs_the_same_however_the_batch_is_cut(tiny_folder, forward):
+def test_gradient_does_not_depend_on_micro_batches(tiny_folder, forward):
     """Micro-batches of unequal numbers of pairs give the gradient of the mean over pairs."""
-    pairs = scored_pairs(tiny_folder, 11)
+    pairs = pairs_of(11)
     results = []
     for way in (PACKED, forward):
         engine = engine_of(tiny_folder)
@@ -119,40 +126,30 @@ def test_every_pair_weighs_the_same_however_the_batch_is_cut(tiny_folder, forwar
             return 0.0
 
         engine.step = step
-        train_spin(engine, pairs, way, beta=0.5, link="logistic", log=lambda row: None, **SETTINGS)
+        train(engine, pairs, way, loss={"beta": 0.5})
         results.append(kept)
     for name, grad in results[0].items():
         assert torch.allclose(grad, results[1][name], atol=1e-5, rtol=1e-3), name
 
 
-def test_metrics_weigh_every_pair_the_same(tiny_folder):
+def test_metrics_are_means_over_items(tiny_folder):
     engine, items = engine_of(tiny_folder), random_items(9, responses=1)
     values = torch.arange(9.0)
 
-    def objective(batch, logps, indices, step):
+    def batch_loss(batch, logps, indices, step):
         return 0 * logps, {"loss": values[indices]}
 
     rows = []
-    fit(engine, items, objective, PADDED, log=rows.append, **SETTINGS)
+    fit(engine, items, batch_loss, PADDED, log=rows.append, **SETTINGS)
     assert rows[0]["loss"] == pytest.approx(4.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_learning_rate_of_5e_7_moves_the_master_weights(tiny_folder, dtype):
+def test_tiny_learning_rate_moves_masters(tiny_folder, dtype):
     """In bf16 weights the same updates would be rounded away: that they are not is the masters' doing."""
     engine = engine_of(tiny_folder, dtype)
     before = {name: master.clone() for name, master in engine.masters.items()}
-    forward = Forward("packed", "chunked", 64, 128, 16)
-    pairs = scored_pairs(tiny_folder, dtype=dtype)
-    train_spin(
-        engine,
-        pairs,
-        forward,
-        beta=0.1,
-        link="logistic",
-        log=lambda row: None,
-        **{**SETTINGS, "lr": 5e-7, "epochs": 8, "batch_size": 5},
-    )
+    train(engine, pairs_of(), lr=5e-7, epochs=8, batch_size=5)
     moved = torch.cat([(engine.masters[name] - before[name]).abs().flatten() for name in before])
     assert (moved > 1e-8).float().mean() > 0.5
     rounded = torch.cat(
@@ -161,7 +158,7 @@ def test_a_learning_rate_of_5e_7_moves_the_master_weights(tiny_folder, dtype):
     assert rounded.float().mean() < 0.1
 
 
-def test_masters_keep_what_bf16_rounds_and_are_what_is_saved(tiny_folder, tmp_path):
+def test_masters_are_saved_in_fp32(tiny_folder, tmp_path):
     engine = engine_of(tiny_folder, torch.bfloat16)
     items = random_items(6, responses=1)
     train_sft(engine, items, PACKED, log=lambda row: None, **SETTINGS)
@@ -176,29 +173,21 @@ def test_masters_keep_what_bf16_rounds_and_are_what_is_saved(tiny_folder, tmp_pa
     assert AutoTokenizer.from_pretrained(tmp_path / "policy").chat_template
 
 
-def test_the_loop_uses_no_global_random_state_and_repeats_its_bits(tiny_folder):
-    pairs = scored_pairs(tiny_folder)
+def test_no_global_random_state(tiny_folder):
+    pairs = pairs_of()
     digests = []
     for noise in (1, 2):
         torch.manual_seed(noise)
         state = torch.get_rng_state()
         engine = engine_of(tiny_folder)
-        train_spin(
-            engine,
-            pairs,
-            PACKED,
-            beta=0.1,
-            link="logistic",
-            log=lambda row: None,
-            **{**SETTINGS, "epochs": 2, "batch_size": 3},
-        )
+        train(engine, pairs, epochs=2, batch_size=3)
         assert torch.equal(torch.get_rng_state(), state)
         digests.append(hashlib.sha256(b"".join(m.numpy().tobytes() for m in engine.masters.values())).hexdigest())
     assert digests[0] == digests[1]
 
 
-def test_gradient_checkpointing_changes_nothing_but_memory(tiny_folder):
-    pairs, results = scored_pairs(tiny_folder), []
+def test_gradient_checkpointing_keeps_bits(tiny_folder):
+    pairs, results = pairs_of(), []
     for checkpointing in (False, True):
         engine = SingleEngine(
             policy_of(tiny_folder),
@@ -207,7 +196,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tiny_folder):
             EngineConfig(gradient_checkpointing=checkpointing),
             OptimizerConfig(),
         )
-        train_spin(engine, pairs, PACKED, beta=0.1, link="logistic", log=lambda row: None, **SETTINGS)
+        train(engine, pairs)
         results.append(engine.masters)
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
@@ -224,7 +213,7 @@ def broken_at(steps, loss=True, gradient=True):
 
 
 @pytest.mark.parametrize(("loss", "gradient"), [(True, True), (True, False), (False, True)])
-def test_a_step_that_is_not_finite_is_skipped_counted_and_leaves_the_weights(tiny_folder, loss, gradient):
+def test_nonfinite_step_is_skipped(tiny_folder, loss, gradient):
     items, settings = random_items(12, responses=1), {**SETTINGS, "batch_size": 1}
     rows, norms = [], []
     engine = engine_of(tiny_folder)
@@ -242,7 +231,7 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_leaves_the_weights(tin
 
 
 @pytest.mark.parametrize(("count", "broken", "after"), [(12, {2, 3, 4, 5, 6}, 7), (1, {0}, 1), (4, {1, 2}, 3)])
-def test_several_steps_in_a_row_that_are_not_finite_end_the_run_with_advice(
+def test_nonfinite_steps_in_a_row_end_the_run(
     tiny_folder, tmp_path, count, broken, after
 ):
     """The last checkpoint that is kept is that of the last step with an update."""
@@ -264,28 +253,20 @@ def test_several_steps_in_a_row_that_are_not_finite_end_the_run_with_advice(
     assert kept.step == min(broken) and kept.skipped == 0
 
 
-def test_a_learning_rate_that_is_far_too_large_ends_the_run_with_advice(tiny_folder):
+def test_divergence_ends_the_run(tiny_folder):
     settings = {**SETTINGS, "lr": 1e30, "epochs": 4, "batch_size": 2}
     with pytest.raises(UserError, match="lower the learning rate"):
         train_sft(engine_of(tiny_folder), random_items(8, responses=1), PACKED, log=lambda row: None, **settings)
 
 
-def test_training_raises_the_margin(tiny_folder):
+def test_margin_rises(tiny_folder):
     rows = []
-    train_spin(
-        engine_of(tiny_folder),
-        scored_pairs(tiny_folder),
-        PACKED,
-        beta=0.1,
-        link="logistic",
-        log=rows.append,
-        **{**SETTINGS, "epochs": 8},
-    )
+    train(engine_of(tiny_folder), pairs_of(), log=rows.append, epochs=8)
     assert rows[-1]["rewards/margins"] > rows[0]["rewards/margins"] + 0.5
     assert rows[-1]["loss"] < rows[0]["loss"]
 
 
-def test_warm_up_and_linear_decay():
+def test_learning_rate_schedule():
     factors = [learning_rate_factor(step, 10, 0.2) for step in range(10)]
     assert factors == pytest.approx([0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125])
     assert learning_rate_factor(0, 1, 0.0) == 1.0
@@ -301,7 +282,7 @@ def test_warm_up_and_linear_decay():
     ],
     ids=["llama", "gpt2", "opt"],
 )
-def test_dropout_stays_off_under_gradient_checkpointing(config, tiny_folder, tmp_path):
+def test_no_dropout_with_gradient_checkpointing(config, tiny_folder, tmp_path):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         tf.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
@@ -317,7 +298,7 @@ def test_dropout_stays_off_under_gradient_checkpointing(config, tiny_folder, tmp
     assert all(torch.allclose(results[0][1][name], results[1][1][name], atol=1e-5) for name in results[0][1])
 
 
-def test_what_a_model_keeps_beside_its_parameters_is_saved_too(tiny_folder, tmp_path):
+def test_buffers_are_saved(tiny_folder, tmp_path):
     engine = engine_of(tiny_folder, torch.bfloat16)
     engine.model.model.register_buffer("scalar", torch.tensor(0.3))
     assert saved_buffers(engine.model).keys() == {"model.scalar"}
@@ -326,10 +307,10 @@ def test_what_a_model_keeps_beside_its_parameters_is_saved_too(tiny_folder, tmp_
     assert load_file(tmp_path / "policy" / "model.safetensors")["model.scalar"].item() == pytest.approx(0.3)
 
 
-def test_an_engine_that_is_closed_leaves_no_weights_behind(tiny_folder):
+def test_closed_engine_frees_weights(tiny_folder):
     """A game trains several times in one process: what each leaves would add up."""
     engine = engine_of(tiny_folder)
-    train_spin(engine, scored_pairs(tiny_folder), PACKED, beta=0.1, link="logistic", log=lambda row: None, **SETTINGS)
+    train(engine, pairs_of())
     left = [weakref.ref(engine), weakref.ref(engine.model), *map(weakref.ref, engine.model.parameters())]
     engine.close()
     del engine

@@ -1,0 +1,215 @@
+"""What the stages of one run share: settings, store, data, and the model in memory."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from spin.config.schema import Config
+from spin.data.examples import Dataset, load_dataset
+from spin.engines.base import Engine, select_device, select_dtype
+from spin.engines.device_memory import release_free_memory
+from spin.engines.layouts import choose_forward
+from spin.engines.logps import Forward
+from spin.engines.packing import Continuations
+from spin.engines.single import SingleEngine
+from spin.models.find import find_model
+from spin.models.load import load_policy, load_tokenizer, stop_ids
+from spin.models.policy import TRAINED_ON, Policy, trained_on
+from spin.pipeline.probes import check_adapter, check_libraries
+from spin.runtime.errors import UserError
+from spin.runtime.process_group import ProcessGroup, current_group
+from spin.runtime.progress import Progress
+from spin.runtime.store import Store
+from spin.runtime.tracking import Tracker
+
+
+@dataclass
+class Run:
+    """One run: `start` is the policy that it begins with, `against` the one that stage=evaluate compares it with."""
+
+    config: Config
+    folder: Path
+    tracker: Tracker
+    ranks: ProcessGroup
+    store: Store
+    device: torch.device
+    dtype: torch.dtype
+    start: Policy
+    against: Policy | None
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: frozenset[int]
+    data: Dataset
+    models: "Models"
+
+    @property
+    def numerics(self) -> dict:
+        """All settings that decide the bits of a forward pass; the number of threads is not among them."""
+        engine = self.config.engine
+        return {
+            "precision": str(self.dtype).removeprefix("torch."),
+            "device": self.device.type,
+            "layout": engine.layout,
+            "tokens_per_row": engine.tokens_per_row,
+            "tokens_per_batch": engine.tokens_per_batch,
+            "head_chunk": engine.head_chunk,
+        }
+
+    def say(self, text: str) -> None:
+        self.tracker.say(text)
+
+    def shard_size(self, count: int) -> int:
+        """Rows of `count` that are computed and kept together: small enough that every rank gets some."""
+        return min(self.config.checkpoint.shard_size, -(-count // self.ranks.size))
+
+    def counting(self, bar: Progress) -> Callable[[int], None]:
+        """A function like `bar.advance` that counts the work of all ranks."""
+        if self.ranks.size == 1:
+            return bar.advance
+        counter, shown = self.ranks.counter(), 0
+
+        def advance(count: int) -> None:
+            nonlocal shown
+            before, shown = shown, counter.add(count)
+            bar.advance(shown - before)
+
+        return advance
+
+
+class Models:
+    """The model in memory, one at a time, and how its log-probs are computed."""
+
+    def __init__(self, config: Config, dtype: torch.dtype, device: torch.device, ranks: ProcessGroup, tracker: Tracker):
+        self.config, self.dtype, self.device, self.ranks, self.tracker = config, dtype, device, ranks, tracker
+        self.samples: list[Continuations] = []
+        self.longest = 0
+        self._loaded: tuple[str, PreTrainedModel] | None = None
+        self._forwards: dict[str, Forward] = {}
+
+    def set_data(self, data: Dataset) -> None:
+        """Take the items that forwards are compared on, and the most tokens that an item of this run can have."""
+        examples = data.train[:5]
+        # Two different answers to one prompt: a layout that lets one answer see the other gives itself away.
+        self.samples = [
+            Continuations(first.prompt_ids, (first.real_ids, second.real_ids))
+            for first, second in zip(examples, examples[1:] or examples, strict=False)
+        ]
+        answers = max(2, self.config.generation.num_answers)  # an evaluation scores two
+        lengths = [len(e.prompt_ids) + len(e.real_ids) for e in [*data.train, *data.held_out]]
+        self.longest = max(lengths) + answers * self.config.max_new_tokens
+
+    def load(self, policy: Policy) -> PreTrainedModel:
+        """The policy in memory, in the compute dtype. Releases the model that was loaded before."""
+        if self._loaded is None or self._loaded[0] != policy.id:
+            self.release()
+            self._loaded = (policy.id, load_policy(policy, self.dtype, self.device))
+        return self._loaded[1]
+
+    def release(self) -> None:
+        """Free the memory of the loaded model."""
+        self._loaded = None
+        release_free_memory()
+
+    def forward(self, model: PreTrainedModel, policy: Policy) -> Forward:
+        """How this policy's log-probs are computed, chosen once per policy by comparison with the model's own forward.
+
+        The choice is made per policy, so that a resumed run does not depend on which policy came first.
+        """
+        if policy.id not in self._forwards:
+            engine = self.config.engine
+            sizes = engine.tokens_per_row, engine.tokens_per_batch, engine.head_chunk
+            choice = choose_forward(model, self.samples, engine.layout, *sizes, self.longest)
+            forward, remark = self.ranks.broadcast(choice)  # ranks may have different processors
+            if remark and forward not in self._forwards.values():
+                self.tracker.say(remark)
+            self._forwards[policy.id] = forward
+        return self._forwards[policy.id]
+
+    def engine(self, policy: Policy) -> Engine:
+        """A training engine that starts from `policy`. Releases the loaded model."""
+        engine, optimizer = self.config.engine, self.config.optimizer
+        if engine.name == "deepspeed":
+            from spin.engines.deepspeed import DeepSpeedEngine
+
+            if policy.id not in self._forwards:  # has to be chosen on an unsharded model
+                self.forward(self.load(policy), policy)
+            self.release()
+            return DeepSpeedEngine(policy, self.dtype, self.device, engine, optimizer, self.ranks)
+        self.release()
+        single = SingleEngine(policy, self.dtype, self.device, engine, optimizer)
+        self.forward(single.model, policy)
+        return single
+
+
+def prepare_run(config: Config, folder: Path, tracker: Tracker) -> Run:
+    """Find the model, read the data and check that everything fits together; no weights are loaded.
+
+    The main process does what only its result is needed of, and the other ranks receive that.
+    """
+    ranks = current_group()
+    device = select_device(config.engine)
+    dtype = select_dtype(config.engine, device)
+    start, against = find_policies(config, ranks)
+    tokenizer = load_tokenizer(start.tokenizer)
+    stops = stop_ids(start.folder_with("generation_config.json"), tokenizer)
+    if ranks.is_main_process:
+        check_adapter(config, start, tracker)
+        check_libraries(config, start)
+    data = ranks.broadcast(read_data(config, start, against, tokenizer, stops) if ranks.is_main_process else None)
+    models = Models(config, dtype, device, ranks, tracker)
+    models.set_data(data)
+    store = Store(Path(config.store.path), tracker.say)
+    return Run(config, folder, tracker, ranks, store, device, dtype, start, against, tokenizer, stops, data, models)
+
+
+def find_policies(config: Config, ranks: ProcessGroup) -> tuple[Policy, Policy | None]:
+    """The start of the run, and with stage=evaluate the policy that it is compared with, if any."""
+    found = ranks.broadcast(_find_policies(config) if ranks.is_main_process else None)
+    if not all(policy.folder.is_dir() for policy in found if policy):  # a cache of this machine alone
+        found = _find_policies(config)
+    return found
+
+
+def _find_policies(config: Config) -> tuple[Policy, Policy | None]:
+    cache = Path(config.cache.path).expanduser()
+    start = find_model(config.model, cache)
+    if config.stage == "game":
+        return start, None
+    paths = [config.model.path or config.model.name, config.evaluation.against]
+    labels = distinct_labels([path for path in paths if path is not None])
+    start = replace(start, label=labels[0])
+    if config.evaluation.against is None:
+        return start, None
+    other = config.model.model_copy(update={"path": config.evaluation.against})
+    return start, replace(find_model(other, cache), label=labels[1])
+
+
+def distinct_labels(paths: Sequence[str]) -> list[str]:
+    """Short names for policies in folders, such as "iter1/policy": as many trailing parts as tell them apart, at least two."""
+    for count in range(2, max(len(Path(path).parts) for path in paths) + 1):
+        labels = ["/".join(Path(path).parts[-count:]) for path in paths]
+        if len(set(labels)) == len(labels):
+            return labels
+    return list(paths)
+
+
+def read_data(
+    config: Config, start: Policy, against: Policy | None, tokenizer: PreTrainedTokenizerBase, stops: frozenset[int]
+) -> Dataset:
+    """The training and held-out examples. Raises UserError if one can exceed the model's context."""
+    measured = [policy for policy in (start, against) if policy]
+    seen = set().union(*(trained_on(policy.folder_with(TRAINED_ON)) for policy in measured))
+    cache = Path(config.cache.path).expanduser()
+    data = load_dataset(config.data, tokenizer, stops, config.seed, cache, seen)
+    architecture = AutoConfig.from_pretrained(start.base_or_self.folder, trust_remote_code=False)
+    context = getattr(architecture, "max_position_embeddings", None)
+    new = config.max_new_tokens
+    longest = max(len(e.prompt_ids) + max(len(e.real_ids), new) for e in [*data.train, *data.held_out])
+    if context is not None and longest > context:
+        raise UserError(
+            f"sequences of up to {longest} tokens do not fit the model's context of {context}: lower data.max_length, "
+            f"data.max_prompt_length or generation.max_new_tokens={new}."
+        )
+    return data

@@ -1,0 +1,130 @@
+"""The evaluate stage: a policy's answers to the held-out prompts, and measures of them."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from spin.engines.packing import Continuations
+from spin.evaluation.answer_checks import correct
+from spin.evaluation.measures import HeldOut, held_out_of, measures
+from spin.evaluation.two_sample import Features, classifier_scores, clusters, embed, features, with_embeddings
+from spin.method.pairs import Pair, make_pair, read_pairs, write_pairs
+from spin.models.policy import Policy, content_id
+from spin.pipeline.context import Run
+from spin.pipeline.generate import answer_prompts, generation_inputs
+from spin.pipeline.score import score_items
+from spin.pipeline.stage import Node, Stage, Work
+from spin.runtime.random import seed_of
+from spin.runtime.store import Artifact
+from spin.runtime.tables import fingerprint
+
+EVALUATION_STREAM = -2  # of random numbers, beside the iterations'
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A policy's held-out answers and measures."""
+
+    policy: Policy
+    iteration: int | None
+    held_out: HeldOut
+    measures: dict
+    key: str  # of the stage
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluate(Stage[Evaluation]):
+    """Measure `policy` on the held-out prompts, and against its opponent if `opponent`, the opponent's evaluation, is given."""
+
+    name: ClassVar[str] = "evaluate"
+    iteration: int | None
+    policy: Node[Policy]
+    opponent: Node[Evaluation] | None = None
+
+    @property
+    def needs(self) -> Sequence[Node]:
+        return (self.policy, self.opponent) if self.opponent else (self.policy,)
+
+    def subject(self, *results) -> str:
+        if self.iteration is None:
+            return results[0].label if results else "sft"
+        return f"iter {self.iteration}"
+
+    def title(self, policy: Policy, *opponent: Evaluation) -> str:
+        return f"evaluate {policy.label}"
+
+    def labels(self, policy: Policy, *opponent: Evaluation) -> dict:
+        return {"iter": self.iteration, "policy": policy.label}
+
+    def inputs(self, run: Run, policy: Policy, *opponent: Evaluation) -> dict:
+        return {
+            "policy": policy.id,
+            "prompts": fingerprint(run.data.held_out),
+            "seed": run.config.seed,
+            "stop_ids": sorted(run.stop_ids),
+            "opponent": opponent[0].key if opponent else None,
+            "bootstrap": run.config.evaluation.bootstrap,
+            "check": run.config.data.check,
+            "embedder": _embedder_id(run.config.evaluation.embedder),
+            "numerics": run.numerics,
+            **generation_inputs(run),
+        }
+
+    def build(self, run: Run, work: Work, policy: Policy, *opponent: Evaluation) -> dict:
+        config = run.config
+        # All policies use the same random numbers, so that differences between them are not sampling noise.
+        seed = seed_of(config.seed, EVALUATION_STREAM, bits=32)
+        answers = answer_prompts(run, work, policy, run.data.held_out, 1, seed)
+        pairs = [make_pair(example, answer) for example, answer in zip(run.data.held_out, answers, strict=True)]
+        items = [Continuations(pair.prompt_ids, (pair.real_ids, pair.generated_ids)) for pair in pairs]
+        names = ["real", "generated"]
+        if opponent:  # the opponent's answers, too, for the margin
+            names.append("opponent_generated")
+            items = [
+                Continuations(item.prompt_ids, (*item.responses, theirs.generated_ids))
+                for item, theirs in zip(items, opponent[0].held_out.pairs, strict=True)
+            ]
+        scores = score_items(run, work, policy, items).view(len(items), -1)
+        if not run.ranks.is_main_process:
+            return {}
+        logps = {name: scores[:, column] for column, name in enumerate(names)}
+        write_pairs(work.folder / "held_out.parquet", pairs, {"policy": logps})
+        observed = _features(run, pairs)
+        held_out = HeldOut(
+            pairs,
+            {name: values.double().numpy() for name, values in logps.items()},
+            classifier_scores(observed),
+            clusters(observed, config.seed),
+            correct(pairs, config.data.check),
+        )
+        before = opponent[0].held_out if opponent else None
+        result = measures(held_out, before, config.evaluation.bootstrap, config.seed)
+        facts = {"measures": result, "per_prompt": held_out.per_prompt}
+        (work.folder / "evaluation.json").write_text(json.dumps(facts, indent=2) + "\n")
+        work.log({"step": 0, **result})
+        return result
+
+    def read(self, run: Run, artifact: Artifact, policy: Policy, *opponent: Evaluation) -> Evaluation:
+        facts = json.loads((artifact.folder / "evaluation.json").read_text())
+        pairs, _ = read_pairs(artifact.folder / "held_out.parquet")
+        shown = pairs[: run.config.evaluation.samples]
+        samples = [{"prompt": p.prompt, "real": p.real, "generated": p.generated} for p in shown]
+        run.tracker.samples(policy.label, samples, artifact.reused)
+        held_out = held_out_of(pairs, facts["per_prompt"])
+        return Evaluation(policy, self.iteration, held_out, facts["measures"], artifact.key)
+
+
+def _features(run: Run, pairs: Sequence[Pair]) -> Features:
+    """What the two-sample tests compare human and model answers by."""
+    prompts, real, generated = ([getattr(pair, name) for pair in pairs] for name in ("prompt", "real", "generated"))
+    observed = features(prompts, real, generated)
+    if (embedder := run.config.evaluation.embedder) is None:
+        return observed
+    return with_embeddings(observed, embed(embedder, [*prompts, *prompts], [*real, *generated], run.device))
+
+
+def _embedder_id(embedder: str | None) -> str | None:
+    folder = Path(embedder).expanduser() if embedder else None
+    return content_id(folder) if folder and folder.is_dir() else embedder

@@ -1,0 +1,119 @@
+"""The generate stage: the opponent answers every training prompt."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+from spin.data.examples import Example
+from spin.generation.answers import Answer, read_answers
+from spin.generation.sampling import generate_answers
+from spin.models.policy import Policy
+from spin.pipeline.context import Run
+from spin.pipeline.stage import Node, Stage, Work
+from spin.runtime.random import seed_of
+from spin.runtime.shards import ResumableShards
+from spin.runtime.store import Artifact
+from spin.runtime.tables import fingerprint, write_parquet
+
+# Above this share of answers cut at the cap, a warning is due: their length alone tells them from human answers.
+CUT_SHARE = 0.2
+# Settings of generation that do not decide the answers: layout of work, and names.
+NOT_INPUTS = ("name", "num_answers", "python", "tensor_parallel", "data_parallel", "gpu_memory")
+
+
+@dataclass(frozen=True, eq=False)
+class Generate(Stage[list[Answer]]):
+    """`num_answers` answers of the opponent to each training prompt."""
+
+    name: ClassVar[str] = "generate"
+    iteration: int
+    opponent: Node[Policy]
+
+    @property
+    def needs(self) -> Sequence[Node]:
+        return (self.opponent,)
+
+    def inputs(self, run: Run, opponent: Policy) -> dict:
+        return {
+            "opponent": opponent.id,
+            "prompts": fingerprint(run.data.train),
+            "answers": run.config.generation.num_answers,
+            "seed": run.config.seed,
+            "iter": self.iteration,
+            "stop_ids": sorted(run.stop_ids),
+            **generation_inputs(run),
+        }
+
+    def build(self, run: Run, work: Work, opponent: Policy) -> dict:
+        started = time.perf_counter()
+        seed = seed_of(run.config.seed, self.iteration, bits=32)
+        answers = answer_prompts(run, work, opponent, run.data.train, run.config.generation.num_answers, seed)
+        write_parquet(answers, work.folder / "answers.parquet")
+        tokens = sum(len(answer.ids) for answer in answers)
+        row = {
+            "answers": len(answers),
+            "tokens": tokens,
+            "tokens_per_second": tokens / (time.perf_counter() - started + work.earlier_seconds),
+            "finished": sum(answer.finish_reason == "stop" for answer in answers) / len(answers),
+        }
+        work.log({"step": 0, **row})
+        return row
+
+    def read(self, run: Run, artifact: Artifact, opponent: Policy) -> list[Answer]:
+        answers = read_answers(artifact.folder / "answers.parquet")
+        cut = sum(answer.finish_reason == "length" for answer in answers) / len(answers)
+        if cut > CUT_SHARE:
+            run.say(
+                f"note: {cut:.0%} of the answers were cut at generation.max_new_tokens={run.config.max_new_tokens}: "
+                "their length alone tells them from human answers. Raise it if human answers are longer."
+            )
+        return answers
+
+
+def generation_inputs(run: Run) -> dict:
+    """What decides a policy's answers to given prompts."""
+    settings = run.config.generation.model_dump() | {"max_new_tokens": run.config.max_new_tokens}
+    # vLLM chooses its own batches; ours change the rounding.
+    unused = ("batch_size", "tokens") if settings["engine"] == "vllm" else ("engine",)
+    settings = {key: value for key, value in settings.items() if key not in (*NOT_INPUTS, *unused)}
+    return {"generation": settings, "precision": run.numerics["precision"], "device": run.device.type}
+
+
+def answer_prompts(
+    run: Run, work: Work, policy: Policy, examples: Sequence[Example], num_answers: int, seed: int
+) -> list[Answer]:
+    """`num_answers` answers of the policy to each example, by all ranks, resumed by shards."""
+    config, use_vllm = run.config, run.config.generation.engine == "vllm"
+    generate: Callable[..., list[Answer]]
+    if use_vllm:
+        from spin.generation.vllm import generate_with_vllm
+
+        run.models.release()  # vLLM's processes load the stored weights
+        generate = partial(generate_with_vllm, policy, run.dtype)
+    else:
+        generate = partial(generate_answers, run.models.load(policy))
+    total = len(examples) * num_answers
+    with run.tracker.progress(work.title, total, "answers") as bar:
+
+        def on_reused(rows: int, seconds: float) -> None:
+            bar.skip(rows)
+            work.add_earlier(seconds)
+
+        advance = run.counting(bar)
+        shards = ResumableShards(work.resume / "answers", run.say, on_reused, run.ranks, by_rank_0=use_vllm)
+        answers = generate(
+            run.tokenizer,
+            examples,
+            num_answers,
+            config.generation,
+            config.max_new_tokens,
+            run.stop_ids,
+            seed,
+            advance,
+            shards,
+            run.shard_size(total),
+        )
+        advance(0)
+    return answers

@@ -1,0 +1,65 @@
+"""Checks that a run's settings, its start and the installed libraries go together, before any long work."""
+
+from spin.config.schema import Config, ModelConfig
+from spin.models import adapters
+from spin.models.policy import Policy
+from spin.runtime.errors import UserError
+from spin.runtime.tracking import Tracker
+
+
+def lora_settings(model: ModelConfig) -> adapters.Lora:
+    """The settings of a fresh adapter."""
+    targets = model.lora_targets
+    names = targets if isinstance(targets, str) else sorted(set(targets))  # their order changes nothing
+    return adapters.Lora(model.lora_rank, model.lora_alpha, names)
+
+
+def adapter_size(config: Config, start: Policy) -> int:
+    """The number of parameters of a fresh adapter. Raises UserError if a target module does not exist."""
+    return adapters.num_parameters(adapters.empty_model(start.folder, lora_settings(config.model))[0])
+
+
+def check_adapter(config: Config, start: Policy, tracker: Tracker) -> None:
+    """Raise UserError if the start and model.adapter do not go together."""
+    model = config.model
+    if model.adapter == "none":
+        if start.base and config.stage == "game":
+            raise UserError(
+                f"model.path={model.path} is a LoRA adapter: set model.adapter=lora to train it further, or merge it into "
+                "its base first."
+            )
+    elif start.base:
+        tracker.say(f"model.path={model.path} is a LoRA adapter; it is trained further as it is.")
+    else:
+        adapter_size(config, start)
+
+
+def check_libraries(config: Config, start: Policy) -> None:
+    """Raise UserError if an optional library or file that the settings need is missing."""
+    evaluation, generation, quantization = config.evaluation, config.generation, start.base_or_self.quantization
+    if evaluation.embedder is not None:
+        from spin.evaluation.two_sample import check_embedder
+
+        check_embedder(evaluation.embedder)
+    if evaluation.harness or evaluation.questions or evaluation.judge or evaluation.name == "mt_bench":
+        from spin.pipeline.external import check_external
+
+        check_external(config)
+    needs_bitsandbytes = {
+        f"optimizer.name={config.optimizer.name}": config.optimizer.name.endswith("8bit"),
+        f"model.quantization={quantization}": quantization,
+    }
+    for setting, is_needed in needs_bitsandbytes.items():
+        if is_needed:
+            from spin.models.quantization import check_bitsandbytes
+
+            check_bitsandbytes(setting)
+    if config.engine.name == "deepspeed":
+        from spin.engines.deepspeed import check_deepspeed
+
+        check_deepspeed()
+    if generation.engine == "vllm":
+        from spin.generation.vllm import check_vllm
+
+        rank = adapters.largest_rank(start.folder) if start.base else config.model.lora_rank
+        check_vllm(generation, quantization, rank if config.model.adapter == "lora" else 0)

@@ -1,0 +1,51 @@
+"""What a game declares for its start, its SFT stage and each iteration."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from spin.config.schema import Config
+from spin.generation.answers import Answer
+from spin.models.policy import Policy
+from spin.pipeline.evaluate import Evaluate
+from spin.pipeline.external import External
+from spin.pipeline.generate import Generate
+from spin.pipeline.score import Score
+from spin.pipeline.stage import Node, Stage
+from spin.pipeline.train import Merge, Sft, Train
+
+
+@dataclass(frozen=True)
+class IterationRecord:
+    """The declared parts of an iteration, or of the start or the SFT stage (`iteration` None), in playing order.
+
+    `external` are optional evaluations of the policy: benchmarks, MT-Bench, a judge's comparison with the opponent.
+    """
+
+    iteration: int | None
+    policy: Node[Policy]
+    generate: Generate | None = None
+    scores: Mapping[str, Score] = field(default_factory=dict)
+    train: Sft | Train | None = None
+    evaluation: Evaluate | None = None
+    external: Sequence[External] = ()
+    merge: Merge | None = None
+
+    @property
+    def opponent(self) -> Node[Policy] | None:
+        return self.generate.opponent if self.generate else None
+
+    @property
+    def stages(self) -> list[Stage]:
+        parts = (self.generate, *self.scores.values(), self.train, self.evaluation, *self.external, self.merge)
+        return [stage for stage in parts if stage is not None]
+
+
+def replayed(config: Config, iteration: int, answers: Sequence[Node[list[Answer]]]) -> dict[int, Node[list[Answer]]]:
+    """The answers whose pairs are used in `iteration`, by iteration: its own, then those that schedule.replay adds."""
+    earlier = {"none": [], "previous": list(range(iteration))[-1:], "all": list(range(iteration))}
+    return {k: answers[k] for k in (iteration, *earlier[config.schedule.replay])}
+
+
+def without_evaluation(config: Config) -> Config:
+    """The settings of a game that has no held-out prompts."""
+    return config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"enabled": False})})

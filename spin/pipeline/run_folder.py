@@ -1,0 +1,185 @@
+"""A run's folder: opened by one game at a time, and what it shows of each iteration."""
+
+import json
+import shutil
+import sys
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from spin.config.schema import Config
+from spin.evaluation.measures import held_out_margins
+from spin.method.objectives import make_objective
+from spin.method.pairs import write_pairs
+from spin.models.policy import Policy
+from spin.pipeline.context import Run
+from spin.pipeline.plan import bytes_to_write, look_up
+from spin.pipeline.probes import adapter_size
+from spin.pipeline.record import IterationRecord
+from spin.pipeline.resources import check_disk
+from spin.pipeline.score import format_counts
+from spin.pipeline.stage import Player, Stage
+from spin.runtime import process_group, signals
+from spin.runtime.errors import UserError
+from spin.runtime.files import hold_lock, link_file, link_tree, write_text
+from spin.runtime.process_group import ProcessGroup
+from spin.runtime.tracking import Tracker
+
+
+@contextmanager
+def open_run(config: Config, folder: Path, group: str | None) -> Iterator[Tracker]:
+    """Join the other processes, lock the run's folder, and log to it until the game ends."""
+    ranks = process_group.join_group(config.engine.name, config.engine.device)
+    with ExitStack() as stack:
+        if ranks.size > 1:
+            stack.enter_context(signals.deferred())  # ranks stop together, at `ProcessGroup.raise_if_stopped`
+        if ranks.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            reason = f"another run is at work in {folder}"
+            stack.enter_context(hold_lock(folder / ".lock", reason, partial(print, flush=True)))
+        ranks.barrier()
+        tracker = Tracker(
+            folder,
+            name=folder.name if group else config.name,
+            config=config.model_dump(),
+            wandb=config.tracking.wandb,
+            project=config.tracking.project,
+            entity=config.tracking.entity,
+            group=group,
+            rank=ranks.rank,
+        )
+        stack.callback(tracker.close)
+        yield tracker
+    process_group.leave_group()
+
+
+def check_resources(run: Run, stages: Sequence[Stage]) -> None:
+    """Raise UserError if the run cannot finish on this disk and device, and say what it is about to do."""
+    config, data = run.config, run.data
+    planned = run.ranks.broadcast(look_up(run, stages) if run.ranks.is_main_process else None)
+    check_shared_store(run.store.path, run.ranks)
+    missing = [entry for entry in planned if entry.status != "reuse"]
+    policies = sum(entry.stage in ("sft", "train") for entry in missing)
+    check_disk(run.store, bytes_to_write(run, planned), f"{policies} policies and checkpoints")
+    if config.stage == "evaluate" and (run.folder / "iter0").exists():
+        raise UserError(
+            f"{run.folder} holds a game, which stage=evaluate would overwrite: give another hydra.run.dir."
+        )
+    if config.stage == "evaluate" and not data.held_out:
+        raise UserError("stage=evaluate: no prompt is left to measure on, the model was trained on all of them.")
+    run.say(
+        f"{config.model.name} on {config.data.name}: {len(data.train)} training and {len(data.held_out)} held-out "
+        f"examples ({format_counts(data.counts)}); {run.numerics['precision']} on {run.device}"
+    )
+    if run.ranks.size > 1:
+        run.say(f"{run.ranks.size} processes, ZeRO stage {config.engine.zero_stage}")
+    if missing:
+        check_memory(run)
+    if data.seen:
+        run.say(f"{data.seen} prompts are not held out: the model was trained on them.")
+
+
+def check_memory(run: Run) -> None:
+    """Say how much memory the run needs. Raises UserError if it cannot fit."""
+    from spin.engines.memory_load import check_run_memory
+    from spin.pipeline.resources import fp32_bytes
+
+    adapter = None
+    if run.config.model.adapter == "lora":
+        adapter = fp32_bytes(run.start.folder) // 4 if run.start.base else adapter_size(run.config, run.start)
+    for line in check_run_memory(run.config, run.start, run.data, adapter, run.device, run.dtype, run.ranks):
+        run.say(line)
+
+
+def check_shared_store(path: Path, ranks: ProcessGroup) -> None:
+    """Raise UserError unless every rank sees the disk on which the main process keeps the store."""
+    if ranks.size == 1:
+        return
+    path.mkdir(parents=True, exist_ok=True)
+    probe = path / ranks.broadcast(f".seen-{uuid.uuid4().hex}" if ranks.is_main_process else None)
+    if ranks.is_main_process:
+        probe.touch()
+    ranks.barrier()
+    if ranks.all_reduce_max(not probe.exists()):
+        raise UserError(f"store.path={path} is not the same disk for all processes: give a folder that they share.")
+    if ranks.is_main_process:
+        probe.unlink()
+
+
+def prepare_folder(run: Run, composed: str | None) -> None:
+    """Write config.yaml, and remove what an earlier game showed that this one will not; the store keeps it."""
+    if not run.ranks.is_main_process:
+        return
+    if composed is not None:
+        write_text(run.folder / "config.yaml", composed)
+    if run.config.stage != "game":
+        return
+    for path in run.folder.glob("iter*"):
+        number = path.name.removeprefix("iter")
+        if path.is_dir() and number.isdecimal() and int(number) >= run.config.iterations:
+            shutil.rmtree(path)
+    if run.config.schedule.sft_epochs == 0:
+        shutil.rmtree(run.folder / "sft", ignore_errors=True)
+
+
+def show_record(player: Player, record: IterationRecord) -> None:
+    """Lay out a played record: `sft/policy`, or `iter<t>/` with pairs.parquet, policy/ and manifest.json."""
+    folder = player.run.folder
+    for stage in record.external:
+        stage.show(player.result(stage), player.result(record.policy), player.run)
+    if record.train is None:
+        return
+    trained = player.artifacts[record.train].folder / "policy"
+    if record.iteration is None:
+        link_tree(trained, folder / "sft" / "policy")
+        return
+    shown = folder / f"iter{record.iteration}"
+    shown.mkdir(parents=True, exist_ok=True)
+    _show_pairs(player, record, shown / "pairs.parquet")
+    link_tree(trained, shown / "policy")
+    if record.merge:
+        link_tree(player.artifacts[record.merge].folder / "merged", shown / "merged")
+    else:
+        shutil.rmtree(shown / "merged", ignore_errors=True)
+    write_text(shown / "manifest.json", json.dumps(_manifest(player, record), indent=2) + "\n")
+    if record.evaluation and record.evaluation.opponent:
+        now, before = (player.result(node).held_out for node in (record.evaluation, record.evaluation.opponent))
+        write_text(shown / "margins.json", json.dumps({"margin": held_out_margins(now, before).tolist()}) + "\n")
+
+
+def _show_pairs(player: Player, record: IterationRecord, path: Path) -> None:
+    if record.scores.keys() == {"opponent"}:
+        link_file(player.artifacts[record.scores["opponent"]].folder / "pairs.parquet", path)
+        return
+    scores = {model: player.result(stage) for model, stage in record.scores.items()}
+    write_pairs(path, scores["opponent"].pairs, {model: score.logps for model, score in scores.items()})
+
+
+def _manifest(player: Player, record: IterationRecord) -> dict:
+    """What made the iteration, for people and scripts."""
+    config = player.run.config
+    assert record.iteration is not None and record.opponent and record.train
+    policy, opponent = player.result(record.policy), player.result(record.opponent)
+    score = record.scores["opponent"]
+    return {
+        "iteration": record.iteration,
+        "data": config.data.model_dump(),
+        "start_of_the_game": config.model.path or config.model.package,
+        "policy": {"label": policy.label, "weights": policy.id, "starts_as": opponent.label, **_base(policy)},
+        "opponent": {"label": opponent.label, "weights": opponent.id},
+        "loss": config.loss.model_dump() | make_objective(config.loss, record.iteration).settings,
+        "replay": [f"iter{k}" for k in score.answers if k != record.iteration],
+        "generation": config.generation.model_dump(),
+        "stages": {stage.name: player.artifacts[stage].manifest for stage in (score, record.train)},
+        "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
+    }
+
+
+def _base(policy: Policy) -> dict:
+    """For an adapter, the model that it belongs to."""
+    base = policy.base
+    return {"adapter_of": {"weights": base.id, "quantization": base.quantization}} if base else {}

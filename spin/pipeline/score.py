@@ -1,0 +1,130 @@
+"""The score stage: log-probs of every pair under a frozen model, computed once and reused by every training run."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from spin.engines.logps import compute_logps
+from spin.engines.packing import Continuations
+from spin.generation.answers import Answer
+from spin.method.pairs import (
+    Logps,
+    Pair,
+    group_by_prompt,
+    make_pairs,
+    read_pairs,
+    split_responses,
+    to_continuations,
+    write_pairs,
+)
+from spin.models.policy import Policy
+from spin.pipeline.context import Run
+from spin.pipeline.stage import Node, Stage, Work
+from spin.runtime.errors import UserError
+from spin.runtime.progress import Progress
+from spin.runtime.shards import ResumableShards
+from spin.runtime.store import Artifact
+from spin.runtime.tables import fingerprint
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Pairs and their log-probs under one model, by response."""
+
+    pairs: list[Pair]
+    logps: Logps
+    key: str  # of the stage
+
+
+@dataclass(frozen=True, eq=False)
+class Score(Stage[Scores]):
+    """The pairs of an iteration and of the iterations replayed with it, scored by `model` ("opponent" or "start").
+
+    `answers` are the answers of each iteration whose pairs are used, by iteration; the present one comes first.
+    """
+
+    name: ClassVar[str] = "score"
+    iteration: int
+    model: str
+    policy: Node[Policy]
+    answers: Mapping[int, Node[list[Answer]]]
+
+    @property
+    def needs(self) -> Sequence[Node]:
+        return (self.policy, *self.answers.values())
+
+    def title(self, *results) -> str:
+        return f"iter {self.iteration}: score" + (" under the start" if self.model == "start" else "")
+
+    def labels(self, *results) -> dict:
+        return {"iter": self.iteration} | ({"under": self.model} if self.model == "start" else {})
+
+    def pairs(self, run: Run, answers: Sequence[list[Answer]]) -> tuple[list[Pair], dict[str, int]]:
+        """The pairs, and how many were dropped by reason. Raises UserError if none is left."""
+        pairs: list[Pair] = []
+        dropped: dict[str, int] = {}
+        for iteration, answers_of_iteration in zip(self.answers, answers, strict=True):
+            more, more_dropped = make_pairs(run.data.train, answers_of_iteration, iteration)
+            pairs += more
+            dropped = {reason: count + dropped.get(reason, 0) for reason, count in more_dropped.items()}
+        if not pairs:
+            raise UserError(
+                f"iteration {self.iteration}: no pair is left, because every answer is empty or equals the human one "
+                f"({format_counts(dropped)}). Sample with generation.temperature=1, or add data."
+            )
+        return pairs, dropped
+
+    def inputs(self, run: Run, policy: Policy, *answers: list[Answer]) -> dict:
+        return {
+            "policy": policy.id,
+            "model": self.model,
+            "iter": self.iteration,
+            "pairs": fingerprint(self.pairs(run, answers)[0]),
+            "numerics": run.numerics,
+        }
+
+    def build(self, run: Run, work: Work, policy: Policy, *answers: list[Answer]) -> dict:
+        started = time.perf_counter()
+        pairs, dropped = self.pairs(run, answers)
+        items = to_continuations(pairs)
+        with run.tracker.progress(work.title, len(items), "prompts") as bar:
+            values = score_items(run, work, policy, items, bar)
+        logps = split_responses(values, [len(group) for group in group_by_prompt(pairs)])
+        write_pairs(work.folder / "pairs.parquet", pairs, {self.model: logps})
+        rate = len(pairs) / (time.perf_counter() - started + work.earlier_seconds)
+        means = {f"logps/{name}": value.double().mean().item() for name, value in logps.items()}
+        work.log({"step": 0, "pairs": len(pairs), **means, "pairs_per_second": rate})
+        forward = run.models.forward(run.models.load(policy), policy)
+        return {"pairs": len(pairs), "dropped": dropped, "layout": forward.layout, "head": forward.head}
+
+    def read(self, run: Run, artifact: Artifact, policy: Policy, *answers: list[Answer]) -> Scores:
+        pairs, logps = read_pairs(artifact.folder / "pairs.parquet")
+        return Scores(pairs, logps[self.model], artifact.key)
+
+
+def score_items(
+    run: Run, work: Work, policy: Policy, items: Sequence[Continuations], bar: Progress | None = None
+) -> Tensor:
+    """Log-probs of every response of every item under the policy, by all ranks, resumed by shards."""
+    responses = sum(len(item.responses) for item in items)
+
+    def on_reused(rows: int, seconds: float) -> None:
+        work.add_earlier(seconds)
+        if bar:
+            bar.skip(round(rows * len(items) / responses))
+
+    model = run.models.load(policy)
+    shards = ResumableShards(work.resume / "scores", run.say, on_reused, run.ranks)
+    advance = run.counting(bar) if bar else lambda items: None
+    forward = run.models.forward(model, policy)
+    logps = compute_logps(model, items, forward, advance, shards, run.shard_size(len(items)))
+    advance(0)
+    return logps
+
+
+def format_counts(counts: Mapping[str, int]) -> str:
+    """"3 identical, 1 empty", zeros left out."""
+    return ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)

@@ -1,0 +1,115 @@
+"""The summary of a finished game: game.json, the report, and the lines printed at the end."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from spin.config.schema import Config, value_at_iteration
+from spin.evaluation.measures import differences
+from spin.pipeline.evaluate import Evaluation
+from spin.pipeline.record import IterationRecord
+from spin.pipeline.stage import Player
+from spin.reporting import report
+from spin.runtime.files import write_text
+from spin.runtime.progress import format_seconds
+
+
+def finish(player: Player, records: Sequence[IterationRecord], command: str) -> dict:
+    """Write game.json and the report, print the summary, and note which store entries the run uses. Returns the summary."""
+    run = player.run
+    summary = summarize(player, records, command)
+    write_text(run.folder / "game.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    page = report.write_report(run.folder, summary)
+    run.store.refer(run.folder, player.references, only=True)
+    report.print_summary(summary, run.tracker.console)
+    if player.built == 0:
+        run.say("All stages were reused: nothing was computed again.")
+    else:
+        took = format_seconds(player.elapsed)
+        run.say(f"{player.built} stages played in {took}, peak memory {player.peak_memory_gib:.2f} GiB.")
+    run.tracker.close({"peak_memory_gib": player.peak_memory_gib})
+    run.say(f"report: {page}")
+    if summary["iterations"]:
+        run.say(f"trained model: {run.folder / summary['iterations'][-1]['policy']}")
+    return summary
+
+
+def summarize(player: Player, records: Sequence[IterationRecord], command: str) -> dict[str, Any]:
+    """The game's settings, measures, samples and costs, as game.json holds them."""
+    config, data = player.run.config, player.run.data
+    evaluations = [player.result(record.evaluation) for record in records if record.evaluation]
+    return {
+        "command": command,
+        "name": config.name,
+        "model": config.model.path or config.model.package,
+        "data": {"train": len(data.train), "held_out": len(data.held_out), "counts": data.counts},
+        "iterations": [_iteration(player, record) for record in records if record.iteration is not None],
+        "evaluations": [{"policy": e.policy.label, "iter": e.iteration, **e.measures} for e in evaluations],
+        "differences": _differences(evaluations, config),
+        "external": _external(player, records),
+        "samples": _samples(evaluations, config.evaluation.samples),
+        "seconds": {stage: round(seconds, 1) for stage, seconds in player.seconds.items()},
+        "peak_memory_gib": round(player.peak_memory_gib, 2),
+    }
+
+
+def _iteration(player: Player, record: IterationRecord) -> dict:
+    config, t, score = player.run.config, record.iteration, record.scores["opponent"]
+    assert t is not None and record.opponent
+    return {
+        "iter": t,
+        "beta": value_at_iteration(config.loss.beta, t),
+        "lr": value_at_iteration(config.optimizer.lr, t),
+        "pairs": len(player.result(score).pairs),
+        "dropped": player.artifacts[score].manifest["facts"]["dropped"],
+        "policy": f"iter{t}/policy",
+        "opponent": player.result(record.opponent).label,
+    }
+
+
+def _external(player: Player, records: Sequence[IterationRecord]) -> list[dict]:
+    """The results of benchmarks and judges for every policy that has some."""
+    has_sft = any(record.iteration is None and record.train for record in records)
+    rows = []
+    for record in records:
+        if record.external:
+            from spin.pipeline.external import summarize_external
+
+            label = player.result(record.policy).label
+            # The start of a game without an SFT stage is what the paper calls the SFT model.
+            paper_label = "sft" if label == "start" and not has_sft else label
+            results = [(stage, player.result(stage)) for stage in record.external]
+            rows.append({"policy": label, "iter": record.iteration} | summarize_external(results, paper_label))
+    return rows
+
+
+def _differences(evaluations: Sequence[Evaluation], config: Config) -> list[dict]:
+    """The last policy against the start of self-play and against iteration 0's; with stage=evaluate the two measured ones."""
+    played = [e for e in evaluations if e.iteration is not None]
+    before = [e for e in evaluations if e.iteration is None]
+    compared = [(before[-1], played[-1])] if played and before else []
+    compared += [(played[0], played[-1])] if len(played) > 1 else []
+    compared += [(before[0], before[1])] if config.stage == "evaluate" and len(before) > 1 else []
+    return [
+        {
+            "policy": last.policy.label,
+            "against": first.policy.label,
+            "n": len(last.held_out.pairs),
+            "measures": differences(last.held_out, first.held_out, config.evaluation.bootstrap, config.seed),
+        }
+        for first, last in compared
+    ]
+
+
+def _samples(evaluations: Sequence[Evaluation], count: int) -> list[dict]:
+    """The first held-out prompts, with the human answer and every policy's."""
+    if not evaluations:
+        return []
+    return [
+        {
+            "prompt": pair.prompt,
+            "real": pair.real,
+            "answers": {e.policy.label: e.held_out.pairs[i].generated for e in evaluations},
+        }
+        for i, pair in enumerate(evaluations[0].held_out.pairs[:count])
+    ]

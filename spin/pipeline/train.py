@@ -1,0 +1,228 @@
+"""The stages that make a policy: supervised fine-tuning, the training of an iteration, and merging an adapter."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from spin.config.schema import value_at_iteration
+from spin.engines.packing import Continuations
+from spin.method.objectives import make_objective
+from spin.method.pairs import group_by_prompt
+from spin.method.training import train_sft, train_spin
+from spin.models.find import fresh_adapter
+from spin.models.policy import TRAINED_ON, Policy, auxiliary_digest, content_id, note_trained_on, trained_on
+from spin.models.save import save_merged
+from spin.pipeline.context import Run
+from spin.pipeline.probes import lora_settings
+from spin.pipeline.resources import check_disk, fp32_bytes, training_bytes
+from spin.pipeline.score import Scores
+from spin.pipeline.stage import Node, Stage, Work
+from spin.runtime.artifacts import folder_size
+from spin.runtime.checkpoints import Checkpoints, TrainState
+from spin.runtime.random import seed_of
+from spin.runtime.signals import Interrupted, deferred
+from spin.runtime.store import Artifact
+from spin.runtime.tables import fingerprint
+
+# Parts of the random stream beside the iterations, which count from 0.
+SFT_STREAM, ADAPTER_STREAM = -1, -3
+
+
+@dataclass(frozen=True, eq=False)
+class Sft(Stage[Policy]):
+    """Fine-tune the start on the human answers: iteration 0's opponent is an SFT model of the same data."""
+
+    name: ClassVar[str] = "sft"
+    start: Node[Policy]
+    iteration: None = None
+
+    @property
+    def needs(self) -> Sequence[Node]:
+        return (self.start,)
+
+    def subject(self, *results) -> str:
+        return "start"
+
+    def title(self, *results) -> str:
+        return "SFT"
+
+    def settings(self, run: Run) -> dict:
+        schedule = run.config.schedule
+        return {
+            "lr": schedule.sft_lr,
+            "epochs": schedule.sft_epochs,
+            "batch_size": schedule.batch_size,
+            "warmup_ratio": schedule.warmup_ratio,
+            "seed": seed_of(run.config.seed, SFT_STREAM, bits=32),
+        }
+
+    def inputs(self, run: Run, start: Policy) -> dict:
+        examples = fingerprint(run.data.train)
+        return {"start": start.id, "examples": examples, **self.settings(run), **training_inputs(run, start)}
+
+    def build(self, run: Run, work: Work, start: Policy) -> dict:
+        items = [Continuations(example.prompt_ids, (example.real_ids,)) for example in run.data.train]
+        settings = self.settings(run)
+
+        def train(engine, **common) -> TrainState:
+            return train_sft(engine, items, **common, **settings)
+
+        return train_policy(run, work, start, train, round(len(items) * settings["epochs"]), {"loss": "loss"})
+
+    def read(self, run: Run, artifact: Artifact, start: Policy) -> Policy:
+        return trained_policy(run, artifact, "sft")
+
+
+@dataclass(frozen=True, eq=False)
+class Train(Stage[Policy]):
+    """The main player: starts as the opponent and learns to tell its answers from the human ones.
+
+    `scores` are the pairs' log-probs by the model that gave them; the objective says which it needs.
+    """
+
+    name: ClassVar[str] = "train"
+    iteration: int
+    opponent: Node[Policy]
+    scores: Mapping[str, Node[Scores]]
+
+    @property
+    def needs(self) -> Sequence[Node]:
+        return (self.opponent, *self.scores.values())
+
+    def settings(self, run: Run) -> dict:
+        config, t = run.config, self.iteration
+        return {
+            "lr": value_at_iteration(config.optimizer.lr, t),
+            "epochs": value_at_iteration(config.schedule.epochs, t),
+            "batch_size": config.schedule.batch_size,
+            "warmup_ratio": config.schedule.warmup_ratio,
+            "seed": seed_of(config.seed, t, bits=32),
+        }
+
+    def inputs(self, run: Run, opponent: Policy, *scores: Scores) -> dict:
+        return {
+            "start": opponent.id,
+            "scores": {model: score.key for model, score in zip(self.scores, scores, strict=True)},
+            "objective": make_objective(run.config.loss, self.iteration).settings,
+            **self.settings(run),
+            **training_inputs(run, opponent),
+        }
+
+    def build(self, run: Run, work: Work, opponent: Policy, *scores: Scores) -> dict:
+        objective = make_objective(run.config.loss, self.iteration)
+        references = {model: score.logps for model, score in zip(self.scores, scores, strict=True)}
+        pairs, settings = scores[0].pairs, self.settings(run)
+
+        def train(engine, **common) -> TrainState:
+            return train_spin(engine, pairs, references, objective, **common, **settings)
+
+        prompts = round(len(group_by_prompt(pairs)) * settings["epochs"])
+        return train_policy(run, work, opponent, train, prompts, {"loss": "loss", "margin": "rewards/margins"})
+
+    def read(self, run: Run, artifact: Artifact, opponent: Policy, *scores: Scores) -> Policy:
+        return trained_policy(run, artifact, f"iter{self.iteration}")
+
+
+@dataclass(frozen=True, eq=False)
+class Merge(Stage[Artifact]):
+    """The policy's adapter merged into its base: a complete model folder, `merged/` in the artifact."""
+
+    name: ClassVar[str] = "merge"
+    main_process_only: ClassVar[bool] = True
+    policy: Node[Policy]
+    iteration: None = None
+
+    @property
+    def needs(self) -> Sequence[Node]:
+        return (self.policy,)
+
+    def subject(self, *results) -> str:
+        return results[0].label if results else "the last policy"
+
+    def labels(self, policy: Policy) -> dict:
+        return {"iter": None, "policy": policy.label}
+
+    def inputs(self, run: Run, policy: Policy) -> dict:
+        return {"policy": policy.id}
+
+    def build(self, run: Run, work: Work, policy: Policy) -> dict:
+        run.models.release()
+        check_disk(run.store, fp32_bytes(policy.base_or_self.folder), work.title)
+        save_merged(policy, work.folder / "merged")
+        return {}
+
+    def read(self, run: Run, artifact: Artifact, policy: Policy) -> Artifact:
+        return artifact
+
+
+def training_inputs(run: Run, start: Policy) -> dict:
+    """What decides the weights beside the data and the schedule."""
+    config = run.config
+    # The files beside the weights (tokenizer, template, ...) are copied to every policy.
+    inputs = {
+        "optimizer": config.optimizer.model_dump() | {"lr": None},
+        "numerics": run.numerics,
+        "files": auxiliary_digest(run.start.tokenizer),
+    }
+    if config.engine.name != "single":  # the number of ranks changes rounding only, as threads do
+        inputs["engine"] = config.engine.name
+    if config.model.adapter == "lora" and not start.base:  # a fresh adapter; a given one has its own settings
+        lora = lora_settings(config.model)
+        inputs["adapter"] = {**vars(lora), "seed": config.seed}
+    return inputs
+
+
+def train_policy(
+    run: Run, work: Work, start: Policy, train: Callable[..., TrainState], prompts: int, shown: dict[str, str]
+) -> dict:
+    """Train from `start` with `train`, resuming from a checkpoint, and save the policy. Returns facts.
+
+    `prompts` is the length of the progress bar, `shown` the values beside it: their names, and their columns in the rows.
+    """
+    start = run.ranks.broadcast(_prepare_start(run, work, start) if run.ranks.is_main_process else None)
+    settings = run.config.checkpoint
+    checkpoints = Checkpoints(work.resume / "training", settings.minutes, settings.steps, run.say, run.ranks)
+    engine = run.models.engine(start)
+    with run.tracker.progress(work.title, max(1, prompts), "prompts") as bar:
+
+        def log(row: dict) -> None:
+            work.log(row)
+            if row["step"] < checkpoints.restored.step:
+                bar.skip(row["prompts"])
+            else:
+                bar.advance(row["prompts"], **{name: row[column] for name, column in shown.items()})
+
+        state = train(engine, forward=run.models.forward(engine.model, start), log=log, checkpoints=checkpoints)
+    work.add_earlier(checkpoints.restored.seconds)
+    folder = work.folder / "policy"
+    try:
+        with deferred():
+            engine.save(folder)
+    except Interrupted:
+        with deferred():
+            checkpoints.write(engine, state)
+        raise
+    finally:
+        engine.close()
+    if not run.ranks.is_main_process:
+        return {}
+    prompts_seen = trained_on(start.folder_with(TRAINED_ON)) | {example.opening for example in run.data.train}
+    note_trained_on(folder, prompts_seen)
+    return {"policy": content_id(folder, start.base), "skipped_steps": state.skipped}
+
+
+def _prepare_start(run: Run, work: Work, start: Policy) -> Policy:
+    """Check the disk, and attach a fresh adapter if the settings ask for one."""
+    needed = training_bytes(run, 1) - folder_size(work.resume)
+    check_disk(run.store, needed, f"{work.title}: a policy and its checkpoints")
+    model = run.config.model
+    if model.adapter == "none" or start.base:
+        return start
+    seed = seed_of(run.config.seed, ADAPTER_STREAM, bits=32)
+    return fresh_adapter(start, lora_settings(model), seed, model, work.resume / "adapter")
+
+
+def trained_policy(run: Run, artifact: Artifact, label: str) -> Policy:
+    """The policy in a finished training stage."""
+    base = run.start.base_or_self if run.config.model.adapter == "lora" else None
+    return Policy(label, artifact.folder / "policy", artifact.manifest["facts"]["policy"], base)
