@@ -47,8 +47,7 @@ def declare_game(config: Config, start: Policy) -> Iterator[IterationRecord]:
         pairs = replayed(config, t, answers)
         scores = {"opponent": Score(t, "opponent", opponent, pairs)}
         if "start" in make_objective(config.loss, t).references:
-            is_same = first_opponent is opponent
-            scores["start"] = scores["opponent"] if is_same else Score(t, "start", first_opponent, pairs)
+            scores["start"] = Score(t, "start", first_opponent, pairs)
         policy = train = Train(t, opponent, scores)
 
         before, evaluation = evaluation, declare_evaluation(config, t, policy, evaluation)

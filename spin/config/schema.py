@@ -20,9 +20,12 @@ PerIteration = Any
 class Section:  # TEMPORARY
     def model_dump(self):
         from dataclasses import asdict
+
         return asdict(self)
+
     def model_copy(self, update):
         from dataclasses import replace
+
         return replace(self, **update)
 
 
@@ -285,7 +288,12 @@ def check_config(config: Config) -> None:
     )
     _require(0 < generation.top_p <= 1, "generation.top_p", generation.top_p, "must lie in (0, 1]")
     _require(config.max_new_tokens >= 1, "generation.max_new_tokens", generation.max_new_tokens, "must be 1 or more")
-    _require(generation.num_answers >= 1, "generation.num_answers", generation.num_answers, "must be 1 answer a prompt, or more")
+    _require(
+        generation.num_answers >= 1,
+        "generation.num_answers",
+        generation.num_answers,
+        "must be 1 answer a prompt, or more",
+    )
     _require(
         generation.num_answers == 1 or generation.temperature > 0,
         "generation.num_answers",

@@ -44,7 +44,7 @@ class Objective:
 def make_objective(config: LossConfig, iteration: int) -> Objective:
     """The objective that `config` describes, with the beta of `iteration`."""
     beta = value_at_iteration(config.beta, iteration)
-    anchored = config.reference != "opponent"
+    anchored = config.reference != "opponent" and iteration > 0  # at iteration 0 the start is the opponent
     alpha = config.alpha if config.reference == "mixture" else 0.0
 
     def loss(policy: Logps, references: Mapping[str, Logps], lengths: Logps) -> tuple[Tensor, Metrics]:

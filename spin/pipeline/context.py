@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from spin.config.schema import Config
 from spin.data.examples import Dataset, load_dataset
 from spin.engines.base import Engine, select_device, select_dtype
 from spin.engines.device_memory import release_free_memory
+from spin.engines.disk import policy_bytes
 from spin.engines.layouts import choose_forward
 from spin.engines.logps import Forward
 from spin.engines.packing import Continuations
@@ -18,7 +20,7 @@ from spin.engines.single import SingleEngine
 from spin.models.find import find_model
 from spin.models.load import load_policy, load_tokenizer, stop_ids
 from spin.models.policy import TRAINED_ON, Policy, trained_on
-from spin.pipeline.probes import check_adapter, check_libraries
+from spin.pipeline.probes import adapter_size, check_adapter, check_libraries
 from spin.runtime.errors import UserError
 from spin.runtime.process_group import ProcessGroup, current_group
 from spin.runtime.progress import Progress
@@ -56,6 +58,18 @@ class Run:
             "tokens_per_batch": engine.tokens_per_batch,
             "head_chunk": engine.head_chunk,
         }
+
+    @cached_property
+    def adapter_parameters(self) -> int | None:
+        """The number of parameters of a fresh adapter; None if all weights or a given adapter are trained."""
+        if self.config.model.adapter == "none" or self.start.base:
+            return None
+        return adapter_size(self.config, self.start)
+
+    @cached_property
+    def policy_bytes(self) -> int:
+        """The size of a policy that this run trains."""
+        return policy_bytes(self.start, self.adapter_parameters)
 
     def say(self, text: str) -> None:
         self.tracker.say(text)

@@ -43,10 +43,6 @@ class Evaluate(Stage[Evaluation]):
     policy: Node[Policy]
     opponent: Node[Evaluation] | None = None
 
-    @property
-    def needs(self) -> Sequence[Node]:
-        return (self.policy, self.opponent) if self.opponent else (self.policy,)
-
     def subject(self, *results) -> str:
         if self.iteration is None:
             return results[0].label if results else "sft"

@@ -38,7 +38,9 @@ def declare_external(
 ) -> list["External"]:
     """The external evaluations of a policy that the settings ask for."""
     settings = config.evaluation
-    stages: list[External] = [Benchmark(iteration, policy, task) for task in harness.parse_tasks(settings.harness or [])]
+    stages: list[External] = [
+        Benchmark(iteration, policy, task) for task in harness.parse_tasks(settings.harness or [])
+    ]
     if settings.questions:
         stages.append(MtBench(iteration, policy))
     if settings.judge and evaluation and opponent:
@@ -52,10 +54,6 @@ class External(Stage[Any]):
     main_process_only: ClassVar[bool] = True
     result_file: ClassVar[str]
     policy: Node[Policy]
-
-    @property
-    def needs(self) -> Sequence[Node]:
-        return (self.policy,)
 
     def subject(self, *results) -> str:
         if self.iteration is None:
@@ -194,10 +192,6 @@ class Compare(External):
     policy: Node[Policy]
     evaluation: Node[Evaluation]
     opponent: Node[Evaluation]
-
-    @property
-    def needs(self) -> Sequence[Node]:
-        return (self.policy, self.evaluation, self.opponent)
 
     def title(self, policy: Policy, now: Evaluation, before: Evaluation) -> str:
         return f"judge {policy.label} against {before.policy.label}"

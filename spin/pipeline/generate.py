@@ -31,10 +31,6 @@ class Generate(Stage[list[Answer]]):
     iteration: int
     opponent: Node[Policy]
 
-    @property
-    def needs(self) -> Sequence[Node]:
-        return (self.opponent,)
-
     def inputs(self, run: Run, opponent: Policy) -> dict:
         return {
             "opponent": opponent.id,

@@ -7,8 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from spin.engines.disk import disk_needed
 from spin.pipeline.context import Run
-from spin.pipeline.resources import disk_needed
 from spin.pipeline.stage import Given, Stage
 from spin.runtime.artifacts import CorruptArtifact, folder_size, verify_artifact
 from spin.runtime.checkpoints import describe_progress
@@ -66,8 +66,9 @@ def _look_up(run: Run, stage: Stage, needs: list, thorough: bool) -> tuple[Any, 
 def bytes_to_write(run: Run, planned: Sequence[Planned]) -> int:
     """Bytes that the planned stages may still write to the store."""
     missing = [entry for entry in planned if entry.status != "reuse"]
-    trainings = [entry.resumable_bytes for entry in missing if entry.stage in ("sft", "train")]
-    return disk_needed(run, [entry.stage for entry in missing], sum(trainings))
+    resumable = sum(entry.resumable_bytes for entry in missing if entry.stage in ("sft", "train"))
+    names = [entry.stage for entry in missing]
+    return disk_needed(names, run.start, run.policy_bytes, run.config.optimizer, resumable)
 
 
 def print_plan(run: Run, planned: Sequence[Planned], console: Console) -> None:

@@ -18,9 +18,7 @@ from spin.method.pairs import write_pairs
 from spin.models.policy import Policy
 from spin.pipeline.context import Run
 from spin.pipeline.plan import bytes_to_write, look_up
-from spin.pipeline.probes import adapter_size
 from spin.pipeline.record import IterationRecord
-from spin.pipeline.resources import check_disk
 from spin.pipeline.score import format_counts
 from spin.pipeline.stage import Player, Stage
 from spin.runtime import process_group, signals
@@ -64,11 +62,9 @@ def check_resources(run: Run, stages: Sequence[Stage]) -> None:
     check_shared_store(run.store.path, run.ranks)
     missing = [entry for entry in planned if entry.status != "reuse"]
     policies = sum(entry.stage in ("sft", "train") for entry in missing)
-    check_disk(run.store, bytes_to_write(run, planned), f"{policies} policies and checkpoints")
+    run.store.check_free(bytes_to_write(run, planned), f"{policies} policies and checkpoints")
     if config.stage == "evaluate" and (run.folder / "iter0").exists():
-        raise UserError(
-            f"{run.folder} holds a game, which stage=evaluate would overwrite: give another hydra.run.dir."
-        )
+        raise UserError(f"{run.folder} holds a game, which stage=evaluate would overwrite: give another hydra.run.dir.")
     if config.stage == "evaluate" and not data.held_out:
         raise UserError("stage=evaluate: no prompt is left to measure on, the model was trained on all of them.")
     run.say(
@@ -86,11 +82,8 @@ def check_resources(run: Run, stages: Sequence[Stage]) -> None:
 def check_memory(run: Run) -> None:
     """Say how much memory the run needs. Raises UserError if it cannot fit."""
     from spin.engines.memory_load import check_run_memory
-    from spin.pipeline.resources import fp32_bytes
 
-    adapter = None
-    if run.config.model.adapter == "lora":
-        adapter = fp32_bytes(run.start.folder) // 4 if run.start.base else adapter_size(run.config, run.start)
+    adapter = run.policy_bytes // 4 if run.config.model.adapter == "lora" else None
     for line in check_run_memory(run.config, run.start, run.data, adapter, run.device, run.dtype, run.ranks):
         run.say(line)
 

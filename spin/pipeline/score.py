@@ -52,10 +52,6 @@ class Score(Stage[Scores]):
     policy: Node[Policy]
     answers: Mapping[int, Node[list[Answer]]]
 
-    @property
-    def needs(self) -> Sequence[Node]:
-        return (self.policy, *self.answers.values())
-
     def title(self, *results) -> str:
         return f"iter {self.iteration}: score" + (" under the start" if self.model == "start" else "")
 
@@ -126,5 +122,5 @@ def score_items(
 
 
 def format_counts(counts: Mapping[str, int]) -> str:
-    """"3 identical, 1 empty", zeros left out."""
+    """ "3 identical, 1 empty", zeros left out."""
     return ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)

@@ -7,7 +7,7 @@ stages; `spin.pipeline.plan` looks the same declarations up without playing them
 import json
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -53,8 +53,8 @@ class Given(Node[Result]):
 class Stage(Node[Result]):
     """A stage of a run, declared as a dataclass whose fields are its settings and the nodes that it needs.
 
-    `needs` are the nodes whose results are passed to `inputs`, `build` and `read`, in this order. All ranks build a stage
-    together unless `main_process_only`.
+    The results of these nodes are passed to `inputs`, `build` and `read` in the order of the fields. All ranks build a
+    stage together unless `main_process_only`.
     """
 
     name: ClassVar[str]  # the folder in the store
@@ -62,8 +62,11 @@ class Stage(Node[Result]):
     iteration: int | None
 
     @property
-    def needs(self) -> Sequence[Node[Any]]:
-        raise NotImplementedError
+    def needs(self) -> list[Node[Any]]:
+        """The nodes among the fields, those of a mapping in its order."""
+        values = list(vars(self).values())
+        nodes = [node for value in values for node in (value.values() if isinstance(value, Mapping) else [value])]
+        return [node for node in nodes if isinstance(node, Node)]
 
     def subject(self, *results: Any) -> str:
         """What the stage is about, for display: "iter 0". `results` are empty where they are not known yet."""

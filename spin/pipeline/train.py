@@ -1,10 +1,11 @@
 """The stages that make a policy: supervised fine-tuning, the training of an iteration, and merging an adapter."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from spin.config.schema import value_at_iteration
+from spin.engines.disk import fp32_bytes, training_bytes
 from spin.engines.packing import Continuations
 from spin.method.objectives import make_objective
 from spin.method.pairs import group_by_prompt
@@ -14,7 +15,6 @@ from spin.models.policy import TRAINED_ON, Policy, auxiliary_digest, content_id,
 from spin.models.save import save_merged
 from spin.pipeline.context import Run
 from spin.pipeline.probes import lora_settings
-from spin.pipeline.resources import check_disk, fp32_bytes, training_bytes
 from spin.pipeline.score import Scores
 from spin.pipeline.stage import Node, Stage, Work
 from spin.runtime.artifacts import folder_size
@@ -35,10 +35,6 @@ class Sft(Stage[Policy]):
     name: ClassVar[str] = "sft"
     start: Node[Policy]
     iteration: None = None
-
-    @property
-    def needs(self) -> Sequence[Node]:
-        return (self.start,)
 
     def subject(self, *results) -> str:
         return "start"
@@ -85,10 +81,6 @@ class Train(Stage[Policy]):
     opponent: Node[Policy]
     scores: Mapping[str, Node[Scores]]
 
-    @property
-    def needs(self) -> Sequence[Node]:
-        return (self.opponent, *self.scores.values())
-
     def settings(self, run: Run) -> dict:
         config, t = run.config, self.iteration
         return {
@@ -132,10 +124,6 @@ class Merge(Stage[Artifact]):
     policy: Node[Policy]
     iteration: None = None
 
-    @property
-    def needs(self) -> Sequence[Node]:
-        return (self.policy,)
-
     def subject(self, *results) -> str:
         return results[0].label if results else "the last policy"
 
@@ -147,7 +135,7 @@ class Merge(Stage[Artifact]):
 
     def build(self, run: Run, work: Work, policy: Policy) -> dict:
         run.models.release()
-        check_disk(run.store, fp32_bytes(policy.base_or_self.folder), work.title)
+        run.store.check_free(fp32_bytes(policy.base_or_self.folder), work.title)
         save_merged(policy, work.folder / "merged")
         return {}
 
@@ -213,8 +201,8 @@ def train_policy(
 
 def _prepare_start(run: Run, work: Work, start: Policy) -> Policy:
     """Check the disk, and attach a fresh adapter if the settings ask for one."""
-    needed = training_bytes(run, 1) - folder_size(work.resume)
-    check_disk(run.store, needed, f"{work.title}: a policy and its checkpoints")
+    needed = run.policy_bytes + training_bytes(run.policy_bytes, run.config.optimizer) - folder_size(work.resume)
+    run.store.check_free(needed, f"{work.title}: a policy and its checkpoints")
     model = run.config.model
     if model.adapter == "none" or start.base:
         return start

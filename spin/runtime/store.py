@@ -126,6 +126,16 @@ class Store:
             shutil.rmtree(part, ignore_errors=True)  # only now: until the stage is there, `resume` is all that there is
         return Artifact(folder, manifest, reused=False)
 
+    def check_free(self, needed: int, purpose: str) -> None:
+        """Raise UserError if the disk has fewer than `needed` bytes left for `purpose`."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.path).free
+        if free < needed:
+            raise UserError(
+                f"store.path={self.path}: {free / 2**30:.1f} GiB are free, but {purpose} may take "
+                f"{needed / 2**30:.1f} GiB. Free some space (`python -m spin store clean`) or give another store.path."
+            )
+
     # --- who uses what ------------------------------------------------------------------------------------------------
 
     def refer(self, run: Path, stages: list[str], only: bool = False) -> None:

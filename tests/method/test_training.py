@@ -231,9 +231,7 @@ def test_nonfinite_step_is_skipped(tiny_folder, loss, gradient):
 
 
 @pytest.mark.parametrize(("count", "broken", "after"), [(12, {2, 3, 4, 5, 6}, 7), (1, {0}, 1), (4, {1, 2}, 3)])
-def test_nonfinite_steps_in_a_row_end_the_run(
-    tiny_folder, tmp_path, count, broken, after
-):
+def test_nonfinite_steps_in_a_row_end_the_run(tiny_folder, tmp_path, count, broken, after):
     """The last checkpoint that is kept is that of the last step with an update."""
     said, rows = [], []
     checkpoints = Checkpoints(tmp_path, steps=1, say=said.append)

@@ -1,4 +1,4 @@
-"""The loss' variants against their formulas in plain float64, alone, in a training step, and in whole games."""
+"""Variants of the loss against their formulas in float64: alone, in a training step, and in complete games."""
 
 import json
 import math
@@ -10,20 +10,20 @@ import torch
 
 from spin.config.schema import GenerationConfig
 from spin.data.examples import Example
-from spin.engines.logps import Forward, compute_logps, reference_logps
+from spin.engines.logps import Forward, reference_logps
 from spin.engines.packing import Continuations
-from spin.generation.answers import Answer, repeat_prompts
+from spin.generation.answers import Answer
 from spin.generation.sampling import generate_answers
-from spin.method.objectives import LINKS, mix_references, spin_loss
-from spin.method.pairs import Pair, by_prompt, items_of, make_pairs, read_pairs, to_pairs, with_opponent_logps
+from spin.method.objectives import LINKS, Objective, mix_references, spin_loss
+from spin.method.pairs import Pair, group_by_prompt, make_pairs, read_pairs, split_responses, to_continuations
 from spin.method.training import train_spin
 from spin.models.load import load_model
 from spin.runtime.errors import UserError
 from tests.conftest import random_items, small_model
 from tests.games import Place
 from tests.generation.test_sampling import Ids, examples
-from tests.method.test_objectives import NAIVE
-from tests.method.test_training import CPU, PACKED, PADDED, SETTINGS, engine_of
+from tests.method.test_objectives import NAIVE, named
+from tests.method.test_training import CPU, PACKED, PADDED, SETTINGS, engine_of, score
 
 PLAIN = {"length_normalised": False, "sft_weight": 0.0}
 VARIANTS = [
@@ -44,12 +44,12 @@ def naive_loss(policy, reference, lengths, beta, link, length_normalised, sft_we
 
 
 @pytest.mark.parametrize(("variant", "link"), product(VARIANTS, LINKS))
-def test_the_formula_and_its_gradient(variant, link):
+def test_formula_and_gradient(variant, link):
     generator = torch.Generator().manual_seed(1)
     policy, reference = (-30 * torch.rand(12, 2, generator=generator, dtype=torch.float64) for _ in range(2))
     lengths = torch.randint(1, 40, (12, 2), generator=generator)
     policy.requires_grad_(True)
-    losses, metrics = spin_loss(policy, reference, 0.4, link, lengths, **variant)
+    losses, metrics = spin_loss(named(policy), named(reference), 0.4, link, named(lengths), **variant)
     (grad,) = torch.autograd.grad(losses.sum(), policy)
     for i in range(12):
         given = [x[i].tolist() for x in (policy.detach(), reference, lengths)]
@@ -66,38 +66,35 @@ def test_the_formula_and_its_gradient(variant, link):
         assert torch.allclose(metrics["loss"], parts) and torch.allclose(parts, losses)
 
 
-def test_without_variants_lengths_change_nothing():
-    policy, reference = torch.randn(5, 2), torch.randn(5, 2)
+def test_plain_loss_ignores_lengths():
+    policy, reference = named(torch.randn(5, 2)), named(torch.randn(5, 2))
     plain, _ = spin_loss(policy, reference, 0.3, "logistic")
-    losses, metrics = spin_loss(policy, reference, 0.3, "logistic", torch.full((5, 2), 7), **PLAIN)
+    losses, metrics = spin_loss(policy, reference, 0.3, "logistic", named(torch.full((5, 2), 7)), **PLAIN)
     assert torch.equal(plain, losses) and "loss/sft" not in metrics
 
 
-def test_the_mixture_is_the_geometric_one_and_its_normaliser_cancels():
-    """Over three outcomes the mixture can be normalised: margins and losses are the same as without."""
+def test_mixture_normaliser_cancels():
+    """Over three outcomes the geometric mixture can be normalised: the losses are the same as without."""
     opponent, start = (torch.tensor(p, dtype=torch.float64) for p in ([0.2, 0.5, 0.3], [0.6, 0.1, 0.3]))
     naive = [math.pow(p, 0.3) * math.pow(q, 0.7) for p, q in zip(opponent.tolist(), start.tolist(), strict=True)]
-    found = mix_references(opponent.log(), start.log(), 0.3)
-    assert found.exp().tolist() == pytest.approx(naive)
-    whole = (torch.tensor(naive) / sum(naive)).log()
-    policy = torch.tensor([0.1, 0.2, 0.7], dtype=torch.float64).log()
     pairs = torch.tensor([[0, 1], [2, 0], [1, 2]])
-    losses, metrics = spin_loss(policy[pairs], found[pairs], 0.5, "logistic")
-    normalised, others = spin_loss(policy[pairs], whole[pairs], 0.5, "logistic")
-    assert torch.allclose(losses, normalised, atol=1e-7)
+    mixed = mix_references(named(opponent.log()[pairs]), named(start.log()[pairs]), 0.3)
+    assert mixed["real"].exp().tolist() == pytest.approx([naive[k] for k in pairs[:, 0]])
+    normalised = named((torch.tensor(naive) / sum(naive)).log()[pairs])
+    policy = named(torch.tensor([0.1, 0.2, 0.7], dtype=torch.float64).log()[pairs])
+    losses, metrics = spin_loss(policy, mixed, 0.5, "logistic")
+    expected, others = spin_loss(policy, normalised, 0.5, "logistic")
+    assert torch.allclose(losses, expected, atol=1e-7)
     assert not torch.allclose(metrics["rewards/real"], others["rewards/real"])
-    assert torch.equal(mix_references(opponent, start, 1.0), opponent) and torch.equal(
-        mix_references(opponent, start, 0.0), start
-    )
 
 
 @pytest.mark.parametrize("alpha", [1.0, 0.4, 0.0])
-def test_the_optimum_with_a_mixed_reference(alpha):
+def test_optimum_with_mixed_reference(alpha):
     """Trained to convergence, logistic: p = r (p_data / p_t)^(1/beta) / Z, theorem 5.4 with the reference r in place of p_t."""
     data, opponent, start = (
         torch.tensor(p, dtype=torch.float64) for p in ([0.5, 0.2, 0.3], [0.2, 0.5, 0.3], [0.3, 0.3, 0.4])
     )
-    reference = mix_references(opponent.log(), start.log(), alpha)
+    reference = alpha * opponent.log() + (1 - alpha) * start.log()
     logits = opponent.log().clone().requires_grad_(True)
     pairs = torch.tensor(list(product(range(3), repeat=2)))
     weights = data[pairs[:, 0]] * opponent[pairs[:, 1]]
@@ -107,7 +104,9 @@ def test_the_optimum_with_a_mixed_reference(alpha):
 
     def closure():
         optimizer.zero_grad()
-        loss = (weights * spin_loss(logits.log_softmax(-1)[pairs], reference[pairs], 2.0, "logistic")[0]).sum()
+        references = mix_references(named(opponent.log()[pairs]), named(start.log()[pairs]), alpha)
+        losses, _ = spin_loss(named(logits.log_softmax(-1)[pairs]), references, 2.0, "logistic")
+        loss = (weights * losses).sum()
         loss.backward()
         return loss
 
@@ -122,7 +121,7 @@ def test_the_optimum_with_a_mixed_reference(alpha):
 def answers_of(items: list[Continuations]) -> list[Pair]:
     """Pairs of items with one to three generated answers, not scored."""
     return [
-        Pair(f"p{i}" + (f"#{k}" if k else ""), "", "", "", "stop", item.prompt_ids, item.responses[0], generated)
+        Pair(f"p{i}", "", "", "", "stop", item.prompt_ids, item.responses[0], generated, answer=k)
         for i, item in enumerate(items)
         for k, generated in enumerate(item.responses[1:])
     ]
@@ -135,83 +134,89 @@ def ragged(count: int, seed: int) -> list[Continuations]:
     ]
 
 
-def test_pairs_of_a_prompt_become_one_item_and_come_apart_again():
+def test_pairs_of_a_prompt_are_one_item():
     items = ragged(7, seed=3)
     pairs = answers_of(items)
-    assert items_of(pairs) == items
-    assert [len(group) for group in by_prompt(pairs)] == [1, 2, 3, 1, 2, 3, 1]
-    widths = [len(item.responses) for item in items]
-    values = torch.arange(float(sum(widths)))
-    taken, start = [], 0
-    for width in widths:
-        taken += [[start, start + k] for k in range(1, width)]
-        start += width
-    assert to_pairs(values, widths).tolist() == taken
+    assert to_continuations(pairs) == items
+    counts = [len(group) for group in group_by_prompt(pairs)]
+    assert counts == [1, 2, 3, 1, 2, 3, 1]
+    values = torch.arange(float(sum(counts) + len(counts)))
+    expected, start = [], 0
+    for count in counts:
+        expected += [[start, start + k] for k in range(1, count + 1)]
+        start += count + 1
+    responses = split_responses(values, counts)
+    assert torch.stack([responses["real"], responses["generated"]], 1).tolist() == expected
     replayed = [*pairs, *(Pair(**{**vars(pair), "iter": 1}) for pair in pairs[:1])]
-    assert len(items_of(replayed)) == 8  # a prompt's answers of two iterations are two items
+    assert len(to_continuations(replayed)) == 8  # a prompt's answers of two iterations are two items
 
 
-def test_answers_are_asked_for_by_ids_of_their_own_and_put_beside_their_example():
+def test_answers_join_their_example():
     chosen = [Example(f"e{i}", f"prompt {i}", (1, 2), f"real {i}", (3, 4 + i)) for i in range(2)]
-    many = repeat_prompts(chosen, 3)
-    assert [one.id for one in many] == [f"{e.id}{end}" for e in chosen for end in ("", "#1", "#2")]
-    assert repeat_prompts(chosen, 1) == chosen
-    answers = [Answer(one.id, (5, 6 + i), "stop", f"answer {i}") for i, one in enumerate(many)]
-    answers[1] = Answer(many[1].id, chosen[0].real_ids, "stop", chosen[0].real)
-    answers[5] = Answer(many[5].id, (9,), "stop", " ")
+    answers = [Answer(f"e{i // 3}", i % 3, (5, 6 + i), "stop", f"answer {i}") for i in range(6)]
+    answers[1] = Answer("e0", 1, chosen[0].real_ids, "stop", chosen[0].real)
+    answers[5] = Answer("e1", 2, (9,), "stop", " ")
     pairs, dropped = make_pairs(chosen, answers, 2)
     assert dropped == {"identical": 1, "empty": 1}
-    assert [pair.id for pair in pairs] == [many[i].id for i in (0, 2, 3, 4)]
+    assert [(pair.id, pair.answer) for pair in pairs] == [("e0", 0), ("e0", 2), ("e1", 0), ("e1", 1)]
     assert all(pair.real_ids == chosen[0].real_ids for pair in pairs[:2]) and pairs[2].prompt == chosen[1].prompt
 
 
-def test_the_first_answer_is_the_one_that_it_has_alone():
-    """And the others come from streams of their own."""
+def test_first_answer_does_not_depend_on_how_many_follow():
     model, chosen = small_model("llama"), examples(20)
     config = GenerationConfig(batch_size=64)
-    alone = {answer.id: answer.ids for answer in generate_answers(model, Ids(), chosen, config, 10, {1}, 0)}
-    many = {
-        answer.id: answer.ids
-        for answer in generate_answers(model, Ids(), repeat_prompts(chosen, 3), config, 10, {1}, 0)
-    }
-    assert all(many[id] == ids for id, ids in alone.items())
-    assert len({*many.values()}) > 0.9 * len(many) == 0.9 * 60
+    alone = generate_answers(model, Ids(), chosen, 1, config, 10, {1}, 0)
+    several = generate_answers(model, Ids(), chosen, 3, config, 10, {1}, 0)
+    assert [answer for answer in several if answer.index == 0] == alone
+    assert len({answer.ids for answer in several}) > 0.9 * len(several) == 0.9 * 60
 
 
 # --- a step of training -------------------------------------------------------------------------------------------------
 
 
+def train(engine, pairs, references, forward=PACKED, log=lambda row: None, reference="reference", **variant):
+    """Train with `references[reference]` in the loss; the opponent's log-probs are for the check of the first step."""
+
+    def loss(policy, references, lengths):
+        opponent = references["opponent"]
+        losses, metrics = spin_loss(policy, references[reference], 0.3, "logistic", lengths, **variant)
+        return losses, metrics | {"gains/real": (policy["real"] - opponent["real"]).detach()}
+
+    return train_spin(engine, pairs, references, Objective(loss, tuple(references), None), forward, log=log, **SETTINGS)
+
+
 @pytest.mark.parametrize("forward", [PACKED, PADDED, Forward("packed", "full", 64, 64, 1)])
 @pytest.mark.parametrize("variant", [PLAIN, VARIANTS[2]])
-def test_gradients_of_a_step_are_the_naive_ones(tiny_folder, forward, variant):
-    """One to three answers a prompt, a reference of its own: the mean over prompts of the mean over their pairs, in float64."""
+def test_step_gradients_equal_naive_float64(tiny_folder, forward, variant):
+    """One to three answers per prompt and a separate reference: the mean over prompts of the mean over their pairs."""
     items = ragged(6, seed=9)
-    model = load_model(tiny_folder, torch.float32, CPU)
-    widths = [len(item.responses) for item in items]
-    pairs = with_opponent_logps(answers_of(items), to_pairs(compute_logps(model, items, forward), widths))
+    pairs = answers_of(items)
+    references = score(tiny_folder, pairs, forward)
     generator = torch.Generator().manual_seed(4)
-    reference = torch.tensor([[p.opponent_logp_real, p.opponent_logp_generated] for p in pairs])
-    reference += 3 * torch.randn(reference.shape, generator=generator)
+    noise = 3 * torch.randn(len(pairs), 2, generator=generator)
+    opponent = references["opponent"]
+    reference = torch.stack([opponent["real"], opponent["generated"]], 1) + noise
+    references["reference"] = named(reference)
     engine, kept, rows = engine_of(tiny_folder), {}, []
     engine.step = lambda lr: kept.update({name: grad.clone() for name, grad in engine.grads.items()}) or 0.0
-    settings = {**SETTINGS, "beta": 0.3, "link": "logistic", **variant}
-    train_spin(engine, pairs, forward, reference_logps=reference, log=rows.append, **settings)
+    train(engine, pairs, references, forward, rows.append, **variant)
 
     exact = load_model(tiny_folder, torch.float64, CPU).requires_grad_(True)
     loss, index = 0.0, 0
     for item in items:
         real, *generated = (logps.sum() for logps in naive_logps(exact, item))
-        of_item = 0.0
-        for k, own in enumerate(generated):
-            gains = [real - reference[index, 0].item(), own - reference[index, 1].item()]
+        item_loss = 0.0
+        for k, answer in enumerate(generated):
+            gains = [real - reference[index, 0].item(), answer - reference[index, 1].item()]
             if variant["length_normalised"]:
                 gains = [gains[0] / len(item.responses[0]), gains[1] / len(item.responses[k + 1])]
-            of_item = of_item + torch.log(1 + torch.exp(-0.3 * (gains[0] - gains[1])))
+            item_loss = item_loss + torch.log(1 + torch.exp(-0.3 * (gains[0] - gains[1])))
             index += 1
         anchor = -variant["sft_weight"] * real / len(item.responses[0])
-        loss = loss + (of_item / len(generated) + anchor) / len(items)
+        loss = loss + (item_loss / len(generated) + anchor) / len(items)
     loss.backward()
-    assert rows[0]["loss"] == pytest.approx(loss.item(), abs=1e-4) and rows[0]["pairs"] == len(items)
+    assert rows[0]["loss"] == pytest.approx(loss.item(), abs=1e-4)
+    assert rows[0]["prompts"] == len(items) and rows[0]["pairs"] == len(pairs)
     assert rows[0]["gains/real"] == pytest.approx(0, abs=1e-3) and abs(rows[0]["rewards/margins"]) > 1e-3
     for name, weight in exact.named_parameters():
         assert torch.allclose(kept[name].double(), weight.grad, atol=2e-5, rtol=1e-3), name
@@ -228,26 +233,16 @@ def naive_logps(model, item: Continuations) -> list[torch.Tensor]:
     return result
 
 
-def test_a_policy_that_is_not_its_opponent_is_found_whatever_the_reference(tiny_folder):
-    items = ragged(6, seed=9)
-    model = load_model(tiny_folder, torch.float32, CPU)
-    pairs = with_opponent_logps(
-        answers_of(items), to_pairs(compute_logps(model, items, PACKED), [len(i.responses) for i in items])
-    )
-    reference = torch.tensor([[p.opponent_logp_real, p.opponent_logp_generated] for p in pairs])
-    settings = {**SETTINGS, "beta": 0.3, "link": "logistic", "log": lambda row: None}
-    train_spin(engine_of(tiny_folder), pairs, PACKED, reference_logps=reference - 5, **settings)
+def test_first_step_check_uses_the_opponent(tiny_folder):
+    pairs = answers_of(ragged(6, seed=9))
+    opponent = score(tiny_folder, pairs)["opponent"]
+    other = {name: values - 5 for name, values in opponent.items()}
+    train(engine_of(tiny_folder), pairs, {"opponent": opponent, "reference": other})
     with pytest.raises(UserError, match="does not equal its opponent"):
-        train_spin(
-            engine_of(tiny_folder),
-            with_opponent_logps(pairs, reference - 5),
-            PACKED,
-            reference_logps=reference,
-            **settings,
-        )
+        train(engine_of(tiny_folder), pairs, {"opponent": other, "reference": opponent})
 
 
-# --- whole games --------------------------------------------------------------------------------------------------------
+# --- complete games --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -261,8 +256,8 @@ def first_row(place: Place, run: str, iteration: int) -> dict:
     return next(row for row in place.metrics(run) if row["stage"] == "train" and row["iter"] == iteration)
 
 
-def test_a_game_with_a_mixed_reference(played):
-    """The start scores the pairs too, and the loss is the formula's, from what pairs.parquet shows."""
+def test_mixed_reference_game(played):
+    """The start scores the pairs, too, and the loss follows from the columns of pairs.parquet."""
     before = played.stages()
     words = ["evaluation=none", "loss.reference=mixture", "loss.alpha=0.3", "loss.beta=0.5", "optimizer.lr=1e-2"]
     words += ["loss.length_normalised=true", "loss.sft_weight=0.2", "schedule.batch_size=100", "engine.precision=fp32"]
@@ -297,45 +292,45 @@ def test_a_game_with_a_mixed_reference(played):
     assert "nothing was computed again" in again.stdout
 
 
-def test_at_iteration_0_the_start_is_the_opponent(played):
+def test_start_is_the_opponent_at_iteration_0(played):
     done = played.play("evaluation=none", "iter=0", "loss.reference=start", run="same")
     assert "nothing was computed again" in done.stdout
 
 
-def test_a_game_with_several_answers_a_prompt(played):
-    words = ["evaluation=none", "generation.answers=3", "schedule.replay=previous"]
+def test_game_with_several_answers(played):
+    words = ["evaluation=none", "generation.num_answers=3", "schedule.replay=previous"]
     before = played.stages()
     played.play(*words, run="many")
     assert played.stages() - before == {"generate": 2, "score": 2, "train": 2}
-    one = read_pairs(played.folder / "run" / "iter0" / "pairs.parquet")
-    many = read_pairs(played.folder / "many" / "iter0" / "pairs.parquet")
-    assert {pair.id.partition("#")[2] for pair in many} == {"", "1", "2"}
-    answers = {pair.id: pair.generated_ids for pair in many}
-    same = [pair.generated_ids == answers.get(pair.id) for pair in one]
-    assert sum(same) / len(same) > 0.5  # but for rounding, which in bf16 now and then decides
+    single, _ = read_pairs(played.folder / "run" / "iter0" / "pairs.parquet")
+    many, logps = read_pairs(played.folder / "many" / "iter0" / "pairs.parquet")
+    opponent = logps["opponent"]
+    assert {pair.answer for pair in many} == {0, 1, 2}
+    answers = {pair.id: pair.generated_ids for pair in many if pair.answer == 0}
+    same = [pair.generated_ids == answers.get(pair.id) for pair in single]
+    assert sum(same) / len(same) > 0.5  # rounding decides a few, in bf16
     assert len({pair.generated_ids for pair in many}) > 0.9 * len(many)
-    by_id = {}
-    for pair in many:
-        by_id.setdefault(pair.id.partition("#")[0], []).append(pair)
-    assert all(len({pair.opponent_logp_real for pair in pairs}) == 1 for pairs in by_id.values())
+    real_logps: dict[str, set] = {}
+    for pair, real in zip(many, opponent["real"].tolist(), strict=True):
+        real_logps.setdefault(pair.id, set()).add(real)
+    assert all(len(values) == 1 for values in real_logps.values())
     sft = load_model(played.folder / "many" / "sft" / "policy", torch.float32, CPU)
-    for pair in many[:4]:
+    for index, pair in enumerate(many[:4]):
         (generated,) = reference_logps(sft, Continuations(pair.prompt_ids, (pair.generated_ids,)))
-        assert pair.opponent_logp_generated == pytest.approx(generated.sum().item(), abs=2)
+        assert opponent["generated"][index].item() == pytest.approx(generated.sum().item(), abs=2)
     rows = [row for row in played.metrics("many") if row["stage"] == "train" and row["iter"] == 0]
-    assert sum(row["pairs"] for row in rows) == len(by_id)  # a step is of prompts
+    assert sum(row["prompts"] for row in rows) == len(real_logps) and sum(row["pairs"] for row in rows) == len(many)
     assert rows[0]["loss"] == pytest.approx(0.6931, abs=0.01)
-    assert {pair.iter for pair in read_pairs(played.folder / "many" / "iter1" / "pairs.parquet")} == {0, 1}
+    replayed, _ = read_pairs(played.folder / "many" / "iter1" / "pairs.parquet")
+    assert {pair.iter for pair in replayed} == {0, 1}
 
 
-def test_every_reference_in_a_sweep(played):
+def test_references_in_a_sweep(played):
     words = ["-m", "evaluation=none", "iter=1", "loss.reference=opponent,start,mixture"]
     before = played.stages()
     played.play(*words, f"hydra.sweep.dir={played.folder}/references")
     new = played.stages() - before
-    assert (
-        new["generate"] == 1 and new["score"] == 2
-    )  # iteration 1's pairs under the opponent, and under the start, once each
+    assert new["generate"] == 1 and new["score"] == 2  # iteration 1's pairs: under the opponent, under the start
     assert new["train"] == 3
 
 
@@ -345,11 +340,11 @@ def test_every_reference_in_a_sweep(played):
         (["loss.reference=base"], "loss.reference=base: must be one of opponent, start, mixture"),
         (["loss.alpha=1.5"], "loss.alpha=1.5: must lie in [0, 1]"),
         (["loss.sft_weight=-1"], "loss.sft_weight=-1.0: must be 0"),
-        (["generation.answers=0"], "generation.answers=0: must be 1"),
-        (["generation=greedy", "generation.answers=2"], "all answers to a prompt are the same"),
+        (["generation.num_answers=0"], "generation.num_answers=0: must be 1"),
+        (["generation=greedy", "generation.num_answers=2"], "all answers to a prompt are the same"),
     ],
 )
-def test_settings_that_make_no_sense(words, says):
+def test_invalid_settings(words, says):
     from tests.config.test_schema import load
 
     with pytest.raises(UserError) as error:
