@@ -1,10 +1,9 @@
-"""Plays games in processes that need not import anything first.
+"""Plays games in forked processes, which saves the time of importing torch.
 
-Most of a tiny game's time is the import of torch and what comes with it. A server, `python -m tests.games`, does that
-once; every game is a process that was forked from it: with signals, a process group, an exit status and an end of its
-own, as if `python run.py ...` had been started. The server computes nothing and starts no thread, so a game finds what
-a fresh interpreter would have imported, and nothing else. Two things are the server's and the same for all games: the
-seed of `hash`, and what libraries read from the environment when they are imported.
+A server, `python -m tests.games`, imports everything once and forks a process for each game, with its own signals, process
+group and exit status, as if `python run.py ...` had been started. The server computes nothing and starts no thread, so a
+game sees what a fresh interpreter would have imported. Games share the seed of `hash`, and what libraries read from the
+environment at import.
 """
 
 import gc
@@ -23,11 +22,11 @@ from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-# One thread, no network; and pyarrow's allocator, which is not even the one it uses, must not start a thread.
+# One thread, no network, and no background thread of pyarrow's allocator.
 FIXED = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
 READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "TORCH", "OMP_", "MKL_", "PYTHON", "MPL")
-# What a game imports, the libraries' own late imports too. Not wandb: it makes temporary folders when it is imported,
-# and the first game to end would take them away from all.
+# What a game imports, including late imports of libraries. Not wandb: the temporary folders that it makes at import
+# would be removed by the first game that ends.
 IMPORTS = """
     hydra spin.game spin.models.tiny datasets pandas pyarrow.dataset pyarrow.parquet
     matplotlib.backends.backend_agg transformers.generation.utils transformers.models.llama.modeling_llama
@@ -35,7 +34,7 @@ IMPORTS = """
 
 
 class Game:
-    """A game that runs, or has ended: then `returncode` is its exit status, or minus the signal that killed it."""
+    """A running or ended game. `returncode` is its exit status, or minus the signal that killed it."""
 
     def __init__(self, games: "Games", words: tuple[str, ...], out: Path, err: Path):
         self.games, self.args, self.out, self.err = games, ["python", "run.py", *words], out, err
@@ -47,7 +46,7 @@ class Game:
         return self.returncode
 
     def wait(self, timeout: float = 280) -> subprocess.CompletedProcess:
-        """The ended game, or TimeoutExpired: then it goes on."""
+        """Wait for the game to end. Raises TimeoutExpired and leaves the game running if it does not."""
         end = time.monotonic() + timeout
         while self.returncode is None:
             if not self.games.listen(max(0, end - time.monotonic())):
@@ -55,13 +54,13 @@ class Game:
         return subprocess.CompletedProcess(self.args, self.returncode, self.out.read_text(), self.err.read_text())
 
     def kill(self, number: int = signal.SIGKILL) -> None:
-        """Send the signal to the game's process, unless it is known to have ended."""
+        """Send a signal to the game's process, if it still runs."""
         if self.poll() is None:
             os.kill(self.pid, number)
 
 
 class Games:
-    """The server, started with the first game; `folder` takes what games and server print."""
+    """The server, started with the first game. Output of games and server goes to `folder`."""
 
     def __init__(self, folder: Path):
         self.folder, self.count = folder, 0
@@ -69,8 +68,8 @@ class Games:
         self.starting: Game | None = None
         self.running: dict[int, Game] = {}
 
-    def start(self, *words: str, env: dict[str, str] | None = None) -> Game:
-        """`python run.py *words`, in this process' environment with `env` on top."""
+    def start(self, *words: str, env: dict[str, str] | None = None, code: str = "") -> Game:
+        """Start `python run.py *words` in this process's environment updated by `env`, after running `code`."""
         here = {**os.environ, **FIXED}
         if self.server is None:
             self.env = here
@@ -88,28 +87,28 @@ class Games:
         env = here | (env or {})
         late = [key for key in env.keys() | self.env.keys() if env.get(key) != self.env.get(key)]
         if late := [key for key in late if key.startswith(READ_AT_IMPORT)]:
-            raise ValueError(f"{', '.join(late)}: too late for a forked game, libraries read it when they are imported")
+            raise ValueError(f"{', '.join(late)}: libraries read this at import, which a forked game has behind it")
         self.count += 1
         out, err = (self.folder / f"{self.count}.{end}" for end in ("out", "err"))
         for path in (out, err):
-            path.touch()  # a game may be killed, or looked at, before it opens them
+            path.touch()  # a game may be killed before it opens them
         game = self.starting = Game(self, words, out, err)
-        request = {"words": words, "out": str(out), "err": str(err), "env": env, "cwd": str(ROOT)}
-        with suppress(BrokenPipeError):  # a dead server is found in `listen`, which says what it died of
+        request = {"words": words, "out": str(out), "err": str(err), "env": env, "cwd": str(ROOT), "code": code}
+        with suppress(BrokenPipeError):  # `listen` reports a dead server
             self.server.stdin.write(json.dumps(request).encode() + b"\n")
         while not game.pid:
             self.listen(None)
         return game
 
-    def play(self, *words: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
-        game = self.start(*words, env=env)
+    def play(self, *words: str, env: dict[str, str] | None = None, code: str = "") -> subprocess.CompletedProcess:
+        game = self.start(*words, env=env, code=code)
         try:
             return game.wait()
         finally:
-            game.kill()  # where the wait did not end well; as `subprocess.run` does
+            game.kill()  # after a timeout, as `subprocess.run` does
 
     def listen(self, timeout: float | None) -> bool:
-        """Take in what the server says next, within `timeout` seconds; False if it says nothing."""
+        """Read the server's next message, within `timeout` seconds. Returns False if there is none."""
         if not select.select([self.server.stdout], [], [], timeout)[0]:
             return False
         line = self.server.stdout.readline()
@@ -117,16 +116,16 @@ class Games:
             raise RuntimeError(
                 f"tests/games.py ended with {self.server.wait()}:\n{(self.folder / 'server.err').read_text()}"
             )
-        said = json.loads(line)
-        if "returncode" in said:
-            self.running.pop(said["pid"]).returncode = said["returncode"]
+        message = json.loads(line)
+        if "returncode" in message:
+            self.running.pop(message["pid"]).returncode = message["returncode"]
         else:
-            self.starting.pid = said["pid"]
-            self.running[said["pid"]] = self.starting
+            self.starting.pid = message["pid"]
+            self.running[message["pid"]] = self.starting
         return True
 
     def close(self) -> None:
-        """End the server, and with it the games that still run."""
+        """Stop the server and the games that still run."""
         if self.server:
             self.server.stdin.close()
             self.server.wait(timeout=60)
@@ -134,13 +133,13 @@ class Games:
 
 
 class Place:
-    """A folder with a cache, a store and runs of its own."""
+    """A folder with its own cache, store and runs."""
 
     def __init__(self, folder: Path, games: Games):
         self.folder, self.games = folder, games
 
     def words(self, *words: str, run: str = "run") -> list[str]:
-        """What to put behind `run.py` to play the smoke game with the settings `words` here."""
+        """The arguments of run.py that play the smoke game in this folder with the settings `words`."""
         settings = {
             "cache.path": self.folder / "cache",
             "store.path": self.folder / "store",
@@ -151,8 +150,8 @@ class Place:
         given = {word.split("=")[0] for word in words}
         return [*words, "experiment=smoke", *(f"{key}={value}" for key, value in settings.items() if key not in given)]
 
-    def start(self, *words: str, run: str = "run", env: dict[str, str] | None = None) -> Game:
-        return self.games.start(*self.words(*words, run=run), env=env)
+    def start(self, *words: str, run: str = "run", env: dict[str, str] | None = None, code: str = "") -> Game:
+        return self.games.start(*self.words(*words, run=run), env=env, code=code)
 
     def play(
         self, *words: str, run: str = "run", status: int = 0, env: dict[str, str] | None = None
@@ -169,38 +168,38 @@ class Place:
 
 
 def serve() -> list[str]:
-    """Fork a process for every request until there are no more. Returns in these: the words of the game to play."""
+    """Fork a process for every request. Returns in the forked processes: the arguments of the game to play."""
     for name in IMPORTS:
         importlib.import_module(name)
     tasks = Path("/proc/self/task")  # threads that Python knows nothing of; Linux only
     if (threads := len(list(tasks.iterdir())) if tasks.exists() else threading.active_count()) > 1:
-        sys.exit(f"{threads} threads run after the imports: they, and locks that they hold, would be lost in a fork")
-    gc.freeze()  # half a million objects: without it each game takes a second to tear them down at its end
+        sys.exit(f"{threads} threads run after the imports; a fork would lose them and the locks that they hold")
+    gc.freeze()  # spares each game a second for collecting half a million objects at exit
     running: set[int] = set()
 
-    def tell(**what: int) -> None:  # one write: a signal handler can't come in between
-        os.write(1, json.dumps(what).encode() + b"\n")
+    def send(**message: int) -> None:  # one write, which a signal handler cannot interrupt
+        os.write(1, json.dumps(message).encode() + b"\n")
 
     def reap(*_) -> None:
         for pid in list(running):
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
                 running.remove(pid)
-                tell(pid=pid, returncode=os.waitstatus_to_exitcode(status))
+                send(pid=pid, returncode=os.waitstatus_to_exitcode(status))
 
     signal.signal(signal.SIGCHLD, reap)
     for line in sys.stdin:
         request = json.loads(line)
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])  # a start is told before an end
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])  # report the start before the end
         if not (pid := os.fork()):
             become(request)
             return request["words"]
         running.add(pid)
-        tell(pid=pid)
+        send(pid=pid)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for pid in running:
-        for kill in (os.kill, os.killpg):  # its own children, too; the first one is for a game that has no group yet
+        for kill in (os.kill, os.killpg):  # the group has its children, but may not exist yet
             with suppress(ProcessLookupError):
                 kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
@@ -208,7 +207,7 @@ def serve() -> list[str]:
 
 
 def become(request: dict) -> None:
-    """Make this process, just forked, what the start of a program is given: signals, files, environment, folder."""
+    """Give this forked process the signals, files, environment and folder of a newly started program."""
     os.setsid()
     for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP):  # the last is ignored where nohup started the tests
         signal.signal(number, signal.SIG_DFL)
@@ -225,9 +224,10 @@ def become(request: dict) -> None:
     os.environ.clear()
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
+    exec(request["code"], {})
 
 
 if __name__ == "__main__":
     sys.argv = ["run.py", *serve()]
-    # Nothing is caught here: how a program ends, and what it prints then, is left to the interpreter.
+    # No exception is caught here: the interpreter ends the program as usual.
     runpy.run_path(str(ROOT / "run.py"), run_name="__main__")
