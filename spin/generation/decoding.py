@@ -1,4 +1,4 @@
-"""Decoding many prompts a token at a time: answers that have ended make room for prompts that wait."""
+"""Decode many prompts together, a token at a time: waiting prompts take the rows of answers that have ended."""
 
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
@@ -11,132 +11,137 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from spin.engines.attention import PACKED_ATTENTION, use_packed_attention
 
-# Answers that have ended leave once they are this share of the rows, and waiting prompts join once this share of the rows is
-# free: a row that has ended costs as much as one that runs, and few prompts together cost more each than many.
+# Rows are removed, and prompts join, once this share of the rows is free. A row that has ended costs as much as one that
+# runs, and a prefill of few prompts costs more a prompt than one of many.
 FREE = 0.125
+# Rounding's part of the difference between two log-probs, in nats, weighted by probability. A wrong mask gives more.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
-# logits [rows, vocabulary], the prompt of each row, how many tokens its answer has -> token ids [rows]
+Ids = Sequence[int]
+# logits [rows, vocabulary], the prompt of each row, the length of its answer -> token ids [rows]
 Choose = Callable[[Tensor, list[int], list[int]], Tensor]
 
 
 @torch.inference_mode()
 def decode(
     model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Ids],
     choose: Choose,
     stop_ids: Collection[int],
     max_new_tokens: int,
     rows: int,
     advance: Callable[[int], None] = lambda ended: None,
 ) -> list[list[int]]:
-    """The ids that follow each prompt, up to and including a stop id, at most `max_new_tokens`; `rows` of them at a time.
+    """Return the token ids that follow each prompt, up to and including a stop id, at most `max_new_tokens`.
 
-    Where the model's attention allows it, a prompt joins as soon as there is room; else the next `rows` prompts start when
-    the last of those before have ended. `advance` is told how many answers have just ended.
+    At most `rows` prompts are decoded at a time. `advance` gets the number of answers that ended, after each step.
     """
-    longest = max(map(len, prompts)) + max_new_tokens
-    packed = can_join(model, prompts, longest)
-    batch = StaticBatch(model) if packed is None else ContinuousBatch(model, min(rows, len(prompts)), longest, packed)
+    batch = make_batch(model, prompts, min(rows, len(prompts)), max(map(len, prompts)) + max_new_tokens)
     answers: list[list[int]] = [[] for _ in prompts]
     waiting = deque(range(len(prompts)))
-    owners: list[int] = []  # the prompt of each row
-    running: list[bool] = []
+    prompt_of: list[int] = []  # of each row
     tokens = torch.empty(0, dtype=torch.long, device=model.device)
 
-    def take(logits: Tensor, first: int) -> Tensor:
-        """The next token of each row from `first` on; to an answer that has ended nothing is added."""
-        chosen = choose(logits, owners[first:], [min(len(answers[i]), max_new_tokens - 1) for i in owners[first:]])
-        for row, token in enumerate(chosen.tolist(), first):
-            if running[row]:
-                answer = answers[owners[row]]
-                answer.append(token)
-                running[row] = token not in stop_ids and len(answer) < max_new_tokens
-                advance(not running[row])
+    def is_running(prompt: int) -> bool:
+        answer = answers[prompt]
+        return len(answer) < max_new_tokens and (not answer or answer[-1] not in stop_ids)
+
+    def extend(logits: Tensor, first: int) -> Tensor:
+        """Choose the next token of each row from `first` on, and append it to the answers that have not ended."""
+        active = prompt_of[first:]
+        chosen = choose(logits, active, [min(len(answers[i]), max_new_tokens - 1) for i in active])
+        extended = [(i, token) for i, token in zip(active, chosen.tolist(), strict=True) if is_running(i)]
+        for i, token in extended:
+            answers[i].append(token)
+        advance(sum(not is_running(i) for i, _ in extended))
         return chosen
 
-    while waiting or owners:
-        kept = _moved_up(running)
-        if not kept or len(kept) <= (1 - FREE) * len(owners):
+    while waiting or prompt_of:
+        kept = _compact([is_running(i) for i in prompt_of])
+        if prompt_of and len(kept) <= (1 - FREE) * len(prompt_of):
             batch.keep(kept)
-            tokens, owners, running = tokens[kept], [owners[row] for row in kept], [True] * len(kept)
-        if waiting and (len(owners) <= (1 - FREE) * rows if batch.joins else not owners):
-            first = len(owners)
-            new = [waiting.popleft() for _ in range(min(rows - first, len(waiting)))]
-            owners, running = owners + new, running + [True] * len(new)
-            tokens = torch.cat([tokens, take(batch.start([prompts[i] for i in new]), first)])
-        elif owners:
-            tokens = take(batch.step(tokens), 0)
+            tokens, prompt_of = tokens[kept], [prompt_of[row] for row in kept]
+        if waiting and (len(prompt_of) <= (1 - FREE) * rows if batch.joins else not prompt_of):
+            first = len(prompt_of)
+            joining = [waiting.popleft() for _ in range(min(rows - first, len(waiting)))]
+            prompt_of = prompt_of + joining
+            tokens = torch.cat([tokens, extend(batch.start([prompts[i] for i in joining]), first)])
+        elif prompt_of:
+            tokens = extend(batch.step(tokens), 0)
     return answers
 
 
-def _moved_up(running: Sequence[bool]) -> list[int]:
-    """The rows that go on, in such an order that most stay where they are: the last ones fill the places of those that leave."""
+def _compact(running: Sequence[bool]) -> list[int]:
+    """The rows that run on, in an order in which most keep their place: the last ones fill the places that become free."""
     kept = [row for row, alive in enumerate(running) if alive]
     movers = iter(row for row in kept if row >= len(kept))
     return [row if running[row] else next(movers) for row in range(len(kept))]
 
 
-@torch.inference_mode()
-def can_join(model: PreTrainedModel, prompts: Sequence[Sequence[int]], longest: int) -> bool | None:
-    """Whether rows of this model can be put together at any time: every layer keeps plain keys and values of all of
-    `longest` tokens, and a few tokens of three prompts come out as from the model's own forward. If so, whether prompts
-    can be read in one packed row; None if not."""
+def make_batch(
+    model: PreTrainedModel, prompts: Sequence[Ids], rows: int, longest: int
+) -> "ContinuousBatch | StaticBatch":
+    """Return a `ContinuousBatch` if the model allows it, else a `StaticBatch`, for `rows` rows of `longest` tokens.
+
+    A model allows it if each layer caches plain keys and values of all tokens, and if a trial gives the log-probs of the
+    model's own forward: a wrong mask or position is silent. On a CPU prompts are packed, if that passes the trial.
+    """
     config = model.config.get_text_config()
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     plain = all(
         type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=config).layers
     )
-    if not plain or (window and window < longest):
-        return None
-    packable = model.device.type == "cpu" and config._attn_implementation in ("sdpa", PACKED_ATTENTION)
-    return next((way for way in (True, False)[not packable :] if _joins(model, prompts, longest + 2, way)), None)
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if plain and (not window or window >= longest):
+        packable = model.device.type == "cpu" and config._attn_implementation in ("sdpa", PACKED_ATTENTION)
+        for packed in (True, False) if packable else (False,):
+            if _agrees_with_forward(ContinuousBatch(model, 3, longest + 2, packed), prompts):
+                return ContinuousBatch(model, rows, longest, packed)
+    return StaticBatch(model)
 
 
-def _joins(model: PreTrainedModel, prompts: Sequence[Sequence[int]], longest: int, packed: bool) -> bool:
-    shortest, *_, tallest = sorted((*prompts, *prompts), key=len)
-    batch, token = ContinuousBatch(model, 3, longest, packed), torch.tensor([prompts[0][0]], device=model.device)
-    first = int(token)
+@torch.inference_mode()
+def _agrees_with_forward(batch: "ContinuousBatch", prompts: Sequence[Ids]) -> bool:
+    """Whether the log-probs of a few steps, in which a row leaves and one joins, are those of the model's own forward."""
+    model, token = batch.model, prompts[0][0]
+    shortest, longest = min(prompts, key=len), max(prompts, key=len)
+    tokens = torch.tensor([token, token], device=model.device)
     try:
-        batch.start([tallest, shortest])
-        batch.step(token.repeat(2))
+        batch.start([longest, shortest])
+        batch.step(tokens)
         batch.keep([0])
         batch.start([shortest])
-        found = batch.step(token.repeat(2))
+        logits = batch.step(tokens)
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
         return False
-    for row, ids in zip(found, ([*tallest, first, first], [*shortest, first]), strict=True):
-        own = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0, -1].float()
-        apart = (row.float().log_softmax(-1) - own.log_softmax(-1)).abs()
-        if not (own.softmax(-1) * apart).sum() <= TOLERANCE.get(model.dtype, 0.1):
+    for row, ids in zip(logits, ([*longest, token, token], [*shortest, token]), strict=True):
+        expected = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0, -1].float()
+        difference = (row.float().log_softmax(-1) - expected.log_softmax(-1)).abs()
+        if not (expected.softmax(-1) * difference).sum() <= TOLERANCE.get(model.dtype, 0.1):
             return False
     return True
 
 
-# How far log-probs of a token may be apart by rounding, in nats, weighed by its probability: what a wrong mask gives is more.
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
-
-
 class StaticBatch:
-    """A batch that only shrinks, in the model's own cache: for any architecture."""
+    """A batch in the model's own cache, for any architecture: rows leave, but none joins."""
 
     joins = False
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
 
-    def start(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Read the prompts. Returns logits [rows, vocabulary], as `step` does."""
-        logits, self.cache, self.mask = _prefill(self.model, prompts)
-        return logits
+    def start(self, prompts: Sequence[Ids]) -> Tensor:
+        """Read the prompts, a row each. Returns the next token's logits, [rows, vocabulary], as `step` does."""
+        self.cache = DynamicCache(config=self.model.config)
+        ids, self.mask = _pad(prompts, self.model.device)
+        return _forward(self.model, ids, _positions(self.mask), self.mask, self.cache)
 
     def step(self, tokens: Tensor) -> Tensor:
         """Read the last token of each row. tokens: [rows]."""
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
-        positions = self.mask.sum(1, keepdim=True) - 1
-        return _forward(self.model, tokens[:, None], positions, self.mask, self.cache)[:, 0]
+        return _forward(self.model, tokens[:, None], _positions(self.mask)[:, -1:], self.mask, self.cache)
 
     def keep(self, rows: list[int]) -> None:
-        """Go on with these rows only; with none, `start` is next."""
+        """Go on with these rows, in this order; with none, `start` comes next."""
         if rows:
             index = torch.tensor(rows, device=self.mask.device)
             self.cache.batch_select_indices(index)
@@ -144,138 +149,108 @@ class StaticBatch:
 
 
 class ContinuousBatch:
-    """A batch that rows leave and join: each row's keys and values begin at column 0, and it writes at its own column.
+    """As `StaticBatch`, but prompts can join: the keys and values of each row start at column 0.
 
-    Room for `rows` rows of `longest` tokens is taken once. `packed`: prompts are read as one row without padding.
+    Memory for `rows` rows of `longest` tokens is allocated once. With `packed`, prompts are read as one row without padding.
     """
 
     joins = True
 
     def __init__(self, model: PreTrainedModel, rows: int, longest: int, packed: bool):
-        self.model = model
+        self.model, self.longest, self.packed = model, longest, packed
         self.layers = [_RowsLayer(rows, longest) for _ in DynamicCache(config=model.config).layers]
         self.cache = Cache(layers=[*self.layers])
-        self.longest, self.packed = longest, packed
-        self.lengths = torch.empty(0, dtype=torch.long, device=model.device)  # of each row: the tokens in the cache
+        self.lengths = torch.empty(0, dtype=torch.long, device=model.device)  # cached tokens of each row
 
-    def start(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        logits, cache, where = (_prefill_packed if self.packed else _prefill_rows)(self.model, prompts)
-        rows = torch.arange(len(prompts)).repeat_interleave(torch.tensor([len(p) for p in prompts]))
-        columns = torch.cat([torch.arange(len(prompt)) for prompt in prompts])
-        rows, columns = (rows + len(self.lengths)).to(logits.device), columns.to(logits.device)
-        found: Any
-        for layer, found in zip(self.layers, cache.layers, strict=True):
-            layer.write(rows, columns, found.keys[where], found.values[where])
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=logits.device)
+    def start(self, prompts: Sequence[Ids]) -> Tensor:
+        device, first = self.lengths.device, len(self.lengths)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        rows = torch.arange(first, first + len(prompts), device=device).repeat_interleave(lengths)
+        columns = torch.cat([torch.arange(len(prompt)) for prompt in prompts]).to(device)
         self.lengths = torch.cat([self.lengths, lengths])
-        return logits
+        if not self.packed:
+            ids, mask = _pad(prompts, device)
+            self._write_to(rows, columns, mask.nonzero(as_tuple=True))
+            return _forward(self.model, ids, _positions(mask), mask, self.cache)
+        use_packed_attention(self.model)
+        ids = torch.tensor([[token for prompt in prompts for token in prompt]], device=device)
+        table = torch.stack([lengths, torch.zeros_like(lengths)], dim=1)[None, None]
+        self._write_to(rows, columns, 0)
+        return _forward(self.model, ids, columns[None], table, self.cache, lengths.cumsum(0) - 1)
 
     def step(self, tokens: Tensor) -> Tensor:
-        columns = torch.arange(int(self.lengths.max()) + 1, device=tokens.device)
-        mask = (columns <= self.lengths[:, None])[:, None, None]
-        rows = torch.arange(len(tokens), device=tokens.device)
-        for layer in self.layers:
-            layer.rows, layer.at, layer.width = rows, self.lengths, len(columns)
-        logits = _forward(self.model, tokens[:, None], self.lengths[:, None], mask, self.cache)[:, 0]
-        # Rows whose answer has ended stay for a while: they write over their last column.
+        width = int(self.lengths.max()) + 1
+        mask = (torch.arange(width, device=tokens.device) <= self.lengths[:, None])[:, None, None]
+        self._write_to(torch.arange(len(tokens), device=tokens.device), self.lengths, (slice(None), 0), width)
+        logits = _forward(self.model, tokens[:, None], self.lengths[:, None], mask, self.cache)
+        # Rows whose answer has ended stay for some steps: they overwrite their last column.
         self.lengths = (self.lengths + 1).clamp(max=self.longest - 1)
         return logits
 
     def keep(self, rows: list[int]) -> None:
-        """Go on with these rows, in this order."""
-        device = self.lengths.device
-        places = torch.tensor(
-            [place for place, row in enumerate(rows) if row != place], dtype=torch.long, device=device
-        )
-        if len(places):
-            sources = torch.tensor([row for place, row in enumerate(rows) if row != place], device=device)
-            for layer in self.layers:
-                layer.move(sources, places)
-        self.lengths = self.lengths[torch.tensor(rows, dtype=torch.long, device=device)]
+        index = torch.tensor(rows, dtype=torch.long, device=self.lengths.device)
+        moved = (index != torch.arange(len(rows), device=index.device)).nonzero()[:, 0]
+        for layer in self.layers:
+            layer.keys[moved], layer.values[moved] = layer.keys[index[moved]], layer.values[index[moved]]
+        self.lengths = self.lengths[index]
+
+    def _write_to(self, rows: Tensor, columns: Tensor, tokens: Any, width: int | None = None) -> None:
+        for layer in self.layers:
+            layer.rows, layer.columns, layer.tokens, layer.width = rows, columns, tokens, width
 
 
 class _RowsLayer(DynamicLayer):
-    """keys, values: [rows, heads, columns, width], with room for all rows and their answers: tokens are written, nothing is
-    copied."""
+    """keys, values: [rows, heads, columns, width], written in place at `rows` and `columns`, an entry for each token.
+
+    `tokens` selects the tokens in [rows, length] of a forward pass. Attention reads the first `width` columns of all
+    `rows`, or the pass's keys and values alone where `width` is None.
+    """
 
     keys: Tensor
     values: Tensor
-    rows: Tensor  # 0, 1, ..., those in use
-    at: Tensor  # the column of each one's next token
-    width: int  # columns that any row has used, the next one counted
+    rows: Tensor
+    columns: Tensor
+    tokens: Any
+    width: int | None
 
-    def __init__(self, most: int, longest: int):
+    def __init__(self, most_rows: int, longest: int):
         super().__init__()
-        self.most, self.longest = most, longest
+        self.most_rows, self.longest = most_rows, longest
 
-    def write(self, rows: Tensor, columns: Tensor, keys: Tensor, values: Tensor) -> None:
-        """keys, values: [tokens, heads, width], to these places."""
-        if not self.is_initialized:
-            # Zeros: what is masked must still be finite.
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        keys, values = (x.transpose(1, 2)[self.tokens] for x in (key_states, value_states))  # [tokens, heads, width]
+        if not self.is_initialized:  # with zeros: masked values must be finite
             self.keys, self.values = (
-                x.new_zeros(self.most, x.shape[1], self.longest, x.shape[2]) for x in (keys, values)
+                x.new_zeros(self.most_rows, x.shape[1], self.longest, x.shape[2]) for x in (keys, values)
             )
             self.is_initialized = True
-        self.keys[rows, :, columns] = keys
-        self.values[rows, :, columns] = values
+        self.keys[self.rows, :, self.columns] = keys
+        self.values[self.rows, :, self.columns] = values
+        if self.width is None:
+            return key_states, value_states
+        return self.keys[: len(self.rows), :, : self.width], self.values[: len(self.rows), :, : self.width]
 
-    def update(self, key_states: Tensor, value_states: Tensor, *rest, **more) -> tuple[Tensor, Tensor]:
-        self.write(self.rows, self.at, key_states[:, :, 0], value_states[:, :, 0])
-        used = slice(len(self.rows)), slice(None), slice(self.width)
-        return self.keys[used], self.values[used]
-
-    def move(self, rows: Tensor, places: Tensor) -> None:
-        self.keys[places] = self.keys[rows]
-        self.values[places] = self.values[rows]
+    def get_seq_length(self) -> int:
+        return 0  # for the mask of prompts, which see nothing before them; a step has its own mask
 
 
-def _prefill(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, DynamicCache, Tensor]:
-    """The logits after each prompt, and the cache and mask [rows, longest] of the prompts, padded on the left."""
+def _pad(prompts: Sequence[Ids], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and mask, [prompts, length], padded on the left."""
     length = max(map(len, prompts))
-    ids = torch.zeros(len(prompts), length, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, length - len(prompt) :] = torch.tensor(prompt)
-        mask[row, length - len(prompt) :] = 1
-    ids, mask = ids.to(model.device), mask.to(model.device)
-    cache = DynamicCache(config=model.config)
-    return _forward(model, ids, (mask.cumsum(1) - 1).clamp(min=0), mask, cache)[:, 0], cache, mask
+    ids = torch.tensor([[0] * (length - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    return ids.to(device), mask.to(device)
 
 
-Where = tuple[
-    Any, ...
-]  # takes from keys or values [rows, heads, length, width] the prompts' tokens: [tokens, heads, width]
-
-
-def _prefill_rows(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, DynamicCache, Where]:
-    logits, cache, mask = _prefill(model, prompts)
-    rows, columns = mask.nonzero(as_tuple=True)
-    return logits, cache, (rows, slice(None), columns)
-
-
-def _prefill_packed(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, DynamicCache, Where]:
-    """All prompts in one row: nothing is computed for padding."""
-    use_packed_attention(model)
-    ids = torch.tensor([[token for prompt in prompts for token in prompt]], device=model.device)
-    positions = torch.cat([torch.arange(len(prompt)) for prompt in prompts])[None].to(model.device)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
-    table = torch.stack([lengths, torch.zeros_like(lengths)], dim=1)[None, None]
-    cache = DynamicCache(config=model.config)
-    logits = _forward(model, ids, positions, table, cache, lengths.cumsum(0) - 1)[0]
-    return logits, cache, (torch.zeros_like(ids[0]), slice(None), torch.arange(ids.shape[1], device=ids.device))
+def _positions(mask: Tensor) -> Tensor:
+    return (mask.cumsum(1) - 1).clamp(min=0)
 
 
 def _forward(
-    model: PreTrainedModel, ids: Tensor, positions: Tensor, mask: Tensor, cache: Cache, wanted: Tensor | None = None
+    model: PreTrainedModel, ids: Tensor, positions: Tensor, mask: Tensor, cache: Cache, at: Tensor | None = None
 ) -> Tensor:
-    """Logits [rows, wanted, vocabulary] at these positions, the last one if not told."""
-    # As an index: a slice of the last position is not contiguous, and the head would copy its weights a row.
-    wanted = torch.tensor([ids.shape[1] - 1], device=ids.device) if wanted is None else wanted
-    return model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=wanted,
-    ).logits
+    """Logits [rows * positions, vocabulary] at the positions `at`, by default the last one."""
+    # An index, as a slice of the last position is not contiguous, and the output layer would copy its weights for each row.
+    at = torch.tensor([ids.shape[1] - 1], device=ids.device) if at is None else at
+    options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": at}
+    return model(input_ids=ids, attention_mask=mask, position_ids=positions, **options).logits.flatten(0, 1)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spin.data.examples import Example
 from spin.engines.packing import Continuations
-from spin.generation.answers import Answer, example_of
+from spin.generation.answers import Answer
 from spin.runtime.tables import with_tuples
 
 
@@ -41,9 +41,9 @@ class Pair:
 
 def make_pair(example: Example, answer: Answer, iteration: int = 0) -> Pair:
     """An example and the opponent's answer to it."""
-    assert example.id == example_of(answer.id)
+    assert example.id == answer.id
     return Pair(
-        id=answer.id,
+        id=f"{answer.id}#{answer.index}" if answer.index else answer.id,
         prompt=example.prompt,
         real=example.real,
         generated=answer.text,
@@ -61,7 +61,7 @@ def make_pairs(
     """Put answers beside their examples, by id. Pairs that give no gradient are dropped and counted by reason."""
     by_id: dict[str, list[Answer]] = {}
     for answer in answers:
-        by_id.setdefault(example_of(answer.id), []).append(answer)
+        by_id.setdefault(answer.id, []).append(answer)
     pairs, dropped = [], {"identical": 0, "empty": 0}
     for example in examples:
         for answer in by_id[example.id]:
@@ -93,7 +93,7 @@ def by_prompt(pairs: Sequence[Pair]) -> list[list[int]]:
     groups: list[list[int]] = []
     last = None
     for index, pair in enumerate(pairs):
-        key = (example_of(pair.id), pair.iter)
+        key = (pair.id.partition("#")[0], pair.iter)
         if key != last:
             groups.append([])
         groups[-1].append(index)

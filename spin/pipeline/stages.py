@@ -45,7 +45,7 @@ from spin.evaluation.two_sample import (
     with_embeddings,
 )
 from spin.generation import vllm as vllm_engine
-from spin.generation.answers import Answer, read_answers, repeat_prompts
+from spin.generation.answers import Answer, read_answers
 from spin.generation.sampling import generate_answers
 from spin.method.objectives import mix_references
 from spin.method.pairs import (
@@ -275,14 +275,14 @@ class Stages:
 
     def engine(self, policy: Policy) -> Engine:
         """A training engine that starts from `policy`; whatever model was in memory leaves first."""
-        repeat_prompts, optimizer = self.config.engine, self.config.optimizer
-        if repeat_prompts.name == "deepspeed":
+        options, optimizer = self.config.engine, self.config.optimizer
+        if options.name == "deepspeed":
             if policy.id not in self._forwards:  # settled on a model that is whole
                 self.forward(self.model(policy), policy)
             self.release()
-            return DeepSpeedEngine(policy, self.dtype, self.device, repeat_prompts, optimizer, self.ranks)
+            return DeepSpeedEngine(policy, self.dtype, self.device, options, optimizer, self.ranks)
         self.release()
-        engine = SingleEngine(policy, self.dtype, self.device, repeat_prompts, optimizer)
+        engine = SingleEngine(policy, self.dtype, self.device, options, optimizer)
         self.forward(engine.model, policy)
         return engine
 
@@ -349,10 +349,11 @@ class Stages:
 
     def generate(self, opponent: Policy, iteration: int) -> list[Answer]:
         """The opponent's answers to all training prompts."""
-        examples = repeat_prompts(self.data.train, self.config.generation.answers)
+        examples, num_answers = self.data.train, self.config.generation.answers
         inputs = {
             "opponent": opponent.id,
             "prompts": fingerprint(examples),
+            "num_answers": num_answers,
             "seed": self.config.seed,
             "iter": iteration,
             "stop_ids": sorted(self.stop_ids),
@@ -363,7 +364,8 @@ class Stages:
 
         def build(work: Work) -> dict:
             started = time.perf_counter()
-            answers = self._answers(work, opponent, examples, title, _seed(self.config.seed, iteration))
+            seed = _seed(self.config.seed, iteration)
+            answers = self._answers(work, opponent, examples, num_answers, title, seed)
             tokens = sum(len(answer.ids) for answer in answers)
             seconds = time.perf_counter() - started + work.earlier_seconds
             write_parquet(answers, work.folder / "answers.parquet")
@@ -527,7 +529,7 @@ class Stages:
 
         def build(work: Work) -> dict:
             # The same random numbers for every policy: differences between policies are not differences of luck.
-            answers = self._answers(work, policy, examples, title, _seed(self.config.seed, -2))
+            answers = self._answers(work, policy, examples, 1, title, _seed(self.config.seed, -2))
             by_id = {answer.id: answer for answer in answers}
             model = self.model(policy)
             pairs = [make_pair(example, by_id[example.id]) for example in examples]
@@ -680,11 +682,13 @@ class Stages:
 
     # --- what several stages need -------------------------------------------------------------------------------------
 
-    def _answers(self, work: Work, policy: Policy, examples: Sequence[Example], title: str, seed: int) -> list[Answer]:
+    def _answers(
+        self, work: Work, policy: Policy, examples: Sequence[Example], num_answers: int, title: str, seed: int
+    ) -> list[Answer]:
         config, by_vllm = self.config, self.config.generation.engine == "vllm"
         if by_vllm:
             self.release()
-        with self.tracker.progress(title, len(examples), "answers") as bar:
+        with self.tracker.progress(title, count := len(examples) * num_answers, "answers") as bar:
 
             def found(rows: int, seconds: float) -> None:
                 bar.skip(rows)
@@ -700,13 +704,14 @@ class Stages:
             answers = answer(
                 self.tokenizer,
                 examples,
+                num_answers,
                 config.generation,
                 config.max_new_tokens,
                 self.stop_ids,
                 seed,
                 advance,
                 ResumableShards(work.resume / "answers", self.tracker.say, found, self.ranks, by_rank_0=by_vllm),
-                self._shard_size(len(examples)),
+                self._shard_size(count),
             )
             advance(0)
             return answers

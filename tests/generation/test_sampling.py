@@ -1,13 +1,18 @@
-"""Generation: the right distribution, the very ids, the finish reason, and no influence of the batch."""
+"""Generation: the model's distribution, exact ids and finish reasons, and independence of the batch."""
+
+import hashlib
 
 import pytest
 import torch
 
 from spin.config.schema import GenerationConfig
 from spin.data.examples import Example
-from spin.generation.decoding import can_join
+from spin.generation import decoding
+from spin.generation.answers import Answer, read_answers, repeat_prompts
+from spin.generation.decoding import ContinuousBatch, StaticBatch, make_batch
 from spin.generation.sampling import generate_answers, sample_tokens
 from spin.models.load import load_model, load_tokenizer
+from spin.runtime.tables import write_parquet
 from tests.conftest import random_items, small_model
 
 
@@ -25,17 +30,23 @@ def examples(count: int, longest: int = 12) -> list[Example]:
     ]
 
 
+def generate(model, chosen, settings, max_new_tokens, stop_ids, seed=0, num_answers=1, **rest) -> list[Answer]:
+    return generate_answers(model, Ids(), chosen, num_answers, settings, max_new_tokens, stop_ids, seed, **rest)
+
+
 def greedy(**settings):
     return GenerationConfig(temperature=0.0, **settings)
 
 
+def batch_for(model, chosen, longest=40):
+    return make_batch(model, [example.prompt_ids for example in chosen], 5, longest)
+
+
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "gpt2", "gemma3"])
-def test_greedy_answers_equal_the_librarys(name):
+def test_greedy_matches_transformers(name):
     model, chosen = small_model(name), examples(7)
     stops = {1, 7, 30, 60}
-    for example, answer in zip(
-        chosen, generate_answers(model, Ids(), chosen, greedy(batch_size=3), 12, stops, 0), strict=True
-    ):
+    for example, answer in zip(chosen, generate(model, chosen, greedy(batch_size=3), 12, stops), strict=True):
         ids = torch.tensor([example.prompt_ids])
         expected = model.generate(
             ids,
@@ -49,34 +60,60 @@ def test_greedy_answers_equal_the_librarys(name):
         assert answer.finish_reason == ("stop" if expected[-1] in stops else "length")
 
 
-def test_a_cut_answer_has_no_end_token_and_a_finished_one_exactly_one():
-    model, chosen = small_model("llama"), examples(40)
-    answers = generate_answers(model, Ids(), chosen, GenerationConfig(batch_size=16), 9, {1, 2, 3, 4}, 0)
+def test_finish_reason():
+    stops = {1, 2, 3, 4}
+    answers = generate(small_model("llama"), examples(40), GenerationConfig(batch_size=16), 9, stops)
     assert {answer.finish_reason for answer in answers} == {"stop", "length"}
     for answer in answers:
-        ends = [token in {1, 2, 3, 4} for token in answer.ids]
+        ends = [token in stops for token in answer.ids]
         assert not any(ends[:-1])
         assert ends[-1] == (answer.finish_reason == "stop")
         assert ends[-1] or len(answer.ids) == 9
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_an_answer_does_not_depend_on_the_batch_or_the_order(temperature):
+def test_answers_are_independent_of_batch_and_order(temperature):
     model, chosen = small_model("llama"), examples(12)
-    one = GenerationConfig(temperature=temperature, batch_size=1)
     many = GenerationConfig(temperature=temperature, batch_size=5)
-    alone = generate_answers(model, Ids(), chosen, one, 10, {1, 9}, seed=3)
-    together = generate_answers(model, Ids(), chosen, many, 10, {1, 9}, seed=3)
-    turned = generate_answers(model, Ids(), chosen[::-1], many, 10, {1, 9}, seed=3)[::-1]
-    assert [a.ids for a in alone] == [a.ids for a in together] == [a.ids for a in turned]
+    expected = generate(model, chosen, GenerationConfig(temperature=temperature, batch_size=1), 10, {1, 9}, seed=3)
+    assert generate(model, chosen, many, 10, {1, 9}, seed=3) == expected
+    assert generate(model, chosen[::-1], many, 10, {1, 9}, seed=3)[::-1] == expected
+    assert generate(model, chosen, many, 10, {1, 9}, seed=3, shard_size=5) == expected
     if temperature:
-        assert [a.ids for a in generate_answers(model, Ids(), chosen, many, 10, {1, 9}, seed=4)] != [
-            a.ids for a in together
-        ]
+        assert generate(model, chosen, many, 10, {1, 9}, seed=4) != expected
+
+
+# --- several answers to a prompt --------------------------------------------------------------------------------------
+
+
+def test_requests_number_the_answers():
+    chosen = [Example(id, "p", (2, 3), "r", (5, 1)) for id in ("a", "b#1")]
+    requests = repeat_prompts(chosen, 3)
+    assert [(r.example.id, r.index) for r in requests] == [(id, k) for id in ("a", "b#1") for k in range(3)]
+    # The streams of random numbers that earlier results were drawn from: by id, then "#k".
+    expected = [f"7:{name}" for name in ("a", "a#1", "a#2", "b#1", "b#1#1", "b#1#2")]
+    digests = [hashlib.sha256(text.encode()).digest()[:7] for text in expected]
+    assert [r.seed(7) for r in requests] == [int.from_bytes(digest, "big") for digest in digests]
+
+
+def test_num_answers(tmp_path):
+    """The first answer is the one that a prompt gets with one answer; the others come from other streams."""
+    model, chosen = small_model("llama"), examples(20)
+    config = GenerationConfig(batch_size=64)
+    first = generate(model, chosen, config, 10, {1})
+    answers = generate(model, chosen, config, 10, {1}, num_answers=3)
+    assert [(a.id, a.index) for a in answers] == [(e.id, k) for e in chosen for k in range(3)]
+    assert answers[::3] == first
+    assert len({answer.ids for answer in answers}) > 0.9 * len(answers)
+    write_parquet(answers, tmp_path / "answers.parquet")
+    assert read_answers(tmp_path / "answers.parquet") == answers
+
+
+# --- sampling ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
-def test_samples_follow_the_models_distribution(temperature):
+def test_samples_follow_the_distribution(temperature):
     logits = torch.tensor([2.0, 0.0, -1.0, 1.0, -30.0])
     count = 40_000
     uniform = torch.rand(count, generator=torch.Generator().manual_seed(0))
@@ -85,7 +122,7 @@ def test_samples_follow_the_models_distribution(temperature):
     assert drawn[4] == 0
 
 
-def test_top_p_keeps_the_smallest_set_that_reaches_it():
+def test_top_p_keeps_the_smallest_set():
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     uniform = torch.rand(4000, generator=torch.Generator().manual_seed(0))
     drawn = sample_tokens(logits.expand(4000, -1), uniform, 1.0, top_p=0.7).bincount(minlength=4) / 4000
@@ -93,70 +130,91 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it():
 
 
 @pytest.mark.parametrize("uniform", [0.0, 1 - 2**-24])
-def test_the_ends_of_the_unit_interval_give_possible_tokens(uniform):
+def test_extreme_uniforms_give_possible_tokens(uniform):
     logits = torch.tensor([[-torch.inf, 0.0, 1.0, -torch.inf]])
     assert sample_tokens(logits, torch.tensor([uniform]), 1.0).item() in (1, 2)
 
 
-def test_generation_leaves_the_global_random_state_alone(tiny_folder):
+def test_global_random_state_is_untouched(tiny_folder):
     model, tokenizer = load_model(tiny_folder, torch.float32, torch.device("cpu")), load_tokenizer(tiny_folder)
     before = torch.get_rng_state()
-    answers = generate_answers(model, tokenizer, examples(3), GenerationConfig(), 5, {1}, 0)
+    answers = generate_answers(model, tokenizer, examples(3), 1, GenerationConfig(), 5, {1}, 0)
     assert torch.equal(torch.get_rng_state(), before)
     assert all(answer.text == tokenizer.decode(answer.ids, skip_special_tokens=True) for answer in answers)
 
 
+# --- decoding ---------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "gpt2", "granite", "cohere"])
-def test_prompts_join_as_answers_end_and_nothing_changes(name):
-    """Rows of a batch in which others come and go say what they say alone."""
+def test_joining_rows_change_nothing(name):
     model, chosen = small_model(name), examples(30)
-    assert can_join(model, [example.prompt_ids for example in chosen], 40) is not None
-    alone = generate_answers(model, Ids(), chosen, greedy(batch_size=1), 15, {1, 7, 30}, 0)
-    assert generate_answers(model, Ids(), chosen, greedy(batch_size=5), 15, {1, 7, 30}, 0) == alone
-    assert len({len(answer.ids) for answer in alone}) > 3  # they do end at different times
+    assert isinstance(batch_for(model, chosen), ContinuousBatch)
+    expected = generate(model, chosen, greedy(batch_size=1), 15, {1, 7, 30})
+    assert generate(model, chosen, greedy(batch_size=5), 15, {1, 7, 30}) == expected
+    assert len({len(answer.ids) for answer in expected}) > 3  # they end at different times
 
 
-def test_prompts_read_in_padded_rows_are_answered_as_those_in_a_packed_row(monkeypatch):
-    """Rows are what a GPU reads; a CPU packs."""
+def test_padded_prefill_matches_packed(monkeypatch):
+    """A GPU reads padded rows, a CPU a packed one."""
     model, chosen = small_model("llama"), examples(30)
-    assert can_join(model, [example.prompt_ids for example in chosen], 40) is True
-    packed = generate_answers(model, Ids(), chosen, greedy(batch_size=5), 15, {1, 7, 30}, 0)
-    monkeypatch.setattr("spin.generation.decoding.can_join", lambda *rest: False)
-    assert generate_answers(model, Ids(), chosen, greedy(batch_size=5), 15, {1, 7, 30}, 0) == packed
+    assert batch_for(model, chosen).packed
+    packed = generate(model, chosen, greedy(batch_size=5), 15, {1, 7, 30})
+    usual = decoding._agrees_with_forward
+    monkeypatch.setattr(
+        decoding, "_agrees_with_forward", lambda batch, prompts: not batch.packed and usual(batch, prompts)
+    )
+    assert batch_for(model, chosen).packed is False
+    assert generate(model, chosen, greedy(batch_size=5), 15, {1, 7, 30}) == packed
 
 
-def test_fewer_forward_passes_than_batch_after_batch():
+def test_fewer_passes_than_static_batches():
     model, chosen, passes = small_model("llama"), examples(40), []
     model.register_forward_hook(lambda *rest: passes.append(1))
-    answers = generate_answers(model, Ids(), chosen, GenerationConfig(batch_size=8), 40, {1, 2, 3, 4, 5, 6}, 0)
-    closed = sum(max(len(a.ids) for a in answers[start : start + 8]) for start in range(0, 40, 8))
-    assert len(passes) < 0.8 * closed
+    answers = generate(model, chosen, GenerationConfig(batch_size=8), 40, {1, 2, 3, 4, 5, 6})
+    static = sum(max(len(a.ids) for a in answers[start : start + 8]) for start in range(0, 40, 8))
+    assert len(passes) < 0.8 * static
 
 
 @pytest.mark.parametrize("name", ["falcon_h1", "mistral-short-window", "gemma2"])
-def test_layers_that_keep_less_than_all_tokens_are_decoded_batch_by_batch(name):
+def test_partial_caches_use_static_batches(name):
     model, chosen = small_model(name), examples(9)
-    assert can_join(model, [example.prompt_ids for example in chosen], 40) is None
-    alone = generate_answers(model, Ids(), chosen, greedy(batch_size=1), 12, {1, 7, 30}, 0)
+    assert isinstance(batch_for(model, chosen), StaticBatch)
+    expected = generate(model, chosen, greedy(batch_size=1), 12, {1, 7, 30})
     if name != "falcon_h1":  # a state space sees the padding on the left
-        assert generate_answers(model, Ids(), chosen, greedy(batch_size=4), 12, {1, 7, 30}, 0) == alone
+        assert generate(model, chosen, greedy(batch_size=4), 12, {1, 7, 30}) == expected
 
 
-def test_a_model_that_misreads_the_mask_is_decoded_batch_by_batch():
-    """Positions that it makes itself, not those that it is told, would be wrong, silently."""
-    model = small_model("llama")
+def test_model_that_ignores_positions_uses_static_batches():
+    """Positions that the model makes itself would be wrong, silently."""
+    model, chosen = small_model("llama"), examples(2)
     forward = model.forward
 
     def without_positions(position_ids=None, **rest):
         return forward(**rest)
 
-    assert can_join(model, [(3, 4, 5), (6,)], 20) is not None
+    assert isinstance(batch_for(model, chosen), ContinuousBatch)
     model.forward = without_positions
-    assert can_join(model, [(3, 4, 5), (6,)], 20) is None
+    assert isinstance(batch_for(model, chosen), StaticBatch)
 
 
-def test_the_token_budget_limits_the_rows():
+def test_token_budget_limits_rows():
     model, chosen, widths = small_model("llama"), examples(20), []
     model.model.register_forward_pre_hook(lambda m, a, k: widths.append(len(k["input_ids"])), with_kwargs=True)
-    generate_answers(model, Ids(), chosen, greedy(batch_size=16, tokens=100), 12, {1}, 0)
+    generate(model, chosen, greedy(batch_size=16, tokens=100), 12, {1})
     assert max(widths) <= 100 // 13
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_progress_is_reported_once_a_step(name):
+    """With several ranks each report is a round trip to their store: one a step, not one a row and token."""
+    model, chosen, steps, reports = small_model(name), examples(30), [], []
+    batch = batch_for(model, chosen)
+    usual = type(batch).start, type(batch).step
+    with pytest.MonkeyPatch.context() as patch:
+        for method, function in zip(("start", "step"), usual, strict=True):
+            patch.setattr(type(batch), method, lambda *a, function=function: steps.append(1) or function(*a))
+        patch.setattr(decoding, "make_batch", lambda *rest: batch)
+        answers = generate(model, chosen, GenerationConfig(batch_size=5), 15, {1, 7, 30}, advance=reports.append)
+    assert sum(reports) == len(answers) == 30
+    assert len(reports) == len(steps) < sum(len(answer.ids) for answer in answers) / 2

@@ -8,20 +8,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from spin.config.schema import GenerationConfig
 from spin.data.examples import Example
 from spin.engines.logps import Forward, compute_logps, reference_logps
 from spin.engines.packing import Continuations
-from spin.generation.answers import Answer, repeat_prompts
-from spin.generation.sampling import generate_answers
+from spin.generation.answers import Answer
 from spin.method.objectives import LINKS, mix_references, spin_loss
 from spin.method.pairs import Pair, by_prompt, items_of, make_pairs, read_pairs, to_pairs, with_opponent_logps
 from spin.method.training import train_spin
 from spin.models.load import load_model
 from spin.runtime.errors import UserError
-from tests.conftest import random_items, small_model
+from tests.conftest import random_items
 from tests.games import Place
-from tests.generation.test_sampling import Ids, examples
 from tests.method.test_objectives import NAIVE
 from tests.method.test_training import CPU, PACKED, PADDED, SETTINGS, engine_of
 
@@ -151,31 +148,16 @@ def test_pairs_of_a_prompt_become_one_item_and_come_apart_again():
     assert len(items_of(replayed)) == 8  # a prompt's answers of two iterations are two items
 
 
-def test_answers_are_asked_for_by_ids_of_their_own_and_put_beside_their_example():
+def test_answers_join_their_example():
     chosen = [Example(f"e{i}", f"prompt {i}", (1, 2), f"real {i}", (3, 4 + i)) for i in range(2)]
-    many = repeat_prompts(chosen, 3)
-    assert [one.id for one in many] == [f"{e.id}{end}" for e in chosen for end in ("", "#1", "#2")]
-    assert repeat_prompts(chosen, 1) == chosen
-    answers = [Answer(one.id, (5, 6 + i), "stop", f"answer {i}") for i, one in enumerate(many)]
-    answers[1] = Answer(many[1].id, chosen[0].real_ids, "stop", chosen[0].real)
-    answers[5] = Answer(many[5].id, (9,), "stop", " ")
+    answers = [Answer(e.id, k, (5, 6 + 3 * i + k), "stop", "text") for i, e in enumerate(chosen) for k in range(3)]
+    answers[1] = Answer("e0", 1, chosen[0].real_ids, "stop", chosen[0].real)
+    answers[5] = Answer("e1", 2, (9,), "stop", " ")
     pairs, dropped = make_pairs(chosen, answers, 2)
     assert dropped == {"identical": 1, "empty": 1}
-    assert [pair.id for pair in pairs] == [many[i].id for i in (0, 2, 3, 4)]
+    assert [pair.generated_ids for pair in pairs] == [answers[i].ids for i in (0, 2, 3, 4)]
     assert all(pair.real_ids == chosen[0].real_ids for pair in pairs[:2]) and pairs[2].prompt == chosen[1].prompt
-
-
-def test_the_first_answer_is_the_one_that_it_has_alone():
-    """And the others come from streams of their own."""
-    model, chosen = small_model("llama"), examples(20)
-    config = GenerationConfig(batch_size=64)
-    alone = {answer.id: answer.ids for answer in generate_answers(model, Ids(), chosen, config, 10, {1}, 0)}
-    many = {
-        answer.id: answer.ids
-        for answer in generate_answers(model, Ids(), repeat_prompts(chosen, 3), config, 10, {1}, 0)
-    }
-    assert all(many[id] == ids for id, ids in alone.items())
-    assert len({*many.values()}) > 0.9 * len(many) == 0.9 * 60
+    assert [len(group) for group in by_prompt(pairs)] == [2, 2]
 
 
 # --- a step of training -------------------------------------------------------------------------------------------------

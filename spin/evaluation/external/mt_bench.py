@@ -154,7 +154,7 @@ def answer(
             sampling = replace(generation, temperature=temperature, top_p=1.0)
             part = keep(f"{turn + 1}-{temperature:g}-{room}")
             found = generate_answers(
-                model, tokenizer, examples, sampling, room, stop_ids, _seed(seed), advance=advance, keep=part
+                model, tokenizer, examples, 1, sampling, room, stop_ids, _seed(seed), advance=advance, keep=part
             )
             replies |= {one.id: one.text for one in found}
             cut += [one.id for one in found if room < max_new_tokens and one.finish_reason == "length"]
