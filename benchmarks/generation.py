@@ -100,7 +100,7 @@ def spin(model, tokenizer, prompts, stops, batch_size, new):
     from spin.generation.sampling import generate_answers
 
     examples = [Example(str(i), "", tuple(ids), "", ()) for i, ids in enumerate(prompts)]
-    found = generate_answers(model, tokenizer, examples, GenerationConfig(batch_size=batch_size), new, stops, seed=0)
+    found = generate_answers(model, tokenizer, examples, 1, GenerationConfig(batch_size=batch_size), new, stops, seed=0)
     return [answer.ids for answer in found]
 
 

@@ -88,11 +88,11 @@ def measure(folder: Path, device, count: int, steps: int, small: bool) -> list[t
     parameters = sum(p.numel() for p in model.parameters())
     examples = [example_of(pair) for pair in pairs]
     sampling = schema.GenerationConfig(batch_size=count)
-    generate_answers(model, tokenizer, examples[:2], sampling, 4, [], 0)
+    generate_answers(model, tokenizer, examples[:2], 1, sampling, 4, [], 0)
     flops = useful_flops(folder, pairs)
     clock(
         f"generation, {count} answers of {NEW // short} tokens",
-        lambda: generate_answers(model, tokenizer, examples, sampling, NEW // short, [], 0),
+        lambda: generate_answers(model, tokenizer, examples, 1, sampling, NEW // short, [], 0),
         2 * count * NEW // short * parameters,
     )
     items = as_continuations(pairs)

@@ -149,9 +149,9 @@ def generation(folder, dtype, device, count, new) -> float:
     model, tokenizer = load_model(folder, dtype, device), load_tokenizer(folder)
     examples = [Example(pair.id, "", pair.prompt_ids, "", ()) for pair in random_pairs(count, 1)]
     config = GenerationConfig(batch_size=ROWS)
-    generate_answers(model, tokenizer, examples[:2], config, 2, [], seed=0)
+    generate_answers(model, tokenizer, examples[:2], 1, config, 2, [], seed=0)
     started = time.perf_counter()
-    generate_answers(model, tokenizer, examples, config, new or NEW, [], seed=0)
+    generate_answers(model, tokenizer, examples, 1, config, new or NEW, [], seed=0)
     return time.perf_counter() - started
 
 

@@ -1,6 +1,5 @@
 """Requests for answers, and the answers that a model generated."""
 
-import hashlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -10,6 +9,7 @@ import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
 from spin.data.examples import Example
+from spin.runtime.random import seed_of
 from spin.runtime.shards import Shard, ShardDriver
 from spin.runtime.tables import with_tuples
 
@@ -39,7 +39,7 @@ class Request:
 
     def seed(self, seed: int) -> int:
         """The seed of this request's stream in a run with `seed`: 56 bits."""
-        return int.from_bytes(hashlib.sha256(f"{seed}:{self.stream}".encode()).digest()[:7], "big")
+        return seed_of(seed, self.stream)
 
 
 def repeat_prompts(examples: Sequence[Example], num_answers: int) -> list[Request]:

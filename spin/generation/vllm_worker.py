@@ -1,10 +1,10 @@
-"""Runs vLLM in a process, and at need an environment, of its own: token ids in, token ids out. Imports nothing of spin.
+"""Run vLLM in a process, and often an environment, of its own: token ids in, token ids out. Imports nothing of spin.
 
-    python -P spin/vllm_worker.py ENGINE.json < requests
+    python -P spin/generation/vllm_worker.py ENGINE.json < requests
 
 ENGINE.json holds the arguments of `LLM` ("llm") and of a `LoRARequest` ("lora", or null). Each line of the input names a
-file with requests (`prompts`: token ids, `sampling`: arguments of `SamplingParams`, one a prompt); the answers go beside
-it, under its name with ".out" at the end, which is there when it is whole.
+file of requests ("prompts": token ids; "sampling": arguments of `SamplingParams`, one a prompt). The outputs are written
+to the same name plus ".out", atomically.
 """
 
 import json
@@ -13,13 +13,13 @@ import sys
 
 
 def main(engine_path: str) -> None:
-    import vllm  # tried with version 0.33.0: see `spin/vllm_engine.py`
+    import vllm  # for the version that spin/generation/vllm.py names
     from vllm.lora.request import LoRARequest
 
     with open(engine_path) as file:
-        asked = json.load(file)
-    llm = vllm.LLM(**asked["llm"])
-    adapter = LoRARequest(**asked["lora"]) if asked["lora"] else None
+        arguments = json.load(file)
+    llm = vllm.LLM(**arguments["llm"])
+    adapter = LoRARequest(**arguments["lora"]) if arguments["lora"] else None
     for line in sys.stdin:
         path = line.rstrip("\n")
         with open(path) as file:
@@ -36,10 +36,10 @@ def main(engine_path: str) -> None:
 
 
 def read(output) -> dict:
-    """Of a `RequestOutput` with one completion: its token ids, and why it ended."""
+    """The token ids and finish reason of a `RequestOutput` with one completion."""
     (completion,) = output.outputs
     return {"token_ids": list(completion.token_ids), "finish_reason": completion.finish_reason}
 
 
-if __name__ == "__main__":  # its engine's processes import this file, too
+if __name__ == "__main__":  # vLLM's own processes import this file, too
     main(sys.argv[1])

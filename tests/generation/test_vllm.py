@@ -1,6 +1,6 @@
-"""Generation by vLLM, as far as a machine without a GPU shows it: what is sent, how answers are read, what goes wrong.
+"""Generation by vLLM, as far as it can be tested without a GPU: its arguments, its outputs, and failures.
 
-No vLLM runs here, and nothing stands in for it. The names that are sent are held against those of its pinned version
+vLLM does not run here and is not imitated. The argument names are checked against the interface of the pinned version
 (`vllm_interface.json`, read from its wheel by `vllm_interface.py`).
 """
 
@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from spin.pipeline.stages import Stages
 
 from spin.config.schema import GenerationConfig, ModelConfig
 from spin.data.examples import Example
 from spin.generation import vllm as vllm_engine
-from spin.generation.answers import Answer
+from spin.generation.answers import Answer, repeat_prompts
 from spin.models.find import fresh_adapter
 from spin.models.load import load_tokenizer
-from spin.pipeline.stages import Stages
 from spin.runtime.errors import UserError
 from spin.runtime.tracking import Tracker
 from tests.config.test_schema import load
@@ -31,24 +31,24 @@ CONFIG = GenerationConfig(temperature=0.7, top_p=0.9, engine="vllm", tensor_para
 EXAMPLES = [Example(f"e{i}", "", tuple(range(2, 4 + i)), "", ()) for i in range(5)]
 
 
-def test_the_record_is_of_the_version_that_is_asked_for():
+def test_record_is_of_the_pinned_version():
     assert f"vllm-{vllm_engine.VERSION}-" in RECORD["wheel"]
     assert tuple(RECORD["LoRA ranks"]) == vllm_engine.RANKS
     assert RECORD["exported"] == ["LLM", "SamplingParams", "TokensPrompt"]
 
 
-def test_all_that_is_sent_has_a_name_that_vllm_knows(tiny_folder, tmp_path):
+def test_argument_names(tiny_folder, tmp_path):
     policy = fresh_adapter(base_or_self(tiny_folder), LORA, 0, ModelConfig(path=str(tiny_folder)), tmp_path / "policy")
-    for one in (policy, base_or_self(tiny_folder)):
-        arguments = vllm_engine.llm_arguments(one, torch.bfloat16, CONFIG, 300)
+    for model in (policy, base_or_self(tiny_folder)):
+        arguments = vllm_engine.llm_arguments(model, torch.bfloat16, CONFIG, 300)
         assert arguments.keys() <= {*RECORD["LLM"], *RECORD["EngineArgs"]}
-    sampling = vllm_engine.sampling_arguments(EXAMPLES[0], CONFIG, 64, {1, 2}, 0)
+    sampling = vllm_engine.sampling_arguments(0, CONFIG, 64, {1, 2})
     assert sampling.keys() <= {*RECORD["SamplingParams"]}
     assert vllm_engine.lora_arguments(policy).keys() <= {*RECORD["LoRARequest"]}
 
 
-def test_the_worker_calls_what_vllm_has():
-    """Its calls as they are written: keywords of `generate` and `TokensPrompt`, attributes of what comes back."""
+def test_worker_calls():
+    """The keywords of `generate` and `TokensPrompt` in the worker's source, and the attributes that it reads."""
     tree = ast.parse(vllm_engine.WORKER.read_text())
     keywords = {
         call.func.attr: {k.arg for k in call.keywords if k.arg}
@@ -67,61 +67,59 @@ def test_the_worker_calls_what_vllm_has():
 
 
 @pytest.mark.skipif(not list(Path().glob("vllm-*.whl")), reason="needs the wheel: see vllm_interface.py")
-def test_the_record_is_what_the_wheel_holds():
+def test_record_matches_the_wheel():
     assert vllm_interface.record(next(Path().glob("vllm-*.whl"))) == RECORD
 
 
-def test_the_reader_of_signatures_reads_them():
+def test_signature_reader():
     source = 'class A:\n  x: int = 1\n  y: str\n  def f(self, a, *, b=2): ...\nN = ("u", "v")\nL = Literal[1, 2]\n'
     node = vllm_interface.classes(source)["A"]
     assert vllm_interface.fields(node) == ["x", "y"] and vllm_interface.arguments(node, "f") == ["a", "b"]
     assert vllm_interface.value(source, "N") == ["u", "v"] and vllm_interface.value(source, "L") == [1, 2]
 
 
-def test_an_engine_is_told_the_policy_by_its_folder(tiny_folder, tmp_path):
+def test_policy_arguments(tiny_folder, tmp_path):
     start = base_or_self(tiny_folder)
-    told = vllm_engine.llm_arguments(start, torch.bfloat16, CONFIG, 300)
-    assert told["model"] == str(tiny_folder) and told["dtype"] == "bfloat16" and "enable_lora" not in told
-    assert told["tensor_parallel_size"] == 2 and told["max_model_len"] == 300
+    arguments = vllm_engine.llm_arguments(start, torch.bfloat16, CONFIG, 300)
+    assert (
+        arguments["model"] == str(tiny_folder) and arguments["dtype"] == "bfloat16" and "enable_lora" not in arguments
+    )
+    assert arguments["tensor_parallel_size"] == 2 and arguments["max_model_len"] == 300
     assert vllm_engine.lora_arguments(start) is None
     policy = fresh_adapter(start, LORA, 0, ModelConfig(path=str(tiny_folder)), tmp_path / "policy")
-    told = vllm_engine.llm_arguments(policy, torch.float32, CONFIG, 300)
-    assert told["model"] == str(tiny_folder)  # the base, on which the adapter goes
-    assert told["enable_lora"] and told["max_lora_rank"] == 8  # the smallest that holds rank 4
+    arguments = vllm_engine.llm_arguments(policy, torch.float32, CONFIG, 300)
+    assert arguments["model"] == str(tiny_folder)  # the adapter's base
+    assert arguments["enable_lora"] and arguments["max_lora_rank"] == 8  # the smallest that holds rank 4
     assert vllm_engine.lora_arguments(policy)["lora_path"] == str(tmp_path / "policy")
 
 
-def test_every_prompt_has_random_numbers_of_its_own():
-    def sent(example, seed):
-        return vllm_engine.sampling_arguments(example, CONFIG, 64, {7, 1}, seed)
-
-    seeds = [sent(example, seed)["seed"] for seed in (0, 1) for example in EXAMPLES]
-    assert len(set(seeds)) == 10 and all(0 <= seed < 2**63 for seed in seeds)
-    assert sent(EXAMPLES[0], 0) == sent(EXAMPLES[0], 0)
-    assert sent(EXAMPLES[0], 0) | {"seed": 0} == {
+def test_sampling_arguments():
+    seeds = [request.seed(seed) for seed in (0, 1) for request in repeat_prompts(EXAMPLES, 2)]
+    assert len(set(seeds)) == 20 and all(0 <= seed < 2**63 for seed in seeds)
+    assert vllm_engine.sampling_arguments(seeds[3], CONFIG, 64, {7, 1}) == {
         "temperature": 0.7,
         "top_p": 0.9,
         "max_tokens": 64,
-        "seed": 0,
+        "seed": seeds[3],
         "stop_token_ids": [1, 7],
         "detokenize": False,
     }
 
 
-def test_answers_are_read_with_their_end_token_or_refused():
-    def read(ids, reason):
-        return vllm_engine.read_output({"token_ids": ids, "finish_reason": reason}, {1, 7})
+def test_output_is_checked():
+    def ids_of(ids, reason):
+        return vllm_engine.checked_ids({"token_ids": ids, "finish_reason": reason}, {1, 7})
 
-    assert read([3, 4, 1], "stop") == ([3, 4, 1], "stop")
-    assert read([3, 4, 5], "length") == ([3, 4, 5], "length")
-    # Its end token taken away, an end that nobody named, a request that was given up, an end token at the cap: all wrong.
+    assert ids_of([3, 4, 1], "stop") == [3, 4, 1]
+    assert ids_of([3, 4, 5], "length") == [3, 4, 5]
+    # A stop token cut off, an unknown stop, an aborted request, a stop token at the cap, no reason.
     for ids, reason in (([3, 4], "stop"), ([], "stop"), ([3], "abort"), ([3, 1], "length"), ([3], None)):
         with pytest.raises(UserError, match="its ids can't be trusted") as error:
-            read(ids, reason)
+            ids_of(ids, reason)
         assert "\n" not in str(error.value)
 
 
-def test_without_vllm_the_install_line_comes_before_any_work(place):
+def test_missing_vllm(place):
     done = place.play("generation=vllm", status=1)
     assert "vLLM is not installed" in done.stderr and f"pip install vllm=={vllm_engine.VERSION}" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and not place.stages()
@@ -130,36 +128,40 @@ def test_without_vllm_the_install_line_comes_before_any_work(place):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_a_worker_that_ends_is_named_with_its_own_words_and_leaves_no_process(tiny_folder, tmp_path):
-    """The worker itself, with an interpreter that has no vLLM."""
+def test_worker_that_fails(tiny_folder):
+    """The real worker, in an interpreter without vLLM."""
     config = replace(CONFIG, python=sys.executable, data_parallel=2)
     with pytest.raises(
         UserError, match="vLLM ended with status 1: ModuleNotFoundError: No module named 'vllm'"
     ) as error:
         vllm_engine.generate_with_vllm(
-            base_or_self(tiny_folder), torch.float32, load_tokenizer(tiny_folder), EXAMPLES, config, 8, {1}, 0
+            base_or_self(tiny_folder), torch.float32, load_tokenizer(tiny_folder), EXAMPLES, 1, config, 8, {1}, 0
         )
     assert "\n" not in str(error.value)
 
 
-def test_answers_that_are_kept_need_no_engine(tiny_folder):
-    """A resumed run starts one when the first missing shard is wanted, and here none is missing."""
+def test_stored_answers_need_no_worker(tiny_folder):
+    """A resumed run starts workers for the first missing shard; here none is missing."""
     config = replace(CONFIG, python="/nowhere/python")
-    kept = []
+    shards = []
 
     def keep(parts):
         for part in parts:
-            kept.append(list(part.of))
-            yield [{"id": one, "ids": [2, 1], "finish_reason": "stop", "text": "a"} for one in part.of]
+            shards.append(list(part.of))
+            names = [name.partition("#") for name in part.of]
+            yield [
+                {"id": id, "index": int(index or 0), "ids": [2, 1], "finish_reason": "stop", "text": "a"}
+                for id, _, index in names
+            ]
 
     answers = vllm_engine.generate_with_vllm(
-        base_or_self(tiny_folder), torch.float32, None, EXAMPLES, config, 8, {1}, 0, keep=keep, shard_size=2
-    )  # fmt: skip
-    assert kept == [["e0", "e1"], ["e2", "e3"], ["e4"]]
-    assert answers == [Answer(example.id, (2, 1), "stop", "a") for example in EXAMPLES]
+        base_or_self(tiny_folder), torch.float32, None, EXAMPLES, 2, config, 8, {1}, 0, keep=keep, shard_size=4
+    )
+    assert shards == [["e0", "e0#1", "e1", "e1#1"], ["e2", "e2#1", "e3", "e3#1"], ["e4", "e4#1"]]
+    assert answers == [Answer(example.id, k, (2, 1), "stop", "a") for example in EXAMPLES for k in (0, 1)]
 
 
-def test_the_engine_is_part_of_what_makes_answers_and_of_nothing_else(tmp_path):
+def test_engine_decides_the_keys_of_answers_alone(tmp_path):
     words = [f"cache.path={tmp_path}/cache", f"store.path={tmp_path}/store"]
     stages = Stages(load("experiment=smoke", *words), tmp_path, Tracker(tmp_path, name="", config={}, rank=1))
 
@@ -178,14 +180,14 @@ def test_the_engine_is_part_of_what_makes_answers_and_of_nothing_else(tmp_path):
         {"batch_size": 3},
     ):
         assert inputs(engine="vllm", **change) == vllm
-    assert "engine" not in ours[0]["generation"]  # as before there were two
+    assert "engine" not in ours[0]["generation"]
 
 
-def test_its_processes_are_not_told_of_torchruns(monkeypatch):
-    """They would wait for each other at the store of a game's own processes."""
+def test_workers_do_not_inherit_torchrun(monkeypatch):
+    """They would try to join the run's process group."""
     for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE"):
         monkeypatch.setenv(key, "1")
     monkeypatch.setenv("HF_TOKEN", "kept")
-    found = vllm_engine._environment("0,1")
-    assert found["HF_TOKEN"] == "kept" and found["CUDA_VISIBLE_DEVICES"] == "0,1"
-    assert not [key for key in found if key.startswith(vllm_engine.TORCHRUN)]
+    environment = vllm_engine._environment("0,1")
+    assert environment["HF_TOKEN"] == "kept" and environment["CUDA_VISIBLE_DEVICES"] == "0,1"
+    assert not [key for key in environment if key.startswith(vllm_engine.TORCHRUN)]

@@ -1,4 +1,4 @@
-"""Reads names from vLLM's wheel, without installing or running it, into the record that our calls are held against.
+"""Read the names of vLLM's interface from its wheel, without installing it: the record that our calls are checked against.
 
 pip download --no-deps --only-binary=:all: vllm==0.33.0
 python tests/generation/vllm_interface.py vllm-0.33.0-*.whl > tests/generation/vllm_interface.json

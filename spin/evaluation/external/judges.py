@@ -179,7 +179,8 @@ class LocalJudge:
                 return ""
             examples = [Example("question", "", tuple(ids), "", ())]
             greedy = GenerationConfig(temperature=0.0, batch_size=1)
-            return generate_answers(self.model, self.tokenizer, examples, greedy, int(room), self.stop_ids, 0)[0].text
+            answers = generate_answers(self.model, self.tokenizer, examples, 1, greedy, int(room), self.stop_ids, 0)
+            return answers[0].text
 
 
 class RewardModel:

@@ -158,6 +158,7 @@ def answer(
                 model,
                 tokenizer,
                 examples,
+                1,
                 sampling,
                 room,
                 stop_ids,

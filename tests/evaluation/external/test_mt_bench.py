@@ -229,7 +229,7 @@ def again_of(model, tokenizer, example, temperature, stops) -> str:
     from spin.evaluation.external.mt_bench import _seed
 
     config = GenerationConfig(temperature=temperature, batch_size=1)
-    [found] = generate_answers(model, tokenizer, [Example(**example)], config, 12, stops, _seed(0))
+    [found] = generate_answers(model, tokenizer, [Example(**example)], 1, config, 12, stops, _seed(0))
     return found.text
 
 
