@@ -1,11 +1,10 @@
-"""Nothing lost, nothing done twice: whole games that are killed, stopped, damaged, starved and started twice at once.
+"""Complete games that are killed, stopped, damaged, short of disk or memory, or started twice at once.
 
-Whatever happens, the next run of the same command ends in the bits of a game that nothing happened to.
+Running the same command again always ends with the bits of an undisturbed game.
 """
 
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -15,15 +14,15 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from spin.method.pairs import read_pairs
 from tests.games import Place
 
 ROOT = Path(__file__).parents[2]
-# Many small shards and checkpoints, so that there is much to go on from.
+# Many small shards and checkpoints.
 WORDS = (
     "generation.batch_size=4",
     "checkpoint.shard_size=4",
@@ -37,7 +36,7 @@ TIMINGS = {"tokens_per_second", "pairs_per_second"}
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory, games):
-    """A game that nothing happens to. It makes the model that the others start from."""
+    """An undisturbed game. It also makes the model that the others start from."""
     place = Place(tmp_path_factory.mktemp("reference"), games)
     place.play(*WORDS)
     return place
@@ -54,7 +53,7 @@ def records(place: Place, run: str) -> list[dict]:
 
 
 def assert_same(place: Place, reference: Place, run: str = "run") -> None:
-    """Policies tensor by tensor, pairs, metrics (but for speeds), and what the report is made from; no row twice."""
+    """Compare policies tensor by tensor, pairs, metrics except speeds, and the summary; no row may appear twice."""
     for name in ("sft", "iter0", "iter1"):
         one, other = (
             load_file(p / name / "policy" / "model.safetensors") for p in (place.folder / run, reference.folder / "run")
@@ -62,9 +61,9 @@ def assert_same(place: Place, reference: Place, run: str = "run") -> None:
         assert one.keys() == other.keys()
         assert all(torch.equal(one[key], other[key]) for key in one), name
     for name in ("iter0", "iter1"):
-        pairs = [read_pairs(p / name / "pairs.parquet") for p in (place.folder / run, reference.folder / "run")]
-        assert pairs[0] == pairs[1]
-        assert len({(pair.id, pair.iter) for pair in pairs[0]}) == len(pairs[0])
+        pairs = [pq.read_table(p / name / "pairs.parquet") for p in (place.folder / run, reference.folder / "run")]
+        assert pairs[0].equals(pairs[1])
+        assert len({(row["id"], row["iter"]) for row in pairs[0].to_pylist()}) == len(pairs[0])
     rows = records(place, run)
     assert rows == records(reference, "run")
     marks = Counter((row["stage"], row["iter"], row.get("policy"), row["step"]) for row in rows)
@@ -77,27 +76,12 @@ def assert_same(place: Place, reference: Place, run: str = "run") -> None:
 
 
 def unfinished(place: Place) -> list[str]:
-    """The stages that are begun and not finished."""
+    """The names of unfinished stages."""
     return sorted(path.parent.name for path in (place.folder / "store").glob("*/*.part"))
 
 
-def await_stage(place: Place, game, number: int) -> bool:
-    """Wait until the game plays, and is at its stage `number` or beyond it; False if the game ends before."""
-    name, before = ORDER[number], ORDER[:number].count(ORDER[number])
-    folder = place.folder / "store" / name
-    while game.poll() is None:
-        if not game.out.read_text():  # what there is to see in the store is from the game before
-            time.sleep(0.002)
-            continue
-        finished = sum((path / "manifest.json").exists() for path in folder.glob("*[!.][!p]"))
-        if finished > before or (finished == before and any(folder.glob("*.part"))):
-            return True
-        time.sleep(0.002)
-    return False
-
-
 def await_path(place: Place, game, pattern: str) -> Path:
-    """Wait for something to appear in the store."""
+    """Wait until a path that matches `pattern` is in the store."""
     while game.poll() is None:
         if found := sorted((place.folder / "store").glob(pattern)):
             return found[0]
@@ -106,58 +90,95 @@ def await_path(place: Place, game, pattern: str) -> Path:
 
 
 def flip(path: Path) -> None:
-    """Flip a bit in the middle of a file, in a file of its own: what is linked elsewhere stays."""
+    """Flip a bit in the middle of a file, without changing files that are linked to it."""
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 16
     path.unlink()
     path.write_bytes(content)
 
 
-def test_killed_at_any_moment_a_game_ends_in_the_same_bits(place, reference):
-    """SIGKILL at random moments: three tries at each of the eleven stages, with what comes before and after."""
-    rng = random.Random(7)
-    killed: Counter[str] = Counter()
+def at_call(function: str, count: int, action: str, moment: str = "before") -> str:
+    """Code that runs `action` before or after the `count`-th call (from 1) of a function, named by module and attribute."""
+    module, _, name = function.rpartition(".")
+    return f"""
+import os, signal
+import {module} as module
+function, calls = module.{name}, 0
+def wrapper(*args, **kwargs):
+    global calls
+    calls += 1
+    if calls == {count} and {moment!r} == "before":
+        {action}
+    result = function(*args, **kwargs)
+    if calls == {count} and {moment!r} == "after":
+        {action}
+    return result
+module.{name} = wrapper
+"""
+
+
+KILL = "os.kill(os.getpid(), signal.SIGKILL)"
+
+
+def test_kill_at_every_stage(place, reference):
+    """One attempt is killed right before, and one right after, each of the eleven stages gets its name."""
     for number in range(len(ORDER)):
-        for _ in range(3):
-            game = place.start(*WORDS)
-            if await_stage(place, game, number):
-                time.sleep(rng.uniform(0, 0.12))
-                game.kill(signal.SIGKILL)
-            done = game.wait()
-            if done.returncode == -signal.SIGKILL:
-                killed.update(set(unfinished(place)) or {"between"})
-            else:
-                assert done.returncode == 0, done.stderr
-    assert sum(killed.values()) >= 20, killed
-    assert set(killed) >= {"evaluate", "sft", "generate", "score", "train"}, killed
+        for moment, finished in (("before", number), ("after", number + 1)):
+            done = place.start(*WORDS, code=at_call("spin.runtime.store.commit_atomically", 1, KILL, moment)).wait()
+            assert done.returncode == -signal.SIGKILL, done.stderr
+            assert sum(place.stages().values()) == finished
+    place.play(*WORDS)
+    assert_same(place, reference)
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("function", ["shards", "checkpoints"])
+def test_kill_between_shards(place, reference, function, moment):
+    """Attempts are killed at every second shard or checkpoint until one comes to the end."""
+    code, attempts = at_call(f"spin.runtime.{function}.commit_atomically", 2, KILL, moment), 0
+    while (done := place.start(*WORDS, code=code).wait()).returncode == -signal.SIGKILL:
+        attempts += 1
+        assert attempts < 80
+    assert done.returncode == 0, done.stderr
+    assert attempts >= 10
+    assert_same(place, reference)
+
+
+@pytest.mark.parametrize("function", ["link_tree", "link_file", "write_text"])
+def test_kill_while_the_run_folder_is_written(place, reference, function):
+    for count in (1, 2):
+        done = place.start(*WORDS, code=at_call(f"spin.pipeline.run_folder.{function}", count, KILL)).wait()
+        assert done.returncode == -signal.SIGKILL, done.stderr
     place.play(*WORDS)
     assert_same(place, reference)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
-def test_a_game_that_is_asked_to_stop_says_so_keeps_its_state_and_goes_on(place, reference, number):
-    """Without a checkpoint being due: the signal itself has the state written."""
-    rng, words = random.Random(number), [*WORDS, "checkpoint.steps=null", "checkpoint.minutes=60"]
-    kept = stopped = 0
-    for at in (1, 1, 3, 5, 9, 9):
-        game = place.start(*words)
-        if await_stage(place, game, at):
-            time.sleep(rng.uniform(0.1, 0.3))
-            game.kill(number)
-        done = game.wait()
+def test_stop_by_signal(place, reference, number):
+    """No checkpoint is due: the signal itself makes training save its state."""
+    words = [*WORDS, "checkpoint.steps=null", "checkpoint.minutes=60"]
+    send = f"os.kill(os.getpid(), {int(number)})"
+    stops = [
+        ("spin.generation.sampling.decode", 1),  # the evaluation of the start
+        ("spin.method.training._accumulate_gradients", 3),  # SFT
+        ("spin.method.training._accumulate_gradients", 30),  # a later training
+        ("spin.runtime.store.commit_atomically", 1),
+    ]
+    saved = 0
+    for function, count in stops:
+        done = place.start(*words, code=at_call(function, count, send)).wait()
         if done.returncode == 0:
             continue
         assert done.returncode == 128 + number
         (line,) = done.stderr.strip().splitlines()
-        assert line == f"stopped by {number.name}: what is done is kept, run the same command to go on."
-        stopped += 1
-        kept += "training is kept up to step" in done.stdout
-    assert stopped >= 3 and kept >= 1
+        assert line == f"stopped by {number.name}: finished work is kept, run the same command to continue."
+        saved += "saved the training state at step" in done.stdout
+    assert saved >= 1
     place.play(*words)
     assert_same(place, reference)
 
 
-def test_a_resumed_stage_says_where_it_goes_on(place, reference):
+def test_plan_of_a_resumed_stage(place, reference):
     game = place.start(*WORDS)
     await_path(place, game, "sft/*.part/resume/training/step-00000004")
     game.kill()
@@ -167,11 +188,11 @@ def test_a_resumed_stage_says_where_it_goes_on(place, reference):
     assert step >= 4
     assert "1 stages to reuse, 1 to resume, 9 to play" in plan
     done = place.play(*WORDS)
-    assert f"SFT: going on from training up to step {step}" in done.stdout
+    assert f"SFT: resuming, training up to step {step}" in done.stdout
     assert_same(place, reference)
 
 
-def test_a_damaged_shard_is_made_again(place, reference):
+def test_damaged_shard(place, reference):
     game = place.start(*WORDS)
     shard = await_path(place, game, "generate/*.part/resume/answers/00002").parent / "00001"
     game.kill()
@@ -183,7 +204,7 @@ def test_a_damaged_shard_is_made_again(place, reference):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(place, reference, damage):
+def test_damaged_checkpoint(place, reference, damage):
     game = place.start(*WORDS)
     await_path(place, game, "train/*.part/resume/training/step-00000003")
     game.kill()
@@ -211,12 +232,12 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(place, reference, dama
         ("sft/*/manifest.json", {"sft"}),
     ],
 )
-def test_a_damaged_stage_is_played_again_and_only_that(reference, place, pattern, replayed):
+def test_damaged_stage(reference, place, pattern, replayed):
     shutil.copytree(reference.folder / "store", place.folder / "store")
     damaged = sorted((place.folder / "store").glob(pattern))[0]
     flip(damaged)
-    said = {line.split()[0] for line in place.play(*WORDS, "plan=true").stdout.splitlines() if "it is damaged" in line}
-    assert said == (replayed if "manifest" not in pattern else set())  # a manifest that can't be read is as none
+    planned = {line.split()[0] for line in place.play(*WORDS, "plan=true").stdout.splitlines() if "damaged:" in line}
+    assert planned == (replayed if "manifest" not in pattern else set())  # an unreadable manifest counts as none
     done = place.play(*WORDS)
     stage = Path(*damaged.parts[: len((place.folder / "store").parts) + 2])
     assert f"{stage}: " in done.stdout and "this stage is made again" in done.stdout
@@ -225,7 +246,7 @@ def test_a_damaged_stage_is_played_again_and_only_that(reference, place, pattern
 
 
 def play_limited(limits: str, words: list[str]) -> subprocess.CompletedProcess:
-    """Play in an interpreter of its own, which first runs the code `limits`."""
+    """Play in a new interpreter that runs the code `limits` first."""
     script = (
         f"import resource, runpy, sys; {limits} sys.argv[0] = 'run.py'; runpy.run_path('run.py', run_name='__main__')"
     )
@@ -240,8 +261,8 @@ def play_limited(limits: str, words: list[str]) -> subprocess.CompletedProcess:
     )
 
 
-def test_a_disk_that_fills_up_in_the_middle_costs_nothing_that_is_done(place, reference):
-    """Files may not grow past a size that the scores fit in and a checkpoint does not; then the room is there."""
+def test_disk_fills_up(place, reference):
+    """Files may not exceed a size that scores fit in and a checkpoint does not; then the limit is lifted."""
     limits = "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
     limits += "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000));"
     done = play_limited(limits, place.words(*WORDS))
@@ -252,7 +273,7 @@ def test_a_disk_that_fills_up_in_the_middle_costs_nothing_that_is_done(place, re
     assert_same(place, reference)
 
 
-def test_the_same_command_twice_at_once_plays_one_game(place, reference):
+def test_same_command_twice(place, reference):
     both = [place.start(*WORDS), place.start(*WORDS)]
     done = [game.wait() for game in both]
     assert [game.returncode for game in done] == [0, 0], done
@@ -262,7 +283,7 @@ def test_the_same_command_twice_at_once_plays_one_game(place, reference):
     assert_same(place, reference)
 
 
-def test_two_runs_that_share_a_store_play_each_stage_once(place, reference):
+def test_two_runs_share_a_store(place, reference):
     both = [place.start(*WORDS, run=run) for run in ("one", "two")]
     done = [game.wait() for game in both]
     assert [game.returncode for game in done] == [0, 0], done
@@ -272,7 +293,7 @@ def test_two_runs_that_share_a_store_play_each_stage_once(place, reference):
         assert_same(place, reference, run)
 
 
-def test_a_run_takes_over_from_one_that_dies_while_it_waits(place, reference):
+def test_take_over_from_a_killed_run(place, reference):
     first = place.start(*WORDS)
     await_path(place, first, "sft/*.part/resume/training/step-00000002")
     first.kill(signal.SIGSTOP)
@@ -284,11 +305,11 @@ def test_a_run_takes_over_from_one_that_dies_while_it_waits(place, reference):
     first.wait()
     done = second.wait()
     assert done.returncode == 0, done.stderr
-    assert "SFT: going on from training up to step" in done.stdout
+    assert "SFT: resuming, training up to step" in done.stdout
     assert_same(place, reference, "second")
 
 
-def test_a_learning_rate_that_breaks_the_weights_ends_with_advice(place):
+def test_divergence(place):
     done = place.play(*WORDS, "optimizer.lr=1e30", status=1)
     assert len(done.stderr.strip().splitlines()) == 1
     assert "not finite" in done.stderr and "lower the learning rate" in done.stderr
@@ -297,7 +318,7 @@ def test_a_learning_rate_that_breaks_the_weights_ends_with_advice(place):
     assert place.stages()["train"] == 0 and place.stages()["sft"] == 1
 
 
-def test_weights_that_are_not_finite_are_named(place):
+def test_nonfinite_weights(place):
     model = next((place.folder / "cache").glob("tiny-*[0-9]"))
     broken = place.folder / "broken"
     shutil.copytree(model, broken)
@@ -310,9 +331,8 @@ def test_weights_that_are_not_finite_are_named(place):
     assert place.stages() == {}
 
 
-def test_short_memory_ends_with_the_settings_to_lower(tmp_path, place):
-    """The address space may not grow by more than 1 GiB once everything is imported: enough for all that is small, and half
-    of what one mask takes, of 50 long answers in a row."""
+def test_out_of_memory(tmp_path, place):
+    """The address space may grow by 1 GiB after the imports: half of what one mask of 50 long answers in a row takes."""
     records = ({"prompt": f"Tell {i}.", "response": f"{i} " + "and so on " * 90} for i in range(58))
     (tmp_path / "long.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     limits = "import re, spin.game, transformers.models.llama.modeling_llama, matplotlib.pyplot;"
@@ -327,7 +347,7 @@ def test_short_memory_ends_with_the_settings_to_lower(tmp_path, place):
     assert "memory is short: lower engine.tokens_per_batch" in line
 
 
-def test_the_table_of_faults_names_tests_that_there_are():
+def test_docs_name_existing_tests():
     text = (ROOT / "docs" / "faults.md").read_text()
     named = re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", text)
     assert len(named) > 20

@@ -1,4 +1,4 @@
-"""Whole games on a tiny model, through the command that users type."""
+"""Complete games on a tiny model, started as users start them."""
 
 import json
 import os
@@ -17,10 +17,14 @@ from safetensors.torch import load_file, save_file
 from spin.engines.logps import reference_logps
 from spin.engines.packing import Continuations
 from spin.generation.answers import read_answers
-from spin.method.pairs import read_pairs
+from spin.method.pairs import Pair, read_pairs
 from spin.models import tiny
 from spin.models.load import load_model, load_tokenizer
 from tests.games import ROOT, Games, Place
+
+
+def pairs_in(path) -> list[Pair]:
+    return read_pairs(path)[0]
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +34,7 @@ def played(tmp_path_factory, games):
     return place
 
 
-def test_the_run_folder_is_what_the_contract_says(played):
+def test_run_folder(played):
     run = played.folder / "run"
     for name in (
         "config.yaml",
@@ -54,7 +58,7 @@ def test_the_run_folder_is_what_the_contract_says(played):
     assert manifest["opponent"]["label"] == "iter0" and manifest["replay"] == ["iter0"]
 
 
-def test_every_iteration_starts_with_margin_0_and_ln_2(played):
+def test_iterations_start_with_margin_0(played):
     rows = [row for row in played.metrics() if row["stage"] == "train"]
     for iteration in (0, 1):
         first = next(row for row in rows if row["iter"] == iteration)
@@ -65,25 +69,28 @@ def test_every_iteration_starts_with_margin_0_and_ln_2(played):
     assert set(f"{keys} learning_rate tokens_per_second pairs_per_second".split()) <= set(rows[0])
 
 
-def test_replayed_pairs_are_scored_under_the_present_opponent(played):
+def test_replayed_pairs_are_scored_by_the_present_opponent(played):
     """Iteration 1 trains on its own pairs and iteration 0's, all with log-probs of the policy that iteration 0 made."""
-    now = read_pairs(played.folder / "run" / "iter1" / "pairs.parquet")
-    before = {pair.id: pair for pair in read_pairs(played.folder / "run" / "iter0" / "pairs.parquet")}
+    now, logps = read_pairs(played.folder / "run" / "iter1" / "pairs.parquet")
+    pairs, before = read_pairs(played.folder / "run" / "iter0" / "pairs.parquet")
+    old = {pair.id: (pair, before["opponent"]["generated"][index]) for index, pair in enumerate(pairs)}
     assert {pair.iter for pair in now} == {0, 1}
     opponent = load_model(played.folder / "run" / "iter0" / "policy", torch.float32, torch.device("cpu"))
-    replayed = [pair for pair in now if pair.iter == 0]
-    for pair in replayed[:6]:
-        old = before[pair.id]
-        assert pair.generated_ids == old.generated_ids
-        assert pair.opponent_logp_generated != old.opponent_logp_generated
+    replayed = [index for index, pair in enumerate(now) if pair.iter == 0]
+    for index in replayed[:6]:
+        pair = now[index]
+        old_pair, old_logp = old[pair.id]
+        assert pair.generated_ids == old_pair.generated_ids
+        stored = {name: values[index].item() for name, values in logps["opponent"].items()}
+        assert stored["generated"] != old_logp
         real, generated = reference_logps(opponent, Continuations(pair.prompt_ids, (pair.real_ids, pair.generated_ids)))
-        assert pair.opponent_logp_real == pytest.approx(real.sum().item(), abs=2)
-        assert pair.opponent_logp_generated == pytest.approx(generated.sum().item(), abs=2)
+        assert stored["real"] == pytest.approx(real.sum().item(), abs=2)
+        assert stored["generated"] == pytest.approx(generated.sum().item(), abs=2)
 
 
-def test_the_ids_are_those_that_were_sampled_and_the_prompt_is_the_same(played):
+def test_ids_are_those_sampled(played):
     tokenizer = load_tokenizer(played.folder / "run" / "iter0" / "policy")
-    for pair in read_pairs(played.folder / "run" / "iter0" / "pairs.parquet"):
+    for pair in pairs_in(played.folder / "run" / "iter0" / "pairs.parquet"):
         assert tokenizer.decode(pair.generated_ids, skip_special_tokens=True) == pair.generated
         assert pair.real_ids[-1] == tokenizer.eos_token_id and pair.real_ids.count(tokenizer.eos_token_id) == 1
         assert (pair.generated_ids[-1] == tokenizer.eos_token_id) == (pair.finish_reason == "stop")
@@ -92,7 +99,7 @@ def test_the_ids_are_those_that_were_sampled_and_the_prompt_is_the_same(played):
         assert pair.generated_ids != pair.real_ids and pair.generated.strip()
 
 
-def test_a_second_run_finds_everything_done(played):
+def test_second_run_reuses_everything(played):
     before, rows = played.stages(), played.metrics()
     game = json.loads((played.folder / "run" / "game.json").read_text())
     again = played.play("schedule.replay=previous")
@@ -103,21 +110,21 @@ def test_a_second_run_finds_everything_done(played):
     assert now["seconds"] == game["seconds"] and now["peak_memory_gib"] == game["peak_memory_gib"]
 
 
-def test_iter_2_goes_on_after_iter_1(played):
+def test_iter_2_continues_after_iter_1(played):
     before = played.stages()
     played.play("schedule.replay=previous", "iter=2", run="longer")
     assert played.stages() - before == {"generate": 1, "score": 1, "train": 1, "evaluate": 1}
     assert (played.folder / "longer" / "iter2" / "policy").is_dir()
 
 
-def test_a_sweep_over_beta_generates_and_scores_iteration_0_once(played):
+def test_sweep_over_beta_shares_stages(played):
     before = played.stages()
     played.play("-m", "iter=0", "loss.beta=0.2,0.5", f"hydra.sweep.dir={played.folder}/sweep")
     assert played.stages() - before == {"train": 2, "evaluate": 2}
 
 
-def test_the_same_bits_with_a_cold_cache_and_in_an_interpreter_of_its_own(played, place):
-    """The one game here that is not forked, so that the others stand for it; its seed of `hash` is another, too."""
+def test_same_bits_in_a_new_interpreter(played, place):
+    """The only game here that is not forked from the server; its hash seed differs, too."""
     done = subprocess.run(
         [sys.executable, "run.py", *place.words("schedule.replay=previous")],
         cwd=ROOT,
@@ -131,11 +138,11 @@ def test_the_same_bits_with_a_cold_cache_and_in_an_interpreter_of_its_own(played
     for name in ("iter0", "iter1"):
         one, other = (load_file(p.folder / "run" / name / "policy" / "model.safetensors") for p in (played, place))
         assert all(torch.equal(one[key], other[key]) for key in one)
-        pairs = [read_pairs(p.folder / "run" / name / "pairs.parquet") for p in (played, place)]
-        assert pairs[0] == pairs[1]
+        pairs = [pq.read_table(p.folder / "run" / name / "pairs.parquet") for p in (played, place)]
+        assert pairs[0].equals(pairs[1])
 
 
-def test_scores_are_found_by_the_weights_content_and_not_their_path(played, tmp_path):
+def test_moved_model_is_recognised(played, tmp_path):
     model = next((played.folder / "cache").glob("tiny-*[0-9]"))
     moved = tmp_path / "elsewhere"
     shutil.copytree(model, moved)
@@ -150,31 +157,31 @@ def test_scores_are_found_by_the_weights_content_and_not_their_path(played, tmp_
     assert played.stages() - before == {"generate": 1, "score": 1, "train": 1, "evaluate": 3, "sft": 1}
 
 
-def test_a_context_that_is_too_short_is_named_before_weights_load(played, place):
+def test_context_too_short(played, place):
     done = place.play("data.max_length=4000", "generation.max_new_tokens=3000", status=1)
     assert "do not fit the model's context of 1024" in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
-def test_a_shorter_game_takes_away_what_a_longer_one_showed(played, tmp_path):
+def test_shorter_game_removes_iterations(played, tmp_path):
     shown = tmp_path / "run"
     shutil.copytree(played.folder / "run", shown)
     played.play("schedule.replay=previous", "iter=0", f"hydra.run.dir={shown}")
     assert (shown / "iter0" / "policy").is_dir() and not (shown / "iter1").exists()
 
 
-def test_a_store_that_cannot_be_written_is_named(tmp_path, place):
+def test_unwritable_store(tmp_path, place):
     (tmp_path / "file").write_text("")
     done = place.play(f"store.path={tmp_path}/file/store", status=1)
     assert str(tmp_path / "file") in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
-def test_prompts_that_are_held_out_are_never_trained_on(played):
-    trained = {pair.prompt for t in (0, 1) for pair in read_pairs(played.folder / "run" / f"iter{t}" / "pairs.parquet")}
+def test_held_out_prompts_are_not_trained_on(played):
+    trained = {pair.prompt for t in (0, 1) for pair in pairs_in(played.folder / "run" / f"iter{t}" / "pairs.parquet")}
     for folder in (played.folder / "store" / "evaluate").glob("*/held_out.parquet"):
-        assert not trained & {pair.prompt for pair in read_pairs(folder)}
+        assert not trained & {pair.prompt for pair in pairs_in(folder)}
 
 
-def test_a_users_own_chat_data_and_model_folder(played, tmp_path, place):
+def test_local_chat_data_and_model(played, tmp_path, place):
     record = '{"messages": [{"role": "user", "content": "Say %d."}, {"role": "assistant", "content": "Yes: %d."}]}\n'
     (tmp_path / "chat.jsonl").write_text("".join(record % (i, i) for i in range(20)))
     model = next((played.folder / "cache").glob("tiny-*[0-9]"))
@@ -182,18 +189,18 @@ def test_a_users_own_chat_data_and_model_folder(played, tmp_path, place):
     (answered,) = (tmp_path / "store" / "generate").glob("*/answers.parquet")
     answers = {answer.id: answer.text for answer in read_answers(answered)}
     assert len(answers) == 16
-    pairs = read_pairs(tmp_path / "run" / "iter0" / "pairs.parquet")
-    said = {pair.id: pair.generated for pair in pairs}
-    # What is said, and is not what the human said, makes a pair; that depends on the bits of the processor.
-    assert said == {id: text for id, text in answers.items() if text.strip() and id in said} and len(said) == len(pairs)
+    pairs = pairs_in(tmp_path / "run" / "iter0" / "pairs.parquet")
+    generated = {pair.id: pair.generated for pair in pairs}
+    # Answers that are empty or equal the human's make no pair; which they are depends on the processor's rounding.
+    assert generated == {id: text for id, text in answers.items() if text.strip() and id in generated}
     assert all(
-        not answers[id].strip() or re.fullmatch(r"Yes: \d+\.", answers[id]) for id in answers.keys() - said.keys()
+        not answers[id].strip() or re.fullmatch(r"Yes: \d+\.", answers[id]) for id in answers.keys() - generated.keys()
     )
     assert len(pairs) > 8 and all(pair.real == f"Yes: {pair.prompt[4:-1]}." for pair in pairs)
 
 
-def test_answers_that_are_all_empty_end_the_run_with_one_line(played, tmp_path, place):
-    """A model whose last norm is 0 gives every token the same logit: greedily it repeats one special token."""
+def test_all_answers_empty(played, tmp_path, place):
+    """With a last norm of 0 all logits are equal, and greedy decoding repeats one special token."""
     model = next((played.folder / "cache").glob("tiny-*[0-9]"))
     mute = tmp_path / "mute"
     shutil.copytree(model, mute)
@@ -208,15 +215,15 @@ def test_answers_that_are_all_empty_end_the_run_with_one_line(played, tmp_path, 
     assert rows[-1]["stage"] == "generate"  # what was computed is kept
 
 
-def test_a_disk_without_room_is_found_before_any_long_work(played, tmp_path, place):
+def test_disk_too_small(played, tmp_path, place):
     last = shutil.disk_usage(tmp_path).free // 250_000  # a tiny policy is larger than that
     done = place.play(f"iter={last}", status=1)
     assert f"GiB are free, but {last + 2} policies" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_a_disk_that_fills_up_ends_the_run_with_one_line(tmp_path, place):
-    """Files may not grow past 200 kB: the policy can't be written. What was finished before stays."""
+def test_disk_fills_up(tmp_path, place):
+    """Files may not exceed 200 kB, so the policy cannot be written. Finished stages stay."""
     limit = "import resource, runpy, signal, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000));"
     limit += "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); sys.argv[0] = 'run.py'; runpy.run_path('run.py', run_name='__main__')"
     words = [
@@ -233,7 +240,7 @@ def test_a_disk_that_fills_up_ends_the_run_with_one_line(tmp_path, place):
     assert place.stages() == {"evaluate": 1}
 
 
-def test_a_game_ends_by_a_signal_as_any_program_does(place):
+def test_exit_status_after_signal(place):
     killed, interrupted = place.start("loss.beta=0.2", run="killed"), place.start(run="interrupted")
     while not (place.folder / "interrupted" / "metrics.jsonl").exists():
         assert interrupted.poll() is None, interrupted.wait()
@@ -246,8 +253,8 @@ def test_a_game_ends_by_a_signal_as_any_program_does(place):
     assert "run the same command to go on" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-def test_games_end_with_their_server(tmp_path):
-    """Its own words say what it died of."""
+def test_server_failure_is_reported(tmp_path):
+    """The error shows what the server printed."""
     (tmp_path / "hydra.py").write_text("raise ImportError('broken on purpose')")
     games = Games(tmp_path)
     with pytest.MonkeyPatch.context() as patch:
@@ -259,19 +266,19 @@ def test_games_end_with_their_server(tmp_path):
 
 
 @pytest.mark.parametrize("link", ["hinge", "exponential", "correlation"])
-def test_every_link_plays(played, link):
+def test_link(played, link):
     played.play("iter=0", f"loss={link}", run=link)
     assert played.metrics(link)[-1]["stage"] == "evaluate"
 
 
-def test_adamw_padded_fp32_with_checkpointing_plays(played):
+def test_adamw_padded_checkpointing(played):
     words = ["optimizer=adamw", "engine.layout=padded", "engine.precision=fp32"]
     played.play("iter=0", *words, "engine.gradient_checkpointing=true", "evaluation=none", run="other")
     first = next(row for row in played.metrics("other") if row["stage"] == "train")
     assert first["loss"] == pytest.approx(0.693147, abs=1e-4)
 
 
-def test_a_policy_is_measured_on_demand_as_it_was_in_its_game(played):
+def test_evaluate_a_policy(played):
     words = ["stage=evaluate", f"model.path={played.folder}/run/iter1/policy"]
     refused = played.play(*words, status=1)
     assert "holds a game, which stage=evaluate would overwrite" in refused.stderr
@@ -280,14 +287,14 @@ def test_a_policy_is_measured_on_demand_as_it_was_in_its_game(played):
     game = json.loads((played.folder / "run" / "game.json").read_text())
     (now,), then = shown["evaluations"], game["evaluations"][-1]
     assert now["policy"] == "iter1/policy" and shown["iterations"] == []
-    for name in ("nll_per_token", "human_likelier", "classifier_auc", "mauve", "length_auc", "own_length", "n"):
+    for name in ("nll_per_token", "human_likelier", "classifier_auc", "mauve", "length_auc", "model_length", "n"):
         assert now[name] == then[name], name
     assert "classif." in done.stdout and (played.folder / "measured" / "report.md").is_file()
     assert not (played.folder / "measured" / "iter0").exists()
 
 
-def test_the_tokenizer_and_its_template_go_with_a_policy(played, tmp_path):
-    """Other files beside the same weights: policies are made again, for they hold these files."""
+def test_template_is_copied_to_policies(played, tmp_path):
+    """A changed template beside the same weights makes new policies, which hold a copy of it."""
     model = tmp_path / "model"
     shutil.copytree(next((played.folder / "cache").glob("tiny-*[0-9]")), model)
     template = model / "chat_template.jinja"
@@ -296,7 +303,7 @@ def test_the_tokenizer_and_its_template_go_with_a_policy(played, tmp_path):
     assert (tmp_path / "run" / "iter0" / "policy" / "chat_template.jinja").read_text() == template.read_text()
 
 
-def test_two_policies_are_measured_against_each_other(played):
+def test_evaluate_two_policies(played):
     words = [f"model.path={played.folder}/run/iter1/policy", f"evaluation.against={played.folder}/run/iter0/policy"]
     done = played.play("stage=evaluate", *words, run="against")
     shown = json.loads((played.folder / "against" / "game.json").read_text())
@@ -309,15 +316,15 @@ def test_two_policies_are_measured_against_each_other(played):
     assert "no difference seen" in played.play("stage=evaluate", *same, run="itself").stdout
 
 
-def test_prompts_that_a_policy_was_trained_on_are_not_held_out_for_it(played):
-    """With another seed others are held out: some of those that this policy was trained on are among them."""
+def test_trained_prompts_are_not_measured(played):
+    """Another seed holds out other prompts; those that the policy was trained on are left out."""
     policy = f"model.path={played.folder}/run/iter1/policy"
     done = played.play("stage=evaluate", policy, "seed=5", run="elsewhere")
     assert re.search(r"\d+ prompts are not held out: the model was trained on them", done.stdout)
-    trained = {pair.prompt for t in (0, 1) for pair in read_pairs(played.folder / "run" / f"iter{t}" / "pairs.parquet")}
+    trained = {pair.prompt for t in (0, 1) for pair in pairs_in(played.folder / "run" / f"iter{t}" / "pairs.parquet")}
     stages = json.loads((played.folder / "elsewhere" / "stages.json").read_text())["stages"]
     measured = {
-        pair.prompt for stage in stages for pair in read_pairs(played.folder / "store" / stage / "held_out.parquet")
+        pair.prompt for stage in stages for pair in pairs_in(played.folder / "store" / stage / "held_out.parquet")
     }
     assert len(measured) == 8 and not trained & measured
     done = played.play("stage=evaluate", policy, "seed=5", "data.held_out=24", "data.size=24", run="more")
@@ -325,7 +332,7 @@ def test_prompts_that_a_policy_was_trained_on_are_not_held_out_for_it(played):
     assert held_out == 24  # the set has 48, of which 24 were trained on
 
 
-def test_a_checked_task_gets_exact_match(played, tmp_path):
+def test_exact_match(played, tmp_path):
     words = ["data=task", "data.path=builtin:sum", "data.size=60", "data.held_out=10", "iter=0"]
     played.play(*words, f"hydra.run.dir={tmp_path}/sum")
     game = json.loads((tmp_path / "sum" / "game.json").read_text())
@@ -334,7 +341,7 @@ def test_a_checked_task_gets_exact_match(played, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
         (["stage=evaluate", "evaluation=none"], "needs evaluation.enabled=true"),
         (["stage=measure"], "must be game or evaluate"),
@@ -344,6 +351,6 @@ def test_a_checked_task_gets_exact_match(played, tmp_path):
         (["data=task", "data.path=builtin:chess"], "there are sort, sum, reverse"),
     ],
 )
-def test_settings_of_the_evaluation_that_do_not_go(played, words, says, tmp_path):
+def test_invalid_evaluation_settings(played, words, message, tmp_path):
     done = played.play(*words, f"hydra.run.dir={tmp_path}/run", status=1)
-    assert says in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1
