@@ -27,7 +27,8 @@ from spin.pipeline import external as exams
 from spin.pipeline import plan
 from spin.pipeline.external import Exams
 from spin.pipeline.stages import Evaluated, Scored, Stages, Trained, check_room, counted, replayed
-from spin.reporting import report
+from spin.reporting.report import write_report
+from spin.reporting.summary import print_summary
 from spin.runtime import process_group as ranks
 from spin.runtime import signals as interrupt
 from spin.runtime.errors import UserError
@@ -202,9 +203,9 @@ def _play(config: Config, folder: Path, command: str, composed: str | None, trac
         "peak_memory_gib": round(peak, 2),
     }
     write_text(folder / "game.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-    page = report.write_report(folder, summary)
+    page = write_report(folder, summary)
     stages.store.refer(folder, stages.used, only=True)
-    report.print_summary(summary, tracker.console)
+    print_summary(summary, tracker.console)
     if stages.played == 0:
         tracker.say("Everything was done before: nothing was computed again.")
     else:

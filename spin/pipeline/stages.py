@@ -516,7 +516,7 @@ class Stages:
             "prompts": fingerprint(examples),
             "seed": self.config.seed,
             "stop_ids": sorted(self.stop_ids),
-            "opponent": _content(before.held_out.pairs) if before else None,
+            "opponent": before.held_out.digest if before else None,
             "bootstrap": resamples,
             "check": self.config.data.check,
             "embedder": self._embedder_id(),
@@ -540,16 +540,15 @@ class Stages:
             logps = self._logps(work, model, policy, items).view(len(pairs), -1)
             if not self.ranks.is_main_process:
                 return {}
-            scored = with_opponent_logps(pairs, logps[:, :2])
-            found = self._features(scored)
+            found = self._features(pairs)
             held_out = HeldOut(
-                scored,
-                logps[:, 2].tolist() if before else None,
+                pairs,
+                dict(zip(("real", "generated", "opponent_generated"), logps.double().numpy().T, strict=False)),
                 classifier_scores(found),
                 clusters(found, self.config.seed),
-                correct(scored, self.config.data.check),
+                correct(pairs, self.config.data.check),
             )
-            write_parquet(scored, work.folder / "held_out.parquet")
+            write_parquet(pairs, work.folder / "held_out.parquet")
             result = measures(held_out, before.held_out if before else None, resamples, self.config.seed)
             facts = {"measures": result, "per_prompt": held_out.per_prompt}
             (work.folder / "evaluation.json").write_text(json.dumps(facts, indent=2) + "\n")
@@ -876,11 +875,6 @@ def replayed(replay: str, iteration: int) -> list[int]:
 def _seed(seed: int, part: int) -> int:
     """A seed of its own for each part of the game."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{part}".encode()).digest()[:4], "big")
-
-
-def _content(pairs: Sequence[Pair]) -> str:
-    """A hash of all that pairs hold, log-probs included."""
-    return hashlib.sha256(json.dumps([asdict(pair) for pair in pairs]).encode()).hexdigest()
 
 
 def _name(path: str) -> str:

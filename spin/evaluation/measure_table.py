@@ -1,0 +1,157 @@
+"""The held-out measures in one table: what each is called and means, which values are good, how it is printed."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeGuard
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A measure of a policy on held-out prompts.
+
+    `name` is its key in game.json, sweep.csv and W&B; `<name>_interval` has the ends of its 95 % interval. `heading` is its
+    column on the console, of two lines; a measure without one is in the report only. `better` says which values are good
+    ("near" is near `ideal`); None where a measure describes a policy but does not rank it. A measure is left out where
+    there are fewer than `min_prompts` held-out prompts.
+    """
+
+    name: str
+    title: str
+    unit: str
+    meaning: str
+    heading: str = ""
+    better: Literal["lower", "higher", "near"] | None = None
+    ideal: float | None = None
+    format: str = ".2f"
+    min_prompts: int = 1
+
+    @property
+    def goal(self) -> str:
+        return f"{self.ideal:g} is ideal" if self.better == "near" else f"{self.better} is better"
+
+    def badness(self, value: float) -> float:
+        """How far a value is from good: of two policies the one with the lower badness is better."""
+        if self.better == "near":
+            assert self.ideal is not None
+            return abs(value - self.ideal)
+        return value if self.better == "lower" else -value
+
+    def show(self, value: float | None) -> str:
+        return show(value, self.format)
+
+    def show_interval(self, row: Mapping[str, Any], template: str) -> str:
+        """`template` with the ends of the interval in an evaluation; empty where they are not known."""
+        ends = row.get(f"{self.name}_interval")
+        return template.format(*map(self.show, ends)) if is_known(ends) else ""
+
+
+# With so many prompts the measure catches human answers to other prompts in at least 80 % of samples (docs/evaluation.md).
+CLASSIFIER_PROMPTS, MAUVE_PROMPTS = 40, 25
+SHARE, PAIRS, TOKENS = "share of prompts", "share of answer pairs", "tokens"
+# In the order in which they are shown. The first known one of those that rank policies sorts a sweep.
+_MEASURES = (
+    Measure("exact_match", "right answers", SHARE, "answers that pass the check, pass@1", "right\nanswers", "higher"),
+    Measure(
+        "classifier_auc",
+        "classifier AUC",
+        PAIRS,
+        "how often a classifier of words, letters, lengths and what answer and prompt share, cross-validated over prompts, "
+        "finds a human answer more human than a model answer; 0.5 where it can't tell them apart",
+        "classif.\nAUC",
+        "near",
+        0.5,
+        min_prompts=CLASSIFIER_PROMPTS,
+    ),
+    Measure(
+        "human_likelier",
+        "human likelier",
+        SHARE,
+        "the policy gives the human answer a higher log-probability per token than its own; 0.5 is ideal",
+        "human\nlikelier",
+        "near",
+        0.5,
+    ),
+    Measure(
+        "nll_per_token",
+        "NLL of human answers",
+        "nats per token",
+        "negative log-likelihood of the human answers",
+        "NLL\nnats/token",
+        "lower",
+        format=".3f",
+    ),
+    Measure(
+        "mauve",
+        "MAUVE",
+        "likeness",
+        "likeness of the distributions of human and model answers, at most 1",
+        "\nMAUVE",
+        "higher",
+        min_prompts=MAUVE_PROMPTS,
+    ),
+    Measure("mauve_if_equal", "MAUVE if equal", "likeness", "what MAUVE comes to where the distributions are equal"),
+    Measure(
+        "length_auc",
+        "length AUC",
+        PAIRS,
+        "how often a human answer is longer than a model answer; 0.5 is ideal",
+        "length\nAUC",
+        "near",
+        0.5,
+    ),
+    Measure(
+        "rouge_l",
+        "ROUGE-L",
+        "F1",
+        "longest common subsequence of words with the human answer",
+        better="higher",
+    ),
+    Measure("model_length", "model length", TOKENS, "mean length of the model answers", "model\ntokens", format=".0f"),
+    Measure("human_length", "human length", TOKENS, "mean length of the human answers", "human\ntokens", format=".0f"),
+    Measure("finished", "finished", "share of answers", "the policy ended the answer itself"),
+    Measure("distinct_2", "distinct-2", "share of word pairs", "distinct word pairs within each answer"),
+    Measure(
+        "diversity",
+        "diversity",
+        "model / human",
+        "distinct word pairs over all model answers, against the human answers; 1 is ideal",
+        ideal=1.0,
+    ),
+    Measure(
+        "margin",
+        "margin",
+        "nats",
+        "the SPIN margin over the policy's own opponent, without beta; not comparable between iterations",
+        "margin\nnats",
+    ),
+    Measure("accuracy", "accuracy", SHARE, "the margin is above 0; not comparable between iterations"),
+)
+MEASURES = {measure.name: measure for measure in _MEASURES}
+COMPARED = [measure for measure in _MEASURES if measure.better]
+
+
+def known_measures(rows: Iterable[Mapping[str, Any]]) -> list[Measure]:
+    """The measures that at least one of the evaluations `rows` has."""
+    rows = list(rows)
+    return [measure for measure in _MEASURES if any(is_known(row.get(measure.name)) for row in rows)]
+
+
+def missing_prompts(n: int) -> list[str]:
+    """The measures that too few held-out prompts leave out: "MAUVE: needs 25 held-out prompts, there are 8"."""
+    return [
+        f"{measure.title}: needs {measure.min_prompts} held-out prompts, there are {n}"
+        for measure in _MEASURES
+        if n < measure.min_prompts
+    ]
+
+
+def is_known(value: Any) -> TypeGuard[Any]:
+    """Whether a number is there and finite; of an interval, both ends."""
+    if isinstance(value, (list, tuple)):
+        return all(is_known(end) for end in value)
+    return value is not None and math.isfinite(value)
+
+
+def show(value: float | None, form: str) -> str:
+    return f"{value:{form}}" if is_known(value) else "–"
