@@ -34,6 +34,7 @@ def broken(own: list[str], human: list[str]) -> dict[str, list[str] | None]:
 
 def main(words: list[str]) -> dict[str, dict]:
     from hydra import compose, initialize_config_dir
+    from spin.pipeline.stages import Stages
 
     import run  # registers the resolvers that conf/ uses
     from spin.config import schema
@@ -42,8 +43,7 @@ def main(words: list[str]) -> dict[str, dict]:
     from spin.evaluation.measures import HeldOut, measures
     from spin.evaluation.two_sample import classifier_scores, clusters, features
     from spin.game import turns
-    from spin.method.pairs import as_continuations, with_opponent_logps
-    from spin.pipeline.stages import Stages
+    from spin.method.pairs import as_continuations
     from spin.runtime.tracking import Tracker
 
     assert run
@@ -69,7 +69,8 @@ def main(words: list[str]) -> dict[str, dict]:
         ]
         logps = compute_logps(model, as_continuations(changed), stages.forward(model, last.policy)).view(-1, 2)
         x = features([p.prompt for p in changed], [p.real for p in changed], texts)
-        held_out = HeldOut(with_opponent_logps(changed, logps), None, classifier_scores(x), clusters(x, config.seed))
+        policy_logps = dict(zip(("real", "generated"), logps.double().numpy().T, strict=True))
+        held_out = HeldOut(changed, policy_logps, classifier_scores(x), clusters(x, config.seed))
         found[kind] = measures(held_out, None, config.evaluation.bootstrap, config.seed)
     return found
 

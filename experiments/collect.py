@@ -19,7 +19,7 @@ import numpy as np
 import yaml
 from matplotlib.figure import Figure
 
-from spin.reporting.report import STYLE
+from spin.reporting.figures import STYLE
 
 HERE = Path(__file__).parent
 RUNS = Path("outputs/studies")

@@ -102,6 +102,7 @@ class SpinSweeper(BasicSweeper):
         OmegaConf.save(self.config, folder / "multirun.yaml")
 
         from spin.pipeline import points as sweep_points
+        from spin.reporting.sweep_rows import RECORD, Point
 
         ready = [job for job in jobs if job.config and job.folder]
         for job in jobs:
@@ -120,9 +121,9 @@ class SpinSweeper(BasicSweeper):
         say(f"{len(jobs)} points in {folder}: {counts}")
         for job in missing:
             assert job.folder
-            (job.folder / sweep_points.RECORD).unlink(missing_ok=True)  # what became of it last time
+            (job.folder / RECORD).unlink(missing_ok=True)  # what became of it last time
         died = self._launch(missing)
-        points = [sweep_points.Point(job.swept, job.folder, job.problem or died.get(job.overrides)) for job in jobs]
+        points = [Point(job.swept, job.folder, job.problem or died.get(job.overrides)) for job in jobs]
         failed = self._report(folder, points, ready, bool(missing))
         if failed:
             sys.exit(f"error: {failed} of {len(jobs)} points have no result; {folder / 'sweep.md'} says why.")
@@ -182,10 +183,10 @@ class SpinSweeper(BasicSweeper):
         again by itself (it waits for its own lock, and goes on from what was kept), the rest together. A point that was
         asked to stop is left as it is. Raises UserError where nothing can be launched at all.
         """
-        from spin.pipeline import points as sweep_points
+        from spin.reporting.sweep_rows import read_record
 
         def status(job: Job) -> str | None:
-            return sweep_points.read_record(job.folder).get("status") if job.folder else None
+            return read_record(job.folder).get("status") if job.folder else None
 
         assert self.launcher is not None
         died: dict[tuple[str, ...], str] = {}

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from experiments.chains import answer_logps
 from experiments.collect import COLOURS, MARKERS, RUNS, Row, mean_interval, read, write
 from spin.method.objectives import spin_loss
-from spin.reporting.report import STYLE
+from spin.reporting.figures import STYLE
 
 LETTERS = "abcd"
 HUMAN = (0.4, 0.3, 0.2, 0.1)

@@ -1,9 +1,10 @@
-"""Can own answers be told from human ones? A classifier two-sample test, and a divergence of the MAUVE kind.
+"""Can model answers be told from human ones? A classifier two-sample test, and a divergence of the MAUVE kind.
 
-The fixed point of SPIN is a policy whose answers have the humans' distribution (Theorem 5.2 of the paper). Both look at
-an answer together with its prompt: good answers to the wrong prompts do not pass.
+The fixed point of SPIN is a policy whose answers have the human distribution (Theorem 5.2 of the paper). Both look at an
+answer together with its prompt: good answers to the wrong prompts do not pass.
 """
 
+import contextlib
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -24,48 +25,42 @@ MIXTURES = np.linspace(0, 1, 27)[1:-1]
 SWAPS = 200  # draws of what equal distributions would give
 
 
-def features(prompts: Sequence[str], real: Sequence[str], own: Sequence[str]) -> Features:
+def features(prompts: Sequence[str], real: Sequence[str], generated: Sequence[str]) -> Features:
     """[2 * prompts, features], human answers first: word and character n-grams (tf-idf), and a few numbers.
 
-    The numbers: length in words and characters, words that are repeated, and how much answer and prompt have in common.
-    They know neither which answers are human nor any of the policy's log-probs.
+    The numbers: length in words and characters, repeated words, and how much answer and prompt have in common. Neither
+    the labels nor the policy's log-probs are among them.
     """
-    from scipy.sparse import (  # here and below: the import takes a second that most runs need not spend
-        csr_matrix,
-        hstack,
-    )
+    from scipy.sparse import csr_matrix, hstack  # here and below: the import takes a second
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.preprocessing import StandardScaler
 
-    answers, both = [*real, *own], [*prompts, *prompts]
+    answers = [*real, *generated]
     columns = []
-    for analyzer, longest in (("word", 2), ("char_wb", 3)):
-        pattern = {"token_pattern": r"(?u)\b\w+\b|[^\w\s]"} if analyzer == "word" else {}
-        ngrams = TfidfVectorizer(analyzer=analyzer, ngram_range=(1, longest), sublinear_tf=True, min_df=2, **pattern)
-        try:
-            columns.append(ngrams.fit_transform(answers))
-        except ValueError:  # no n-gram stands in two answers
-            continue
-    numbers = np.array([_numbers(prompt, answer) for prompt, answer in zip(both, answers, strict=True)])
+    words = {"analyzer": "word", "ngram_range": (1, 2), "token_pattern": r"(?u)\b\w+\b|[^\w\s]"}
+    for ngrams in (words, {"analyzer": "char_wb", "ngram_range": (1, 3)}):
+        with contextlib.suppress(ValueError):  # no n-gram is in two answers
+            columns.append(TfidfVectorizer(sublinear_tf=True, min_df=2, **ngrams).fit_transform(answers))
+    numbers = np.array([_numbers(prompt, answer) for prompt, answer in zip([*prompts, *prompts], answers, strict=True)])
     columns.append(csr_matrix(0.5 * StandardScaler().fit_transform(numbers)))
     return hstack(columns).tocsr()
 
 
 def _numbers(prompt: str, answer: str) -> list[float]:
-    asked, said = (re.findall(r"\w+", text.lower()) for text in (prompt, answer))
-    shared = set(asked) & set(said)
+    prompt_words, words = (re.findall(r"\w+", text.lower()) for text in (prompt, answer))
+    shared = set(prompt_words) & set(words)
     return [
-        np.log1p(len(said)),
+        np.log1p(len(words)),
         np.log1p(len(answer)),
-        len(set(said)) / max(1, len(said)),
-        len(shared) / max(1, len(set(asked))),
-        sum(word in shared for word in said) / max(1, len(said)),
+        len(set(words)) / max(1, len(words)),
+        len(shared) / max(1, len(set(prompt_words))),
+        sum(word in shared for word in words) / max(1, len(words)),
         sum(len(word) for word in shared) / max(1, len(answer)),
     ]
 
 
 def classifier_scores(x: Features) -> np.ndarray:
-    """[2, prompts]: how human a classifier finds each human answer (row 0) and each own one (row 1).
+    """[2, prompts]: how human a classifier finds each human answer (row 0) and each model answer (row 1).
 
     Logistic regression, cross-validated over prompts: both answers to a prompt are scored by a classifier that has seen
     neither. The AUC of these scores is 0.5 where the distributions are equal (Lopez-Paz and Oquab, 2017, use accuracy).
@@ -84,7 +79,7 @@ def classifier_scores(x: Features) -> np.ndarray:
 
 
 def clusters(x: Features, seed: int) -> np.ndarray:
-    """[2, prompts]: which cluster each answer is in, human answers in row 0. Found without knowing which are human."""
+    """[2, prompts]: the cluster of each answer, human answers in row 0. Clustering does not see which are human."""
     from sklearn.cluster import KMeans
     from sklearn.decomposition import TruncatedSVD
 
@@ -95,47 +90,52 @@ def clusters(x: Features, seed: int) -> np.ndarray:
     return KMeans(count, n_init=5, random_state=seed).fit_predict(space).reshape(2, -1)
 
 
-def mauve(real: np.ndarray, own: np.ndarray) -> float:
+def mauve(real: np.ndarray, generated: np.ndarray) -> float:
     """How alike two samples of clusters are: 1 for equal shares, 0 for none in common.
 
     The area under the divergence curve of Pillutla et al. (2021), section 2.1: for mixtures R of the two distributions P
-    (human) and Q (own), the points exp(-c KL(Q|R)), exp(-c KL(P|R)). Theirs clusters the states of a large model.
+    (human) and Q (model), the points exp(-c KL(Q|R)), exp(-c KL(P|R)). Theirs clusters the states of a large model.
     """
-    count = int(max(real.max(), own.max())) + 1
-    p, q = (np.bincount(sample, minlength=count) / len(sample) for sample in (real, own))
+    count = int(max(real.max(), generated.max())) + 1
+    p, q = (np.bincount(sample, minlength=count) / len(sample) for sample in (real, generated))
     r = MIXTURES[:, None] * p + (1 - MIXTURES[:, None]) * q
-    y, x = (np.exp(-SCALE * _divergence(one, r)) for one in (p, q))
+    y, x = (np.exp(-SCALE * _kl(distribution, r)) for distribution in (p, q))
     x, y = np.array([1.0, *x, 0.0]), np.array([0.0, *y, 1.0])  # its ends, where R is one of the two
     order = np.lexsort((-y, x))
     return float(np.trapezoid(y[order], x[order]))
 
 
-def _divergence(p: np.ndarray, r: np.ndarray) -> np.ndarray:
+def _kl(p: np.ndarray, r: np.ndarray) -> np.ndarray:
     """KL(p | r) of one distribution to each row of r, nats."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(p > 0, p * np.log(p / r), 0.0).sum(-1)
 
 
-def mauve_if_equal(found: np.ndarray, seed: int) -> float:
-    """What `mauve` comes to, at the median, where human and own answers have one distribution: below 1, since two samples
-    of one distribution differ. From swapping the two answers of prompts at random, which changes nothing about such answers.
-    """
+def mauve_if_equal(labels: np.ndarray, seed: int) -> float:
+    """The median of `mauve` if human and model answers have one distribution: below 1, since two samples of one
+    distribution differ. Computed from `labels` [2, prompts] with the two answers of random prompts swapped, which
+    changes nothing about such answers."""
     rng = np.random.default_rng(seed)
     values = []
     for _ in range(SWAPS):
-        swap = rng.random(found.shape[1]) < 0.5
-        values.append(mauve(np.where(swap, found[1], found[0]), np.where(swap, found[0], found[1])))
+        swap = rng.random(labels.shape[1]) < 0.5
+        values.append(mauve(np.where(swap, labels[1], labels[0]), np.where(swap, labels[0], labels[1])))
     return float(np.median(values))
 
 
 def check_embedder(model: str) -> None:
-    """Raise UserError if `model` is no embedding model that can be opened; loads no weights."""
+    """Raise UserError if `model` is not an embedding model that can be opened; loads no weights."""
     from transformers import AutoConfig, AutoTokenizer
 
+    _load_parts(model, AutoConfig, AutoTokenizer)
+
+
+def _load_parts(model: str, *classes: Any, **settings: Any) -> list[Any]:
     try:
-        AutoConfig.from_pretrained(model, trust_remote_code=False)
-        AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        return [cls.from_pretrained(model, trust_remote_code=False, **settings) for cls in classes]
     except Exception as error:  # a library reads a user's files: whatever it raises is about them
+        if user_message(error) is not None:
+            raise
         raise UserError(f"evaluation.embedder={model}: no embedding model can be loaded ({brief(error)}).") from error
 
 
@@ -147,26 +147,21 @@ def embed(model: str, prompts: Sequence[str], answers: Sequence[str], device: to
     """
     from transformers import AutoModel, AutoTokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-        encoder = AutoModel.from_pretrained(model, trust_remote_code=False, use_safetensors=True)
-    except Exception as error:  # a library reads a user's files: whatever it raises is about them
-        if user_message(error) is not None:
-            raise
-        raise UserError(f"evaluation.embedder={model}: no embedding model can be loaded ({brief(error)}).") from error
-    torch.nn.Module.to(encoder, device).eval()
+    (tokenizer,) = _load_parts(model, AutoTokenizer)
+    (encoder,) = _load_parts(model, AutoModel, use_safetensors=True)
+    encoder.to(device).eval()
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     longest = min(tokenizer.model_max_length, getattr(encoder.config, "max_position_embeddings", 512), 512)
     rows = []
     for prompt, answer in zip(prompts, answers, strict=True):
-        # One by one: padding would change what some models give.
+        # One by one: padding would change the states of some models.
         inputs = tokenizer(f"{prompt}\n\n{answer}", truncation=True, max_length=longest, return_tensors="pt").to(device)
         rows.append(encoder(**inputs).last_hidden_state[0].float().mean(0).cpu().numpy())
     return np.stack(rows)
 
 
 def with_embeddings(x: Features, embeddings: np.ndarray) -> Features:
-    """Features with the states of an embedding model, each scaled to weigh together what the n-grams do."""
+    """Features with the states of an embedding model, scaled to weigh together as much as the n-grams."""
     from scipy.sparse import csr_matrix, hstack
     from sklearn.preprocessing import StandardScaler
 

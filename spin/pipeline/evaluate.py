@@ -60,7 +60,7 @@ class Evaluate(Stage[Evaluation]):
             "prompts": fingerprint(run.data.held_out),
             "seed": run.config.seed,
             "stop_ids": sorted(run.stop_ids),
-            "opponent": opponent[0].key if opponent else None,
+            "opponent": opponent[0].held_out.digest if opponent else None,
             "bootstrap": run.config.evaluation.bootstrap,
             "check": run.config.data.check,
             "embedder": _embedder_id(run.config.evaluation.embedder),

@@ -1,4 +1,4 @@
-"""The record of a sweep's point."""
+"""Playing the points of a sweep, and finding those that are done."""
 
 import contextlib
 import functools
@@ -6,30 +6,17 @@ import hashlib
 import json
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import spin
 from spin.config.schema import Config
+from spin.reporting.sweep_rows import RECORD, read_record
 from spin.runtime.errors import brief, user_message
 from spin.runtime.files import write_text
 from spin.runtime.signals import Interrupted
 from spin.runtime.store import STAGES, VERSION
-
-RECORD = "point.json"  # in a point's folder: what became of it, and what it was made of
-
-
-@dataclass(frozen=True)
-class Point:
-    """One point of a sweep: the values of what differs between points, its folder (None: it could not be composed), and why
-    there can be no result, where that is known without its folder."""
-
-    swept: dict[str, str]
-    folder: Path | None
-    problem: str | None = None
-
-
-# --- what became of a point -------------------------------------------------------------------------------------------
 
 
 def record_status(folder: Path, status: str, **more: Any) -> None:
@@ -39,8 +26,8 @@ def record_status(folder: Path, status: str, **more: Any) -> None:
 
 
 def play_point(config: Config, folder: Path, play: Callable[[], object]) -> None:
-    """Play the point in `folder`, and write down what became of it: where it fails the others go on."""
-    ingredients = content_hash(config)
+    """Play the point in `folder` and record its status. A failure is recorded and not raised: the other points go on."""
+    made_of = content_hash(config)
     record_status(folder, "playing")
     try:
         play()
@@ -51,74 +38,60 @@ def play_point(config: Config, folder: Path, play: Callable[[], object]) -> None
         trace = {}
         if (reason := user_message(error)) is None:
             traceback.print_exc()
-            reason = (
-                f"{type(error).__name__}: {brief(error)} (no fault of yours; {RECORD} in its folder has the traceback)"
-            )
+            reason = f"{type(error).__name__}: {brief(error)} (a bug in spin; {RECORD} in its folder has the traceback)"
             trace = {"traceback": traceback.format_exc()}
         record_status(folder, "failed", reason=reason, **trace)
-        with contextlib.suppress(OSError):  # nobody may be left to read it
+        with contextlib.suppress(OSError):  # the terminal may be gone
             print(f"this point failed: {reason}", flush=True)
     else:
-        record_status(folder, "done", made_of=ingredients)
-
-
-def read_record(folder: Path) -> dict:
-    """What `note` wrote last; empty where nothing is there or it can't be read."""
-    try:
-        found = json.loads((folder / RECORD).read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        record_status(folder, "done", made_of=made_of)
 
 
 def content_hash(config: Config) -> str | None:
-    """A hash of all that decides a point's results, as far as it can be had without loading anything: settings, this
-    program's text, and the size and time of every file that a setting names. None where that is not enough: a name on the
-    hub with no revision may mean something else tomorrow.
+    """A hash of all that decides a point's results and is known without loading anything: settings, the text of this
+    program, and size and time of every file that a setting names. None if a model or data set of the hub has no revision:
+    its content may change.
     """
     settings = asdict(config)
     for name in ("plan", "tracking", "checkpoint"):  # they change no result
         del settings[name]
-    hub = {"model": settings["model"]["path"], "data": settings["data"]["path"]}
-    if any(
-        path and ":" not in path and not _exists(path) and not settings[group]["revision"]
-        for group, path in hub.items()
-    ):
+    sources = [(settings[group]["path"], settings[group]["revision"]) for group in ("model", "data")]
+    if any(path and ":" not in path and not _exists(path) and not revision for path, revision in sources):
         return None
-    named = [*hub.values(), *(value for value in settings["evaluation"].values() if isinstance(value, str))]
-    files = [_files(Path(path).expanduser()) for path in named if path and _exists(path)]
-    return hashlib.sha256(json.dumps([VERSION, settings, files, _program()], sort_keys=True).encode()).hexdigest()
+    named = [path for path, _ in sources] + [v for v in settings["evaluation"].values() if isinstance(v, str)]
+    files = [_stats_of_files(Path(path).expanduser()) for path in named if path and _exists(path)]
+    return hashlib.sha256(json.dumps([VERSION, settings, files, _program_hash()], sort_keys=True).encode()).hexdigest()
 
 
 def _exists(path: str) -> bool:
     try:
         return Path(path).expanduser().exists()
-    except (OSError, RuntimeError):  # no path at all
+    except (OSError, RuntimeError):  # not a path
         return False
 
 
-def _files(path: Path) -> list:
-    found = sorted(path.rglob("*")) if path.is_dir() else [path]
-    return [[str(one), one.stat().st_size, one.stat().st_mtime_ns] for one in found if one.is_file()]
+def _stats_of_files(path: Path) -> list:
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
 
 
 @functools.cache
-def _program() -> str:
-    folder = Path(__file__).parent
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.rglob("*.py")))).hexdigest()
+def _program_hash() -> str:
+    package = Path(spin.__file__).parent
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(package.rglob("*.py")))).hexdigest()
 
 
 def is_done(folder: Path, config: Config) -> bool:
-    """Has this very point been played to its end, and is what it left still there?"""
+    """Whether this very point was played to its end and all of its results are still there."""
     record = read_record(folder)
     if record.get("status") != "done" or record.get("made_of") is None or record["made_of"] != content_hash(config):
         return False
-    shown = ["game.json", "report.md"]
+    results = ["game.json", "report.md"]
     if config.stage == "game":
-        shown.append(f"iter{config.iterations - 1}/policy")
+        results.append(f"iter{config.iterations - 1}/policy")
     try:
         stages = json.loads((folder / STAGES).read_bytes())
         manifests = [Path(stages["store"]) / stage / "manifest.json" for stage in stages["stages"]]
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return all(path.exists() for path in [*(folder / name for name in shown), *manifests])
+    return all(path.exists() for path in [*(folder / name for name in results), *manifests])

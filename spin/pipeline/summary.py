@@ -9,7 +9,8 @@ from spin.evaluation.measures import differences
 from spin.pipeline.evaluate import Evaluation
 from spin.pipeline.record import IterationRecord
 from spin.pipeline.stage import Player
-from spin.reporting import report
+from spin.reporting.report import write_report
+from spin.reporting.summary import print_summary
 from spin.runtime.files import write_text
 from spin.runtime.progress import format_seconds
 
@@ -19,9 +20,9 @@ def finish(player: Player, records: Sequence[IterationRecord], command: str) -> 
     run = player.run
     summary = summarize(player, records, command)
     write_text(run.folder / "game.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-    page = report.write_report(run.folder, summary)
+    page = write_report(run.folder, summary)
     run.store.refer(run.folder, player.references, only=True)
-    report.print_summary(summary, run.tracker.console)
+    print_summary(summary, run.tracker.console)
     if player.built == 0:
         run.say("All stages were reused: nothing was computed again.")
     else:

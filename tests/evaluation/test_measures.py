@@ -7,36 +7,44 @@ import numpy as np
 import pytest
 
 from spin.evaluation.answer_checks import CHECKS, correct
+from spin.evaluation.measure_table import MEASURES, missing_prompts
 from spin.evaluation.measures import HeldOut, differences, diversity, held_out_margins, held_out_of, measures, rouge_l
 from spin.method.pairs import Pair
 
 
-def pair(
-    i: int, real_logp: float, own_logp: float, real_length=10, own_length=10, finish="stop", own="a b c d"
-) -> Pair:
+def pair(i: int, real_length=10, model_length=10, finish="stop", generated="a b c d") -> Pair:
     return Pair(
         id=f"e{i}",
         prompt="",
         real="a b c d",
-        generated=own,
+        generated=generated,
         finish_reason=finish,
         prompt_ids=(1,),
         real_ids=(2,) * real_length,
-        generated_ids=(3,) * own_length,
-        opponent_logp_real=real_logp,
-        opponent_logp_generated=own_logp,
+        generated_ids=(3,) * model_length,
     )
 
 
-def test_measures_follow_their_definitions():
-    now = HeldOut([pair(0, -10, -30), pair(1, -20, -10, own_length=5, finish="length", own="x y")], [-29.0, -11.0])
-    before = HeldOut([pair(0, -15, -25), pair(1, -22, -12)])
+def held_out(pairs: list[Pair], real, generated, opponent_generated=None, **arrays) -> HeldOut:
+    logps = {"real": real, "generated": generated, "opponent_generated": opponent_generated}
+    arrays_of = {
+        name: np.broadcast_to(np.asarray(values, float), len(pairs))
+        for name, values in logps.items()
+        if values is not None
+    }
+    return HeldOut(pairs, arrays_of, **arrays)
+
+
+def test_definitions():
+    pairs = [pair(0), pair(1, model_length=5, finish="length", generated="x y")]
+    now = held_out(pairs, [-10, -20], [-30, -10], [-29, -11])
+    before = held_out([pair(0), pair(1)], [-15, -22], [-25, -12])
     result = measures(now, before, 200, 0)
     assert result["n"] == 2
     assert result["nll_per_token"] == pytest.approx(30 / 20)
     assert result["human_likelier"] == 0.75  # -1 against -3 a token: won; -2 against -2: a tie
     assert result["length_auc"] == pytest.approx((0.5 + 1 + 0.5 + 1) / 4)
-    assert result["own_length"] == 7.5 and result["human_length"] == 10
+    assert result["model_length"] == 7.5 and result["human_length"] == 10
     assert result["finished"] == 0.5
     assert result["rouge_l"] == pytest.approx(0.5)
     # (-10 + 15) - (-29 + 25) = 9 and (-20 + 22) - (-11 + 12) = 1
@@ -44,26 +52,26 @@ def test_measures_follow_their_definitions():
     assert result["margin"] == 5 and result["accuracy"] == 1
 
 
-def test_a_policy_equal_to_the_humans_cannot_be_told_and_a_broken_one_is():
+def test_equal_and_broken_policies():
     rng = np.random.default_rng(0)
     texts = [" ".join(map(str, rng.integers(0, 60, 8))) for _ in range(300)]
     lengths = rng.integers(5, 20, (2, 300))
     logps = -lengths * rng.gamma(4, 0.5, (2, 300))
-    equal = [pair(i, logps[0, i], logps[1, i], lengths[0, i], lengths[1, i], own=texts[i]) for i in range(300)]
-    fair = measures(HeldOut(equal), None, 300, 0)
+    equal = [pair(i, lengths[0, i], lengths[1, i], generated=texts[i]) for i in range(300)]
+    fair = measures(held_out(equal, *logps), None, 300, 0)
     for name in ("human_likelier", "length_auc"):
         low, high = fair[f"{name}_interval"]
         assert low < 0.5 < high, name
-    broken = [pair(i, -30, -1, 15, 3, own="the the the the the") for i in range(300)]
-    caught = measures(HeldOut(broken), None, 300, 0)
+    broken = [pair(i, 15, 3, generated="the the the the the") for i in range(300)]
+    caught = measures(held_out(broken, -30, -1), None, 300, 0)
     assert caught["human_likelier"] == 0 and caught["length_auc"] == 1
     assert caught["distinct_2"] == 0.25 and fair["distinct_2"] > 0.95 and caught["rouge_l"] == 0
 
 
-def test_intervals_hold_the_value_and_narrow_with_more_prompts():
+def test_intervals_narrow_with_more_prompts():
     def width(n):
         rng = np.random.default_rng(1)
-        result = measures(HeldOut([pair(i, -10 - rng.random() * 9, -15) for i in range(n)]), None, 500, 0)
+        result = measures(held_out([pair(i) for i in range(n)], -10 - 9 * rng.random(n), -15), None, 500, 0)
         low, high = result["nll_per_token_interval"]
         assert low <= result["nll_per_token"] <= high
         return high - low
@@ -86,25 +94,51 @@ def test_rouge_l(candidate, reference, expected):
     assert math.isclose(rouge_l(candidate, reference), expected)
 
 
-def test_what_is_stored_of_an_evaluation_comes_back():
+def test_json_round_trip():
     rng = np.random.default_rng(0)
-    pairs = [pair(i, -10, -12) for i in range(4)]
-    whole = HeldOut(pairs, [1.0] * 4, rng.normal(size=(2, 4)), rng.integers(0, 3, (2, 4)), np.array([1.0, 0, 0, 1]))
-    for one in (whole, HeldOut(pairs)):
-        again = held_out_of(pairs, json.loads(json.dumps(one.per_prompt)))
-        assert measures(one, None, 50, 0) == measures(again, None, 50, 0)
+    pairs = [pair(i) for i in range(30)]
+    arrays = {
+        "scores": rng.normal(size=(2, 30)),
+        "clusters": rng.integers(0, 3, (2, 30)),
+        "correct": rng.integers(0, 2, 30),
+    }
+    first = held_out(pairs, rng.normal(size=30), -12)
+    last = held_out(pairs, rng.normal(size=30), -12.5, rng.normal(size=30), **arrays)
+    again = [held_out_of(pairs, json.loads(json.dumps(one.per_prompt))) for one in (first, last)]
+    assert measures(again[0], None, 50, 0) == measures(first, None, 50, 0)
+    assert measures(again[1], again[0], 50, 0) == measures(last, first, 50, 0)
+    assert "opponent_generated" not in again[0].policy_logps and [one.digest for one in again] == [
+        first.digest,
+        last.digest,
+    ]
+    assert first.digest != last.digest
+
+
+@pytest.mark.parametrize("name", ["mauve", "classifier_auc"])
+def test_measure_needs_enough_prompts(name):
+    def of(n: int) -> HeldOut:
+        scores, labels = np.array([[1.0] * n, [0.0] * n]), np.zeros((2, n), int)
+        return held_out([pair(i) for i in range(n)], -10, -12, scores=scores, clusters=labels)
+
+    enough = MEASURES[name].min_prompts
+    assert enough > 8
+    for n, is_taken in ((enough - 1, False), (enough, True)):
+        assert (name in measures(of(n), None, 10, 0)) is is_taken
+        assert (name in differences(of(n), of(n), 10, 0)) is is_taken
+        note = f"{MEASURES[name].title}: needs {enough} held-out prompts, there are {n}"
+        assert (note in missing_prompts(n)) is not is_taken
+    assert "mauve_if_equal" not in measures(of(8), None, 10, 0)
 
 
 def policies(n: int, shift: float):
     """Two policies on the same prompts: the second gives human answers `shift` nats more, a little by chance."""
     rng = np.random.default_rng(3)
     hard = rng.normal(-40, 15, n)
-    one = [pair(i, hard[i], -30) for i in range(n)]
-    other = [pair(i, hard[i] + shift + rng.normal(0, 1), -30) for i in range(n)]
-    return HeldOut(one), HeldOut(other)
+    pairs = [pair(i) for i in range(n)]
+    return held_out(pairs, hard, -30), held_out(pairs, hard + shift + rng.normal(0, 1, n), -30)
 
 
-def test_a_difference_that_all_prompts_share_is_seen_though_their_own_intervals_overlap():
+def test_paired_difference_is_seen_though_intervals_overlap():
     first, last = policies(60, 2.0)
     found = differences(last, first, 400, 0)["nll_per_token"]
     assert found["verdict"] == "better" and found["interval"][1] < 0
@@ -113,21 +147,21 @@ def test_a_difference_that_all_prompts_share_is_seen_though_their_own_intervals_
     assert alone[0][0] < alone[1][1] and alone[1][0] < alone[0][1]
 
 
-def test_no_difference_is_seen_where_there_is_none():
+def test_no_difference():
     first, last = policies(60, 0.0)
     assert {one["verdict"] for one in differences(last, first, 400, 0).values()} == {"same"}
     assert all(one["change"] == 0 for one in differences(first, first, 100, 0).values())
 
 
-def test_five_in_a_hundred_comparisons_of_equals_are_taken_for_different():
+def test_false_verdicts_are_rare():
     rng, wrong = np.random.default_rng(0), 0
     for _ in range(150):
-        one, other = ([pair(i, rng.normal(-30, 8), -30) for i in range(40)] for _ in range(2))
-        wrong += differences(HeldOut(other), HeldOut(one), 200, 0)["nll_per_token"]["verdict"] != "same"
+        first, last = (held_out([pair(i) for i in range(40)], rng.normal(-30, 8, 40), -30) for _ in range(2))
+        wrong += differences(last, first, 200, 0)["nll_per_token"]["verdict"] != "same"
     assert wrong <= 0.12 * 150
 
 
-def test_diversity_falls_where_a_policy_says_the_same_to_all():
+def test_diversity_of_one_answer_to_all():
     real = [f"word{i} another{i} third{i}" for i in range(30)]
     everything = np.arange(30)
     assert diversity(real, real)(everything) == 1
@@ -136,7 +170,7 @@ def test_diversity_falls_where_a_policy_says_the_same_to_all():
 
 
 @pytest.mark.parametrize(
-    ("check", "own", "real", "right"),
+    ("check", "answer", "real", "right"),
     [
         ("exact", " 1 2\n3", "1 2 3", True),
         ("exact", "1 2", "1 2 3", False),
@@ -147,12 +181,12 @@ def test_diversity_falls_where_a_policy_says_the_same_to_all():
         ("number", "3", "none", False),
     ],
 )
-def test_answers_are_checked(check, own, real, right):
-    assert CHECKS[check](own, real) == right
+def test_checks(check, answer, real, right):
+    assert CHECKS[check](answer, real) == right
 
 
-def test_exact_match_is_the_share_of_right_answers():
-    pairs = [pair(0, -1, -1), pair(1, -1, -1, own="wrong"), pair(2, -1, -1, own="A b  c D"), pair(3, -1, -1, own="")]
-    found = measures(HeldOut(pairs, correct=correct(pairs, "exact")), None, 100, 0)
+def test_exact_match():
+    pairs = [pair(i, generated=text) for i, text in enumerate(("a b c d", "wrong", "A b  c D", ""))]
+    found = measures(held_out(pairs, -1, -1, correct=correct(pairs, "exact")), None, 100, 0)
     assert found["exact_match"] == 0.5 and found["exact_match_interval"][0] < 0.5 < found["exact_match_interval"][1]
-    assert correct(pairs, "none") is None and "exact_match" not in measures(HeldOut(pairs), None, 10, 0)
+    assert correct(pairs, "none") is None and "exact_match" not in measures(held_out(pairs, -1, -1), None, 10, 0)

@@ -132,7 +132,7 @@ def test_a_policy_is_measured_on_demand_and_found_measured(played):
     (now,), then = (
         json.loads((played.folder / name / "game.json").read_text())["evaluations"] for name in ("last", "run")
     )
-    assert all(now[key] == then[-1][key] for key in ("nll_per_token", "human_likelier", "own_length", "n"))
+    assert all(now[key] == then[-1][key] for key in ("nll_per_token", "human_likelier", "model_length", "n"))
 
 
 def test_a_game_goes_on_from_an_adapter_as_it_is(played):

@@ -26,8 +26,8 @@ def test_benchmarks_are_run_on_every_policy_and_shown_beside_the_papers(place):
     ]
     place.play(*words)
     game = json.loads((place.folder / "run" / "game.json").read_text())
-    assert [row["policy"] for row in game["exams"]] == ["start", "sft", "iter0"]
-    for row in game["exams"]:
+    assert [row["policy"] for row in game["external"]] == ["start", "sft", "iter0"]
+    for row in game["external"]:
         assert [(one["task"], one["n"]) for one in row["harness"]] == [("spin_choice", 6), ("spin_generate", 6)]
         assert all(0 <= one["value"] <= 1 for one in row["harness"])
     page = (place.folder / "run" / "report.md").read_text()
@@ -52,7 +52,7 @@ def test_a_judge_grades_and_prefers(place, serve):  # noqa: F811
     words += ["evaluation.judge_model=longer", "generation.max_new_tokens=24"]
     done = place.play(*words, run="judged")
     game = json.loads((place.folder / "judged" / "game.json").read_text())
-    start, sft, last = game["exams"]
+    start, sft, last = game["external"]
     assert start["mt_bench"]["score"] == sft["mt_bench"]["score"] == last["mt_bench"]["score"] == 7
     assert start["comparison"] is None and sft["comparison"] is None  # nobody before them in the game
     found = last["comparison"]

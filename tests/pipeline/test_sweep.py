@@ -19,8 +19,10 @@ from omegaconf import OmegaConf
 
 from spin.config.hydra import LAUNCHERS
 from spin.config.schema import Config, DataConfig, EvaluationConfig
-from spin.pipeline.points import RECORD, Point, content_hash, is_done, play_point, read_record, record_status
-from spin.reporting.leaderboard import draw, rows_of
+from spin.evaluation.measure_table import MEASURES
+from spin.pipeline.points import content_hash, is_done, play_point, record_status
+from spin.reporting.sweep_figures import draw
+from spin.reporting.sweep_rows import RECORD, Point, read_record, rows_of
 from spin.runtime.signals import Interrupted
 from tests.config.test_schema import composed
 from tests.games import ROOT, Place
@@ -62,15 +64,18 @@ def test_the_table_has_every_point_with_its_settings_and_measures(swept):
         last = game["evaluations"][-1]
         assert row["status"] == "done" and row["policy"] == last["policy"] == "iter0"
         assert float(row["nll_per_token"]) == last["nll_per_token"]
-        assert [float(row["mauve_low"]), float(row["mauve_high"])] == last["mauve_interval"]
+        assert [float(row["rouge_l_low"]), float(row["rouge_l_high"])] == last["rouge_l_interval"]
+        assert "mauve" not in row and "classifier_auc" not in row  # too few prompts
         assert game["iterations"][0]["beta"] == float(row["loss.beta"])
         assert game["iterations"][0]["lr"] == float(row["optimizer.lr"])
-    aucs = [abs(float(row["classifier_auc"]) - 0.5) for row in rows if row["status"] == "done"]
-    assert aucs == sorted(aucs) and [row["status"] for row in rows] == ["done"] * 4 + ["failed"] * 2
+    shares = [abs(float(row["human_likelier"]) - 0.5) for row in rows if row["status"] == "done"]
+    assert shares == sorted(shares) and [row["status"] for row in rows] == ["done"] * 4 + ["failed"] * 2
     (start,) = [row for row in table(folder) if row["kind"] == "start"]
     assert start["policy"] == "sft"
     assert (folder / "figures" / "heatmap.png").is_file()
     page = (folder / "sweep.md").read_text()
+    note = f"MAUVE: needs {MEASURES['mauve'].min_prompts} held-out prompts, there are 8"
+    assert note in page and note in done.stdout
     assert "figures/heatmap.png" in page and "failed: loss.beta=-1: must be above 0." in page
     for link in re.findall(r"\[report\]\(<(.*?)>\)", page):
         assert (folder / link).is_file()

@@ -13,7 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from spin.reporting import report
+from spin.evaluation.measure_table import COMPARED, MEASURES
+from spin.reporting.report import FIGURES, verdicts, write_report
+from spin.reporting.summary import print_summary
+from spin.reporting.text import code_block
 
 NASTY = "Is a | b?\n\n```python\nx = [bold]1[/bold]\n```\n# no heading\n<b>&amp;</b> $x$ ![i](u) \x1b[31mred"
 
@@ -33,7 +36,7 @@ def evaluation(policy, iteration, better, interval=0.01):
         ("classifier_auc", 0.9 - 0.02 * better),
         ("mauve", 0.6 + 0.02 * better),
         ("diversity", 0.8),
-        ("own_length", 20.0 + better),
+        ("model_length", 20.0 + better),
         ("human_length", 31.0),
         ("finished", 0.9),
         ("distinct_2", 0.5),
@@ -46,7 +49,7 @@ def evaluation(policy, iteration, better, interval=0.01):
 
 def difference(policy, against, **verdicts):
     """A comparison of two policies in all measures, with the given verdicts and "same" for the others."""
-    names = [name for name in report.COMPARED if name != "exact_match"]
+    names = [measure.name for measure in COMPARED if measure.name != "exact_match"]
     found = {"first": 2.0, "last": 1.9, "change": -0.1, "interval": [-0.15, 0.02], "verdict": "same"}
     rows = {name: {**found, "verdict": verdicts.get(name, "same")} for name in names}
     return {"policy": policy, "against": against, "n": 50, "measures": rows}
@@ -122,12 +125,12 @@ def figures(folder):
     return {path.stem for path in (folder / "figures").glob("*.png")}
 
 
-def test_report_of_a_whole_run(tmp_path):
+def test_full_run(tmp_path):
     game = made_up(tmp_path)
     json.dumps(game)
-    page = report.write_report(tmp_path, game)
+    page = write_report(tmp_path, game)
     assert page == tmp_path / "report.md"
-    assert figures(tmp_path) == set(report.FIGURES)
+    assert figures(tmp_path) == set(FIGURES)
     text = page.read_text()
     assert "python run.py experiment=smoke iter=1" in text
     assert "| 1 | iter0 | 0.1 | 1e-5 | 78 | 2 same | `iter1/policy` |" in text
@@ -145,8 +148,8 @@ def test_report_of_a_whole_run(tmp_path):
         assert 300 < height < 1200
 
 
-def test_texts_of_users_do_not_break_the_page(tmp_path):
-    text = report.write_report(tmp_path, made_up(tmp_path)).read_text()
+def test_texts_are_escaped(tmp_path):
+    text = write_report(tmp_path, made_up(tmp_path)).read_text()
     prose = outside_fences(text)
     for piece in ("no heading", "[bold]", "<b>", "![i]", "x = "):
         assert piece in text
@@ -159,49 +162,49 @@ def test_texts_of_users_do_not_break_the_page(tmp_path):
         assert len(cells) == 1, block
 
 
-def test_a_long_answer_is_wrapped_and_keeps_its_indentation():
-    fenced = report._fence("    code\n\n" + "word " * 60 + "\n" + "文" * 250)
+def test_code_block_wraps_and_keeps_indentation():
+    fenced = code_block("    code\n\n" + "word " * 60 + "\n" + "文" * 250)
     lines = fenced.splitlines()
     assert lines[:3] == ["```text", "    code", ""]
     assert max(len(line) for line in lines) <= 100
     assert "".join(lines).count("文") == 250
 
 
-def test_a_run_again_replaces_figures_that_it_no_longer_has(tmp_path):
+def test_stale_figures_are_removed(tmp_path):
     game = made_up(tmp_path)
-    report.write_report(tmp_path, game)
+    write_report(tmp_path, game)
     for path in tmp_path.glob("iter*/margins.json"):
         path.unlink()
-    text = report.write_report(tmp_path, game).read_text()
+    text = write_report(tmp_path, game).read_text()
     assert figures(tmp_path) == {"measures", "logps", "lengths"}
     assert "margins.png" not in text
 
 
-def test_report_without_training_steps(tmp_path):
+def test_no_training_steps(tmp_path):
     game = made_up(tmp_path, steps=0)
-    text = report.write_report(tmp_path, game).read_text()
+    text = write_report(tmp_path, game).read_text()
     assert "No training steps are on record" in text
     assert "logps" not in figures(tmp_path)
 
 
-def test_report_of_almost_nothing(tmp_path):
+def test_almost_nothing(tmp_path):
     """No evaluation, no samples, nothing computed, no metrics at all."""
     game = made_up(tmp_path, iterations=1, steps=1, margins=False)
     game |= {"evaluations": [], "samples": [], "seconds": {}}
-    text = report.write_report(tmp_path, game).read_text()
+    text = write_report(tmp_path, game).read_text()
     assert figures(tmp_path) == {"logps", "lengths"}
     assert "Nothing was evaluated" in text
     assert "nothing was computed" in text
     (tmp_path / "metrics.jsonl").unlink()
     (tmp_path / "iter0" / "pairs.parquet").unlink()
-    report.write_report(tmp_path, game)
+    write_report(tmp_path, game)
     assert figures(tmp_path) == set()
     shown = io.StringIO()
-    report.print_summary(game, Console(file=shown, width=100))
+    print_summary(game, Console(file=shown, width=100))
     assert shown.getvalue() == ""
 
 
-def test_report_with_numbers_that_are_not_known(tmp_path):
+def test_unknown_numbers(tmp_path):
     game = made_up(tmp_path)
     game["evaluations"][0] |= {
         "margin": None,
@@ -212,54 +215,52 @@ def test_report_with_numbers_that_are_not_known(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     rows[5] |= {"rewards/real": None, "logps/real": None}
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    text = report.write_report(tmp_path, game).read_text()
+    text = write_report(tmp_path, game).read_text()
     assert "| – | – |" in text
     assert "nan" not in text
-    assert figures(tmp_path) == set(report.FIGURES)
+    assert figures(tmp_path) == set(FIGURES)
 
 
 @pytest.mark.parametrize("constant", [0.0, 3.0])
-def test_all_margins_alike(constant, tmp_path):
+def test_equal_margins(constant, tmp_path):
     game = made_up(tmp_path, iterations=1)
     (tmp_path / "iter0" / "margins.json").write_text(json.dumps({"margin": [constant] * 5}))
-    report.write_report(tmp_path, game)
+    write_report(tmp_path, game)
     assert "margins" in figures(tmp_path)
 
 
 # --- does the last policy differ? -------------------------------------------------------------------------------------
 
 
-def test_verdict_says_what_is_better_and_where_nothing_is_seen():
-    game = {"differences": [difference("iter1", "sft", nll_per_token="better"), difference("iter1", "iter0")]}
-    against_start, against_first = report.verdict(game)
-    assert against_start.startswith("iter1 against sft, n=50: better in NLL of the human answers (2.000 → 1.900); ")
+def test_verdicts_better_and_same():
+    differences = [difference("iter1", "sft", nll_per_token="better"), difference("iter1", "iter0")]
+    against_start, against_first = verdicts(differences)
+    assert against_start.startswith("iter1 against sft, n=50: better in NLL of human answers (2.000 → 1.900); ")
     assert "worse" not in against_start
-    assert against_first == "iter1 against iter0, n=50: no difference seen, the intervals of all differences hold 0."
+    assert against_first == "iter1 against iter0, n=50: no difference seen, the intervals of all differences contain 0."
 
 
-def test_verdict_names_what_got_worse_and_what_did_not_change():
-    (sentence,) = report.verdict(
-        {"differences": [difference("iter0", "start", human_likelier="worse", rouge_l="better", mauve="same")]}
-    )
+def test_verdicts_worse():
+    (sentence,) = verdicts([difference("iter0", "start", human_likelier="worse", rouge_l="better", mauve="same")])
     assert "better in ROUGE-L (2.000 → 1.900); " in sentence
-    assert "worse in how often the human answer is likelier (2.000 → 1.900); " in sentence
-    assert sentence.endswith("no difference seen in NLL of the human answers, classifier AUC, MAUVE, length AUC.")
+    assert "worse in human likelier (2.000 → 1.900); " in sentence
+    assert sentence.endswith("no difference seen in classifier AUC, NLL of human answers, MAUVE, length AUC.")
 
 
 # --- the table at a run's end -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 160])
-def test_summary_fits_and_shows_texts_as_they_are(width, tmp_path):
+def test_summary_fits(width, tmp_path):
     shown = io.StringIO()
-    report.print_summary(made_up(tmp_path, iterations=4), Console(file=shown, width=width))
+    print_summary(made_up(tmp_path, iterations=4), Console(file=shown, width=width))
     text = shown.getvalue()
     assert max(len(line) for line in text.splitlines()) <= width
     assert "[bold]1[/bold]" in text
     assert "\x1b" not in text
     if width >= 80:
         assert "…" not in text
-        for cell in ("2.100", "20 / 31", "likelier", "margin"):
+        for cell in ("2.100", "20", "31", "likelier", "margin"):
             assert cell in text
     for interval in ("2.090, 2.110", "1.30, 1.70", "0.59, 0.61"):
         assert (interval in text) == (width >= 100)
@@ -268,13 +269,24 @@ def test_summary_fits_and_shows_texts_as_they_are(width, tmp_path):
             assert re.search(rf"┃ {name} ", text)
 
 
-def test_summary_puts_answers_side_by_side(tmp_path):
+def test_too_few_prompts_are_noted(tmp_path):
+    game = made_up(tmp_path)
+    for row in game["evaluations"]:
+        row["n"] = 8
+    note = f"MAUVE: needs {MEASURES['mauve'].min_prompts} held-out prompts, there are 8"
+    assert note in write_report(tmp_path, game).read_text()
     shown = io.StringIO()
-    report.print_summary(made_up(tmp_path, iterations=1), Console(file=shown, width=100))
+    print_summary(game, Console(file=shown, width=100))
+    assert note in shown.getvalue()
+
+
+def test_summary_answers_side_by_side(tmp_path):
+    shown = io.StringIO()
+    print_summary(made_up(tmp_path, iterations=1), Console(file=shown, width=100))
     heads = [line for line in shown.getvalue().splitlines() if line.startswith("┃ ")]
     assert [re.findall(r"\w+", line) for line in heads] == [["human", "start"], ["sft", "iter0"]]
 
 
-def test_report_needs_no_torch():
+def test_no_torch():
     code = "import sys, spin.reporting.report; assert not {'torch', 'transformers', 'wandb'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -1,0 +1,200 @@
+"""The figures of a run's report, and the style that all figures share."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from spin.evaluation.measure_table import is_known, known_measures
+from spin.reporting.text import plain_number
+
+# Okabe and Ito's colours, told apart with any colour vision; one meaning each, in every figure.
+REAL, GENERATED, NEUTRAL, REFERENCE = "#0072B2", "#D55E00", "#333333", "#777777"
+WIDTH = 7.2  # inches: 1080 pixels at 150 dpi, so that 9 point type can be read at 900 pixels
+DASHES: Any = (0, (4, 3))
+STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.labelsize": 9,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 9,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E6E6E6",
+    "grid.linewidth": 0.6,
+}
+# Measures that are drawn as dashes in the panel of another.
+DASHED = {"model_length": "human_length", "mauve": "mauve_if_equal"}
+
+
+def panels(count: int, columns: int, height: float, **shared: Any) -> tuple[Figure, list[Axes]]:
+    """A figure with `count` panels, `columns` in a row, each `height` inches high; axes are shared as `subplots` does."""
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(WIDTH, height * rows + 0.3), layout="constrained")
+    grid = list(figure.subplots(rows, columns, squeeze=False, **shared).flatten())
+    for axes in grid[count:]:
+        axes.remove()
+    for axes in grid[:count]:
+        axes.tick_params(labelbottom=True)
+    return figure, grid[:count]
+
+
+def _iteration_panels(count: int, height: float, label: str, **shared: Any) -> tuple[Figure, list[Axes]]:
+    """`panels`, one for each iteration, with a common label of the vertical axis."""
+    figure, grid = panels(count, 2 if count == 4 else min(count, 3), height, sharey=True, **shared)
+    for axes in grid:
+        subplot = axes.get_subplotspec()
+        if subplot and subplot.is_first_col():
+            axes.set_ylabel(label)
+    return figure, grid
+
+
+def _add_legend(figure: Figure, axes: Axes) -> None:
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=2)
+
+
+def draw_measures(evaluations: Sequence[dict]) -> Figure | None:
+    """Each known measure by policy, with its interval."""
+    measures = [measure for measure in known_measures(evaluations) if measure.name not in DASHED.values()]
+    if not measures:
+        return None
+    columns = 3
+    figure, grid = panels(len(measures), columns, 1.85)
+    labels = [row["policy"] if row["iter"] is None else str(row["iter"]) for row in evaluations]
+    for index, (axes, measure) in enumerate(zip(grid, measures, strict=True)):
+        if measure.ideal is not None:
+            axes.axhline(measure.ideal, color=REFERENCE, linestyle=DASHES, linewidth=1.2)
+        if measure.name in DASHED:
+            values = [_or_nan(row.get(DASHED[measure.name])) for row in evaluations]
+            axes.plot(range(len(labels)), values, color=REFERENCE, linestyle=DASHES, linewidth=1.2)
+        known = [(i, row) for i, row in enumerate(evaluations) if is_known(row.get(measure.name))]
+        axes.plot([i for i, _ in known], [row[measure.name] for _, row in known], color=NEUTRAL, linewidth=1, alpha=0.5)
+        for i, row in known:
+            interval = row.get(f"{measure.name}_interval")
+            if is_known(interval):
+                axes.plot([i, i], interval, color=NEUTRAL, linewidth=1.6)
+            axes.plot([i], [row[measure.name]], marker="o", color=NEUTRAL, markersize=4.5)
+        axes.grid(axis="x", visible=False)
+        axes.set_title(measure.title, loc="left")
+        axes.set_ylabel(measure.unit)
+        axes.set_xticks(range(len(labels)), labels)
+        axes.set_xlim(-0.5, len(labels) - 0.5)
+        if index >= len(measures) - columns:
+            axes.set_xlabel("policy after iteration")
+    return figure
+
+
+def draw_logps(train: dict[int, list[dict]], iterations: Sequence[dict]) -> Figure | None:
+    """How log p of the real and the generated answers changes over each iteration's steps, thin, and smoothed."""
+    played = [iteration for iteration in iterations if train.get(iteration["iter"])]
+    if not played:
+        return None
+    import pandas as pd
+
+    figure, grid = _iteration_panels(len(played), 2.4, "change of log p\n(nats per sequence)")
+    for axes, iteration in zip(grid, played, strict=True):
+        rows = train[iteration["iter"]]
+        steps = [row["step"] for row in rows]
+        axes.axhline(0, color=REFERENCE, linewidth=0.8)
+        for key, color, label in (("real", REAL, "log p(real)"), ("generated", GENERATED, "log p(generated)")):
+            # Raw log p would mostly show that the answers of one step are longer than those of another.
+            change = pd.Series([_log_ratio(row, key, iteration["beta"]) for row in rows], dtype=float)
+            window = len(change) // 20
+            if window > 1:
+                axes.plot(steps, change, color=color, linewidth=0.6, alpha=0.35)
+                change = change.rolling(window, center=True, min_periods=1).mean()
+            axes.plot(steps, change, color=color, linewidth=1.8, label=label, marker="o" if len(steps) == 1 else None)
+        axes.set_title(
+            f"iteration {iteration['iter']} (beta {iteration['beta']:g}, lr {plain_number(iteration['lr'])})",
+            loc="left",
+        )
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins="auto"))
+        axes.set_xlabel("step")
+    _add_legend(figure, grid[0])
+    return figure
+
+
+def _log_ratio(row: dict, key: str, beta: float) -> float:
+    """The log-ratio to the opponent, nats. A reward is beta times it, except in variants of the loss, which log it."""
+    return _or_nan(row[f"gains/{key}"]) if f"gains/{key}" in row else _or_nan(row.get(f"rewards/{key}")) / beta
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def draw_margins(folder: Path, iterations: Sequence[dict]) -> Figure | None:
+    """Histograms of the margins of held-out prompts, from `iter<t>/margins.json`."""
+    margins = {}
+    for iteration in iterations:
+        path = folder / f"iter{iteration['iter']}" / "margins.json"
+        values = json.loads(path.read_text())["margin"] if path.exists() else []
+        if known := [value for value in values if is_known(value)]:
+            margins[iteration["iter"]] = np.array(known)
+    if not margins:
+        return None
+    low, high = np.quantile(np.concatenate(list(margins.values())), [0.01, 0.99])
+    low, high = min(low, 0.0), max(high, 0.0)
+    width = (high - low) / _num_bins(margins.values()) or 1.0
+    # 0 is an edge: no bin holds both prompts that are told apart and prompts that are not.
+    bins = width * np.arange(math.floor(low / width), math.ceil(high / width) + 2)
+    figure, grid = _iteration_panels(len(margins), 2.2, "share of prompts", sharex=True)
+    for axes, (iteration, values) in zip(grid, margins.items(), strict=True):
+        axes.hist(np.clip(values, low, high), bins=list(bins), weights=_shares(values), color="#56B4E9")
+        axes.axvline(0, color=NEUTRAL, linewidth=1)
+        axes.axvline(np.median(values), color=GENERATED, linewidth=1.4, linestyle=DASHES)
+        share, median = f"{np.mean(values > 0):.0%} above 0", f"median {np.median(values):.2f} (dashed)"
+        axes.set_title(f"iteration {iteration}: {share}\n{median}", loc="left")
+        axes.set_xlabel("margin (nats)")
+    return figure
+
+
+def draw_lengths(folder: Path, iterations: Sequence[dict]) -> Figure | None:
+    """Histograms of the lengths of the training pairs' answers, from `iter<t>/pairs.parquet`."""
+    lengths = {}
+    for iteration in iterations:
+        path = folder / f"iter{iteration['iter']}" / "pairs.parquet"
+        if path.exists() and (table := pq.read_table(path, columns=["real_ids", "generated_ids"])).num_rows:
+            lengths[iteration["iter"]] = [pc.list_value_length(column).to_numpy() for column in table.columns]
+    if not lengths:
+        return None
+    longest = max(
+        2, math.ceil(np.quantile(np.concatenate([array for both in lengths.values() for array in both]), 0.99))
+    )
+    # Whole tokens a bin, or some bins hold more lengths than others.
+    width = max(1, math.ceil((longest + 1) / _num_bins(real for real, _ in lengths.values())))
+    bins = np.arange(0, longest + 1 + width, width) - 0.5
+    figure, grid = _iteration_panels(len(lengths), 2.4, "share of answers", sharex=True)
+    for axes, (iteration, (real, generated)) in zip(grid, lengths.items(), strict=True):
+        shapes: Any = (
+            (real, {"label": "real", "color": REAL, "histtype": "stepfilled", "alpha": 0.35}),
+            (generated, {"label": "generated", "color": GENERATED, "histtype": "step", "linewidth": 1.6}),
+        )
+        for values, shape in shapes:
+            axes.hist(np.minimum(values, longest), bins=bins, weights=_shares(values), **shape)
+        medians = f"median {np.median(real):.0f} real, {np.median(generated):.0f} generated"
+        axes.set_title(f"iteration {iteration}\n{medians}", loc="left")
+        axes.set_xlabel("length (tokens)")
+    _add_legend(figure, grid[0])
+    return figure
+
+
+def _num_bins(samples: Any) -> int:
+    """How many bins show the shape of the smallest sample and not its noise."""
+    return min(40, max(10, round(1.2 * math.sqrt(min(map(len, samples))))))
+
+
+def _shares(values: np.ndarray) -> np.ndarray:
+    return np.full(len(values), 1 / len(values))

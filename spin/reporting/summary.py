@@ -1,0 +1,71 @@
+"""What the console shows at a run's end: the measures of every policy, what they say, and answers side by side."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from spin.evaluation.measure_table import known_measures, missing_prompts, show
+from spin.reporting.report import verdicts
+from spin.reporting.text import shorten
+
+
+def print_summary(game: dict, console: Console) -> None:
+    """Print the summary of game.json."""
+    if game["evaluations"]:
+        table = _measures_table(game["evaluations"], intervals=True)
+        if Measurement.get(console, console.options.update(max_width=1000), table).maximum > console.width:
+            table = _measures_table(game["evaluations"], intervals=False)
+        console.print(table)
+        for sentence in (*missing_prompts(game["evaluations"][-1]["n"]), *verdicts(game["differences"])):
+            console.print(Text(sentence))
+    for row in game["external"]:
+        if row["harness"]:
+            shown = ", ".join(f"{found['task']} {found['value'] * 100:.1f}" for found in row["harness"])
+            console.print(Text(f"{row['policy']}: {shown} (percent)"))
+        if row["mt_bench"]:
+            console.print(Text(f"{row['policy']}: MT-Bench {show(row['mt_bench']['score'], '.2f')}"))
+        if row["comparison"]:
+            console.print(Text(row["comparison"]["finding"]))
+    if game["samples"]:
+        _print_sample(game["samples"][0], console)
+
+
+def _measures_table(evaluations: Sequence[dict], intervals: bool) -> Table:
+    note = "below: 95 % intervals" if intervals else "intervals are in the report"
+    table = measure_table(f"Held-out measures, {evaluations[-1]['n']:,} prompts ({note})")
+    measures = [measure for measure in known_measures(evaluations) if measure.heading]
+    table.add_column("\npolicy", no_wrap=True)
+    for measure in measures:
+        table.add_column(measure.heading, justify="right", no_wrap=True)
+    for row in evaluations:
+        cells = [Text(row["policy"])]
+        for measure in measures:
+            interval = measure.show_interval(row, "\n{}, {}") if intervals else ""
+            cells.append(Text(measure.show(row.get(measure.name))).append(interval, style="dim"))
+        table.add_row(*cells)
+    return table
+
+
+def measure_table(title: str) -> Table:
+    """An empty table in the style of all tables of measures."""
+    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+
+
+def _print_sample(sample: dict, console: Console) -> None:
+    console.print()
+    console.print(Text("Prompt: ", style="bold").append(shorten(sample["prompt"], 400), style="not bold"))
+    answers = {"human": sample["real"], **sample["answers"]}
+    # A column of fewer than about 24 characters can't be read: then the answers go on in a second table.
+    tables = math.ceil(len(answers) / max(1, console.width // 26))
+    for policies in np.array_split(list(answers), tables):
+        table = Table(expand=True)
+        for policy in policies:
+            table.add_column(Text(policy), ratio=1, overflow="fold")
+        table.add_row(*(Text(shorten(answers[policy], 500)) for policy in policies))
+        console.print(table)

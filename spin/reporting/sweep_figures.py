@@ -1,0 +1,112 @@
+"""The figure of a sweep: a heat map over two settings, or lines over one."""
+
+import math
+from collections.abc import Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from spin.evaluation.measure_table import Measure, is_known
+from spin.reporting.figures import DASHES, REFERENCE, panels
+from spin.reporting.sweep_rows import ranking_measures, settings_of
+
+# Okabe and Ito's colours, for as many lines as can be told apart.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333")
+CAPTIONS = {
+    "heatmap": "*The last policy of each point on the held-out prompts. Lighter: better; grey: no result.*",
+    "lines": "*The last policy of each point on the held-out prompts. Bars: 95 % bootstrap intervals over prompts, or the "
+    "standard error where means over seeds are drawn. Grey dashes: the value at which human and model answers can't be "
+    "told apart.*",
+}
+
+
+def draw(rows: Sequence[dict]) -> tuple[str, Figure] | None:
+    """("heatmap", figure) if exactly two settings are swept, both numbers; ("lines", figure) if one of them is a number.
+
+    Where `seed` is swept as well the means over seeds are drawn.
+    """
+    settings = [key for key in settings_of(rows) if key != "seed"]
+    kind = "mean" if any(row["kind"] == "mean" for row in rows) else "point"
+    drawn = [row for row in rows if row["kind"] == kind]
+    numeric = [key for key in settings if all(_is_number(row[key]) for row in rows if row["kind"] == "point")]
+    measures = ranking_measures(drawn)[:4]
+    if measures and len(numeric) == len(settings) == 2:
+        return "heatmap", _heat_map(drawn, numeric, measures)
+    if measures and len(numeric) == 1:
+        return "lines", _lines(drawn, numeric[0], [key for key in settings if key not in numeric], measures)
+    return None
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def _heat_map(rows: Sequence[dict], settings: Sequence[str], measures: Sequence[Measure]) -> Figure:
+    """The first setting vertically, the second horizontally, in the order of their numbers and evenly spaced."""
+    up, right = (sorted({row[key] for row in rows}, key=float) for key in settings)
+    cells = {(row[settings[0]], row[settings[1]]): row for row in rows}
+    colors = matplotlib.colormaps["cividis_r"].with_extremes(bad="#D9D9D9")
+    figure, grid = panels(len(measures), min(2, len(measures)), 0.42 * len(up) + 1.0)
+    for axes, measure in zip(grid, measures, strict=True):
+        values = [[cells.get((u, r), {}).get(measure.name) for r in right] for u in up]
+        badness = np.array([[measure.badness(v) if is_known(v) else math.nan for v in line] for line in values])
+        axes.imshow(badness, cmap=colors, origin="lower", aspect="auto")
+        middle = (np.nanmin(badness) + np.nanmax(badness)) / 2
+        for (i, j), bad in np.ndenumerate(badness):
+            color = "white" if bad > middle else "black"
+            axes.text(j, i, measure.show(values[i][j]), ha="center", va="center", color=color)
+        axes.set_title(f"{measure.title}\n({measure.unit}; {measure.goal})", loc="left")
+        axes.set_xticks(range(len(right)), right)
+        axes.set_yticks(range(len(up)), up)
+        axes.grid(visible=False)
+        axes.set_xlabel(settings[1])
+        axes.set_ylabel(settings[0])
+    return figure
+
+
+def _lines(rows: Sequence[dict], setting: str, others: Sequence[str], measures: Sequence[Measure]) -> Figure:
+    """Each measure over `setting`, a line for each combination of the `others`."""
+    figure, grid = panels(len(measures), min(2, len(measures)), 2.2)
+    groups: dict[str, list[dict]] = {}
+    for row in sorted(rows, key=lambda row: float(row[setting])):
+        groups.setdefault(", ".join(f"{key}={row[key]}" for key in others), []).append(row)
+    ticks = {float(row[setting]): row[setting] for row in sorted(rows, key=lambda row: float(row[setting]))}
+    for axes, measure in zip(grid, measures, strict=True):
+        if measure.ideal is not None:
+            axes.axhline(measure.ideal, color=REFERENCE, linestyle=DASHES, linewidth=1.2)
+        for number, label in enumerate(sorted(groups)):
+            known = [row for row in groups[label] if is_known(row.get(measure.name))]
+            values = np.array([row[measure.name] for row in known])
+            axes.errorbar(
+                [float(row[setting]) for row in known],
+                values,
+                yerr=np.abs(np.array([_bar(row, measure) for row in known]).reshape(-1, 2).T - values),
+                color=COLORS[number % len(COLORS)],
+                linestyle=("-", "--", ":")[number // len(COLORS) % 3],
+                marker="o",
+                markersize=4.5,
+                linewidth=1.4,
+                label=label,
+            )
+        axes.set_title(measure.title, loc="left")
+        axes.set_ylabel(measure.unit)
+        axes.set_xlabel(setting)
+        if min(ticks) > 0 and max(ticks) / min(ticks) >= 8:
+            axes.set_xscale("log")
+        axes.set_xticks(list(ticks), list(ticks.values()))
+        axes.minorticks_off()
+    if others:
+        figure.legend(*grid[0].get_legend_handles_labels(), loc="outside upper center", ncols=min(3, len(groups)))
+    return figure
+
+
+def _bar(row: dict, measure: Measure) -> tuple[float, float]:
+    """The ends of a value's bar: the mean ± its standard error, or the interval; the value itself where neither is known."""
+    value, spread, ends = row[measure.name], row.get(f"{measure.name}_se"), row.get(f"{measure.name}_interval")
+    if row["kind"] == "mean" and is_known(spread):
+        return value - spread, value + spread
+    return tuple(ends) if ends and is_known(ends) else (value, value)

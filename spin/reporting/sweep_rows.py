@@ -1,0 +1,132 @@
+"""The points of a sweep, read from their folders: wherever a point was played, its row is the same."""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from spin.evaluation.measure_table import COMPARED, MEASURES, Measure, is_known
+
+RECORD = "point.json"  # in a point's folder: its status, and a hash of what it was made of
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of a sweep: the values of the swept settings, its folder (None: it could not be composed), and why there
+    can be no result, where that is known without its folder."""
+
+    swept: dict[str, str]
+    folder: Path | None
+    problem: str | None = None
+
+
+def read_record(folder: Path) -> dict:
+    """The record that `pipeline.points.record_status` wrote last; empty where there is none or it can't be read."""
+    try:
+        record = json.loads((folder / RECORD).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def rows_of(points: Sequence[Point]) -> list[dict]:
+    """The table, best point first: rows of kind "point", "mean" (over seeds, where `seed` is swept) and "start".
+
+    A point's row has its swept settings, status (done, failed, unfinished), reason, and of its last policy the held-out
+    measures with their intervals. A mean's row has the means over seeds with equal other settings, their number `seeds`,
+    and standard errors `<measure>_se`. The start's row is there where all points share the policy that self-play
+    started from.
+    """
+    games = [_read_game(point) for point in points]
+    rows = [_point_row(point, game) for point, game in zip(points, games, strict=True)]
+    starts = [start for game in games if game and (start := _start(game))]
+    is_common = len({json.dumps(start) for start in starts}) == 1
+    ranking = ranking_measures(rows)
+
+    def badness(row: dict) -> float:
+        value = row.get(ranking[0].name) if ranking else None
+        return ranking[0].badness(value) if is_known(value) else math.inf
+
+    return [
+        *sorted(rows, key=badness),
+        *sorted(_means_over_seeds(rows), key=badness),
+        *([{"kind": "start", "status": "done", **starts[0]}] if is_common else []),
+    ]
+
+
+def ranking_measures(rows: Iterable[dict]) -> list[Measure]:
+    """The known measures that rank policies and fit a console. Rows are sorted by the first."""
+    rows = list(rows)
+    return [m for m in COMPARED if m.heading and any(is_known(row.get(m.name)) for row in rows)]
+
+
+def settings_of(rows: Iterable[dict]) -> list[str]:
+    """The swept settings: the keys of a point's row between its kind and its status."""
+    keys = list(next(row for row in rows if row["kind"] == "point"))
+    return keys[1 : keys.index("status")]
+
+
+def _read_game(point: Point) -> dict | None:
+    if point.folder is None or point.problem or read_record(point.folder).get("status") != "done":
+        return None
+    try:
+        return json.loads((point.folder / "game.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def _point_row(point: Point, game: dict | None) -> dict:
+    folder = point.folder
+    if folder and folder.is_relative_to(Path.cwd()):
+        folder = folder.relative_to(Path.cwd())
+    row: dict[str, Any] = {"kind": "point", **point.swept, "status": "done", "reason": None}
+    place = {"folder": folder and str(folder)}
+    if game is None:
+        record = read_record(point.folder) if point.folder else {}
+        failed = point.problem or record.get("status") == "failed"
+        reason = point.problem or record.get("reason") or "not played to its end: run the same command to go on"
+        return row | {"status": "failed" if failed else "unfinished", "reason": reason} | place
+    evaluations, externals = game["evaluations"], game["external"]
+    if evaluations:
+        row |= _without_iter(evaluations[-1])
+        externals = [external for external in externals if external["policy"] == evaluations[-1]["policy"]]
+    if externals:
+        for task in externals[-1]["harness"] or []:
+            row |= {task["task"]: task["value"], f"{task['task']}_se": task["stderr"]}
+        if externals[-1]["mt_bench"]:
+            row["mt_bench"] = externals[-1]["mt_bench"]["score"]
+    return row | place
+
+
+def _without_iter(evaluation: dict) -> dict:
+    return {key: value for key, value in evaluation.items() if key != "iter"}
+
+
+def _start(game: dict) -> dict | None:
+    """The evaluation of the policy that self-play started from."""
+    before = [evaluation for evaluation in game["evaluations"] if evaluation["iter"] is None]
+    return _without_iter(before[-1]) if before and game["iterations"] else None
+
+
+def _means_over_seeds(rows: Sequence[dict]) -> list[dict]:
+    settings = [key for key in settings_of(rows) if key != "seed"]
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        if "seed" in row and row["status"] == "done":
+            groups.setdefault(tuple(row[key] for key in settings), []).append(row)
+    return [_mean_row(group, settings) for group in groups.values() if len(group) > 1]
+
+
+def _mean_row(group: Sequence[dict], settings: Sequence[str]) -> dict:
+    """The mean of points that differ in their seed alone."""
+    first, count = group[0], len(group)
+    row = {"kind": "mean", **{key: first[key] for key in settings}, "seed": f"mean of {count}", "status": "done"}
+    row["seeds"] = count
+    for key in first:
+        values: list[Any] = [other.get(key) for other in group]
+        if (key in MEASURES or f"{key}_se" in first or key == "mt_bench") and all(map(is_known, values)):
+            row |= {key: mean(values), f"{key}_se": stdev(values) / math.sqrt(count)}
+    return row
