@@ -15,7 +15,7 @@ QUESTIONS = [
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, games):
-    return Place(tmp_path_factory.mktemp("exams"), games)
+    return Place(tmp_path_factory.mktemp("external"), games)
 
 
 def test_benchmarks_are_run_on_every_policy_and_shown_beside_the_papers(place):

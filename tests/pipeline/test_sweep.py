@@ -180,7 +180,7 @@ def game(nll: float, start: float = 2.0, **more) -> dict:
             {"policy": "iter0", "iter": 0, **row},
         ],
         "iterations": [{"iter": 0}],
-        "exams": [],
+        "external": [],
     }
 
 
@@ -239,7 +239,7 @@ def test_what_cannot_be_drawn_is_not(tmp_path):
 def test_benchmarks_are_in_the_table(tmp_path):
     one = game(1.0)
     harness = [{"task": "gsm8k", "value": 0.4, "stderr": 0.01}]
-    one["exams"] = [{"policy": "iter0", "harness": harness, "mt_bench": {"score": 6.5}}]
+    one["external"] = [{"policy": "iter0", "harness": harness, "mt_bench": {"score": 6.5}}]
     (row, _) = rows_of(points_of(tmp_path, {(): one}))
     assert row["gsm8k"] == 0.4 and row["gsm8k_se"] == 0.01 and row["mt_bench"] == 6.5
 

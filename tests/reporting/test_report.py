@@ -67,7 +67,7 @@ def made_up(folder, iterations=2, steps=60, margins=True):
         "data": {"train": 80, "held_out": 50, "counts": {"prompt | too long": 3}},
         "iterations": [],
         "evaluations": [evaluation("start", None, 0), evaluation("sft", None, 1)],
-        "exams": [],
+        "external": [],
         "differences": [difference("iter1", "sft", nll_per_token="better"), difference("iter1", "iter0")],
         "seconds": {"generate": 47.2, "train": 192.0},
         "peak_memory_gib": 1.234,
