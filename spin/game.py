@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -124,7 +124,7 @@ def play(config: Config, folder: Path, command: str, composed: str | None = None
         tracker = Tracker(
             folder,
             name=folder.name if group else config.name,
-            config=asdict(config),
+            config=config.model_dump(),
             wandb=config.tracking.wandb,
             project=config.tracking.project,
             entity=config.tracking.entity,
@@ -267,13 +267,13 @@ def show(turn: Turn, folder: Path, config: Config) -> None:
         shutil.rmtree(shown / "merged", ignore_errors=True)
     manifest = {
         "iteration": t,
-        "data": asdict(config.data),
+        "data": config.data.model_dump(),
         "start_of_the_game": config.model.path or config.model.package,
         "policy": {"label": policy.label, "weights": policy.id, "starts_as": turn.opponent.label, **_base(policy)},
         "opponent": {"label": turn.opponent.label, "weights": turn.opponent.id},
-        "loss": {**asdict(config.loss), "beta": value_at_iteration(config.loss.beta, t)},
+        "loss": {**config.loss.model_dump(), "beta": value_at_iteration(config.loss.beta, t)},
         "replay": [f"iter{k}" for k in replayed(config.schedule.replay, t)],
-        "generation": asdict(config.generation),
+        "generation": config.generation.model_dump(),
         "stages": {"score": score.manifest, "train": train.manifest},
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
     }

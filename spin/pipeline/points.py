@@ -6,7 +6,7 @@ import hashlib
 import json
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ def content_hash(config: Config) -> str | None:
     program's text, and the size and time of every file that a setting names. None where that is not enough: a name on the
     hub with no revision may mean something else tomorrow.
     """
-    settings = asdict(config)
+    settings = config.model_dump()
     for name in ("plan", "tracking", "checkpoint"):  # they change no result
         del settings[name]
     hub = {"model": settings["model"]["path"], "data": settings["data"]["path"]}

@@ -152,7 +152,9 @@ class Stages:
         if config.stage == "evaluate":
             self.start = replace(self.start, label=_name(config.model.path or config.model.name))
             if (other := config.evaluation.against) is not None:
-                self.against = replace(find_model(replace(config.model, path=other), cache), label=_name(other))
+                self.against = replace(
+                    find_model(config.model.model_copy(update={"path": other}), cache), label=_name(other)
+                )
         measured = [self.start, *([self.against] if self.against else [])]
         seen = set().union(*(trained_on(policy.folder_with(TRAINED_ON)) for policy in measured))
         self.data = data.load_dataset(config.data, self.tokenizer, self.stop_ids, config.seed, cache, seen)
@@ -229,7 +231,7 @@ class Stages:
     def _longest(self) -> int:
         """The most tokens of a prompt, its human answer, and the generated ones (an evaluation scores two)."""
         examples = [*self.data.train, *self.data.held_out]
-        answers = max(2, self.config.generation.answers)
+        answers = max(2, self.config.generation.num_answers)
         return max(len(e.prompt_ids) + len(e.real_ids) for e in examples) + answers * self.config.max_new_tokens
 
     def _check_context(self) -> None:
@@ -349,7 +351,7 @@ class Stages:
 
     def generate(self, opponent: Policy, iteration: int) -> list[Answer]:
         """The opponent's answers to all training prompts."""
-        examples = repeat_prompts(self.data.train, self.config.generation.answers)
+        examples = repeat_prompts(self.data.train, self.config.generation.num_answers)
         inputs = {
             "opponent": opponent.id,
             "prompts": fingerprint(examples),
@@ -802,8 +804,8 @@ class Stages:
         return {"policy": content_id(work.folder / "policy", start.base), "skipped_steps": state.skipped}
 
     def _generation_inputs(self) -> dict:
-        settings = {**asdict(self.config.generation), "max_new_tokens": self.config.max_new_tokens}
-        for key in ("name", "answers", "python", "tensor_parallel", "data_parallel", "gpu_memory"):
+        settings = {**self.config.generation.model_dump(), "max_new_tokens": self.config.max_new_tokens}
+        for key in ("name", "num_answers", "python", "tensor_parallel", "data_parallel", "gpu_memory"):
             settings.pop(key)
         # Another engine rounds, and draws, in other ways; it decodes as many together as it likes.
         for key in ("batch_size", "tokens") if settings["engine"] == "vllm" else ("engine",):
@@ -834,7 +836,11 @@ class Stages:
     def _training_inputs(self, start: Policy) -> dict:
         # The files beside the weights (tokenizer, template, ...) go with every policy that is made of them.
         files = auxiliary_digest(self.start.tokenizer)
-        inputs = {"optimizer": {**asdict(self.config.optimizer), "lr": None}, "numerics": self.numerics, "files": files}
+        inputs = {
+            "optimizer": {**self.config.optimizer.model_dump(), "lr": None},
+            "numerics": self.numerics,
+            "files": files,
+        }
         # Of ranks and what each keeps: nothing, they change roundings as threads do.
         if self.config.engine.name != "single":
             inputs["engine"] = self.config.engine.name

@@ -26,7 +26,7 @@ def examples(count: int, longest: int = 12) -> list[Example]:
 
 
 def greedy(**settings):
-    return GenerationConfig(temperature=0.0, **settings)
+    return GenerationConfig.from_defaults(temperature=0.0, **settings)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "gpt2", "gemma3"])
@@ -51,7 +51,7 @@ def test_greedy_answers_equal_the_librarys(name):
 
 def test_a_cut_answer_has_no_end_token_and_a_finished_one_exactly_one():
     model, chosen = small_model("llama"), examples(40)
-    answers = generate_answers(model, Ids(), chosen, GenerationConfig(batch_size=16), 9, {1, 2, 3, 4}, 0)
+    answers = generate_answers(model, Ids(), chosen, GenerationConfig.from_defaults(batch_size=16), 9, {1, 2, 3, 4}, 0)
     assert {answer.finish_reason for answer in answers} == {"stop", "length"}
     for answer in answers:
         ends = [token in {1, 2, 3, 4} for token in answer.ids]
@@ -63,8 +63,8 @@ def test_a_cut_answer_has_no_end_token_and_a_finished_one_exactly_one():
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_an_answer_does_not_depend_on_the_batch_or_the_order(temperature):
     model, chosen = small_model("llama"), examples(12)
-    one = GenerationConfig(temperature=temperature, batch_size=1)
-    many = GenerationConfig(temperature=temperature, batch_size=5)
+    one = GenerationConfig.from_defaults(temperature=temperature, batch_size=1)
+    many = GenerationConfig.from_defaults(temperature=temperature, batch_size=5)
     alone = generate_answers(model, Ids(), chosen, one, 10, {1, 9}, seed=3)
     together = generate_answers(model, Ids(), chosen, many, 10, {1, 9}, seed=3)
     turned = generate_answers(model, Ids(), chosen[::-1], many, 10, {1, 9}, seed=3)[::-1]
@@ -101,7 +101,7 @@ def test_the_ends_of_the_unit_interval_give_possible_tokens(uniform):
 def test_generation_leaves_the_global_random_state_alone(tiny_folder):
     model, tokenizer = load_model(tiny_folder, torch.float32, torch.device("cpu")), load_tokenizer(tiny_folder)
     before = torch.get_rng_state()
-    answers = generate_answers(model, tokenizer, examples(3), GenerationConfig(), 5, {1}, 0)
+    answers = generate_answers(model, tokenizer, examples(3), GenerationConfig.from_defaults(), 5, {1}, 0)
     assert torch.equal(torch.get_rng_state(), before)
     assert all(answer.text == tokenizer.decode(answer.ids, skip_special_tokens=True) for answer in answers)
 
@@ -128,7 +128,9 @@ def test_prompts_read_in_padded_rows_are_answered_as_those_in_a_packed_row(monke
 def test_fewer_forward_passes_than_batch_after_batch():
     model, chosen, passes = small_model("llama"), examples(40), []
     model.register_forward_hook(lambda *rest: passes.append(1))
-    answers = generate_answers(model, Ids(), chosen, GenerationConfig(batch_size=8), 40, {1, 2, 3, 4, 5, 6}, 0)
+    answers = generate_answers(
+        model, Ids(), chosen, GenerationConfig.from_defaults(batch_size=8), 40, {1, 2, 3, 4, 5, 6}, 0
+    )
     closed = sum(max(len(a.ids) for a in answers[start : start + 8]) for start in range(0, 40, 8))
     assert len(passes) < 0.8 * closed
 

@@ -7,7 +7,6 @@ No vLLM runs here, and nothing stands in for it. The names that are sent are hel
 import ast
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,7 +26,7 @@ from tests.generation import vllm_interface
 from tests.models.test_adapters import LORA, base_or_self
 
 RECORD = json.loads((Path(__file__).parent / "vllm_interface.json").read_text())
-CONFIG = GenerationConfig(temperature=0.7, top_p=0.9, engine="vllm", tensor_parallel=2)
+CONFIG = GenerationConfig.from_defaults(temperature=0.7, top_p=0.9, engine="vllm", tensor_parallel=2)
 EXAMPLES = [Example(f"e{i}", "", tuple(range(2, 4 + i)), "", ()) for i in range(5)]
 
 
@@ -38,7 +37,9 @@ def test_the_record_is_of_the_version_that_is_asked_for():
 
 
 def test_all_that_is_sent_has_a_name_that_vllm_knows(tiny_folder, tmp_path):
-    policy = fresh_adapter(base_or_self(tiny_folder), LORA, 0, ModelConfig(path=str(tiny_folder)), tmp_path / "policy")
+    policy = fresh_adapter(
+        base_or_self(tiny_folder), LORA, 0, ModelConfig.from_defaults(path=str(tiny_folder)), tmp_path / "policy"
+    )
     for one in (policy, base_or_self(tiny_folder)):
         arguments = vllm_engine.llm_arguments(one, torch.bfloat16, CONFIG, 300)
         assert arguments.keys() <= {*RECORD["LLM"], *RECORD["EngineArgs"]}
@@ -84,7 +85,7 @@ def test_an_engine_is_told_the_policy_by_its_folder(tiny_folder, tmp_path):
     assert told["model"] == str(tiny_folder) and told["dtype"] == "bfloat16" and "enable_lora" not in told
     assert told["tensor_parallel_size"] == 2 and told["max_model_len"] == 300
     assert vllm_engine.lora_arguments(start) is None
-    policy = fresh_adapter(start, LORA, 0, ModelConfig(path=str(tiny_folder)), tmp_path / "policy")
+    policy = fresh_adapter(start, LORA, 0, ModelConfig.from_defaults(path=str(tiny_folder)), tmp_path / "policy")
     told = vllm_engine.llm_arguments(policy, torch.float32, CONFIG, 300)
     assert told["model"] == str(tiny_folder)  # the base, on which the adapter goes
     assert told["enable_lora"] and told["max_lora_rank"] == 8  # the smallest that holds rank 4
@@ -132,7 +133,7 @@ def test_without_vllm_the_install_line_comes_before_any_work(place):
 
 def test_a_worker_that_ends_is_named_with_its_own_words_and_leaves_no_process(tiny_folder, tmp_path):
     """The worker itself, with an interpreter that has no vLLM."""
-    config = replace(CONFIG, python=sys.executable, data_parallel=2)
+    config = CONFIG.model_copy(update={"python": sys.executable, "data_parallel": 2})
     with pytest.raises(
         UserError, match="vLLM ended with status 1: ModuleNotFoundError: No module named 'vllm'"
     ) as error:
@@ -144,7 +145,7 @@ def test_a_worker_that_ends_is_named_with_its_own_words_and_leaves_no_process(ti
 
 def test_answers_that_are_kept_need_no_engine(tiny_folder):
     """A resumed run starts one when the first missing shard is wanted, and here none is missing."""
-    config = replace(CONFIG, python="/nowhere/python")
+    config = CONFIG.model_copy(update={"python": "/nowhere/python"})
     kept = []
 
     def keep(parts):
@@ -161,10 +162,11 @@ def test_answers_that_are_kept_need_no_engine(tiny_folder):
 
 def test_the_engine_is_part_of_what_makes_answers_and_of_nothing_else(tmp_path):
     words = [f"cache.path={tmp_path}/cache", f"store.path={tmp_path}/store"]
-    stages = Stages(load("experiment=smoke", *words), tmp_path, Tracker(tmp_path, name="", config={}, rank=1))
+    smoke = load("experiment=smoke", *words)
+    stages = Stages(smoke, tmp_path, Tracker(tmp_path, name="", config={}, rank=1))
 
     def inputs(**settings):
-        stages.config.generation = replace(GenerationConfig(), **settings)
+        stages.config = smoke.model_copy(update={"generation": GenerationConfig.from_defaults(**settings)})
         return stages._generation_inputs(), stages._training_inputs(stages.start), stages.numerics
 
     ours, vllm = inputs(), inputs(engine="vllm")

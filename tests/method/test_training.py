@@ -31,7 +31,9 @@ def policy_of(folder) -> Policy:
 
 
 def engine_of(folder, dtype=torch.float32, **optimizer) -> SingleEngine:
-    return SingleEngine(policy_of(folder), dtype, CPU, EngineConfig(), OptimizerConfig(**optimizer))
+    return SingleEngine(
+        policy_of(folder), dtype, CPU, EngineConfig.from_defaults(), OptimizerConfig.from_defaults(**optimizer)
+    )
 
 
 def scored_pairs(folder, count=10, forward=PACKED, dtype=torch.float32) -> list[Pair]:
@@ -204,8 +206,8 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tiny_folder):
             policy_of(tiny_folder),
             torch.float32,
             CPU,
-            EngineConfig(gradient_checkpointing=checkpointing),
-            OptimizerConfig(),
+            EngineConfig.from_defaults(gradient_checkpointing=checkpointing),
+            OptimizerConfig.from_defaults(),
         )
         train_spin(engine, pairs, PACKED, beta=0.1, link="logistic", log=lambda row: None, **SETTINGS)
         results.append(engine.masters)
@@ -307,8 +309,8 @@ def test_dropout_stays_off_under_gradient_checkpointing(config, tiny_folder, tmp
         tf.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     results = []
     for checkpointing in (False, True):
-        options = EngineConfig(gradient_checkpointing=checkpointing)
-        engine = SingleEngine(policy_of(tmp_path), torch.float32, CPU, options, OptimizerConfig())
+        options = EngineConfig.from_defaults(gradient_checkpointing=checkpointing)
+        engine = SingleEngine(policy_of(tmp_path), torch.float32, CPU, options, OptimizerConfig.from_defaults())
         (batch,) = Forward("padded", "chunked", 999, 999, 64).batches(random_items(4))
         logps = sequence_logps(engine.model, batch, PADDED)
         engine.backward(logps.sum())

@@ -7,12 +7,12 @@ from itertools import product
 import pyarrow.parquet as pq
 import pytest
 import torch
+from spin.generation.num_answers import Answer, repeat_prompts
 
 from spin.config.schema import GenerationConfig
 from spin.data.examples import Example
 from spin.engines.logps import Forward, compute_logps, reference_logps
 from spin.engines.packing import Continuations
-from spin.generation.answers import Answer, repeat_prompts
 from spin.generation.sampling import generate_answers
 from spin.method.objectives import LINKS, mix_references, spin_loss
 from spin.method.pairs import Pair, by_prompt, items_of, make_pairs, read_pairs, to_pairs, with_opponent_logps
@@ -168,7 +168,7 @@ def test_answers_are_asked_for_by_ids_of_their_own_and_put_beside_their_example(
 def test_the_first_answer_is_the_one_that_it_has_alone():
     """And the others come from streams of their own."""
     model, chosen = small_model("llama"), examples(20)
-    config = GenerationConfig(batch_size=64)
+    config = GenerationConfig.from_defaults(batch_size=64)
     alone = {answer.id: answer.ids for answer in generate_answers(model, Ids(), chosen, config, 10, {1}, 0)}
     many = {
         answer.id: answer.ids
@@ -303,7 +303,7 @@ def test_at_iteration_0_the_start_is_the_opponent(played):
 
 
 def test_a_game_with_several_answers_a_prompt(played):
-    words = ["evaluation=none", "generation.answers=3", "schedule.replay=previous"]
+    words = ["evaluation=none", "generation.num_answers=3", "schedule.replay=previous"]
     before = played.stages()
     played.play(*words, run="many")
     assert played.stages() - before == {"generate": 2, "score": 2, "train": 2}
@@ -343,10 +343,10 @@ def test_every_reference_in_a_sweep(played):
     ("words", "says"),
     [
         (["loss.reference=base"], "loss.reference=base: must be one of opponent, start, mixture"),
-        (["loss.alpha=1.5"], "loss.alpha=1.5: must lie in [0, 1]"),
-        (["loss.sft_weight=-1"], "loss.sft_weight=-1.0: must be 0"),
-        (["generation.answers=0"], "generation.answers=0: must be 1"),
-        (["generation=greedy", "generation.answers=2"], "all answers to a prompt are the same"),
+        (["loss.alpha=1.5"], "loss.alpha=1.5: must be 1 or less"),
+        (["loss.sft_weight=-1"], "loss.sft_weight=-1: must be 0"),
+        (["generation.num_answers=0"], "generation.num_answers=0: must be 1"),
+        (["generation=greedy", "generation.num_answers=2"], "all answers to a prompt are the same"),
     ],
 )
 def test_settings_that_make_no_sense(words, says):

@@ -178,7 +178,7 @@ class LocalJudge:
             if room < 1:
                 return ""
             examples = [Example("question", "", tuple(ids), "", ())]
-            greedy = GenerationConfig(temperature=0.0, batch_size=1)
+            greedy = GenerationConfig.from_defaults(temperature=0.0, batch_size=1)
             return generate_answers(self.model, self.tokenizer, examples, greedy, int(room), self.stop_ids, 0)[0].text
 
 
