@@ -75,7 +75,7 @@ def contend(name: str, workload: Workload, batch_size: int, new: int) -> dict:
     from spin.method.pairs import read_pairs
     from spin.models.load import load_model, load_tokenizer, stop_ids
 
-    dtype = select_dtype(schema.EngineConfig(), torch.device("cpu"))
+    dtype = select_dtype(schema.EngineConfig.from_defaults(), torch.device("cpu"))
     model, tokenizer = load_model(workload.model, dtype, torch.device("cpu")), load_tokenizer(workload.model)
     prompts = [list(pair.prompt_ids) for pair in read_pairs(workload.pairs)]
     prompts = prompts[:ARTICLE_PROMPTS] if name == "article" else prompts
@@ -100,7 +100,9 @@ def spin(model, tokenizer, prompts, stops, batch_size, new):
     from spin.generation.sampling import generate_answers
 
     examples = [Example(str(i), "", tuple(ids), "", ()) for i, ids in enumerate(prompts)]
-    found = generate_answers(model, tokenizer, examples, 1, GenerationConfig(batch_size=batch_size), new, stops, seed=0)
+    found = generate_answers(
+        model, tokenizer, examples, 1, GenerationConfig.from_defaults(batch_size=batch_size), new, stops, seed=0
+    )
     return [answer.ids for answer in found]
 
 
@@ -134,7 +136,7 @@ def continuous(model, tokenizer, prompts, stops, batch_size, new):
     from transformers import GenerationConfig
 
     torch.manual_seed(0)
-    settings = GenerationConfig(
+    settings = GenerationConfig.from_defaults(
         max_new_tokens=new,
         do_sample=True,
         temperature=1.0,

@@ -69,7 +69,7 @@ def measure(folder: Path, device, count: int, steps: int, small: bool) -> list[t
     make_model(folder, device, small)
     pairs = make_pairs(count, short)
     tokens = sum(len(p.prompt_ids) + len(p.real_ids) + len(p.generated_ids) for p in pairs)
-    settings = schema.EngineConfig(gradient_checkpointing=True, tokens_per_batch=tokens, head_chunk=8192)
+    settings = schema.EngineConfig.from_defaults(gradient_checkpointing=True, tokens_per_batch=tokens, head_chunk=8192)
     dtype = torch.float32 if small else torch.bfloat16
     peak = peak_rate(str(dtype).removeprefix("torch."), 256 if small else 8192, device=str(device))
     policy, rows = Policy("start", folder, "start"), []
@@ -87,7 +87,7 @@ def measure(folder: Path, device, count: int, steps: int, small: bool) -> list[t
     model, tokenizer = load_model(folder, dtype, device), load_tokenizer(folder)
     parameters = sum(p.numel() for p in model.parameters())
     examples = [example_of(pair) for pair in pairs]
-    sampling = schema.GenerationConfig(batch_size=count)
+    sampling = schema.GenerationConfig.from_defaults(batch_size=count)
     generate_answers(model, tokenizer, examples[:2], 1, sampling, 4, [], 0)
     flops = useful_flops(folder, pairs)
     clock(
@@ -103,7 +103,7 @@ def measure(folder: Path, device, count: int, steps: int, small: bool) -> list[t
     scores = clock("scoring", lambda: compute_logps(model, items, forward), count * flops / 3)
     pairs = with_opponent_logps(pairs, scores.view(-1, 2))
     model.to("meta")  # out of memory: one model at a time
-    engine = SingleEngine(policy, dtype, device, settings, schema.OptimizerConfig(states="bf16"))
+    engine = SingleEngine(policy, dtype, device, settings, schema.OptimizerConfig.from_defaults(states="bf16"))
     found: list[dict] = []
     memory_reset(device)
     common = {"lr": 5e-7, "epochs": steps, "batch_size": count, "warmup_ratio": 0.1, "seed": 0, "beta": 0.1}

@@ -73,7 +73,7 @@ def measure(folder: Path, what: str, amount: int) -> dict:
 
     part, _, axis = what.partition(", by ")
     device = torch.device("cpu")
-    dtype = select_dtype(schema.EngineConfig(), device)
+    dtype = select_dtype(schema.EngineConfig.from_defaults(), device)
     work = {"scoring": scoring, "training": training, "generation": generation}[part]
     count = amount if axis != "tokens of an answer" else ROWS if part == "generation" else STEP
     seconds = work(folder, dtype, device, count, amount if axis == "tokens of an answer" else None)
@@ -102,7 +102,11 @@ def loaded(folder, dtype, device, pairs):
     from spin.method.pairs import as_continuations
     from spin.models.load import load_model
 
-    model, items, settings = load_model(folder, dtype, device), as_continuations(pairs), schema.EngineConfig()
+    model, items, settings = (
+        load_model(folder, dtype, device),
+        as_continuations(pairs),
+        schema.EngineConfig.from_defaults(),
+    )
     budgets = settings.tokens_per_row, settings.tokens_per_batch, settings.head_chunk
     forward, _ = choose_forward(model, items, "auto", *budgets, max(item.tokens for item in items))
     compute_logps(model, items[:2], forward)
@@ -132,7 +136,11 @@ def training(folder, dtype, device, count, answer) -> float:
     pairs = with_opponent_logps(pairs, compute_logps(model, items, forward).view(-1, 2))
     del model
     engine = SingleEngine(
-        Policy("start", folder, "start"), dtype, device, schema.EngineConfig(), schema.OptimizerConfig()
+        Policy("start", folder, "start"),
+        dtype,
+        device,
+        schema.EngineConfig.from_defaults(),
+        schema.OptimizerConfig.from_defaults(),
     )
     rows: list[dict] = []
     common = {"lr": 5e-7, "epochs": 1, "batch_size": STEP, "warmup_ratio": 0.1, "seed": 0, "beta": 0.1}
@@ -148,7 +156,7 @@ def generation(folder, dtype, device, count, new) -> float:
 
     model, tokenizer = load_model(folder, dtype, device), load_tokenizer(folder)
     examples = [Example(pair.id, "", pair.prompt_ids, "", ()) for pair in random_pairs(count, 1)]
-    config = GenerationConfig(batch_size=ROWS)
+    config = GenerationConfig.from_defaults(batch_size=ROWS)
     generate_answers(model, tokenizer, examples[:2], 1, config, 2, [], seed=0)
     started = time.perf_counter()
     generate_answers(model, tokenizer, examples, 1, config, new or NEW, [], seed=0)

@@ -136,7 +136,7 @@ def contend(name: str, workload: Workload, batch_size: int) -> dict:
     from spin.method.pairs import read_pairs
 
     pairs = whole_steps(read_pairs(workload.pairs), batch_size)
-    dtype = select_dtype(schema.EngineConfig(), torch.device("cpu"))
+    dtype = select_dtype(schema.EngineConfig.from_defaults(), torch.device("cpu"))
     seconds, loss, scoring = CONTENDERS[name](workload, pairs, batch_size, dtype)
     assert len(seconds) == 1 + len(pairs) // batch_size
     return {
@@ -162,7 +162,7 @@ def spin(workload, pairs, batch_size, dtype):
     from spin.models.load import load_model
     from spin.models.policy import Policy
 
-    settings, device = schema.EngineConfig(), torch.device("cpu")
+    settings, device = schema.EngineConfig.from_defaults(), torch.device("cpu")
     policy = Policy("start", workload.model, "start")
     model = load_model(policy.folder, dtype, device)
     items = as_continuations(pairs)
@@ -174,7 +174,7 @@ def spin(workload, pairs, batch_size, dtype):
     compute_logps(model, items, forward)
     scoring = time.perf_counter() - started
     del model
-    engine = SingleEngine(policy, dtype, device, settings, schema.OptimizerConfig())
+    engine = SingleEngine(policy, dtype, device, settings, schema.OptimizerConfig.from_defaults())
     # It shuffles: lay them out so that they come in the order that the others take them in.
     wanted = [replace(pair, id=str(k)) for k, pair in enumerate(pairs[:batch_size] + pairs)]
     laid_out = dict(zip(_order(len(wanted), 1, seed=0), wanted, strict=True))

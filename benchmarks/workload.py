@@ -46,10 +46,10 @@ def start(words: Sequence[str] = ()) -> Any:
 
 def stages_of(words: Sequence[str]) -> Any:
     from hydra import compose, initialize_config_dir
+    from spin.pipeline.stages import Stages
 
     import run  # registers the resolvers that conf/ uses
     from spin.config import schema
-    from spin.pipeline.stages import Stages
     from spin.runtime.tracking import Tracker
 
     assert run

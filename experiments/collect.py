@@ -337,7 +337,7 @@ def _played(config: dict, folder: Path, t: int) -> Row:
         "beta": at(config["loss"]["beta"]),
         "link": config["loss"]["link"],
         "reference": config["loss"]["reference"],
-        "answers": config["generation"]["answers"],
+        "answers": config["generation"]["num_answers"],
         "replay": config["schedule"]["replay"],
         "temperature": config["generation"]["temperature"],
         "pairs": game["pairs"],

@@ -1,43 +1,80 @@
-"""Resolvers that conf/ uses, and Hydra's errors in one line."""
+"""What of Hydra the project uses: conf/'s resolvers, composition from Python, and Hydra's errors in one line."""
 
-import dataclasses
 import hashlib
 import re
-from difflib import get_close_matches
+from collections.abc import Sequence
 from pathlib import Path
 
-from omegaconf import OmegaConf
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
 
-from spin.config.schema import Config
+from spin.config.schema import CONF, RENAMED, Config, did_you_mean, load_config, note_renamed, settings
 
-# --- what conf/ computes with: registered here, for points of a sweep that are composed in processes of their own --------
+DATA_FILES = (".jsonl", ".json", ".parquet")
+# Settings that change no result, and those that a run's folder is named after already: they are not part of its name.
+NO_RESULT = re.compile(
+    r"name|iter|plan|stage|store\.path|cache\.path|(tracking|checkpoint|hydra)\b.*|engine\.(device|gradient_checkpointing"
+    r"|zero_stage|offload_optimizer)|generation\.(python|tensor_parallel|data_parallel|gpu_memory)|evaluation\.judge_timeout"
+)
+NAMED = ("experiment", "model", "data", "model.path", "data.path")
 
 
 def slug(text: str) -> str:
-    """`text` as the name of one folder: short, and different for different texts."""
+    """`text` as a folder's name: short, and different for different texts."""
     safe = re.sub(r"[^\w.,=+-]+", "_", text)
-    return (
-        safe if safe == text and len(safe) <= 120 else f"{safe[:100]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-    )
+    if safe == text and len(safe) <= 120:
+        return safe
+    return f"{safe[:100]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def basename(path: str | None, default: str) -> str:
-    """What to call a model or data set of the user's own: the last part of its path, or `default` without one."""
-    return (
-        re.sub(r"[^\w.-]+", "_", Path(path).stem if Path(path).suffix in DATA_FILES else Path(path).name)
-        if path
-        else default
-    )
+    """The name of a user's own model or data set: the last part of its path, or `default` without one."""
+    if not path:
+        return default
+    file = Path(path)
+    return re.sub(r"[^\w.-]+", "_", file.stem if file.suffix in DATA_FILES else file.name)
 
 
-DATA_FILES = (".jsonl", ".json", ".parquet")
+def run_folder(name: str, stage: str, overrides: Sequence[str]) -> str:
+    """The folder of a run in outputs/: `name`, and the typed settings that change its result, in a stable order."""
+    words = {}
+    for word in overrides:
+        key, _, value = word.partition("=")
+        key = key.lstrip("+")
+        is_named = key in NAMED and re.search(rf"(^|-){re.escape(value)}(-|$)", name)
+        if not is_named and not NO_RESULT.fullmatch(key):
+            words[key] = word
+    measured = "-evaluation" if stage == "evaluate" else ""
+    return slug(",".join([name + measured, *(words[key] for key in sorted(words))]))
+
+
 OmegaConf.register_new_resolver("slug", slug, replace=True)
 OmegaConf.register_new_resolver("basename", basename, replace=True)
-OmegaConf.register_new_resolver("measured", lambda stage: "-evaluation" if stage == "evaluate" else "", replace=True)
+OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
 
 
-# --- what Hydra refuses -----------------------------------------------------------------------------------------------
+def rename(word: str) -> str:
+    """The override `word` under its key's new name, with a printed note for an old one."""
+    for old, new in RENAMED.items():
+        if re.match(rf"[+~]*{re.escape(old)}(=|$)", word):
+            note_renamed(old)
+            return word.replace(old, new, 1)
+    return word
 
+
+def compose(*overrides: str) -> DictConfig:
+    """What `python run.py *overrides` composes."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return hydra_compose("config", [rename(word) for word in overrides])
+
+
+def load(*overrides: str) -> Config:
+    """The checked configuration of `python run.py *overrides`."""
+    return load_config(compose(*overrides))
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
 
 LAUNCHERS = {
     "joblib": "hydra-joblib-launcher==1.2.0",
@@ -47,42 +84,18 @@ LAUNCHERS = {
 
 
 def hydra_error_line(error: Exception) -> str:
-    """Hydra's errors, in one line: what is wrong and what to do."""
+    """Hydra's error in one line: what is wrong and what to do."""
     cause: BaseException | None = error
     while cause is not None and not str(cause):  # Hydra wraps some errors in an empty one
         cause = cause.__cause__
     text = str(cause or error)
-    if (found := re.search(r"Could not (?:find|load) 'hydra/launcher/(\w+)'", text)) and found[1] in LAUNCHERS:
-        return (
-            f"hydra/launcher={found[1]} is a plugin of Hydra's that is not installed: pip install {LAUNCHERS[found[1]]}"
-        )
-    if found := re.search(r"Could not override '(?P<key>[^']+)'", text):
-        key, settings = found["key"], _settings()
-        if key in settings:  # rmsprop has no betas
-            group = key.split(".")[0]
-            return f"{key}: the chosen {group} has no such setting; see conf/{group}/ for those that have."
-        return f"{key}: there is no such setting.{_did_you_mean(key, settings)}"
-    if found := re.search(
-        r"Could not find '(?P<group>.+)/(?P<choice>[^/']+)'\s+Available options in '[^']+':(?P<options>(?:\n\t\S+)+)",
-        text,
-        re.S,
-    ):
-        options = found["options"].split()
-        hint = _did_you_mean(found["choice"], options)
-        return f"{found['group']}={found['choice']}: there is no such choice. There are: {', '.join(options)}.{hint}"
-    hint = " Quote a value that has special signs in it: 'data.template=\"### {prompt}\"'." if "{" in text else ""
+    if (match := re.search(r"Could not (?:find|load) 'hydra/launcher/(\w+)'", text)) and match[1] in LAUNCHERS:
+        return f"hydra/launcher={match[1]} needs a plugin that is not installed: pip install {LAUNCHERS[match[1]]}"
+    if match := re.search(r"Could not override '([^']+)'", text):
+        return f"{match[1]}: there is no such setting.{did_you_mean(match[1], settings())}"
+    if match := re.search(r"Could not find '(.+)/([^/']+)'\s+Available options in '[^']+':((?:\n\t\S+)+)", text, re.S):
+        group, option, options = match[1], match[2], [name for name in match[3].split() if name != "base"]
+        hint = did_you_mean(option, options)
+        return f"{group}={option}: there is no such choice. There are: {', '.join(options)}.{hint}"
+    hint = " Quote a value with special characters: 'data.template=\"### {prompt}\"'." if "{" in text else ""
     return " ".join(text.split()) + hint
-
-
-def _did_you_mean(word: str, known: list[str]) -> str:
-    near = get_close_matches(word, known, n=1)
-    return f" Did you mean {near[0]}?" if near else " `python run.py --help` lists the settings."
-
-
-def _settings() -> list[str]:
-    def keys(node, prefix=""):
-        for key, value in node.items():
-            yield from keys(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}"]
-
-    defaults = dataclasses.asdict(Config())
-    return [*keys(defaults), *defaults]

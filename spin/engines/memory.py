@@ -54,13 +54,13 @@ def bytes_per_weight(
             "gradients": 0 if spread.offload and spread.stage > 1 else gradients,
             "optimiser states": 0
             if spread.offload
-            else 4 * part * state_values_per_weight(OptimizerConfig(name=optimizer)),
+            else 4 * part * state_values_per_weight(OptimizerConfig.from_defaults(name=optimizer)),
         }
     return {
         "weights": BYTES[precision],
         "masters": 0 if precision == "fp32" else 2,
         "gradients": 4 if passes > 1 else BYTES[precision],
-        "optimiser states": 4 * state_values_per_weight(OptimizerConfig(name=optimizer, states=states)),
+        "optimiser states": 4 * state_values_per_weight(OptimizerConfig.from_defaults(name=optimizer, states=states)),
     }
 
 

@@ -47,8 +47,10 @@ def _base_of(folder: Path, name: str, config: ModelConfig, cache: Path) -> Polic
     settings = read_json_object(folder / adapters.CONFIG, name)
     adapters.check_adapter(folder, settings, name)
     known = read_json_object(folder / adapters.BASE, name) if (folder / adapters.BASE).is_file() else {}
-    stated = ModelConfig(path=settings.get("base_model_name_or_path") or None, revision=settings.get("revision"))
-    origin = ModelConfig(**{key: known.get("model", {}).get(key) for key in NAMING})
+    stated = ModelConfig.from_defaults(
+        path=settings.get("base_model_name_or_path") or None, revision=settings.get("revision")
+    )
+    origin = ModelConfig.from_defaults(**{key: known.get("model", {}).get(key) for key in NAMING})
     wanted, reasons = known.get("content"), []
     for place in (stated, origin):
         if place.path is None and place.package is None:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,7 @@ def content_hash(config: Config) -> str | None:
     program, and size and time of every file that a setting names. None if a model or data set of the hub has no revision:
     its content may change.
     """
-    settings = asdict(config)
+    settings = config.model_dump()
     for name in ("plan", "tracking", "checkpoint"):  # they change no result
         del settings[name]
     sources = [(settings[group]["path"], settings[group]["revision"]) for group in ("model", "data")]

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from spin.config import hydra, schema
@@ -16,13 +15,7 @@ from spin.runtime.errors import UserError
 ROOT = Path(__file__).parents[2]
 
 
-def composed(*overrides: str):
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose("config", overrides=list(overrides))
-
-
-def load(*overrides: str) -> schema.Config:
-    return schema.load_config(composed(*overrides))
+composed, load = hydra.compose, hydra.load
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """From files to token ids, with real tokenizers of the two common kinds, built here."""
 
 import copy
-import dataclasses
 import json
 import os
 import subprocess
@@ -13,10 +12,10 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from spin.config import hydra
 from spin.config.schema import DataConfig
 from spin.data import examples, templates
 from spin.data.formats import exchanges
@@ -85,7 +84,7 @@ def tokenizer(request):
 
 
 def config(path=None, **changes):
-    return DataConfig(**{"path": path and str(path), "template": "paper", **changes})
+    return DataConfig.from_defaults(**{"path": path and str(path), "template": "paper", **changes})
 
 
 def write(path, rows):
@@ -470,7 +469,7 @@ def test_nothing_survives(load):
 def test_a_hub_name_without_a_network():
     code = (
         "from spin import readers, config, errors\n"
-        "try: list(readers.read_records(config.DataConfig(path='nobody/nothing-of-this-name'), '/nonexistent'))\n"
+        "try: list(readers.read_records(config.DataConfig.from_defaults(path='nobody/nothing-of-this-name'), '/nonexistent'))\n"
         "except errors.UserError as error: print('said:', error)\n"
     )
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
@@ -558,19 +557,8 @@ def test_every_exchange_is_counted():
 # ----------------------------------------------------------------------------------------------------- conf/data
 
 
-CONF = Path(__file__).parents[2] / "conf" / "data"
-
-
-@pytest.mark.parametrize("name", ["sharegpt", "chitchat", "ultrachat", "local", "tiny"])
-def test_every_key_stands_in_every_file(name):
-    composed = OmegaConf.load(CONF / f"{name}.yaml")
-    assert set(composed) == {field.name for field in dataclasses.fields(DataConfig)}
-    composed.name = name  # one is made of the path, by a resolver that only a whole configuration has
-    OmegaConf.merge(OmegaConf.structured(DataConfig), composed)
-
-
 def test_the_tiny_set(byte_level, tmp_path):
-    tiny = DataConfig(**OmegaConf.to_object(OmegaConf.load(CONF / "tiny.yaml")))
+    tiny = hydra.load("data=tiny").data
     found = examples.load_dataset(tiny, byte_level, {2}, 0, tmp_path)
     assert (len(found.train), len(found.held_out)) == (24, 8)
     assert found.counts == {"read": 48, "kept": 32, "not needed": 16}

@@ -50,7 +50,7 @@ def check(tokenizer, tmp_path_factory):
 
     def check(path, **changes):
         """The message, or the data set. The path as a whole or its name stands in the message, or else the setting."""
-        config = DataConfig(path=str(path), **{"template": "paper", **changes})
+        config = DataConfig.from_defaults(path=str(path), **{"template": "paper", **changes})
         try:
             found = examples.load_dataset(config, tokenizer, {1}, 0, cache)
         except UserError as error:
@@ -314,7 +314,7 @@ for variant in [raw, *cut, *flipped]:
     file.write_bytes(variant)
     try:
         counts = Counter()
-        list(exchanges(read_records(DataConfig(path=str(folder)), folder / "cache"), DataConfig(), counts))
+        list(exchanges(read_records(DataConfig.from_defaults(path=str(folder)), folder / "cache"), DataConfig.from_defaults(), counts))
         seen["read" if counts["read"] == 4 else "read less"] += 1
     except UserError as error:
         said = str(error)
@@ -421,17 +421,17 @@ def test_paths_that_are_no_file(check, tmp_path):
     assert "no such file" in check(tmp_path / "dangling.jsonl")
     assert "no such file" in check(tmp_path / "x.jsonl" / "y.jsonl" / "z.jsonl")
     with pytest.raises(UserError, match=r"^~nobody-of-this-name/x.jsonl: cannot be read \(.*home"):
-        list(read_records(DataConfig(path="~nobody-of-this-name/x.jsonl"), tmp_path))
+        list(read_records(DataConfig.from_defaults(path="~nobody-of-this-name/x.jsonl"), tmp_path))
     for path in ("a" * 5000, f"/{'a' * 5000}.jsonl", "zero\0byte.jsonl", "two\nlines.jsonl", "\udcff.jsonl", ""):
         with pytest.raises(UserError) as error:
-            list(read_records(DataConfig(path=path), tmp_path))
+            list(read_records(DataConfig.from_defaults(path=path), tmp_path))
         assert str(error.value).isprintable() and len(str(error.value)) < 1000
 
 
 def test_names_with_line_feeds(check, tmp_path):
     (tmp_path / "a\nb.jsonl").write_text("{")
     with pytest.raises(UserError, match=r"a b.jsonl:1: not a line of JSON"):
-        list(read_records(DataConfig(path=str(tmp_path / "a\nb.jsonl")), tmp_path))
+        list(read_records(DataConfig.from_defaults(path=str(tmp_path / "a\nb.jsonl")), tmp_path))
     assert "did you mean a b.jsonl" in check(tmp_path / "a_b.jsonl")
 
 
@@ -551,7 +551,7 @@ def test_wheels_damaged_at_every_byte(tmp_path, kind):
 def test_broken_wheels(tmp_path, raw):
     wheel = tmp_path / "spin_cargo-1.0-py3-none-any.whl"
     wheel.write_bytes(raw)
-    config = DataConfig(package=str(wheel), file="spin_cargo/rows.jsonl")
+    config = DataConfig.from_defaults(package=str(wheel), file="spin_cargo/rows.jsonl")
     with pytest.raises(UserError, match=r"spin_cargo-1.0-py3-none-any.whl: ") as error:
         list(read_records(config, tmp_path / "cache"))
     assert str(error.value).isprintable() and len(str(error.value)) < 1000
@@ -563,5 +563,5 @@ def test_odd_names_in_a_wheel(tmp_path, file):
     wheel = tmp_path / "spin_cargo-1.0-py3-none-any.whl"
     wheel.write_bytes(ARCHIVES[0])
     with pytest.raises(UserError) as error:
-        list(read_records(DataConfig(package=str(wheel), file=file), tmp_path / "cache"))
+        list(read_records(DataConfig.from_defaults(package=str(wheel), file=file), tmp_path / "cache"))
     assert str(error.value).isprintable() and len(str(error.value)) < 1000

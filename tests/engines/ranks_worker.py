@@ -94,13 +94,13 @@ def broken_at(case: Case) -> Callable:
 def play(case: Case, folder: Path, together: ProcessGroup = SINGLE_PROCESS) -> SingleEngine | DeepSpeedEngine:
     """Train as the case says; by `SingleEngine` where there is one rank. The engine, closed."""
     folder = folder / case.name
-    options = EngineConfig(
+    options = EngineConfig.from_defaults(
         name="deepspeed",
         zero_stage=case.stage,
         offload_optimizer=case.offload,
         gradient_checkpointing=case.checkpointing,
     )
-    optimizer = OptimizerConfig(name=case.optimizer, max_grad_norm=case.clip)
+    optimizer = OptimizerConfig.from_defaults(name=case.optimizer, max_grad_norm=case.clip)
     arguments = (case.policy, TYPES[case.precision], CPU, options, optimizer)
     engine = SingleEngine(*arguments) if together is SINGLE_PROCESS else DeepSpeedEngine(*arguments, together)
     rows: list[dict] = []
@@ -193,7 +193,7 @@ def examples() -> list[Example]:
 def answered(model_folder: Path, keep, size: int) -> tuple[list[dict], list[float]]:
     """Answers and log-probs by the model, in shards of `size`."""
     model = load_model(model_folder, torch.float32, CPU)
-    settings = GenerationConfig(batch_size=3, temperature=1.0)
+    settings = GenerationConfig.from_defaults(batch_size=3, temperature=1.0)
     tokenizer = load_tokenizer(model_folder)
     answers = generate_answers(
         model, tokenizer, examples(), settings, 12, {1}, 0, keep=keep("answers"), shard_size=size
@@ -220,7 +220,7 @@ def share_work(folder: Path, model_folder: Path, together: ProcessGroup) -> dict
     together.barrier()
     again = answered(model_folder, keep, 2)
     if together.rank == 1:  # alone: transformers would have rank 0 write
-        find_model(ModelConfig(path="builtin:tiny"), folder / "cache")
+        find_model(ModelConfig.from_defaults(path="builtin:tiny"), folder / "cache")
     taken = []
     for number in together.claims():
         if number >= 200:

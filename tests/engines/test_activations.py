@@ -164,7 +164,7 @@ def test_adapters_and_rounded_weights(tmp_path, quantization):
     whole = Policy("start", tmp_path / "model", content_id(tmp_path / "model"))
     whole = Policy("start", whole.folder, whole.id, quantization=None if quantization == "none" else quantization)
     lora = Lora(rank=4, alpha=8, targets="all-linear")
-    policy = fresh_adapter(whole, lora, 0, ModelConfig(path=str(whole.folder)), tmp_path / "adapter")
+    policy = fresh_adapter(whole, lora, 0, ModelConfig.from_defaults(path=str(whole.folder)), tmp_path / "adapter")
     results = []
     for lean in (False, True):
         model = load_policy(policy, torch.float32, torch.device("cpu"))
@@ -186,8 +186,8 @@ def test_adapters_and_rounded_weights(tmp_path, quantization):
 def test_an_engine_keeps_little(tiny_folder):
     policy = Policy("start", tiny_folder, "x")
     for checkpointing in (False, True):
-        settings = EngineConfig(gradient_checkpointing=checkpointing)
-        engine = SingleEngine(policy, torch.float32, torch.device("cpu"), settings, OptimizerConfig())
+        settings = EngineConfig.from_defaults(gradient_checkpointing=checkpointing)
+        engine = SingleEngine(policy, torch.float32, torch.device("cpu"), settings, OptimizerConfig.from_defaults())
         wrapped = [module.forward for module in engine.model.modules() if "forward" in vars(module)]
         forgotten = [call.args[1] for call in wrapped if call.func is activations._feed_forward]
         assert forgotten == [not checkpointing] * 2

@@ -60,7 +60,9 @@ def test_what_an_engine_holds_a_weight_is_what_the_table_says(tiny_folder, preci
     """All tensors of an engine after a step, each storage once."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     policy = Policy("start", tiny_folder, content_id(tiny_folder))
-    engine = SingleEngine(policy, dtype, CPU, EngineConfig(), OptimizerConfig(name=optimizer))
+    engine = SingleEngine(
+        policy, dtype, CPU, EngineConfig.from_defaults(), OptimizerConfig.from_defaults(name=optimizer)
+    )
     forward = Forward("packed", "chunked", 256, 999, 64)
     engine.optimizer.step(engine.weights, engine.low, {}, 1e-3, 1.0)
     for passes in (1, 2):
@@ -130,9 +132,9 @@ def train(folder, vocabulary):
     policy = with_quantization(Policy("start", folder, "x"), asked["quantization"])
     if asked["rank"]:
         lora = Lora(asked["rank"], 8, "all-linear")
-        policy = fresh_adapter(policy, lora, 0, ModelConfig(path=str(folder)), folder / "adapter")
+        policy = fresh_adapter(policy, lora, 0, ModelConfig.from_defaults(path=str(folder)), folder / "adapter")
     engine = SingleEngine(policy, getattr(torch, asked["dtype"]), torch.device("cpu"),
-        EngineConfig(gradient_checkpointing=asked["checkpointing"]), OptimizerConfig(name=asked["optimizer"]))
+        EngineConfig.from_defaults(gradient_checkpointing=asked["checkpointing"]), OptimizerConfig.from_defaults(name=asked["optimizer"]))
     n = asked["row"] // 4
     ids = [tuple((7 * i + k) % (vocabulary - 5) + 3 for i in range(n)) for k in range(3)]
     items = [Continuations(ids[0], (ids[1], ids[2]))] * (asked["tokens"] // asked["row"])

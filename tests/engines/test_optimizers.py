@@ -22,7 +22,8 @@ def weights(dtype=torch.float32):
 
 def optimizer(name, shaped, **settings):
     return Optimizer(
-        OptimizerConfig(name=name, alpha=0.9, betas=[0.8, 0.9], eps=1e-6, weight_decay=0.1, **settings), shaped
+        OptimizerConfig.from_defaults(name=name, alpha=0.9, betas=[0.8, 0.9], eps=1e-6, weight_decay=0.1, **settings),
+        shaped,
     )
 
 

@@ -94,7 +94,7 @@ def test_a_policy_is_opened_on_the_base_that_it_was_trained_beside(played):
 
 
 def test_merged_it_is_the_same_model(played):
-    policy = find_model(ModelConfig(path=f"{played.folder}/run/iter0/policy"), played.folder / "cache")
+    policy = find_model(ModelConfig.from_defaults(path=f"{played.folder}/run/iter0/policy"), played.folder / "cache")
     assert policy.base.quantization == "nf4"
     ids = torch.tensor([[5, 6, 7, 8, 9]])
     with torch.no_grad():
@@ -122,7 +122,13 @@ def states_of(optimizer, key):
 def test_states_of_8_bits_take_a_quarter_and_step_nearly_as_whole_ones(tiny_folder, name, whole_name):
     pairs, moved, held = scored_pairs(base_or_self(tiny_folder)), [], []
     for one in (whole_name, name):
-        engine = SingleEngine(base_or_self(tiny_folder), torch.float32, CPU, EngineConfig(), OptimizerConfig(name=one))
+        engine = SingleEngine(
+            base_or_self(tiny_folder),
+            torch.float32,
+            CPU,
+            EngineConfig.from_defaults(),
+            OptimizerConfig.from_defaults(name=one),
+        )
         before = {key: master.clone() for key, master in engine.masters.items()}
         train_spin(
             engine, pairs, PACKED, beta=0.1, link="logistic", log=lambda row: None, **SETTINGS | {"batch_size": 5}
@@ -138,8 +144,8 @@ def test_states_of_8_bits_take_a_quarter_and_step_nearly_as_whole_ones(tiny_fold
         held.append(
             sum(t.numel() * t.element_size() for t in tensors) / sum(master.numel() for master in large.values())
         )
-    assert held[0] == 4 * state_values_per_weight(OptimizerConfig(name=whole_name))
-    assert held[1] == pytest.approx(4 * state_values_per_weight(OptimizerConfig(name=name)), rel=0.02)
+    assert held[0] == 4 * state_values_per_weight(OptimizerConfig.from_defaults(name=whole_name))
+    assert held[1] == pytest.approx(4 * state_values_per_weight(OptimizerConfig.from_defaults(name=name)), rel=0.02)
     similar = torch.nn.functional.cosine_similarity(moved[0], moved[1], dim=0)
     assert similar > 0.9 and moved[1].abs().mean() == pytest.approx(moved[0].abs().mean().item(), rel=0.2)
 
@@ -147,7 +153,13 @@ def test_states_of_8_bits_take_a_quarter_and_step_nearly_as_whole_ones(tiny_fold
 @pytest.mark.parametrize("name", ["rmsprop8bit", "adamw8bit"])
 def test_a_resume_goes_on_in_the_same_bits(tiny_folder, tmp_path, name):
     def engine():
-        return SingleEngine(base_or_self(tiny_folder), torch.bfloat16, CPU, EngineConfig(), OptimizerConfig(name=name))
+        return SingleEngine(
+            base_or_self(tiny_folder),
+            torch.bfloat16,
+            CPU,
+            EngineConfig.from_defaults(),
+            OptimizerConfig.from_defaults(name=name),
+        )
 
     def step(one):
         for number, (key, weight) in enumerate(one.weights.items()):
@@ -175,7 +187,13 @@ def test_gradients_pass_through_rounded_layers(tiny_folder, tmp_path, dtype, che
     """After it has computed without gradients, as an engine's model has; against the same weights, widened."""
     policy = adapted(tiny_folder, tmp_path / "policy")
     policy = replace(policy, base=with_quantization(policy.base, "nf4"))
-    engine = SingleEngine(policy, dtype, CPU, EngineConfig(gradient_checkpointing=checkpointing), OptimizerConfig())
+    engine = SingleEngine(
+        policy,
+        dtype,
+        CPU,
+        EngineConfig.from_defaults(gradient_checkpointing=checkpointing),
+        OptimizerConfig.from_defaults(),
+    )
     items = random_items(6)
     compute_logps(engine.model, items, PACKED)
     wide = adapters.attach_adapter(load_model(tiny_folder, dtype, CPU, "nf4").dequantize().float(), policy.folder)
@@ -190,8 +208,11 @@ def test_gradients_pass_through_rounded_layers(tiny_folder, tmp_path, dtype, che
 
 def test_an_adapter_on_4_bits_with_8_bit_states_and_checkpointing_trains(tiny_folder, tmp_path):
     start = with_quantization(base_or_self(tiny_folder), "nf4")
-    policy = fresh_adapter(start, LORA, 0, ModelConfig(path=str(tiny_folder)), tmp_path / "policy")
-    options, optimizer = EngineConfig(gradient_checkpointing=True), OptimizerConfig(name="rmsprop8bit")
+    policy = fresh_adapter(start, LORA, 0, ModelConfig.from_defaults(path=str(tiny_folder)), tmp_path / "policy")
+    options, optimizer = (
+        EngineConfig.from_defaults(gradient_checkpointing=True),
+        OptimizerConfig.from_defaults(name="rmsprop8bit"),
+    )
     engine = SingleEngine(policy, torch.bfloat16, CPU, options, optimizer)
     rows = []
     settings = {**SETTINGS, "epochs": 8, "lr": 3e-3}

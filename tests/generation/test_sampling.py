@@ -35,7 +35,7 @@ def generate(model, chosen, settings, max_new_tokens, stop_ids, seed=0, num_answ
 
 
 def greedy(**settings):
-    return GenerationConfig(temperature=0.0, **settings)
+    return GenerationConfig.from_defaults(temperature=0.0, **settings)
 
 
 def batch_for(model, chosen, longest=40):
@@ -62,7 +62,7 @@ def test_greedy_matches_transformers(name):
 
 def test_finish_reason():
     stops = {1, 2, 3, 4}
-    answers = generate(small_model("llama"), examples(40), GenerationConfig(batch_size=16), 9, stops)
+    answers = generate(small_model("llama"), examples(40), GenerationConfig.from_defaults(batch_size=16), 9, stops)
     assert {answer.finish_reason for answer in answers} == {"stop", "length"}
     for answer in answers:
         ends = [token in stops for token in answer.ids]
@@ -74,8 +74,10 @@ def test_finish_reason():
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_answers_are_independent_of_batch_and_order(temperature):
     model, chosen = small_model("llama"), examples(12)
-    many = GenerationConfig(temperature=temperature, batch_size=5)
-    expected = generate(model, chosen, GenerationConfig(temperature=temperature, batch_size=1), 10, {1, 9}, seed=3)
+    many = GenerationConfig.from_defaults(temperature=temperature, batch_size=5)
+    expected = generate(
+        model, chosen, GenerationConfig.from_defaults(temperature=temperature, batch_size=1), 10, {1, 9}, seed=3
+    )
     assert generate(model, chosen, many, 10, {1, 9}, seed=3) == expected
     assert generate(model, chosen[::-1], many, 10, {1, 9}, seed=3)[::-1] == expected
     assert generate(model, chosen, many, 10, {1, 9}, seed=3, shard_size=5) == expected
@@ -99,7 +101,7 @@ def test_requests_number_the_answers():
 def test_num_answers(tmp_path):
     """The first answer is the one that a prompt gets with one answer; the others come from other streams."""
     model, chosen = small_model("llama"), examples(20)
-    config = GenerationConfig(batch_size=64)
+    config = GenerationConfig.from_defaults(batch_size=64)
     first = generate(model, chosen, config, 10, {1})
     answers = generate(model, chosen, config, 10, {1}, num_answers=3)
     assert [(a.id, a.index) for a in answers] == [(e.id, k) for e in chosen for k in range(3)]
@@ -138,7 +140,7 @@ def test_extreme_uniforms_give_possible_tokens(uniform):
 def test_global_random_state_is_untouched(tiny_folder):
     model, tokenizer = load_model(tiny_folder, torch.float32, torch.device("cpu")), load_tokenizer(tiny_folder)
     before = torch.get_rng_state()
-    answers = generate_answers(model, tokenizer, examples(3), 1, GenerationConfig(), 5, {1}, 0)
+    answers = generate_answers(model, tokenizer, examples(3), 1, GenerationConfig.from_defaults(), 5, {1}, 0)
     assert torch.equal(torch.get_rng_state(), before)
     assert all(answer.text == tokenizer.decode(answer.ids, skip_special_tokens=True) for answer in answers)
 
@@ -171,7 +173,7 @@ def test_padded_prefill_matches_packed(monkeypatch):
 def test_fewer_passes_than_static_batches():
     model, chosen, passes = small_model("llama"), examples(40), []
     model.register_forward_hook(lambda *rest: passes.append(1))
-    answers = generate(model, chosen, GenerationConfig(batch_size=8), 40, {1, 2, 3, 4, 5, 6})
+    answers = generate(model, chosen, GenerationConfig.from_defaults(batch_size=8), 40, {1, 2, 3, 4, 5, 6})
     static = sum(max(len(a.ids) for a in answers[start : start + 8]) for start in range(0, 40, 8))
     assert len(passes) < 0.8 * static
 
@@ -215,6 +217,8 @@ def test_progress_is_reported_once_a_step(name):
         for method, function in zip(("start", "step"), usual, strict=True):
             patch.setattr(type(batch), method, lambda *a, function=function: steps.append(1) or function(*a))
         patch.setattr(decoding, "make_batch", lambda *rest: batch)
-        answers = generate(model, chosen, GenerationConfig(batch_size=5), 15, {1, 7, 30}, advance=reports.append)
+        answers = generate(
+            model, chosen, GenerationConfig.from_defaults(batch_size=5), 15, {1, 7, 30}, advance=reports.append
+        )
     assert sum(reports) == len(answers) == 30
     assert len(reports) == len(steps) < sum(len(answer.ids) for answer in answers) / 2

@@ -7,7 +7,6 @@ vLLM does not run here and is not imitated. The argument names are checked again
 import ast
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,7 +26,7 @@ from tests.generation import vllm_interface
 from tests.models.test_adapters import LORA, base_or_self
 
 RECORD = json.loads((Path(__file__).parent / "vllm_interface.json").read_text())
-CONFIG = GenerationConfig(temperature=0.7, top_p=0.9, engine="vllm", tensor_parallel=2)
+CONFIG = GenerationConfig.from_defaults(temperature=0.7, top_p=0.9, engine="vllm", tensor_parallel=2)
 EXAMPLES = [Example(f"e{i}", "", tuple(range(2, 4 + i)), "", ()) for i in range(5)]
 
 
@@ -38,7 +37,9 @@ def test_record_is_of_the_pinned_version():
 
 
 def test_argument_names(tiny_folder, tmp_path):
-    policy = fresh_adapter(base_or_self(tiny_folder), LORA, 0, ModelConfig(path=str(tiny_folder)), tmp_path / "policy")
+    policy = fresh_adapter(
+        base_or_self(tiny_folder), LORA, 0, ModelConfig.from_defaults(path=str(tiny_folder)), tmp_path / "policy"
+    )
     for model in (policy, base_or_self(tiny_folder)):
         arguments = vllm_engine.llm_arguments(model, torch.bfloat16, CONFIG, 300)
         assert arguments.keys() <= {*RECORD["LLM"], *RECORD["EngineArgs"]}
@@ -86,7 +87,7 @@ def test_policy_arguments(tiny_folder, tmp_path):
     )
     assert arguments["tensor_parallel_size"] == 2 and arguments["max_model_len"] == 300
     assert vllm_engine.lora_arguments(start) is None
-    policy = fresh_adapter(start, LORA, 0, ModelConfig(path=str(tiny_folder)), tmp_path / "policy")
+    policy = fresh_adapter(start, LORA, 0, ModelConfig.from_defaults(path=str(tiny_folder)), tmp_path / "policy")
     arguments = vllm_engine.llm_arguments(policy, torch.float32, CONFIG, 300)
     assert arguments["model"] == str(tiny_folder)  # the adapter's base
     assert arguments["enable_lora"] and arguments["max_lora_rank"] == 8  # the smallest that holds rank 4
@@ -130,7 +131,7 @@ def test_missing_vllm(place):
 
 def test_worker_that_fails(tiny_folder):
     """The real worker, in an interpreter without vLLM."""
-    config = replace(CONFIG, python=sys.executable, data_parallel=2)
+    config = CONFIG.model_copy(update={"python": sys.executable, "data_parallel": 2})
     with pytest.raises(
         UserError, match="vLLM ended with status 1: ModuleNotFoundError: No module named 'vllm'"
     ) as error:
@@ -142,7 +143,7 @@ def test_worker_that_fails(tiny_folder):
 
 def test_stored_answers_need_no_worker(tiny_folder):
     """A resumed run starts workers for the first missing shard; here none is missing."""
-    config = replace(CONFIG, python="/nowhere/python")
+    config = CONFIG.model_copy(update={"python": "/nowhere/python"})
     shards = []
 
     def keep(parts):
@@ -163,10 +164,11 @@ def test_stored_answers_need_no_worker(tiny_folder):
 
 def test_engine_decides_the_keys_of_answers_alone(tmp_path):
     words = [f"cache.path={tmp_path}/cache", f"store.path={tmp_path}/store"]
-    stages = Stages(load("experiment=smoke", *words), tmp_path, Tracker(tmp_path, name="", config={}, rank=1))
+    smoke = load("experiment=smoke", *words)
+    stages = Stages(smoke, tmp_path, Tracker(tmp_path, name="", config={}, rank=1))
 
     def inputs(**settings):
-        stages.config.generation = replace(GenerationConfig(), **settings)
+        stages.config = smoke.model_copy(update={"generation": GenerationConfig.from_defaults(**settings)})
         return stages._generation_inputs(), stages._training_inputs(stages.start), stages.numerics
 
     ours, vllm = inputs(), inputs(engine="vllm")

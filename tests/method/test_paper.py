@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -137,7 +136,7 @@ def test_the_start_is_found_by_its_name_and_revision(place, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(place.folder / "hub"))
     assert find_model(config, place.folder / "cache").folder == snapshot
     with pytest.raises(UserError, match="the Hugging Face hub has it not or can't be reached"):
-        find_model(replace(config, revision="0" * 40), place.folder / "cache")
+        find_model(config.model_copy(update={"revision": "0" * 40}), place.folder / "cache")
 
 
 # --- what is played ---------------------------------------------------------------------------------------------------

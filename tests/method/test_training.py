@@ -32,7 +32,9 @@ def policy_of(folder) -> Policy:
 
 
 def engine_of(folder, dtype=torch.float32, **optimizer) -> SingleEngine:
-    return SingleEngine(policy_of(folder), dtype, CPU, EngineConfig(), OptimizerConfig(**optimizer))
+    return SingleEngine(
+        policy_of(folder), dtype, CPU, EngineConfig.from_defaults(), OptimizerConfig.from_defaults(**optimizer)
+    )
 
 
 def pairs_of(count=10) -> list[Pair]:
@@ -49,7 +51,7 @@ def score(folder, pairs, forward=PACKED, dtype=torch.float32) -> dict:
 def train(engine, pairs, forward=PACKED, references=None, log=lambda row: None, loss=None, **settings):
     """One call of `train_spin`, by default with the references that the engine's own start gives."""
     references = references or score(engine.policy.folder, pairs, forward, engine.dtype)
-    objective = make_objective(LossConfig(**{"beta": 0.1, **(loss or {})}), 0)
+    objective = make_objective(LossConfig.from_defaults(**{"beta": 0.1, **(loss or {})}), 0)
     return train_spin(engine, pairs, references, objective, forward, log=log, **{**SETTINGS, **settings})
 
 
@@ -107,7 +109,7 @@ def test_wrong_opponent_is_found(tiny_folder):
         train(engine_of(tiny_folder), pairs, references=wrong)
     nan = {name: torch.full((4,), torch.nan) for name in ("real", "generated")}
     with pytest.raises(UserError):
-        check_first_step(nan, nan, torch.full((4,), torch.nan), make_objective(LossConfig(), 0), 0.1)
+        check_first_step(nan, nan, torch.full((4,), torch.nan), make_objective(LossConfig.from_defaults(), 0), 0.1)
 
 
 @pytest.mark.parametrize(
@@ -193,8 +195,8 @@ def test_gradient_checkpointing_keeps_bits(tiny_folder):
             policy_of(tiny_folder),
             torch.float32,
             CPU,
-            EngineConfig(gradient_checkpointing=checkpointing),
-            OptimizerConfig(),
+            EngineConfig.from_defaults(gradient_checkpointing=checkpointing),
+            OptimizerConfig.from_defaults(),
         )
         train(engine, pairs)
         results.append(engine.masters)
@@ -286,8 +288,8 @@ def test_no_dropout_with_gradient_checkpointing(config, tiny_folder, tmp_path):
         tf.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     results = []
     for checkpointing in (False, True):
-        options = EngineConfig(gradient_checkpointing=checkpointing)
-        engine = SingleEngine(policy_of(tmp_path), torch.float32, CPU, options, OptimizerConfig())
+        options = EngineConfig.from_defaults(gradient_checkpointing=checkpointing)
+        engine = SingleEngine(policy_of(tmp_path), torch.float32, CPU, options, OptimizerConfig.from_defaults())
         (batch,) = Forward("padded", "chunked", 999, 999, 64).batches(random_items(4))
         logps = sequence_logps(engine.model, batch, PADDED)
         engine.backward(logps.sum())

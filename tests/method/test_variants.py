@@ -164,7 +164,7 @@ def test_answers_join_their_example():
 
 def test_first_answer_does_not_depend_on_how_many_follow():
     model, chosen = small_model("llama"), examples(20)
-    config = GenerationConfig(batch_size=64)
+    config = GenerationConfig.from_defaults(batch_size=64)
     alone = generate_answers(model, Ids(), chosen, 1, config, 10, {1}, 0)
     several = generate_answers(model, Ids(), chosen, 3, config, 10, {1}, 0)
     assert [answer for answer in several if answer.index == 0] == alone

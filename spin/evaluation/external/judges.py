@@ -178,7 +178,7 @@ class LocalJudge:
             if room < 1:
                 return ""
             examples = [Example("question", "", tuple(ids), "", ())]
-            greedy = GenerationConfig(temperature=0.0, batch_size=1)
+            greedy = GenerationConfig.from_defaults(temperature=0.0, batch_size=1)
             answers = generate_answers(self.model, self.tokenizer, examples, 1, greedy, int(room), self.stop_ids, 0)
             return answers[0].text
 

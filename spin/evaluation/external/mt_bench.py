@@ -5,7 +5,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -152,7 +152,7 @@ def answer(
                 replies |= {example.id: NO_ANSWER for example in examples}
                 advance(len(examples))
                 continue
-            sampling = replace(generation, temperature=temperature, top_p=1.0)
+            sampling = generation.model_copy(update={"temperature": temperature, "top_p": 1.0})
             part = keep(f"{turn + 1}-{temperature:g}-{room}")
             found = generate_answers(
                 model,

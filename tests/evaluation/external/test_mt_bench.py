@@ -8,8 +8,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from omegaconf import OmegaConf
 
+from spin.config.hydra import load
 from spin.config.schema import GenerationConfig
 from spin.data.templates import encode_prompts
 from spin.evaluation.external.judges import LocalJudge, RewardModel
@@ -27,7 +27,6 @@ from spin.generation.sampling import generate_answers
 from spin.models.load import load_model, load_tokenizer, stop_ids
 from spin.runtime.errors import UserError
 from spin.runtime.shards import ResumableShards
-from tests.config.test_schema import ROOT
 from tests.evaluation.external.test_judges import make_reward, one_line, serve  # noqa: F401
 
 CATEGORIES = "writing roleplay extraction math coding reasoning stem humanities".split()
@@ -71,7 +70,7 @@ def player(tiny_folder):
 
 def played(player, questions=QUESTIONS, template="chat", seed=0, tokens=12, **options) -> list[dict]:
     model, tokenizer, stops = player
-    generation = options.pop("generation", GenerationConfig(batch_size=4))
+    generation = options.pop("generation", GenerationConfig.from_defaults(batch_size=4))
     return answer(model, tokenizer, questions, template, stops, generation, tokens, seed, **options)
 
 
@@ -204,7 +203,7 @@ def test_the_second_turn_sees_the_first_answer_in_the_one_template_at_fastchats_
     }
     questions = [*QUESTIONS, replace(QUESTIONS[0], id="own", category="of my own")]
     # What self-play samples with does not count, but for the size of a batch.
-    generation = GenerationConfig(temperature=3.0, top_p=0.1, batch_size=3)
+    generation = GenerationConfig.from_defaults(temperature=3.0, top_p=0.1, batch_size=3)
     rows = played(player, questions, template, generation=generation)
     for question, (first, second) in zip(questions, turns(rows), strict=True):
         history = [{"role": "user", "content": question.turns[0]}]
@@ -228,7 +227,7 @@ def again_of(model, tokenizer, example, temperature, stops) -> str:
     from spin.data.examples import Example
     from spin.evaluation.external.mt_bench import _seed
 
-    config = GenerationConfig(temperature=temperature, batch_size=1)
+    config = GenerationConfig.from_defaults(temperature=temperature, batch_size=1)
     [found] = generate_answers(model, tokenizer, [Example(**example)], 1, config, 12, stops, _seed(0))
     return found.text
 
@@ -417,9 +416,7 @@ def test_a_rating_is_read_and_never_guessed(reply, rating):
     assert parse_rating(reply) == rating
 
 
-def test_the_settings_file_has_the_keys_of_heldout_and_its_own_and_says_what_each_is():
-    text = (ROOT / "conf/evaluation/mt_bench.yaml").read_text()
-    settings = OmegaConf.create(text)
+def test_settings_of_the_option():
+    settings = load("evaluation=mt_bench").evaluation
     assert settings.name == "mt_bench" and settings.enabled and settings.judge_timeout == 60
     assert settings.questions is settings.judge is settings.judge_model is None
-    assert all("  # " in line for line in text.splitlines()[3:])
