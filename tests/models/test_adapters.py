@@ -21,7 +21,7 @@ from spin.models import adapters
 from spin.models.adapters import Lora
 from spin.models.find import find_model, fresh_adapter
 from spin.models.load import load_model, load_policy
-from spin.models.policy import Policy, content_id
+from spin.models.policy import ADAPTER_BASE, ADAPTER_CONFIG, ADAPTER_WEIGHTS, Policy, content_id
 from spin.models.save import save_merged
 from spin.runtime.errors import UserError
 from tests.conftest import CONFIGS, random_items, small_model
@@ -49,9 +49,9 @@ def adapted(folder, target, seed=0, lora=LORA) -> Policy:
     """A policy with an adapter that does change something."""
     policy = fresh_adapter(base_or_self(folder), lora, seed, ModelConfig(path=str(folder)), target)
     generator = torch.Generator().manual_seed(seed)
-    weights = load_file(target / adapters.WEIGHTS)
+    weights = load_file(target / ADAPTER_WEIGHTS)
     weights = {key: w + 0.1 * torch.randn(w.shape, generator=generator) for key, w in weights.items()}
-    save_file(weights, target / adapters.WEIGHTS, metadata={"format": "pt"})
+    save_file(weights, target / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     return Policy(policy.label, target, content_id(target, policy.base), policy.base)
 
 
@@ -159,8 +159,8 @@ def test_the_base_is_found_by_its_content(played, tmp_path):
     shutil.copytree(next((played.folder / "cache").glob("tiny-*[0-9]")), base)
     policy = tmp_path / "policy"
     shutil.copytree(played.folder / "run" / "iter1" / "policy", policy)
-    settings = json.loads((policy / adapters.CONFIG).read_text())
-    (policy / adapters.CONFIG).write_text(json.dumps(settings | {"base_model_name_or_path": str(base)}))
+    settings = json.loads((policy / ADAPTER_CONFIG).read_text())
+    (policy / ADAPTER_CONFIG).write_text(json.dumps(settings | {"base_model_name_or_path": str(base)}))
     here, cache = ModelConfig(path=str(policy)), played.folder / "cache"
     found = find_model(here, cache)
     assert found.base.folder == base
@@ -169,10 +169,8 @@ def test_the_base_is_found_by_its_content(played, tmp_path):
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     again = find_model(here, cache)
     assert again.base.folder != base and again.id == found.id
-    about = json.loads((policy / adapters.BASE).read_text())
-    (policy / adapters.BASE).write_text(
-        json.dumps(about | {"model": about["model"] | {"path": str(tmp_path / "gone")}})
-    )
+    about = json.loads((policy / ADAPTER_BASE).read_text())
+    (policy / ADAPTER_BASE).write_text(json.dumps(about | {"model": about["model"] | {"path": str(tmp_path / "gone")}}))
     with pytest.raises(UserError, match="holds other weights") as error:
         find_model(here, cache)
     assert "\n" not in str(error.value) and "base_model_name_or_path" in str(error.value)
@@ -318,7 +316,7 @@ def test_a_fresh_adapter_changes_nothing_repeats_its_bits_and_uses_no_global_ran
         )
         model = load_policy(policy, torch.float32, CPU)
         assert torch.equal(torch.get_rng_state(), state)
-        texts.append([(tmp_path / str(noise) / name).read_bytes() for name in (adapters.CONFIG, adapters.WEIGHTS)])
+        texts.append([(tmp_path / str(noise) / name).read_bytes() for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)])
     assert texts[0] == texts[1]
     other = fresh_adapter(base_or_self(tiny_folder), LORA, 1, ModelConfig(path=str(tiny_folder)), tmp_path / "other")
     assert other.id != policy.id
@@ -331,10 +329,10 @@ def test_a_fresh_adapter_changes_nothing_repeats_its_bits_and_uses_no_global_ran
 
 def test_the_identity_of_a_policy_covers_base_adapter_and_scale_and_no_path(tiny_folder, tmp_path):
     policy = adapted(tiny_folder, tmp_path / "policy")
-    settings = json.loads((policy.folder / adapters.CONFIG).read_text())
+    settings = json.loads((policy.folder / ADAPTER_CONFIG).read_text())
     ids = [policy.id, content_id(policy.folder, Policy("base", tiny_folder, "another"))]
     for change in ({"lora_alpha": 9}, {"base_model_name_or_path": "/elsewhere", "peft_version": "0"}):
-        (policy.folder / adapters.CONFIG).write_text(json.dumps(settings | change))
+        (policy.folder / ADAPTER_CONFIG).write_text(json.dumps(settings | change))
         ids.append(content_id(policy.folder, policy.base))
     assert len(set(ids)) == 3 and ids[3] == ids[0]
 
@@ -364,7 +362,7 @@ def test_adapters_of_others_are_taken_as_they_are_dropout_off(tiny_folder, tmp_p
     ("change", "says"),
     [
         ({"peft_type": "IA3"}, "only LoRA can be used"),
-        ({"use_dora": True}, "a LoRA adapter with use_dora, which can't be used"),
+        ({"use_dora": True}, "a LoRA adapter with use_dora, which cannot be used"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"bias": "all"}, "bias"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa"),
@@ -374,10 +372,10 @@ def test_adapters_of_others_are_taken_as_they_are_dropout_off(tiny_folder, tmp_p
 )
 def test_adapters_that_cannot_be_used_are_named_in_one_line(tiny_folder, tmp_path, change, says):
     policy = adapted(tiny_folder, tmp_path / "policy")
-    (policy.folder / adapters.BASE).unlink()
-    settings = json.loads((policy.folder / adapters.CONFIG).read_text())
-    (policy.folder / adapters.CONFIG).write_text(json.dumps(settings | change))
-    with pytest.raises(UserError, match=says or "the base of this adapter can't be found") as error:
+    (policy.folder / ADAPTER_BASE).unlink()
+    settings = json.loads((policy.folder / ADAPTER_CONFIG).read_text())
+    (policy.folder / ADAPTER_CONFIG).write_text(json.dumps(settings | change))
+    with pytest.raises(UserError, match=says or "the base of this adapter cannot be found") as error:
         find_model(ModelConfig(path=str(policy.folder)), tmp_path)
     assert "\n" not in str(error.value)
 
@@ -392,22 +390,22 @@ def test_broken_adapter_folders_are_named_in_one_line(tiny_folder, tmp_path):
         return str(error.value)
 
     def reshaped(folder):
-        weights = load_file(folder / adapters.WEIGHTS)
-        save_file({key: w[:, :3].contiguous() for key, w in weights.items()}, folder / adapters.WEIGHTS)
+        weights = load_file(folder / ADAPTER_WEIGHTS)
+        save_file({key: w[:, :3].contiguous() for key, w in weights.items()}, folder / ADAPTER_WEIGHTS)
 
     def lacking(folder):
-        weights = load_file(folder / adapters.WEIGHTS)
+        weights = load_file(folder / ADAPTER_WEIGHTS)
         weights.pop(min(weights))
-        save_file(weights, folder / adapters.WEIGHTS)
+        save_file(weights, folder / ADAPTER_WEIGHTS)
 
-    assert "without adapter_model.safetensors" in broken("a", lambda f: (f / adapters.WEIGHTS).unlink())
-    assert "is broken" in broken("b", lambda f: (f / adapters.WEIGHTS).write_bytes(b"no"))
-    assert "is not JSON" in broken("c", lambda f: (f / adapters.CONFIG).write_text("{"))
+    assert "without adapter_model.safetensors" in broken("a", lambda f: (f / ADAPTER_WEIGHTS).unlink())
+    assert "is broken" in broken("b", lambda f: (f / ADAPTER_WEIGHTS).write_bytes(b"no"))
+    assert "cannot read its adapter_config.json as JSON" in broken("c", lambda f: (f / ADAPTER_CONFIG).write_text("{"))
     assert "does not fit its base" in broken("d", reshaped)
-    assert "the folder is not whole" in broken("e", lacking)
+    assert "the folder is incomplete" in broken("e", lacking)
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
-    strange = broken("f", lambda f: shutil.copyfile(tmp_path / "x.safetensors", f / adapters.WEIGHTS))
-    assert "holds more than LoRA matrices" in strange
+    strange = broken("f", lambda f: shutil.copyfile(tmp_path / "x.safetensors", f / ADAPTER_WEIGHTS))
+    assert "which is not a LoRA matrix" in strange
 
 
 @pytest.mark.parametrize(
@@ -417,7 +415,7 @@ def test_broken_adapter_folders_are_named_in_one_line(tiny_folder, tmp_path):
             ["model.lora_targets=[q_prj]"],
             "linear layers are down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj",
         ),
-        (["model.lora_targets=[lm_head]"], "embeddings or the output layer can't be used"),
+        (["model.lora_targets=[lm_head]"], "embeddings and the output layer cannot be adapted"),
         (["model.lora_rank=0"], "model.lora_rank=0: must be 1 or more"),
         (["model.lora_alpha=0"], "model.lora_alpha=0: must be 1 or more"),
         (["model.lora_targets=[]"], "model.lora_targets=[]: must be all-linear"),
