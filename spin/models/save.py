@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -57,12 +58,14 @@ def plain_saving() -> Iterator[None]:
 
     By default only rank 0 of all processes writes, and DeepSpeed is imported to unwrap a model that is not wrapped.
     """
-    should_save, unwrap = PreTrainedModel.should_save_on_this_rank, transformers.modeling_utils.unwrap_model
-    PreTrainedModel.should_save_on_this_rank = lambda self, is_main_process: True
-    transformers.modeling_utils.unwrap_model = lambda model, recursive=False: model
+    model_class: Any = PreTrainedModel
+    module: Any = transformers.modeling_utils
+    should_save, unwrap = model_class.should_save_on_this_rank, module.unwrap_model
+    model_class.should_save_on_this_rank = lambda self, is_main_process: True
+    module.unwrap_model = lambda model, recursive=False: model
     try:
         with quiet_transformers():
             yield
     finally:
-        PreTrainedModel.should_save_on_this_rank = should_save
-        transformers.modeling_utils.unwrap_model = unwrap
+        model_class.should_save_on_this_rank = should_save
+        module.unwrap_model = unwrap

@@ -34,9 +34,7 @@ def check_folder(folder: Path, name: str) -> None:
     except Exception as error:  # a damaged config can raise anything
         reason = f"cannot be used: {brief(error, 300)}"
         if "trust_remote_code" in str(error):
-            reason = (
-                "needs Python code of its own (auto_map), which is not run; use a model built into transformers."
-            )
+            reason = "needs Python code of its own (auto_map), which is not run; use a model built into transformers."
         raise UserError(f"{name}: its config.json {reason}") from error
     if getattr(architecture, "quantization_config", None):
         raise UserError(f"{name}: its weights are quantized and cannot be trained; use the full-precision model.")

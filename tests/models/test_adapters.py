@@ -1,4 +1,4 @@
-"""LoRA: against peft's own forward and a step written naively, and the trap that adapters off is the first model."""
+"""LoRA against PEFT's own forward pass and a naive training step; the opponent keeps the previous iteration's adapter."""
 
 import json
 import shutil
@@ -46,7 +46,7 @@ def base_or_self(folder) -> Policy:
 
 
 def adapted(folder, target, seed=0, lora=LORA) -> Policy:
-    """A policy with an adapter that does change something."""
+    """A policy with an adapter that changes the model."""
     policy = fresh_adapter(base_or_self(folder), lora, seed, ModelConfig(path=str(folder)), target)
     generator = torch.Generator().manual_seed(seed)
     weights = load_file(target / ADAPTER_WEIGHTS)
@@ -64,7 +64,7 @@ def peft_model(folder, dtype=torch.float32):
 # --- a game -----------------------------------------------------------------------------------------------------------
 
 
-def test_every_iteration_starts_with_margin_0_and_ln_2(played):
+def test_first_step_margin_and_loss(played):
     firsts = [row for row in played.metrics() if row["stage"] == "train" and row["step"] == 0]
     assert [row["iter"] for row in firsts] == [0, 1]
     for row in firsts:
@@ -73,7 +73,7 @@ def test_every_iteration_starts_with_margin_0_and_ln_2(played):
         assert row["grad_norm"] > 0
 
 
-def test_the_opponent_has_the_adapter_of_the_iteration_before(played):
+def test_opponent_uses_previous_adapter(played):
     """With adapters off the opponent would be the first model for ever: scores are compared with peft's own forward."""
     run = played.folder / "run"
     pairs = read_pairs(run / "iter1" / "pairs.parquet")
@@ -89,7 +89,7 @@ def test_the_opponent_has_the_adapter_of_the_iteration_before(played):
     assert min(abs(pair.opponent_logp_real - value) for pair, value in zip(pairs, off, strict=False)) > 5
 
 
-def test_peft_and_transformers_open_a_policy_and_its_merged_folder_is_the_same_model(played):
+def test_saved_policy_opens_in_peft_and_merged(played):
     folder = played.folder / "run" / "iter1"
     ids = torch.tensor([[5, 6, 7, 8, 9, 100]])
     base = load_model(next((played.folder / "cache").glob("tiny-*[0-9]")), torch.float32, CPU)
@@ -109,7 +109,7 @@ def test_peft_and_transformers_open_a_policy_and_its_merged_folder_is_the_same_m
     assert not (played.folder / "run" / "iter0" / "merged").exists()
 
 
-def test_the_store_holds_adapters_alone_but_for_the_merged_folder(played):
+def test_store_holds_only_adapters(played):
     """Counted by hand: q, o: 64 to 64, k, v: 64 to 32, gate, up: 64 to 128, down: 128 to 64, in two layers, rank 4."""
     numbers = 2 * 4 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))
     store = played.folder / "store"
@@ -123,7 +123,7 @@ def test_the_store_holds_adapters_alone_but_for_the_merged_folder(played):
     assert merged.stat().st_size > 350_000
 
 
-def test_a_policy_is_measured_on_demand_and_found_measured(played):
+def test_evaluate_stage_reused(played):
     """Base and adapter are the policy, whatever the folder: its evaluation is that of the game."""
     before = played.stages()
     done = played.play("stage=evaluate", f"model.path={played.folder}/run/sft/policy", run="measured")
@@ -135,7 +135,7 @@ def test_a_policy_is_measured_on_demand_and_found_measured(played):
     assert all(now[key] == then[-1][key] for key in ("nll_per_token", "human_likelier", "own_length", "n"))
 
 
-def test_a_game_goes_on_from_an_adapter_as_it_is(played):
+def test_game_continues_from_adapter(played):
     policy = played.folder / "run" / "iter1" / "policy"
     words = [*WORDS, f"model.path={policy}", "schedule.sft_epochs=0", "iter=0", "evaluation=none", "model.lora_rank=7"]
     done = played.play(*words, run="on")
@@ -153,7 +153,7 @@ def test_a_game_goes_on_from_an_adapter_as_it_is(played):
     assert len(refused.stderr.strip().splitlines()) == 1
 
 
-def test_the_base_is_found_by_its_content(played, tmp_path):
+def test_base_found_by_content(played, tmp_path):
     """Its folder is gone: what made it is asked for. Other weights in its place are not taken for it."""
     base = tmp_path / "base"
     shutil.copytree(next((played.folder / "cache").glob("tiny-*[0-9]")), base)
@@ -176,7 +176,7 @@ def test_the_base_is_found_by_its_content(played, tmp_path):
     assert "\n" not in str(error.value) and "base_model_name_or_path" in str(error.value)
 
 
-def test_the_same_bits_whatever_was_interrupted(played, place):
+def test_same_bits_after_kill(played, place):
     words = [*WORDS, "iter=0", "checkpoint.steps=1", "evaluation=none"]
     game = place.start(*words, run="cut")
     while not list((place.folder / "store").glob("train/*.part/resume/training/step-*")):
@@ -201,7 +201,7 @@ def scored_pairs(policy, count=10) -> list[Pair]:
     return with_opponent_logps(pairs, compute_logps(load_policy(policy, torch.float32, CPU), items, PACKED).view(-1, 2))
 
 
-def test_a_full_batch_step_equals_the_naive_one_weight_for_weight(tiny_folder, tmp_path):
+def test_step_matches_naive_float64(tiny_folder, tmp_path):
     """Packed rows, chunked head, clipping and RMSprop on an adapter, against peft's model in float64."""
     policy = adapted(tiny_folder, tmp_path / "policy")
     pairs = scored_pairs(policy)
@@ -241,7 +241,7 @@ def plain64(model, item):
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "qwen3"])
-def test_packed_rows_and_the_chunked_head_see_the_adapter(name, tmp_path):
+def test_packed_logps_match_peft(name, tmp_path):
     small_model(name).save_pretrained(tmp_path / "base")
     policy = adapted(tmp_path / "base", tmp_path / "policy")
     model = load_policy(policy, torch.float32, CPU)
@@ -254,7 +254,7 @@ def test_packed_rows_and_the_chunked_head_see_the_adapter(name, tmp_path):
     assert (without - expected).abs().max() > 0.1
 
 
-def test_every_small_model_takes_an_adapter_and_gives_it_back_merged(tmp_path):
+def test_merge_all_architectures(tmp_path):
     for name in CONFIGS.keys() - {"falcon_h1"}:
         base, target = tmp_path / name / "base", tmp_path / name / "policy"
         small_model(name).save_pretrained(base)
@@ -268,14 +268,14 @@ def test_every_small_model_takes_an_adapter_and_gives_it_back_merged(tmp_path):
         assert torch.allclose(here, there, atol=1e-4), name
 
 
-def test_layers_that_peft_can_t_adapt_are_named(tmp_path):
+def test_unsupported_layers_named(tmp_path):
     small_model("falcon_h1").save_pretrained(tmp_path / "base")
     with pytest.raises(UserError, match=r"'out_proj' is incompatible with Mamba.*linear layers are down_proj") as error:
         adapted(tmp_path / "base", tmp_path / "policy")
     assert "\n" not in str(error.value)
 
 
-def test_gradient_checkpointing_changes_nothing_but_memory(tiny_folder, tmp_path):
+def test_gradient_checkpointing_same_bits(tiny_folder, tmp_path):
     policy, results = adapted(tiny_folder, tmp_path / "policy"), []
     pairs = scored_pairs(policy)
     for checkpointing in (False, True):
@@ -286,7 +286,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tiny_folder, tmp_path
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
-def test_in_bf16_masters_keep_what_is_rounded_and_are_what_is_saved(tiny_folder, tmp_path):
+def test_bf16_training_saves_fp32_masters(tiny_folder, tmp_path):
     policy = adapted(tiny_folder, tmp_path / "policy")
     engine = SingleEngine(policy, torch.bfloat16, CPU, EngineConfig(), OptimizerConfig())
     before = {name: master.clone() for name, master in engine.masters.items()}
@@ -306,7 +306,7 @@ def test_in_bf16_masters_keep_what_is_rounded_and_are_what_is_saved(tiny_folder,
     assert 2 * 4 * numbers < size < 2 * 4 * numbers + 20_000
 
 
-def test_a_fresh_adapter_changes_nothing_repeats_its_bits_and_uses_no_global_random_state(tiny_folder, tmp_path):
+def test_fresh_adapter_neutral_and_deterministic(tiny_folder, tmp_path):
     texts = []
     for noise in (1, 2):
         torch.manual_seed(noise)
@@ -327,7 +327,7 @@ def test_a_fresh_adapter_changes_nothing_repeats_its_bits_and_uses_no_global_ran
     assert std == pytest.approx(128**-0.5 / 3**0.5, rel=0.2)  # uniform in +-1/sqrt(128)
 
 
-def test_the_identity_of_a_policy_covers_base_adapter_and_scale_and_no_path(tiny_folder, tmp_path):
+def test_content_id_of_adapter(tiny_folder, tmp_path):
     policy = adapted(tiny_folder, tmp_path / "policy")
     settings = json.loads((policy.folder / ADAPTER_CONFIG).read_text())
     ids = [policy.id, content_id(policy.folder, Policy("base", tiny_folder, "another"))]
@@ -337,7 +337,7 @@ def test_the_identity_of_a_policy_covers_base_adapter_and_scale_and_no_path(tiny
     assert len(set(ids)) == 3 and ids[3] == ids[0]
 
 
-def test_adapters_of_others_are_taken_as_they_are_dropout_off(tiny_folder, tmp_path):
+def test_adapter_made_by_peft(tiny_folder, tmp_path):
     """Made by peft, not by us: no base.json, no tokenizer, dropout, rslora and ranks by layer."""
     torch.manual_seed(0)
     config = peft.LoraConfig(
@@ -370,7 +370,7 @@ def test_adapters_of_others_are_taken_as_they_are_dropout_off(tiny_folder, tmp_p
         ({"base_model_name_or_path": None}, None),
     ],
 )
-def test_adapters_that_cannot_be_used_are_named_in_one_line(tiny_folder, tmp_path, change, says):
+def test_unsupported_adapters(tiny_folder, tmp_path, change, says):
     policy = adapted(tiny_folder, tmp_path / "policy")
     (policy.folder / ADAPTER_BASE).unlink()
     settings = json.loads((policy.folder / ADAPTER_CONFIG).read_text())
@@ -380,7 +380,7 @@ def test_adapters_that_cannot_be_used_are_named_in_one_line(tiny_folder, tmp_pat
     assert "\n" not in str(error.value)
 
 
-def test_broken_adapter_folders_are_named_in_one_line(tiny_folder, tmp_path):
+def test_broken_adapter_folders(tiny_folder, tmp_path):
     def broken(name, harm):
         policy = adapted(tiny_folder, tmp_path / name)
         harm(policy.folder)
@@ -424,7 +424,7 @@ def test_broken_adapter_folders_are_named_in_one_line(tiny_folder, tmp_path):
         (["model.adapter=lorra"], "must be one of none, lora"),
     ],
 )
-def test_settings_that_do_not_go_are_named_before_anything_is_played(played, words, says):
+def test_invalid_settings(played, words, says):
     given = {word.split("=")[0] for word in words}
     done = played.play(*words, *(w for w in WORDS if w.split("=")[0] not in given), run="refused", status=1)
     assert says in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
