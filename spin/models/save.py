@@ -2,7 +2,8 @@
 
 import contextlib
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,57 +15,57 @@ from transformers import PreTrainedModel
 
 from spin.models import adapters
 from spin.models.load import load_model, quiet_transformers, saved_buffers
-from spin.models.policy import Policy, copy_auxiliary_files
+from spin.models.policy import ADAPTER_BASE, ADAPTER_CONFIG, Policy, copy_auxiliary_files
 
 
 def save_model(model: PreTrainedModel, weights: Mapping[str, Tensor], source: Policy, folder: Path) -> None:
-    """Write `weights` (by parameter or buffer name) with the model's architecture, and the tokenizer files of `source`;
-    of an adapter its own weights alone."""
+    """Write `weights` (by parameter or buffer name) with the model's architecture and the auxiliary files of `source`.
+    If `source` is an adapter, write only the adapter."""
     folder.mkdir(parents=True, exist_ok=True)
     copy_auxiliary_files(source, folder)
     if source.base is not None:
-        (folder / "config.json").unlink(missing_ok=True)  # with one, transformers would look for a whole model
-        adapters.copy_settings(source.folder, folder)
+        (folder / "config.json").unlink(missing_ok=True)  # with it, transformers would expect a full model
+        for name in (ADAPTER_CONFIG, ADAPTER_BASE):
+            shutil.copyfile(source.folder / name, folder / name)
         return adapters.write_weights(weights, folder)
     with plain_saving():
         model.save_pretrained(folder, state_dict={name: weight.cpu() for name, weight in weights.items()})
-    # The weights are the masters: the config must not claim the type that the model computes in.
-    architecture = json.loads((folder / "config.json").read_text())
-    architecture["dtype"] = str(next(iter(weights.values())).dtype).removeprefix("torch.")
-    (folder / "config.json").write_text(json.dumps(architecture, indent=2) + "\n")
+    # Record the type of the saved fp32 masters, not the type that the model computes in.
+    config = json.loads((folder / "config.json").read_text())
+    config["dtype"] = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def save_merged(policy: Policy, folder: Path) -> None:
-    """Write an adapter put into its base as a whole fp32 model folder: W + (alpha / rank) B A in place of each W.
+    """Write an adapter merged into its base, W + (alpha / rank) B A for each W, as a full fp32 model.
 
-    A quantised base is taken as it was trained beside: rounded, then widened to fp32. Computed on the CPU.
+    A quantized base is dequantized first, since the adapter was trained with the rounded weights. Runs on the CPU.
     """
-    whole, cpu = policy.base_or_self, torch.device("cpu")
-    model = load_model(whole.folder, torch.float32, cpu, whole.quantization)
-    if whole.quantization:
+    full = policy.base_or_self
+    model = load_model(full.folder, torch.float32, torch.device("cpu"), full.quantization)
+    if full.quantization:
         with quiet_transformers():
             model = model.dequantize()
         model.config.quantization_config = None
-    merged = adapters.merge_adapter(adapters.attach_adapter(model, policy.folder))
-    save_model(
-        merged,
-        {**saved_buffers(merged), **dict(merged.named_parameters())},
-        replace(whole, folder=policy.tokenizer),
-        folder,
-    )
+    model = adapters.merge_adapter(adapters.attach_adapter(model, policy.folder))
+    weights = {**saved_buffers(model), **dict(model.named_parameters())}
+    save_model(model, weights, replace(full, folder=policy.tokenizer), folder)
 
 
 @contextlib.contextmanager
-def plain_saving():
-    """`save_pretrained` as it is for a plain model, quiet: it would leave the writing to rank 0 of all processes, and import
-    DeepSpeed, where it is installed, to see whether the model is wrapped in its engine."""
-    plain: list[tuple[Any, str, Any]] = [
-        (PreTrainedModel, "should_save_on_this_rank", lambda self, is_main_process: True),
-        (transformers.modeling_utils, "unwrap_model", lambda model, recursive=False: model),
-    ]
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(quiet_transformers())
-        for owner, name, ours in plain:
-            stack.callback(setattr, owner, name, getattr(owner, name))
-            setattr(owner, name, ours)
-        yield
+def plain_saving() -> Iterator[None]:
+    """Make `save_pretrained` quiet, and make it write on every rank and not import DeepSpeed.
+
+    By default only rank 0 of all processes writes, and DeepSpeed is imported to unwrap a model that is not wrapped.
+    """
+    model_class: Any = PreTrainedModel
+    module: Any = transformers.modeling_utils
+    should_save, unwrap = model_class.should_save_on_this_rank, module.unwrap_model
+    model_class.should_save_on_this_rank = lambda self, is_main_process: True
+    module.unwrap_model = lambda model, recursive=False: model
+    try:
+        with quiet_transformers():
+            yield
+    finally:
+        model_class.should_save_on_this_rank = should_save
+        module.unwrap_model = unwrap

@@ -1,4 +1,4 @@
-"""A model small enough for tests and the smoke run: a random Llama over bytes, the same bits on every machine."""
+"""The tiny model for tests and the smoke run: a random Llama over bytes, with the same bits on every machine."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ CHAT_TEMPLATE = (
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A token a byte, with a chat template; its end token doubles as padding, as in many real models."""
+    """A byte-level tokenizer with a chat template. Its end token is also the padding token, as in many real models."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate([START, END, *alphabet])}
     raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -28,7 +28,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_tiny_model(folder: Path) -> None:
-    """Write the tiny model and its tokenizer as a Hugging Face folder."""
+    """Write the tiny model and its tokenizer to a Hugging Face folder."""
     tok = tokenizer()
     architecture = LlamaConfig(
         vocab_size=len(tok),

@@ -65,7 +65,7 @@ def test_bad_values_are_named_in_one_line(override, says):
         (["model.path=/nowhere/at/all", "data=tiny"], "model.path=/nowhere/at/all: no such folder."),
         (
             ["model.path=some/name", "data=tiny"],
-            "no such folder here, and the Hugging Face hub has it not or can't be reached",
+            "no such folder, and the Hugging Face hub does not have it or cannot be reached",
         ),
         (["model=tiny", "data=local", "data.path=gone.jsonl"], "gone.jsonl"),
     ],

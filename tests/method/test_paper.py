@@ -135,7 +135,7 @@ def test_the_start_is_found_by_its_name_and_revision(place, monkeypatch):
     snapshot.symlink_to(place.folder / "zephyr-7b-sft-full")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(place.folder / "hub"))
     assert find_model(config, place.folder / "cache").folder == snapshot
-    with pytest.raises(UserError, match="the Hugging Face hub has it not or can't be reached"):
+    with pytest.raises(UserError, match="the Hugging Face hub does not have it or cannot be reached"):
         find_model(config.model_copy(update={"revision": "0" * 40}), place.folder / "cache")
 
 

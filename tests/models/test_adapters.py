@@ -1,4 +1,4 @@
-"""LoRA: against peft's own forward and a step written naively, and the trap that adapters off is the first model."""
+"""LoRA against PEFT's own forward pass and a naive training step; the opponent keeps the previous iteration's adapter."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ from spin.models import adapters
 from spin.models.adapters import Lora
 from spin.models.find import find_model, fresh_adapter
 from spin.models.load import load_model, load_policy
-from spin.models.policy import Policy, content_id
+from spin.models.policy import ADAPTER_BASE, ADAPTER_CONFIG, ADAPTER_WEIGHTS, Policy, content_id
 from spin.models.save import save_merged
 from spin.runtime.errors import UserError
 from tests.conftest import CONFIGS, random_items, small_model
@@ -46,12 +46,12 @@ def base_or_self(folder) -> Policy:
 
 
 def adapted(folder, target, seed=0, lora=LORA) -> Policy:
-    """A policy with an adapter that does change something."""
+    """A policy with an adapter that changes the model."""
     policy = fresh_adapter(base_or_self(folder), lora, seed, ModelConfig.from_defaults(path=str(folder)), target)
     generator = torch.Generator().manual_seed(seed)
-    weights = load_file(target / adapters.WEIGHTS)
+    weights = load_file(target / ADAPTER_WEIGHTS)
     weights = {key: w + 0.1 * torch.randn(w.shape, generator=generator) for key, w in weights.items()}
-    save_file(weights, target / adapters.WEIGHTS, metadata={"format": "pt"})
+    save_file(weights, target / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     return Policy(policy.label, target, content_id(target, policy.base), policy.base)
 
 
@@ -64,7 +64,7 @@ def peft_model(folder, dtype=torch.float32):
 # --- a game -----------------------------------------------------------------------------------------------------------
 
 
-def test_every_iteration_starts_with_margin_0_and_ln_2(played):
+def test_first_step_margin_and_loss(played):
     firsts = [row for row in played.metrics() if row["stage"] == "train" and row["step"] == 0]
     assert [row["iter"] for row in firsts] == [0, 1]
     for row in firsts:
@@ -73,7 +73,7 @@ def test_every_iteration_starts_with_margin_0_and_ln_2(played):
         assert row["grad_norm"] > 0
 
 
-def test_the_opponent_has_the_adapter_of_the_iteration_before(played):
+def test_opponent_uses_previous_adapter(played):
     """With adapters off the opponent would be the first model for ever: scores are compared with peft's own forward."""
     run = played.folder / "run"
     pairs = read_pairs(run / "iter1" / "pairs.parquet")
@@ -89,7 +89,7 @@ def test_the_opponent_has_the_adapter_of_the_iteration_before(played):
     assert min(abs(pair.opponent_logp_real - value) for pair, value in zip(pairs, off, strict=False)) > 5
 
 
-def test_peft_and_transformers_open_a_policy_and_its_merged_folder_is_the_same_model(played):
+def test_saved_policy_opens_in_peft_and_merged(played):
     folder = played.folder / "run" / "iter1"
     ids = torch.tensor([[5, 6, 7, 8, 9, 100]])
     base = load_model(next((played.folder / "cache").glob("tiny-*[0-9]")), torch.float32, CPU)
@@ -111,7 +111,7 @@ def test_peft_and_transformers_open_a_policy_and_its_merged_folder_is_the_same_m
     assert not (played.folder / "run" / "iter0" / "merged").exists()
 
 
-def test_the_store_holds_adapters_alone_but_for_the_merged_folder(played):
+def test_store_holds_only_adapters(played):
     """Counted by hand: q, o: 64 to 64, k, v: 64 to 32, gate, up: 64 to 128, down: 128 to 64, in two layers, rank 4."""
     numbers = 2 * 4 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))
     store = played.folder / "store"
@@ -125,7 +125,7 @@ def test_the_store_holds_adapters_alone_but_for_the_merged_folder(played):
     assert merged.stat().st_size > 350_000
 
 
-def test_a_policy_is_measured_on_demand_and_found_measured(played):
+def test_evaluate_stage_reused(played):
     """Base and adapter are the policy, whatever the folder: its evaluation is that of the game."""
     before = played.stages()
     done = played.play("stage=evaluate", f"model.path={played.folder}/run/sft/policy", run="measured")
@@ -137,7 +137,7 @@ def test_a_policy_is_measured_on_demand_and_found_measured(played):
     assert all(now[key] == then[-1][key] for key in ("nll_per_token", "human_likelier", "model_length", "n"))
 
 
-def test_a_game_goes_on_from_an_adapter_as_it_is(played):
+def test_game_continues_from_adapter(played):
     policy = played.folder / "run" / "iter1" / "policy"
     words = [*WORDS, f"model.path={policy}", "schedule.sft_epochs=0", "iter=0", "evaluation=none", "model.lora_rank=7"]
     done = played.play(*words, run="on")
@@ -155,14 +155,14 @@ def test_a_game_goes_on_from_an_adapter_as_it_is(played):
     assert len(refused.stderr.strip().splitlines()) == 1
 
 
-def test_the_base_is_found_by_its_content(played, tmp_path):
+def test_base_found_by_content(played, tmp_path):
     """Its folder is gone: what made it is asked for. Other weights in its place are not taken for it."""
     base = tmp_path / "base"
     shutil.copytree(next((played.folder / "cache").glob("tiny-*[0-9]")), base)
     policy = tmp_path / "policy"
     shutil.copytree(played.folder / "run" / "iter1" / "policy", policy)
-    settings = json.loads((policy / adapters.CONFIG).read_text())
-    (policy / adapters.CONFIG).write_text(json.dumps(settings | {"base_model_name_or_path": str(base)}))
+    settings = json.loads((policy / ADAPTER_CONFIG).read_text())
+    (policy / ADAPTER_CONFIG).write_text(json.dumps(settings | {"base_model_name_or_path": str(base)}))
     here, cache = ModelConfig.from_defaults(path=str(policy)), played.folder / "cache"
     found = find_model(here, cache)
     assert found.base.folder == base
@@ -171,16 +171,14 @@ def test_the_base_is_found_by_its_content(played, tmp_path):
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     again = find_model(here, cache)
     assert again.base.folder != base and again.id == found.id
-    about = json.loads((policy / adapters.BASE).read_text())
-    (policy / adapters.BASE).write_text(
-        json.dumps(about | {"model": about["model"] | {"path": str(tmp_path / "gone")}})
-    )
+    about = json.loads((policy / ADAPTER_BASE).read_text())
+    (policy / ADAPTER_BASE).write_text(json.dumps(about | {"model": about["model"] | {"path": str(tmp_path / "gone")}}))
     with pytest.raises(UserError, match="holds other weights") as error:
         find_model(here, cache)
     assert "\n" not in str(error.value) and "base_model_name_or_path" in str(error.value)
 
 
-def test_the_same_bits_whatever_was_interrupted(played, place):
+def test_same_bits_after_kill(played, place):
     words = [*WORDS, "iter=0", "checkpoint.steps=1", "evaluation=none"]
     game = place.start(*words, run="cut")
     while not list((place.folder / "store").glob("train/*.part/resume/training/step-*")):
@@ -205,7 +203,7 @@ def scored_pairs(policy, count=10) -> list[Pair]:
     return with_opponent_logps(pairs, compute_logps(load_policy(policy, torch.float32, CPU), items, PACKED).view(-1, 2))
 
 
-def test_a_full_batch_step_equals_the_naive_one_weight_for_weight(tiny_folder, tmp_path):
+def test_step_matches_naive_float64(tiny_folder, tmp_path):
     """Packed rows, chunked head, clipping and RMSprop on an adapter, against peft's model in float64."""
     policy = adapted(tiny_folder, tmp_path / "policy")
     pairs = scored_pairs(policy)
@@ -247,7 +245,7 @@ def plain64(model, item):
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "qwen3"])
-def test_packed_rows_and_the_chunked_head_see_the_adapter(name, tmp_path):
+def test_packed_logps_match_peft(name, tmp_path):
     small_model(name).save_pretrained(tmp_path / "base")
     policy = adapted(tmp_path / "base", tmp_path / "policy")
     model = load_policy(policy, torch.float32, CPU)
@@ -260,7 +258,7 @@ def test_packed_rows_and_the_chunked_head_see_the_adapter(name, tmp_path):
     assert (without - expected).abs().max() > 0.1
 
 
-def test_every_small_model_takes_an_adapter_and_gives_it_back_merged(tmp_path):
+def test_merge_all_architectures(tmp_path):
     for name in CONFIGS.keys() - {"falcon_h1"}:
         base, target = tmp_path / name / "base", tmp_path / name / "policy"
         small_model(name).save_pretrained(base)
@@ -274,14 +272,14 @@ def test_every_small_model_takes_an_adapter_and_gives_it_back_merged(tmp_path):
         assert torch.allclose(here, there, atol=1e-4), name
 
 
-def test_layers_that_peft_can_t_adapt_are_named(tmp_path):
+def test_unsupported_layers_named(tmp_path):
     small_model("falcon_h1").save_pretrained(tmp_path / "base")
     with pytest.raises(UserError, match=r"'out_proj' is incompatible with Mamba.*linear layers are down_proj") as error:
         adapted(tmp_path / "base", tmp_path / "policy")
     assert "\n" not in str(error.value)
 
 
-def test_gradient_checkpointing_changes_nothing_but_memory(tiny_folder, tmp_path):
+def test_gradient_checkpointing_same_bits(tiny_folder, tmp_path):
     policy, results = adapted(tiny_folder, tmp_path / "policy"), []
     pairs = scored_pairs(policy)
     for checkpointing in (False, True):
@@ -292,7 +290,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tiny_folder, tmp_path
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
-def test_in_bf16_masters_keep_what_is_rounded_and_are_what_is_saved(tiny_folder, tmp_path):
+def test_bf16_training_saves_fp32_masters(tiny_folder, tmp_path):
     policy = adapted(tiny_folder, tmp_path / "policy")
     engine = SingleEngine(policy, torch.bfloat16, CPU, EngineConfig.from_defaults(), OptimizerConfig.from_defaults())
     before = {name: master.clone() for name, master in engine.masters.items()}
@@ -312,7 +310,7 @@ def test_in_bf16_masters_keep_what_is_rounded_and_are_what_is_saved(tiny_folder,
     assert 2 * 4 * numbers < size < 2 * 4 * numbers + 20_000
 
 
-def test_a_fresh_adapter_changes_nothing_repeats_its_bits_and_uses_no_global_random_state(tiny_folder, tmp_path):
+def test_fresh_adapter_neutral_and_deterministic(tiny_folder, tmp_path):
     texts = []
     for noise in (1, 2):
         torch.manual_seed(noise)
@@ -322,7 +320,7 @@ def test_a_fresh_adapter_changes_nothing_repeats_its_bits_and_uses_no_global_ran
         )
         model = load_policy(policy, torch.float32, CPU)
         assert torch.equal(torch.get_rng_state(), state)
-        texts.append([(tmp_path / str(noise) / name).read_bytes() for name in (adapters.CONFIG, adapters.WEIGHTS)])
+        texts.append([(tmp_path / str(noise) / name).read_bytes() for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)])
     assert texts[0] == texts[1]
     other = fresh_adapter(
         base_or_self(tiny_folder), LORA, 1, ModelConfig.from_defaults(path=str(tiny_folder)), tmp_path / "other"
@@ -335,17 +333,17 @@ def test_a_fresh_adapter_changes_nothing_repeats_its_bits_and_uses_no_global_ran
     assert std == pytest.approx(128**-0.5 / 3**0.5, rel=0.2)  # uniform in +-1/sqrt(128)
 
 
-def test_the_identity_of_a_policy_covers_base_adapter_and_scale_and_no_path(tiny_folder, tmp_path):
+def test_content_id_of_adapter(tiny_folder, tmp_path):
     policy = adapted(tiny_folder, tmp_path / "policy")
-    settings = json.loads((policy.folder / adapters.CONFIG).read_text())
+    settings = json.loads((policy.folder / ADAPTER_CONFIG).read_text())
     ids = [policy.id, content_id(policy.folder, Policy("base", tiny_folder, "another"))]
     for change in ({"lora_alpha": 9}, {"base_model_name_or_path": "/elsewhere", "peft_version": "0"}):
-        (policy.folder / adapters.CONFIG).write_text(json.dumps(settings | change))
+        (policy.folder / ADAPTER_CONFIG).write_text(json.dumps(settings | change))
         ids.append(content_id(policy.folder, policy.base))
     assert len(set(ids)) == 3 and ids[3] == ids[0]
 
 
-def test_adapters_of_others_are_taken_as_they_are_dropout_off(tiny_folder, tmp_path):
+def test_adapter_made_by_peft(tiny_folder, tmp_path):
     """Made by peft, not by us: no base.json, no tokenizer, dropout, rslora and ranks by layer."""
     torch.manual_seed(0)
     config = peft.LoraConfig(
@@ -370,7 +368,7 @@ def test_adapters_of_others_are_taken_as_they_are_dropout_off(tiny_folder, tmp_p
     ("change", "says"),
     [
         ({"peft_type": "IA3"}, "only LoRA can be used"),
-        ({"use_dora": True}, "a LoRA adapter with use_dora, which can't be used"),
+        ({"use_dora": True}, "a LoRA adapter with use_dora, which cannot be used"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"bias": "all"}, "bias"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa"),
@@ -378,17 +376,17 @@ def test_adapters_of_others_are_taken_as_they_are_dropout_off(tiny_folder, tmp_p
         ({"base_model_name_or_path": None}, None),
     ],
 )
-def test_adapters_that_cannot_be_used_are_named_in_one_line(tiny_folder, tmp_path, change, says):
+def test_unsupported_adapters(tiny_folder, tmp_path, change, says):
     policy = adapted(tiny_folder, tmp_path / "policy")
-    (policy.folder / adapters.BASE).unlink()
-    settings = json.loads((policy.folder / adapters.CONFIG).read_text())
-    (policy.folder / adapters.CONFIG).write_text(json.dumps(settings | change))
-    with pytest.raises(UserError, match=says or "the base of this adapter can't be found") as error:
+    (policy.folder / ADAPTER_BASE).unlink()
+    settings = json.loads((policy.folder / ADAPTER_CONFIG).read_text())
+    (policy.folder / ADAPTER_CONFIG).write_text(json.dumps(settings | change))
+    with pytest.raises(UserError, match=says or "the base of this adapter cannot be found") as error:
         find_model(ModelConfig.from_defaults(path=str(policy.folder)), tmp_path)
     assert "\n" not in str(error.value)
 
 
-def test_broken_adapter_folders_are_named_in_one_line(tiny_folder, tmp_path):
+def test_broken_adapter_folders(tiny_folder, tmp_path):
     def broken(name, harm):
         policy = adapted(tiny_folder, tmp_path / name)
         harm(policy.folder)
@@ -398,22 +396,22 @@ def test_broken_adapter_folders_are_named_in_one_line(tiny_folder, tmp_path):
         return str(error.value)
 
     def reshaped(folder):
-        weights = load_file(folder / adapters.WEIGHTS)
-        save_file({key: w[:, :3].contiguous() for key, w in weights.items()}, folder / adapters.WEIGHTS)
+        weights = load_file(folder / ADAPTER_WEIGHTS)
+        save_file({key: w[:, :3].contiguous() for key, w in weights.items()}, folder / ADAPTER_WEIGHTS)
 
     def lacking(folder):
-        weights = load_file(folder / adapters.WEIGHTS)
+        weights = load_file(folder / ADAPTER_WEIGHTS)
         weights.pop(min(weights))
-        save_file(weights, folder / adapters.WEIGHTS)
+        save_file(weights, folder / ADAPTER_WEIGHTS)
 
-    assert "without adapter_model.safetensors" in broken("a", lambda f: (f / adapters.WEIGHTS).unlink())
-    assert "is broken" in broken("b", lambda f: (f / adapters.WEIGHTS).write_bytes(b"no"))
-    assert "is not JSON" in broken("c", lambda f: (f / adapters.CONFIG).write_text("{"))
+    assert "without adapter_model.safetensors" in broken("a", lambda f: (f / ADAPTER_WEIGHTS).unlink())
+    assert "is broken" in broken("b", lambda f: (f / ADAPTER_WEIGHTS).write_bytes(b"no"))
+    assert "cannot read its adapter_config.json as JSON" in broken("c", lambda f: (f / ADAPTER_CONFIG).write_text("{"))
     assert "does not fit its base" in broken("d", reshaped)
-    assert "the folder is not whole" in broken("e", lacking)
+    assert "the folder is incomplete" in broken("e", lacking)
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
-    strange = broken("f", lambda f: shutil.copyfile(tmp_path / "x.safetensors", f / adapters.WEIGHTS))
-    assert "holds more than LoRA matrices" in strange
+    strange = broken("f", lambda f: shutil.copyfile(tmp_path / "x.safetensors", f / ADAPTER_WEIGHTS))
+    assert "which is not a LoRA matrix" in strange
 
 
 @pytest.mark.parametrize(
@@ -423,7 +421,7 @@ def test_broken_adapter_folders_are_named_in_one_line(tiny_folder, tmp_path):
             ["model.lora_targets=[q_prj]"],
             "linear layers are down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj",
         ),
-        (["model.lora_targets=[lm_head]"], "embeddings or the output layer can't be used"),
+        (["model.lora_targets=[lm_head]"], "embeddings and the output layer cannot be adapted"),
         (["model.lora_rank=0"], "model.lora_rank=0: must be 1 or more"),
         (["model.lora_alpha=0"], "model.lora_alpha=0: must be 1 or more"),
         (["model.lora_targets=[]"], "model.lora_targets=[]: must be all-linear"),
@@ -432,7 +430,7 @@ def test_broken_adapter_folders_are_named_in_one_line(tiny_folder, tmp_path):
         (["model.adapter=lorra"], "must be one of none, lora"),
     ],
 )
-def test_settings_that_do_not_go_are_named_before_anything_is_played(played, words, says):
+def test_invalid_settings(played, words, says):
     given = {word.split("=")[0] for word in words}
     done = played.play(*words, *(w for w in WORDS if w.split("=")[0] not in given), run="refused", status=1)
     assert says in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr

@@ -37,7 +37,7 @@ def game() -> dict:
     return json.loads((RUN / "game.json").read_text())
 
 
-def test_the_measures_move_as_the_method_says(game):
+def test_measures_improve(game):
     """Small numbers of prompts are noisy, so only what is far outside of the noise is held."""
     by_policy = {row["policy"]: row for row in game["evaluations"]}
     assert list(by_policy) == ["start", "sft", "iter0", "iter1"]
@@ -58,7 +58,7 @@ def test_the_measures_move_as_the_method_says(game):
     assert start["mauve"] < sum(trained) / 3 - 0.15
 
 
-def test_broken_answers_are_caught(game):
+def test_broken_answers_detected(game):
     """What is wrong with them is far outside of the noise in every measure that can see it."""
     found = broken_answers.main([])
     for kind in ("human answers to other prompts", "one word repeated", "one answer to all prompts"):
@@ -74,7 +74,7 @@ def test_broken_answers_are_caught(game):
     assert shuffled["classifier_auc_interval"][0] > 0.8 and shuffled["human_likelier"] > 0.9
 
 
-def test_each_iteration_starts_with_policy_equal_to_opponent(game):
+def test_first_step_policy_equals_opponent(game):
     rows = [json.loads(line) for line in (RUN / "metrics.jsonl").read_text().splitlines()]
     firsts = [row for row in rows if row["stage"] == "train" and row["step"] == 0]
     assert len(firsts) == 2
@@ -83,7 +83,7 @@ def test_each_iteration_starts_with_policy_equal_to_opponent(game):
         assert abs(row["rewards/margins"]) < 0.05
 
 
-def test_the_stored_scores_are_the_opponents_own(game):
+def test_stored_scores_match_opponent(game):
     """bf16 packed scores against the fp32 forward of the saved SFT model, one sequence at a time."""
     model = load_model(RUN / "sft" / "policy", torch.float32, torch.device("cpu"))
     for pair in read_pairs(RUN / "iter0" / "pairs.parquet")[:3]:
@@ -92,13 +92,13 @@ def test_the_stored_scores_are_the_opponents_own(game):
         assert pair.opponent_logp_generated == pytest.approx(generated.sum().item(), abs=3)
 
 
-def test_the_converted_tokenizer_keeps_the_digit_rule_and_saved_policies_too(game):
+def test_tokenizer_splits_digits(game):
     for folder in ("sft", "iter1"):
         tokenizer = load_tokenizer(RUN / folder / "policy")
         assert tokenizer.convert_ids_to_tokens(tokenizer("\n\n2. in 1995").input_ids) == "ĊĊ 2 . Ġin Ġ 1 9 9 5".split()
 
 
-def test_the_policy_answers_in_transformers_own_pipeline(game):
+def test_policy_in_transformers_pipeline(game):
     """As the README says it."""
     from transformers import pipeline
 
@@ -108,7 +108,7 @@ def test_the_policy_answers_in_transformers_own_pipeline(game):
     assert len(answer.split()) > 5 and rouge_l(answer, "the sky is blue because") > 0
 
 
-def test_memory_and_a_second_run_in_seconds(game):
+def test_memory_and_second_run(game):
     assert game["peak_memory_gib"] <= 6
     output, seconds = make_run()
     assert "nothing was computed again" in output

