@@ -425,7 +425,7 @@ def test_files_and_folders(tmp_path):
     (tmp_path / "empty").mkdir()
     fails("no data set that can be read", read, tmp_path, tmp_path / "empty")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 or not")
-    fails("not a whole parquet file", read, tmp_path, tmp_path / "broken.parquet")
+    fails("not a complete parquet file", read, tmp_path, tmp_path / "broken.parquet")
     (tmp_path / "rows.csv").write_text("a,b")
     fails(r"cannot read \.csv", read, tmp_path, tmp_path / "rows.csv")
 
@@ -469,7 +469,9 @@ def test_nothing_survives(load):
 
 def test_a_hub_name_without_a_network():
     code = (
-        "from spin import readers, config, errors\n"
+        "from spin.config import schema as config\n"
+        "from spin.data import sources as readers\n"
+        "from spin.runtime import errors\n"
         "try: list(readers.read_records(config.DataConfig(path='nobody/nothing-of-this-name'), '/nonexistent'))\n"
         "except errors.UserError as error: print('said:', error)\n"
     )

@@ -262,7 +262,7 @@ def test_odd_parquet_columns(check, tmp_path, name):
     }.items():
         pq.write_table(pa.table(parts), path)
         found = check(path, format=format)
-        assert ("holds what cannot be read" in str(found)) != reads, found
+        assert ("holds values that cannot be read" in str(found)) != reads, found
     pq.write_table(pa.table([text, text, column], names=["prompt", "response", "more"]), path)
     assert isinstance(check(path), str) != reads
     pq.write_table(pa.table([column, text, text], names=["prompt", "prompt", "response"]), path)
@@ -465,7 +465,7 @@ def test_long_texts_of_one_kind_take_no_minutes(check, tmp_path, answer, filter)
 )
 def test_end_marks_are_taken_off_as_one_by_one(parts, marks):
     text = "".join(parts)
-    found = examples._strip_ends(text, marks)
+    found = examples._strip_end(text, marks)
     naive = text.strip()
     while mark := next((mark for mark in (*marks, *examples.END_MARKS) if naive.endswith(mark)), None):
         naive = naive.removesuffix(mark).rstrip()
