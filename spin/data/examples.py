@@ -16,6 +16,7 @@ from spin.data.templates import encode_prompts, encode_responses, end_of_turn, s
 from spin.runtime.errors import UserError
 from spin.runtime.random import seed_of
 
+_Candidate = tuple[str, Exchange]  # hash of the content, and the content
 BLOCK = 512  # prompts tokenised together: enough for the tokenizer's threads, few beyond what a small set needs
 
 # End tokens of common chat templates, which data sets carry over, whatever tokenizer is used here.
@@ -48,13 +49,6 @@ class Dataset:
     seen: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class _Candidate:
-    id: str
-    messages: list[Message]
-    response: str
-
-
 def load_dataset(
     config: DataConfig,
     tokenizer: Any,
@@ -77,8 +71,8 @@ def load_dataset(
     counts: Counter[str] = Counter(read=0, kept=0)
     end = end_of_turn(tokenizer, stop_ids, config.template)  # first: a wrong template fails before the reading
     records = read_records(config, cache, counts)
-    candidates = _check(exchanges(records, config, counts), special_texts(tokenizer), config.filter, counts)
-    candidates.sort(key=lambda candidate: seed_of(seed, candidate.id))
+    checked = _check(exchanges(records, config, counts), special_texts(tokenizer), config.filter, counts)
+    candidates = sorted(checked.items(), key=lambda candidate: seed_of(seed, candidate[0]))
     if config.filter == "prose":
         candidates = _unique_prompts(candidates, counts)
     dataset = _split(candidates, _encode(candidates, tokenizer, end, config), config, counts, seen)
@@ -91,41 +85,40 @@ def load_dataset(
     return dataset
 
 
-def _check(found: Iterator[Exchange], specials: Sequence[str], filter: str, counts: Counter[str]) -> list[_Candidate]:
-    """Clean all exchanges and count those dropped, so that these counts do not depend on `data.size`."""
-    candidates: dict[str, _Candidate] = {}
+def _check(
+    found: Iterator[Exchange], specials: Sequence[str], filter: str, counts: Counter[str]
+) -> dict[str, Exchange]:
+    """Clean all exchanges, whatever `data.size`; return the valid ones under a hash of their content."""
+    checked: dict[str, Exchange] = {}
     for messages, response in found:
-        messages = [_clean(message, specials) for message in messages]
-        messages = [message for message in messages if message["content"] or message["role"] != "system"]
+        messages = [
+            {**turn, "content": _strip_end(turn["content"], specials if turn["role"] == "assistant" else None)}
+            for turn in messages
+        ]
+        messages = [turn for turn in messages if turn["content"] or turn["role"] != "system"]
         response = _strip_end(response, specials)
         reason = _why_dropped(messages, response, specials, filter)
+        id = _hash(json.dumps([[[turn["role"], turn["content"]] for turn in messages], response]))
+        if reason is None and id in checked:
+            reason = "duplicate"
         if reason is None:
-            content = json.dumps([[[message["role"], message["content"]] for message in messages], response])
-            candidate = _Candidate(_hash(content), messages, response)
-            if candidates.setdefault(candidate.id, candidate) is not candidate:
-                reason = "duplicate"
-        if reason is not None:
+            checked[id] = (messages, response)
+        else:
             counts[reason] += 1
-    return list(candidates.values())
+    return checked
 
 
-def _clean(message: Message, specials: Sequence[str]) -> Message:
-    content = message["content"]
-    is_answer = message["role"] == "assistant"
-    return {"role": message["role"], "content": _strip_end(content, specials) if is_answer else content.strip()}
-
-
-def _strip_end(answer: str, specials: Sequence[str]) -> str:
-    """Return the answer without surrounding blanks and end marks: the one end token is added as an id."""
-    marks = (*specials, *END_MARKS)
-    answer = answer.strip()
-    end = len(answer)
+def _strip_end(text: str, specials: Sequence[str] | None) -> str:
+    """Return the text without surrounding blanks and, unless `specials` is None, without end marks at its end."""
+    marks = () if specials is None else (*specials, *END_MARKS)
+    text = text.strip()
+    end = len(text)
     # Positions, not copies: an answer may end in a million end marks.
-    while mark := next((mark for mark in marks if answer.endswith(mark, 0, end)), None):
+    while mark := next((mark for mark in marks if text.endswith(mark, 0, end)), None):
         end -= len(mark)
-        while end and answer[end - 1].isspace():
+        while end and text[end - 1].isspace():
             end -= 1
-    return answer[:end]
+    return text[:end]
 
 
 def _why_dropped(messages: list[Message], response: str, specials: Sequence[str], filter: str) -> str | None:
@@ -148,8 +141,8 @@ def _hash(text: str) -> str:
 
 def _unique_prompts(candidates: list[_Candidate], counts: Counter[str]) -> list[_Candidate]:
     first: dict[tuple[str, ...], _Candidate] = {}
-    for candidate in candidates:
-        first.setdefault(tuple(message["content"] for message in candidate.messages), candidate)
+    for id, (messages, response) in candidates:
+        first.setdefault(tuple(turn["content"] for turn in messages), (id, (messages, response)))
     counts["repeated prompt"] += len(candidates) - len(first)
     return list(first.values())
 
@@ -158,8 +151,8 @@ def _encode(candidates: list[_Candidate], tokenizer: Any, end: int, config: Data
     """Yield the example of each candidate, or the reason why it is dropped; tokenise one block at a time."""
     for start in range(0, len(candidates), BLOCK):
         block = candidates[start : start + BLOCK]
-        prompts = encode_prompts(tokenizer, [candidate.messages for candidate in block], config.template)
-        responses = encode_responses(tokenizer, prompts, [candidate.response for candidate in block], config.template)
+        prompts = encode_prompts(tokenizer, [messages for _, (messages, _) in block], config.template)
+        responses = encode_responses(tokenizer, prompts, [response for _, (_, response) in block], config.template)
         for candidate, (_, prompt_ids), response_ids in zip(block, prompts, responses, strict=True):
             yield _example(candidate, prompt_ids, response_ids, end, config)
 
@@ -167,6 +160,7 @@ def _encode(candidates: list[_Candidate], tokenizer: Any, end: int, config: Data
 def _example(
     candidate: _Candidate, prompt_ids: list[int], response_ids: list[int], end: int, config: DataConfig
 ) -> Example | str:
+    id, (messages, response) = candidate
     # A prompt is never cut: it ends with the template's header for the answer and may start with the question.
     if len(prompt_ids) > config.max_prompt_length:
         return "prompt too long"
@@ -182,14 +176,14 @@ def _example(
         real_ids = real_ids[:limit]  # without the end token: the human did not stop here
     if len(real_ids) < config.min_response_length:
         return "answer too short"
-    turns = [message for message in candidate.messages if message["role"] != "system"]
+    turns = [turn for turn in messages if turn["role"] != "system"]
     prompt = "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns)
     first = next(turn["content"] for turn in turns if turn["role"] == "user")
     return Example(
-        candidate.id,
+        id,
         prompt if len(turns) > 1 else turns[0]["content"],
         tuple(prompt_ids),
-        candidate.response,
+        response,
         tuple(real_ids),
         # The first user message alone: so no later turn can show a held-out answer as its history.
         opening=_hash(" ".join(first.split()).casefold()),

@@ -49,8 +49,15 @@ def read_records(config: DataConfig, cache: Path, counts: Counter[str] | None = 
             raise UserError(f"{_shown(path)}: a pipe or device; write the records to a file and give that")
         elif config.splits:
             raise UserError(f"data.splits={config.splits}: the file {_shown(path)} has no splits; set it to null")
+        elif path.suffix.lower() == ".jsonl":
+            yield from _read_jsonl(path)
+        elif path.suffix.lower() == ".json":
+            yield from _read_json(path, counts if config.path is None else None)
+        elif path.suffix.lower() == ".parquet":
+            yield from _read_parquet(path)
         else:
-            yield from _read_file(path, counts if config.path is None else None)
+            suffix = brief(path.suffix, 30) or "a file without a suffix"
+            raise UserError(f"{_shown(path)}: cannot read {suffix}; give {', '.join(FILE_TYPES)}")
     except (OSError, RuntimeError) as error:  # RuntimeError: expanduser does not know the user
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UserError(f"{_shown(path)}: cannot be read ({brief(reason)})") from error
@@ -87,19 +94,6 @@ def _near_names(path: Path) -> str:
         return f", nor is there a folder {_shown(folder)}"
     names = difflib.get_close_matches(path.name, sorted(entry.name for entry in folder.iterdir()), n=3)
     return f"; did you mean {brief(' or '.join(names))}?" if names else ""
-
-
-def _read_file(path: Path, cut_counts: Counter[str] | None) -> Iterator[Record]:
-    match path.suffix.lower():
-        case ".jsonl":
-            yield from _read_jsonl(path)
-        case ".json":
-            yield from _read_json(path, cut_counts)
-        case ".parquet":
-            yield from _read_parquet(path)
-        case suffix:
-            kind = brief(suffix, 30) or "a file without a suffix"
-            raise UserError(f"{_shown(path)}: cannot read {kind}; give {', '.join(FILE_TYPES)}")
 
 
 def _read_jsonl(path: Path) -> Iterator[Record]:
