@@ -14,6 +14,7 @@ from spin.data.prose import is_prose, is_prose_answer
 from spin.data.sources import read_records
 from spin.data.templates import encode_prompts, encode_responses, end_of_turn, special_texts
 from spin.runtime.errors import UserError
+from spin.runtime.random import seed_of
 
 BLOCK = 512  # prompts tokenised at a time: keeps a tokenizer's threads busy, wastes little once enough are kept
 
@@ -81,7 +82,7 @@ def load_dataset(
     end = end_of_turn(tokenizer, stop_ids, config.template)  # first: a wrong template fails before the reading
     found = exchanges(read_records(config, cache, counts), config, counts)
     candidates = _check_texts(found, special_texts(tokenizer), config.filter, counts)
-    candidates.sort(key=lambda candidate: hashlib.sha256(f"{seed}:{candidate.id}".encode()).digest())
+    candidates.sort(key=lambda candidate: seed_of(seed, candidate.id))
     if config.filter == "prose":
         candidates = _unique_prompts(candidates, counts)
 

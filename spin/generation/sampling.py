@@ -1,6 +1,5 @@
 """The frozen model's work, all without gradients: answer every prompt. (Its log-probs: `logps.logps_of`.)"""
 
-import hashlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -14,6 +13,7 @@ from spin.data.examples import Example
 from spin.generation.answers import Answer, answer_of
 from spin.generation.decoding import decode
 from spin.runtime.errors import UserError
+from spin.runtime.random import seed_of
 from spin.runtime.shards import Shard, ShardDriver, compute_shards
 
 
@@ -99,6 +99,4 @@ def _sample(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -
 
 
 def _uniforms(seed: int, example_id: str, count: int) -> Tensor:
-    digest = hashlib.sha256(f"{seed}:{example_id}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-    return torch.rand(count, generator=generator)
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed_of(seed, example_id)))

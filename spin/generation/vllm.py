@@ -6,7 +6,6 @@ GPUs. Weights reach them as the policy's folder in the store. Its sampled log-pr
 still computed by ours.
 """
 
-import hashlib
 import json
 import os
 import signal
@@ -30,6 +29,7 @@ from spin.generation.answers import Answer, answer_of
 from spin.models import adapters
 from spin.models.policy import Policy
 from spin.runtime.errors import UserError, brief
+from spin.runtime.random import seed_of
 from spin.runtime.shards import Shard, ShardDriver, compute_shards
 from spin.runtime.signals import raise_if_stopped as stop_where_asked
 
@@ -140,12 +140,11 @@ def sampling_arguments(
     example: Example, config: GenerationConfig, max_new_tokens: int, stop_ids: Collection[int], seed: int
 ) -> dict[str, Any]:
     """What `vllm.SamplingParams` is made with for one prompt: random numbers of its own, whatever is decoded beside it."""
-    digest = hashlib.sha256(f"{seed}:{example.id}".encode()).digest()
     return {
         "temperature": config.temperature,
         "top_p": config.top_p,
         "max_tokens": max_new_tokens,
-        "seed": int.from_bytes(digest[:7], "big"),
+        "seed": seed_of(seed, example.id),
         "stop_token_ids": sorted(stop_ids),
         "detokenize": False,
     }

@@ -1,6 +1,5 @@
 """The main player's training loop."""
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from spin.method.objectives import link_at_zero, spin_loss
 from spin.method.pairs import Pair, by_prompt, items_of, to_pairs
 from spin.runtime.checkpoints import Checkpoints, TrainState
 from spin.runtime.errors import UserError
+from spin.runtime.random import seed_of
 from spin.runtime.signals import Interrupted, deferred
 
 # An objective turns a batch's log-probs into a loss and metrics of each of its items, both [items].
@@ -110,8 +110,7 @@ def _order(count: int, epochs: float, seed: int) -> list[int]:
     """Indices for all epochs, each epoch a permutation of its own."""
     order: list[int] = []
     for epoch in range(math.ceil(epochs)):
-        digest = hashlib.sha256(f"{seed}:{epoch}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        generator = torch.Generator().manual_seed(seed_of(seed, epoch))
         order += torch.randperm(count, generator=generator).tolist()
     return order[: max(1, round(count * epochs))]
 

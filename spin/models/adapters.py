@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from spin.models.bitsandbytes import import_bitsandbytes
 from spin.runtime.errors import UserError, brief, user_message
+from spin.runtime.random import seed_of
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -185,8 +186,7 @@ def write_fresh_adapter(
     weights = {}
     for name, slot in model.named_parameters():
         if ".lora_A." in name:
-            digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+            generator = torch.Generator().manual_seed(seed_of(seed, name))
             bound = 1 / math.sqrt(slot.shape[1])
             weights[name] = (torch.rand(slot.shape, generator=generator) * 2 - 1) * bound
         elif ".lora_B." in name:

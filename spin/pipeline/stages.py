@@ -80,6 +80,7 @@ from spin.runtime.artifacts import folder_size
 from spin.runtime.checkpoints import KEPT, Checkpoints, TrainState, describe_progress
 from spin.runtime.errors import UserError
 from spin.runtime.progress import Progress
+from spin.runtime.random import seed_of
 from spin.runtime.shards import ResumableShards
 from spin.runtime.signals import Interrupted, deferred
 from spin.runtime.store import Artifact, Store, key_of
@@ -875,7 +876,7 @@ def replayed(replay: str, iteration: int) -> list[int]:
 
 def _seed(seed: int, part: int) -> int:
     """A seed of its own for each part of the game."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{part}".encode()).digest()[:4], "big")
+    return seed_of(seed, part, bits=32)
 
 
 def _content(pairs: Sequence[Pair]) -> str:

@@ -20,6 +20,7 @@ from spin.data.templates import encode_prompts, special_texts
 from spin.evaluation.external.judges import JUDGE_TOKENS, Judge, RewardModel, in_shards, interval
 from spin.generation.sampling import generate_answers
 from spin.runtime.errors import UserError, brief
+from spin.runtime.random import seed_of
 from spin.runtime.shards import Say, ShardDriver, compute_shards
 
 SOURCE = (
@@ -154,7 +155,15 @@ def answer(
             sampling = replace(generation, temperature=temperature, top_p=1.0)
             part = keep(f"{turn + 1}-{temperature:g}-{room}")
             found = generate_answers(
-                model, tokenizer, examples, sampling, room, stop_ids, _seed(seed), advance=advance, keep=part
+                model,
+                tokenizer,
+                examples,
+                sampling,
+                room,
+                stop_ids,
+                seed_of(seed, "mt_bench", bits=32),
+                advance=advance,
+                keep=part,
             )
             replies |= {one.id: one.text for one in found}
             cut += [one.id for one in found if room < max_new_tokens and one.finish_reason == "length"]
@@ -173,10 +182,6 @@ def answer(
         _row(question, model_id, [message["content"] for message in conversation if message["role"] == "assistant"])
         for question, conversation in zip(questions, conversations, strict=True)
     ]
-
-
-def _seed(seed: int) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}:mt_bench".encode()).digest()[:4], "big")
 
 
 def _row(question: Question, model_id: str, turns: list[str]) -> dict:
