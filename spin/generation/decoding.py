@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from spin.engines.attention import PACKED_ATTENTION, use_packed_attention
+from spin.engines.attention import PACKED_ATTENTION, attention_window, use_packed_attention
 
 # Answers that have ended leave once they are this share of the rows, and waiting prompts join once this share of the rows is
 # free: a row that has ended costs as much as one that runs, and few prompts together cost more each than many.
@@ -82,7 +82,7 @@ def can_join(model: PreTrainedModel, prompts: Sequence[Sequence[int]], longest: 
     `longest` tokens, and a few tokens of three prompts come out as from the model's own forward. If so, whether prompts
     can be read in one packed row; None if not."""
     config = model.config.get_text_config()
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    window = attention_window(model)
     plain = all(
         type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=config).layers
     )
