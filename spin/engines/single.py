@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spin.config.schema import EngineConfig, OptimizerConfig
 from spin.engines.activations import save_less_for_backward
-from spin.engines.base import MASTERS, OPTIMIZER, checkpoint_activations
+from spin.engines.base import MASTERS, OPTIMIZER, Engine, checkpoint_activations
 from spin.engines.device_memory import release_free_memory
 from spin.engines.eight_bit import EightBit
 from spin.engines.logps import Forward, sequence_logps
@@ -25,7 +25,7 @@ from spin.models.save import save_model
 from spin.runtime.process_group import SINGLE_PROCESS
 
 
-class SingleEngine:
+class SingleEngine(Engine):
     """The `Engine` of one process. The model computes in `dtype`; the optimiser updates fp32 master weights.
 
     In bf16 a weight of 0.02 has a neighbour 6e-5 away, so an update with a learning rate of 5e-7 would be rounded away.
@@ -88,20 +88,16 @@ class SingleEngine:
         return collect
 
     def micro_batches(self, items: Sequence[Continuations], forward: Forward) -> Iterator[tuple[Batch, float]]:
-        """See `Engine`."""
         for batch in forward.batches(items):
             yield batch, 1.0
 
     def logps(self, batch: Batch, forward: Forward) -> Tensor:
-        """See `Engine`."""
         return sequence_logps(self.model, batch.to(self.device), forward)
 
     def backward(self, loss: Tensor) -> None:
-        """See `Engine`."""
         loss.backward()
 
     def step(self, lr: float) -> float:
-        """See `Engine`."""
         norm = global_norm(self.grads.values())
         if math.isfinite(norm):
             scale = min(1.0, self.max_grad_norm / (norm + 1e-6))
@@ -110,27 +106,22 @@ class SingleEngine:
         return norm
 
     def skip_step(self) -> float:
-        """See `Engine`."""
         self.grads.clear()
         return math.nan
 
     def mean(self, values: Sequence[Tensor]) -> float:
-        """See `Engine`."""
         return self.ranks.mean(torch.cat([value.reshape(-1).cpu() for value in values]))
 
     def save(self, folder: Path) -> None:
-        """See `Engine`."""
         release_free_memory()  # of the activations, before the fp32 masters are made
         save_model(self.model, {**self.buffers, **self.masters}, self.policy, folder)
 
     def save_state(self, folder: Path) -> None:
-        """See `Engine`."""
         release_free_memory()
         save_file(self.masters, folder / MASTERS)
         self.optimizer.save(folder / OPTIMIZER)
 
     def load_state(self, folder: Path) -> None:
-        """See `Engine`."""
         with safe_open(folder / MASTERS, "pt") as file:
             self._set_masters({name: file.get_tensor(name).to(self.device) for name in file.keys()})
         self.optimizer.load(folder / OPTIMIZER)
