@@ -1,9 +1,9 @@
-"""Layers that keep less for their backward pass than autograd would, and compute again what is cheap.
+"""Layers that store fewer activations for the backward pass than autograd would, and recompute the cheap ones.
 
-An RMSNorm of transformers keeps its input in fp32 and the normalised input; here it keeps its input as it came. A gated
-feed-forward part keeps the gate before and after its activation function, the other factor, and their product; here what its
-two matrix products have made. Both are the model's own code, called in pieces that stay in the processor's cache, forward and
-once more backward: the same bits in less memory, and less of it gone through.
+An RMSNorm of transformers stores its input in fp32 and the normalised input; here it stores its unchanged input. A gated
+feed-forward block stores the gate before and after its activation function, the other factor and their product; here only
+the results of its two matrix products. Both run the model's own code in pieces that fit the processor's cache, in the forward
+pass and again in the backward pass: the same bits with less memory and less memory traffic.
 """
 
 import weakref
@@ -15,18 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-PIECE = {"cpu": 2**18}  # numbers computed together: those of a CPU's cache
-LARGE_PIECE = 2**26  # of a GPU's memory
+PIECE = {"cpu": 2**18}  # numbers computed together, by device: they fit a CPU's cache
+LARGE_PIECE = 2**26  # on a GPU
 
 
 def save_less_for_backward(model: nn.Module, in_checkpoints: bool = False) -> None:
-    """Have the norms and the gated feed-forward parts of `model` keep little. What is built otherwise is left alone.
+    """Wrap the norms and gated feed-forward blocks of `model`; modules of another structure stay as they are.
 
-    `in_checkpoints`: whole layers are computed again in the backward pass (gradient checkpointing). Then the product of a
-    feed-forward part is kept while its layer is at work: what it is made of would otherwise be kept from the start.
+    With `in_checkpoints` (gradient checkpointing: whole layers are recomputed in the backward pass) the product of a
+    feed-forward block is stored while its layer runs: recomputing it would keep its factors alive from the first pass.
     """
     for module in model.modules():
-        this = weakref.ref(module)  # a module that held itself would stay in memory until a collector came by
+        this = weakref.ref(module)  # a strong reference would be a cycle, freed only by the garbage collector
         if _is_row_norm(module):
             module.forward = partial(_norm, this)
         elif _is_gated(module) and _multiplies(module):
@@ -34,7 +34,7 @@ def save_less_for_backward(model: nn.Module, in_checkpoints: bool = False) -> No
 
 
 def _is_row_norm(module: nn.Module) -> bool:
-    """An RMSNorm over the last dimension with nothing but its weight."""
+    """Whether the module is an RMSNorm over the last dimension whose only parameter is its weight."""
     weights = dict(module.named_parameters())
     return type(module).__name__.endswith("RMSNorm") and list(weights) == ["weight"] and weights["weight"].ndim == 1
 
@@ -46,7 +46,7 @@ def _is_gated(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def _multiplies(module: nn.Module) -> bool:
-    """Whether its own forward is what `_feed_forward` makes of it: found out, not assumed."""
+    """Whether `_feed_forward` gives the same bits as the module's own forward on a random input."""
     weight = next(module.parameters())
     kind = weight.dtype if weight.is_floating_point() else torch.bfloat16
     width = getattr(module.gate_proj, "in_features", 0)
@@ -60,9 +60,9 @@ def _multiplies(module: nn.Module) -> bool:
 def _norm(this: Callable[[], Any], states: Tensor, *rest: Any, **more: Any) -> Tensor:
     module = this()
     forward = partial(type(module).forward, module)
-    if rest or more or states.shape[-1:] != module.weight.shape:  # gated ones, or of groups
+    if rest or more or states.shape[-1:] != module.weight.shape:  # gated norms, or norms over groups
         return forward(states, *rest, **more)
-    return _Again.apply(forward, (module.weight,), states, module.weight)
+    return _Recompute.apply(forward, (module.weight,), states, module.weight)
 
 
 def _feed_forward(this: Callable[[], Any], forget_product: bool, states: Tensor, *rest: Any, **more: Any) -> Tensor:
@@ -74,8 +74,8 @@ def _feed_forward(this: Callable[[], Any], forget_product: bool, states: Tensor,
         return module.act_fn(gate) * up
 
     gate, up = module.gate_proj(states), module.up_proj(states)
-    weights = tuple(module.act_fn.parameters())  # some activation functions learn
-    product = _Again.apply(multiply, weights, gate, up, *weights)
+    weights = tuple(module.act_fn.parameters())  # some activation functions have parameters
+    product = _Recompute.apply(multiply, weights, gate, up, *weights)
     if not forget_product:
         return module.down_proj(product)
     place, size = product.data_ptr(), product.numel()
@@ -90,9 +90,11 @@ def _feed_forward(this: Callable[[], Any], forget_product: bool, states: Tensor,
         return module.down_proj(product)
 
 
-class _Again(torch.autograd.Function):
-    """function(*inputs), for a function that treats each row (of the last dimension) by itself. `weights`, which it uses,
-    come once more after the inputs. Inputs are kept, and what is between is computed again in the backward pass."""
+class _Recompute(torch.autograd.Function):
+    """function(*inputs), for a function of each row (last dimension) by itself, recomputed in the backward pass.
+
+    Only the inputs are stored. The tensors are the inputs followed by `weights`, the parameters that the function uses.
+    """
 
     @staticmethod
     def forward(ctx, function, weights, *tensors):
@@ -106,24 +108,24 @@ class _Again(torch.autograd.Function):
         inputs = ctx.saved_tensors
         trained = [weight for weight in ctx.weights if weight.requires_grad]
         *rows, above = (_rows(x) for x in (*inputs, grads[0]))
-        found = [torch.empty_like(row) for row in rows]
+        row_grads = [torch.empty_like(row) for row in rows]
         sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in trained]
         for part in _pieces(above):
             with torch.enable_grad():
                 pieces = [row[part].detach().requires_grad_() for row in rows]
                 result = ctx.function(*pieces)
             new = torch.autograd.grad(result, [*pieces, *trained], above[part])
-            for whole, grad in zip(found, new[: len(rows)], strict=True):
-                whole[part] = grad
+            for row_grad, grad in zip(row_grads, new[: len(rows)], strict=True):
+                row_grad[part] = grad
             for total, grad in zip(sums, new[len(rows) :], strict=True):
                 total += grad
-        of_inputs = [grad.view_as(given) for grad, given in zip(found, inputs, strict=True)]
+        of_inputs = [grad.view_as(tensor) for grad, tensor in zip(row_grads, inputs, strict=True)]
         of_weights = {id(weight): total.to(weight.dtype) for weight, total in zip(trained, sums, strict=True)}
         return None, None, *of_inputs, *(of_weights.get(id(weight)) for weight in ctx.weights)
 
 
 def _by_pieces(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Tensor:
-    """function(*inputs), of the inputs' shape, without gradients."""
+    """function(*inputs) without gradients, in the inputs' shape."""
     rows = [_rows(x) for x in inputs]
     result = torch.empty_like(rows[0])
     with torch.no_grad():

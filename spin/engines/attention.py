@@ -1,8 +1,8 @@
-"""Attention over a packed row, as an implementation that transformers' models call.
+"""Attention over a packed row, registered with transformers as an attention implementation.
 
-A packed row is one sequence `prompt | answer | answer | ... | prompt | ...` without padding. Every answer attends to its own
-prompt and to itself. The row's structure travels where a model expects a 4D mask, which transformers hands on untouched: as
-a table of lengths, int64 [1, 1, items, 1 + answers], an item's prompt first, short rows filled with zeros.
+A packed row is one sequence `prompt | answer | answer | ... | prompt | ...` without padding. An answer attends to its own
+prompt and to itself. The row's structure is passed in place of a 4D mask, which transformers does not change: a table of
+lengths, int64 [1, 1, items, 1 + answers], each item's prompt first, filled with zeros at the end.
 """
 
 from collections.abc import Sequence
@@ -20,9 +20,15 @@ PACKED_ATTENTION = "spin_packed"
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
-    """Have the model call `packed_attention`. Without a table it computes what it did before (SDPA)."""
+    """Set `packed_attention` as the model's attention. Without a table of lengths it computes plain SDPA."""
     if model.config.get_text_config()._attn_implementation != PACKED_ATTENTION:
         model.set_attn_implementation(PACKED_ATTENTION)
+
+
+def attention_window(model: PreTrainedModel) -> int | None:
+    """The number of tokens that the model's sliding-window layers attend to; None if all layers see everything."""
+    config = model.config.get_text_config()
+    return getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
 
 
 def packed_attention(
@@ -35,11 +41,11 @@ def packed_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """query, key, value: [rows, heads, length, width] -> [rows, length, heads, width], as transformers asks.
+    """query, key, value: [rows, heads, length, width] -> [rows, length, heads, width], as in transformers.
 
-    `attention_mask` decides: a table of lengths (see above), a BlockMask, or what SDPA takes. With a table, each sequence
-    prompt + answer is a causal attention of its own, so that nothing is computed between answers or items, and no mask
-    exists; a prompt's queries are computed again with each answer, which costs less than a masked rectangle.
+    `attention_mask` is a table of lengths (see above), a BlockMask, or a mask of SDPA. With a table, each sequence
+    prompt + answer is a causal attention by itself: nothing is computed between answers or items, and there is no mask.
+    A prompt's queries are computed again with each answer, which costs less than a masked rectangle.
     """
     if isinstance(attention_mask, BlockMask):
         return flex_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
@@ -48,7 +54,7 @@ def packed_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     if dropout or kwargs.get("softcap") is not None or kwargs.get("position_bias") is not None:
-        raise ValueError("a packed row takes no dropout, soft cap or position bias")
+        raise ValueError("a packed row supports no dropout, soft cap or position bias")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     lengths, sequences = _parts(attention_mask[0, 0].tolist())
     return _Sequences.apply(query, key, value, lengths, sequences, kwargs.get("sliding_window"), scale), None
@@ -59,8 +65,11 @@ AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)
 
 
 def _parts(table: list[list[int]]) -> tuple[list[int], list[tuple[int, int, int]]]:
-    """Cuts a row into parts: a prompt and its first answer are one, every further answer is one. Returns their lengths, and
-    for each sequence the part with its prompt, the prompt's length, and the part with its answer."""
+    """Split a row into parts: a prompt with its first answer is one part, each further answer another.
+
+    Returns the lengths of the parts, and for each sequence the part with its prompt, the prompt's length, and the part
+    with its answer.
+    """
     lengths: list[int] = []
     sequences = []
     for prompt, first, *others in table:
@@ -74,11 +83,11 @@ def _parts(table: list[list[int]]) -> tuple[list[int], list[tuple[int, int, int]
 
 
 class _Sequences(torch.autograd.Function):
-    """Each sequence prompt + answer by itself, causal. query, key, value: [1, heads, length, width], fewer heads in the
-    last two where they share them -> [1, length, heads, width].
+    """Causal attention over each sequence prompt + answer.
 
-    For the backward pass arguments and result are kept as they are, and log-sum-exps. Computed in fp32 where the type has
-    no units of its own: twice as fast as SDPA's emulation, and closer.
+    query, key, value: [1, heads, length, width], with fewer heads in key and value if query heads share them.
+    Returns [1, length, heads, width]. The backward pass needs the arguments, the result and the log-sum-exps. Where the CPU
+    has no matrix units for bf16 it computes in fp32, twice as fast as SDPA's emulation and more accurate.
     """
 
     @staticmethod
@@ -106,7 +115,7 @@ class _Sequences(torch.autograd.Function):
         for (first, prompt, part), normaliser in zip(sequences, normalisers, strict=True):
             q, k, v, out, grad = _sequence(rows, first, prompt, part)
             if part != first:
-                grad[:, :, :prompt] = 0  # these results were left to the first answer
+                grad[:, :, :prompt] = 0  # the result at the prompt is taken from its first answer
             of_q, of_k, of_v = _FLASH_BACKWARD(
                 grad, q, k, v, out, normaliser, dropout_p=0.0, **_causal(q, ctx.window), scale=ctx.scale
             )
@@ -124,13 +133,13 @@ _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 
 def _cut(row: Tensor, shared: int, lengths: list[int]) -> tuple[Tensor, ...]:
-    """[1, length, heads, width] -> parts [part, shared heads, heads that share one or 1, width], to compute in."""
+    """[1, length, heads, width] -> parts [length, key heads, query heads per key head or 1, width], in the compute type."""
     kind = torch.float32 if row.dtype == torch.bfloat16 and emulates_bf16(row.device) else row.dtype
     return row[0].to(kind).unflatten(1, (shared, -1)).split(lengths)
 
 
 def _sequence(rows: Sequence[Sequence[Tensor]], first: int, prompt: int, part: int) -> list[Tensor]:
-    """[shared heads, heads that share one, length, width] of a sequence, of each row: nothing is copied for heads that share."""
+    """[key heads, query heads per key head, length, width] of a sequence from each row; shared heads are not copied."""
     parts = [torch.cat((row[first][:prompt], row[part])) if part != first else row[part] for row in rows]
     return [x.permute(1, 2, 0, 3).expand(-1, parts[0].shape[2], -1, -1) for x in parts]
 
@@ -147,7 +156,7 @@ def _causal(query: Tensor, window: int | None) -> dict[str, Any]:
 
 
 def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
-    """bool [1, 1, length, length]: causal, and no further back than `window` tokens, itself counted."""
+    """bool [1, 1, length, length]: True for the last `window` tokens up to and including the query's."""
     distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
     return ((distance >= 0) & (distance < window))[None, None]
 

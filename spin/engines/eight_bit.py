@@ -10,12 +10,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from spin.config.schema import OptimizerConfig
-from spin.engines.optimizers import combine, residual_bits
+from spin.engines.rounding import combine, residual_bits
 from spin.models.quantization import import_bitsandbytes
 
 
 class EightBit:
-    """bitsandbytes' RMSprop or AdamW with 8-bit states, one weight matrix after another."""
+    """bitsandbytes' RMSprop or AdamW with the interface of `Optimizer`: one optimiser for each weight."""
 
     def __init__(self, config: OptimizerConfig, weights: Mapping[str, Tensor]):
         import_bitsandbytes()
@@ -29,48 +29,44 @@ class EightBit:
                 return bitsandbytes.optim.RMSprop8bit([parameter], alpha=config.alpha, **common)
             return bitsandbytes.optim.AdamW8bit([parameter], betas=(beta1, beta2), **common)
 
-        # Each holds its fp32 master for the moment of its update only.
+        # Each holds its fp32 master during its update only.
         self.parameters = {name: torch.nn.Parameter(torch.empty(0, device=w.device)) for name, w in weights.items()}
         self.optimizers = {name: make(parameter) for name, parameter in self.parameters.items()}
 
     def step(
         self,
         weights: Mapping[str, Tensor],
-        low: Mapping[str, Tensor],
+        residuals: Mapping[str, Tensor],
         grads: Mapping[str, Tensor],
         lr: float,
         scale: float,
     ) -> None:
         """As `Optimizer.step`."""
         for name, grad in grads.items():
-            weight, bits, parameter, optimizer = (
-                weights[name],
-                low.get(name),
-                self.parameters[name],
-                self.optimizers[name],
-            )
-            parameter.data = weight if bits is None else combine(weight, bits)
+            weight, residual = weights[name], residuals.get(name)
+            parameter, optimizer = self.parameters[name], self.optimizers[name]
+            parameter.data = weight if residual is None else combine(weight, residual)
             parameter.grad = grad.float() * scale
             optimizer.param_groups[0]["lr"] = lr
             optimizer.step()
-            if bits is not None:
+            if residual is not None:
                 weight.copy_(parameter.data)
-                bits.copy_(residual_bits(parameter.data, weight))
+                residual_bits(parameter.data, weight, out=residual)
             parameter.grad = None
             parameter.data = weight.new_empty(0)
 
     def save(self, file: Path) -> None:
-        # bitsandbytes counts steps in plain numbers, and its states share the maps of their 8 bits.
-        save_file(
-            {
-                f"{key}.{name}": value.clone() if isinstance(value, Tensor) else torch.tensor(value)
-                for name, optimizer in self.optimizers.items()
-                for key, value in optimizer.state[self.parameters[name]].items()
-            },
-            file,
-        )
+        """Write the states as "<state>.<weight>"."""
+        # bitsandbytes counts steps in plain numbers, and its states share their quantisation maps.
+        tensors = {
+            f"{key}.{name}": value.clone() if isinstance(value, Tensor) else torch.tensor(value)
+            for name, optimizer in self.optimizers.items()
+            for key, value in optimizer.state[self.parameters[name]].items()
+        }
+        save_file(tensors, file)
 
     def load(self, file: Path) -> None:
+        """Restore what `save` wrote."""
         with safe_open(file, "pt") as saved:
             for entry in saved.keys():
                 key, _, name = entry.partition(".")

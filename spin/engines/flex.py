@@ -4,19 +4,19 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-FLEX_BLOCK = 128  # FlexAttention's own block, of which a row on a GPU is a whole number
+FLEX_BLOCK = 128  # FlexAttention's block size; rows on a GPU are padded to a multiple
 
 
 def block_mask(table: Tensor, length: int) -> BlockMask:
-    """The structure of a packed row of `length` tokens, padding at its end, as FlexAttention takes it.
+    """The block mask of a packed row of `length` tokens, with padding at its end; `table` as in `attention.py`.
 
-    The blocks that a block of queries looks at are told, not found by going through length * length pairs: from where
-    the item of its first query begins up to itself.
+    A block of queries attends to the blocks from the start of its first query's item up to itself. Computing this directly
+    avoids the length * length evaluation of `create_block_mask`.
     """
     items = [[n for n in lengths if n] for lengths in table[0, 0].tolist()]
     item_of = torch.full((length,), -1, dtype=torch.int32)
-    answer = torch.zeros(length, dtype=torch.int32)  # 0 the prompt, 1, 2, ... its answers
-    begin = torch.arange(length)  # where a token's item begins; padding sees itself alone
+    answer = torch.zeros(length, dtype=torch.int32)  # 0: the prompt; 1, 2, ...: its answers
+    begin = torch.arange(length)  # where a token's item begins; padding attends to itself only
     start = 0
     for i, lengths in enumerate(items):
         begin[start : start + sum(lengths)] = start
@@ -26,7 +26,7 @@ def block_mask(table: Tensor, length: int) -> BlockMask:
     blocks = -(-length // FLEX_BLOCK)
     first = begin[::FLEX_BLOCK] // FLEX_BLOCK
     counts = torch.arange(blocks) - first + 1
-    seen = (first[:, None] + torch.arange(blocks)) % blocks  # of each row, the first `counts` matter
+    seen = (first[:, None] + torch.arange(blocks)) % blocks  # only the first `counts` of each row are used
     owner, part = item_of.to(table.device), answer.to(table.device)
 
     def may_attend(b, h, q, k):

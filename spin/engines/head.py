@@ -1,4 +1,4 @@
-"""The language model head on response positions, with a hand-written backward pass."""
+"""The language model head on response positions, with an explicit backward pass."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 
 def logit_transform(model: PreTrainedModel) -> tuple[float, float]:
-    """What some models do to the head's product: a scale (Cohere, Granite) and a soft cap (Gemma 2); 1 and 0 if nothing."""
+    """The scale (Cohere, Granite; else 1) and the soft cap (Gemma 2; else 0) that a model applies to its logits."""
     config = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0
     scale /= getattr(config, "logits_scaling", None) or 1.0
@@ -16,7 +16,7 @@ def logit_transform(model: PreTrainedModel) -> tuple[float, float]:
 
 
 class OutputLayer(torch.nn.Module):
-    """The weights of a model's output layer, as the module that computes log-probs with them: see `ResponseHead`."""
+    """Computes log-probs with the weights of a model's output layer: see `ResponseHead`."""
 
     def __init__(self, layer: torch.nn.Module):
         super().__init__()
@@ -27,17 +27,17 @@ class OutputLayer(torch.nn.Module):
 
 
 class ResponseHead(torch.autograd.Function):
-    """log softmax(cap(scale * (hidden @ weight.T + bias)))[target], with its backward written out.
+    """log softmax(cap(scale * (hidden @ weight.T + bias)))[target], with an explicit backward pass.
 
-    hidden [n, width], weight [vocabulary, width], target [n] -> fp32 [n]. The vocabulary is gone through in pieces of `chunk`
-    words, and for each the positions in blocks: the logits of a block fit the processor's cache, and each piece of the
-    weight's gradient is a single product. Only log-sum-exps are kept between forward and backward, which makes the logits
-    again: memory is n * chunk in the weights' type.
+    hidden [n, width], weight [vocabulary, width], target [n] -> fp32 [n]. It iterates over pieces of `chunk` words, and in
+    each over blocks of positions: the logits of a block fit the processor's cache, and each piece of the weight's gradient
+    is one matrix product. Only log-sum-exps are stored; the backward pass recomputes the logits. Memory is n * chunk in the
+    weights' type.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, target, scale, cap, chunk):
-        # Written into place: small results allocated between the large pieces would fragment the heap.
+        # Written in place: small allocations between large ones would fragment the heap.
         logps = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         normalisers = torch.full_like(logps, -torch.inf)
         for part, blocks in vocabulary_pieces(target, len(weight), chunk):
@@ -55,11 +55,11 @@ class ResponseHead(torch.autograd.Function):
         (grad,) = grads
         hidden, weight, bias, target, normalisers = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        # Summed over pieces in fp32: the products themselves are in the weights' type.
+        # Products are in the weights' type; their sums over pieces are in fp32.
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if need_hidden else None
         grad_weight = torch.empty_like(weight) if need_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
-        slopes = weight.new_empty(len(hidden), min(ctx.chunk, len(weight)))  # of a piece
+        slopes = weight.new_empty(len(hidden), min(ctx.chunk, len(weight)))  # of one piece
         for part, blocks in vocabulary_pieces(target, len(weight), ctx.chunk):
             slopes = slopes[:, : part.stop - part.start]
             for block, rows, words in blocks:
@@ -88,14 +88,16 @@ class ResponseHead(torch.autograd.Function):
         )
 
 
-BLOCK = {"cpu": 256}  # positions whose logits of a piece of the vocabulary are made together; all on a GPU
+BLOCK = {"cpu": 256}  # positions whose logits are computed together; all of them on a GPU
 
 
 def vocabulary_pieces(
     target: Tensor, words: int, chunk: int
 ) -> Iterator[tuple[slice, list[tuple[slice, Tensor, Tensor]]]]:
-    """Pieces of the vocabulary; of each, the blocks of positions, with those in a block whose target lies in the piece, and
-    where in it."""
+    """Yield each piece of the vocabulary with its blocks of positions.
+
+    A block comes with the positions in it whose target lies in the piece, and the offset of the target in the piece.
+    """
     count = len(target)
     size = BLOCK.get(target.device.type, max(1, count))
     blocks = [slice(start, min(start + size, count)) for start in range(0, count, size)]
@@ -105,11 +107,11 @@ def vocabulary_pieces(
     ends = iter(torch.searchsorted(ordered, tiles).tolist())
     begin = next(ends)
     for start in range(0, words, chunk):
-        found = []
+        in_piece = []
         for block in blocks:
             inside = order[begin : (begin := next(ends))]
-            found.append((block, inside - block.start, target[inside] - start))
-        yield slice(start, min(start + chunk, words)), found
+            in_piece.append((block, inside - block.start, target[inside] - start))
+        yield slice(start, min(start + chunk, words)), in_piece
 
 
 def _logits(hidden, weight, bias, scale, cap):

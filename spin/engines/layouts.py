@@ -1,21 +1,19 @@
-"""Choose the fastest way of computing log-probs that agrees with the model's own forward."""
+"""Choose the fastest way to compute log-probs that agrees with the model's own forward."""
 
 from collections.abc import Sequence
 
 import torch
 from transformers import PreTrainedModel
 
-from spin.engines.attention import PACKED_ATTENTION
+from spin.engines.attention import PACKED_ATTENTION, attention_window
 from spin.engines.logps import Forward, compute_logps, reference_logps
 from spin.engines.packing import Continuations
 from spin.runtime.errors import UserError, brief, user_message
 
-# --- which way is right for this model --------------------------------------------------------------------------------
-
 LAYOUTS = ("packed", "masked", "padded")  # the fastest first
 
-# What rounding explains, in nats a response token: |difference of sums| over all sequences / their tokens. Several
-# times what the embedded model shows, and below what a wrong mask gives.
+# The largest difference due to rounding, in nats per response token (|difference of sums| / tokens): several times that
+# of the embedded model, and less than a wrong mask causes.
 TOKEN_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.03}
 
 
@@ -29,24 +27,24 @@ def choose_forward(
     head_chunk: int,
     longest: int,
 ) -> tuple[Forward, str | None]:
-    """Pick the fastest forward that agrees with the model's own on a few of `items`; established, not assumed.
+    """Choose the fastest forward that agrees with the model's own on a few of `items`.
 
-    A wrong attention mask or head is silent, so each candidate's log-probs are compared with `plain_logps`. `longest` is
-    the most tokens that any item of the run can have: a longer row than the samples' could exceed an attention window.
-    Returns the forward, and a sentence where it is not the first choice. Raises UserError if no way that `layout` allows
-    agrees with the model.
+    A wrong attention mask or head raises no error, so each candidate's log-probs are compared with `reference_logps`.
+    `longest` is the largest number of tokens of any item of the run, which may exceed an attention window where the
+    sample does not. Returns the forward, and a note if it is not the first choice. Raises UserError if no candidate that
+    `layout` allows agrees with the model.
     """
     sample = list(items[:4])
     window = attention_window(model)
-    if window and window < longest:  # layers that look back less far must show
+    if window and window < longest:  # include a sequence longer than the window
         ids = [token for item in items for response in item.responses for token in response]
         count = min(longest, window + 32) - len(items[0].prompt_ids)
         sample.append(Continuations(items[0].prompt_ids, (tuple((ids * -(-count // len(ids)))[:count]), ids[:1])))
     expected = torch.stack([logps.sum() for item in sample for logps in reference_logps(model, item)]).cpu()
     if not expected.isfinite().all():
         raise UserError(
-            "the model's own log-probs are not finite: its weights are broken, or too large for this precision: give a "
-            "whole model, or try engine.precision=fp32."
+            "the model's own log-probs are not finite: its weights are broken or overflow in this precision. Check the "
+            "model's files, or use engine.precision=fp32."
         )
     tokens = sum(len(response) for item in sample for response in item.responses)
     candidates = [(ly, head) for head in ("chunked", "full") for ly in LAYOUTS if layout in ("auto", ly)]
@@ -60,22 +58,22 @@ def choose_forward(
             except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
                 if candidate_layout == "padded" or (user_message(error) and not isinstance(error, UserError)):
                     raise
-                reason = f"this model does not take it ({brief(error)})"
+                reason = f"the model does not support it ({brief(error)})"
             else:
                 off = ((found - expected).abs().sum() / tokens).item()
                 if off <= TOKEN_TOLERANCE.get(model.dtype, 0.03):
                     return forward, f"using the {candidate_layout} layout: {'; '.join(refused)}" if refused else None
-                reason = f"differs from the model's own forward by {off:.2g} nats a token"
+                reason = f"differs from the model's own forward by {off:.2g} nats per token"
         refused.append(f"{candidate_layout} rows with the {head} head: {reason}")
     hint = "use engine.layout=auto" if layout != "auto" else "try engine.precision=fp32"
     raise UserError(
-        f"engine.layout={layout}: no such way of computing log-probs agrees with the model's own forward: "
+        f"engine.layout={layout}: no log-prob computation agrees with the model's own forward: "
         f"{'; '.join(refused)}; {hint}."
     )
 
 
 def _unsuitable(model: PreTrainedModel, forward: Forward, longest: int) -> str | None:
-    """Why this model can't take a packed row at all, where its config tells."""
+    """The reason why the model's config rules out `forward`, or None."""
     config = model.config.get_text_config()
     attention = config._attn_implementation
     if forward.layout == "padded":
@@ -87,16 +85,10 @@ def _unsuitable(model: PreTrainedModel, forward: Forward, longest: int) -> str |
         return f"its attention ({attention}) is not SDPA"
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = attention_window(model)
-    # Gemma and Mistral name a window that only matters where something can be longer than it. Packed rows on a CPU keep it.
+    # A window only matters if a row can be longer. Packed rows on a CPU apply it to each sequence.
     by_sequence = forward.layout == "packed" and model.device.type == "cpu"
     if window and not by_sequence and window < max(longest, forward.tokens_per_row):
         return f"its attention window of {window} is shorter than a row"
     if not kinds <= {"full_attention", "sliding_attention"}:
         return f"it has layers other than attention ({', '.join(sorted(kinds))})"
     return None
-
-
-def attention_window(model: PreTrainedModel) -> int | None:
-    """How many tokens back some layers look at most; None where all see everything."""
-    config = model.config.get_text_config()
-    return getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None

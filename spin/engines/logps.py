@@ -1,4 +1,4 @@
-"""log p(response | prompt) of every response in a batch, summed over its tokens, in fp32 from the logits on."""
+"""log p(response | prompt), summed over the response's tokens, in fp32 from the logits on."""
 
 import hashlib
 import json
@@ -20,11 +20,11 @@ from spin.runtime.shards import Shard, ShardDriver, compute_shards
 
 @dataclass(frozen=True)
 class Forward:
-    """How log-probs are computed: exact either way, but for rounding.
+    """How log-probs are computed; all ways agree up to rounding.
 
-    layout: "packed" (prompts shared, one row a batch, attention by each sequence), "masked" (the same in several rows, with
-    a dense mask: for attention that is not ours to choose) or "padded". head: "chunked" (logits on response positions only, in
-    pieces of `head_chunk` words that are never kept) or "full" (the model's own logits, for heads that do more than a product).
+    layout: "packed" (one row per batch, prompts shared, attention over each sequence), "masked" (several such rows under a
+    dense mask, for models that need their own attention) or "padded". head: "chunked" (logits of response positions only, in
+    pieces of `head_chunk` words that are not stored) or "full" (the model's own logits, for heads that are not one product).
     """
 
     layout: str
@@ -37,15 +37,16 @@ class Forward:
         return plan_batches(items, self.layout, self.tokens_per_row, self.tokens_per_batch)
 
     def batches(self, items: Sequence[Continuations]) -> Iterator[Batch]:
-        """One after another: their masks together would take more memory than a large data set."""
+        """Yield the batches of `items` one by one: all their tensors together could exceed memory."""
         for rows in self.plan(items):
             yield collate(items, self.layout, rows)
 
 
 def sequence_logps(model: PreTrainedModel, batch: Batch, forward: Forward, head: "OutputLayer | None" = None) -> Tensor:
-    """Sum over each response's tokens of log p(token | prompt, earlier tokens): fp32 [batch.responses], in nats.
+    """The sum over each response's tokens of log p(token | prompt, earlier tokens): fp32 [batch.responses], in nats.
 
-    `head`: the model's output layer, where whoever spreads weights over ranks has to know of it beforehand."""
+    `head` is the model's output layer, given when it must be a registered module because its weights are sharded.
+    """
     inputs = _inputs(model, batch, forward.layout)
     if forward.head == "full":
         logits = model(**inputs, use_cache=False).logits.flatten(0, 1)[batch.source].float()
@@ -60,7 +61,7 @@ def sequence_logps(model: PreTrainedModel, batch: Batch, forward: Forward, head:
 def _inputs(model: PreTrainedModel, batch: Batch, layout: str) -> dict:
     ids, positions, mask = batch.input_ids, batch.position_ids, batch.attention_mask
     if layout == "masked":
-        # Additive, in the compute type: otherwise every layer converts the boolean mask again.
+        # Additive, in the compute type: every layer would convert a boolean mask again.
         allowed, lowest = mask, torch.finfo(model.dtype).min
         mask = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill_(~allowed, lowest)
     if layout == "packed":
@@ -73,7 +74,7 @@ def _inputs(model: PreTrainedModel, batch: Batch, layout: str) -> dict:
 
 
 def reference_logps(model: PreTrainedModel, item: Continuations) -> list[Tensor]:
-    """The token log-probs of each response by the model's own forward, one sequence at a time: slow, and the yardstick."""
+    """The token log-probs of each response by the model's own forward, one sequence at a time: slow, the reference."""
     result = []
     for response in item.responses:
         ids = torch.tensor([[*item.prompt_ids, *response]], device=model.device)
@@ -92,8 +93,8 @@ def compute_logps(
 ) -> Tensor:
     """`sequence_logps` of all responses of all items, without gradients, in the items' order: fp32, on the CPU.
 
-    `keep` gets shards of whole batches, of `shard_size` items or a few more; how they are cut changes no bit.
-    `advance` is told how many items have just been scored. Raises UserError if a log-prob is not finite.
+    `keep` computes or restores shards of whole batches, of at least `shard_size` items; the division changes no bits.
+    `advance` is called with the number of items scored since its last call. Raises UserError if a log-prob is not finite.
     """
     first = [0]
     for item in items:
@@ -122,14 +123,14 @@ def compute_logps(
             result[row["response"]] = row["logp"]
     if not result.isfinite().all():
         raise UserError(
-            "some log-probs are not finite: the model's weights are broken, or its training went astray: lower the learning "
-            "rate (optimizer.lr, schedule.sft_lr), or try engine.precision=fp32."
+            "some log-probs are not finite: the model's weights are broken or its training diverged: lower the learning "
+            "rate (optimizer.lr, schedule.sft_lr) or use engine.precision=fp32."
         )
     return result
 
 
 def _shards(plan: Sequence[Rows], size: int) -> Iterator[list[Rows]]:
-    """Runs of batches with at least `size` items together."""
+    """Group consecutive batches into shards of at least `size` items."""
     shard: list[Rows] = []
     count = 0
     for part in plan:

@@ -1,4 +1,4 @@
-"""Which prompts and responses share a row and a batch, as tensors."""
+"""Pack prompts and responses into rows and batches, as tensors."""
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 Ids = Sequence[int]
-Rows = list[list[int]]  # a batch as planned: for each row, the items in it
+Rows = list[list[int]]  # a planned batch: the indices of the items in each row
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,12 @@ class Continuations:
 
 @dataclass
 class Batch:
-    """Some items as one forward pass.
+    """Items that share one forward pass.
 
-    input_ids, position_ids: [rows, length]. attention_mask, by layout: "packed", which has one row: the table of lengths
+    input_ids, position_ids: [rows, length]. attention_mask, by layout: "packed", always one row: the table of lengths
     that `attention.py` reads; "masked": bool [rows, 1, length, length], True = may attend; "padded": int [rows, length].
     For each response token n: `target[n]` is its id, `source[n]` the index into rows * length of the position that
-    predicts it, `sequence[n]` the response it belongs to. Responses count from 0 in the order of `items`, each item's in
-    its own order. `tokens` counts what is not padding.
+    predicts it, `sequence[n]` the number of its response, from 0 in the order of `items`. `tokens` excludes padding.
     """
 
     items: list[int]
@@ -57,12 +56,12 @@ class Batch:
 
 
 def plan_batches(items: Sequence[Continuations], layout: str, tokens_per_row: int, tokens_per_batch: int) -> list[Rows]:
-    """Which items share a row and which rows a batch, of at most `tokens_per_batch` tokens, padding included.
+    """Plan rows of items and batches of rows, of at most `tokens_per_batch` tokens, padding included.
 
-    layout "packed": a batch is one row of items, best fit decreasing, each prompt once. "masked": the same in several
-    rows of at most `tokens_per_row` tokens, for a mask costs the square of its row. "padded": a row a response, the
-    prompt repeated. An item longer than a budget gets a row or batch of its own. All responses of an item are in one
-    batch. Costs n log n, and no tensors.
+    layout "packed": a batch is one row of items, each prompt once. "masked": the same in several rows of at most
+    `tokens_per_row` tokens, because a dense mask costs the square of its row. "padded": one row for each response, the
+    prompt repeated. All responses of an item are in one batch; an item longer than a budget has a row or batch to itself.
+    Takes n log n operations and allocates no tensors.
     """
     if layout == "packed":
         return [[row] for row in _best_fit(items, tokens_per_batch)]
@@ -72,39 +71,39 @@ def plan_batches(items: Sequence[Continuations], layout: str, tokens_per_row: in
 
 
 def collate(items: Sequence[Continuations], layout: str, rows: Rows) -> Batch:
-    """One of the batches that `plan_batches` planned, as tensors."""
+    """The tensors of one batch of `plan_batches`."""
     if layout == "padded":
         return _collate_padded(items, [i for row in rows for i in row])
     return _collate_packed(items, rows, dense=layout == "masked")
 
 
 def _best_fit(items: Sequence[Continuations], tokens_per_row: int) -> list[list[int]]:
-    """Rows of items, longest first, each into the fullest row that it still fits."""
+    """Best fit decreasing: each item, longest first, goes into the fullest row that has space for it."""
     rows: list[list[int]] = []
-    # (free tokens, row), sorted: the tightest row that an item still fits is found by bisection.
-    rooms: list[tuple[int, int]] = []
+    # (free tokens, row), sorted, so that bisection finds the fullest row with space.
+    spaces: list[tuple[int, int]] = []
     for index in sorted(range(len(items)), key=lambda i: -items[i].tokens):
         tokens = items[index].tokens
-        at = bisect_left(rooms, (tokens, -1))
-        if at == len(rooms):
+        at = bisect_left(spaces, (tokens, -1))
+        if at == len(spaces):
             free, row = tokens_per_row, len(rows)
             rows.append([])
         else:
-            free, row = rooms.pop(at)
+            free, row = spaces.pop(at)
         rows[row].append(index)
-        insort(rooms, (free - tokens, row))
+        insort(spaces, (free - tokens, row))
     return rows
 
 
-def balance_by_tokens(items: Sequence[Continuations], hands: int) -> list[list[int]]:
-    """The indices of `items` in so many hands, alike in tokens: the longest first, each to whoever has least."""
-    dealt: list[list[int]] = [[] for _ in range(hands)]
-    tokens = [0] * hands
+def balance_by_tokens(items: Sequence[Continuations], ranks: int) -> list[list[int]]:
+    """Divide the indices of `items` over `ranks`: each item, longest first, goes to the rank with the fewest tokens."""
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    tokens = [0] * ranks
     for index in sorted(range(len(items)), key=lambda i: -items[i].tokens):
         least = tokens.index(min(tokens))
-        dealt[least].append(index)
+        shares[least].append(index)
         tokens[least] += items[index].tokens
-    return dealt
+    return shares
 
 
 def _plan_masked(items: Sequence[Continuations], tokens_per_row: int, tokens_per_batch: int) -> list[Rows]:
@@ -115,7 +114,7 @@ def _plan_masked(items: Sequence[Continuations], tokens_per_row: int, tokens_per
 
 
 def _plan_padded(items: Sequence[Continuations], tokens_per_batch: int) -> list[Rows]:
-    # An item's cost is that of its rows: as many as it has responses, each as long as its longest.
+    # An item takes one row for each response, all as long as its longest.
     lengths = [len(item.prompt_ids) + max(map(len, item.responses)) for item in items]
     widths = [len(item.responses) for item in items]
     order = sorted(range(len(items)), key=lambda i: -lengths[i])
@@ -123,7 +122,7 @@ def _plan_padded(items: Sequence[Continuations], tokens_per_batch: int) -> list[
 
 
 def _groups(order: list[int], lengths: list[int], budget: int, widths: list[int] | None = None) -> list[list[int]]:
-    """Cut `order` (longest first) where rows * longest would exceed the budget."""
+    """Split `order` (longest first) into groups whose rows * longest is within the budget."""
     groups: list[list[int]] = []
     rows = longest = 0
     for index in order:
@@ -141,7 +140,7 @@ def _collate_packed(items: Sequence[Continuations], rows: list[list[int]], dense
     input_ids = torch.zeros(len(rows), length, dtype=torch.long)
     position_ids = torch.zeros(len(rows), length, dtype=torch.long)
     item_of = torch.full((len(rows), length), -1)
-    branch = torch.zeros(len(rows), length, dtype=torch.long)  # 0 the prompt, 1, 2, ... its responses
+    branch = torch.zeros(len(rows), length, dtype=torch.long)  # 0: the prompt; 1, 2, ...: its responses
     targets = _Targets()
     for r, row in enumerate(rows):
         start = 0
@@ -200,7 +199,7 @@ def _collate_padded(items: Sequence[Continuations], chosen: list[int]) -> Batch:
 
 
 class _Targets:
-    """Collects, response by response, which position predicts which token."""
+    """Collects the position that predicts each response token."""
 
     def __init__(self) -> None:
         self.source: list[int] = []

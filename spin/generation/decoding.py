@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from spin.engines.attention import PACKED_ATTENTION, use_packed_attention
+from spin.engines.attention import PACKED_ATTENTION, attention_window, use_packed_attention
 
 # Rows are removed, and prompts join, once this share of the rows is free. A row that has ended costs as much as one that
 # runs, and a prefill of few prompts costs more a prompt than one of many.
@@ -87,6 +87,7 @@ def make_batch(
     model's own forward: a wrong mask or position is silent. On a CPU prompts are packed, if that passes the trial.
     """
     config = model.config.get_text_config()
+    window = attention_window(model)
     plain = all(
         type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=config).layers
     )

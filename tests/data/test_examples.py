@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from spin.config.hydra import load
 from spin.config.schema import DataConfig
 from spin.data import examples, templates
 from spin.data.formats import exchanges
@@ -561,16 +562,8 @@ def test_exchange_counts():
 CONF = Path(__file__).parents[2] / "conf" / "data"
 
 
-@pytest.mark.parametrize("name", ["sharegpt", "chitchat", "ultrachat", "local", "tiny"])
-def test_config_keys(name):
-    composed = OmegaConf.load(CONF / f"{name}.yaml")
-    assert set(composed) == {field.name for field in dataclasses.fields(DataConfig)}
-    composed.name = name  # one is made of the path, by a resolver that only a whole configuration has
-    OmegaConf.merge(OmegaConf.structured(DataConfig), composed)
-
-
 def test_tiny_set(byte_level, tmp_path):
-    tiny = DataConfig.from_defaults(**OmegaConf.to_object(OmegaConf.load(CONF / "tiny.yaml")))
+    tiny = load("data=tiny").data
     found = examples.load_dataset(tiny, byte_level, {2}, 0, tmp_path)
     assert (len(found.train), len(found.held_out)) == (24, 8)
     assert found.counts == {"read": 48, "kept": 32, "not needed": 16}

@@ -1,4 +1,4 @@
-"""Keeping little: the same bits forward, the same gradients, for every architecture, and what is built otherwise left alone."""
+"""save_less_for_backward: the same bits forward and the same gradients for every architecture; other modules unchanged."""
 
 import gc
 import weakref
@@ -28,8 +28,8 @@ OTHERS = {
     "mixtral": tf.MixtralConfig(**SMALL, **BODY, num_local_experts=4),
     "glm4": tf.Glm4Config(**SMALL, **BODY, head_dim=8),
 }
-# Norms and feed-forward parts of a model that keep less.
-FOUND = {
+# Numbers of wrapped norms and feed-forward blocks.
+WRAPPED = {
     **dict.fromkeys(["llama", "mistral", "mistral-short-window", "qwen2", "granite"], (7, 3)),
     "qwen3": (13, 3),
     "gemma2": (13, 3),
@@ -46,7 +46,7 @@ FOUND = {
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
-    """The last one smaller than the others."""
+    """Several pieces, the last one smaller."""
     monkeypatch.setitem(activations.PIECE, "cpu", 32 * 37)
 
 
@@ -75,7 +75,7 @@ def gradients(model: tf.PreTrainedModel, forward: Forward) -> tuple[torch.Tensor
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", [*CONFIGS, *OTHERS])
-def test_the_same_bits_forward_and_the_same_gradients(name, dtype):
+def test_same_logps_and_gradients(name, dtype):
     plain, lean = model_of(name, dtype), model_of(name, dtype)
     forward, _ = choose_forward(plain, random_items(3), "auto", 256, 512, 16, longest=64)
     for model in (plain, lean):
@@ -83,7 +83,7 @@ def test_the_same_bits_forward_and_the_same_gradients(name, dtype):
     save_less_for_backward(lean)
     wrapped = [module.forward for module in lean.modules() if "forward" in vars(module)]
     counts = [sum(call.func is kind for call in wrapped) for kind in (activations._norm, activations._feed_forward)]
-    assert tuple(counts) == FOUND[name]
+    assert tuple(counts) == WRAPPED[name]
 
     expected, grads = gradients(plain, forward)
     logps, found = gradients(lean, forward)
@@ -95,8 +95,8 @@ def test_the_same_bits_forward_and_the_same_gradients(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_norms_and_products_against_float64(dtype):
-    """The gradients are no further from those of float64 than PyTorch's own."""
+def test_gradients_against_float64(dtype):
+    """The gradients are as close to those of float64 as PyTorch's own."""
     exact = model_of("llama", torch.float64)
     uneven(exact)
     exact.to(dtype).double()  # the rounded weights
@@ -114,7 +114,7 @@ def test_norms_and_products_against_float64(dtype):
 
 
 def kept_bytes(model: tf.PreTrainedModel) -> int:
-    """What autograd keeps between forward and backward, storage by storage."""
+    """The bytes that autograd stores between forward and backward."""
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     found = {}
 
@@ -132,7 +132,7 @@ def kept_bytes(model: tf.PreTrainedModel) -> int:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
-def test_less_is_kept(name, dtype):
+def test_less_memory_stored(name, dtype):
     before = kept_bytes(model_of(name, dtype))
     lean = model_of(name, dtype)
     save_less_for_backward(lean)
@@ -140,7 +140,7 @@ def test_less_is_kept(name, dtype):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_layers_that_are_computed_again_hold_nothing_of_their_feed_forward_part(checkpointing):
+def test_checkpointed_layers_store_no_factors(checkpointing):
     _, grads = gradients(model_of("llama", torch.float32), PACKED)
     model = model_of("llama", torch.float32)
     if checkpointing:
@@ -159,7 +159,7 @@ def test_layers_that_are_computed_again_hold_nothing_of_their_feed_forward_part(
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_adapters_and_rounded_weights(tmp_path, quantization):
+def test_adapters_on_quantized_weights(tmp_path, quantization):
     small_model("llama").save_pretrained(tmp_path / "model")
     whole = Policy("start", tmp_path / "model", content_id(tmp_path / "model"))
     whole = Policy("start", whole.folder, whole.id, quantization=None if quantization == "none" else quantization)
@@ -183,7 +183,7 @@ def test_adapters_and_rounded_weights(tmp_path, quantization):
     assert all(torch.allclose(found[key], grads[key], rtol=1e-4, atol=1e-5) for key in found)
 
 
-def test_an_engine_keeps_little(tiny_folder):
+def test_engine_wraps_model(tiny_folder):
     policy = Policy("start", tiny_folder, "x")
     for checkpointing in (False, True):
         settings = EngineConfig.from_defaults(gradient_checkpointing=checkpointing)
@@ -195,8 +195,8 @@ def test_an_engine_keeps_little(tiny_folder):
         engine.close()
 
 
-def test_a_model_that_keeps_less_goes_when_it_is_let_go_of():
-    """Its weights are not to wait for a collector of cycles."""
+def test_wrapped_model_freed_without_collector():
+    """No reference cycle keeps its weights alive."""
     model = small_model("llama")
     save_less_for_backward(model)
     gradients(model, PACKED)
@@ -211,7 +211,7 @@ def test_a_model_that_keeps_less_goes_when_it_is_let_go_of():
 
 
 class Doubled(nn.Module):
-    """A feed-forward part with the names of a gated one, that does something else."""
+    """A feed-forward block with the attributes of a gated one but another forward."""
 
     def __init__(self, part: nn.Module):
         super().__init__()
@@ -223,7 +223,7 @@ class Doubled(nn.Module):
 
 
 class Scaled(nn.Module):
-    """An activation function that learns."""
+    """An activation function with a parameter."""
 
     def __init__(self):
         super().__init__()
@@ -233,7 +233,7 @@ class Scaled(nn.Module):
         return nn.functional.silu(gate * self.scale)
 
 
-def test_an_activation_function_that_learns():
+def test_trained_activation_function():
     results = []
     for lean in (False, True):
         model = small_model("llama")
@@ -248,7 +248,7 @@ def test_an_activation_function_that_learns():
     assert all(torch.allclose(found[key], grads[key], rtol=1e-4, atol=1e-5) for key in grads)
 
 
-def test_what_is_built_otherwise_is_left_alone():
+def test_other_feed_forward_unchanged():
     model = small_model("llama")
     for layer in model.model.layers:
         layer.mlp = Doubled(layer.mlp)
@@ -259,8 +259,7 @@ def test_what_is_built_otherwise_is_left_alone():
     assert torch.equal(torch.cat(reference_logps(model, item)), before)
 
 
-def test_a_norm_that_is_given_a_gate_goes_its_own_way():
-
+def test_gated_norm_uses_own_forward():
     class GatedRMSNorm(nn.Module):
         def __init__(self):
             super().__init__()

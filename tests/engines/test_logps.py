@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers as tf
 
-from spin.engines import head as logps
+from spin.engines import head as head_module
 from spin.engines.flex import block_mask
 from spin.engines.head import ResponseHead
 from spin.engines.layouts import choose_forward
@@ -24,8 +24,8 @@ LAYOUTS = ["packed", "masked", "padded"]
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Of positions in the output layer: two of a gradcheck's, several of everything else."""
-    monkeypatch.setitem(logps.BLOCK, "cpu", 3)
+    """Blocks of positions in the output layer: two in the gradcheck, several elsewhere."""
+    monkeypatch.setitem(head_module.BLOCK, "cpu", 3)
 
 
 def naive_logps(model, items: list[Continuations]) -> torch.Tensor:
@@ -44,7 +44,7 @@ def naive_logps(model, items: list[Continuations]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_logps_equal_a_naive_float64_loop(name):
+def test_logps_match_float64_loop(name):
     model, items = small_model(name), random_items(9)
     forward, _ = choose_forward(model, items, "auto", 64, 128, 7, longest=64)
     expected = naive_logps(model, items)
@@ -56,23 +56,23 @@ PACKABLE = ["llama", "mistral", "mistral-short-window", "qwen2", "qwen3", "gpt2"
 
 
 @pytest.mark.parametrize("name", PACKABLE)
-def test_packing_is_chosen_where_it_is_exact(name):
+def test_packed_layout_chosen(name):
     forward, remark = choose_forward(small_model(name), random_items(4), "auto", 64, 128, 7, longest=64)
     assert (forward.layout, forward.head, remark) == ("packed", "chunked", None)
 
 
 @pytest.mark.parametrize("name", ["falcon_h1", "gemma2"])
-def test_models_that_packing_would_get_wrong_are_padded(name):
+def test_unpackable_models_padded(name):
     model, items = small_model(name), random_items(6)
     forward, remark = choose_forward(model, items, "auto", 64, 128, 7, longest=64)
     assert forward.layout == "padded" and remark
     wrong = compute_logps(model, items, MASKED)
-    assert (wrong - naive_logps(model, items)).abs().max() > 0.1  # it would have been silent
+    assert (wrong - naive_logps(model, items)).abs().max() > 0.1  # a silent error without the check
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma3"])
-def test_windows_shorter_than_a_sequence_are_kept_in_packed_rows_and_lost_under_a_dense_mask(name):
-    """Gemma 3 has layers of both kinds."""
+def test_short_window_packed_exact_masked_wrong(name):
+    """Gemma 3 has layers with and without a window."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = type(CONFIGS[name])(**SMALL, **BODY, head_dim=8, sliding_window=8)
@@ -85,20 +85,20 @@ def test_windows_shorter_than_a_sequence_are_kept_in_packed_rows_and_lost_under_
     assert (compute_logps(model, items, MASKED) - expected).abs().max() > 0.1
 
 
-def test_a_layout_that_is_asked_for_and_wrong_is_refused():
+def test_wrong_layout_refused():
     with pytest.raises(UserError, match="shorter than a row"):
         choose_forward(small_model("mistral-short-window"), random_items(4), "masked", 64, 128, 7, longest=64)
 
 
 @pytest.mark.parametrize("tokens_per_row", [8, 40, 64, 200])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_budget_does_not_change_the_result(layout, tokens_per_row):
+def test_budget_keeps_logps(layout, tokens_per_row):
     model, items = small_model("llama"), random_items(12, responses=3)
     forward = Forward(layout, "chunked", tokens_per_row, 2 * tokens_per_row, 5)
     assert torch.allclose(compute_logps(model, items, forward), naive_logps(model, items), atol=1e-4, rtol=0)
 
 
-def test_dropout_is_off_when_scoring(tiny_folder):
+def test_scoring_without_dropout(tiny_folder):
     from spin.models.load import load_model
 
     model = load_model(tiny_folder, torch.float32, torch.device("cpu"))
@@ -110,7 +110,7 @@ def test_dropout_is_off_when_scoring(tiny_folder):
     assert torch.equal(compute_logps(model, items, PACKED), compute_logps(model, items, PACKED))
 
 
-def test_log_softmax_is_fp32_under_bf16():
+def test_fp32_log_softmax_in_bf16():
     """The sums are those of fp32 log-softmax over the bf16 logits; a bf16 softmax would be off by whole nats."""
     model, items = small_model("llama", torch.bfloat16), random_items(6, longest=40)
     rounded = sum_of(items, lambda ids: model(ids).logits.log_softmax(-1))
@@ -131,7 +131,7 @@ def sum_of(items, log_softmax):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "granite", "cohere"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_gradients_equal_the_plain_forward(name, layout):
+def test_gradients_match_plain_forward(name, layout):
     if name == "gemma2":
         layout = "padded"  # eager attention, and a window shorter than the rows
     model, items = small_model(name), random_items(5)
@@ -165,7 +165,7 @@ def test_response_head_gradcheck():
     assert torch.autograd.gradcheck(head, (hidden, weight, bias), eps=1e-3, atol=1e-2, rtol=1e-2)
 
 
-def test_each_response_belongs_to_its_item_and_predicts_its_own_tokens():
+def test_response_positions():
     items = random_items(7, responses=2)
     for layout in LAYOUTS:
         seen = []
@@ -184,9 +184,9 @@ def test_each_response_belongs_to_its_item_and_predicts_its_own_tokens():
 
 
 @pytest.mark.parametrize(("head", "at_least", "at_most"), [("chunked", 0, 120), ("full", 180, 4000)])
-def test_the_chunked_head_keeps_no_logits(head, at_least, at_most):
-    """Peak memory, measured: 1,500 response tokens over 40,000 words are 229 MiB of fp32 logits a copy. The peak is that of
-    the step alone: what was reached before, by a process that this one was forked from, too, is reset."""
+def test_head_peak_memory(head, at_least, at_most):
+    """Peak memory, measured: 1,500 response tokens over 40,000 words are 229 MiB of fp32 logits. The peak counter is
+    reset before the step."""
     script = rf"""
 import re, sys, torch, transformers as tf
 sys.path.insert(0, {str(Path(__file__).parents[2])!r})
@@ -211,8 +211,8 @@ print(held("VmHWM") - before)
     assert at_least <= float(done.stdout) <= at_most
 
 
-def test_an_attention_window_is_held_against_the_longest_item_of_the_run_not_of_the_sample():
-    """The sample and the row budget fit into the window, a later pair does not: masked, it would be silently wrong."""
+def test_window_checked_against_longest_item():
+    """The sample and the row budget fit into the window, a later pair does not: a masked row would be wrong silently."""
     config = tf.MistralConfig(**{**SMALL, **BODY}, sliding_window=64)
     model = tf.AutoModelForCausalLM.from_config(config).eval()
     with pytest.raises(UserError, match="window of 64"):
@@ -223,7 +223,7 @@ def test_an_attention_window_is_held_against_the_longest_item_of_the_run_not_of_
     assert torch.allclose(compute_logps(model, items, forward), naive_logps(model, items), atol=1e-3, rtol=0)
 
 
-def test_a_packed_row_costs_no_padding_and_no_mask():
+def test_packed_row_size():
     items = random_items(20, responses=2)
     for batch in Forward("packed", "chunked", 64, 200, 64).batches(items):
         assert batch.input_ids.shape == (1, batch.tokens) and batch.tokens <= 200
@@ -232,8 +232,8 @@ def test_a_packed_row_costs_no_padding_and_no_mask():
 
 
 @pytest.mark.parametrize("padding", [0, 40])
-def test_the_mask_of_a_gpu_allows_what_the_sequences_of_a_cpu_allow(padding):
-    """FlexAttention's mask, which only a GPU computes with, against the rule written out; no block that matters is left out."""
+def test_block_mask_against_rule(padding):
+    """FlexAttention's mask against the rule written out; no block with an allowed pair is missing."""
     items = random_items(12, responses=2)
     (batch,) = Forward("packed", "chunked", 999, 999, 64).batches(items)
     total = batch.tokens + padding
@@ -249,14 +249,14 @@ def test_the_mask_of_a_gpu_allows_what_the_sequences_of_a_cpu_allow(padding):
             if q < batch.tokens and k < batch.tokens:
                 allowed = k <= q and owner[k][0] == owner[q][0] and owner[k][1] in (0, owner[q][1])
             else:
-                allowed = q == k  # padding sees itself: nothing else, and never nothing
+                allowed = q == k  # padding attends to itself only
             assert bool(found[q, k]) == allowed
             assert blocks[q // 128, k // 128] or not allowed
     assert blocks.sum() < blocks.numel()
 
 
-def test_flex_attention_computes_the_same(monkeypatch):
-    """Not compiled, on a CPU: the same mask and the same call as on a GPU."""
+def test_flex_attention_matches_sequences(monkeypatch):
+    """Not compiled, on a CPU, with the mask and the call of a GPU."""
     from torch.nn.attention.flex_attention import flex_attention
     from transformers.integrations.flex_attention import WrappedFlexAttention
 

@@ -64,12 +64,12 @@ def test_what_an_engine_holds_a_weight_is_what_the_table_says(tiny_folder, preci
         policy, dtype, CPU, EngineConfig.from_defaults(), OptimizerConfig.from_defaults(name=optimizer)
     )
     forward = Forward("packed", "chunked", 256, 999, 64)
-    engine.optimizer.step(engine.weights, engine.low, {}, 1e-3, 1.0)
+    engine.optimizer.step(engine.weights, engine.residuals, {}, 1e-3, 1.0)
     for passes in (1, 2):
         (batch,) = forward.batches(random_items(2))
         engine.backward(sequence_logps(engine.model, batch, forward).sum())
         states = [value for states in engine.optimizer.states.values() for value in states.values()]
-        tensors = [*engine.weights.values(), *engine.low.values(), *engine.grads.values(), *states]
+        tensors = [*engine.weights.values(), *engine.residuals.values(), *engine.grads.values(), *states]
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         numbers = sum(weight.numel() for weight in engine.weights.values())
         expected = memory.bytes_per_weight(precision, optimizer, passes=passes)

@@ -1,4 +1,4 @@
-"""The optimiser's updates against PyTorch's own optimisers, and how its numbers are stored."""
+"""Updates against PyTorch's own optimisers, residual bits, and stochastic rounding."""
 
 import pytest
 import torch
@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spin.config.schema import OptimizerConfig
-from spin.engines.optimizers import PIECE, Optimizer, _rounded_at_random, combine, residual_bits
+from spin.engines.optimizers import PIECE, Optimizer
+from spin.engines.rounding import combine, residual_bits, round_stochastically
 
 REFERENCE = {
     "rmsprop": lambda w: torch.optim.RMSprop(w, lr=1e-3, alpha=0.9, eps=1e-6, weight_decay=0.1),
@@ -29,12 +30,12 @@ def optimizer(name, shaped, **settings):
 
 @pytest.mark.parametrize("halves", [False, True])
 @pytest.mark.parametrize("name", REFERENCE)
-def test_updates_equal_pytorchs(name, halves):
-    """Piece by piece, and from bf16 weights with their low bits, as on whole fp32 tensors."""
+def test_updates_equal_pytorch(name, halves):
+    """In pieces, and from bf16 weights with residual bits, as on whole fp32 tensors."""
     expected, found = weights(), weights()
     reference = REFERENCE[name](list(expected.values()))
     rounded = {k: w.bfloat16() for k, w in found.items()} if halves else found
-    low = {k: residual_bits(found[k], w) for k, w in rounded.items()} if halves else {}
+    residuals = {k: residual_bits(found[k], w) for k, w in rounded.items()} if halves else {}
     ours = optimizer(name, rounded)
     for step in range(3):
         generator = torch.Generator().manual_seed(step + 1)
@@ -42,9 +43,9 @@ def test_updates_equal_pytorchs(name, halves):
         for k, w in expected.items():
             w.grad = 0.5 * grads[k]
         reference.step()
-        ours.step(rounded, low, grads, lr=1e-3, scale=0.5)
+        ours.step(rounded, residuals, grads, lr=1e-3, scale=0.5)
     for k, w in expected.items():
-        master = combine(rounded[k], low[k]) if halves else found[k]
+        master = combine(rounded[k], residuals[k]) if halves else found[k]
         off = (master.view(torch.int32) - w.view(torch.int32)).abs()
         assert off.max() <= (3 if halves else 0)  # a tie is one last bit off
         assert (off == 0).float().mean() > 0.999
@@ -53,7 +54,7 @@ def test_updates_equal_pytorchs(name, halves):
 
 
 @given(st.floats(width=32, allow_nan=False, allow_infinity=False))
-def test_a_weight_and_its_low_bits_are_the_master(value):
+def test_residual_bits_restore_master(value):
     master = torch.tensor([value])
     rounded = master.bfloat16()
     if not rounded.isfinite().all():
@@ -64,9 +65,9 @@ def test_a_weight_and_its_low_bits_are_the_master(value):
     assert off == 0 or (tie and off == 1)
 
 
-def test_states_in_bf16_keep_changes_too_small_for_them_on_average():
+def test_stochastic_rounding_keeps_mean():
     value = torch.full((200_000,), 1.0 + 2**-10)  # a quarter of bf16's last bit
-    mean = _rounded_at_random(value, torch.Generator().manual_seed(0)).double().mean().item()
+    mean = round_stochastically(value, torch.Generator().manual_seed(0)).double().mean().item()
     assert mean == pytest.approx(1 + 2**-10, abs=5e-5)
     grads, shaped = {"a": torch.full((4096,), 0.1)}, {"a": torch.zeros(4096)}
     small = optimizer("adamw", shaped, states="bf16")
@@ -80,8 +81,22 @@ def test_states_in_bf16_keep_changes_too_small_for_them_on_average():
         assert found == pytest.approx(expected, rel=2e-3)
 
 
+def test_rounding_noise_differs_between_tensors():
+    """Equal tensors with equal gradients round differently, and a repeated run rounds them the same."""
+    results = []
+    for _ in range(2):
+        shaped = {name: torch.zeros(4096) for name in ("a", "b")}
+        ours = optimizer("rmsprop", shaped, states="bf16")
+        ours.step(shaped, {}, {name: torch.linspace(0.1, 0.2, 4096) for name in shaped}, 1e-3, 1.0)
+        results.append({name: ours.states[name]["square_avg"].clone() for name in shaped})
+    first, second = results
+    # Stochastic rounding of both by independent noise: about a third of the values differ.
+    assert (first["a"] != first["b"]).float().mean() > 0.2
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 @pytest.mark.parametrize("states", ["fp32", "bf16"])
-def test_a_saved_optimizer_goes_on_in_the_same_bits(states, tmp_path):
+def test_resume_same_bits(states, tmp_path):
     results = []
     for cut in (False, True):
         shaped = weights()
@@ -92,5 +107,6 @@ def test_a_saved_optimizer_goes_on_in_the_same_bits(states, tmp_path):
                 ours = optimizer("adamw", shaped, states=states)
                 ours.load(tmp_path / "states")
             ours.step(shaped, {}, {k: w.cos() for k, w in shaped.items()}, 1e-2, 1.0)
-        results.append(shaped)
+        kept = {f"{k}.{state}": value for k, states_of in ours.states.items() for state, value in states_of.items()}
+        results.append({**shaped, **kept})
     assert all(torch.equal(results[0][k], results[1][k]) for k in results[0])

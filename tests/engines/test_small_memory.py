@@ -1,4 +1,4 @@
-"""4-bit bases and 8-bit optimiser states: bitsandbytes itself, on the CPU."""
+"""4-bit base models and 8-bit optimiser states, with bitsandbytes on the CPU."""
 
 import json
 from dataclasses import replace
@@ -39,28 +39,28 @@ def played(tmp_path_factory, games):
 
 
 def naive(weight: torch.Tensor) -> torch.Tensor:
-    """Rounded to the nearest level of its block of 64, scales kept whole."""
+    """Round to the nearest level in blocks of 64, with scales in full precision."""
     blocks = weight.flatten().view(-1, 64)
     scale = blocks.abs().amax(1, keepdim=True)
     nearest = (blocks / scale)[..., None].sub(LEVELS).abs().argmin(-1)
     return (LEVELS[nearest] * scale).view_as(weight)
 
 
-def test_a_base_of_4_bits_is_what_the_paper_says(tiny_folder):
+def test_nf4_levels(tiny_folder):
     rounded = load_model(tiny_folder, torch.float32, CPU, "nf4").dequantize()
     exact = load_model(tiny_folder, torch.float32, CPU)
     for name, weight in exact.named_parameters():
         found = rounded.get_parameter(name)
-        if "proj" not in name:  # embeddings, which are the output layer here, and norms are whole
+        if "proj" not in name:  # embeddings, tied to the output layer, and norms are not quantized
             assert torch.equal(found, weight), name
             continue
         scale = weight.flatten().view(-1, 64).abs().amax(1)
-        # Scales are themselves in 8 bits: a share of the largest of 256 of them.
+        # The scales are quantized to 8 bits, relative to the largest of 256.
         off = (found - naive(weight)).abs().max() / scale.max()
         assert off < 0.02 and (found - weight).abs().mean() > 0.01 * weight.abs().mean(), name
 
 
-def test_it_takes_what_the_estimate_counts(tiny_folder):
+def test_nf4_size_matches_estimate(tiny_folder):
     model = load_model(tiny_folder, torch.bfloat16, CPU, "nf4")
     held = sum(
         weight.numel() * weight.element_size()
@@ -73,11 +73,11 @@ def test_it_takes_what_the_estimate_counts(tiny_folder):
     numbers = sum(
         w.numel() for name, w in load_model(tiny_folder, torch.float32, CPU).named_parameters() if "proj" in name
     )
-    maps = 14 * (16 + 256) * 4 + 14 * 200  # the levels, and a header in JSON, of each of 14 layers
+    maps = 14 * (16 + 256) * 4 + 14 * 200  # levels and JSON header of each of 14 layers
     assert held - maps == pytest.approx(NF4 * numbers, rel=0.1)
 
 
-def test_a_game_starts_each_iteration_as_its_opponent(played):
+def test_nf4_game_starts_at_opponent(played):
     firsts = [row for row in played.metrics() if row["stage"] == "train" and row["step"] == 0]
     assert len(firsts) == 1 and firsts[0]["loss"] == pytest.approx(0.6931, abs=0.01)
     about = json.loads((played.folder / "run/iter0/policy/base.json").read_text())
@@ -86,14 +86,14 @@ def test_a_game_starts_each_iteration_as_its_opponent(played):
     assert not list((played.folder / "store").glob("train/*/policy/model.safetensors"))
 
 
-def test_a_policy_is_opened_on_the_base_that_it_was_trained_beside(played):
+def test_policy_opens_on_its_quantized_base(played):
     words = ["stage=evaluate", f"model.path={played.folder}/run/sft/policy"]
     before = played.stages()
     assert "done before, reused" in played.play(*words, run="measured").stdout
     assert played.stages() == before
 
 
-def test_merged_it_is_the_same_model(played):
+def test_merged_model_same_logits(played):
     policy = find_model(ModelConfig.from_defaults(path=f"{played.folder}/run/iter0/policy"), played.folder / "cache")
     assert policy.base.quantization == "nf4"
     ids = torch.tensor([[5, 6, 7, 8, 9]])
@@ -107,7 +107,7 @@ def test_merged_it_is_the_same_model(played):
         assert (whole_base(ids).logits - here).abs().max() > 0.05
 
 
-def test_rounding_makes_another_model(tiny_folder):
+def test_quantization_changes_model_id(tiny_folder):
     assert with_quantization(base_or_self(tiny_folder), "nf4").id != base_or_self(tiny_folder).id
     assert with_quantization(base_or_self(tiny_folder), "none") == base_or_self(tiny_folder)
 
@@ -119,7 +119,7 @@ def states_of(optimizer, key):
 
 
 @pytest.mark.parametrize(("name", "whole_name"), [("rmsprop8bit", "rmsprop"), ("adamw8bit", "adamw")])
-def test_states_of_8_bits_take_a_quarter_and_step_nearly_as_whole_ones(tiny_folder, name, whole_name):
+def test_eight_bit_states_size_and_step(tiny_folder, name, whole_name):
     pairs, moved, held = scored_pairs(base_or_self(tiny_folder)), [], []
     for one in (whole_name, name):
         engine = SingleEngine(
@@ -136,7 +136,7 @@ def test_states_of_8_bits_take_a_quarter_and_step_nearly_as_whole_ones(tiny_fold
         moved.append(torch.cat([(engine.masters[key] - before[key]).flatten() for key in before]))
         large = {
             key: master for key, master in engine.masters.items() if master.numel() >= 4096
-        }  # the others' stay whole
+        }  # smaller ones keep fp32 states
         states = [states_of(engine.optimizer, key) for key in large]
         tensors = [
             t for state in states for key, t in state.items() if torch.is_tensor(t) and "qmap" not in key and t.ndim
@@ -151,7 +151,7 @@ def test_states_of_8_bits_take_a_quarter_and_step_nearly_as_whole_ones(tiny_fold
 
 
 @pytest.mark.parametrize("name", ["rmsprop8bit", "adamw8bit"])
-def test_a_resume_goes_on_in_the_same_bits(tiny_folder, tmp_path, name):
+def test_eight_bit_resume_same_bits(tiny_folder, tmp_path, name):
     def engine():
         return SingleEngine(
             base_or_self(tiny_folder),
@@ -183,8 +183,8 @@ def test_a_resume_goes_on_in_the_same_bits(tiny_folder, tmp_path, name):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_pass_through_rounded_layers(tiny_folder, tmp_path, dtype, checkpointing):
-    """After it has computed without gradients, as an engine's model has; against the same weights, widened."""
+def test_gradients_through_quantized_layers(tiny_folder, tmp_path, dtype, checkpointing):
+    """Against the same weights dequantized to fp32, after a pass without gradients as in a game."""
     policy = adapted(tiny_folder, tmp_path / "policy")
     policy = replace(policy, base=with_quantization(policy.base, "nf4"))
     engine = SingleEngine(
@@ -201,12 +201,12 @@ def test_gradients_pass_through_rounded_layers(tiny_folder, tmp_path, dtype, che
     for batch in PACKED.batches(items):
         engine.backward(sequence_logps(engine.model, batch, PACKED).sum())
         sequence_logps(wide, batch, PACKED).sum().backward()
-    for name, weight in trained.items():  # those of the first layer have passed through all others
+    for name, weight in trained.items():  # gradients of the first layer passed through all others
         off = (engine.grads[name] - weight.grad).norm() / weight.grad.norm()
         assert off < {torch.float32: 0.01, torch.bfloat16: 0.1}[dtype], name
 
 
-def test_an_adapter_on_4_bits_with_8_bit_states_and_checkpointing_trains(tiny_folder, tmp_path):
+def test_adapter_on_nf4_trains(tiny_folder, tmp_path):
     start = with_quantization(base_or_self(tiny_folder), "nf4")
     policy = fresh_adapter(start, LORA, 0, ModelConfig.from_defaults(path=str(tiny_folder)), tmp_path / "policy")
     options, optimizer = (
