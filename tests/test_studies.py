@@ -92,7 +92,7 @@ def test_table_game_is_theorem_5_4_and_shrinks_by_one_minus_one_over_lambda(beta
 
 
 def test_first_gradient_of_spin_is_that_of_sft():
-    """In expectation: the opponent's own answers add nothing at the start but noise (experiments/continued_sft)."""
+    """In expectation: the opponent's answers add nothing at the start but noise (experiments/continued_sft)."""
     human, own = torch.tensor(shares.HUMAN).double(), torch.tensor([0.1, 0.5, 0.15, 0.25]).double()
     logits = own.log().requires_grad_()
     logps = logits.log_softmax(0)
