@@ -53,9 +53,16 @@ def test_means_and_standard_errors_over_seeds(tmp_path):
     assert rows[5]["status"] == "failed" and rows[5]["reason"] == "it broke"
     name, figure = draw(rows)
     assert name == "lines" and len(figure.axes) == 1
-    ((line, _, (bars,)),) = figure.axes[0].containers
+    (line,), (bars,) = figure.axes[0].lines, figure.axes[0].collections
     assert line.get_xydata().tolist() == [[0.1, pytest.approx(1.5)], [1.0, pytest.approx(1.15)]]
     assert bars.get_segments()[1][:, 1].tolist() == pytest.approx([1.10, 1.20])
+
+
+def test_bar_need_not_contain_its_value(tmp_path):
+    """A bootstrap interval of MAUVE may lie below its value."""
+    games = {(("beta", str(beta)),): game(1.0, nll_per_token_interval=[0.5, 0.9]) for beta in (1, 2)}
+    _, figure = draw(rows_of(points_of(tmp_path, games)))
+    assert figure.axes[0].collections[0].get_segments()[0][:, 1].tolist() == [0.5, 0.9]
 
 
 def test_heat_map_cells(tmp_path):
