@@ -11,8 +11,6 @@ from spin.reporting.figures import STYLE, draw_lengths, draw_logps, draw_margins
 from spin.reporting.text import code_block, escape, inline_code, markdown_table, plain_number
 from spin.runtime.progress import format_seconds
 
-FIGURES = ("measures", "logps", "margins", "lengths")
-
 
 def write_report(folder: Path, game: dict) -> Path:
     """Write `folder/report.md` and `folder/figures/*.png` and return the page's path.
