@@ -3,7 +3,7 @@
     python benchmarks/broken_answers.py            the default game (played first, if that has not been done)
     python benchmarks/broken_answers.py experiment=smoke
 
-Every kind takes the place of the policy's own answers: the policy scores them, and all measures are taken as usual.
+Every kind takes the place of the policy's answers: the policy scores them, and all measures are taken as usual.
 Printed as a table in markdown.
 """
 
@@ -19,15 +19,15 @@ sys.path.insert(0, str(ROOT))
 COLUMNS = ("human_likelier", "classifier_auc", "mauve", "length_auc", "rouge_l", "distinct_2", "diversity", "finished")
 
 
-def broken(own: list[str], human: list[str]) -> dict[str, list[str] | None]:
-    """Answers of each kind, in the place of `own`; None for the answers as they are."""
+def broken(answers: list[str], human: list[str]) -> dict[str, list[str] | None]:
+    """Answers of each kind, in the place of `answers`; None for these as they are."""
     rng = random.Random(0)
     word_by_word = [" ".join(rng.sample(text.split(), len(text.split()))) for text in human]
     return {
-        "the policy's own": None,
+        "the policy's answers": None,
         "human answers to other prompts": human[1:] + human[:1],
         "one word repeated": [" ".join(["the"] * max(1, len(text.split()))) for text in human],
-        "one answer to all prompts": [own[0]] * len(own),
+        "one answer to all prompts": [answers[0]] * len(answers),
         "human answers, words shuffled": word_by_word,
     }
 

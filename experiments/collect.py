@@ -5,12 +5,9 @@ Reads the run folders that a study's commands left in outputs/studies/<study>/, 
 which it also prints. Without run folders only the latter: what is published can be drawn again from what is committed.
 """
 
-import csv
 import json
-import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,249 +16,17 @@ import numpy as np
 import yaml
 from matplotlib.figure import Figure
 
+from experiments import chains
+from experiments.derivation import shares
+from experiments.studies import STUDIES, Study
+from experiments.tables import COLOURS, MARKERS, RUNS, Row, Where, mean_interval, plain, read, select, write
+from spin.models.policy import content_id
 from spin.reporting.figures import STYLE
 
 HERE = Path(__file__).parent
-RUNS = Path("outputs/studies")
-# Okabe and Ito's colours, each with a marker of its own: told apart with any colour vision, and in grey.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-MARKERS = ("o", "s", "^", "D", "v", "P")
 MEASURES = {  # column: title of its panel, unit
-    "kl": ("distance to the data: KL(human || own)", "change, nats an answer"),
-    "right": ("right answers", "change, share of own answers"),
-}
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # Student's t, two-sided, by seeds
-
-Row = dict[str, Any]
-Where = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Effect:
-    """A difference between two kinds of policies, seed by seed. `b` None: against the start of self-play.
-
-    `tuned` names a column (the learning rate) that is left open in `a` and `b` and chosen for each: for every seed the
-    value that was best in the mean of the other seeds, so that no policy is chosen by its own result.
-    """
-
-    text: str
-    a: Where
-    b: Where | None = None
-    tuned: str | None = None
-
-
-@dataclass(frozen=True)
-class Study:
-    """How a study's rows are drawn, a panel a measure: mean over seeds of the change from the start against `x`."""
-
-    x: str
-    label: str
-    series: str
-    names: dict[Any, str]
-    effects: tuple[Effect, ...]
-    facet: str | None = None
-    facets: dict[Any, str] = field(default_factory=dict)
-    where: Where = field(default_factory=dict)
-    log: bool = False
-    limits: dict[str, tuple[float, float]] = field(
-        default_factory=dict
-    )  # by measure, where one point would flatten all others
-
-
-# --- what the studies compare ---------------------------------------------------------------------------------------
-
-
-def plain(number: float) -> str:
-    """3e-5, 0.1, 512: as people write settings."""
-    return f"{number:.0e}".replace("e-0", "e-") if 0 < number < 1e-2 else f"{number:g}"
-
-
-STARTS = {8: "SFT too short (8 epochs)", 16: "SFT at its best (16)", 32: "SFT too long (32)"}
-METHODS = {"spin": "SPIN, 2 iterations of 2 passes", "sft": "continued SFT, 4 passes"}
-
-STUDIES: dict[str, Study] = {
-    "continued_sft": Study(
-        x="lr",
-        label="learning rate",
-        log=True,
-        series="method",
-        names=METHODS,
-        facet="start_epochs",
-        facets=STARTS,
-        where={"passes": 4},
-        limits={"kl": (-0.55, 0.45), "right": (-0.15, 0.15)},
-        effects=tuple(
-            Effect(
-                f"{name}; {rate}: {text}",
-                {"method": a, "start_epochs": start, **at},
-                {"method": b, "start_epochs": start, **at} if b else None,
-                tuned,
-            )
-            for start, name in STARTS.items()
-            for rate, tuned, at in (
-                ("tuned lr", "lr", {"passes": 4}),
-                ("lr 1e-5", None, {"passes": 4, "lr": 1e-5}),
-                ("lr 3e-5", None, {"passes": 4, "lr": 3e-5}),
-            )
-            for text, a, b in (
-                ("SPIN − start", "spin", None),
-                ("continued SFT − start", "sft", None),
-                ("SPIN − continued SFT", "spin", "sft"),
-            )
-        ),
-    ),
-    "iterations": Study(
-        x="passes",
-        label="passes over the prompts",
-        series="part",
-        names={"iterations": "a new opponent every 2 passes", "epochs": "the first opponent throughout"},
-        effects=(
-            Effect("iteration 0 − start", {"part": "iterations", "iter": 0}),
-            *(
-                Effect(
-                    f"iteration {t} − iteration {t - 1}",
-                    {"part": "iterations", "iter": t},
-                    {"part": "iterations", "iter": t - 1},
-                )
-                for t in (1, 2, 3)
-            ),
-            *(
-                Effect(
-                    f"iterations 0 to {t} − {2 * t + 2} passes in iteration 0",
-                    {"part": "iterations", "iter": t},
-                    {"part": "epochs", "passes": 2 * t + 2},
-                )
-                for t in (1, 3)
-            ),
-        ),
-    ),
-    "data_size": Study(
-        x="size",
-        label="prompts (the start was fine-tuned on 512)",
-        log=True,
-        series="method",
-        names={"spin": "SPIN, iteration 0", "sft": "continued SFT, as many passes"},
-        effects=(
-            *(
-                Effect(f"SPIN on {size} prompts − start", {"method": "spin", "size": size})
-                for size in (128, 256, 512, 2048)
-            ),
-            Effect("SPIN: 2048 − 128 prompts", {"method": "spin", "size": 2048}, {"method": "spin", "size": 128}),
-            Effect(
-                "2048 prompts: SPIN − continued SFT", {"method": "spin", "size": 2048}, {"method": "sft", "size": 2048}
-            ),
-        ),
-    ),
-    "links": Study(
-        x="iter",
-        label="iteration",
-        series="link",
-        names={link: link for link in ("logistic", "hinge", "exponential", "correlation")},
-        facet="lr",
-        facets={3e-5: "lr 3e-5", 1e-4: "lr 1e-4"},
-        effects=tuple(
-            Effect(
-                f"lr {plain(lr)}: {link} − logistic",
-                {"lr": lr, "iter": 1, "link": link},
-                {"lr": lr, "iter": 1, "link": "logistic"},
-            )
-            for lr in (3e-5, 1e-4)
-            for link in ("hinge", "exponential", "correlation")
-        ),
-    ),
-    "beta_lr": Study(
-        x="lr",
-        label="learning rate",
-        log=True,
-        series="beta",
-        names={0.1: "β = 0.1", 1.0: "β = 1", 5.0: "β = 5"},
-        facet="iter",
-        facets={0: "iteration 0", 1: "iteration 1"},
-        effects=tuple(
-            Effect(f"lr {plain(lr)}, iteration 1: β {beta:g} − start", {"lr": lr, "beta": beta, "iter": 1})
-            for lr in (1e-5, 3e-5, 1e-4)
-            for beta in (0.1, 1.0, 5.0)
-        ),
-    ),
-    "last_beta": Study(
-        x="beta",
-        label="β of the last iteration",
-        log=True,
-        series="lr",
-        names={3e-5: "learning rate as before (3e-5)", 6e-6: "a fifth of it (6e-6)"},
-        where={"iter": 3},
-        effects=(
-            *(
-                Effect(
-                    f"lr {plain(lr)} in the last iteration: β {beta:g} − β 0.1",
-                    {"iter": 3, "lr": lr, "beta": beta},
-                    {"iter": 3, "lr": lr, "beta": 0.1},
-                )
-                for lr in (3e-5, 6e-6)
-                for beta in (1.0, 5.0)
-            ),
-            Effect(
-                "β 5: lr 6e-6 − lr 3e-5", {"iter": 3, "lr": 6e-6, "beta": 5.0}, {"iter": 3, "lr": 3e-5, "beta": 5.0}
-            ),
-            Effect(
-                "β 0.1: lr 6e-6 − lr 3e-5", {"iter": 3, "lr": 6e-6, "beta": 0.1}, {"iter": 3, "lr": 3e-5, "beta": 0.1}
-            ),
-        ),
-    ),
-    "replay": Study(
-        x="iter",
-        label="iteration",
-        series="replay",
-        names={replay: replay for replay in ("none", "previous", "all")},
-        effects=tuple(
-            Effect(f"iteration 2: {replay} − none", {"iter": 2, "replay": replay}, {"iter": 2, "replay": "none"})
-            for replay in ("previous", "all")
-        ),
-    ),
-    "greedy": Study(
-        x="iter",
-        label="iteration",
-        series="temperature",
-        names={1.0: "sampled (temperature 1)", 0.0: "greedy"},
-        effects=(
-            *(
-                Effect(
-                    f"iteration {t}: greedy − sampled", {"iter": t, "temperature": 0.0}, {"iter": t, "temperature": 1.0}
-                )
-                for t in range(3)
-            ),
-            Effect("greedy, iteration 2 − start", {"iter": 2, "temperature": 0.0}),
-            Effect("sampled, iteration 2 − start", {"iter": 2, "temperature": 1.0}),
-        ),
-    ),
-    "reference": Study(
-        x="iter",
-        label="iteration",
-        series="reference",
-        names={"opponent": "the opponent", "mixture": "mixture, alpha 0.5", "start": "the start"},
-        effects=tuple(
-            Effect(
-                f"iteration {t}: {reference} − opponent",
-                {"iter": t, "reference": reference},
-                {"iter": t, "reference": "opponent"},
-            )
-            for t in (1, 2)
-            for reference in ("mixture", "start")
-        ),
-    ),
-    "answers": Study(
-        x="iter",
-        label="iteration",
-        series="answers",
-        names={1: "one answer a prompt", 4: "four"},
-        effects=(
-            *(
-                Effect(f"iteration {t}: four − one", {"iter": t, "answers": 4}, {"iter": t, "answers": 1})
-                for t in (0, 1)
-            ),
-            Effect("four answers, iteration 1 − start", {"iter": 1, "answers": 4}),
-        ),
-    ),
+    "kl": ("distance to the data: KL(human || model)", "change, nats an answer"),
+    "right": ("right answers", "change, share of model answers"),
 }
 
 
@@ -270,17 +35,13 @@ STUDIES: dict[str, Study] = {
 
 def collect(study: str) -> list[Row]:
     """One row for every policy that the study's runs made, and the measures of the policy that each run started from."""
-    from spin.models.policy import content_id
-
     kept = RUNS / "measured.json"
     known = json.loads(kept.read_text()) if kept.exists() else {}
 
     def measured(policy: Path) -> dict[str, float]:
-        from experiments.chains import measure
-
         identity = content_id(policy)
         if identity not in known:
-            known[identity] = measure(policy)
+            known[identity] = chains.measure(policy)
             kept.write_text(json.dumps(known))
         return known[identity]
 
@@ -292,7 +53,7 @@ def collect(study: str) -> list[Row]:
         continued = begun.is_dir() and config["schedule"]["sft_epochs"] > 0
         start = measured(begun if begun.is_dir() else folder / "sft" / "policy")
         common = {"part": folder.parent.name, "seed": config["seed"], "start_epochs": _start_epochs(config)}
-        if continued:  # a control: its product is the SFT policy, and the iteration behind it is of no interest
+        if continued:  # a control: its product is the SFT policy, and the iteration after it is not used
             passes, lr = config["schedule"]["sft_epochs"], config["schedule"]["sft_lr"]
             found = [
                 {"method": "sft", "policy": "sft", "passes": passes, "lr": lr} | measured(folder / "sft" / "policy")
@@ -327,6 +88,7 @@ def _played(config: dict, folder: Path, t: int) -> Row:
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     last = [row for row in steps if row.get("stage") == "train" and row.get("iter") == t][-1]
     game = json.loads((folder / "game.json").read_text())["iterations"][t]
+    generation = config["generation"]
     return {
         "method": "spin",
         "policy": f"iter{t}",
@@ -337,7 +99,7 @@ def _played(config: dict, folder: Path, t: int) -> Row:
         "beta": at(config["loss"]["beta"]),
         "link": config["loss"]["link"],
         "reference": config["loss"]["reference"],
-        "answers": config["generation"]["num_answers"],
+        "answers": generation["answers"] if "answers" in generation else generation["num_answers"],
         "replay": config["schedule"]["replay"],
         "temperature": config["generation"]["temperature"],
         "pairs": game["pairs"],
@@ -346,40 +108,7 @@ def _played(config: dict, folder: Path, t: int) -> Row:
     }
 
 
-def write(rows: Sequence[Row], path: Path) -> None:
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
-
-
-def read(path: Path) -> list[Row]:
-    """The rows of a results.csv: numbers as numbers, what is empty as None."""
-
-    def value(text: str) -> Any:
-        try:
-            return float(text) if text else None
-        except ValueError:
-            return text
-
-    with path.open(newline="") as file:
-        return [{key: value(text) for key, text in row.items()} for row in csv.DictReader(file)]
-
-
 # --- statistics -------------------------------------------------------------------------------------------------------
-
-
-def select(rows: Sequence[Row], where: Where) -> list[Row]:
-    return [row for row in rows if all(row[key] == value for key, value in where.items())]
-
-
-def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean over seeds, and half the width of its 95 % interval by Student's t. NaN width for a single seed."""
-    n = len(values)
-    half = T95[n] * float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else math.nan
-    return float(np.mean(values)), half
 
 
 def by_seed(rows: Sequence[Row], where: Where, measure: str, tuned: str | None = None) -> dict[float, float]:
@@ -486,8 +215,6 @@ def main(names: Sequence[str]) -> None:
         raise SystemExit(f"no such study: {', '.join(sorted(unknown))}. There are: {', '.join(known)}.")
     for study in names or known:
         if study == "derivation":  # of another kind: no policies against a start
-            from experiments.derivation import shares
-
             shares.redraw()
             continue
         folder = HERE / study

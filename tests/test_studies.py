@@ -16,7 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from scipy import stats
 
 import run  # noqa: F401 (defines names that conf/config.yaml uses)
-from experiments import chains, collect
+from experiments import chains, collect, studies, tables
 from experiments.derivation import shares
 from spin.config import schema as config
 from spin.method.objectives import spin_loss
@@ -25,7 +25,7 @@ from spin.models.load import load_model, load_tokenizer
 ROOT = Path(__file__).parent.parent
 LAB = ROOT / "experiments"
 FOLDERS = sorted(path.parent.name for path in LAB.glob("*/README.md"))
-PLAYED = [name for name in collect.STUDIES if (LAB / name / "results.csv").exists()]
+PLAYED = [name for name in studies.STUDIES if (LAB / name / "results.csv").exists()]
 
 
 # --- the task -----------------------------------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ def test_table_game_is_theorem_5_4_and_shrinks_by_one_minus_one_over_lambda(beta
 
 
 def test_first_gradient_of_spin_is_that_of_sft():
-    """In expectation: the opponent's own answers add nothing at the start but noise (experiments/continued_sft)."""
+    """In expectation: the opponent's answers add nothing at the start but noise (experiments/continued_sft)."""
     human, own = torch.tensor(shares.HUMAN).double(), torch.tensor([0.1, 0.5, 0.15, 0.25]).double()
     logits = own.log().requires_grad_()
     logps = logits.log_softmax(0)
@@ -109,10 +109,10 @@ def test_first_gradient_of_spin_is_that_of_sft():
 
 def test_interval_is_students():
     values = [0.3, -0.1, 0.25, 0.4, 0.05]
-    mean, half = collect.mean_interval(values)
+    mean, half = tables.mean_interval(values)
     low, high = stats.t.interval(0.95, 4, np.mean(values), stats.sem(values))
     assert (mean - half, mean + half) == pytest.approx((low, high), rel=1e-3)
-    assert all(t == pytest.approx(stats.t.ppf(0.975, n - 1), abs=1e-3) for n, t in collect.T95.items())
+    assert all(t == pytest.approx(stats.t.ppf(0.975, n - 1), abs=1e-3) for n, t in tables.T95.items())
 
 
 def test_tuned_learning_rate_is_chosen_on_the_other_seeds():
@@ -145,8 +145,8 @@ def test_collects_what_a_run_played(tmp_path, place, monkeypatch):
     assert rows[0]["kl_start"] == chains.measure(point / "sft/policy")["kl"]
     played = json.loads((point / "game.json").read_text())["iterations"]
     assert [row["pairs"] for row in rows] == [line["pairs"] for line in played]
-    collect.write(rows, tmp_path / "results.csv")
-    again = collect.read(tmp_path / "results.csv")
+    tables.write(rows, tmp_path / "results.csv")
+    again = tables.read(tmp_path / "results.csv")
     assert [row["kl"] for row in again] == pytest.approx([row["kl"] for row in rows], rel=1e-5)
     assert (again[0]["link"], again[0]["iter"]) == ("logistic", 0)
 
@@ -181,12 +181,12 @@ def test_commands_compose(name):
 
 
 def test_every_study_has_its_folder():
-    assert set(collect.STUDIES) <= set(FOLDERS)
+    assert set(studies.STUDIES) <= set(FOLDERS)
 
 
 @pytest.mark.parametrize("name", PLAYED)
 def test_published_table_is_what_results_say(name):
-    rows = collect.read(LAB / name / "results.csv")
+    rows = tables.read(LAB / name / "results.csv")
     assert len({row["seed"] for row in rows}) >= 3
     page = (LAB / name / "README.md").read_text()
     assert collect.table(name, rows) in page, f"run `python -m experiments.collect {name}` and copy its table"
@@ -196,7 +196,7 @@ def test_published_table_is_what_results_say(name):
 
 
 def test_derivation_table_is_what_results_say():
-    rows = collect.read(LAB / "derivation" / "results.csv")
+    rows = tables.read(LAB / "derivation" / "results.csv")
     assert shares.table(rows) in (LAB / "derivation" / "README.md").read_text()
 
 

@@ -22,7 +22,7 @@ import yaml
 from matplotlib.figure import Figure
 
 from experiments.chains import answer_logps
-from experiments.collect import COLOURS, MARKERS, RUNS, Row, mean_interval, read, write
+from experiments.tables import COLOURS, MARKERS, RUNS, Row, mean_interval, read, write
 from spin.method.objectives import spin_loss
 from spin.reporting.figures import STYLE
 

@@ -46,87 +46,50 @@ class Measure:
         return template.format(*map(self.show, ends)) if is_known(ends) else ""
 
 
-# With so many prompts the measure catches human answers to other prompts in at least 80 % of samples (docs/evaluation.md).
+# At these counts human answers to other prompts are caught in at least 80 % of samples (docs/evaluation.md).
 CLASSIFIER_PROMPTS, MAUVE_PROMPTS = 40, 25
-SHARE, PAIRS, TOKENS = "share of prompts", "share of answer pairs", "tokens"
 # In the order in which they are shown. The first known one of those that rank policies sorts a sweep.
 _MEASURES = (
-    Measure("exact_match", "right answers", SHARE, "answers that pass the check, pass@1", "right\nanswers", "higher"),
+    Measure("exact_match", "right answers", "share of prompts", "pass@1", "right\nanswers", "higher"),
     Measure(
-        "classifier_auc",
-        "classifier AUC",
-        PAIRS,
+        "classifier_auc", "classifier AUC", "share of answer pairs",
         "how often a classifier of words, letters, lengths and what answer and prompt share, cross-validated over prompts, "
-        "finds a human answer more human than a model answer; 0.5 where it can't tell them apart",
-        "classif.\nAUC",
-        "near",
-        0.5,
-        min_prompts=CLASSIFIER_PROMPTS,
+        "finds a human answer more human than a model answer; 0.5 is ideal",
+        "classif.\nAUC", "near", 0.5, min_prompts=CLASSIFIER_PROMPTS,
     ),
     Measure(
-        "human_likelier",
-        "human likelier",
-        SHARE,
-        "the policy gives the human answer a higher log-probability per token than its own; 0.5 is ideal",
-        "human\nlikelier",
-        "near",
-        0.5,
+        "human_likelier", "human likelier", "share of prompts",
+        "the policy gives the human answer a higher log-probability per token than the model answer; 0.5 is ideal",
+        "human\nlikelier", "near", 0.5,
     ),
     Measure(
-        "nll_per_token",
-        "NLL of human answers",
-        "nats per token",
-        "negative log-likelihood of the human answers",
-        "NLL\nnats/token",
-        "lower",
-        format=".3f",
+        "nll_per_token", "NLL of human answers", "nats per token",
+        "negative log-likelihood under the policy", "NLL\nnats/token", "lower", format=".3f",
     ),
     Measure(
-        "mauve",
-        "MAUVE",
-        "likeness",
-        "likeness of the distributions of human and model answers, at most 1",
-        "\nMAUVE",
-        "higher",
-        min_prompts=MAUVE_PROMPTS,
+        "mauve", "MAUVE", "likeness", "likeness of the distributions of human and model answers, at most 1",
+        "\nMAUVE", "higher", min_prompts=MAUVE_PROMPTS,
     ),
-    Measure("mauve_if_equal", "MAUVE if equal", "likeness", "what MAUVE comes to where the distributions are equal"),
+    Measure("mauve_if_equal", "MAUVE if equal", "likeness", "the value of MAUVE if the distributions are equal"),
     Measure(
-        "length_auc",
-        "length AUC",
-        PAIRS,
-        "how often a human answer is longer than a model answer; 0.5 is ideal",
-        "length\nAUC",
-        "near",
-        0.5,
+        "length_auc", "length AUC", "share of answer pairs",
+        "how often a human answer is longer than a model answer; 0.5 is ideal", "length\nAUC", "near", 0.5,
     ),
-    Measure(
-        "rouge_l",
-        "ROUGE-L",
-        "F1",
-        "longest common subsequence of words with the human answer",
-        better="higher",
-    ),
-    Measure("model_length", "model length", TOKENS, "mean length of the model answers", "model\ntokens", format=".0f"),
-    Measure("human_length", "human length", TOKENS, "mean length of the human answers", "human\ntokens", format=".0f"),
+    Measure("rouge_l", "ROUGE-L", "F1", "longest common subsequence of words with the human answer", better="higher"),
+    Measure("model_length", "model length", "tokens", "mean over model answers", "model\ntokens", format=".0f"),
+    Measure("human_length", "human length", "tokens", "mean over human answers", "human\ntokens", format=".0f"),
     Measure("finished", "finished", "share of answers", "the policy ended the answer itself"),
     Measure("distinct_2", "distinct-2", "share of word pairs", "distinct word pairs within each answer"),
     Measure(
-        "diversity",
-        "diversity",
-        "model / human",
-        "distinct word pairs over all model answers, against the human answers; 1 is ideal",
-        ideal=1.0,
+        "diversity", "diversity", "model / human",
+        "distinct word pairs over all model answers, against the human answers; 1 is ideal", ideal=1.0,
     ),
     Measure(
-        "margin",
-        "margin",
-        "nats",
-        "the SPIN margin over the policy's own opponent, without beta; not comparable between iterations",
-        "margin\nnats",
+        "margin", "margin", "nats",
+        "the SPIN margin over the policy's opponent, without beta; not comparable between iterations", "margin\nnats",
     ),
-    Measure("accuracy", "accuracy", SHARE, "the margin is above 0; not comparable between iterations"),
-)
+    Measure("accuracy", "accuracy", "share of prompts", "the margin is above 0; not comparable between iterations"),
+)  # fmt: skip
 MEASURES = {measure.name: measure for measure in _MEASURES}
 COMPARED = [measure for measure in _MEASURES if measure.better]
 

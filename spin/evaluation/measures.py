@@ -12,6 +12,7 @@ from spin.evaluation.two_sample import mauve, mauve_if_equal
 from spin.method.pairs import Pair
 
 Statistic = Callable[[np.ndarray], float]
+ARRAYS = ("scores", "clusters", "correct")  # of a HeldOut, where there are any
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class HeldOut:
     @property
     def per_prompt(self) -> dict:
         """All but the pairs, as JSON holds it; the inverse is `held_out_of`."""
-        arrays = {"scores": self.scores, "clusters": self.clusters, "correct": self.correct}
+        arrays = {name: getattr(self, name) for name in ARRAYS}
         return {
             "policy_logps": {name: logps.tolist() for name, logps in self.policy_logps.items()},
             **{name: None if array is None else array.tolist() for name, array in arrays.items()},
@@ -49,8 +50,8 @@ class HeldOut:
 def held_out_of(pairs: list[Pair], per_prompt: dict) -> HeldOut:
     """The inverse of `HeldOut.per_prompt`."""
     logps = {name: np.array(values) for name, values in per_prompt["policy_logps"].items()}
-    arrays = {name: per_prompt[name] for name in ("scores", "clusters", "correct")}
-    return HeldOut(pairs, logps, **{name: None if array is None else np.array(array) for name, array in arrays.items()})
+    arrays = {name: np.array(per_prompt[name]) for name in ARRAYS if per_prompt[name] is not None}
+    return HeldOut(pairs, logps, **arrays)
 
 
 def measures(now: HeldOut, before: HeldOut | None, resamples: int, seed: int) -> dict:

@@ -91,7 +91,6 @@ def make_batch(
     plain = all(
         type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=config).layers
     )
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     if plain and (not window or window >= longest):
         packable = model.device.type == "cpu" and config._attn_implementation in ("sdpa", PACKED_ATTENTION)
         for packed in (True, False) if packable else (False,):

@@ -65,6 +65,16 @@ def _add_legend(figure: Figure, axes: Axes) -> None:
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=2)
 
 
+def plot_with_intervals(
+    axes: Axes, x: Sequence[float], values: Sequence[float], intervals: Sequence, **style: Any
+) -> None:
+    """A line with a marker for each value, and a bar for each known interval, which need not contain its value."""
+    axes.plot(x, values, marker="o", markersize=4.5, **style)
+    bars = [(at, *interval) for at, interval in zip(x, intervals, strict=True) if is_known(interval)]
+    if bars:
+        axes.vlines(*zip(*bars, strict=True), color=style["color"], linewidth=1.6)
+
+
 def draw_measures(evaluations: Sequence[dict]) -> Figure | None:
     """Each known measure by policy, with its interval."""
     measures = [measure for measure in known_measures(evaluations) if measure.name not in DASHED.values()]
@@ -77,15 +87,17 @@ def draw_measures(evaluations: Sequence[dict]) -> Figure | None:
         if measure.ideal is not None:
             axes.axhline(measure.ideal, color=REFERENCE, linestyle=DASHES, linewidth=1.2)
         if measure.name in DASHED:
-            values = [_or_nan(row.get(DASHED[measure.name])) for row in evaluations]
+            values = np.array([row.get(DASHED[measure.name]) for row in evaluations], dtype=float)
             axes.plot(range(len(labels)), values, color=REFERENCE, linestyle=DASHES, linewidth=1.2)
         known = [(i, row) for i, row in enumerate(evaluations) if is_known(row.get(measure.name))]
-        axes.plot([i for i, _ in known], [row[measure.name] for _, row in known], color=NEUTRAL, linewidth=1, alpha=0.5)
-        for i, row in known:
-            interval = row.get(f"{measure.name}_interval")
-            if is_known(interval):
-                axes.plot([i, i], interval, color=NEUTRAL, linewidth=1.6)
-            axes.plot([i], [row[measure.name]], marker="o", color=NEUTRAL, markersize=4.5)
+        plot_with_intervals(
+            axes,
+            [i for i, _ in known],
+            [row[measure.name] for _, row in known],
+            [row.get(f"{measure.name}_interval") for _, row in known],
+            color=NEUTRAL,
+            linewidth=1,
+        )
         axes.grid(axis="x", visible=False)
         axes.set_title(measure.title, loc="left")
         axes.set_ylabel(measure.unit)
@@ -109,8 +121,7 @@ def draw_logps(train: dict[int, list[dict]], iterations: Sequence[dict]) -> Figu
         steps = [row["step"] for row in rows]
         axes.axhline(0, color=REFERENCE, linewidth=0.8)
         for key, color, label in (("real", REAL, "log p(real)"), ("generated", GENERATED, "log p(generated)")):
-            # Raw log p would mostly show that the answers of one step are longer than those of another.
-            change = pd.Series([_log_ratio(row, key, iteration["beta"]) for row in rows], dtype=float)
+            change = pd.Series(_log_ratios(rows, key, iteration["beta"]))
             window = len(change) // 20
             if window > 1:
                 axes.plot(steps, change, color=color, linewidth=0.6, alpha=0.35)
@@ -126,13 +137,14 @@ def draw_logps(train: dict[int, list[dict]], iterations: Sequence[dict]) -> Figu
     return figure
 
 
-def _log_ratio(row: dict, key: str, beta: float) -> float:
-    """The log-ratio to the opponent, nats. A reward is beta times it, except in variants of the loss, which log it."""
-    return _or_nan(row[f"gains/{key}"]) if f"gains/{key}" in row else _or_nan(row.get(f"rewards/{key}")) / beta
+def _log_ratios(rows: Sequence[dict], key: str, beta: float) -> np.ndarray:
+    """[steps]: the log-ratio to the opponent, nats. Raw log p would mostly show how long the answers of a step are.
 
-
-def _or_nan(value: float | None) -> float:
-    return math.nan if value is None else value
+    A reward is beta times it, except in variants of the loss, which log the log-ratio itself.
+    """
+    if f"gains/{key}" in rows[0]:
+        return np.array([row[f"gains/{key}"] for row in rows], dtype=float)
+    return np.array([row.get(f"rewards/{key}") for row in rows], dtype=float) / beta
 
 
 def draw_margins(folder: Path, iterations: Sequence[dict]) -> Figure | None:
@@ -183,7 +195,7 @@ def draw_lengths(folder: Path, iterations: Sequence[dict]) -> Figure | None:
             (generated, {"label": "generated", "color": GENERATED, "histtype": "step", "linewidth": 1.6}),
         )
         for values, shape in shapes:
-            axes.hist(np.minimum(values, longest), bins=bins, weights=_shares(values), **shape)
+            axes.hist(np.minimum(values, longest), bins=list(bins), weights=_shares(values), **shape)
         medians = f"median {np.median(real):.0f} real, {np.median(generated):.0f} generated"
         axes.set_title(f"iteration {iteration}\n{medians}", loc="left")
         axes.set_xlabel("length (tokens)")

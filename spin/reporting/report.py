@@ -11,8 +11,6 @@ from spin.reporting.figures import STYLE, draw_lengths, draw_logps, draw_margins
 from spin.reporting.text import code_block, escape, inline_code, markdown_table, plain_number
 from spin.runtime.progress import format_seconds
 
-FIGURES = ("measures", "logps", "margins", "lengths")
-
 
 def write_report(folder: Path, game: dict) -> Path:
     """Write `folder/report.md` and `folder/figures/*.png` and return the page's path.
@@ -264,14 +262,12 @@ LOGPS_CAPTION = (
     "gap between them is the margin. Thin: each step; thick: moving average.*"
 )
 WHY_REAL_FALLS = (
-    "**Why log p(real) can fall while the margin grows.** The loss sees only the gap between the two curves, not where "
-    "they are. That log p(generated) falls is no surprise: those answers were drawn from the opponent, which the "
-    "policy starts as, so (for fresh answers, sampled at temperature 1) its mean change is −KL(opponent ‖ policy): "
-    "below 0 whatever the change. Real answers share words and phrasing with the generated ones, so pushing these down "
-    "pulls those along, and nothing in the loss says that the freed probability must go to the real answers rather "
-    "than to text that is in neither. Both falling, one faster, is as good for the loss as one rising. But it is a "
-    "move away from the human answers: watch the held-out NLL. If log p(real) falls, lower `optimizer.lr`, raise "
-    "`loss.beta` (the loss is then satisfied by a smaller move away from the opponent), or train for fewer epochs."
+    "**Why log p(real) can fall while the margin grows.** The loss sees only the gap between the two curves. The generated "
+    "answers were drawn from the opponent, which the policy starts as, so their mean change (for fresh answers, sampled at "
+    "temperature 1) is −KL(opponent ‖ policy), never above 0. Real answers share words with them and are pulled down along, "
+    "and nothing in the loss gives the freed probability back. For the loss that is as good as one curve rising, but it "
+    "is a move away from the human answers: watch the held-out NLL. If log p(real) falls, lower `optimizer.lr`, raise "
+    "`loss.beta` (a smaller move then satisfies the loss), or train for fewer epochs."
 )
 MARGINS_CAPTION = (
     "*Held-out prompts by margin: what the policy has gained over its opponent on the human answer, less what it has "

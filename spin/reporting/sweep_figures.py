@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from spin.evaluation.measure_table import Measure, is_known
-from spin.reporting.figures import DASHES, REFERENCE, panels
+from spin.reporting.figures import DASHES, REFERENCE, panels, plot_with_intervals
 from spin.reporting.sweep_rows import ranking_measures, settings_of
 
 # Okabe and Ito's colours, for as many lines as can be told apart.
@@ -80,15 +80,13 @@ def _lines(rows: Sequence[dict], setting: str, others: Sequence[str], measures: 
             axes.axhline(measure.ideal, color=REFERENCE, linestyle=DASHES, linewidth=1.2)
         for number, label in enumerate(sorted(groups)):
             known = [row for row in groups[label] if is_known(row.get(measure.name))]
-            values = np.array([row[measure.name] for row in known])
-            axes.errorbar(
+            plot_with_intervals(
+                axes,
                 [float(row[setting]) for row in known],
-                values,
-                yerr=np.abs(np.array([_bar(row, measure) for row in known]).reshape(-1, 2).T - values),
+                [row[measure.name] for row in known],
+                [_bar(row, measure) for row in known],
                 color=COLORS[number % len(COLORS)],
                 linestyle=("-", "--", ":")[number // len(COLORS) % 3],
-                marker="o",
-                markersize=4.5,
                 linewidth=1.4,
                 label=label,
             )
@@ -104,9 +102,9 @@ def _lines(rows: Sequence[dict], setting: str, others: Sequence[str], measures: 
     return figure
 
 
-def _bar(row: dict, measure: Measure) -> tuple[float, float]:
-    """The ends of a value's bar: the mean ± its standard error, or the interval; the value itself where neither is known."""
-    value, spread, ends = row[measure.name], row.get(f"{measure.name}_se"), row.get(f"{measure.name}_interval")
-    if row["kind"] == "mean" and is_known(spread):
-        return value - spread, value + spread
-    return tuple(ends) if ends and is_known(ends) else (value, value)
+def _bar(row: dict, measure: Measure) -> Sequence[float] | None:
+    """The ends of a value's bar: the mean ± its standard error, or the interval."""
+    if row["kind"] == "mean":
+        value, error = row[measure.name], row[f"{measure.name}_se"]
+        return value - error, value + error
+    return row.get(f"{measure.name}_interval")

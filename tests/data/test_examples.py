@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from spin.config.hydra import load
+from spin.config import hydra
 from spin.config.schema import DataConfig
 from spin.data import examples, templates
 from spin.data.formats import exchanges
@@ -563,7 +563,7 @@ CONF = Path(__file__).parents[2] / "conf" / "data"
 
 
 def test_tiny_set(byte_level, tmp_path):
-    tiny = load("data=tiny").data
+    tiny = hydra.load("data=tiny").data
     found = examples.load_dataset(tiny, byte_level, {2}, 0, tmp_path)
     assert (len(found.train), len(found.held_out)) == (24, 8)
     assert found.counts == {"read": 48, "kept": 32, "not needed": 16}

@@ -32,7 +32,7 @@ def answer(rng: random.Random, topic: str) -> str:
     return " ".join(words)
 
 
-def people(n: int, seed: int = 0) -> tuple[list[str], list[str], list[str]]:
+def human_answers(n: int, seed: int = 0) -> tuple[list[str], list[str], list[str]]:
     """Prompts on some topic, and two answers to each from one distribution."""
     rng = random.Random(seed)
     topics = [rng.choice(list(TOPICS)) for _ in range(n)]
@@ -44,33 +44,33 @@ def auc(scores: np.ndarray) -> float:
     return float(np.mean([(a > b) + 0.5 * (a == b) for a in scores[0] for b in scores[1]]))
 
 
-def told_apart(prompts, real, own) -> tuple[float, float, float]:
+def two_sample(prompts, real, generated) -> tuple[float, float, float]:
     """AUC, MAUVE, and what MAUVE is if the distributions are equal."""
-    x = features(prompts, real, own)
-    found = clusters(x, 0)
-    return auc(classifier_scores(x)), mauve(found[0], found[1]), mauve_if_equal(found, 0)
+    x = features(prompts, real, generated)
+    labels = clusters(x, 0)
+    return auc(classifier_scores(x)), mauve(labels[0], labels[1]), mauve_if_equal(labels, 0)
 
 
 @pytest.mark.parametrize("n", [48, 300])
-def test_answers_of_one_distribution_cannot_be_told_apart(n):
-    values = [told_apart(*people(n, seed)) for seed in range(6)]
+def test_answers_of_one_distribution_cannot_be_two_sample(n):
+    values = [two_sample(*human_answers(n, seed)) for seed in range(6)]
     aucs, found, equal = np.array(values).T
     assert abs(aucs.mean() - 0.5) < 0.06 and np.all(abs(aucs - 0.5) < 0.2 if n == 48 else abs(aucs - 0.5) < 0.1)
     assert abs(found.mean() - equal.mean()) < 0.05
     assert equal.mean() > 0.85
 
 
-def broken(kind: str, prompts, real, own, rng: random.Random) -> list[str]:
+def broken(kind: str, prompts, real, generated, rng: random.Random) -> list[str]:
     if kind == "answers to other prompts":
-        return own[1:] + own[:1]
+        return generated[1:] + generated[:1]
     if kind == "one word repeated":
-        return ["the " * len(text.split()) for text in own]
+        return ["the " * len(text.split()) for text in generated]
     if kind == "one answer to all":
-        return [own[0]] * len(own)
+        return [generated[0]] * len(generated)
     if kind == "empty":
-        return [""] * len(own)
+        return [""] * len(generated)
     if kind == "half as long":
-        return [" ".join(text.split()[: len(text.split()) // 2]) for text in own]
+        return [" ".join(text.split()[: len(text.split()) // 2]) for text in generated]
     assert kind == "echoes the prompt"
     return list(prompts)
 
@@ -86,48 +86,48 @@ KINDS = [
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_broken_answers_are_caught_by_both(kind):
-    prompts, real, own = people(100)
-    value, found, equal = told_apart(prompts, real, broken(kind, prompts, real, own, random.Random(0)))
+def test_broken_answers_are_caught(kind):
+    prompts, real, generated = human_answers(100)
+    value, found, equal = two_sample(prompts, real, broken(kind, prompts, real, generated, random.Random(0)))
     assert value > 0.65, kind
     assert found < 0.75 * equal, kind
 
 
-def test_the_order_of_words_is_seen_by_the_classifier():
+def test_classifier_sees_word_order():
     """Not by MAUVE of so few answers: its few clusters are of subjects and lengths."""
     rng = random.Random(0)
-    prompts, _, _ = people(100)
+    prompts, _, _ = human_answers(100)
     real = [" ".join(f"{a} {a}s" for a in rng.choices("cat dog cow hen owl fox ant bee".split(), k=6)) for _ in prompts]
-    own = [" ".join(rng.sample(text.split(), len(text.split()))) for text in real]
-    assert told_apart(prompts, real, own)[0] > 0.9
+    generated = [" ".join(rng.sample(text.split(), len(text.split()))) for text in real]
+    assert two_sample(prompts, real, generated)[0] > 0.9
 
 
-def test_scores_of_a_prompt_come_from_a_classifier_that_has_not_seen_it():
+def test_scores_are_cross_validated():
     """Answers of pure noise: a classifier that had seen them would tell all apart."""
     rng = random.Random(1)
     noise = [[" ".join(f"w{rng.randrange(40)}" for _ in range(12)) for _ in range(120)] for _ in range(3)]
     assert abs(auc(classifier_scores(features(*noise))) - 0.5) < 0.12
 
 
-def test_swapping_human_and_own_swaps_the_scores():
-    prompts, real, own = people(60)
-    own = own[1:] + own[:1]
-    one, other = (classifier_scores(features(prompts, *both)) for both in ((real, own), (own, real)))
+def test_swapped_labels():
+    prompts, real, generated = human_answers(60)
+    generated = generated[1:] + generated[:1]
+    one, other = (classifier_scores(features(prompts, *both)) for both in ((real, generated), (generated, real)))
     assert auc(one) == pytest.approx(auc(other), abs=0.02)
 
 
-def test_few_prompts_and_odd_texts_are_no_error():
+def test_few_prompts_and_odd_texts():
     for n in (1, 2, 3):
-        prompts, real, own = people(n)
-        value, found, equal = told_apart(prompts, real, own)
+        prompts, real, generated = human_answers(n)
+        value, found, equal = two_sample(prompts, real, generated)
         assert 0 <= value <= 1 and 0 <= found <= 1 and 0 <= equal <= 1
-    assert all(np.isfinite(told_apart(["", "\n"], ["", "!!"], ["�", "\x00 a"])))
+    assert all(np.isfinite(two_sample(["", "\n"], ["", "!!"], ["�", "\x00 a"])))
 
 
-def test_mauve_is_the_area_under_the_divergence_curve():
+def test_mauve_is_the_area_under_its_curve():
     rng = np.random.default_rng(0)
-    real, own = rng.integers(0, 5, 400), np.minimum(rng.integers(0, 7, 400), 4)
-    p, q = ([float((sample == k).mean()) for k in range(5)] for sample in (real, own))
+    real, generated = rng.integers(0, 5, 400), np.minimum(rng.integers(0, 7, 400), 4)
+    p, q = ([float((sample == k).mean()) for k in range(5)] for sample in (real, generated))
     points = [(0.0, 1.0)]
     for weight in MIXTURES[::-1]:  # from R near P to R near Q: x, which measures the way from Q to R, rises
         r = [weight * a + (1 - weight) * b for a, b in zip(p, q, strict=True)]
@@ -135,22 +135,22 @@ def test_mauve_is_the_area_under_the_divergence_curve():
         points.append((np.exp(-SCALE * to[0]), np.exp(-SCALE * to[1])))
     points.append((1.0, 0.0))
     area = sum((x2 - x1) * (y1 + y2) / 2 for (x1, y1), (x2, y2) in zip(points, points[1:], strict=False))
-    assert mauve(real, own) == pytest.approx(area, abs=1e-9)
+    assert mauve(real, generated) == pytest.approx(area, abs=1e-9)
     assert mauve(real, real) == pytest.approx(1)
     assert mauve(np.zeros(10, int), np.ones(10, int)) < 0.03
-    assert mauve(real, own) == pytest.approx(mauve(own, real), abs=1e-6)
+    assert mauve(real, generated) == pytest.approx(mauve(generated, real), abs=1e-6)
 
 
-def test_an_embedding_model_sees_what_n_grams_do_not(tiny_folder):
-    """Its states are those of transformers' own forward, and join the features."""
-    prompts, real, own = people(20)
-    found = embed(str(tiny_folder), [*prompts, *prompts], [*real, *own], torch.device("cpu"))
+def test_embeddings_join_the_features(tiny_folder):
+    """Its states are those of transformers' generated forward, and join the features."""
+    prompts, real, generated = human_answers(20)
+    found = embed(str(tiny_folder), [*prompts, *prompts], [*real, *generated], torch.device("cpu"))
     model, tokenizer = AutoModel.from_pretrained(tiny_folder), AutoTokenizer.from_pretrained(tiny_folder)
     with torch.no_grad():
         ids = torch.tensor([tokenizer(f"{prompts[3]}\n\n{real[3]}")["input_ids"]])
         expected = model(input_ids=ids).last_hidden_state[0].mean(0)
     assert np.allclose(found[3], expected.numpy(), atol=1e-5)
-    x = features(prompts, real, own)
+    x = features(prompts, real, generated)
     joined = with_embeddings(x, found)
     assert joined.shape == (40, x.shape[1] + found.shape[1])
     assert classifier_scores(joined).shape == clusters(joined, 0).shape == (2, 20)

@@ -11,7 +11,6 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from statistics import mean, stdev
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -19,8 +18,8 @@ from omegaconf import OmegaConf
 
 from spin.config.hydra import LAUNCHERS, load
 from spin.evaluation.measure_table import MEASURES
+from spin.pipeline import points
 from spin.pipeline.points import content_hash, is_done, play_point, record_status
-from spin.reporting.sweep_figures import draw
 from spin.reporting.sweep_rows import RECORD, Point, read_record, rows_of
 from spin.runtime.signals import Interrupted
 from tests.config.test_schema import composed
@@ -46,7 +45,7 @@ def swept(tmp_path_factory, games):
     return place
 
 
-def test_the_table_has_every_point_with_its_settings_and_measures(swept):
+def test_leaderboard(swept):
     folder, done = swept.folder / "sweep", swept.first
     assert done.stderr == f"error: 2 of 6 points have no result; {folder}/sweep.md says why.\n"
     assert swept.stages() == {"sft": 1, "generate": 1, "score": 1, "train": 4, "evaluate": 2 + 4}
@@ -168,82 +167,10 @@ def test_the_standard_sweep_is_three_by_three(tmp_path, games):
     assert composed("experiment=beta_lr").name == "smollm2-sharegpt"
 
 
-# --- the table, from what lies in the folders --------------------------------------------------------------------------
+# --- a point's record -------------------------------------------------------------------------------------------------
 
 
-def game(nll: float, start: float = 2.0, **more) -> dict:
-    row = {"n": 8, "nll_per_token": nll, "nll_per_token_interval": [nll - 0.1, nll + 0.1], "human_length": 9.0, **more}
-    return {
-        "evaluations": [
-            {"policy": "sft", "iter": None, "n": 8, "nll_per_token": start},
-            {"policy": "iter0", "iter": 0, **row},
-        ],
-        "iterations": [{"iter": 0}],
-        "external": [],
-    }
-
-
-def points_of(tmp_path: Path, games: dict) -> list[Point]:
-    points = []
-    for number, (settings, found) in enumerate(games.items()):
-        folder = tmp_path / str(number)
-        record_status(folder, "done")
-        (folder / "game.json").write_text(json.dumps(found))
-        points.append(Point(dict(settings), folder))
-    return points
-
-
-def test_means_and_standard_errors_over_seeds(tmp_path):
-    values = {("0.1", "0"): 1.5, ("0.1", "1"): 1.7, ("0.1", "2"): 1.3, ("1", "0"): 1.1, ("1", "1"): 1.2}
-    games = {(("loss.beta", b), ("seed", s)): game(v, start=float(s)) for (b, s), v in values.items()}
-    points = [*points_of(tmp_path, games), Point({"loss.beta": "1", "seed": "2"}, tmp_path / "x", "it broke")]
-    rows = rows_of(points)
-    assert [row["kind"] for row in rows] == ["point"] * 6 + ["mean"] * 2
-    best, other = rows[6:]
-    assert best["loss.beta"] == "1" and best["seeds"] == 2 and other["seeds"] == 3
-    assert other["nll_per_token"] == pytest.approx(mean([1.5, 1.7, 1.3]))
-    assert other["nll_per_token_se"] == pytest.approx(stdev([1.5, 1.7, 1.3]) / 3**0.5)
-    assert best["nll_per_token_se"] == pytest.approx(0.05)
-    assert [row["nll_per_token"] for row in rows[:5]] == sorted(values.values())
-    assert rows[5]["status"] == "failed" and rows[5]["reason"] == "it broke"
-    name, figure = draw(rows)
-    assert name == "lines" and len(figure.axes) == 1
-    ((line, _, (bars,)),) = figure.axes[0].containers
-    assert line.get_xydata().tolist() == [[0.1, pytest.approx(1.5)], [1.0, pytest.approx(1.15)]]
-    assert bars.get_segments()[1][:, 1].tolist() == pytest.approx([1.10, 1.20])
-
-
-def test_a_heat_map_shows_each_point_in_its_cell(tmp_path):
-    values = {("0.5", "1e-07"): 1.5, ("0.5", "0.0005"): 1.7, ("2", "1e-07"): 1.25}
-    games = {(("a", a), ("b", b)): game(value) for (a, b), value in values.items()}
-    rows = rows_of([*points_of(tmp_path, games), Point({"a": "2", "b": "0.0005"}, None, "no")])
-    assert rows[-1] | {"kind": "start", "policy": "sft", "nll_per_token": 2.0} == rows[-1]
-    name, figure = draw(rows)
-    assert name == "heatmap"
-    (axes,) = figure.axes
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["1e-07", "0.0005"]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["0.5", "2"]
-    cells = {text.get_position(): text.get_text() for text in axes.texts}
-    assert cells == {(0, 0): "1.500", (1, 0): "1.700", (0, 1): "1.250", (1, 1): "–"}
-
-
-def test_what_cannot_be_drawn_is_not(tmp_path):
-    words = {(("loss", name), ("data", "x")): game(1.0) for name in ("hinge", "logistic")}
-    assert draw(rows_of(points_of(tmp_path, words))) is None
-    three = {(("a", "1"), ("b", str(b)), ("c", "3")): game(1.0) for b in range(2)}
-    assert draw(rows_of(points_of(tmp_path, three))) is None
-    assert draw(rows_of([Point({"a": "1"}, None, "no"), Point({"a": "2"}, None, "no")])) is None
-
-
-def test_benchmarks_are_in_the_table(tmp_path):
-    one = game(1.0)
-    harness = [{"task": "gsm8k", "value": 0.4, "stderr": 0.01}]
-    one["external"] = [{"policy": "iter0", "harness": harness, "mt_bench": {"score": 6.5}}]
-    (row, _) = rows_of(points_of(tmp_path, {(): one}))
-    assert row["gsm8k"] == 0.4 and row["gsm8k_se"] == 0.01 and row["mt_bench"] == 6.5
-
-
-def test_a_point_is_done_only_as_long_as_nothing_it_was_made_of_has_changed(tmp_path):
+def test_is_done_until_something_it_was_made_of_changes(tmp_path):
     data = tmp_path / "data.jsonl"
     data.write_text("{}\n")
     words = ["model=tiny", "data=local", f"data.path={data}", "stage=evaluate"]
@@ -278,7 +205,18 @@ def test_content_of_a_hub_name_is_known_by_its_revision():
     assert content_hash(load("evaluation.judge='http://x/v1'")) is not None
 
 
-def test_a_fault_of_the_program_ends_its_point_alone_and_leaves_its_traceback(tmp_path, capsys):
+def test_program_hash_covers_all_packages(tmp_path, monkeypatch):
+    module = tmp_path / "engines" / "head.py"
+    module.parent.mkdir()
+    monkeypatch.setattr("spin.__file__", str(tmp_path / "__init__.py"))
+    hashes = set()
+    for text in ("x = 1", "x = 2"):
+        module.write_text(text)
+        hashes.add(points._program_hash.__wrapped__())
+    assert len(hashes) == 2
+
+
+def test_bug_ends_its_point_alone_and_leaves_a_traceback(tmp_path, capsys):
     def broken():
         raise ZeroDivisionError("by nothing")
 

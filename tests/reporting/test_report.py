@@ -14,10 +14,11 @@ import pytest
 from rich.console import Console
 
 from spin.evaluation.measure_table import COMPARED, MEASURES
-from spin.reporting.report import FIGURES, verdicts, write_report
+from spin.reporting.report import verdicts, write_report
 from spin.reporting.summary import print_summary
 from spin.reporting.text import code_block
 
+FIGURES = {"measures", "logps", "margins", "lengths"}
 NASTY = "Is a | b?\n\n```python\nx = [bold]1[/bold]\n```\n# no heading\n<b>&amp;</b> $x$ ![i](u) \x1b[31mred"
 
 
@@ -130,7 +131,7 @@ def test_full_run(tmp_path):
     json.dumps(game)
     page = write_report(tmp_path, game)
     assert page == tmp_path / "report.md"
-    assert figures(tmp_path) == set(FIGURES)
+    assert figures(tmp_path) == FIGURES
     text = page.read_text()
     assert "python run.py experiment=smoke iter=1" in text
     assert "| 1 | iter0 | 0.1 | 1e-5 | 78 | 2 same | `iter1/policy` |" in text
@@ -218,7 +219,7 @@ def test_unknown_numbers(tmp_path):
     text = write_report(tmp_path, game).read_text()
     assert "| – | – |" in text
     assert "nan" not in text
-    assert figures(tmp_path) == set(FIGURES)
+    assert figures(tmp_path) == FIGURES
 
 
 @pytest.mark.parametrize("constant", [0.0, 3.0])
