@@ -706,7 +706,9 @@ class Stages:
                 self.stop_ids,
                 seed,
                 advance,
-                ResumableShards(work.resume / "answers", self.tracker.say, found, self.ranks, by_rank_0=by_vllm),
+                ResumableShards(
+                    work.resume / "answers", self.tracker.say, found, self.ranks, main_process_only=by_vllm
+                ),
                 self._shard_size(len(examples)),
             )
             advance(0)
