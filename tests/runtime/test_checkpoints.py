@@ -350,7 +350,7 @@ def test_ignored_signal_stays_ignored(signals):
 
 def test_previous_handler_is_called_last(signals, monkeypatch):
     """As submitit's, which is there first, puts the job back into the queue and ends the process."""
-    monkeypatch.setattr(interrupt, "_theirs", {})
+    monkeypatch.setattr(interrupt, "_previous", {})
     called = []
     signal.signal(signal.SIGUSR2, lambda number, frame: called.append(number))
     signal.signal(signal.SIGTERM, lambda number, frame: called.append(number))
