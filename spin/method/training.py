@@ -15,7 +15,7 @@ from spin.method.pairs import RESPONSES, Logps, Pair, group_by_prompt, split_res
 from spin.runtime.checkpoints import Checkpoints, TrainState
 from spin.runtime.errors import UserError
 from spin.runtime.random import seed_of
-from spin.runtime.signals import Interrupted, deferred
+from spin.runtime.signals import deferred
 
 # batch_loss(batch, logps, items, step): the loss and metrics of each item of a micro-batch, both [items]. `logps` are
 # those of its responses, `items` the indices of its items, `step` counts from 0.
@@ -54,7 +54,7 @@ def fit(
     state = checkpoints.restore(engine)
     for row in state.rows:
         log(row)
-    try:
+    with checkpoints.write_on_interrupt(engine, state, len(steps)):
         while state.step < len(steps):
             engine.ranks.raise_if_stopped()
             started, chosen = time.perf_counter(), steps[state.step]
@@ -71,11 +71,6 @@ def fit(
                 _check_finite(state, len(steps))
                 if checkpoints.due(state):
                     checkpoints.write(engine, state)
-    except Interrupted:
-        with deferred():
-            if checkpoints.write(engine, state):
-                checkpoints.say(f"saved the training state at step {state.step} of {len(steps)}")
-        raise
     return state
 
 

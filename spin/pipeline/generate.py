@@ -98,7 +98,7 @@ def answer_prompts(
             work.add_earlier(seconds)
 
         advance = run.counting(bar)
-        shards = ResumableShards(work.resume / "answers", run.say, on_reused, run.ranks, by_rank_0=use_vllm)
+        shards = ResumableShards(work.resume / "answers", run.say, on_reused, run.ranks, main_process_only=use_vllm)
         answers = generate(
             run.tokenizer,
             examples,

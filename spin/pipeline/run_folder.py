@@ -137,7 +137,7 @@ def show_record(player: Player, record: IterationRecord) -> None:
     if record.merge:
         link_tree(player.artifacts[record.merge].folder / "merged", shown / "merged")
     else:
-        shutil.rmtree(shown / "merged", ignore_errors=True)
+        link_tree(None, shown / "merged")
     write_text(shown / "manifest.json", json.dumps(_manifest(player, record), indent=2) + "\n")
     if record.evaluation and record.evaluation.opponent:
         now, before = (player.result(node).held_out for node in (record.evaluation, record.evaluation.opponent))

@@ -20,7 +20,7 @@ from spin.pipeline.stage import Node, Stage, Work
 from spin.runtime.artifacts import folder_size
 from spin.runtime.checkpoints import Checkpoints, TrainState
 from spin.runtime.random import seed_of
-from spin.runtime.signals import Interrupted, deferred
+from spin.runtime.signals import deferred
 from spin.runtime.store import Artifact
 from spin.runtime.tables import fingerprint
 
@@ -183,15 +183,10 @@ def train_policy(
         state = train(engine, forward=run.models.forward(engine.model, start), log=log, checkpoints=checkpoints)
     work.add_earlier(checkpoints.restored.seconds)
     folder = work.folder / "policy"
-    try:
-        with deferred():
-            engine.save(folder)
-    except Interrupted:
-        with deferred():
-            checkpoints.write(engine, state)
-        raise
-    finally:
-        engine.close()
+    with checkpoints.write_on_interrupt(engine, state, state.step), deferred():
+        engine.save(folder)
+    checkpoints.close()
+    engine.close()
     if not run.ranks.is_main_process:
         return {}
     prompts_seen = trained_on(start.folder_with(TRAINED_ON)) | {example.opening for example in run.data.train}

@@ -1,8 +1,9 @@
-"""Folders that are whole or not there: filled beside, checksummed, renamed; checked when they are read back.
+"""Folders that are complete or absent: filled under another name, checksummed, renamed, and verified on reading.
 
-The checksums find damage (a truncated file, a flipped bit, a file changed by hand), not an attacker.
+The checksums detect damage (a truncated file, a flipped bit, a file edited by hand), not an attacker.
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -16,14 +17,14 @@ BLOCK = 1 << 20
 
 
 class CorruptArtifact(Exception):
-    """A sealed folder is not as it was sealed; the message says what is wrong with it."""
+    """A committed folder has changed; the message says how."""
 
 
 def commit_atomically(beside: Path, folder: Path, facts: dict) -> dict:
-    """Make `beside`, filled, the sealed folder `folder` (on the same disk; nothing may be there). Returns its manifest.
+    """Rename the filled folder `beside` to `folder` (same disk, not there yet) and return its manifest.
 
-    The manifest holds `facts` and a checksum of every file. All of it is on the disk before the name is given, so that
-    a machine that loses its power leaves a whole folder or none.
+    The manifest holds `facts` and a checksum of every file. Everything is flushed to the disk before the rename, so that a
+    power failure leaves a complete folder or none.
     """
     files = {}
     for path in sorted(path for path in beside.rglob("*") if path.is_file() and path != beside / MANIFEST):
@@ -41,29 +42,29 @@ def commit_atomically(beside: Path, folder: Path, facts: dict) -> dict:
 
 
 def verify_artifact(folder: Path) -> dict:
-    """The manifest of a sealed folder, after comparing every file with it. Raises Damaged."""
+    """Return the manifest of a committed folder after comparing every file with it. Raises CorruptArtifact."""
     manifest = read_manifest(folder)
-    for name, sealed in manifest["files"].items():
+    for name, expected in manifest["files"].items():
         path = folder / name
         try:
-            if (size := path.stat().st_size) != sealed["bytes"]:
-                raise CorruptArtifact(f"{name} has {size} bytes, not {sealed['bytes']}")
-            if file_digest(path) != sealed["xxh3"]:
+            if (size := path.stat().st_size) != expected["bytes"]:
+                raise CorruptArtifact(f"{name} has {size} bytes, not {expected['bytes']}")
+            if file_digest(path) != expected["xxh3"]:
                 raise CorruptArtifact(f"the content of {name} has changed")
         except (FileNotFoundError, NotADirectoryError) as error:
             raise CorruptArtifact(f"{name} is missing") from error
         except PermissionError:
-            raise  # whole, as far as is known
+            raise  # no sign of damage
         except OSError as error:  # a sector that the disk can't read
             raise CorruptArtifact(f"{name} cannot be read ({error.strerror})") from error
     return manifest
 
 
 def read_manifest(folder: Path) -> dict:
-    """The manifest alone, checked against its own checksum; the files are not looked at. Raises Damaged."""
+    """Return the manifest, checked against its own checksum, without reading the files. Raises CorruptArtifact."""
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
-        stated = manifest.pop("xxh3")
+        expected = manifest.pop("xxh3")
         if not isinstance(manifest["files"], dict):
             raise TypeError
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -72,13 +73,13 @@ def read_manifest(folder: Path) -> dict:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptArtifact(f"{MANIFEST} cannot be read") from error
-    if stated != _digest_of(manifest):
+    if expected != _digest_of(manifest):
         raise CorruptArtifact(f"the content of {MANIFEST} has changed")
     return manifest
 
 
 def file_digest(path: Path) -> str:
-    """xxh3 of a file's content: about as fast as memory, so that checking costs little more than reading."""
+    """Hash a file's content with xxh3, which is about as fast as memory."""
     state = xxhash.xxh3_128()
     with path.open("rb") as file:
         while block := file.read(BLOCK):
@@ -87,14 +88,12 @@ def file_digest(path: Path) -> str:
 
 
 def folder_size(folder: Path) -> int:
-    """Bytes of all files under `folder`; what goes away in the meantime counts nothing."""
+    """Return the bytes of all files under `folder`; files that vanish meanwhile count nothing."""
     total = 0
     for path, _, names in os.walk(folder):
         for name in names:
-            try:
+            with contextlib.suppress(FileNotFoundError):
                 total += os.lstat(os.path.join(path, name)).st_size
-            except FileNotFoundError:
-                continue
     return total
 
 
@@ -109,12 +108,12 @@ def _umask() -> int:
 
 
 def _flush(path: Path) -> None:
-    """Onto the disk, not only into the system's cache."""
+    """Flush a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL or not path.is_dir():  # some network disks have no such thing for folders
+        if error.errno != errno.EINVAL or not path.is_dir():  # some network disks cannot flush folders
             raise
     finally:
         os.close(descriptor)

@@ -1,32 +1,30 @@
-"""What an interrupted stage goes on from: finished shards of answers or scores, and the state of training.
-
-All of it is sealed (`sealed.py`): a shard or checkpoint that is damaged is found out, named and not used.
-"""
+"""What an interrupted stage resumes from: the state of its training, and in words what its folder holds."""
 
 import json
 import math
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from spin.runtime.artifacts import CorruptArtifact, commit_atomically, read_manifest, verify_artifact
 from spin.runtime.process_group import SINGLE_PROCESS, ProcessGroup
 from spin.runtime.shards import Say
+from spin.runtime.signals import Interrupted, deferred
 
-# A checkpoint may take up to this share of the time since the one before it.
-WRITING_SHARE = 0.03
+WRITING_SHARE = 0.03  # of the time between two checkpoints may go into writing one
 KEPT = 2  # checkpoints: the newest may turn out to be damaged
 
 
 @dataclass
 class TrainState:
-    """All that a resume needs beside the engine's tensors.
+    """What a resume needs beside the engine's tensors: data order and learning rate follow from `step`.
 
-    The order of the data and the learning rate follow from `step`, and the loop uses no random numbers. `step` counts
-    finished steps, `skipped` those among them without an update (the last `skipped_in_a_row` of them without a break),
-    `rows` are their metrics, `seconds` what they took.
+    `step` counts finished steps, `skipped` those without an update (the last `skipped_in_a_row` of them without a break).
+    `rows` holds the metrics of each step, `seconds` the time that all took.
     """
 
     step: int = 0
@@ -36,27 +34,27 @@ class TrainState:
     rows: list[dict] = field(default_factory=list)
 
     def add(self, row: dict, seconds: float) -> None:
-        """One more step is finished; where its gradient was not finite it was without an update."""
+        """Count one more step, which was skipped if its gradient norm is not finite."""
         self.step += 1
-        updated = math.isfinite(row["grad_norm"])
-        self.skipped += not updated
-        self.skipped_in_a_row = 0 if updated else self.skipped_in_a_row + 1
+        skipped = not math.isfinite(row["grad_norm"])
+        self.skipped += skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         self.seconds += seconds
         self.rows.append({**row, "skipped": self.skipped})
 
 
 class Engine(Protocol):
-    """What a checkpoint asks of an engine."""
+    """What a checkpoint needs of an engine."""
 
     def save_state(self, folder: Path) -> None: ...
     def load_state(self, folder: Path) -> None: ...
 
 
 class Checkpoints:
-    """The state of one training stage in `folder`: `step-00000012/`, the last two of them (one while the next is written).
+    """The checkpoints of one training in `folder`: `step-00000012/`, the last two of them (one during a write).
 
-    `minutes` after the last one is due, later where writing would take more than 3 % of the time; or every `steps` steps,
-    whatever that takes. Without a folder nothing is kept. `restored` is the state that `restore` found.
+    One is due every `steps` steps, or else every `minutes`, later where writing would take more than 3 % of the time.
+    Without a folder nothing is written. `restored` is the state that `restore` returned.
     """
 
     def __init__(
@@ -69,19 +67,20 @@ class Checkpoints:
     ):
         self.folder, self.minutes, self.steps, self.say, self.ranks = folder, minutes, steps, say, ranks
         self.restored = TrainState()
-        self._last = time.monotonic()
-        self._cost = 0.0  # seconds that the last one took to write
-        self._written = 0  # its step
+        self._written_at = time.monotonic()
+        self._seconds_to_write = 0.0
+        self._written_step = 0
+        self._closed = False
 
     def restore(self, engine: Engine) -> TrainState:
-        """Put the newest checkpoint that is whole into `engine`, and return where training stands."""
+        """Load the newest intact checkpoint into `engine` and return its state; a fresh state if there is none."""
         folder = self.ranks.broadcast(self._newest() if self.ranks.is_main_process else None)
         if folder is not None:
             text = (folder / "state.json").read_text()
             engine.load_state(folder)
             self.restored = TrainState(**json.loads(text))
-            self._written = self.restored.step
-        self._last = time.monotonic()
+            self._written_step = self.restored.step
+        self._written_at = time.monotonic()
         return replace(self.restored, rows=list(self.restored.rows))
 
     def _newest(self) -> Path | None:
@@ -95,53 +94,68 @@ class Checkpoints:
         return None
 
     def due(self, state: TrainState) -> bool:
-        """Is it time? Ranks are of one mind: rank 0's clock counts."""
-        return self.ranks.broadcast(self._due(state))
+        """Whether to write a checkpoint now; the main process decides for all ranks."""
+        return self.ranks.broadcast(self._is_due(state))
 
-    def _due(self, state: TrainState) -> bool:
-        if self.folder is None or state.skipped_in_a_row:  # what gives no finite loss is no state to go back to
+    def _is_due(self, state: TrainState) -> bool:
+        if not self._is_new(state):
             return False
         if self.steps is not None:
-            return state.step - self._written >= self.steps
-        return time.monotonic() - self._last >= max(60 * self.minutes, self._cost / WRITING_SHARE)
+            return state.step - self._written_step >= self.steps
+        wait = max(60 * self.minutes, self._seconds_to_write / WRITING_SHARE)
+        return time.monotonic() - self._written_at >= wait
+
+    def _is_new(self, state: TrainState) -> bool:
+        """Whether `state` is worth a checkpoint: skipped steps are no state to return to."""
+        return not (self.folder is None or self._closed or state.step == self._written_step or state.skipped_in_a_row)
 
     def write(self, engine: Engine, state: TrainState) -> bool:
-        """Keep `state`, which must be that of a finished step; False where it is kept already or not worth it."""
-        if self.folder is None or state.step == self._written or state.skipped_in_a_row:
+        """Write `state`, that of a finished step. Returns False without writing if it is written or not worth it."""
+        if not self._is_new(state):
             return False
+        assert self.folder is not None
         started = time.monotonic()
         beside = self.folder / "next.tmp"
         if self.ranks.is_main_process:
             shutil.rmtree(beside, ignore_errors=True)
-            for old in self._folders()[: 1 - KEPT]:  # first, so that no more than two take up space
-                shutil.rmtree(old, ignore_errors=True)  # a network disk may keep a file that somebody has open
+            for old in self._folders()[: 1 - KEPT]:  # before writing, so that no more than two take up space
+                shutil.rmtree(old, ignore_errors=True)  # a network disk may keep a file that is open
             beside.mkdir(parents=True)
         engine.save_state(beside)
         if self.ranks.is_main_process:
             (beside / "state.json").write_text(json.dumps(asdict(state)))
             commit_atomically(beside, self.folder / f"step-{state.step:08d}", {"step": state.step})
-        self._last, self._written = time.monotonic(), state.step
-        self._cost = self._last - started
+        self._written_at, self._written_step = time.monotonic(), state.step
+        self._seconds_to_write = self._written_at - started
         return True
+
+    @contextmanager
+    def write_on_interrupt(self, engine: Engine, state: TrainState, steps: int) -> Iterator[None]:
+        """Write `state` (of `steps` in all) if the process is asked to stop inside, where `engine` must stay open."""
+        try:
+            yield
+        except Interrupted:
+            with deferred():
+                if self.write(engine, state):
+                    self.say(f"saved the training state at step {state.step} of {steps}")
+            raise
+
+    def close(self) -> None:
+        """Write nothing from now on: the engine is about to close, and its state can no longer be read."""
+        self._closed = True
 
     def _folders(self) -> list[Path]:
         return sorted(self.folder.glob("step-*")) if self.folder else []
 
 
-# --- what a stage goes on from, in words ------------------------------------------------------------------------------
-
-
 def describe_progress(resume: Path) -> str | None:
-    """What the folder of an unfinished stage holds, for a person: "training up to step 40", "3 shards of answers"."""
+    """Say what an unfinished stage resumes from: "3 shards of answers, training up to step 40"; None if nothing."""
     parts = []
     for name in ("answers", "scores"):
         if count := len(list((resume / name).glob("[0-9]*"))):
             parts.append(f"{count} shard{'s' if count > 1 else ''} of {name}")
     for folder in sorted((resume / "training").glob("step-*"), reverse=True):
-        try:
-            step: Any = read_manifest(folder)["step"]
-        except (CorruptArtifact, KeyError):
-            continue
-        parts.append(f"training up to step {step}")
-        break
+        with suppress(CorruptArtifact):
+            parts.append(f"training up to step {read_manifest(folder)['step']}")
+            break
     return ", ".join(parts) or None

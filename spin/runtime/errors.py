@@ -1,52 +1,89 @@
-"""What is printed as a single line in place of a traceback."""
+"""Turn errors that a user can put right into one line in place of a traceback.
 
+Libraries report them in two ways. Errors of the machine (full disk, short memory, a lost process) can come from
+anywhere: `user_message` knows them. Errors about a user's file or setting come from one call, which stands in
+`with explaining("model.path=..."):`.
+"""
+
+import contextlib
 import errno
 import re
+from collections.abc import Iterator
 
 
 class UserError(ValueError):
-    """Something that a user can put right: the message says what is wrong and what to do, in one line."""
+    """An error that a user can put right. The message is one line: what is wrong and what to do."""
+
+
+# Messages of gloo, NCCL and torch's key-value store about a peer that has closed its connection or does not answer. A
+# plain "NCCL" would not do: it also stands in messages about memory and versions, and in users' paths.
+LOST_PEER = {
+    "RuntimeError": r"gloo/transport/\S+:\d+\] .*(closed by peer|reset by peer|broken pipe|refused|timed out|timeout)",
+    "DistBackendError": r"ncclRemoteError|closed by remote peer|operation timeout|failed or timed out|was aborted",
+    "DistNetworkError": r"connection was likely closed|reset by peer|broken pipe|failed to connect|timed out|timeout",
+    "DistStoreError": r"wait timeout|timed out",
+}
+OUT_OF_MEMORY = r"can't allocate memory|cannot allocate memory|out of memory"
+TRY_AGAIN = "then run the same command again: it goes on from what is finished."
 
 
 def user_message(error: BaseException) -> str | None:
-    """The line for a fault that is not the program's own, None for all others.
+    """Return the line to print for a `UserError` or an error of the machine; None for any other error.
 
-    A full disk reaches us as an OSError or, out of Rust code, as a text; a full memory as whatever the allocator raises;
-    both, at times, as the cause of a library's own error.
+    Libraries at times raise an error of their own: its cause counts as well. Errors out of Rust code carry the system's
+    error number in their text.
     """
     text = str(error)
     if isinstance(error, UserError):
         return text
-    if error.__cause__ is not None and (cause := user_message(error.__cause__)) is not None:
-        return cause
+    if error.__cause__ is not None and (message := user_message(error.__cause__)) is not None:
+        return message
     number = error.errno if isinstance(error, OSError) else None
-    if number is None and (found := re.search(r"\(os error (\d+)\)", text)):
-        number = int(found[1])
+    if number is None and (match := re.search(r"\(os error (\d+)\)", text)):
+        number = int(match[1])
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return (
-            "no space left to write to (disk full, or a limit on files): free some or give another store.path, "
-            "then run the same command again: it goes on from what is finished."
-        )
-    if number in (errno.EACCES, errno.EROFS, errno.EEXIST, errno.ENOTDIR) and isinstance(error, OSError):
-        return (
-            f"{error.filename}: {(error.strerror or '').lower()}; give another store.path, cache.path or hydra.run.dir."
-        )
-    if re.search(r"gloo/|NCCL|Dist(Network|Store|Backend)Error|ProcessGroup", f"{type(error).__name__}: {text}"):
-        return "another process of this game has ended or can't be reached: what is done is kept, run the same command to go on."
+        return f"no space left to write to (disk full, or a limit on files): free some or set another store.path, {TRY_AGAIN}"
+    if number in (errno.EACCES, errno.EROFS, errno.EEXIST, errno.ENOTDIR) and getattr(error, "filename", None):
+        reason = str(getattr(error, "strerror", "")).lower()
+        return f"{getattr(error, 'filename', '')}: {reason}; set another store.path, cache.path or hydra.run.dir."
     if number == errno.ENOSYS:
-        return "the disk has no file locks (flock): give a store.path, cache.path and hydra.run.dir on one that has."
-    if isinstance(error, MemoryError) or re.search(r"can't allocate memory|out of memory", text):
+        return "the disk has no file locks (flock): set store.path, cache.path and hydra.run.dir to one that has."
+    is_runtime_error = isinstance(error, RuntimeError)
+    if isinstance(error, MemoryError) or (is_runtime_error and re.search(OUT_OF_MEMORY, text, re.IGNORECASE)):
         return (
             "memory is short: lower engine.tokens_per_batch, engine.head_chunk or generation.batch_size, or set "
-            "engine.gradient_checkpointing=true; then run the same command again: it goes on from what is finished."
+            f"engine.gradient_checkpointing=true; {TRY_AGAIN}"
+        )
+    pattern = LOST_PEER.get(type(error).__name__)
+    if pattern and re.search(pattern, text, re.IGNORECASE | re.DOTALL):
+        return (
+            "another process of this game has ended or can't be reached: finished work is kept, run the same command to "
+            "go on."
         )
     return None
 
 
+@contextlib.contextmanager
+def explaining(
+    problem: str, advice: str = "", catch: type[Exception] | tuple[type[Exception], ...] = Exception
+) -> Iterator[None]:
+    """Raise what a library raises inside as UserError "<problem> (<the library's reason>); <advice>.".
+
+    Errors that `user_message` knows pass unchanged: a full disk is not a broken file. `catch`: the types to explain.
+    """
+    try:
+        yield
+    except catch as error:
+        if user_message(error) is not None:
+            raise
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise UserError(f"{problem} ({brief(reason, 300)}){advice and '; '}{advice}.") from error
+
+
 def brief(text: object, limit: int = 200) -> str:
-    """`text` (or an error's) on one line of printable characters, cut where it is longer than `limit`."""
+    """Return `text` (or an error's message) as one line of printable characters, cut to `limit`."""
     line = " ".join(str(text).split())
     if isinstance(text, KeyError) or (isinstance(text, BaseException) and not line):
-        line = f"{type(text).__name__} {line}".strip()  # the bare key says nothing
+        line = f"{type(text).__name__} {line}".strip()  # a bare key or nothing would say too little
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line[: limit + 1])
     return line if len(line) <= limit else line[: limit - 1] + "…"

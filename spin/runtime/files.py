@@ -1,6 +1,7 @@
-"""Files that are replaced whole, links, and locks that die with their process."""
+"""Atomic file replacement, links, and locks that end with their process."""
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -13,14 +14,14 @@ from spin.runtime.signals import pending_signal, raise_signal
 
 @contextlib.contextmanager
 def hold_lock(path: Path, reason: str, say: Callable[[str], None]) -> Iterator[None]:
-    """Hold the lock `path`, which dies with its process; where another holds it, `say` why there is a wait, and wait."""
+    """Hold the lock file `path`. If another process holds it, `say` the reason once and wait."""
     lock = FileLock(path, fallback_to_soft=False)  # a soft lock would outlive its process
     try:
         lock.acquire(timeout=0)
     except Timeout:
         say(f"{reason}: waiting for it to end ({path})")
         while not lock.is_locked:
-            if number := pending_signal():  # in a game of several processes, whose others wait for this one
+            if number := pending_signal():  # deferred signals must end the wait: the other ranks wait for this one
                 raise_signal(number)
             with contextlib.suppress(Timeout):
                 lock.acquire(timeout=1)
@@ -31,7 +32,7 @@ def hold_lock(path: Path, reason: str, say: Callable[[str], None]) -> Iterator[N
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that whoever reads it sees the old or the new text, never a part."""
+    """Write a file atomically: a reader sees the old text or the new one."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     with beside.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -40,26 +41,56 @@ def write_text(path: Path, text: str) -> None:
     beside.replace(path)
 
 
-def link_tree(source: Path, target: Path) -> None:
-    """Make `target` show the files of `source`: weights as hard links, which cost no space (as copies where links can't be
-    made), small files as copies, so that nobody who edits one changes the store."""
-    if target.is_dir() and not target.is_symlink():
-        shutil.rmtree(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
+def link_tree(source: Path | None, target: Path) -> None:
+    """Show the files of `source` in `target`, and leave the user's own files there alone.
 
-    def show(one: str, other: str) -> None:
-        if one.endswith(".safetensors"):
-            link_file(one, other)
+    Weights are hard links (copies on another disk), small files copies, so that editing them leaves `source` intact. Only
+    files that differ are replaced. Files that an earlier call made, that `source` does not have and that have not changed
+    since are removed; with source=None all of these. `.<target's name>.linked` beside `target` lists what was made.
+    """
+    record = target.with_name(f".{target.name}.linked")
+    earlier: dict[str, list[int]] = {}
+    with contextlib.suppress(FileNotFoundError, ValueError):  # ValueError: damaged, and nothing is removed
+        earlier = json.loads(record.read_bytes())
+    names = [path.relative_to(source) for path in source.rglob("*") if path.is_file()] if source else []
+    for stale in earlier.keys() - {str(name) for name in names}:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            if _version(target / stale) == earlier[stale]:
+                (target / stale).unlink()
+    for name in names:
+        assert source is not None
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        if name.suffix == ".safetensors":
+            link_file(source / name, target / name)
         else:
-            shutil.copyfile(one, other)
+            _replace(source / name, target / name, shutil.copy2)
+    if names:
+        write_text(record, json.dumps({str(name): _version(target / name) for name in names}))
+    else:
+        record.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not there, or with files of the user
+            target.rmdir()
 
-    shutil.copytree(source, target, copy_function=show)
 
-
-def link_file(source: Path | str, target: Path | str) -> None:
-    """Make `target` the same file as `source`, replacing what is there."""
-    Path(target).unlink(missing_ok=True)
+def link_file(source: Path, target: Path) -> None:
+    """Make `target` a hard link to `source`, or a copy on another disk, replacing what is there."""
     try:
-        os.link(source, target)
+        _replace(source, target, os.link)
     except OSError:
-        shutil.copyfile(source, target)
+        _replace(source, target, shutil.copy2)
+
+
+def _replace(source: Path, target: Path, make: Callable[[Path, Path], object]) -> None:
+    """Make `target` by `make`, atomically, unless it is the same file or an unchanged copy of it."""
+    if target.is_file() and (target.samefile(source) or _version(target) == _version(source)):
+        return
+    beside = target.with_name(f".{target.name}.{os.getpid()}")
+    beside.unlink(missing_ok=True)
+    make(source, beside)
+    beside.replace(target)
+
+
+def _version(path: Path) -> list[int]:
+    """Size and time of the last change, which `copy2` preserves: equal for a file and its unchanged copy."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]

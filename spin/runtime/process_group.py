@@ -1,7 +1,7 @@
-"""The processes that play one game together: who they are, and the few words that they exchange.
+"""The processes of one run: their ranks, and what they exchange.
 
-`torchrun` starts them, on one machine or several, and says so in the environment. Every rank goes through the same game;
-rank 0 alone keeps the store, writes and speaks.
+`torchrun` starts them, on one machine or several, and describes them in the environment. All ranks execute the same game;
+the main process alone writes to the store and prints.
 """
 
 import itertools
@@ -18,27 +18,26 @@ from torch import Tensor
 from spin.runtime.errors import UserError
 from spin.runtime.signals import pending_signal, raise_if_stopped, raise_signal
 
-# Others wait while rank 0 waits for another run, or measures by itself: as long as it takes. A rank that dies is found at once.
-PATIENCE = timedelta(days=30)
+# Ranks wait for the main process while it waits for another run or evaluates. A rank that dies is noticed at once.
+TIMEOUT = timedelta(days=30)
 
 
 class ProcessGroup:
-    """One process of `size`, `rank` among all and `local` on its machine, of `here` there. By itself it says nothing and
-    agrees with everything."""
+    """This process among `size` others: `rank` of all, `local` of the `here` on its machine. Alone, it exchanges nothing."""
 
     def __init__(self, rank: int = 0, size: int = 1, local: int = 0, here: int = 1, store: dist.Store | None = None):
         self.rank, self.size, self.local, self.here = rank, size, local, here
-        self._store = store  # what they all see, kept by the process that started them
+        self._store = store  # of keys and values, shared by all ranks
         self._counters = 0
         self._is_first: bool | None = None
 
     @property
     def is_main_process(self) -> bool:
-        """Rank 0, which writes and speaks."""
+        """Rank 0, which writes and prints."""
         return self.rank == 0
 
     def broadcast(self, value: Any = None) -> Any:
-        """Rank 0's `value`, on every rank."""
+        """Return the main process's `value` on every rank."""
         if self.size == 1:
             return value
         box = [value]
@@ -46,86 +45,84 @@ class ProcessGroup:
         return box[0]
 
     def all_reduce_max(self, value: float) -> float:
-        """The largest of all ranks' values."""
-        return self._reduced(value, dist.ReduceOp.MAX)
+        """Return the maximum over all ranks."""
+        return value if self.size == 1 else _all_reduce([value], dist.ReduceOp.MAX)[0]
 
     def all_reduce_sum(self, value: float) -> float:
-        """The sum of all ranks' values."""
-        return self._reduced(value, dist.ReduceOp.SUM)
-
-    def _reduced(self, value: float, how: Any) -> float:
-        if self.size == 1:
-            return value
-        box = torch.tensor(float(value), dtype=torch.float64)
-        dist.all_reduce(box, op=how)
-        return box.item()
+        """Return the sum over all ranks."""
+        return value if self.size == 1 else _all_reduce([value], dist.ReduceOp.SUM)[0]
 
     def mean(self, values: Tensor) -> float:
-        """The mean over all entries, [n], of all ranks; n may differ between them, and be 0."""
+        """Return the mean over all entries, [n], of all ranks; n may differ between them, and be 0."""
         if self.size == 1:
             return values.double().mean().item()
-        box = torch.tensor([values.double().sum().item(), float(len(values))], dtype=torch.float64)
-        dist.all_reduce(box)
-        return (box[0] / box[1]).item()
+        total, count = _all_reduce([values.double().sum().item(), len(values)], dist.ReduceOp.SUM)
+        return total / count
 
     def barrier(self) -> None:
-        """Until every rank has come here."""
-        self.all_reduce_max(0)  # `barrier` would go over the GPUs, where there are some
+        """Wait until every rank is here."""
+        self.all_reduce_max(0)  # `dist.barrier` would go through the GPUs
 
     def claim_indices(self) -> Iterator[int]:
-        """0, 1, 2, ..., each for one rank only: whoever is free takes the next. All ranks make the same queues, in one order."""
-        counter = self.counter()  # now, whoever takes none has it, too
+        """Yield 0, 1, 2, ..., each on the one rank that asks first. All ranks must call this in the same order."""
+        counter = self.counter()  # now: also on a rank that takes none
         return (counter.add(1) - 1 for _ in itertools.count())
 
     def counter(self) -> "Counter":
-        """A count that all ranks add to. All ranks make the same counters, in one order."""
+        """Return a count that all ranks add to. All ranks must call this in the same order."""
         self._counters += 1
         return Counter(self._store, f"count/{self._counters}")
 
     def raise_if_stopped(self) -> None:
-        """Raise `Interrupted` on every rank if any was asked to stop. Every rank has to come here."""
+        """Raise `Interrupted` on every rank if any was asked to stop. All ranks must call this."""
         if self.size == 1:
             raise_if_stopped()
         elif number := int(self.all_reduce_max(pending_signal())):
             raise_signal(number)
 
     def is_first_to_fail(self) -> bool:
-        """False where another rank has failed before: its line says why. Asked at the end, when this rank has failed."""
+        """Return whether this rank, which has failed, was the first to: it prints the reason."""
         if self._is_first is None:
             try:
                 self._is_first = self._store is None or self._store.add("failed", 1) == 1
-            except RuntimeError:  # whoever keeps the store is gone
+            except RuntimeError:  # the process that keeps the store has ended
                 self._is_first = self.is_main_process
         return self._is_first
 
 
+def _all_reduce(values: list[float], operation: Any) -> list[float]:
+    box = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(box, op=operation)
+    return box.tolist()
+
+
 class Counter:
-    """See `Ranks.counter`."""
+    """See `ProcessGroup.counter`."""
 
     def __init__(self, store: dist.Store | None, key: str):
         self._store, self._key, self._value = store, key, 0
 
     def add(self, count: int) -> int:
-        """What all ranks together have counted now, with these `count` more."""
+        """Add `count` and return the sum over all ranks."""
         self._value = self._value + count if self._store is None else self._store.add(self._key, count)
         return self._value
 
 
 SINGLE_PROCESS = ProcessGroup()
-_joined = SINGLE_PROCESS
+_current = SINGLE_PROCESS
 
 
 def current_group() -> ProcessGroup:
-    """The ranks that this process has joined."""
-    return _joined
+    """Return the group that this process has joined."""
+    return _current
 
 
 def join_group(engine: str, device: str) -> ProcessGroup:
-    """Meet the other processes that torchrun started; a process that was started by itself is a game of one rank.
+    """Join the processes that torchrun started; without torchrun, a group of one.
 
-    Raises UserError: several processes for an engine that is one.
+    Raises UserError: several processes for an engine of one process, or more processes than GPUs.
     """
-    global _joined
+    global _current
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local, here = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if engine != "deepspeed":
@@ -134,32 +131,29 @@ def join_group(engine: str, device: str) -> ProcessGroup:
                 f"{size} processes were started, and engine={engine} plays in one: set engine=deepspeed, or start one."
             )
         return SINGLE_PROCESS
-    if _joined is SINGLE_PROCESS:
+    if _current is SINGLE_PROCESS:
         on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
         os.environ["DS_ACCELERATOR"] = "cuda" if on_gpu else "cpu"
-        os.environ.setdefault("LOCAL_RANK", str(local))  # without which DeepSpeed does not begin
+        os.environ.setdefault("LOCAL_RANK", str(local))  # DeepSpeed needs it
         store: dist.Store = dist.HashStore()
         if "MASTER_ADDR" in os.environ:
             store, _, _ = next(dist.rendezvous("env://", rank, size))
-        store.set_timeout(PATIENCE)
+        store.set_timeout(TIMEOUT)
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-        meeting = dist.PrefixStore("torch", store)
-        dist.init_process_group(backend, store=meeting, rank=rank, world_size=size, timeout=PATIENCE)
-        _joined = ProcessGroup(rank, size, local, here, dist.PrefixStore("spin", store))
-        if on_gpu:  # joined before, so that one of them says it, whosever machine it is
-            if here > torch.cuda.device_count():
-                raise UserError(
-                    f"{here} processes were started on a machine with {torch.cuda.device_count()} GPUs: "
-                    "give torchrun a smaller --nproc-per-node."
-                )
+        torch_store = dist.PrefixStore("torch", store)
+        dist.init_process_group(backend, store=torch_store, rank=rank, world_size=size, timeout=TIMEOUT)
+        _current = ProcessGroup(rank, size, local, here, dist.PrefixStore("spin", store))
+        if on_gpu:  # after joining, so that one rank prints the error, on whatever machine
+            if here > (gpus := torch.cuda.device_count()):
+                raise UserError(f"{here} processes on a machine with {gpus} GPUs: lower torchrun's --nproc-per-node.")
             torch.cuda.set_device(local)
-    return _joined
+    return _current
 
 
 def leave_group() -> None:
-    """End what `start` began, at the end of a game that went well."""
-    global _joined
-    if _joined is not SINGLE_PROCESS:
+    """Leave the group at the end of a successful run."""
+    global _current
+    if _current is not SINGLE_PROCESS:
         with suppress(RuntimeError):
             dist.destroy_process_group()
-        _joined = SINGLE_PROCESS
+        _current = SINGLE_PROCESS

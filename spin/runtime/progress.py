@@ -13,7 +13,7 @@ LINE_EVERY = 10.0  # seconds between two progress lines where there is no termin
 
 
 class Progress:
-    """One stage's progress; made by `Tracker.progress`. Without a console it does nothing."""
+    """The progress of one stage, from `Tracker.progress`. Without a console nothing is shown."""
 
     def __init__(self, console: Console | None, title: str, total: int, unit: str):
         self.console, self.title, self.total, self.unit = console, title, total, unit
@@ -23,10 +23,8 @@ class Progress:
         self._bar: bars.Progress | None = None
 
     def advance(self, n: int = 1, **fields: float) -> None:
-        """`n` more units are done; `fields` (loss=..., margin=...) are shown with their last values."""
+        """Count `n` more units; show the last values of `fields` (loss=..., margin=...)."""
         self.done += n
-        if self.console is None:
-            return
         self.fields |= fields
         if self._bar:
             self._bar.update(self._task, advance=n, shown=self._fields())
@@ -35,7 +33,7 @@ class Progress:
             self._print(f"{self._state()}, {format_seconds(self._seconds_left())} left{self._fields()}")
 
     def skip(self, n: int) -> None:
-        """`n` units were done by an earlier try: they count as done, but not for the rate."""
+        """Count `n` units that an earlier run has done: they do not count for the rate."""
         self.done += n
         self._skipped += n
         if self._bar:
@@ -52,7 +50,7 @@ class Progress:
                 _Rate(table_column=fixed),
                 _Fields(),
                 console=self.console,
-                transient=True,  # the line that stays is the one that `__exit__` prints, the same as in a log file
+                transient=True,  # `__exit__` prints the line that stays, as in a log file
             )
             self._task = bar.add_task(self.title, total=self.total, unit=self.unit, shown="")
             bar.start()
@@ -63,22 +61,19 @@ class Progress:
         if self._bar:
             with suppress(OSError):  # the terminal is gone
                 self._bar.stop()
-        if self.console is None:
-            return
         if kind is not None:
             self._print(f"{self._state()}: stopped")
         else:
-            seconds = time.monotonic() - self._started
-            rate = f" ({self._rate(seconds)})" if self.done > self._skipped and seconds else ""
-            self._print(f"{self.title}: {self.done:,} {self.unit} in {format_seconds(seconds)}{rate}{self._fields()}")
+            took, rate = format_seconds(time.monotonic() - self._started), self._rate()
+            self._print(f"{self.title}: {self.done:,} {self.unit} in {took}{rate and f' ({rate})'}{self._fields()}")
 
     def _state(self) -> str:
-        seconds = time.monotonic() - self._started
-        rate = f", {self._rate(seconds)}" if self.done > self._skipped and seconds else ""
-        return f"{self.title}: {self.done:,}/{self.total:,} {self.unit}{rate}"
+        rate = self._rate()
+        return f"{self.title}: {self.done:,}/{self.total:,} {self.unit}{rate and f', {rate}'}"
 
-    def _rate(self, seconds: float) -> str:
-        return f"{format_rate((self.done - self._skipped) / seconds)} {self.unit}/s"
+    def _rate(self) -> str:
+        done, seconds = self.done - self._skipped, time.monotonic() - self._started
+        return f"{format_rate(done / seconds)} {self.unit}/s" if done and seconds else ""
 
     def _seconds_left(self) -> float:
         done = self.done - self._skipped
@@ -88,12 +83,12 @@ class Progress:
         return "".join(f", {key} {format_value(value)}" for key, value in self.fields.items())
 
     def _print(self, text: str) -> None:
-        assert self.console is not None
-        self.console.print(Text(text), soft_wrap=True)
+        if self.console is not None:
+            self.console.print(Text(text), soft_wrap=True)
 
 
 class _Rate(bars.ProgressColumn):
-    """Units per second and time left, over the last half minute: the first, slow step does not weigh on."""
+    """Units per second and time left, over the last half minute: a slow first step does not count for long."""
 
     def render(self, task: bars.Task) -> Text:
         if not task.speed:
@@ -103,14 +98,14 @@ class _Rate(bars.ProgressColumn):
 
 
 class _Fields(bars.ProgressColumn):
-    """The free fields, cut where the terminal ends: a bar that wraps to a second line flickers."""
+    """The fields, cut at the terminal's width: a bar that wraps flickers."""
 
     def render(self, task: bars.Task) -> Text:
         return Text(task.fields["shown"].removeprefix(", "), style="dim", no_wrap=True, overflow="ellipsis")
 
 
 def format_seconds(s: float) -> str:
-    """A duration for a person: `0.4 s`, `47 s`, `3 min 12 s`, `2 h 05 min`; `?` where it is not known."""
+    """Format a duration: `0.4 s`, `47 s`, `3 min 12 s`, `2 h 05 min`; `?` if it is not finite."""
     if not math.isfinite(s):
         return "?"
     if s < 9.95:
@@ -125,9 +120,9 @@ def format_seconds(s: float) -> str:
 
 
 def format_rate(per_second: float) -> str:
-    return (
-        f"{per_second:,.0f}" if per_second >= 100 else f"{per_second:.1f}" if per_second >= 1 else f"{per_second:.2g}"
-    )
+    if per_second >= 1:
+        return f"{per_second:,.0f}" if per_second >= 100 else f"{per_second:.1f}"
+    return f"{per_second:.2g}"
 
 
 def format_value(value: float) -> str:

@@ -1,4 +1,4 @@
-"""Work that is split into shards, each computed once and kept."""
+"""Work that is split into shards, each computed once and stored."""
 
 import shutil
 import time
@@ -9,97 +9,98 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spin.runtime.artifacts import CorruptArtifact, commit_atomically, verify_artifact
+from spin.runtime.artifacts import CorruptArtifact, commit_atomically, read_manifest, verify_artifact
 from spin.runtime.process_group import SINGLE_PROCESS, ProcessGroup
 from spin.runtime.signals import deferred, pending_signal, raise_if_stopped
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A part of some work: `of` (ids, hashes) decides its rows, which `make()` gives."""
+    """A part of some work: `make()` computes its rows, `of` (ids or hashes) identifies them."""
 
     of: Sequence[object]
     make: Callable[[], list[dict]]
 
 
-# keep(parts): the rows of each part in turn, made or found.
-ShardDriver = Callable[[Sequence[Shard]], Iterator[list[dict]]]
+ShardDriver = Callable[[Sequence[Shard]], Iterator[list[dict]]]  # yields the rows of each shard in turn
 Say = Callable[[str], None]
 
 
-def compute_shards(parts: Sequence[Shard]) -> Iterator[list[dict]]:
-    """A `Keep` for work that nobody resumes, nor shares with other ranks."""
-    for part in parts:
-        yield part.make()
+def compute_shards(shards: Sequence[Shard]) -> Iterator[list[dict]]:
+    """Compute the shards in memory: nothing is stored, nothing shared with other ranks."""
+    return (shard.make() for shard in shards)
 
 
 class ResumableShards:
-    """A `Keep` in a folder: each part is a shard that is made once, whatever happens to the run between two of them.
+    """A driver that stores each shard in `folder` as soon as it is computed, and reads stored ones instead.
 
-    Ranks share the work: each makes the next shard that nobody has begun, and reads all in the end. With `by_rank_0` the
-    others wait for them. `found` is told of every shard that is there: how many rows it has and how many seconds it took.
+    Ranks share the work: each takes the next shard that is free and reads all at the end; with `main_process_only` the
+    others wait. `on_reused(rows, seconds)` is called for each shard of an earlier run: its rows and what it took.
     """
 
     def __init__(
         self,
         folder: Path,
         say: Say,
-        found: Callable[[int, float], None] = lambda rows, seconds: None,
+        on_reused: Callable[[int, float], None] | None = None,
         ranks: ProcessGroup = SINGLE_PROCESS,
-        by_rank_0: bool = False,
+        main_process_only: bool = False,
     ):
-        self.folder, self.say, self.found, self.ranks, self.by_rank_0 = folder, say, found, ranks, by_rank_0
+        self.folder, self.say, self.on_reused, self.ranks = folder, say, on_reused, ranks
+        self.main_process_only = main_process_only
 
-    def __call__(self, parts: Sequence[Shard]) -> Iterator[list[dict]]:
-        earlier = {number for number in range(len(parts)) if self._folder(number).is_dir()}
+    def __call__(self, shards: Sequence[Shard]) -> Iterator[list[dict]]:
+        earlier = {number for number, shard in enumerate(shards) if self._is_stored(number, shard)}
         if self.ranks.size > 1:
-            self._make(parts)
-        for number, part in enumerate(parts):
+            self._compute_missing(shards)
+        for number, shard in enumerate(shards):
             raise_if_stopped()
-            rows = self._read(number, part, self.found if number in earlier else lambda rows, seconds: None)
-            yield self._write(number, part) if rows is None else rows
+            rows, seconds = self._read(number, shard) or (None, 0.0)
+            if rows is not None and number in earlier and self.on_reused:
+                self.on_reused(len(rows), seconds)
+            yield self._compute(number, shard) if rows is None else rows
 
-    def _make(self, parts: Sequence[Shard]) -> None:
-        """All shards that are not there, by all ranks."""
-        self.ranks.barrier()  # until each has seen what was there before
-        numbers = iter(range(len(parts))) if self.by_rank_0 else self.ranks.claim_indices()
-        while not pending_signal() and (self.ranks.is_main_process or not self.by_rank_0):
-            number = next(numbers, len(parts))
-            if number >= len(parts):
-                break
-            if self._read(number, parts[number]) is None:
-                self._write(number, parts[number])
+    def _compute_missing(self, shards: Sequence[Shard]) -> None:
+        """Compute the shards that are not stored, all ranks together."""
+        self.ranks.barrier()  # until each rank knows which shards an earlier run has stored
+        numbers = iter(range(len(shards))) if self.main_process_only else self.ranks.claim_indices()
+        if self.ranks.is_main_process or not self.main_process_only:
+            while not pending_signal() and (number := next(numbers, len(shards))) < len(shards):
+                if self._read(number, shards[number]) is None:
+                    self._compute(number, shards[number])
         self.ranks.raise_if_stopped()
 
     def _folder(self, number: int) -> Path:
         return self.folder / f"{number:05d}"
 
-    def _read(
-        self, number: int, part: Shard, found: Callable[[int, float], None] = lambda rows, seconds: None
-    ) -> list[dict] | None:
-        """A shard's rows; None where it is not there, or not what it should be: then it is taken away."""
+    def _is_stored(self, number: int, shard: Shard) -> bool:
+        try:
+            return read_manifest(self._folder(number))["of"] == list(shard.of)
+        except CorruptArtifact:
+            return False
+
+    def _read(self, number: int, shard: Shard) -> tuple[list[dict], float] | None:
+        """A stored shard's rows and seconds. A damaged shard, or one of another size, is removed: None."""
         folder = self._folder(number)
         if not folder.is_dir():
             return None
         try:
             manifest = verify_artifact(folder)
-            if manifest["of"] == list(part.of):  # not where shards of another size were kept
-                rows = pq.read_table(folder / "rows.parquet").to_pylist()
-                found(len(rows), manifest["seconds"])
-                return rows
+            if manifest["of"] == list(shard.of):
+                return pq.read_table(folder / "rows.parquet").to_pylist(), manifest["seconds"]
         except CorruptArtifact as damage:
             self.say(f"{folder}: {damage}: this shard is made again")
         shutil.rmtree(folder)
         return None
 
-    def _write(self, number: int, part: Shard) -> list[dict]:
+    def _compute(self, number: int, shard: Shard) -> list[dict]:
         started = time.perf_counter()
-        rows = part.make()
-        with deferred():  # what is made is kept
+        rows = shard.make()
+        with deferred():
             beside = self.folder / f"next-{self.ranks.rank}.tmp"
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir(parents=True)
             pq.write_table(pa.Table.from_pylist(rows), beside / "rows.parquet")
-            facts = {"of": list(part.of), "seconds": time.perf_counter() - started}
+            facts = {"of": list(shard.of), "seconds": time.perf_counter() - started}
             commit_atomically(beside, self._folder(number), facts)
         return rows

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 
 def fingerprint(rows: Iterable[Any]) -> str:
-    """A hash of all ids in `rows`, in order: it changes with the texts, the template and the tokenizer."""
+    """Hash all ids and token ids of `rows`, in order: text, template and tokenizer count."""
     digest = hashlib.sha256()
     for row in rows:
         values = {f.name: getattr(row, f.name) for f in fields(row) if f.name == "id" or f.name.endswith("ids")}
@@ -21,9 +21,10 @@ def fingerprint(rows: Iterable[Any]) -> str:
 
 
 def write_parquet(rows: Sequence[Any], path: Path) -> None:
-    """Write dataclass rows as a Parquet file, one column a field."""
+    """Write dataclass rows as a Parquet file, one column per field."""
     pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows]), path)
 
 
 def with_tuples(row: dict) -> dict:
+    """Return `row` with tuples in place of lists, as frozen dataclasses have them."""
     return {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}

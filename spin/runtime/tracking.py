@@ -1,4 +1,4 @@
-"""W&B, metrics.jsonl, progress bars and lines for a person; silent off rank 0. Nothing here knows of the game."""
+"""Metrics to metrics.jsonl and W&B, lines and progress bars to the console; silent except on the main process."""
 
 import json
 import math
@@ -17,20 +17,15 @@ from spin.runtime.errors import UserError
 from spin.runtime.progress import Progress
 
 MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
-START = -1  # W&B cannot plot a null: policies from before iteration 0 stand at iter = -1 there
+START = -1  # `iter` in W&B, which cannot plot null, of policies before iteration 0
 
 
 class Tracker:
-    """Where a run's numbers go: `folder/metrics.jsonl` and, unless disabled, Weights & Biases.
+    """Writes a run's metrics to `folder/metrics.jsonl` and, unless disabled, to Weights & Biases.
 
-    `wandb` is auto, online, offline or disabled. `auto` follows WANDB_MODE, then WANDB_DISABLED, then is online where a
-    login for W&B is found and offline where none is. W&B starts with the first row and never ends a run: when it
-    fails, one line says so and the run goes on without it.
-
-    metrics.jsonl is emptied with the first row: a run that is played again writes its results whole. On ranks other than 0 nothing
-    is written, shown or sent, and `folder` is not touched.
-
-    Raises UserError: online is asked for without a login, or WANDB_MODE has a value that W&B does not know.
+    `wandb`: see `wandb_mode`, which may raise UserError. W&B starts with the first new row. If it fails, one line says so
+    and the run goes on without it. The first row empties metrics.jsonl: a run that is repeated writes all rows again. On
+    ranks other than 0 nothing is written, shown or sent.
     """
 
     def __init__(
@@ -48,9 +43,8 @@ class Tracker:
     ):
         self.folder, self.console, self.active = Path(folder), console or _console(), rank == 0
         self._run: Any = None
-        if not self.active:
-            return
-        self._mode = wandb_mode(wandb)
+        self._file: Any = None
+        self._mode = wandb_mode(wandb) if self.active else "disabled"
         self._about: dict[str, Any] = {
             "name": name,
             "config": to_json_types(config),
@@ -61,39 +55,36 @@ class Tracker:
         self._steps, self._before = 0, 0
         self._part: tuple | None = None
         self._samples: list[Iterable[Any]] = []
-        self._waiting: list[Callable[[Any], None]] = []  # for W&B, once something new is logged
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._file: Any = None
+        self._waiting: list[Callable[[Any], None]] = []  # rows of reused stages, until W&B starts
+        if self.active:
+            self.folder.mkdir(parents=True, exist_ok=True)
 
     def log(self, row: dict, reused: bool = False) -> None:
         """Write one row to metrics.jsonl, keys as they are (NaN and infinity become null), and send it to W&B.
 
-        `stage`, `iter` and `step` say what the row belongs to. In W&B every other key is put under its stage
-        (`train/loss`), an interval [lo, hi] becomes two keys `_low` and `_high`, and `global_step` counts the steps of
-        all stages and iterations through. Rows of a `reused` stage wait: W&B gets them once something new comes, so that
-        its record of a run is whole and a run that finds everything done leaves none.
+        `stage`, `iter` and `step` identify the row. In W&B other keys are prefixed with the stage (`train/loss`), an
+        interval [lo, hi] becomes keys `_low` and `_high`, and `global_step` counts the steps of all iterations. Rows of
+        `reused` stages are sent with the first new row: a run that reuses everything leaves nothing in W&B.
         """
         if not self.active:
             return
         row = to_json_types(row)
-        if self._file is None:  # not before: a run that fails at once leaves the record of the one before
+        if self._file is None:  # not earlier: a run that fails at once keeps the previous record
             self._file = (self.folder / "metrics.jsonl").open("w", encoding="utf-8")
         self._file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
         self._file.flush()
         self._send(lambda run: run.log(self._wandb_row(row)), reused)
 
     def say(self, text: str) -> None:
-        """Show one line to the person who watches; brackets in it are text, not markup."""
+        """Print one line; brackets in it are text, not markup."""
         if self.active:
             self._print(text)
 
     def samples(self, iteration_label: str, rows: list[dict], reused: bool = False) -> None:
         """Add `rows` of {"prompt", "real", "generated"} to the one W&B table of samples, under `iteration_label`."""
-        if not self.active:
-            return
         self._samples += [[iteration_label, row["prompt"], row["real"], row["generated"]] for row in rows]
 
-        # The whole table each time: W&B shows the last one, and a run that stops early has what there was until then.
+        # The complete table each time: W&B shows the last one.
         def send(run: Any) -> None:
             import wandb
 
@@ -103,33 +94,26 @@ class Tracker:
         self._send(send, reused)
 
     def leaderboard(self, columns: list[str], rows: list[list], figures: list[Path]) -> None:
-        """Send the table of a sweep, and what was drawn of it, to W&B."""
-        if not self.active:
-            return
+        """Send a sweep's table and figures to W&B."""
 
         def send(run: Any) -> None:
             import wandb
 
-            # Whatever stands in a column, some row may have another type there: nothing, or "mean of 3" for a seed.
+            # Mixed: some rows have null, or "mean of 3" for a seed.
             table = wandb.Table(columns=list(columns), data=to_json_types(rows), allow_mixed_types=True)
             run.log({"leaderboard": table, **{path.stem: wandb.Image(str(path)) for path in figures}})
 
         self._send(send, reused=False)
 
     def progress(self, title: str, total: int, unit: str) -> "Progress":
-        """Show how far a stage of `total` `unit` (say "pairs") has come: `with tracker.progress(...) as bar`.
+        """Show the progress of a stage of `total` `unit` ("pairs"): `with tracker.progress(...) as bar`.
 
-        A bar on a terminal; elsewhere a line about every ten seconds; in both cases one line that stays at the end.
+        A bar on a terminal, elsewhere a line about every ten seconds; then one line that stays.
         """
         return Progress(self.console if self.active else None, title, total, unit)
 
     def close(self, summary: dict | None = None) -> None:
-        """End the log; `summary` is kept with it in W&B. Called while an exception passes, W&B shows a failed run.
-
-        `say` goes on working; a second `close` does nothing.
-        """
-        if not self.active:
-            return
+        """End the log with `summary` for W&B, which shows a failed run if an exception is passing. `say` still works."""
         if self._file:
             self._file.close()
         run, mode = self._run, self._mode
@@ -146,7 +130,7 @@ class Tracker:
                 self._print(f"W&B is offline; to upload this run: wandb sync {Path(run.dir).parent}")
 
     def _send(self, action: Callable[[Any], None], reused: bool) -> None:
-        """Run `action(run)`, starting W&B first where that has not happened; a failure switches W&B off."""
+        """Call `action(run)`, starting W&B if needed; a failure switches W&B off."""
         if self._mode == "disabled":
             return
         self._waiting.append(action)
@@ -158,28 +142,28 @@ class Tracker:
             for waiting in self._waiting:
                 waiting(self._run)
             self._waiting.clear()
-        except Exception as error:  # whatever breaks in W&B, the run is worth more than its log
+        except Exception as error:  # whatever fails in W&B must not end the run
             self._mode, self._run = "disabled", None
             self._lost(error)
 
     def _start(self) -> Any:
         import wandb
 
-        wandb.setup(wandb.Settings(silent=True))  # the settings of `init` come too late for what its login says
+        wandb.setup(wandb.Settings(silent=True))  # `init` applies its settings after the login's output
         run = wandb.init(
             dir=self.folder,
             mode=self._mode,  # type: ignore[arg-type]
-            reinit="create_new",  # leaves a run alone that the caller's own process may have open
+            reinit="create_new",  # leaves another open run of this process alone
             save_code=False,
             settings=wandb.Settings(
                 silent=True,
                 console="off",
                 disable_code=True,
-                disable_git=True,  # git state would bring a diff of the working tree with it: that is code
+                disable_git=True,  # git state would upload a diff of the working tree
                 x_disable_stats=True,
                 x_disable_machine_info=True,
                 x_save_requirements=False,
-                init_timeout=30,  # W&B's own 90 s and endless upload would hold a run up where the network is gone
+                init_timeout=30,  # W&B's defaults, 90 s and no limit, would delay a run without network
                 finish_timeout=60,
             ),
             **self._about,
@@ -205,7 +189,7 @@ class Tracker:
             else:
                 sent[name] = value
         if stage in ("train", "sft"):
-            # `step` starts again with every stage and iteration; the global one goes on from where the last stopped.
+            # `step` restarts with each stage and iteration; the global step continues.
             part = (stage, row["iter"])
             if part != self._part:
                 self._part, self._before = part, self._steps + 1 - row["step"]
@@ -222,7 +206,7 @@ class Tracker:
 
 
 class _Console(Console):
-    """Goes quiet where nobody is left to read: a closed pipe (`| head`) or a lost terminal must not end a game."""
+    """A console that a closed pipe (`| head`) or a lost terminal silences, and does not end the run."""
 
     def print(self, *objects: Any, **settings: Any) -> None:
         try:
@@ -237,17 +221,17 @@ class _Console(Console):
 def _console() -> Console:
     console = _Console()
     if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = 100  # rich takes 80 where it cannot ask; a log file has room for a table
+        console.width = 100  # rich's default of 80 is narrow for tables in a log file
     return console
 
 
 def to_json_types(value: Any) -> Any:
-    """`value` as JSON can hold it: scalars of torch and numpy become numbers, NaN and infinity null, paths text."""
+    """Convert `value` to JSON types: torch and numpy to numbers, NaN and infinity to null, paths to text."""
     if isinstance(value, dict):
         return {str(key): to_json_types(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [to_json_types(entry) for entry in value]
-    if isinstance(value, float):  # also numpy's float64; the others come as `tolist`
+    if isinstance(value, float):  # also numpy's float64; other types have `tolist`
         return float(value) if math.isfinite(value) else None
     if hasattr(value, "tolist"):
         return to_json_types(value.tolist())
@@ -255,24 +239,25 @@ def to_json_types(value: Any) -> Any:
 
 
 def wandb_mode(setting: str) -> str:
-    """What `tracking.wandb=setting` comes to here: online, offline or disabled.
+    """Return the W&B mode of `tracking.wandb=setting`: online, offline or disabled.
 
-    Raises UserError: online is asked for (by the setting or WANDB_MODE) without a login, or an unknown WANDB_MODE.
+    `auto` follows WANDB_MODE, then WANDB_DISABLED, and else is online if there is a login and offline if not.
+    Raises UserError: online without a login, or an unknown WANDB_MODE.
     """
-    asked, mode = f"tracking.wandb={setting}", setting
+    source, mode = f"tracking.wandb={setting}", setting
     if setting == "auto":
         variable = os.environ.get("WANDB_MODE", "").lower()
         if variable:
-            asked = f"WANDB_MODE={variable}"
+            source = f"WANDB_MODE={variable}"
             if variable not in MODES:
-                raise UserError(f"{asked}: is online, offline or disabled; unset it or give one of these.")
+                raise UserError(f"{source}: must be online, offline or disabled; unset it or use one of these.")
             mode = MODES[variable]
         elif os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on"):
             return "disabled"
         else:
             return "online" if _logged_in() else "offline"
     if mode == "online" and not _logged_in():
-        raise UserError(f"{asked}, but there is no login for W&B: run `wandb login`, or set tracking.wandb=offline.")
+        raise UserError(f"{source}, but there is no login for W&B: run `wandb login`, or set tracking.wandb=offline.")
     return mode
 
 

@@ -15,10 +15,11 @@ import pytest
 import torch
 
 from spin.method.training import train_spin
+from spin.runtime import checkpoints as checkpoints_module
 from spin.runtime import signals as interrupt
 from spin.runtime.artifacts import CorruptArtifact, commit_atomically, verify_artifact
 from spin.runtime.checkpoints import Checkpoints, TrainState, describe_progress
-from spin.runtime.shards import ResumableShards, Shard
+from spin.runtime.shards import ResumableShards, Shard, compute_shards
 from spin.runtime.signals import Interrupted, deferred
 from spin.runtime.store import RESUME
 from tests.method.test_training import PACKED, SETTINGS, engine_of, scored_pairs
@@ -39,12 +40,12 @@ def sealed(tmp_path):
     return tmp_path / "sealed"
 
 
-def test_what_is_sealed_comes_back_with_its_facts(sealed, tmp_path):
+def test_commit_and_verify(sealed, tmp_path):
     assert verify_artifact(sealed)["fact"] == [1, "two"]
     assert not (tmp_path / "beside").exists()
 
 
-def test_any_flipped_byte_is_found(sealed):
+def test_verify_finds_any_damage(sealed):
     rng = random.Random(0)
     for path in [path for path in sealed.rglob("*") if path.is_file()]:
         whole = path.read_bytes()
@@ -64,7 +65,7 @@ def test_any_flipped_byte_is_found(sealed):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"files": 3, "xxh3": ""}', '{"xxh3": "x"}', "[" * 100_000])
-def test_a_manifest_that_is_none_is_damage_and_no_traceback(sealed, text):
+def test_damaged_manifest(sealed, text):
     (sealed / "manifest.json").write_text(text)
     with pytest.raises(CorruptArtifact):
         verify_artifact(sealed)
@@ -86,7 +87,7 @@ def shards_of(folder, made, said=None):
     return lambda *numbers: list(keep([part(number) for number in numbers]))
 
 
-def test_a_shard_is_made_once(tmp_path):
+def test_shard_is_computed_once(tmp_path):
     made = []
     cut = shards_of(tmp_path, made)(0)
     first = shards_of(tmp_path, made)(0, 1, 2)
@@ -96,7 +97,7 @@ def test_a_shard_is_made_once(tmp_path):
     assert [[{**row, "ids": tuple(row["ids"])} for row in rows] for rows in again] == first
 
 
-def test_a_damaged_shard_is_named_and_made_again(tmp_path):
+def test_damaged_shard(tmp_path):
     made, said = [], []
     rows = shards_of(tmp_path, made, said)
     rows(0, 1)
@@ -108,13 +109,24 @@ def test_a_damaged_shard_is_named_and_made_again(tmp_path):
     assert made == [0, 1, 1] and len(said) == 1 and "00001" in said[0] and "made again" in said[0]
 
 
-def test_a_shard_of_other_prompts_is_not_taken(tmp_path):
+def test_shard_of_other_prompts(tmp_path):
     made = []
     keep = ResumableShards(tmp_path, print)
     for ids in (["a", "b"], ["a"], ["a"]):
         part = Shard(ids, lambda ids=ids: made.append(ids) or [{"of": ids}])
         assert list(keep([part])) == [[{"of": ids}]]
     assert made == [["a", "b"], ["a"]]
+
+
+def test_on_reused(tmp_path):
+    """Called for shards of an earlier run that fit; not for those of another size, nor for damaged ones."""
+    shards = [Shard([f"id{n}"], lambda n=n: [{"n": n}] * 3) for n in range(4)]
+    list(ResumableShards(tmp_path, print)([shards[0], Shard(["x"], list), shards[2]]))
+    (tmp_path / "00002" / "rows.parquet").write_bytes(b"")
+    reused = []
+    rows = list(ResumableShards(tmp_path, lambda text: None, lambda *call: reused.append(call))(shards))
+    assert rows == [[{"n": n}] * 3 for n in range(4)] == list(compute_shards(shards))
+    assert [count for count, _ in reused] == [3]
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
@@ -154,7 +166,7 @@ def same(one, other) -> bool:
 
 @pytest.mark.parametrize("optimizer", ["rmsprop", "adamw"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_training_that_is_cut_at_any_step_ends_in_the_same_bits(tiny_folder, tmp_path, optimizer, dtype):
+def test_resume_after_any_step(tiny_folder, tmp_path, optimizer, dtype):
     pairs = scored_pairs(tiny_folder, 12, dtype=dtype)
     whole = train(None, pairs, tiny_folder, optimizer, dtype)
     for cut in range(0, STEPS, 2 if dtype == torch.float32 else 3):
@@ -165,14 +177,14 @@ def test_training_that_is_cut_at_any_step_ends_in_the_same_bits(tiny_folder, tmp
         assert len(list(folder.glob("step-*"))) == 2  # older ones go by themselves
 
 
-def test_a_checkpoint_changes_nothing(tiny_folder, tmp_path):
+def test_checkpoints_do_not_change_training(tiny_folder, tmp_path):
     pairs = scored_pairs(tiny_folder, 12)
     assert same(train(tmp_path, pairs, tiny_folder), train(None, pairs, tiny_folder))
 
 
 @pytest.mark.parametrize("name", ["masters.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
-def test_the_last_good_checkpoint_is_used_when_the_newest_is_damaged(tiny_folder, tmp_path, name, damage):
+def test_newest_checkpoint_damaged(tiny_folder, tmp_path, name, damage):
     pairs, said = scored_pairs(tiny_folder, 12), []
     train(tmp_path, pairs, tiny_folder, cut=5)
     newest = tmp_path / "step-00000005"
@@ -187,7 +199,7 @@ def test_the_last_good_checkpoint_is_used_when_the_newest_is_damaged(tiny_folder
     assert len(said) == 1 and str(newest) in said[0] and name in said[0] and "not used" in said[0]
 
 
-def test_without_a_good_checkpoint_training_starts_over(tiny_folder, tmp_path):
+def test_all_checkpoints_damaged(tiny_folder, tmp_path):
     pairs, said = scored_pairs(tiny_folder, 12), []
     train(tmp_path, pairs, tiny_folder, cut=5)
     for folder in tmp_path.glob("step-*"):
@@ -196,7 +208,7 @@ def test_without_a_good_checkpoint_training_starts_over(tiny_folder, tmp_path):
     assert again[2] == 0 and len(said) == 2 and same(again, train(None, pairs, tiny_folder))
 
 
-def test_when_a_checkpoint_is_due(monkeypatch, tmp_path):
+def test_checkpoint_due(monkeypatch, tmp_path):
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
 
@@ -220,13 +232,82 @@ def test_when_a_checkpoint_is_due(monkeypatch, tmp_path):
     assert due == [False, True, False, False, False, False, True, False, False, False]
 
 
-def test_what_a_next_try_goes_on_from_is_said_in_words(tiny_folder, tmp_path):
+def test_describe_progress(tiny_folder, tmp_path):
     assert describe_progress(tmp_path / "none") is None
     shards_of(tmp_path / "answers", [])(0)
     train(tmp_path / "training", scored_pairs(tiny_folder, 12), tiny_folder, cut=3)
     assert describe_progress(tmp_path) == "1 shard of answers, training up to step 3"
     shutil.rmtree(tmp_path / "training" / "step-00000003")
     assert describe_progress(tmp_path).endswith("step 2")
+
+
+class FakeEngine:
+    """Its state is one number."""
+
+    def __init__(self, before_save=lambda: None):
+        self.before_save = before_save
+
+    def save_state(self, folder):
+        self.before_save()
+        (folder / "state.bin").write_bytes(b"7")
+
+    def load_state(self, folder):
+        self.value = (folder / "state.bin").read_bytes()
+
+
+def state_at(step):
+    return TrainState(step=step, rows=[{"step": n} for n in range(step)])
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("point", ["in save_state", "before commit", "after commit"])
+def test_kill_during_write(tmp_path, point):
+    """A checkpoint whose write is killed is complete or absent; the one before is kept."""
+    Checkpoints(tmp_path).write(FakeEngine(), state_at(3))
+    if (child := os.fork()) == 0:
+        usual = checkpoints_module.commit_atomically
+
+        def commit(*arguments):
+            if point == "after commit":
+                usual(*arguments)
+            kill()
+
+        checkpoints_module.commit_atomically = commit
+        Checkpoints(tmp_path).write(FakeEngine(kill if point == "in save_state" else lambda: None), state_at(4))
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    engine = FakeEngine()
+    state = Checkpoints(tmp_path).restore(engine)
+    assert state == state_at(4 if point == "after commit" else 3) and engine.value == b"7"
+    assert Checkpoints(tmp_path).write(engine, state_at(5))
+
+
+def test_write_on_interrupt(tmp_path):
+    said = []
+    with (
+        pytest.raises(Interrupted),
+        Checkpoints(tmp_path, say=said.append).write_on_interrupt(FakeEngine(), state_at(3), 8),
+    ):
+        raise Interrupted(signal.SIGTERM)
+    assert said == ["training is kept up to step 3 of 8"]
+    assert Checkpoints(tmp_path).restore(FakeEngine()).step == 3
+
+
+def test_nothing_is_written_after_close(tmp_path):
+    """The state of a closed engine would replace a good checkpoint."""
+
+    def fail():
+        raise AssertionError
+
+    checkpoints = Checkpoints(tmp_path, steps=1)
+    checkpoints.close()
+    assert not checkpoints.due(state_at(3)) and not checkpoints.write(FakeEngine(fail), state_at(3))
+    with pytest.raises(Interrupted), checkpoints.write_on_interrupt(FakeEngine(fail), state_at(3), 8):
+        raise Interrupted(signal.SIGTERM)
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- signals ----------------------------------------------------------------------------------------------------------
@@ -243,7 +324,7 @@ def signals():
 
 
 @pytest.mark.parametrize("number", interrupt.SIGNALS)
-def test_a_signal_raises_once_and_not_in_what_must_be_whole(signals, number):
+def test_deferred_signal(signals, number):
     done = []
 
     def work():
@@ -261,15 +342,15 @@ def test_a_signal_raises_once_and_not_in_what_must_be_whole(signals, number):
     time.sleep(0.01)
 
 
-def test_a_signal_that_was_ignored_stays_ignored(signals):
+def test_ignored_signal_stays_ignored(signals):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     interrupt.install_handlers()
     os.kill(os.getpid(), signal.SIGHUP)
 
 
-def test_a_schedulers_own_handler_is_called_when_all_is_kept_and_not_before(signals, monkeypatch):
+def test_previous_handler_is_called_last(signals, monkeypatch):
     """As submitit's, which is there first, puts the job back into the queue and ends the process."""
-    monkeypatch.setattr(interrupt, "_theirs", {})
+    monkeypatch.setattr(interrupt, "_previous", {})
     called = []
     signal.signal(signal.SIGUSR2, lambda number, frame: called.append(number))
     signal.signal(signal.SIGTERM, lambda number, frame: called.append(number))
@@ -284,11 +365,11 @@ def test_a_schedulers_own_handler_is_called_when_all_is_kept_and_not_before(sign
     assert called == [signal.SIGUSR2]
 
 
-def test_ctrl_c_twice_ends_at_once():
+def test_second_ctrl_c_ends_at_once():
     script = (
-        "import os, signal, time; from spin import interrupt\n"
-        "interrupt.install()\n"
-        "with interrupt.deferred():\n"
+        "import os, signal, time; from spin.runtime import signals\n"
+        "signals.install_handlers()\n"
+        "with signals.deferred():\n"
         "    os.kill(os.getpid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGINT); time.sleep(60)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=30)
@@ -296,7 +377,7 @@ def test_ctrl_c_twice_ends_at_once():
 
 
 @pytest.mark.parametrize("inside", ["forward", "step"])
-def test_a_signal_in_training_keeps_the_last_whole_step(tiny_folder, tmp_path, signals, inside, monkeypatch):
+def test_signal_in_training(tiny_folder, tmp_path, signals, inside, monkeypatch):
     """In the forward pass of step 4 the state after step 3 is kept; within the update of step 4 that after step 4."""
     pairs = scored_pairs(tiny_folder, 12)
     engine, said = engine_of(tiny_folder), []
@@ -325,12 +406,12 @@ def test_a_signal_in_training_keeps_the_last_whole_step(tiny_folder, tmp_path, s
     assert again[2] == kept and same(again, train(None, pairs, tiny_folder))
 
 
-def test_a_resume_folder_holds_nothing_that_can_execute_code(tiny_folder, tmp_path):
+def test_nothing_stored_can_execute_code(tiny_folder, tmp_path):
     train(tmp_path / RESUME, scored_pairs(tiny_folder, 12), tiny_folder, cut=3)
     shards_of(tmp_path / RESUME / "answers", [])(0)
     files = {path.suffix for path in (tmp_path / RESUME).rglob("*") if path.is_file()}
     assert files == {".safetensors", ".json", ".parquet"}
-    for path in (ROOT / "spin").glob("*.py"):
+    for path in (ROOT / "spin").rglob("*.py"):
         names = {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
         imported = {
             alias.name.split(".")[0]

@@ -1,11 +1,8 @@
 """A stage is found by what made it, whole or not at all."""
 
 import multiprocessing
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -13,8 +10,6 @@ from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spin.runtime import signals as interrupt
-from spin.runtime.files import hold_lock, link_file, link_tree, write_text
 from spin.runtime.store import RESUME, Store, key_of
 from spin.runtime.store_cli import entries, main, remove
 
@@ -27,7 +22,7 @@ def build(folder):
     return {"fact": 1}
 
 
-def test_a_stage_is_built_once_and_then_found(tmp_path):
+def test_get_builds_once(tmp_path):
     store = Store(tmp_path)
     first = store.get("score", {"x": 1, "y": [2]}, build)
     again = Store(tmp_path).get("score", {"y": [2], "x": 1}, lambda folder: pytest.fail("built again"))
@@ -36,7 +31,7 @@ def test_a_stage_is_built_once_and_then_found(tmp_path):
     assert again.manifest["made_from"] == {"x": 1, "y": [2]}
 
 
-def test_every_input_counts():
+def test_key_of_every_input():
     base = {"beta": 0.1, "settings": {"lr": 1e-6}}
     assert key_of(base) == key_of({"settings": {"lr": 1e-6}, "beta": 0.1})
     assert (
@@ -53,14 +48,14 @@ JSON = st.recursive(
 
 @settings(derandomize=True, deadline=None)
 @given(st.dictionaries(st.text(max_size=3), JSON, max_size=4), st.text(max_size=3), JSON)
-def test_equal_inputs_have_equal_keys_and_others_others(inputs, name, value):
+def test_key_of_equal_inputs(inputs, name, value):
     assert key_of(inputs) == key_of(dict(reversed(inputs.items())))
     changed = {**inputs, name: value}
     # 1 == 1.0 and True == 1 to Python, not to a setting.
     assert (key_of(inputs) == key_of(changed)) == (repr(sorted(inputs.items())) == repr(sorted(changed.items())))
 
 
-def test_a_stage_that_fails_is_not_there_and_the_next_try_has_what_it_kept(tmp_path):
+def test_failed_build_keeps_resume(tmp_path):
     store = Store(tmp_path)
 
     def fail(folder):
@@ -86,7 +81,7 @@ def test_a_stage_that_fails_is_not_there_and_the_next_try_has_what_it_kept(tmp_p
 
 
 @pytest.mark.parametrize("name", ["result.txt", "metrics.jsonl", "manifest.json"])
-def test_a_damaged_stage_is_named_and_made_again(tmp_path, name):
+def test_damaged_stage_is_rebuilt(tmp_path, name):
     said = []
     store = Store(tmp_path, said.append)
     folder = store.get("score", {}, build).folder
@@ -99,33 +94,35 @@ def test_a_damaged_stage_is_named_and_made_again(tmp_path, name):
     assert store.get("score", {}, build).reused
 
 
-def _take(folder: Path, started, names) -> None:
-    def slow(place):
-        names.put(os.getpid())
-        time.sleep(1)
+def _take(folder: Path, is_waiting, messages) -> None:
+    def build_while_other_waits(place):
+        assert is_waiting.wait(60)
+        messages.put("built")
         return build(place)
 
-    started.wait()
-    stage = Store(folder, lambda text: names.put(text)).get("train", {"a": 1}, slow)
-    names.put(("reused", stage.reused))
+    def say(text):
+        messages.put(text)
+        is_waiting.set()
+
+    stage = Store(folder, say).get("train", {"a": 1}, build_while_other_waits)
+    messages.put(stage.reused)
 
 
-def test_two_processes_that_want_the_same_stage_do_it_once(tmp_path):
+def test_two_processes_build_a_stage_once(tmp_path):
     context = multiprocessing.get_context("spawn")
-    started, names = context.Barrier(2), context.Queue()
-    both = [context.Process(target=_take, args=(tmp_path, started, names)) for _ in range(2)]
+    is_waiting, messages = context.Event(), context.Queue()
+    both = [context.Process(target=_take, args=(tmp_path, is_waiting, messages)) for _ in range(2)]
     for process in both:
         process.start()
-    got = [names.get(timeout=60) for _ in range(4)]
+    received = [messages.get(timeout=60) for _ in range(4)]
     for process in both:
         process.join()
-    assert sorted(entry[1] for entry in got if isinstance(entry, tuple)) == [False, True]
-    assert len([entry for entry in got if isinstance(entry, int)]) == 1
-    (said,) = [entry for entry in got if isinstance(entry, str)]
-    assert said.startswith("another run is at the same train stage: waiting")
+    assert sorted(message for message in received if isinstance(message, bool)) == [False, True]
+    waiting, built = sorted(message for message in received if isinstance(message, str))
+    assert built == "built" and waiting.startswith("another run is at the same train stage: waiting")
 
 
-def test_a_dead_process_holds_no_lock(tmp_path):
+def test_killed_process_releases_lock(tmp_path):
     script = (
         "import os, sys, pathlib; from spin.runtime.store import Store\n"
         "def die(folder): (folder.parent / 'resume' / 'shard').write_text('1'); os.kill(os.getpid(), 9)\n"
@@ -158,7 +155,7 @@ def used_store(tmp_path: Path) -> tuple[Store, list[str]]:
     return store, names
 
 
-def test_what_no_run_refers_to_is_found_and_removed(tmp_path, capsys):
+def test_clean_removes_unused(tmp_path, capsys):
     store, names = used_store(tmp_path)
     found = {entry.name: entry for entry in entries(store)}
     assert set(found) == set(names)
@@ -177,7 +174,7 @@ def test_what_no_run_refers_to_is_found_and_removed(tmp_path, capsys):
     assert store.get("train", {"number": 0}, build).reused
 
 
-def test_a_stage_that_a_run_is_at_is_not_removed(tmp_path):
+def test_remove_locked_stage(tmp_path):
     store, names = used_store(tmp_path)
     part = next(entry for entry in entries(store) if not entry.finished)
     with FileLock(str(store.path / f"{names[3]}.lock")):
@@ -185,7 +182,7 @@ def test_a_stage_that_a_run_is_at_is_not_removed(tmp_path):
     assert remove(store, part) and not part.folder.exists()
 
 
-def test_a_stage_that_a_run_has_come_to_use_is_not_removed(tmp_path):
+def test_remove_stage_used_meanwhile(tmp_path):
     store, names = used_store(tmp_path)
     unused = next(entry for entry in entries(store) if entry.name == names[2])
     store.refer(tmp_path / "here", [names[2]])
@@ -193,7 +190,7 @@ def test_a_stage_that_a_run_has_come_to_use_is_not_removed(tmp_path):
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
-def test_killed_while_it_is_sealed_a_stage_is_whole_or_can_go_on(tmp_path, moment):
+def test_kill_during_commit(tmp_path, moment):
     """Where the machine dies before the stage has its name, what the next try goes on from is still there."""
     script = f"""
 import os, pathlib, spin.runtime.store as store
@@ -218,22 +215,23 @@ store.Store(pathlib.Path({str(tmp_path)!r})).get("train", {{}}, build)
     assert [path.suffix for path in (tmp_path / "train").iterdir() if path.is_dir()] == [""]
 
 
-def test_clean_takes_nothing_that_is_no_stage(tmp_path, capsys):
+def test_clean_keeps_other_folders(tmp_path, capsys):
     """Told to clean the folder above the store, or any other, it refuses; what lies in a store beside stages stays."""
     store, _ = used_store(tmp_path)
     for path in (tmp_path, tmp_path / "here"):
-        with pytest.raises(SystemExit, match="no store"):
+        with pytest.raises(SystemExit, match="not a store"):
             main(["clean", "--yes", "--older-than", "0", "--path", str(path)])
     mine = store.path / "train" / "my_own_notes"
     mine.mkdir()
     main(["clean", "--yes", "--older-than", "0", "--path", str(store.path)])
     assert mine.is_dir() and len(list((store.path / "train").glob("[0-9a-f]*"))) >= 1
     assert (
-        f"not found any more, so that what it alone used counts as unused: {tmp_path}/gone" in capsys.readouterr().out
+        f"no longer there, so that stages that it alone used count as unused: {tmp_path}/gone"
+        in capsys.readouterr().out
     )
 
 
-def test_a_store_by_another_path_is_the_same(tmp_path):
+def test_store_by_another_path(tmp_path):
     store, names = used_store(tmp_path)
     (tmp_path / "link").symlink_to(store.path)
     for path in (tmp_path / "link", tmp_path / "here" / ".." / "store"):
@@ -246,7 +244,7 @@ def test_a_store_by_another_path_is_the_same(tmp_path):
 
 
 @pytest.mark.parametrize("which", ["entry", "noted"])
-def test_what_says_who_uses_a_store_is_not_guessed_where_it_is_damaged(tmp_path, which):
+def test_clean_with_damaged_record(tmp_path, which):
     store, _ = used_store(tmp_path)
     for path in [tmp_path / "here" / "stages.json"] if which == "noted" else (store.path / "runs").glob("*.json"):
         path.write_text("")
@@ -259,18 +257,7 @@ def entries_of(store: Store) -> list:
     return [path for path in (store.path / "train").iterdir() if path.is_dir()]
 
 
-def test_a_shown_folder_that_is_edited_leaves_the_store_as_it_is(tmp_path):
-    (tmp_path / "source").mkdir()
-    (tmp_path / "source" / "config.json").write_text("{}")
-    (tmp_path / "source" / "model.safetensors").write_text("weights")
-    link_tree(tmp_path / "source", tmp_path / "shown")
-    with (tmp_path / "shown" / "config.json").open("a") as file:
-        file.write("edited")
-    assert (tmp_path / "source" / "config.json").read_text() == "{}"
-    assert (tmp_path / "shown" / "model.safetensors").stat().st_nlink == 2
-
-
-def test_a_run_that_ends_refers_to_what_it_used_and_no_more(tmp_path):
+def test_refer_only(tmp_path):
     store = Store(tmp_path / "store")
     run = tmp_path / "run"
     run.mkdir()
@@ -281,7 +268,7 @@ def test_a_run_that_ends_refers_to_what_it_used_and_no_more(tmp_path):
     assert store.users() == {"train/b": [run]}
 
 
-def test_a_store_that_is_not_there_is_one_line(tmp_path):
+def test_missing_store_is_one_line(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "spin", "store", "--path", str(tmp_path / "none")],
         cwd=ROOT,
@@ -289,42 +276,3 @@ def test_a_store_that_is_not_there_is_one_line(tmp_path):
         text=True,
     )
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "no such folder" in done.stderr
-
-
-def test_a_file_is_replaced_whole(tmp_path):
-    write_text(tmp_path / "a.json", "old")
-    write_text(tmp_path / "a.json", "new")
-    assert [path.name for path in tmp_path.iterdir()] == ["a.json"] and (tmp_path / "a.json").read_text() == "new"
-
-
-def test_links_replace_what_is_there_and_take_no_space(tmp_path):
-    for content in ("old", "new"):
-        source = tmp_path / content
-        source.mkdir()
-        (source / "weights.safetensors").write_text(content)
-        link_tree(source, tmp_path / "shown")
-        link_file(source / "weights.safetensors", tmp_path / "file")
-    assert (tmp_path / "shown" / "weights.safetensors").read_text() == (tmp_path / "file").read_text() == "new"
-    assert (tmp_path / "old" / "weights.safetensors").read_text() == "old"
-    assert (tmp_path / "file").stat().st_ino == (tmp_path / "new" / "weights.safetensors").stat().st_ino
-
-
-def test_a_wait_for_another_run_can_be_stopped_in_a_game_of_several_processes(tmp_path):
-    """These have signals wait for all of them; who waits at a lock would never come to where they are looked at."""
-    before, said = {number: signal.getsignal(number) for number in interrupt.SIGNALS}, []
-
-    def wait():
-        with FileLock(tmp_path / "lock"), interrupt.deferred():
-            os.kill(os.getpid(), signal.SIGTERM)
-            with hold_lock(tmp_path / "lock", "another run", said.append):
-                raise AssertionError
-
-    interrupt.install_handlers()
-    try:
-        with pytest.raises(interrupt.Interrupted):
-            wait()
-    finally:
-        interrupt.install_handlers()
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    assert len(said) == 1

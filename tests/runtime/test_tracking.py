@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from spin.runtime import tracking as track
+from spin.runtime import progress
 from spin.runtime.errors import UserError
 from spin.runtime.progress import format_seconds
 from spin.runtime.tracking import Tracker, wandb_mode
@@ -245,7 +245,7 @@ def test_say_shows_brackets_and_does_not_wrap(tmp_path):
 
 def test_progress_in_a_log_file_is_a_line_now_and_then(tmp_path, monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr(track.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
     one, shown = tracker(tmp_path)
     with one.progress("iter 0: train [x]", 100, "pairs") as bar:
         for step in range(100):
@@ -284,7 +284,7 @@ def test_progress_on_a_terminal_is_a_bar_and_then_one_line(tmp_path):
     assert "train [bold]" in text
     assert "━" in text
     assert "a line above the bar" in text
-    assert "train [bold]: 4 pairs in 0 s" in text.splitlines()[-1]
+    assert "train [bold]: 4 pairs in " in text.splitlines()[-1] and "loss 0.125" in text.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
