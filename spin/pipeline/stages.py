@@ -622,34 +622,43 @@ class Stages:
         if config.model.adapter == "lora":
             numbers = fp32_bytes(self.start.folder) // 4 if self.start.base else self._adapter_size()
             shape = memory.with_adapter(shape, numbers)
-        examples = [*self.data.train, *self.data.held_out]
-        new, engine, padded = config.max_new_tokens, config.engine, config.engine.layout == "padded"
-        prompt = max(len(e.prompt_ids) for e in examples)
-        # A pair shares its prompt in a packed row; in padded ones it has two rows.
-        row = max(
-            len(e.prompt_ids) + (max(len(e.real_ids), new) if padded else len(e.real_ids) + new) for e in examples
-        )
-        pair = 2 * row if padded else row
-        batch = max(engine.tokens_per_batch, row)
-        pairs = -(-config.schedule.batch_size // self.ranks.size)  # of a step, on this rank
+        train, held_out, num_answers = self.data.train, self.data.held_out, config.generation.answers
+        new, engine = config.max_new_tokens, config.engine
+        prompt = max(len(e.prompt_ids) for e in [*train, *held_out])
+
+        def longest(examples: Sequence[Example], count: int) -> int:
+            padded = engine.layout == "padded"
+            return max(memory.item_tokens(len(e.prompt_ids), len(e.real_ids), new, count, padded) for e in examples)
+
+        # An evaluation scores two generated answers to a prompt: the policy's and its opponent's.
+        train_row, held_out_row = longest(train, num_answers), longest(held_out, 2)
+        row = max(train_row, held_out_row)
+        scored = max(len(train) * train_row, len(held_out) * held_out_row)
+        batch = max(engine.tokens_per_batch, train_row)
+        items = -(-config.schedule.batch_size // self.ranks.size)  # of a step, on this rank
         load = memory.Load(
             precision="fp32" if self.dtype == torch.float32 else "bf16",
             optimizer=config.optimizer.name,
             checkpointing=engine.gradient_checkpointing,
             quantization=self.start.base_or_self.quantization,
-            training_tokens=min(batch, max(row, pairs * pair)),
-            scoring_tokens=min(batch, max(row, len(examples) * pair)),
+            training_tokens=min(batch, items * train_row),
+            scoring_tokens=min(max(engine.tokens_per_batch, row), scored),
             row=row,
             head_chunk=engine.head_chunk,
             decoded=max(
-                1, min(config.generation.batch_size, len(examples), config.generation.tokens // (prompt + new))
+                1,
+                min(
+                    config.generation.batch_size,
+                    max(len(train) * num_answers, len(held_out)),
+                    config.generation.tokens // (prompt + new),
+                ),
             ),
             prompt=prompt,
             length=prompt + new,
             files=sum(path.stat().st_size for path in weight_files(whole)) if self.device.type == "cpu" else 0,
             plays=config.stage == "game",
             states=config.optimizer.states,
-            passes=-(-pairs * pair // batch),
+            passes=-(-items * train_row // batch),
             mask=max(engine.tokens_per_row, row) if engine.layout == "masked" else 0,
             spread=memory.Spread(
                 self.ranks.size, engine.zero_stage, engine.offload_optimizer and self.device.type != "cpu"

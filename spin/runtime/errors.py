@@ -37,8 +37,8 @@ def user_message(error: BaseException) -> str | None:
         return "the disk has no file locks (flock): give a store.path, cache.path and hydra.run.dir on one that has."
     if isinstance(error, MemoryError) or re.search(r"can't allocate memory|out of memory", text):
         return (
-            "memory is short: lower engine.tokens_per_batch, engine.head_chunk or generation.batch_size, or set "
-            "engine.gradient_checkpointing=true; then run the same command again: it goes on from what is finished."
+            "memory is short: set engine.gradient_checkpointing=true, which keeps finished stages, or lower "
+            "engine.tokens_per_batch, engine.head_chunk or generation.batch_size, with which all stages are computed again."
         )
     return None
 

@@ -324,7 +324,7 @@ def test_short_memory_ends_with_the_settings_to_lower(tmp_path, place):
     done = play_limited(limits, place.words(*words))
     assert done.returncode == 1, done.stdout + done.stderr
     (line,) = done.stderr.strip().splitlines()
-    assert "memory is short: lower engine.tokens_per_batch" in line
+    assert "memory is short: set engine.gradient_checkpointing=true" in line
 
 
 def test_the_table_of_faults_names_tests_that_there_are():
