@@ -138,19 +138,17 @@ def bytes_per_weight(
     width, bf16 = BYTES[precision], precision == "bf16"
     state_bytes = 4 * state_values_per_weight(OptimizerConfig(name=optimizer, states=states))
     if spread is None:
-        gradients = 4 if passes > 1 else width
-        return dict(zip(COUNTED, (width, 2 * bf16, gradients, state_bytes), strict=True))
+        sizes = (width, 2 * bf16, 4 if passes > 1 else width, state_bytes)
+        return dict(zip(COUNTED, sizes, strict=True))
     part = 1 / spread.ranks if spread.stage else 1.0
-    # Stage 0 widens all gradients for the update; stage 1 keeps whole sums.
-    by_stage = (width + 4 * bf16, 4 + width * bf16, *(2 * [0 if spread.offload else 4 * part]))
-    weights = width * (part if spread.stage == 3 else 1)
-    masters = 4 * part * (bf16 or spread.stage > 0)
     on_device = not spread.offload
-    return dict(
-        zip(
-            COUNTED, (weights, on_device * masters, by_stage[spread.stage], on_device * part * state_bytes), strict=True
-        )
+    weights = width * (part if spread.stage == 3 else 1)
+    masters = on_device * 4 * part * (bf16 or spread.stage > 0)
+    # Stage 0 widens all gradients for the update; stage 1 keeps whole sums.
+    gradients = (
+        width + 4 * bf16 if spread.stage == 0 else 4 + width * bf16 if spread.stage == 1 else on_device * 4 * part
     )
+    return dict(zip(COUNTED, (weights, masters, gradients, on_device * part * state_bytes), strict=True))
 
 
 # --- stages -----------------------------------------------------------------------------------------------------------
