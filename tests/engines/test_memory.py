@@ -332,7 +332,6 @@ def test_advice_order():
     assert "model.adapter=lora (" in advice(shape, load, device(20), adapted)
     assert "model.adapter=lora model.quantization=nf4 (" in advice(shape, load, device(8), adapted)
     assert advice(shape, load, device(1), adapted).endswith("GiB: take a smaller model or more memory")
-    # Where answers are what does not fit, checkpointing would not help.
     many = replace(LOAD, decoded=4096, plays=False)
     assert advice(shape, many, device(20), adapted).startswith("set generation.batch_size=8 (")
     small = replace(LOAD, decoded=8, training_tokens=256, scoring_tokens=256, plays=False)
