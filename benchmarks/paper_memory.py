@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import spin.config.hydra  # noqa: E402, F401  # registers the resolvers that conf/ uses
-from spin.engines.memory import CONTEXT, GIB, RESERVED, Load, Needed, Spread, generating, scoring, shape_of, training  # noqa: E402
+from spin.engines.device_memory import GIB  # noqa: E402
+from spin.engines.memory import CONTEXT, RESERVED, Load, Needed, Spread, generating, scoring, shape_of, training  # noqa: E402
 
 USABLE = 80 * GIB * (1 - RESERVED) - CONTEXT
 # Zephyr's, as its config.json has it.

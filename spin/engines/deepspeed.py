@@ -1,8 +1,8 @@
-"""Training on several processes: DeepSpeed's ZeRO (Rajbhandari et al., arXiv 1910.02054) behind the verbs of `SingleEngine`.
+"""Training on several processes by DeepSpeed's ZeRO (Rajbhandari et al., arXiv 1910.02054), as an `Engine`.
 
-Every rank computes a part of each step's items. What a rank keeps for each weight depends on the stage: everything (0), a
-part of masters and optimiser states (1), of the gradients too (2), of the weights themselves too (3). Whatever the stage and
-the number of ranks, what is saved is whole and in the form that `SingleEngine` saves.
+Each rank computes a part of each step's items. The ZeRO stage decides what a rank holds of each weight: everything (0), a
+part of its master and optimiser states (1), of its gradient (2), of the weight itself (3). At each stage and number of
+ranks, policies and checkpoints are saved whole, in the format of `SingleEngine`.
 """
 
 import contextlib
@@ -14,7 +14,6 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,34 +37,34 @@ from spin.runtime.errors import UserError
 from spin.runtime.process_group import ProcessGroup
 
 DEEPSPEED = "deepspeed==0.19.8"
-BUCKET = 500_000_000  # numbers that are reduced or gathered together: DeepSpeed's own
+BUCKET = 500_000_000  # numbers that are reduced or gathered together: DeepSpeed's default
 
 
 def check_deepspeed() -> None:
-    """Raise UserError if it is not installed."""
+    """Raise UserError if DeepSpeed is not installed."""
     if importlib.util.find_spec("deepspeed") is None:
         raise UserError(f"engine=deepspeed: DeepSpeed is not installed: pip install {DEEPSPEED}")
 
 
 def _deepspeed() -> Any:
-    """The library, quiet, and with gloo alone on a CPU: its own transport there is compiled on first use."""
+    """Import the library and silence it. On a CPU disable its own transport, which it would compile on first use."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of calls of its own
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of its own calls
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    for name, module in list(sys.modules.items()):  # it prints, and resets the peak of memory that we tell
+    for name, module in list(sys.modules.items()):  # it prints, and resets the peak memory
         if name.startswith("deepspeed.") and "see_memory_usage" in vars(module):
             module.see_memory_usage = lambda message, force=False: None  # type: ignore[attr-defined]
     return deepspeed
 
 
 class _Root(torch.nn.Module):
-    """Log-probs as one module: DeepSpeed gathers weights around the modules that use them, the output layer's too."""
+    """Log-probs as one module: DeepSpeed gathers weights around the forward of each module, the output layer included."""
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
@@ -77,9 +76,9 @@ class _Root(torch.nn.Module):
 
 
 class DeepSpeedEngine:
-    """The verbs of `SingleEngine` on all ranks together: each has to call each verb, in the same order.
+    """An `Engine` on all ranks together: each rank must call each method, in the same order.
 
-    DeepSpeed takes over when the first log-probs are asked for, so that `load_state` need not reach into what it made.
+    DeepSpeed is initialised at the first use after `load_state`, so a checkpoint is read before its tensors are partitioned.
     """
 
     def __init__(
@@ -94,7 +93,7 @@ class DeepSpeedEngine:
         self.policy, self.dtype, self.device, self.ranks = policy, dtype, device, ranks
         self.stage, self.offload = engine.zero_stage, engine.offload_optimizer
         self.config = optimizer
-        # Weights that are spread are taken from the CPU, one after another: no device has to hold them all.
+        # Stage 3 partitions the weights from the CPU, one after another: no device has to hold them all.
         self.model = load_policy(policy, dtype, torch.device("cpu") if self.stage == 3 else device)
         if engine.gradient_checkpointing:
             checkpoint_activations(self.model)
@@ -103,15 +102,23 @@ class DeepSpeedEngine:
         self.shapes = {name: weight.shape for name, weight in self.trained.items()}
         self.buffers = saved_buffers(self.model)
         self.updates = 0
-        self._saved: Path | None = None  # the checkpoint to go on from
+        self._checkpoint: Path | None = None  # to go on from
+        self._initialized: Any = None
+        self._closed = False
 
-    # --- what DeepSpeed makes of it -----------------------------------------------------------------------------------
+    # --- DeepSpeed's own engine ---------------------------------------------------------------------------------------
 
-    @cached_property
+    @property
     def _ds(self) -> Any:
+        assert not self._closed, "this engine is closed"
+        if self._initialized is None:
+            self._initialized = self._initialize()
+        return self._initialized
+
+    def _initialize(self) -> Any:
         deepspeed = _deepspeed()
-        if self._saved:
-            with safe_open(self._saved / MASTERS, "pt") as file:
+        if self._checkpoint:
+            with safe_open(self._checkpoint / MASTERS, "pt") as file:
                 for name, weight in self.trained.items():
                     weight.data.copy_(file.get_tensor(name))
         for weight in self.trained.values():
@@ -123,15 +130,15 @@ class DeepSpeedEngine:
         else:
             beta1, beta2 = c.betas
             self.optimizer = torch.optim.AdamW(self.trained.values(), betas=(beta1, beta2), **common)
-        # DeepSpeed rounds these, too: those of rotary positions would be others than the opponent was scored with.
+        # DeepSpeed rounds buffers to bf16: rotary positions would differ from those that the opponent was scored with.
         buffers = {name: value.clone() for name, value in self.model.named_buffers()}
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints what memory is there
-            deepspeed.init_distributed(verbose=False)  # with what `ranks` has begun
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints how much memory is free
+            deepspeed.init_distributed(verbose=False)  # finds the process group of `ranks`
             ds, *_ = deepspeed.initialize(model=_Root(self.model), optimizer=self.optimizer, config=self._settings())
         for name, value in buffers.items():
-            owner, _, leaf = name.rpartition(".")
-            self.model.get_submodule(owner)._buffers[leaf] = value.to(self.device)
-        self._begin(ds)
+            module, _, leaf = name.rpartition(".")
+            self.model.get_submodule(module)._buffers[leaf] = value.to(self.device)
+        self._set_state(ds)
         return ds
 
     def _settings(self) -> dict[str, Any]:
@@ -142,7 +149,7 @@ class DeepSpeedEngine:
             on_gpu = self.device.type == "cuda"
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
         settings: dict[str, Any] = {
-            # Ours are counted in pairs; DeepSpeed is told only where a step ends.
+            # Batches are counted in pairs by the training loop; `micro_batches` marks where a step ends.
             "train_batch_size": self.ranks.size,
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
@@ -153,21 +160,21 @@ class DeepSpeedEngine:
             "bf16": {"enabled": self.dtype == torch.bfloat16},
             "steps_per_print": None,
         }
-        if self.stage > 0:  # sums of passes and of ranks in fp32
+        if self.stage > 0:  # sum micro-batches and ranks in fp32
             settings |= {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}
         return settings
 
-    def _begin(self, ds: Any) -> None:
-        """Put masters and states in place: DeepSpeed has only seen the rounded weights."""
-        if self._saved is None:
+    def _set_state(self, ds: Any) -> None:
+        """Set masters and optimiser states: DeepSpeed made its masters from the rounded weights."""
+        if self._checkpoint is None:
             if self.dtype != torch.float32:
                 masters, self.buffers = masters_of(self.policy, torch.device("cpu"))
-                self._spread(ds, masters.__getitem__)
-            for part in self._parts(ds):  # at stage 0 DeepSpeed has made an update of nothing, which AdamW would count
+                self._set_masters(ds, masters.__getitem__)
+            for part in self._parts(ds):  # at stage 0 DeepSpeed has made an empty update, which AdamW would count
                 if "step" in (state := self.optimizer.state.get(part, {})):
                     state["step"].zero_()
             return
-        with safe_open(self._saved / OPTIMIZER, "pt") as file:
+        with safe_open(self._checkpoint / OPTIMIZER, "pt") as file:
             self.updates = int(file.metadata()["updates"])
             for part in self._parts(ds):
                 self.optimizer.state[part] = {"step": torch.tensor(float(self.updates))}
@@ -176,68 +183,70 @@ class DeepSpeedEngine:
                 def value_of(name: str, state: str = state) -> Tensor:
                     return file.get_tensor(f"{state}.{name}").view(self.shapes[name])
 
-                self._spread(ds, value_of)
+                # States are partitioned as masters are: set them in the masters' place, and copy each rank's part.
+                self._set_masters(ds, value_of)
                 for part in self._parts(ds):
                     self.optimizer.state[part][state] = part.detach().clone()
-        with safe_open(self._saved / MASTERS, "pt") as file:
-            self._spread(ds, file.get_tensor)
+        with safe_open(self._checkpoint / MASTERS, "pt") as file:
+            self._set_masters(ds, file.get_tensor)
 
     def _parts(self, ds: Any) -> list[Tensor]:
-        """This rank's parts of the fp32 masters, as the optimiser has them."""
-        if self.stage == 3:  # which it gives the optimiser one after another
+        """This rank's parts of the fp32 masters, which are the keys of the optimiser's states."""
+        if self.stage == 3:  # DeepSpeed gives them to the optimiser one after another
             return ds.optimizer.fp32_partitioned_groups_flat
         return [part for group in self.optimizer.param_groups for part in group["params"]]
 
-    def _spread(self, ds: Any, value_of: Callable[[str], Tensor]) -> None:
-        """Put `value_of(name)`, whole and fp32, in the place of each master: a part of it on each rank, or all."""
+    def _set_masters(self, ds: Any, value_of: Callable[[str], Tensor]) -> None:
+        """Set each master, or this rank's part of it, to the whole tensor `value_of(name)`."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
-        copies = self._copies(ds)
+        masters = self._whole_masters(ds)
         for name, weight in self.trained.items():
             value = value_of(name).float()
             if self.stage == 0:
-                copies[name].data.copy_(value)
+                masters[name].data.copy_(value)
             elif self.stage < 3:
                 safe_set_full_fp32_param(weight, value.to(self.device))
-            else:  # parts are of one length, the last is filled up
+            else:  # parts have one length: the last one is padded
                 length = weight.ds_tensor.numel()  # type: ignore[attr-defined]
                 flat = torch.nn.functional.pad(value.flatten(), (0, length * self.ranks.size - value.numel()))
                 safe_set_local_fp32_param(weight, flat[self.ranks.rank * length :][:length].to(self.device))
 
-    def _whole(self, ds: Any) -> dict[str, Tensor]:
-        """The masters by name, whole, on the CPU of rank 0; empty elsewhere."""
+    def _gather_masters(self, ds: Any) -> dict[str, Tensor]:
+        """The whole masters by name on rank 0's CPU; empty on other ranks."""
         from deepspeed.utils import safe_get_full_fp32_param
 
-        copies, found = self._copies(ds), {}
+        masters, gathered = self._whole_masters(ds), {}
         for name, weight in self.trained.items():
-            value = copies[name].detach() if self.stage == 0 else safe_get_full_fp32_param(weight)
+            value = masters[name].detach() if self.stage == 0 else safe_get_full_fp32_param(weight)
             if self.ranks.is_main_process:
-                found[name] = value.view(self.shapes[name]).to("cpu", copy=True).contiguous()
-        return found
+                gathered[name] = value.view(self.shapes[name]).to("cpu", copy=True).contiguous()
+        return gathered
 
-    def _copies(self, ds: Any) -> Mapping[str, Tensor]:
-        """At stage 0, where each rank has them all, the masters by name."""
+    def _whole_masters(self, ds: Any) -> Mapping[str, Tensor]:
+        """At stage 0 the masters by name, which each rank holds whole. At other stages the weights, which are not read."""
         if self.stage > 0 or self.dtype == torch.float32:
             return self.trained
-        rounded = [weight for group in ds.optimizer.fp16_groups for weight in group]
-        masters = [weight for group in ds.optimizer.fp32_groups for weight in group]
-        found = {id(weight): master for weight, master in zip(rounded, masters, strict=True)}
-        return {name: found[id(weight)] for name, weight in self.trained.items()}
+        weights = [weight for group in ds.optimizer.fp16_groups for weight in group]
+        masters = [master for group in ds.optimizer.fp32_groups for master in group]
+        master_of = {id(weight): master for weight, master in zip(weights, masters, strict=True)}
+        return {name: master_of[id(weight)] for name, weight in self.trained.items()}
 
-    # --- the verbs ----------------------------------------------------------------------------------------------------
+    # --- the engine's interface ---------------------------------------------------------------------------------------
 
     def micro_batches(self, items: Sequence[Continuations], forward: Forward) -> Iterator[tuple[Batch, float]]:
-        """This rank's batches of a step's `items`, with weight 1; as many on every rank, the last of some with weight 0, as
-        all of them pass through the model together."""
-        hands = balance_by_tokens(items, self.ranks.size)
-        plans = [forward.plan([items[i] for i in hand]) for hand in hands]
-        hand, plan = hands[self.ranks.rank], plans[self.ranks.rank]
-        mine = [[[hand[k] for k in row] for row in rows] for rows in plan]
+        """This rank's batches of a step's `items`, with weight 1. A rank with fewer batches than the others repeats an item
+        with weight 0, as all ranks must run equally many forward passes."""
+        shares = balance_by_tokens(items, self.ranks.size)
+        plans = [forward.plan([items[i] for i in share]) for share in shares]
+        share, plan = shares[self.ranks.rank], plans[self.ranks.rank]
+        batches = [[[share[k] for k in row] for row in rows] for rows in plan]
         shortest = min(range(len(items)), key=lambda i: items[i].tokens)
         count = max(map(len, plans))
         for k in range(count):
             self._ds.set_gradient_accumulation_boundary(k == count - 1)
-            yield collate(items, forward.layout, mine[k] if k < len(mine) else [[shortest]]), float(k < len(mine))
+            rows, weight = (batches[k], 1.0) if k < len(batches) else ([[shortest]], 0.0)
+            yield collate(items, forward.layout, rows), weight
 
     def logps(self, batch: Batch, forward: Forward) -> Tensor:
         """[batch.responses], with gradients: see `sequence_logps`."""
@@ -245,14 +254,14 @@ class DeepSpeedEngine:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of `loss`, this rank's part of the step's, to those of the step."""
-        # DeepSpeed takes the mean over ranks. A loss that is not finite must not have gradients that are.
+        # DeepSpeed averages over ranks. The gradients of a non-finite loss must be non-finite, so that `step` skips it.
         scale = self.ranks.size if loss.isfinite() else math.nan
         self._ds.backward(loss * scale)
 
     def step(self, lr: float) -> float:
         """As `SingleEngine.step`."""
         norm = None
-        if self.stage == 0 and self.dtype == torch.float32:  # then DeepSpeed looks at no norm
+        if self.stage == 0 and self.dtype == torch.float32:  # where DeepSpeed does not check the norm
             grads = [weight.grad for weight in self.trained.values() if weight.grad is not None]
             norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad) for grad in grads])).item()
             if not math.isfinite(norm):
@@ -267,7 +276,7 @@ class DeepSpeedEngine:
         return float(self._ds.get_global_grad_norm()) if norm is None else norm
 
     def skip_step(self) -> float:
-        """Forget the gradients of a step whose loss is not finite: see `backward`."""
+        """Drop the gradients of a step whose loss is not finite (see `backward`). Returns NaN."""
         norm = self.step(0.0)
         assert not math.isfinite(norm)
         return math.nan
@@ -277,42 +286,43 @@ class DeepSpeedEngine:
         return self.ranks.mean(torch.cat([value.reshape(-1).cpu() for value in values]))
 
     def save(self, folder: Path) -> None:
-        """As `SingleEngine.save`, whole, by rank 0."""
-        masters = self._whole(self._ds)
+        """As `SingleEngine.save`, by rank 0. The engine stays usable."""
+        masters = self._gather_masters(self._ds)
         if self.ranks.is_main_process:
             save_model(self.model, {**self.buffers, **masters}, self.policy, folder)
 
     def save_state(self, folder: Path) -> None:
-        """As `SingleEngine.save_state`, whole, by rank 0."""
-        masters = self._whole(self._ds)
+        """As `SingleEngine.save_state`, by rank 0."""
+        masters = self._gather_masters(self._ds)
         if self.ranks.is_main_process:
             save_file(masters, folder / MASTERS)
         del masters
         states: dict[str, Tensor] = {}
         parts = self._parts(self._ds)
-        kept = [part.detach().clone() for part in parts]
-        for state in STATES[self.config.name]:  # each in the masters' place, for the moment
+        saved = [part.detach().clone() for part in parts]
+        for state in STATES[self.config.name]:  # each is gathered from the masters' place: see `_set_state`
             for part in parts:
                 part.data.copy_(self.optimizer.state[part][state])
-            states |= {f"{state}.{name}": value.view(-1) for name, value in self._whole(self._ds).items()}
-        for part, value in zip(parts, kept, strict=True):
+            states |= {f"{state}.{name}": value.view(-1) for name, value in self._gather_masters(self._ds).items()}
+        for part, value in zip(parts, saved, strict=True):
             part.data.copy_(value)
         if self.ranks.is_main_process:
             save_file(states, folder / OPTIMIZER, {"updates": str(self.updates)})
 
     def load_state(self, folder: Path) -> None:
-        """Go on from what `save_state` wrote, on any number of ranks, before the first log-probs."""
-        assert "_ds" not in vars(self)
-        self._saved = folder
+        """Go on from what `save_state` wrote on any number of ranks; before the engine's first use."""
+        assert self._initialized is None and not self._closed
+        self._checkpoint = folder
 
     def close(self) -> None:
-        """Let go of what DeepSpeed holds."""
-        if "_ds" not in vars(self):
+        """Free what DeepSpeed holds, after which the engine can't be used."""
+        ds, self._initialized, self._closed = self._initialized, None, True
+        if ds is None:
             return
         from deepspeed.runtime.zero import parameter_offload
 
-        self._ds.destroy()
-        # What is left of it would hold the weights until the process ends: a stack of modules, hooks of their gradients.
+        ds.destroy()
+        # Module stack and gradient hooks would hold the weights until the process ends.
         parameter_offload.FWD_MODULE_STACK.clear()
         for weight in self.model.parameters():
             weight.data = weight.new_empty(0)

@@ -11,17 +11,12 @@ from pathlib import Path
 import torch
 
 GIB = 2**30
-
-LIBRARIES = 0.35 * GIB  # of a process on the CPU: what is imported on the way (the two-sample tests, say)
-
-
-# --- is there enough? -------------------------------------------------------------------------------------------------
+LIBRARIES = 0.35 * GIB  # what libraries that are imported later take of a CPU's memory
 
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """Bytes of a device: those that are free for this run, what it has in all, and what the run takes there before any
-    weight is loaded."""
+    """Bytes of a device: `free` for this process, `total`, and `before`: what the process holds before weights are loaded."""
 
     free: float
     total: float
@@ -29,35 +24,33 @@ class DeviceMemory:
 
 
 def free_memory(device: torch.device, processes: int = 1) -> DeviceMemory:
-    """What the device has now, for each of so many processes that share it: on a CPU those of one machine."""
+    """The memory of `device` now; a CPU's is divided by the `processes` that share it."""
     if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return DeviceMemory(free, total, 0.0)
+        return DeviceMemory(*torch.cuda.mem_get_info(device), before=0.0)
     resident = resident_bytes()
-    available, everything = _memory()
-    return DeviceMemory(available / processes + resident, everything / processes, resident + LIBRARIES)
+    free, total = _cpu_memory()
+    return DeviceMemory(free / processes + resident, total / processes, resident + LIBRARIES)
 
 
 def release_free_memory() -> None:
-    """Return to the system what is free: glibc keeps what small tensors leave, of a training most of its memory."""
+    """Return freed memory to the system: glibc keeps the holes between small tensors, which add up to most of a training's
+    memory, and torch keeps freed GPU memory."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
 
-def _memory() -> tuple[float, float]:
-    """Free and all memory of this machine, or of the container that it is."""
-    found: dict[str, float] = {}
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            name, value, *_ = line.replace(":", " ").split()
-            found[name] = 1024 * float(value)
-    if not found:  # no Linux
+def _cpu_memory() -> tuple[float, float]:
+    """Free and total bytes, swap included, of this machine or of its container."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:  # not Linux
         total = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
         return total, total
-    free, total = found["MemAvailable"] + found["SwapFree"], found["MemTotal"] + found["SwapTotal"]
-    with contextlib.suppress(OSError, ValueError):  # "max" is no number
+    sizes = {name: 1024 * float(value.split()[0]) for name, value in (line.split(":") for line in lines)}
+    free, total = sizes["MemAvailable"] + sizes["SwapFree"], sizes["MemTotal"] + sizes["SwapTotal"]
+    with contextlib.suppress(OSError, ValueError):  # no container, or no limit ("max")
         limit = float(Path("/sys/fs/cgroup/memory.max").read_text())
         used = float(Path("/sys/fs/cgroup/memory.current").read_text())
         free, total = min(free, limit - used), min(total, limit)
@@ -65,6 +58,7 @@ def _memory() -> tuple[float, float]:
 
 
 def resident_bytes() -> float:
+    """Bytes that this process holds in memory; outside Linux its peak."""
     with contextlib.suppress(OSError):
         return float(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,10 +1,12 @@
 """The memory that a run's settings and data ask for, compared with what the device has free."""
 
+from collections.abc import Sequence
+
 import torch
 from transformers import AutoConfig
 
 from spin.config.schema import Config
-from spin.data.examples import Dataset
+from spin.data.examples import Dataset, Example
 from spin.engines import memory
 from spin.engines.device_memory import free_memory
 from spin.models.policy import Policy, weight_files
@@ -42,39 +44,41 @@ def load_of(
     config: Config, data: Dataset, base: Policy, device: torch.device, dtype: torch.dtype, ranks: ProcessGroup
 ) -> memory.Load:
     """The sizes that decide a run's peak memory on one rank."""
-    examples, engine = [*data.train, *data.held_out], config.engine
-    new, answers = config.max_new_tokens, config.generation.num_answers
-    is_padded = engine.layout == "padded"
-    prompt = max(len(e.prompt_ids) for e in examples)
-    # A packed row has the prompt once with all of its answers; in padded rows every answer has its own prompt.
-    row = max(
-        len(e.prompt_ids) + (max(len(e.real_ids), new) if is_padded else len(e.real_ids) + answers * new)
-        for e in examples
-    )
-    item = (1 + answers) * row if is_padded else row
-    batch = max(engine.tokens_per_batch, row)
-    prompts = -(-config.schedule.batch_size // ranks.size)  # of a step, on this rank
-    on_cpu = device.type == "cpu"
+    engine, generation = config.engine, config.generation
+    new, is_on_cpu = config.max_new_tokens, device.type == "cpu"
+    prompt = max(len(e.prompt_ids) for e in [*data.train, *data.held_out])
+
+    def longest(examples: Sequence[Example], num_answers: int) -> int:
+        is_padded = engine.layout == "padded"
+        sizes = ((len(e.prompt_ids), len(e.real_ids)) for e in examples)
+        return max((memory.item_tokens(*size, new, num_answers, is_padded) for size in sizes), default=0)
+
+    # An evaluation scores two generated answers to a prompt: the policy's and its opponent's.
+    train_row, held_out_row = longest(data.train, generation.num_answers), longest(data.held_out, 2)
+    row = max(train_row, held_out_row)
+    scored = max(len(data.train) * train_row, len(data.held_out) * held_out_row)
+    batch = max(engine.tokens_per_batch, train_row)
+    items = -(-config.schedule.batch_size // ranks.size)  # of a step, on this rank
+    answers = max(len(data.train) * generation.num_answers, len(data.held_out))
     spread = None
     if engine.name == "deepspeed":
-        spread = memory.Spread(ranks.size, engine.zero_stage, engine.offload_optimizer and not on_cpu)
-    rows_that_fit = config.generation.tokens // (prompt + new)
+        spread = memory.Spread(ranks.size, engine.zero_stage, engine.offload_optimizer and not is_on_cpu)
     return memory.Load(
         precision="fp32" if dtype == torch.float32 else "bf16",
         optimizer=config.optimizer.name,
         checkpointing=engine.gradient_checkpointing,
         quantization=base.quantization,
-        training_tokens=min(batch, max(row, prompts * item)),
-        scoring_tokens=min(batch, max(row, len(examples) * item)),
+        training_tokens=min(batch, items * train_row),
+        scoring_tokens=min(max(engine.tokens_per_batch, row), scored),
         row=row,
         head_chunk=engine.head_chunk,
-        decoded=max(1, min(config.generation.batch_size, answers * len(examples), rows_that_fit)),
+        decoded=max(1, min(generation.batch_size, answers, generation.tokens // (prompt + new))),
         prompt=prompt,
         length=prompt + new,
-        files=sum(path.stat().st_size for path in weight_files(base.folder)) if on_cpu else 0,
+        files=sum(path.stat().st_size for path in weight_files(base.folder)) if is_on_cpu else 0,
         plays=config.stage == "game",
         states=config.optimizer.states,
-        passes=-(-prompts * item // batch),
+        passes=-(-items * train_row // batch),
         mask=max(engine.tokens_per_row, row) if engine.layout == "masked" else 0,
         spread=spread,
     )

@@ -40,7 +40,8 @@ def generate_answers(
 
     def decode_shard(requests: Sequence[Request]) -> list[list[int]]:
         prompts = [request.example.prompt_ids for request in requests]
-        uniforms = torch.stack([_uniforms(request.seed(seed), max_new_tokens) for request in requests])
+        streams = [torch.Generator().manual_seed(request.seed(seed)) for request in requests]
+        uniforms = torch.stack([torch.rand(max_new_tokens, generator=stream) for stream in streams])
 
         def choose(logits: Tensor, prompt_of: list[int], lengths: list[int]) -> Tensor:
             if min(lengths) == 0 and not logits.isfinite().all():
@@ -82,7 +83,3 @@ def _sample(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -
     cumulative = probs.cumsum(-1)
     chosen = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True).squeeze(1)
     return chosen.clamp(max=logits.shape[-1] - 1)
-
-
-def _uniforms(seed: int, count: int) -> Tensor:
-    return torch.rand(count, generator=torch.Generator().manual_seed(seed))

@@ -51,14 +51,8 @@ def user_message(error: BaseException) -> str | None:
     is_runtime_error = isinstance(error, RuntimeError)
     if isinstance(error, MemoryError) or (is_runtime_error and re.search(OUT_OF_MEMORY, text, re.IGNORECASE)):
         return (
-            "memory is short: lower engine.tokens_per_batch, engine.head_chunk or generation.batch_size, or set "
-            f"engine.gradient_checkpointing=true; {TRY_AGAIN}"
-        )
-    pattern = LOST_PEER.get(type(error).__name__)
-    if pattern and re.search(pattern, text, re.IGNORECASE | re.DOTALL):
-        return (
-            "another process of this game has ended or can't be reached: finished work is kept, run the same command to "
-            "go on."
+            "memory is short: set engine.gradient_checkpointing=true, which keeps finished stages, or lower "
+            "engine.tokens_per_batch, engine.head_chunk or generation.batch_size, with which all stages are computed again."
         )
     return None
 

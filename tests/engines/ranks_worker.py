@@ -1,5 +1,6 @@
-"""One rank of tests/engines/test_deepspeed.py: `torchrun ... tests/engines/ranks_worker.py FOLDER` plays the cases in FOLDER/cases.json together
-with the other ranks. Each leaves a folder of its name: rows, facts, the policy. `play` plays a case in one process, too."""
+"""One rank of test_deepspeed.py: `torchrun ... -m tests.engines.ranks_worker FOLDER` trains the cases in FOLDER/cases.json.
+
+Each case leaves a folder of its name: rows, facts, the policy. `play` also trains a case in one process."""
 
 import json
 import sys
@@ -29,14 +30,14 @@ from tests.conftest import random_items
 
 CPU = torch.device("cpu")
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-PAIRS = 10  # in batches of 3: the ranks' shares are unequal, and the last step is one pair's
+PAIRS = 10  # in batches of 3: the ranks' shares differ, and the last step has one pair
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained, and how. `objective`: "spin", or one that in the steps `broken` is not finite for one item: "loss" and
-    gradients, or the "gradient" alone. `kept`: the folder of checkpoints, one after every step;
-    `cut`: the step at which the process dies."""
+    """A training. `objective`: "spin", or one that is not finite for one item in the steps `broken`, in its "loss" (and
+    gradient) or in its "gradient" alone. `kept`: the folder of checkpoints, one after every step. `cut`: the step at which
+    the process dies."""
 
     name: str
     model: str
@@ -46,7 +47,7 @@ class Case:
     base: str | None = None
     lr: float = 1e-3
     clip: float = 0.5
-    tokens: int = 64  # of a pass, below two pairs' of most
+    tokens: int = 64  # of a micro-batch: fewer than most two pairs have
     epochs: float = 1
     checkpointing: bool = False
     offload: bool = False
@@ -79,7 +80,7 @@ def scored(policy: Policy, precision: str, forward: Forward) -> list[Pair]:
 
 
 def broken_at(case: Case) -> Callable:
-    """The negative log-prob of one response; where it is broken, it is for one item, and so on one rank."""
+    """The negative log-prob of a response, not finite for one item, and so on one rank, in the broken steps."""
     order = _order(PAIRS, case.epochs, 0)
 
     def objective(batch, logps, indices, step):
@@ -92,7 +93,7 @@ def broken_at(case: Case) -> Callable:
 
 
 def play(case: Case, folder: Path, together: ProcessGroup = SINGLE_PROCESS) -> SingleEngine | DeepSpeedEngine:
-    """Train as the case says; by `SingleEngine` where there is one rank. The engine, closed."""
+    """Train the case, with `SingleEngine` if there is one rank. Returns the closed engine."""
     folder = folder / case.name
     options = EngineConfig.from_defaults(
         name="deepspeed",
@@ -109,9 +110,7 @@ def play(case: Case, folder: Path, together: ProcessGroup = SINGLE_PROCESS) -> S
 
     def logps(batch, forward):
         found = usual(batch, forward)
-        if (
-            facts["passes"] == 0 and together is not SINGLE_PROCESS
-        ):  # against the policy as it was scored, in the same batch
+        if facts["passes"] == 0 and together is not SINGLE_PROCESS:  # compare with the policy as it was scored
             plain = load_policy(case.policy, TYPES[case.precision], CPU)
             with torch.no_grad():
                 expected = sequence_logps(plain, batch, forward)
@@ -140,6 +139,9 @@ def play(case: Case, folder: Path, together: ProcessGroup = SINGLE_PROCESS) -> S
         else:
             fit(engine, random_items(PAIRS, 1, seed=5), broken_at(case), case.forward, **settings)
         engine.save(folder / "policy")
+        if together is not SINGLE_PROCESS:
+            (folder / "state").mkdir(parents=True, exist_ok=True)
+            engine.save_state(folder / "state")  # `save` leaves the engine usable
     except Cut:
         pass
     if together is not SINGLE_PROCESS:
@@ -148,9 +150,14 @@ def play(case: Case, folder: Path, together: ProcessGroup = SINGLE_PROCESS) -> S
         names = {name for name, weight in engine.model.named_parameters() if weight.requires_grad}
         facts["trained"] = sorted(names)
     engine.close()
+    if together is not SINGLE_PROCESS:
+        try:
+            engine.save_state(folder)
+        except AssertionError as error:
+            facts["after close"] = str(error)
     facts["restored"] = kept.restored.step
-    facts["passes of all"] = together.total(facts["passes"])
-    facts["first"] = together.most(facts["first"] or 0.0)
+    facts["passes of all"] = together.all_reduce_sum(facts["passes"])
+    facts["first"] = together.all_reduce_max(facts["first"] or 0.0)
     if together.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "facts.json").write_text(json.dumps(facts))
@@ -159,7 +166,7 @@ def play(case: Case, folder: Path, together: ProcessGroup = SINGLE_PROCESS) -> S
 
 
 def measured(engine: DeepSpeedEngine) -> dict[str, int]:
-    """Bytes that this rank holds, by what they are for, each storage once."""
+    """Bytes that this rank holds by purpose, each storage once."""
 
     def held(tensors) -> int:
         return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
@@ -167,7 +174,7 @@ def measured(engine: DeepSpeedEngine) -> dict[str, int]:
     weights = [getattr(weight, "ds_tensor", weight) for weight in engine.model.parameters()]
     parts = engine._parts(engine._ds)
     if engine.stage == 0 and engine.dtype != torch.float32:
-        parts = list(engine._copies(engine._ds).values())
+        parts = list(engine._whole_masters(engine._ds).values())
     states = [
         value
         for state in engine.optimizer.state.values()
@@ -182,7 +189,7 @@ def measured(engine: DeepSpeedEngine) -> dict[str, int]:
     }
 
 
-# --- work that is no training -------------------------------------------------------------------------------------------
+# --- generating and scoring -------------------------------------------------------------------------------------------
 
 
 def examples() -> list[Example]:
@@ -196,7 +203,7 @@ def answered(model_folder: Path, keep, size: int) -> tuple[list[dict], list[floa
     settings = GenerationConfig.from_defaults(batch_size=3, temperature=1.0)
     tokenizer = load_tokenizer(model_folder)
     answers = generate_answers(
-        model, tokenizer, examples(), settings, 12, {1}, 0, keep=keep("answers"), shard_size=size
+        model, tokenizer, examples(), 1, settings, 12, {1}, 0, keep=keep("answers"), shard_size=size
     )
     forward = Forward("packed", "chunked", 64, 64, 16)
     logps = compute_logps(model, random_items(13, seed=9), forward, keep=keep("scores"), shard_size=size)
@@ -204,7 +211,7 @@ def answered(model_folder: Path, keep, size: int) -> tuple[list[dict], list[floa
 
 
 def share_work(folder: Path, model_folder: Path, together: ProcessGroup) -> dict:
-    """What two ranks tell each other, and what they make of shards; with one shard damaged, once more."""
+    """Generate and score in shards together, again with one shard damaged, and use all of the process group."""
     said: list[str] = []
 
     def keep(name: str) -> ResumableShards:
@@ -219,14 +226,14 @@ def share_work(folder: Path, model_folder: Path, together: ProcessGroup) -> dict
         path.write_bytes(content)
     together.barrier()
     again = answered(model_folder, keep, 2)
-    if together.rank == 1:  # alone: transformers would have rank 0 write
+    if together.rank == 1:  # transformers would have rank 0 write
         find_model(ModelConfig.from_defaults(path="builtin:tiny"), folder / "cache")
     taken = []
-    for number in together.claims():
+    for number in together.claim_indices():
         if number >= 200:
             break
         taken.append(number)
-    together.claims()  # a queue that nobody takes from is one all the same
+    together.claim_indices()  # a queue counts even if no rank takes from it
     counter = together.counter()
     counter.add(together.rank + 1)
     together.barrier()
@@ -238,8 +245,8 @@ def share_work(folder: Path, model_folder: Path, together: ProcessGroup) -> dict
         "made": sorted(path.name for path in (folder / "cache").glob("tiny-*/*")),
         "counted": counter.add(0),
         "shared": together.broadcast({"rank": together.rank}),
-        "most": together.most(together.rank),
-        "total": together.total(0.5),
+        "most": together.all_reduce_max(together.rank),
+        "total": together.all_reduce_sum(0.5),
         "mean": together.mean(torch.tensor([1.0, 2.0, 6.0][: 3 * together.rank])),  # nothing on rank 0
         "firsts": together.is_first_to_fail() + 2 * together.is_first_to_fail(),
     }

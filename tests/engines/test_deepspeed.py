@@ -1,4 +1,4 @@
-"""engine=deepspeed: two real processes (gloo, on the CPU) against one, in losses, weights, answers, checkpoints and games."""
+"""engine=deepspeed: two real processes (gloo, on a CPU) against one: losses, weights, answers, checkpoints and games."""
 
 import importlib.util
 import json
@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from spin.engines.base import MASTERS
 from spin.engines.deepspeed import check_deepspeed
 from spin.engines.memory import Spread, bytes_per_weight
 from spin.engines.packing import balance_by_tokens
@@ -35,7 +36,7 @@ TIMINGS = {"tokens_per_second", "pairs_per_second"}
 
 
 def torchrun(size: int, *words: str, timeout: float = 250, env: dict[str, str] | None = None):
-    """The command `torchrun --nproc-per-node SIZE *words`, ended."""
+    """Run `torchrun --nproc-per-node SIZE *words` to its end."""
     return subprocess.run(
         launch(size, *words),
         cwd=ROOT,
@@ -48,13 +49,13 @@ def torchrun(size: int, *words: str, timeout: float = 250, env: dict[str, str] |
 
 
 def launch(size: int, *words: str) -> list[str]:
-    """`--standalone` looks for a free port by itself."""
+    """torchrun's command line; `--standalone` takes a free port."""
     runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
     return [*runner, *words]
 
 
 class Results:
-    """What the ranks left in `folder` of `cases`, and what one process makes of the same."""
+    """The results of `cases` by `size` ranks, in `folder`, and of the same cases by one process."""
 
     def __init__(self, folder: Path, cases: list[Case], size: int = 2, shared: str | None = None):
         self.folder, self.cases = folder, {case.name: case for case in cases}
@@ -65,7 +66,7 @@ class Results:
         self.printed = done.stdout + done.stderr
 
     def alone(self, name: str) -> Path:
-        """The folder of what one process makes of a case."""
+        """The folder of a case's results by one process."""
         if not (self.folder / "alone" / name).exists():
             play(self.cases[name], self.folder / "alone")
         return self.folder / "alone" / name
@@ -76,19 +77,19 @@ class Results:
         return facts, rows
 
     def moves(self, name: str, folder: Path | None = None) -> torch.Tensor:
-        """How far training has moved each weight."""
+        """The difference that training made to each weight."""
         saved = weights_of((folder or self.folder / name) / "policy")
         start = weights_of(Path(self.cases[name].model))
         assert saved.keys() == start.keys()
         return torch.cat([(saved[key].double() - start[key].double()).flatten() for key in sorted(saved)])
 
     def compare(self, name: str) -> None:
-        """Ranks and the one process: rows, and weights.
+        """Compare rows and weights of the ranks with those of one process.
 
-        In fp32 they differ by the order of sums: 1e-6 of a gradient. RMSprop and AdamW divide a gradient by its own size, so
-        that few weights, whose gradients are all rounding, move by the full rate in either direction: hence a bound on all
-        moves together. In bf16 a gradient is rounded to 2^-9 of itself where it is summed over layers and, at stage 0, over
-        passes and ranks; log-probs of the later steps have the rounding of weights that differ in their last bit.
+        In fp32 they differ by the order of sums, 1e-6 of a gradient. RMSprop and AdamW divide a gradient by its own size, so
+        the few weights whose gradients are rounding alone move by the full rate in either direction: the bound is on all
+        moves together. In bf16 a gradient is rounded to 2^-9 of itself when it is summed over layers and, at stage 0, over
+        micro-batches and ranks, and later log-probs see weights that differ in their last bit.
         """
         fp32 = self.cases[name].precision == "fp32"
         alone = self.alone(name)
@@ -199,7 +200,7 @@ def more(models, tmp_path_factory):
 # --- training -----------------------------------------------------------------------------------------------------------
 
 
-def test_two_ranks_train_as_one_process_does(two):
+def test_training_matches_one_process(two):
     for name, case in two.cases.items():
         if case.kept is None:
             two.compare(name)
@@ -210,7 +211,7 @@ def test_two_ranks_train_as_one_process_does(two):
 
 
 @pytest.mark.slow
-def test_two_ranks_train_as_one_process_does_in_other_ways(more):
+def test_training_matches_one_process_in_more_cases(more):
     for name, case in more.cases.items():
         if case.kept is None:
             more.compare(name)
@@ -219,22 +220,22 @@ def test_two_ranks_train_as_one_process_does_in_other_ways(more):
     check_bytes(more)
 
 
-def test_ranks_pass_through_the_model_equally_often(two):
-    """ZeRO-3 gathers weights in every pass: one that has nothing left passes with weight 0."""
+def test_ranks_run_equally_many_passes(two):
+    """ZeRO 3 gathers weights in every pass: a rank without a batch runs one with weight 0."""
     facts, _ = two.of("0")
     assert facts["passes of all"] == 2 * facts["passes"] > 2 * 4
 
 
-def test_the_first_log_probs_are_those_of_one_process_to_the_bit(two):
-    """In bf16, too: what DeepSpeed casts are not only weights, and rotary positions in bf16 are others."""
+def test_first_logps_are_bit_identical(two):
+    """In bf16, too: DeepSpeed also rounds buffers, and rounded rotary positions would show."""
     for name, case in two.cases.items():
         if case.cut is not None or case.kept is None:
             assert two.of(name)[0]["first"] == 0.0, name
 
 
 @pytest.mark.parametrize("name", ["2 bf16 small steps", "3 bf16 small steps"])
-def test_masters_are_the_policys_own_weights_and_what_is_saved(two, name):
-    """All steps together are below what bf16 tells apart: had masters begun as rounded weights, it would be seen."""
+def test_masters_keep_full_precision(two, name):
+    """All steps together are smaller than bf16 resolves: masters that start as rounded weights would show."""
     moved = two.moves(name).abs()
     assert 0 < moved.max() < 4 * 10 * 1e-7 * 1.1  # RMSprop's first steps are of ten times the rate
     assert (moved > 1e-8).double().mean() > 0.5
@@ -244,13 +245,13 @@ def test_masters_are_the_policys_own_weights_and_what_is_saved(two, name):
     assert kept.double().mean() > 0.95
 
 
-def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(two):
+def test_step_not_finite_on_one_rank_is_skipped_by_all(two):
     rows = two.of("3 broken")[1]  # the weights after it are compared above
     assert [row["skipped"] for row in rows] == [0, 1, 2, 2, 3, 3, 3]
     assert [math.isnan(row["grad_norm"]) for row in rows] == [False, True, True, False, True, False, False]
 
 
-def test_of_an_adapter_nothing_else_is_trained_or_saved(two):
+def test_only_the_adapter_is_trained_and_saved(two):
     facts, _ = two.of("3 lora")
     assert facts["trained"] and all(".lora_" in name for name in facts["trained"])
     assert all(".lora_" in name for name in weights_of(two.folder / "3 lora" / "policy"))
@@ -265,14 +266,23 @@ def check_bytes(results: Results) -> None:
             assert held[part] == pytest.approx(numbers * expected[part], rel=0.01), (name, part)
 
 
-def test_the_estimate_of_memory_is_what_a_rank_holds(two):
+def test_memory_estimate_matches_a_rank(two):
     check_bytes(two)
+
+
+def test_save_leaves_the_engine_usable_until_close(two):
+    for name, case in two.cases.items():
+        facts, _ = two.of(name)
+        assert facts["after close"] == "this engine is closed", name
+        if case.cut is None and case.base is None:  # the files of an adapter have other names
+            policy, state = weights_of(two.folder / name / "policy"), load_file(two.folder / name / "state" / MASTERS)
+            assert state and all(torch.equal(policy[key], value) for key, value in state.items()), name
 
 
 # --- checkpoints --------------------------------------------------------------------------------------------------------
 
 
-def test_training_that_is_cut_goes_on_to_the_same_bits(two):
+def test_resume_is_bit_identical(two):
     facts, rows = two.of("3 again")
     whole = two.of("3 adamw checkpointing")[1]
     assert facts["restored"] == 2
@@ -282,8 +292,8 @@ def test_training_that_is_cut_goes_on_to_the_same_bits(two):
     assert same_weights(two.folder / "3 again" / "policy", two.folder / "3 adamw checkpointing" / "policy")
 
 
-def test_two_go_on_from_what_one_kept_and_one_from_what_two_kept(two):
-    """AdamW: the number of updates decides how far the next one goes."""
+def test_resume_on_another_number_of_ranks(two):
+    """With AdamW the number of updates decides how far the next one goes."""
     whole = two.moves("3 adamw checkpointing", two.alone("3 adamw checkpointing"))
     assert two.of("3 after one")[0]["restored"] == 2
     assert (two.moves("3 after one") - whole).norm() < 1e-4 * whole.norm()
@@ -303,7 +313,7 @@ def kept_at(two: Results, step: int) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 3])
-def test_other_numbers_of_ranks_go_on_from_what_two_kept(two, tmp_path, size):
+def test_resume_on_one_or_three_ranks_at_another_stage(two, tmp_path, size):
     cases = [
         replace(two.cases["3 again"], name=f"stage {stage}", stage=stage, kept=str(kept_at(two, 3)))
         for stage in (0, 2, 3)
@@ -318,7 +328,7 @@ def test_other_numbers_of_ranks_go_on_from_what_two_kept(two, tmp_path, size):
 # --- shared work --------------------------------------------------------------------------------------------------------
 
 
-def test_every_item_is_dealt_once_in_hands_alike():
+def test_balance_by_tokens():
     for count in (1, 2, 7, 40):
         items = random_items(count, seed=count)
         for hands in (1, 2, 3, 8):
@@ -328,8 +338,8 @@ def test_every_item_is_dealt_once_in_hands_alike():
             assert max(tokens) - min(tokens) <= max(item.tokens for item in items)
 
 
-def test_ranks_share_answers_and_scores_which_are_those_of_one(two, models):
-    """And a shard that is damaged is made again, by one of them."""
+def test_shared_answers_and_scores(two, models):
+    """A damaged shard is made again, by one rank."""
     found = [json.loads((two.folder / f"shared-{rank}.json").read_text()) for rank in (0, 1)]
     alone = json.loads(json.dumps(answered(Path(models["untied"]), lambda name: compute_shards, 2)))
     for answers, logps in (one[when] for one in found for when in ("first", "again")):
@@ -339,7 +349,7 @@ def test_ranks_share_answers_and_scores_which_are_those_of_one(two, models):
     assert "00002" in said and "made again" in said
 
 
-def test_what_ranks_tell_each_other(two):
+def test_process_group(two):
     zero, one = (json.loads((two.folder / f"shared-{rank}.json").read_text()) for rank in (0, 1))
     assert sorted(zero["taken"] + one["taken"]) == list(range(200))
     for found in (zero, one):
@@ -347,16 +357,17 @@ def test_what_ranks_tell_each_other(two):
         assert found["most"] == 1 and found["total"] == 1 and found["mean"] == 3
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {*one["made"]}
     assert sorted([zero["firsts"], one["firsts"]]) == [0, 3]  # one of them, whenever it is asked
-    assert SINGLE_PROCESS.share(5) == 5 and SINGLE_PROCESS.most(2) == 2 and SINGLE_PROCESS.total(2) == 2
+    assert SINGLE_PROCESS.broadcast(5) == 5
+    assert SINGLE_PROCESS.all_reduce_max(2) == 2 and SINGLE_PROCESS.all_reduce_sum(2) == 2
     assert SINGLE_PROCESS.mean(torch.tensor([1.0, 2.0])) == 1.5 and SINGLE_PROCESS.is_first_to_fail()
 
 
-def test_the_library_is_quiet(two):
+def test_library_is_quiet(two):
     lines = [line for line in two.printed.splitlines() if line.strip()]
     assert lines == [], lines[:10]
 
 
-# --- what is refused ----------------------------------------------------------------------------------------------------
+# --- errors --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -369,13 +380,13 @@ def test_the_library_is_quiet(two):
         (["engine.zero_stage=4"], "engine.zero_stage=4: must be 0, 1, 2 or 3"),
     ],
 )
-def test_what_can_not_be_spread_over_ranks_is_refused(words, says):
+def test_unsupported_settings(words, says):
     with pytest.raises(UserError) as refused:
         load("engine=deepspeed", *words)
     assert says in str(refused.value) and "\n" not in str(refused.value)
 
 
-def test_deepspeed_that_is_missing_is_asked_for(monkeypatch):
+def test_missing_deepspeed(monkeypatch):
     usual = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "deepspeed" else usual(name))
     with pytest.raises(UserError, match=r"pip install deepspeed==\d"):
@@ -418,7 +429,7 @@ def assert_near(place: Place, ranks: str, one: str) -> None:
         parted = parted or row["stage"] == "train"
 
 
-def test_a_game_of_two_ranks_is_that_of_one_process(place):
+def test_game_matches_one_process(place):
     """ZeRO 3. Self-play from the start: answers and scores of iteration 0 are the same to the bit."""
     words = ["schedule.sft_epochs=0", "iter=0", "tracking.wandb=offline"]
     done = play_ranks(place, *GAME, *words, run="ranks")
@@ -434,7 +445,7 @@ def test_a_game_of_two_ranks_is_that_of_one_process(place):
     assert "Everything was done before" in again.stdout
 
 
-def test_a_typo_is_one_line_whatever_the_number_of_processes(place):
+def test_typo_is_reported_once(place):
     done = torchrun(2, "run.py", *place.words("loss.bta=1"))
     assert done.returncode == 1 and len(errors(done)) == 1 and "bta" in errors(done)[0]
     assert done.stdout == ""
@@ -447,8 +458,8 @@ def start_second(place: Place, *words: str) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
-def test_the_others_leave_it_to_the_first_to_say_what_is_wrong(place):
-    """However long it takes: torchrun would end it if they ended."""
+def test_other_ranks_wait_for_the_first_to_report(place):
+    """If they ended, torchrun would end the first before it reports."""
     second = start_second(place, "loss.bta=1")
     with pytest.raises(subprocess.TimeoutExpired):
         second.wait(timeout=12)
@@ -457,7 +468,7 @@ def test_the_others_leave_it_to_the_first_to_say_what_is_wrong(place):
 
 
 @pytest.mark.slow
-def test_a_process_that_fails_alone_says_why(place):
+def test_only_failing_rank_reports(place):
     second = start_second(place, "loss.bta=1")
     printed, said = second.communicate(timeout=120)
     assert second.returncode == 1 and printed == "" and said.startswith("error: ") and "bta" in said
@@ -473,14 +484,14 @@ def test_a_process_that_fails_alone_says_why(place):
         (["-m", "engine=deepspeed", "loss.beta=0.1,0.2"], "a sweep is started as one process"),
     ],
 )
-def test_what_a_user_can_put_right_is_one_line(place, words, says):
+def test_user_errors_are_one_line(place, words, says):
     done = torchrun(2, "run.py", *place.words(*words))
     assert done.returncode == 1 and len(errors(done)) == 1 and says in errors(done)[0], done.stderr
     assert "report:" not in done.stdout
 
 
 @pytest.mark.slow
-def test_games_of_other_stages_and_of_one_rank(place):
+def test_games_at_other_stages_and_on_one_rank(place):
     place.play("engine.precision=fp32", "schedule.batch_size=4", f"store.path={place.folder}/one", run="one")
     for stage in (0, 2):
         words = [*GAME, f"engine.zero_stage={stage}", f"store.path={place.folder}/zero{stage}"]
@@ -532,7 +543,7 @@ def ended(game: subprocess.Popen) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
-def test_ranks_that_are_killed_or_stopped_go_on_to_the_same_bits(place):
+def test_resume_after_kill_and_stop(place):
     """SIGKILL of one rank while it trains, then SIGTERM to torchrun while the next try does, then to the end."""
     words = [*GAME, "engine.zero_stage=2", "iter=0", "schedule.epochs=3"]
     play_ranks(place, *words, f"store.path={place.folder}/whole", run="whole")

@@ -1,4 +1,4 @@
-"""The estimate of memory: against what is counted in an engine, what autograd keeps, and the measured peak."""
+"""The memory estimate: against an engine's tensors, what autograd keeps, the batches of a run, and the measured peak."""
 
 import json
 import os
@@ -12,16 +12,19 @@ import torch
 import transformers as tf
 
 from spin.config.schema import EngineConfig, OptimizerConfig
-from spin.engines import memory, memory_table
+from spin.engines import memory, memory_load, memory_table
 from spin.engines.activations import save_less_for_backward
-from spin.engines.device_memory import DeviceMemory
+from spin.engines.device_memory import GIB, DeviceMemory
 from spin.engines.logps import Forward, sequence_logps
-from spin.engines.memory import GIB, Load, Needed, advice, check_memory, shape_of
+from spin.engines.memory import Load, Spread, advice, check_memory, shape_of
+from spin.engines.packing import Continuations
 from spin.engines.single import SingleEngine
 from spin.models import adapters
 from spin.models.adapters import Lora
 from spin.models.policy import Policy, content_id
+from spin.pipeline.context import prepare_run
 from spin.runtime.errors import UserError
+from spin.runtime.tracking import Tracker
 from tests.config.test_schema import load as load_config
 from tests.conftest import random_items
 
@@ -40,7 +43,7 @@ MEDIUM = tf.LlamaConfig(
 )
 
 
-def test_weights_are_counted_as_they_are():
+def test_weight_counts():
     shape = shape_of(MEDIUM, rank=4)
     assert shape.weights == tf.LlamaForCausalLM(MEDIUM).num_parameters()
     with torch.device("meta"):
@@ -56,7 +59,7 @@ def test_weights_are_counted_as_they_are():
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("optimizer", ["rmsprop", "adamw"])
-def test_what_an_engine_holds_a_weight_is_what_the_table_says(tiny_folder, precision, optimizer):
+def test_bytes_per_weight(tiny_folder, precision, optimizer):
     """All tensors of an engine after a step, each storage once."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     policy = Policy("start", tiny_folder, content_id(tiny_folder))
@@ -78,15 +81,15 @@ def test_what_an_engine_holds_a_weight_is_what_the_table_says(tiny_folder, preci
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_autograd_keeps_of_a_layer_is_what_the_formula_says(dtype, checkpointing):
-    """Counted storage by storage in two models that differ by two layers."""
+def test_activations_of_a_layer(dtype, checkpointing):
+    """Against autograd's storages in two models that differ by two layers."""
     kept = []
     for layers in (2, 4):
         config = tf.LlamaConfig(
             **{**MEDIUM.to_dict(), "num_hidden_layers": layers, "hidden_size": 96, "vocab_size": 97}
         )
         model = tf.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-        save_less_for_backward(model, checkpointing)  # a layer that is at work
+        save_less_for_backward(model, checkpointing)
         weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
         forward = Forward("packed", "chunked", 256, 512, 64)
         batch = next(forward.batches(random_items(60)))
@@ -109,13 +112,13 @@ def test_what_autograd_keeps_of_a_layer_is_what_the_formula_says(dtype, checkpoi
 
 # --- the peak ---------------------------------------------------------------------------------------------------------
 
-# Trains two steps and says how many bytes the process came to hold at most, above what it held before the model was
-# loaded. A tiny model goes first: what libraries allocate for themselves is no part of the estimate.
+# Trains two steps and prints the process' peak in bytes above what it held before the model was loaded. A tiny model goes
+# first: what libraries allocate for themselves is not part of the estimate.
 MEASURE = """
 import json, sys, tempfile
 from pathlib import Path
 import torch
-from spin import tiny
+from spin.models.tiny import make_tiny_model
 from spin.models.adapters import Lora
 from spin.config.schema import EngineConfig, ModelConfig, OptimizerConfig
 from spin.engines.single import SingleEngine
@@ -125,19 +128,19 @@ from spin.models.policy import Policy, with_quantization
 from spin.models.find import fresh_adapter
 from spin.engines.packing import Continuations
 
-asked = json.loads(sys.argv[1])
-forward = Forward("packed", "chunked", asked["row"], asked["tokens"], asked["chunk"])
+case = json.loads(sys.argv[1])
+forward = Forward("packed", "chunked", case["row"], case["tokens"], case["chunk"])
 
 def train(folder, vocabulary):
-    policy = with_quantization(Policy("start", folder, "x"), asked["quantization"])
-    if asked["rank"]:
-        lora = Lora(asked["rank"], 8, "all-linear")
+    policy = with_quantization(Policy("start", folder, "x"), case["quantization"])
+    if case["rank"]:
+        lora = Lora(case["rank"], 8, "all-linear")
         policy = fresh_adapter(policy, lora, 0, ModelConfig.from_defaults(path=str(folder)), folder / "adapter")
-    engine = SingleEngine(policy, getattr(torch, asked["dtype"]), torch.device("cpu"),
-        EngineConfig.from_defaults(gradient_checkpointing=asked["checkpointing"]), OptimizerConfig.from_defaults(name=asked["optimizer"]))
-    n = asked["row"] // 4
+    engine = SingleEngine(policy, getattr(torch, case["dtype"]), torch.device("cpu"),
+        EngineConfig.from_defaults(gradient_checkpointing=case["checkpointing"]), OptimizerConfig.from_defaults(name=case["optimizer"]))
+    n = case["row"] // 4
     ids = [tuple((7 * i + k) % (vocabulary - 5) + 3 for i in range(n)) for k in range(3)]
-    items = [Continuations(ids[0], (ids[1], ids[2]))] * (asked["tokens"] // asked["row"])
+    items = [Continuations(ids[0], (ids[1], ids[2]))] * (case["tokens"] // case["row"])
     for _ in range(2):
         for batch in forward.batches(items):
             engine.backward(sequence_logps(engine.model, batch, forward).sum())
@@ -145,24 +148,24 @@ def train(folder, vocabulary):
     engine.close()
 
 with tempfile.TemporaryDirectory() as name:
-    tiny.make(Path(name))
+    make_tiny_model(Path(name))
     train(Path(name), 258)
 release_free_memory()
 before = resident_bytes()
 Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-train(Path(asked["folder"]), asked["vocabulary"])
+train(Path(case["folder"]), case["vocabulary"])
 status = Path("/proc/self/status").read_text().splitlines()
 print(next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024 - before)
 """
 
 
-# What is freed goes back to the system at once. Else glibc keeps holes between small tensors: how many is chance, and where
-# weights are rounded to 4 bits while they are read it is anything up to half of the peak (docs/memory.md).
+# Return freed memory to the system at once. Otherwise glibc keeps holes between small tensors, by chance up to half of the
+# peak where weights are rounded to 4 bits while they are read (docs/memory.md).
 AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
 
 
 def measured(folder: Path, vocabulary: int, load: Load, rank: int) -> float:
-    asked = {
+    case = {
         "folder": str(folder),
         "vocabulary": vocabulary,
         "dtype": {"fp32": "float32", "bf16": "bfloat16"}[load.precision],
@@ -175,7 +178,7 @@ def measured(folder: Path, vocabulary: int, load: Load, rank: int) -> float:
         "chunk": load.head_chunk,
     }
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, json.dumps(asked)],
+        [sys.executable, "-c", MEASURE, json.dumps(case)],
         cwd=ROOT,
         env={**os.environ, **AT_ONCE},
         capture_output=True,
@@ -208,8 +211,8 @@ SLOW = ("fp32", "LoRA on nf4, checkpointing")
     ("change", "rank"),
     [pytest.param(*case, id=name, marks=pytest.mark.slow if name in SLOW else ()) for name, case in CASES.items()],
 )
-def test_the_estimate_is_near_the_measured_peak(medium, change, rank):
-    """Of a model this small, the logits' gradients that fp32 is counted to hold are much."""
+def test_measured_peak(medium, change, rank):
+    """In fp32 a model this small is overestimated by the gradients of its logits."""
     load = replace(
         LOAD,
         **change,
@@ -217,15 +220,15 @@ def test_the_estimate_is_near_the_measured_peak(medium, change, rank):
         files=sum(path.stat().st_size for path in medium.glob("*.safetensors")),
     )
     shape = shape_of(MEDIUM, rank)
-    expected = max(one.total for one in (memory.training(shape, load), memory.loading(shape, load)))
-    found = measured(medium, MEDIUM.vocab_size, load, rank)
+    expected = max(needed.total for needed in (memory.training(shape, load), memory.loading(shape, load)))
+    peak = measured(medium, MEDIUM.vocab_size, load, rank)
     off = 0.3 if load.precision == "fp32" else 0.2
-    assert expected == pytest.approx(found, rel=off), f"{expected / 1e6:.0f} MB, measured {found / 1e6:.0f} MB"
+    assert expected == pytest.approx(peak, rel=off), f"{expected / 1e6:.0f} MB, measured {peak / 1e6:.0f} MB"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("change", "rank"), CASES.values(), ids=CASES)
-def test_the_estimate_is_near_the_measured_peak_of_the_embedded_model(change, rank, tmp_path):
+def test_measured_peak_of_the_embedded_model(change, rank, tmp_path):
     from spin.models.find import find_model
 
     config = load_config()
@@ -246,12 +249,43 @@ def test_the_estimate_is_near_the_measured_peak_of_the_embedded_model(change, ra
         **change,
     )
     shape = shape_of(architecture, rank)
-    expected = max(one.total for one in (memory.training(shape, load), memory.loading(shape, load)))
-    found = measured(here, architecture.vocab_size, load, rank)
-    assert expected == pytest.approx(found, rel=0.2), f"{expected / 1e6:.0f} MB, measured {found / 1e6:.0f} MB"
+    expected = max(needed.total for needed in (memory.training(shape, load), memory.loading(shape, load)))
+    peak = measured(here, architecture.vocab_size, load, rank)
+    assert expected == pytest.approx(peak, rel=0.2), f"{expected / 1e6:.0f} MB, measured {peak / 1e6:.0f} MB"
 
 
-# --- what is said -----------------------------------------------------------------------------------------------------
+# --- the load of a run ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["packed", "masked", "padded"])
+@pytest.mark.parametrize("num_answers", [1, 3])
+@pytest.mark.parametrize("tokens_per_batch", [256, 800, 10**6])
+def test_load_of_a_run(tmp_path, layout, num_answers, tokens_per_batch):
+    """Against the batches that are made of the examples with answers of full length."""
+    words = [f"cache.path={tmp_path}/cache", f"store.path={tmp_path}/store", f"generation.num_answers={num_answers}"]
+    words += [f"engine.layout={layout}", f"engine.tokens_per_batch={tokens_per_batch}", "generation.batch_size=1000"]
+    config = load_config("experiment=smoke", *words)
+    run = prepare_run(config, tmp_path, Tracker(tmp_path, name="", config={}, rank=1))
+    load = memory_load.load_of(config, run.data, run.start, run.device, run.dtype, run.ranks)
+    new = (5,) * config.max_new_tokens
+    train = [Continuations(e.prompt_ids, (e.real_ids, *num_answers * [new])) for e in run.data.train]
+    held_out = [Continuations(e.prompt_ids, (e.real_ids, new, new)) for e in run.data.held_out]
+    forward = Forward(layout, "chunked", config.engine.tokens_per_row, tokens_per_batch, 64)
+
+    def largest(items):
+        return max(batch.input_ids.numel() for batch in forward.batches(items))
+
+    step = sorted(train, key=lambda item: -largest([item]))[: config.schedule.batch_size]
+    unlimited = tokens_per_batch == 10**6
+    for tokens, count in (
+        (load.scoring_tokens, max(map(largest, (train, held_out)))),
+        (load.training_tokens, largest(step)),
+    ):
+        assert count <= tokens <= (1.5 * count if unlimited else max(count, tokens_per_batch))
+    assert load.decoded == max(num_answers * len(train), len(held_out))
+
+
+# --- messages ---------------------------------------------------------------------------------------------------------
 
 SEVEN = memory_table.architecture_of(**memory_table.MODELS["7B (Mistral, Zephyr)"])
 
@@ -260,50 +294,68 @@ def adapted():
     return shape_of(SEVEN, memory.RANK)
 
 
-def test_a_line_says_what_is_needed_and_a_second_one_what_to_change():
+def device(free: float, total: float = 300) -> DeviceMemory:
+    return DeviceMemory(free * GIB, total * GIB, 0.0)
+
+
+def test_messages():
     shape = shape_of(SEVEN)
-    line, warning = check_memory(shape, LOAD, DeviceMemory(200 * GIB, 300 * GIB, 0.0), adapted)
+    line, warning = check_memory(shape, LOAD, device(200), adapted)
     needed = memory.stages(shape, LOAD)[0]
     assert warning is None and needed.stage == "training"
     assert line.startswith(f"memory needed: about {needed.total / GIB:.1f} GiB (training: weights 13.5, masters 13.5, ")
     assert line.endswith("200.0 GiB free")
-    line, warning = check_memory(shape, LOAD, DeviceMemory(70 * GIB, 300 * GIB, 0.0), adapted)
+    line, warning = check_memory(shape, LOAD, device(70), adapted)
     assert "that may not fit: set " in warning and "\n" not in warning
-    with pytest.raises(UserError, match=r"and there are 24\.0 GiB in all: set .*model\.adapter=lora") as error:
-        check_memory(shape, LOAD, DeviceMemory(23 * GIB, 24 * GIB, 0.0), adapted)
+    with pytest.raises(UserError, match=r"and the device has 24\.0 GiB in all: set .*model\.adapter=lora") as error:
+        check_memory(shape, LOAD, device(23, 24), adapted)
     assert "\n" not in str(error.value)
 
 
-def test_only_what_is_counted_ends_a_run():
-    """Activations are estimated: however many there may be, that is a warning."""
+def test_estimated_parts_only_warn():
     shape, load = shape_of(MEDIUM), replace(LOAD, training_tokens=10**7)
-    line, warning = check_memory(shape, load, DeviceMemory(GIB, GIB, 0.0), lambda: shape_of(MEDIUM, 16))
+    line, warning = check_memory(shape, load, device(1, 1), lambda: shape_of(MEDIUM, 16))
     assert warning and "may not fit" in warning and "memory needed" in line
 
 
-def test_advice_comes_in_the_order_of_what_it_costs_and_holds():
-    shape, asked = shape_of(SEVEN), []
-    for free in (120, 100, 60, 20, 8):
-        words = advice(shape, replace(LOAD, training_tokens=4096), DeviceMemory(free * GIB, 300 * GIB, 0.0), adapted)
-        asked.append(words)
-    assert asked[-1].count("=") >= asked[0].count("=")
-    assert "model.quantization=nf4" in asked[-1] and "model.adapter=lora" in asked[3] and "lora" not in asked[0]
-    assert "take a smaller model" in advice(shape, LOAD, DeviceMemory(GIB, GIB, 0.0), adapted)
-    nothing = replace(LOAD, decoded=8, plays=False)
-    assert advice(shape, nothing, DeviceMemory(GIB, GIB, 0.0), adapted) == "take a smaller model or more memory"
+def test_advice_order():
+    """First what keeps finished stages, then as little as helps of what computes them again."""
+    shape, load = shape_of(SEVEN), replace(LOAD, training_tokens=4096)
+    checkpointed = memory.training(shape, replace(load, checkpointing=True)).total / GIB
+    words = advice(shape, load, device(checkpointed + 1), adapted)
+    assert words.startswith("set engine.gradient_checkpointing=true (then about ")
+    assert words.endswith("; finished stages are kept)")
+    words = advice(shape, load, device(checkpointed - 1), adapted)
+    assert words.startswith("set engine.gradient_checkpointing=true engine.tokens_per_batch=256 ")
+    assert words.endswith("; all stages are computed again)")
+    assert "gradient_checkpointing" not in advice(shape, replace(load, checkpointing=True), device(60), adapted)
+    assert "model.adapter=lora (" in advice(shape, load, device(20), adapted)
+    assert "model.adapter=lora model.quantization=nf4 (" in advice(shape, load, device(8), adapted)
+    assert advice(shape, load, device(1), adapted).endswith("GiB: take a smaller model or more memory")
+    many = replace(LOAD, decoded=4096, plays=False)
+    assert advice(shape, many, device(20), adapted).startswith("set generation.batch_size=8 (")
+    small = replace(LOAD, decoded=8, training_tokens=256, scoring_tokens=256, plays=False)
+    assert advice(shape, small, device(1), adapted) == "take a smaller model or more memory"
 
 
-def test_less_of_anything_needs_less():
+def test_advice_for_several_ranks():
     shape = shape_of(SEVEN)
-    most = memory.training(shape, LOAD).total
+    load = replace(LOAD, spread=Spread(8, 2), checkpointing=True)
+    words = advice(shape, load, device(26), adapted)
+    assert words.startswith("set engine.zero_stage=3 ") and words.endswith("; finished stages are kept)")
+    assert "nf4" not in advice(shape, load, device(1), adapted)
+
+
+def test_smaller_settings_need_less():
+    shape = shape_of(SEVEN)
+    full = memory.training(shape, LOAD).total
     for change in ({"checkpointing": True}, {"training_tokens": 512}, {"optimizer": "rmsprop8bit"}, {"head_chunk": 64}):
-        assert memory.training(shape, replace(LOAD, **change)).total < most, change
-    assert memory.training(adapted(), LOAD).total < most
+        assert memory.training(shape, replace(LOAD, **change)).total < full, change
+    assert memory.training(adapted(), LOAD).total < full
     assert memory.generating(shape, replace(LOAD, decoded=4)).total < memory.generating(shape, LOAD).total
-    assert Needed("x", {"a": 1.0, "b": 2.0}).total == 3.0
 
 
-def test_a_game_says_what_it_needs_before_it_loads_anything(place):
+def test_line_comes_before_weights_are_loaded(place):
     done = place.play("iter=0", "schedule.sft_epochs=0", "evaluation=none")
     lines = done.stdout.splitlines()
     (at,) = [i for i, line in enumerate(lines) if line.startswith("memory needed: about ")]
@@ -315,34 +367,34 @@ def test_a_game_says_what_it_needs_before_it_loads_anything(place):
     assert stated == pytest.approx(peak, abs=0.6)
 
 
-@pytest.mark.parametrize("words", ["", "--ranks 8 --cards 24 40 80"])
-def test_the_table_of_the_docs_is_what_the_command_prints(capsys, words):
+@pytest.mark.parametrize("words", ["", "--ranks 8 --sizes 24 40 80"])
+def test_table_in_the_docs(capsys, words):
     memory_table.main(words.split())
     printed = capsys.readouterr().out.strip()
     assert printed in (ROOT / "docs" / "memory.md").read_text()
 
 
-def test_the_command_takes_other_cards():
-    done = subprocess.run(
-        [sys.executable, "-m", "spin", "memory", "--cards", "0"], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 1 and done.stderr == "error: --cards takes GiB of 1 or more, --ranks 1 card or more.\n"
+def test_table_sizes(capsys):
+    memory_table.main(["--sizes", "48"])
+    assert capsys.readouterr().out.startswith("| model | 48 GiB |\n")
+    with pytest.raises(SystemExit, match="error: --sizes and --ranks"):
+        memory_table.main(["--sizes", "0"])
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other C libraries have their own ways")
-def test_freed_memory_goes_back_to_the_system():
-    """What small tensors leave stays with the process where one of them is still there, until it is told to give it back."""
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc only")
+def test_release_free_memory():
+    """glibc keeps the memory of small tensors while one of them is alive, until it is released."""
     script = """
 import torch
 from spin.engines.device_memory import resident_bytes, release_free_memory
 tensors = [torch.ones(16_000) for _ in range(4_000)]  # 256 MB, each too small for a mapping of its own
 last, most = torch.ones(16_000), resident_bytes()
 del tensors
-kept = resident_bytes()
+held = resident_bytes()
 release_free_memory()
-print(most - kept, most - resident_bytes(), last.sum().item())
+print(most - held, most - resident_bytes(), last.sum().item())
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    freed, given_back, _ = map(float, done.stdout.split())
-    assert freed < 50e6 and given_back > 200e6
+    freed, released, _ = map(float, done.stdout.split())
+    assert freed < 50e6 and released > 200e6

@@ -344,7 +344,7 @@ def test_out_of_memory(tmp_path, place):
     done = play_limited(limits, place.words(*words))
     assert done.returncode == 1, done.stdout + done.stderr
     (line,) = done.stderr.strip().splitlines()
-    assert "memory is short: lower engine.tokens_per_batch" in line
+    assert "memory is short: set engine.gradient_checkpointing=true" in line
 
 
 def test_docs_name_existing_tests():
