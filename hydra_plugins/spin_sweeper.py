@@ -1,7 +1,7 @@
 """Hydra's basic sweeper, for games: looks at every point first, plays what is missing, and ends with a leaderboard.
 
-Hydra takes sweepers from the package `hydra_plugins` only. A callback would not do: it can't keep a point that can't be
-composed from ending the sweep, nor a point that is done from being launched.
+Hydra takes sweepers from the package `hydra_plugins` only. A callback is not enough: it can neither skip a point
+that does not compose nor one that is done.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ ROOT = Path(__file__).parent.parent
 
 @dataclass(frozen=True)
 class Job:
-    """A point before it is played: what composes it, what that gave, or why it gave nothing."""
+    """A point before it is played: its overrides, and its configuration or why there is none."""
 
     overrides: tuple[str, ...]
     swept: dict[str, str]
@@ -41,7 +41,7 @@ class Job:
 
 
 def say(text: str) -> None:
-    with contextlib.suppress(OSError):  # nobody may be left to read it
+    with contextlib.suppress(OSError):  # the terminal may be gone
         print(text, flush=True)
 
 
@@ -92,7 +92,7 @@ class SpinSweeper(BasicSweeper):
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # where a point fails, one process would go on without the others
             raise UserError("a sweep is started as one process: give each of its points a torchrun of its own.")
         folder = Path(self.config.hydra.sweep.dir)
-        # For all points: it is made of `name`, which may differ between them.
+        # One folder for all points: it contains `name`, which may differ between them.
         with open_dict(self.config):
             quoted = str(folder).replace("'", "\\'")
             self.config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{quoted}'")
@@ -121,7 +121,7 @@ class SpinSweeper(BasicSweeper):
         say(f"{len(jobs)} points in {folder}: {counts}")
         for job in missing:
             assert job.folder
-            (job.folder / sweep_points.RECORD).unlink(missing_ok=True)  # what became of it last time
+            (job.folder / sweep_points.RECORD).unlink(missing_ok=True)  # of the last attempt
         died = self._launch(missing)
         points = [sweep_points.Point(job.swept, job.folder, job.problem or died.get(job.overrides)) for job in jobs]
         failed = self._report(folder, points, ready, bool(missing))

@@ -27,7 +27,7 @@ def _check_per_iteration(value: Any) -> Any:
 
 def _check_template(template: str) -> str:
     if template not in ("chat", "paper") and "{prompt}" not in template:
-        raise PydanticCustomError("rule", "must be chat, paper, or a text with {{prompt}} in it")
+        raise PydanticCustomError("rule", "must be chat, paper, or a text with {prompt} in it")
     return template
 
 

@@ -44,7 +44,7 @@ composed, load = hydra.compose, hydra.load
         ("generation.top_p=0", "generation.top_p=0: must be above 0"),
         ("generation.top_p=1.5", "generation.top_p=1.5: must be 1 or less"),
         ("schedule.warmup_ratio=1", "schedule.warmup_ratio=1: must be below 1"),
-        ("optimizer.weight_decay=.inf", "optimizer.weight_decay=inf: must be a finite number"),
+        ("optimizer.weight_decay=inf", "optimizer.weight_decay=inf: must be a finite number"),
         ("model.merge=x", "model.merge=x: must be true or false"),
         ("data.splits=train", "data.splits=train: must be a list"),
         ("model.lora_targets=[]", "model.lora_targets=[]: must be all-linear, or a list"),
