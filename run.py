@@ -8,7 +8,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -17,53 +17,49 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from spin.config import schema
-from spin.config.hydra import hydra_error_line
-from spin.runtime import signals as interrupt
+from spin.config.hydra import hydra_error_line, rename
+from spin.config.load import load_config
+from spin.runtime import signals
 from spin.runtime.errors import user_message
 
-# What the user set HYDRA_FULL_ERROR to, before we set it for our own purpose.
-SHOW_TRACEBACK = "SPIN_TRACEBACK"
-RANK = int(os.environ.get("RANK", 0))  # of the processes that torchrun started
-PATIENCE = 30  # seconds that the others give the first of them to say what is wrong
+SHOW_TRACEBACK = "SPIN_TRACEBACK"  # the user's HYDRA_FULL_ERROR, before this program sets it
+RANK = int(os.environ.get("RANK", 0))  # among the processes that torchrun started
+WAIT_FOR_RANK_0 = 30  # seconds
 
 
-def has_joined() -> bool:
-    """Whether this process has met the others of its game."""
-    ranks = sys.modules.get("spin.ranks")  # imported with the heavy parts
-    return ranks is not None and ranks.joined().size > 1
+def joined_group() -> Any:
+    """The process group that this process has joined, None before that or where it is alone."""
+    module = sys.modules.get("spin.runtime.process_group")  # imported with the heavy parts
+    return module.current_group() if module is not None and module.current_group().size > 1 else None
 
 
-def is_first_to_fail() -> bool:
-    """One process of a game says what went wrong: the first to fail, or the first by rank where they have not met yet."""
-    return sys.modules["spin.ranks"].joined().is_first_to_fail() if has_joined() else RANK == 0
-
-
-def await_the_first() -> None:
-    """Most likely the first process is about to fail in the same way, and torchrun would end it once we are gone, before
-    it has said why. Ends this process as soon as torchrun asks for it; returns where the first has not failed."""
-    try:
-        time.sleep(PATIENCE)
-    except KeyboardInterrupt:
-        end(1)
+def speaks_for_all() -> bool:
+    """Whether this process prints the error: the first to fail, or rank 0 before the processes have joined."""
+    group = joined_group()
+    return group.is_first_to_fail() if group else RANK == 0
 
 
 def end(status: int, line: str | None = None) -> NoReturn:
-    """End this process with one line, or silently; at once where it has joined others, which may be gone."""
+    """End this process, with one line on stderr if given. Once joined it exits at once: other processes may be gone."""
     if line is not None:
         with contextlib.suppress(OSError):  # the terminal may be gone
             print(line, file=sys.stderr, flush=True)
-    if has_joined():
+    if joined_group():
         os._exit(status)
     sys.exit(status)
 
 
 def fail(error: Exception, line: str | None) -> NoReturn:
-    """End with status 1 and one line for what a user can put right, `line`; raise `error` where there is none."""
-    if not is_first_to_fail():
-        if has_joined():
+    """End with status 1 and `line`, for an error that the user can put right; without a line raise `error`."""
+    if not speaks_for_all():
+        if joined_group():
             end(1)
-        await_the_first()
+        # Rank 0 most likely fails in the same way; if this process ended first, torchrun would stop rank 0 before it
+        # can print its line. torchrun ends this wait with a signal.
+        try:
+            time.sleep(WAIT_FOR_RANK_0)
+        except KeyboardInterrupt:
+            end(1)
     if line is None or os.environ.get(SHOW_TRACEBACK) == "1":
         raise error
     end(1, f"error: {line}")
@@ -71,42 +67,43 @@ def fail(error: Exception, line: str | None) -> NoReturn:
 
 @hydra.main(config_path="conf", config_name="config", version_base="1.3")
 def main(composed: DictConfig) -> None:
-    interrupt.install_handlers()  # once more, for launchers that call this in a process of their own
+    signals.install_handlers()  # again, for launchers that call this in another process
     settings = HydraConfig.get()
     folder = Path(settings.runtime.output_dir)
     try:
-        config = schema.load_config(composed)  # before the heavy imports: a typo is answered at once
+        config = load_config(composed)  # before the heavy imports, so that a typo is answered at once
         if config.plan:
-            with interrupt.deferred():
+            with signals.deferred():
                 from spin.game import show_plan
 
             show_plan(config, folder)
             return
-        with interrupt.deferred():  # some libraries swallow what is raised while they are imported
+        with signals.deferred():  # some libraries swallow exceptions while they are imported
             from spin.game import play
-            from spin.pipeline import points as sweep
+            from spin.pipeline import points
 
         command = shlex.join(["python", "run.py", *settings.overrides.task])
         start = partial(play, config, folder, command, OmegaConf.to_yaml(composed, resolve=True))
         if settings.mode == RunMode.MULTIRUN:
-            sweep.play_point(config, folder, partial(start, group=Path(settings.sweep.dir).name))
+            points.play_point(config, folder, partial(start, group=Path(settings.sweep.dir).name))
         else:
             start()
-    except interrupt.Interrupted as stop:
-        interrupt.call_previous_handler(stop.signal)
+    except signals.Interrupted as stop:
+        signals.call_previous_handler(stop.signal)
         raise
-    except Exception as error:  # here, for Hydra would print lines of its own before it raises
+    except Exception as error:  # here, because Hydra prints lines of its own before it raises
         fail(error, user_message(error))
 
 
 if __name__ == "__main__":
-    # Hydra would print its own errors over several lines, and a traceback for ours: have it raise, and print one line.
+    # Hydra prints its errors over several lines, and a traceback for ours: make it raise, and print one line here.
     os.environ[SHOW_TRACEBACK] = os.environ.get("HYDRA_FULL_ERROR", "0")
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    interrupt.install_handlers()
-    if RANK > 0:  # one process speaks
+    signals.install_handlers()
+    if RANK > 0:  # only rank 0 prints
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
-    sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))  # argparse wants it first
+    words = [rename(word) for word in sys.argv[1:]]
+    sys.argv[1:] = sorted(words, key=lambda word: word not in ("-m", "--multirun"))  # argparse wants -m first
     try:
         main()
     except Exception as error:
@@ -114,5 +111,5 @@ if __name__ == "__main__":
         fail(error, hydra_error_line(error) if is_hydras else user_message(error))
     except KeyboardInterrupt as stop:
         number = getattr(stop, "signal", signal.SIGINT)
-        line = f"stopped by {number.name}: what is done is kept, run the same command to go on."
-        end(128 + number, line if is_first_to_fail() else None)
+        line = f"stopped by {number.name}: finished work is kept, run the same command to go on."
+        end(128 + number, line if speaks_for_all() else None)

@@ -33,11 +33,7 @@ def broken(answers: list[str], human: list[str]) -> dict[str, list[str] | None]:
 
 
 def main(words: list[str]) -> dict[str, dict]:
-    from hydra import compose, initialize_config_dir
-    from spin.pipeline.stages import Stages
-
-    import run  # registers the resolvers that conf/ uses
-    from spin.config import schema
+    from spin.config.hydra import load
     from spin.data.templates import encode_responses
     from spin.engines.logps import compute_logps
     from spin.evaluation.measures import HeldOut, measures
@@ -46,9 +42,7 @@ def main(words: list[str]) -> dict[str, dict]:
     from spin.method.pairs import as_continuations
     from spin.runtime.tracking import Tracker
 
-    assert run
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = schema.load_config(compose("config", overrides=["tracking.wandb=disabled", *words]))
+    config = load("tracking.wandb=disabled", *words)
     folder = ROOT / "outputs" / config.name
     stages = Stages(config, folder, Tracker(folder, name="", config={}, rank=1))
     *_, last = turns(config, stages)

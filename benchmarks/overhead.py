@@ -35,13 +35,9 @@ WATCHED = {
 
 
 def main() -> None:
-    from hydra import compose, initialize_config_dir
-
-    import run  # registers the resolvers that conf/ uses
-    from spin.config import schema
+    from spin.config.hydra import load
     from spin.game import play
 
-    assert run
     words = sys.argv[1:]
     seconds: Counter[str] = Counter()
     calls: Counter[str] = Counter()
@@ -88,8 +84,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory(dir=ROOT, prefix=".overhead-") as folder:
         here = [f"store.path={folder}/store", "tracking.wandb=disabled"]
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            config = schema.load_config(compose("config", overrides=[*words, *here]))
+        config = load(*words, *here)
         started = time.perf_counter()
         play(config, Path(folder) / "run", "python benchmarks/overhead.py")
         total = time.perf_counter() - started

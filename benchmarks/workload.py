@@ -45,17 +45,13 @@ def start(words: Sequence[str] = ()) -> Any:
 
 
 def stages_of(words: Sequence[str]) -> Any:
-    from hydra import compose, initialize_config_dir
     from spin.pipeline.stages import Stages
 
-    import run  # registers the resolvers that conf/ uses
-    from spin.config import schema
+    from spin.config.hydra import load
     from spin.runtime.tracking import Tracker
 
-    assert run
     folder = ROOT / "outputs" / "benchmarks"
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = schema.load_config(compose("config", overrides=[f"store.path={folder}/store", *words]))
+    config = load(f"store.path={folder}/store", *words)
     folder = Path(config.store.path).parent
     folder.mkdir(parents=True, exist_ok=True)
     return Stages(config, folder, Tracker(folder, name="benchmarks", config={}, wandb="disabled"))

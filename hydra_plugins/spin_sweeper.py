@@ -1,7 +1,7 @@
 """Hydra's basic sweeper, for games: looks at every point first, plays what is missing, and ends with a leaderboard.
 
-Hydra takes sweepers from the package `hydra_plugins` only. A callback would not do: it can't keep a point that can't be
-composed from ending the sweep, nor a point that is done from being launched.
+Hydra takes sweepers from the package `hydra_plugins` only. A callback is not enough: it can neither skip a point
+that does not compose nor one that is done.
 """
 
 import contextlib
@@ -20,8 +20,9 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from spin.config.hydra import hydra_error_line
-from spin.config.schema import Config, load_config
+from spin.config.hydra import hydra_error_line, rename
+from spin.config.load import load_config
+from spin.config.schema import Config
 from spin.runtime.errors import UserError, brief, user_message
 
 log = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ ROOT = Path(__file__).parent.parent
 
 @dataclass(frozen=True)
 class Job:
-    """A point before it is played: what composes it, what that gave, or why it gave nothing."""
+    """A point before it is played: its overrides, and its configuration or why there is none."""
 
     overrides: tuple[str, ...]
     swept: dict[str, str]
@@ -40,7 +41,7 @@ class Job:
 
 
 def say(text: str) -> None:
-    with contextlib.suppress(OSError):  # nobody may be left to read it
+    with contextlib.suppress(OSError):  # the terminal may be gone
         print(text, flush=True)
 
 
@@ -91,7 +92,7 @@ class SpinSweeper(BasicSweeper):
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # where a point fails, one process would go on without the others
             raise UserError("a sweep is started as one process: give each of its points a torchrun of its own.")
         folder = Path(self.config.hydra.sweep.dir)
-        # For all points: it is made of `name`, which may differ between them.
+        # One folder for all points: it contains `name`, which may differ between them.
         with open_dict(self.config):
             quoted = str(folder).replace("'", "\\'")
             self.config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{quoted}'")
@@ -121,7 +122,7 @@ class SpinSweeper(BasicSweeper):
         say(f"{len(jobs)} points in {folder}: {counts}")
         for job in missing:
             assert job.folder
-            (job.folder / RECORD).unlink(missing_ok=True)  # what became of it last time
+            (job.folder / RECORD).unlink(missing_ok=True)  # of the last attempt
         died = self._launch(missing)
         points = [Point(job.swept, job.folder, job.problem or died.get(job.overrides)) for job in jobs]
         failed = self._report(folder, points, ready, bool(missing))
@@ -153,7 +154,7 @@ class SpinSweeper(BasicSweeper):
         """Every point, composed and checked; nothing heavy is loaded for it."""
         assert self.config is not None and self.hydra_context is not None
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
-        overrides = parser.parse_overrides([*self._parse_config(), *arguments])
+        overrides = parser.parse_overrides([rename(word) for word in (*self._parse_config(), *arguments)])
         (points,) = self.split_arguments(overrides, None)
         values = [dict(word.split("=", 1) for word in point) for point in points]
         swept = [key for key in values[0] if len({one[key] for one in values}) > 1]

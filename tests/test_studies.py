@@ -11,14 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from scipy import stats
 
-import run  # noqa: F401 (defines names that conf/config.yaml uses)
 from experiments import chains, collect, studies, tables
 from experiments.derivation import shares
-from spin.config import schema as config
+from spin.config.hydra import load
 from spin.method.objectives import spin_loss
 from spin.models.load import load_model, load_tokenizer
 
@@ -175,9 +173,8 @@ def test_commands_compose(name):
             else [override.input_line]
             for override in overrides
         ]
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            for k in range(max(map(len, choices))):  # every value once, seed by seed
-                config.load_config(compose("config", [values[k % len(values)] for values in choices]))
+        for k in range(max(map(len, choices))):  # every value once, seed by seed
+            load(*(values[k % len(values)] for values in choices))
 
 
 def test_every_study_has_its_folder():

@@ -9,7 +9,8 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from spin.config.schema import CONF, RENAMED, Config, did_you_mean, load_config, note_renamed, settings
+from spin.config.load import RENAMED, load_config, note_renamed
+from spin.config.schema import CONF, Config, did_you_mean, settings
 
 DATA_FILES = (".jsonl", ".json", ".parquet")
 # Settings that change no result, and those that a run's folder is named after already: they are not part of its name.

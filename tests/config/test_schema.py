@@ -7,9 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from spin.config import hydra, schema
+from spin.config import load as loading
+from spin.config.schema import CONF
 from spin.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -29,18 +32,27 @@ composed, load = hydra.compose, hydra.load
         ("loss.link=foo", "loss.link=foo: must be one of logistic, hinge, exponential, correlation"),
         ("optimizer.lr=0", "optimizer.lr=0: must be above 0"),
         ("optimizer.lr=[1e-6,x]", "optimizer.lr=x: must be a number"),
-        ("optimizer.lr=[1e-6]", "has 1 entries, but 2 iterations are played"),
+        ("optimizer.lr=[1e-6]", "optimizer.lr=[1e-06]: must have 2 entries or more, one an iteration"),
         ("iter=-1", "iter=-1: must be 0 or more"),
-        ("iter=2.5", "iter: Value '2.5'"),
-        ("seed=x", "seed: Value 'x'"),
+        ("iter=2.5", "iter=2.5: must be a whole number"),
+        ("seed=x", "seed=x: must be a whole number"),
         ("data.max_length=20", "must exceed data.max_prompt_length"),
         ("data.template=plain", "data.template=plain: must be chat, paper, or a text with {prompt}"),
         ("engine.tokens_per_batch=8", "must be engine.tokens_per_row"),
         ("schedule.iterations=0", "schedule.iterations=0: must be 1 or more"),
         ("generation.temperature=-1", "generation.temperature=-1"),
-        ("generation.top_p=0", "generation.top_p=0"),
-        ("+foo=1", "foo"),
-        ("+loss.foo=1", "foo"),
+        ("generation.top_p=0", "generation.top_p=0: must be above 0"),
+        ("generation.top_p=1.5", "generation.top_p=1.5: must be 1 or less"),
+        ("schedule.warmup_ratio=1", "schedule.warmup_ratio=1: must be below 1"),
+        ("optimizer.weight_decay=inf", "optimizer.weight_decay=inf: must be a finite number"),
+        ("model.merge=x", "model.merge=x: must be true or false"),
+        ("data.splits=train", "data.splits=train: must be a list"),
+        ("model.lora_targets=[]", "model.lora_targets=[]: must be all-linear, or a list"),
+        ("optimizer.betas=[0.9,0.99]", "optimizer.betas=[0.9, 0.99]: has no effect with optimizer=rmsprop"),
+        ("engine.zero_stage=1", "engine.zero_stage=1: has no effect with engine=single"),
+        ("+foo=1", "foo: there is no such setting."),
+        ("+loss.betta=1", "loss.betta: there is no such setting. Did you mean loss.beta?"),
+        ("~loss.beta", "loss.beta: has no value; a file of your own in conf/loss/ begins with"),
         ("data=local", "data.path=null: must name the data"),
     ],
 )
@@ -61,7 +73,7 @@ def test_bad_values_are_named_in_one_line(override, says):
         ),
         (["loss.beta=-1"], "loss.beta=-1: must be above 0."),
         (["loss.beta=[1"], "no viable alternative"),
-        (["iter=x"], "iter: Value 'x'"),
+        (["iter=x"], "iter=x: must be a whole number"),
         (["model.path=/nowhere/at/all", "data=tiny"], "model.path=/nowhere/at/all: no such folder."),
         (
             ["model.path=some/name", "data=tiny"],
@@ -81,25 +93,155 @@ def test_the_command_answers_with_one_line_and_status_1(words, says, tmp_path):
     assert not done.stdout
 
 
-def test_every_choice_of_every_group_composes_into_the_schema():
-    for group in sorted(path for path in (ROOT / "conf").iterdir() if path.is_dir()):
-        for choice in sorted(group.glob("*.yaml")):
-            load(f"{group.name}={choice.stem}", *(["data.path=x"] if choice.stem == "local" else []))
+OPTIONS = [path for path in sorted(CONF.glob("*/*.yaml")) if path.parent.name != "experiment" and path.stem != "base"]
 
 
-def test_every_key_has_a_comment():
-    for path in (ROOT / "conf").rglob("*.yaml"):
-        lines = [line for line in path.read_text().splitlines() if line.strip() and not line.startswith("#")]
-        head = path.read_text().startswith("#")
-        for line in lines:
-            key, _, rest = line.strip().partition(":")
-            if (
-                rest.strip()
-                and not line.strip().startswith("-")
-                and key.isidentifier()
-                and "job_logging" not in path.parts
-            ):
-                assert "#" in rest or head, f"{path.name}: {line}"
+@pytest.mark.parametrize("path", [*OPTIONS, *sorted(CONF.glob("experiment/*.yaml"))], ids=lambda path: path.stem)
+def test_option_composes(path):
+    load(f"{path.parent.name}={path.stem}", *(["data.path=x"] if path.stem == "local" else []))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["generation=vllm", "generation.num_answers=4"], ["evaluation=open_llm_leaderboard", "evaluation.judge=x"]],
+)
+def test_every_option_takes_every_key(words):
+    load(*words)
+
+
+def uncommented(text: str) -> list[str]:
+    """The keys with a value, and the items of lists, that no comment explains on their line, or above their block."""
+    missing, explained = [], False
+    for line in text.splitlines():
+        if "|-" in line:  # a text of many lines, the last key
+            break
+        key, _, rest = line.partition(": ")
+        if re.match(r"\s*#", line):
+            explained = True
+        elif " #" in line or not rest:
+            explained = False
+        elif not explained:
+            missing.append(key.strip())
+    return missing
+
+
+@pytest.mark.parametrize("path", [CONF / "config.yaml", *sorted(CONF.glob("*/base.yaml"))], ids=lambda path: str(path))
+def test_every_key_of_the_defaults_has_a_comment(path):
+    text = "\n".join(line for line in path.read_text().splitlines() if not line.startswith(("#", "  - override")))
+    assert uncommented(text) == []
+
+
+def test_a_key_without_a_comment_is_noticed():
+    assert uncommented("a: 1  # why\nb: 2\ngroup:\n  c: 3\n  d: 4  # why\n") == ["b", "c"]
+
+
+@pytest.mark.parametrize("path", sorted(CONF.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}={path.stem}")
+def test_option_begins_with_a_comment(path):
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("# @package")]
+    assert lines[0].startswith("# ")
+
+
+def repeated(option: dict, base: dict) -> list[str]:
+    """The keys of `option` with the value that they have in `base`."""
+    return [key for key, value in option.items() if key in base and base[key] == value]
+
+
+@pytest.mark.parametrize("path", OPTIONS, ids=lambda path: f"{path.parent.name}={path.stem}")
+def test_option_has_only_what_differs_from_base(path):
+    group = path.parent.name
+    option, base = (OmegaConf.to_container(OmegaConf.load(file)) for file in (path, path.with_name("base.yaml")))
+    assert "defaults" in option
+    assert repeated(option.get(group, option), base) == []
+    assert repeated({"a": 1, "b": 2}, {"a": 1, "b": 3}) == ["a"]
+
+
+def test_base_has_every_key_of_its_section():
+    for path in CONF.glob("*/base.yaml"):
+        section = schema.Config.model_fields[path.parent.name].annotation
+        assert list(OmegaConf.load(path)) and set(OmegaConf.load(path)) == set(section.model_fields)
+
+
+def test_section_from_defaults():
+    greedy = schema.GenerationConfig.from_defaults(temperature=0.0)
+    assert greedy == load("generation.temperature=0").generation
+    with pytest.raises(UserError, match=r"^generation\.top_p=2: must be 1 or less\.$"):
+        schema.GenerationConfig.from_defaults(top_p=2)
+    with pytest.raises(ValueError, match="frozen"):
+        greedy.top_p = 0.5
+
+
+# --- renamed keys -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def notes(capsys):
+    loading.note_renamed.cache_clear()
+    return lambda: capsys.readouterr().out
+
+
+@pytest.mark.parametrize("word", ["generation.answers=3", "generation.answers=3,4", "+generation.answers=3"])
+def test_old_key_on_the_command_line(word, notes):
+    assert hydra.rename(word) == word.replace("answers", "num_answers")
+    assert notes() == "note: generation.answers is now called generation.num_answers; the old name still works.\n"
+    assert hydra.rename("generation.num_answers=3") == "generation.num_answers=3" and not notes()
+
+
+def test_old_key_in_a_file(notes):
+    user = OmegaConf.merge(OmegaConf.create(OmegaConf.to_container(composed())), {"generation": {"answers": 3}})
+    assert loading.load_config(user).generation.num_answers == 3
+    assert "generation.num_answers" in notes()
+
+
+# --- the run's folder -------------------------------------------------------------------------------------------------
+
+
+def folder(*words: str) -> str:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        settings = compose("config", [hydra.rename(word) for word in words], return_hydra_config=True)
+        return settings.hydra.run.dir
+
+
+def test_folder_of_the_default_run():
+    assert folder() == folder("iter=1") == folder("iter=2", "plan=true") == "outputs/smollm2-sharegpt"
+    same = ["store.path=x", "cache.path=y", "tracking.project=z", "checkpoint.minutes=1", "engine.device=cpu"]
+    assert folder(*same, "generation.python=p") == folder()
+    assert folder("experiment=smoke", "iter=1") == "outputs/smoke"
+    assert folder("model=zephyr", "iter=2") == "outputs/zephyr-sharegpt"
+
+
+def test_folder_names_the_settings_in_a_stable_order():
+    assert folder("loss.beta=0.2", "seed=1") == folder("seed=1", "iter=3", "loss.beta=0.1", "loss.beta=0.2")
+    assert folder("seed=1", "loss.beta=0.2") == "outputs/smollm2-sharegpt,loss.beta=0.2,seed=1"
+    assert folder("stage=evaluate", "model.path=x") == "outputs/x-sharegpt-evaluation"
+    assert folder("generation.answers=2") == folder("generation.num_answers=2")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["loss.beta=0.2"],
+        ["loss=hinge"],
+        ["model=zephyr"],
+        ["seed=1"],
+        ["optimizer.lr=[1e-6,1e-7]"],
+        ["model.path=a/X"],
+        ["model.path=b/X"],
+        ["experiment=smoke"],
+        ["experiment=smoke", "model=smollm2"],
+        ["data=local", "data.path=x.jsonl"],
+        ["data=local", "data.path=x.json"],
+        ["evaluation.bootstrap=9"],
+    ],
+)
+def test_another_configuration_has_another_folder(words):
+    others = [
+        [],
+        ["loss.beta=0.3"],
+        ["optimizer.lr=[1e-6,1e-8]"],
+        ["model.path=c/X"],
+        ["data=local", "data.path=y.jsonl"],
+    ]
+    assert folder(*words) not in [folder(*other) for other in others]
 
 
 def test_iter_is_a_value_and_plays_up_to_and_including_it():
@@ -131,38 +273,11 @@ def test_generation_may_be_as_long_as_the_human_answers():
     assert load("data.max_response_length=null").max_new_tokens == 256
 
 
-def test_the_defaults_of_schema_and_files_name_the_same_keys():
-    keys = set(OmegaConf.to_container(composed(), resolve=False))
-    assert keys - {"experiment"} == set(schema.Config.__dataclass_fields__)
-
-
 def test_help_shows_the_groups_and_the_commands():
     done = subprocess.run([sys.executable, "run.py", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
     for word in ("model: ", "schedule: ", "zephyr", "python run.py model=zephyr iter=2 loss.beta=0.1", "--cfg job"):
         assert word in done.stdout
-
-
-def test_imports_run_one_way():
-    """run -> game -> {opponent, train, evaluate} -> {logps, model, pairs, data} -> loss; heavy optional ones inside."""
-    text = {path.stem: path.read_text() for path in (ROOT / "spin").glob("*.py")}
-
-    def imports(name: str, *modules: str) -> bool:
-        lines = [line for line in text[name].splitlines() if line.startswith(("import ", "from "))]
-        return any(module in line.split() or f"spin.{module}" in line.split() for line in lines for module in modules)
-
-    assert not any("spin" in line for line in text["loss"].splitlines() if line.startswith(("import", "from")))
-    for name in text:
-        assert not imports(name, "wandb", "deepspeed", "vllm", "lm_eval", "peft", "bitsandbytes"), name
-        assert name == "config" or not imports(name, "omegaconf", "hydra"), name
-        assert not imports(name, "game"), name
-        assert not imports(name, "stages") or name in ("game", "plan"), name
-    for low in ("logps", "model", "pairs", "data", "readers", "packages", "track", "loss", "engine", "report", "sweep"):
-        assert not imports(low, "opponent", "train", "evaluate"), low
-    for service in ("sealed", "checkpoint", "store", "interrupt", "ranks"):  # they know nothing of the game
-        own = {line.split()[1] for line in text[service].splitlines() if line.startswith("from spin")}
-        assert own <= {"spin.sealed", "spin.errors", "spin.interrupt", "spin.ranks"}, service
-    assert "utils" not in text
 
 
 def test_runs_are_named_after_the_users_own_model_and_data():
@@ -212,9 +327,7 @@ def test_tab_completes_choices_and_keys():
 
 def test_the_configuration_is_shown_as_composed_and_where_it_comes_from():
     shown = OmegaConf.create(hydras("python run.py model=zephyr loss=hinge --cfg job"))
-    assert (
-        shown.model.lr == 5e-7 and shown.loss.link == "hinge" and set(shown) >= set(schema.Config.__dataclass_fields__)
-    )
+    assert shown.model.lr == 5e-7 and shown.loss.link == "hinge" and set(shown) >= set(schema.Config.model_fields)
     assert re.search(r"\| loss/hinge +\| loss ", hydras("python run.py loss=hinge --info defaults"))
 
 

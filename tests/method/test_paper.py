@@ -22,7 +22,7 @@ from spin.method.pairs import read_pairs
 from spin.models.find import find_model
 from spin.runtime.errors import UserError
 from tests import hub
-from tests.config.test_schema import ROOT, composed
+from tests.config.test_schema import ROOT, composed, load
 
 PAPER = ["experiment=paper", "engine=single"]
 ONE_GPU = ["experiment=paper_one_gpu"]
@@ -89,7 +89,7 @@ def paper(place, games):
 
 
 def test_the_recipe_is_the_papers():
-    config = schema.load_config(composed(*PAPER))
+    config = load(*PAPER)
     model, data, schedule, optimizer = config.model, config.data, config.schedule, config.optimizer
     assert model.path == "alignment-handbook/zephyr-7b-sft-full" and model.adapter == model.quantization == "none"
     assert model.revision == "ac6e600eefcce74f5e8bae1035d4f66019e93190"
@@ -129,7 +129,7 @@ def test_the_recipes_fit_cards_of_80_gib_by_the_table_in_the_docs():
 
 def test_the_start_is_found_by_its_name_and_revision(place, monkeypatch):
     """In the hub's cache, where a download puts it."""
-    config = schema.load_config(composed(*PAPER)).model
+    config = load(*PAPER).model
     snapshot = place.folder / "hub" / f"models--{config.path.replace('/', '--')}" / "snapshots" / config.revision
     snapshot.parent.mkdir(parents=True)
     snapshot.symlink_to(place.folder / "zephyr-7b-sft-full")
