@@ -33,7 +33,17 @@ def basename(path: str | None, default: str) -> str:
 DATA_FILES = (".jsonl", ".json", ".parquet")
 OmegaConf.register_new_resolver("slug", slug, replace=True)
 OmegaConf.register_new_resolver("basename", basename, replace=True)
-OmegaConf.register_new_resolver("measured", lambda stage: "-evaluation" if stage == "evaluate" else "", replace=True)
+
+
+def measured(stage: str, model: str | None, against: str | None) -> str:
+    """What to append to the run folder's name for `stage=evaluate`: different for different policies."""
+    if stage != "evaluate":
+        return ""
+    paths = [str(Path(path).expanduser().absolute()) if path else "" for path in (model, against)]
+    return f"-evaluation-{hashlib.sha256(repr(paths).encode()).hexdigest()[:8]}"
+
+
+OmegaConf.register_new_resolver("measured", measured, replace=True)
 
 
 # --- what Hydra refuses -----------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ Each is looked up in the store by what makes it, and only played if it is not th
 import hashlib
 import json
 import math
+import re
 import resource
 import shutil
 import sys
@@ -34,6 +35,7 @@ from spin.engines.optimizers import state_values_per_weight
 from spin.engines.packing import Continuations
 from spin.engines.single import SingleEngine
 from spin.evaluation.answer_checks import correct
+from spin.evaluation.external.harness import parse_tasks
 from spin.evaluation.measures import HeldOut, held_out_of, measures
 from spin.evaluation.two_sample import (
     Features,
@@ -139,6 +141,8 @@ class Stages:
 
     def __init__(self, config: Config, folder: Path, tracker: Tracker):
         self.config, self.folder, self.tracker = config, folder, tracker
+        self.say: Callable[[str], None] = tracker.say
+        self.progress: Callable[[str, int, str], Any] = tracker.progress
         self.ranks = ranks.current_group()
         self.store = Store(Path(config.store.path), tracker.say)
         self.device = select_device(config.engine)
@@ -150,9 +154,11 @@ class Stages:
         self._check_adapter()
         self.against: Policy | None = None  # with stage=evaluate: what the start is set against
         if config.stage == "evaluate":
-            self.start = replace(self.start, label=_name(config.model.path or config.model.name))
-            if (other := config.evaluation.against) is not None:
-                self.against = replace(find_model(replace(config.model, path=other), cache), label=_name(other))
+            other = config.evaluation.against
+            label, *labels = distinct_labels([config.model.path or config.model.name, *([other] if other else [])])
+            self.start = replace(self.start, label=label)
+            if other is not None:
+                self.against = replace(find_model(replace(config.model, path=other), cache), label=labels[0])
         measured = [self.start, *([self.against] if self.against else [])]
         seen = set().union(*(trained_on(policy.folder_with(TRAINED_ON)) for policy in measured))
         self.data = data.load_dataset(config.data, self.tokenizer, self.stop_ids, config.seed, cache, seen)
@@ -173,7 +179,7 @@ class Stages:
                 config.generation, start.base_or_self.quantization, rank if config.model.adapter == "lora" else 0
             )
         # All settings that decide the bits of a forward pass; threads and the like do not.
-        self.numerics = {
+        self.numerics: dict[str, Any] = {
             "precision": str(self.dtype).removeprefix("torch."),
             "device": self.device.type,
             "layout": config.engine.layout,
@@ -197,6 +203,8 @@ class Stages:
             self.release()
             self._loaded = (policy.id, load_policy(policy, self.dtype, self.device))
         return self._loaded[1]
+
+    load_model = model
 
     def forward(self, model: PreTrainedModel, policy: Policy) -> Forward:
         """How this policy's log-probs are computed, settled on its first use by comparing with its own forward.
@@ -581,16 +589,32 @@ class Stages:
         return self.stage("merge", title, labels, {"policy": policy.id}, build, by_rank_0=True)
 
     def harness(self, policy: Policy, iteration: int | None) -> list[dict]:
-        """Benchmarks of the lm-evaluation-harness."""
-        return exams.run_harness(self, policy, iteration)
+        """Benchmarks of the lm-evaluation-harness: a stage for each task."""
+        labels = {"iter": iteration, "policy": policy.label}
+        rows = []
+        for task in parse_tasks(self.config.evaluation.harness or []):
+            inputs = exams.harness_inputs(self, policy, task)
+            build = partial(exams.build_harness, context=self, policy=policy, task=task)
+            stage = self.stage("harness", f"{task.task} of {policy.label}", labels, inputs, build, by_rank_0=True)
+            rows.append(exams.read_harness(stage))
+        return rows
 
     def mt_bench(self, policy: Policy, iteration: int | None) -> dict:
         """Answers to MT-Bench's questions, graded where there is a judge."""
-        return exams.run_mt_bench(self, policy, iteration)
+        title, labels = f"MT-Bench of {policy.label}", {"iter": iteration, "policy": policy.label}
+        build = partial(exams.build_mt_bench, context=self, policy=policy, title=title)
+        inputs = exams.mt_bench_inputs(self, policy)
+        return exams.read_mt_bench(self.stage("mt_bench", title, labels, inputs, build, by_rank_0=True))
 
     def compare(self, policy: Policy, iteration: int | None, now: Evaluated, before: Evaluated) -> dict:
         """A judge's preference between a policy and its opponent."""
-        return exams.run_comparison(self, policy, iteration, now, before)
+        title = f"judge {policy.label} against {before.policy.label}"
+        labels = {"iter": iteration, "policy": policy.label}
+        pairs, opponents = now.held_out.pairs, before.held_out.pairs
+        build = partial(exams.build_compare, context=self, pairs=pairs, opponents=opponents, title=title)
+        inputs = exams.compare_inputs(self, pairs, opponents)
+        stage = self.stage("compare", title, labels, inputs, build, by_rank_0=True)
+        return exams.read_compare(stage, policy.label, before.policy.label)
 
     def _features(self, pairs: Sequence[Pair]) -> Features:
         """What the two-sample tests see of the held-out answers."""
@@ -883,9 +907,15 @@ def _content(pairs: Sequence[Pair]) -> str:
     return hashlib.sha256(json.dumps([asdict(pair) for pair in pairs]).encode()).hexdigest()
 
 
-def _name(path: str) -> str:
-    """What to call a policy in a folder: "iter1/policy"."""
-    return "/".join(Path(path).parts[-2:])
+def distinct_labels(paths: Sequence[str]) -> list[str]:
+    """Names for policies by their folders: the last two parts of each path ("iter1/policy"), more where these are equal,
+    and a number behind equal paths. They also differ as file names."""
+    parts = [Path(path).expanduser().parts for path in paths]
+    for length in range(2, max(map(len, parts)) + 1):
+        labels = ["/".join(part[-length:]) for part in parts]
+        if len({re.sub(r"[^\w.+-]", "-", label) for label in labels}) == len(paths):
+            return labels
+    return [f"{label}-{number}" if number > 1 else label for number, label in enumerate(labels, 1)]
 
 
 def _logps_of(scored: Scored) -> Tensor:
