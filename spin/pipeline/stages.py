@@ -911,7 +911,7 @@ def distinct_labels(paths: Sequence[str]) -> list[str]:
     """Names for policies by their folders: the last two parts of each path ("iter1/policy"), more where these are equal,
     and a number behind equal paths. They also differ as file names."""
     parts = [Path(path).expanduser().parts for path in paths]
-    for length in range(2, max(map(len, parts)) + 1):
+    for length in range(2, max(2, *map(len, parts)) + 1):
         labels = ["/".join(part[-length:]) for part in parts]
         if len({re.sub(r"[^\w.+-]", "-", label) for label in labels}) == len(paths):
             return labels

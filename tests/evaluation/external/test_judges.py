@@ -39,7 +39,8 @@ class Server:
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                outer.seen.append(("POST", self.path, dict(self.headers), body))
+                headers = {name.lower(): value for name, value in self.headers.items()}
+                outer.seen.append(("POST", self.path, headers, body))
                 outer.times.append(time.monotonic())
                 fault = outer.faults.pop(0) if outer.faults else None
                 if fault == "hang":
@@ -128,7 +129,7 @@ def test_request(serve, monkeypatch, capfd):
     [(method, path, headers, body)] = server.seen
     assert (method, path) == ("POST", "/v1/chat/completions")
     assert body == {"model": "the-model", "messages": QUESTION, "temperature": 0, "max_tokens": 2048}
-    assert headers["Authorization"] == f"Bearer {SECRET}"
+    assert headers["authorization"] == f"Bearer {SECRET}"
     assert sum(SECRET in value for value in [path, json.dumps(body), *headers.values()]) == 1
     assert SECRET not in repr(server.judge()) and capfd.readouterr() == ("", "")
 
