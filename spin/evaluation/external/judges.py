@@ -124,7 +124,7 @@ class ApiJudge:
         except openai.APIStatusError as error:
             if error.status_code in (400, 413, 422) and self.has_replied:
                 return ""  # the fault is in this conversation: too long, or filtered
-            fault = f"HTTP {error.status_code}, asked for {self.model} ({brief(error.message)})"
+            fault = f"HTTP {error.status_code}, asked for {self.model} ({brief(error.response.text or error.message)})"
             if error.status_code in (401, 403):  # without the server's words, which may repeat the key
                 fault = f"HTTP {error.status_code}, the server refuses the key; set {KEY} to one that it knows"
         except (openai.OpenAIError, ValueError, AttributeError, LookupError, TypeError):
