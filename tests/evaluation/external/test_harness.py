@@ -27,7 +27,13 @@ from tests.games import ROOT
 TASKS = ROOT / "tests" / "tasks"
 LEADERBOARD_CONFIG = yaml.safe_load((ROOT / "conf" / "evaluation" / "open_llm_leaderboard.yaml").read_text())
 LEADERBOARD_TASKS = LEADERBOARD_CONFIG["harness"]
-pytest.importorskip("lm_eval")
+evaluator = pytest.importorskip("lm_eval.evaluator")
+
+
+@pytest.fixture(autouse=True)
+def _fast(monkeypatch):
+    """Without the harness's description of the machine, which takes seconds for each run and is not used."""
+    monkeypatch.setattr(evaluator, "add_env_info", lambda results: None)
 
 
 def run_tasks(folder, entries, include=TASKS, limit=None, batch_size=5, dtype=torch.float32, seed=0, said=None):
