@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from spin.config.schema import Config
 from spin.evaluation.external import harness, judges, mt_bench
+from spin.models.load import load_tokenizer
 from spin.models.policy import Policy
 from spin.pipeline.context import Run
 from spin.pipeline.evaluate import Evaluate, Evaluation
@@ -16,17 +17,6 @@ from spin.runtime.store import Artifact
 from spin.runtime.tables import fingerprint
 
 MT_BENCH_TOKENS = 1024  # of an answer, as in FastChat
-
-
-def check_external(config: Config) -> None:
-    """Raise UserError if a benchmark, question file or judge that the settings name is not available."""
-    evaluation = config.evaluation
-    if evaluation.harness:
-        harness.check_tasks(harness.parse_tasks(evaluation.harness), evaluation.harness_include)
-    if evaluation.questions is not None or evaluation.name == "mt_bench":
-        mt_bench.read_questions(evaluation.questions)  # without a file: says where to get it
-    if evaluation.judge is not None:
-        judges.identity(evaluation.judge, evaluation.judge_model)
 
 
 def declare_external(
@@ -63,6 +53,9 @@ class External(Stage[Any]):
     def labels(self, policy: Policy, *results) -> dict:
         return {"iter": self.iteration, "policy": policy.label}
 
+    def write(self, work: Work, result: Any) -> None:
+        (work.folder / self.result_file).write_text(json.dumps(result, indent=2) + "\n")
+
     def read(self, run: Run, artifact: Artifact, *results) -> Any:
         return json.loads((artifact.folder / self.result_file).read_text())
 
@@ -81,36 +74,35 @@ class Benchmark(External):
     task: harness.Task
 
     def title(self, policy: Policy) -> str:
-        return f"{self.task.name} of {policy.label}"
+        return f"{self.task.task} of {policy.label}"
 
     def inputs(self, run: Run, policy: Policy) -> dict:
         settings = run.config.evaluation
         return {
             "policy": policy.id,
-            "harness": harness.identity([self.task], settings.harness_include),
+            "harness": harness.identity(self.task, settings.harness_include),
             "limit": settings.harness_limit,
             "batch_size": settings.harness_batch_size,  # changes rounding
             "seed": run.config.seed,
-            "precision": run.numerics["precision"],
-            "device": run.device.type,
+            **device_inputs(run),
         }
 
     def build(self, run: Run, work: Work, policy: Policy) -> dict:
         settings = run.config.evaluation
-        run.models.release()
-        (row,) = harness.run_tasks(
-            policy,
-            [self.task],
+        run.models.release()  # the model may have been given another attention, which rounds differently
+        row = harness.run_task(
+            self.task,
+            run.models.load(policy),
+            load_tokenizer(policy.tokenizer),
             settings.harness_include,
             settings.harness_limit,
             settings.harness_batch_size,
-            run.dtype,
-            run.device,
             run.config.seed,
-            lambda text: run.say(f"{work.title}: {text}"),
+            run.say,
         )
-        (work.folder / self.result_file).write_text(json.dumps(row, indent=2) + "\n")
-        work.log({"step": 0, f"{self.task.name}/{self.task.metric.partition(':')[0]}": row["value"]})
+        run.models.release()
+        self.write(work, row)
+        work.log({"step": 0, f"{self.task.task}/{self.task.metric.partition(':')[0]}": row["value"]})
         return {"value": row["value"]}
 
 
@@ -128,17 +120,21 @@ class MtBench(External):
 
     def inputs(self, run: Run, policy: Policy) -> dict:
         config, settings = run.config, run.config.evaluation
+        questions = mt_bench.read_questions(settings.questions)
+        judge: dict[str, Any] = {"judge": None}
+        if settings.judge:
+            grading = mt_bench.read_grading(str(settings.questions), questions)
+            judge = {"judge": judges.identity(settings.judge, settings.judge_model), "grading": grading}
         return {
             "policy": policy.id,
-            "questions": [asdict(question) for question in mt_bench.read_questions(settings.questions)],
+            "questions": [asdict(question) for question in questions],
             "template": config.data.template,
             "stop_ids": sorted(run.stop_ids),
             "max_new_tokens": config.generation.max_new_tokens or MT_BENCH_TOKENS,
             "batch_size": config.generation.batch_size,  # changes rounding
             "seed": config.seed,
-            "precision": run.numerics["precision"],
-            "device": run.device.type,
-            "judge": judges.identity(settings.judge, settings.judge_model) if settings.judge else None,
+            **device_inputs(run),
+            **judge,
             "bootstrap": settings.bootstrap,
         }
 
@@ -147,11 +143,12 @@ class MtBench(External):
         questions = mt_bench.read_questions(settings.questions)
 
         def keep(turn: str) -> ResumableShards:
-            on_reused = lambda rows, seconds: work.add_earlier(seconds)  # noqa: E731
-            return ResumableShards(work.resume / "answers" / turn, run.say, on_reused)
+            return ResumableShards(
+                work.resume / "answers" / turn, run.say, lambda rows, seconds: work.add_earlier(seconds)
+            )
 
         with run.tracker.progress(work.title, mt_bench.TURNS * len(questions), "answers") as bar:
-            answers = mt_bench.answer(
+            answers = mt_bench.answer_questions(
                 run.models.load(policy),
                 run.tokenizer,
                 questions,
@@ -161,25 +158,23 @@ class MtBench(External):
                 config.generation.max_new_tokens or MT_BENCH_TOKENS,
                 config.seed,
                 bar.advance,
-                say=run.say,
-                keep=keep,
+                run.say,
+                keep,
             )
-        run.models.release()
         result: dict[str, Any] = {"answers": answers, "verdicts": None, "score": None}
         if settings.judge:
-            judge = open_judge(run)
+            grading, judge = mt_bench.read_grading(str(settings.questions), questions), open_judge(run)
             with run.tracker.progress(f"{work.title}: judge", mt_bench.TURNS * len(answers), "verdicts") as bar:
                 shards = ResumableShards(work.resume / "verdicts", run.say, lambda rows, seconds: bar.skip(rows))
-                verdicts = mt_bench.judge_answers(answers, questions, judge, run.say, advance=bar.advance, keep=shards)
-            score = mt_bench.mt_bench_score(verdicts, settings.bootstrap, config.seed)
-            result |= {"verdicts": verdicts, "score": score}
+                result["verdicts"] = mt_bench.grade_answers(answers, questions, grading, judge, bar.advance, shards)
+            result["score"] = score = mt_bench.mt_bench_score(result["verdicts"], settings.bootstrap, config.seed)
             work.log({"step": 0, **{key: value for key, value in score.items() if key != "by_category"}})
-        (work.folder / self.result_file).write_text(json.dumps(result, indent=2) + "\n")
+        self.write(work, result)
         return {"answers": len(answers), "score": result["score"] and result["score"]["score"]}
 
     def show(self, result: dict, policy: Policy, run: Run) -> None:
         model_id = f"{run.config.name}-{policy.label.replace('/', '-')}"
-        mt_bench.write([{**row, "model_id": model_id} for row in result["answers"]], run.folder / "mt_bench")
+        mt_bench.write_answers(result["answers"], model_id, run.folder / "mt_bench")
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,15 +196,13 @@ class Compare(External):
         return {
             "answers": fingerprint(now.held_out.pairs),
             "opponents": fingerprint(before.held_out.pairs),
-            "judge": judges.identity(settings.judge, settings.judge_model),
-            "precision": run.numerics["precision"],
-            "device": run.device.type,
+            "judge": judges.identity(str(settings.judge), settings.judge_model),
+            **device_inputs(run),
             "bootstrap": settings.bootstrap,
             "seed": run.config.seed,
         }
 
     def build(self, run: Run, work: Work, policy: Policy, now: Evaluation, before: Evaluation) -> dict:
-        run.models.release()
         judge = open_judge(run)
         with run.tracker.progress(work.title, len(now.held_out.pairs), "prompts") as bar:
 
@@ -224,27 +217,29 @@ class Compare(External):
                 judge,
                 run.config.seed,
                 run.config.evaluation.bootstrap,
-                advance=bar.advance,
-                keep=ResumableShards(work.resume / "verdicts", run.say, on_reused),
+                bar.advance,
+                ResumableShards(work.resume / "verdicts", run.say, on_reused),
             )
-        result = asdict(comparison)
-        (work.folder / self.result_file).write_text(json.dumps(result, indent=2) + "\n")
-        work.log({"step": 0, **{key: value for key, value in result.items() if key not in ("outcomes", "names")}})
-        return {"win_rate": comparison.win_rate, "n": comparison.n}
+        self.write(work, comparison)
+        work.log({"step": 0, **{key: value for key, value in comparison.items() if key != "outcomes"}})
+        return {"win_rate": comparison["win_rate"], "n": comparison["n"]}
 
     def read(self, run: Run, artifact: Artifact, policy: Policy, now: Evaluation, before: Evaluation) -> dict:
-        result = super().read(run, artifact)
-        # Labels belong to this run and do not decide the stage's content.
-        comparison = judges.Comparison(**{**result, "names": (policy.label, before.policy.label)})
-        return {**asdict(comparison), "finding": comparison.finding}
+        comparison = super().read(run, artifact)
+        names = [policy.label, before.policy.label]  # of this run; they do not decide the stage's content
+        return {**comparison, "names": names, "finding": judges.finding(comparison, *names)}
 
 
-def open_judge(run: Run) -> Any:
+def device_inputs(run: Run) -> dict:
+    """What decides the bits of a forward pass of the model as transformers loads it."""
+    return {key: run.numerics[key] for key in ("precision", "device")}
+
+
+def open_judge(run: Run) -> judges.Judge:
+    """The judge that the settings name. Releases the loaded model, because the judge may be one."""
     settings = run.config.evaluation
-    assert settings.judge is not None
-    return judges.open_judge(
-        settings.judge, settings.judge_model, settings.judge_timeout, dtype=run.dtype, device=run.device
-    )
+    run.models.release()
+    return judges.open_judge(str(settings.judge), settings.judge_model, settings.judge_timeout, run.dtype, run.device)
 
 
 def summarize_external(results: Sequence[tuple[Stage, Any]], paper_label: str) -> dict:

@@ -42,8 +42,6 @@ def check_libraries(config: Config, start: Policy) -> None:
 
         check_embedder(evaluation.embedder)
     if evaluation.harness or evaluation.questions or evaluation.judge or evaluation.name == "mt_bench":
-        from spin.pipeline.external import check_external
-
         check_external(config)
     needs_bitsandbytes = {
         f"optimizer.name={config.optimizer.name}": config.optimizer.name.endswith("8bit"),
@@ -63,3 +61,18 @@ def check_libraries(config: Config, start: Policy) -> None:
 
         rank = adapters.largest_rank(start.folder) if start.base else config.model.lora_rank
         check_vllm(generation, quantization, rank if config.model.adapter == "lora" else 0)
+
+
+def check_external(config: Config) -> None:
+    """Raise UserError if a benchmark, question file or judge that the settings name is not available."""
+    from spin.evaluation.external import harness, judges, mt_bench
+
+    evaluation = config.evaluation
+    if evaluation.harness:
+        harness.check_tasks(harness.parse_tasks(evaluation.harness), evaluation.harness_include)
+    if evaluation.judge is not None:
+        judges.identity(evaluation.judge, evaluation.judge_model)
+    if evaluation.questions is not None or evaluation.name == "mt_bench":
+        questions = mt_bench.read_questions(evaluation.questions)  # without a file: says where to get it
+        if evaluation.judge is not None:
+            mt_bench.read_grading(str(evaluation.questions), questions)

@@ -1,15 +1,18 @@
-"""Benchmarks, MT-Bench and a judge's preference within a game: found again, resumed, shown beside the held-out measures."""
+"""Benchmarks, MT-Bench and a judge's preference within a game; names of two measured policies."""
 
 import json
+from pathlib import Path
 
 import pytest
+from spin.pipeline.stages import distinct_labels
 
+from spin.config.hydra import measured
 from tests.evaluation.external.test_judges import longer, serve  # noqa: F401 (a fixture: a judge behind a real address)
 from tests.games import Place
 
 QUESTIONS = [
     {"question_id": 81, "category": "writing", "turns": ["Write a line on the sea.", "Make it shorter."]},
-    {"question_id": 101, "category": "math", "turns": ["What is 2+2?", "And twice that?"], "reference": ["4", "8"]},
+    {"question_id": 101, "category": "math", "turns": ["What is 2+2?", "And twice that?"]},
 ]
 
 
@@ -18,7 +21,7 @@ def place(tmp_path_factory, games):
     return Place(tmp_path_factory.mktemp("external"), games)
 
 
-def test_benchmarks_are_run_on_every_policy_and_shown_beside_the_papers(place):
+def test_benchmarks(place):
     words = ["evaluation=open_llm_leaderboard", "iter=0", "evaluation.harness_include=tests/tasks"]
     words += [
         "evaluation.harness=[spin_choice:2:acc_norm,spin_generate:0:exact_match:whole]",
@@ -39,10 +42,19 @@ def test_benchmarks_are_run_on_every_policy_and_shown_beside_the_papers(place):
     assert "harness   iter 0  reuse" in place.play(*words, "plan=true").stdout
 
 
-def test_a_judge_grades_and_prefers(place, serve):  # noqa: F811
+def test_judge(place, serve):  # noqa: F811
     """A judge who likes longer answers, and gives everything a 7, behind an address that speaks the protocol."""
-    questions = place.folder / "question.jsonl"
-    questions.write_text("".join(json.dumps(one) + "\n" for one in QUESTIONS))
+    questions = place.folder / "data" / "mt_bench" / "question.jsonl"
+    (questions.parent / "reference_answer").mkdir(parents=True)
+    reference = {"question_id": 101, "choices": [{"index": 0, "turns": ["4", "8"]}]}
+    kinds = [f"single{math}-v1{turns}" for math in ("", "-math") for turns in ("", "-multi-turn")]
+    prompts = [{"name": kind, "system_prompt": "Rate.", "prompt_template": "[[rating]]"} for kind in kinds]
+    for path, rows in (
+        (questions, QUESTIONS),
+        (questions.parent / "reference_answer" / "gpt-4.jsonl", [reference]),
+        (questions.parents[1] / "judge_prompts.jsonl", prompts),
+    ):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def rule(prompt: str) -> str:
         return longer(prompt) if "=== Answer 1 ===" in prompt else "Good. Rating: [[7]]"
@@ -82,7 +94,49 @@ def test_a_judge_grades_and_prefers(place, serve):  # noqa: F811
         (["evaluation.harness_limit=0"], "must be 1 or more"),
     ],
 )
-def test_what_is_not_there_is_said_before_anything_is_played(place, words, says, tmp_path):
+def test_missing_parts_stop_the_game_early(place, words, says, tmp_path):
     done = place.play(*words, f"store.path={tmp_path}/store", f"hydra.run.dir={tmp_path}/run", status=1)
     assert says in done.stderr and len(done.stderr.strip().splitlines()) == 1
     assert not list((tmp_path / "store").glob("*/*/manifest.json"))
+
+
+@pytest.mark.parametrize(
+    ("paths", "labels"),
+    [
+        (["outputs/a/iter1/policy"], ["iter1/policy"]),
+        (["outputs/a/iter0/policy", "outputs/a/iter1/policy"], ["iter0/policy", "iter1/policy"]),
+        (["outputs/a/iter1/policy", "outputs/b/iter1/policy"], ["a/iter1/policy", "b/iter1/policy"]),
+        (["x/b-c", "x-b/c"], ["x/b-c", "x-b/c-2"]),  # equal as names of files
+        (["model", "model"], ["model", "model-2"]),
+    ],
+)
+def test_distinct_labels(paths, labels):
+    assert distinct_labels(paths) == labels
+
+
+def test_measured_folder():
+    """Two runs' policies of one name are measured in two folders, and a policy always in the same."""
+    a, b = "outputs/a/iter1/policy", "outputs/b/iter1/policy"
+    names = [measured("evaluate", *paths) for paths in ((a, None), (b, None), (a, b), (b, a))]
+    assert len(set(names)) == 4 and all(name.startswith("-evaluation-") for name in names)
+    assert measured("evaluate", str(Path(a).absolute()), None) == names[0] and measured("game", a, None) == ""
+
+
+def test_evaluate_policies_of_one_name(place):
+    """Measures, samples and MT-Bench answers of two runs' iter0/policy lie side by side."""
+    questions = place.folder / "question.jsonl"
+    questions.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
+    for run, seed in (("one", 0), ("two", 1)):
+        place.play("iter=0", f"seed={seed}", "evaluation=none", run=run)
+    words = [f"model.path={place.folder}/one/iter0/policy", f"evaluation.against={place.folder}/two/iter0/policy"]
+    words += [
+        "stage=evaluate",
+        "evaluation=mt_bench",
+        f"evaluation.questions={questions}",
+        "generation.max_new_tokens=8",
+    ]
+    place.play(*words, run="both")
+    game = json.loads((place.folder / "both" / "game.json").read_text())
+    assert [row["policy"] for row in game["evaluations"]] == ["two/iter0/policy", "one/iter0/policy"]
+    assert all(len(sample["answers"]) == 2 for sample in game["samples"])
+    assert len(list((place.folder / "both" / "mt_bench" / "model_answer").glob("*.jsonl"))) == 2

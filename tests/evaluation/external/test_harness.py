@@ -1,4 +1,4 @@
-"""The harness on a stored policy: its numbers against log-probs and answers computed here; errors, a line each."""
+"""Benchmarks: their numbers against log-probs and answers computed here; errors in one line."""
 
 import json
 import logging
@@ -18,23 +18,29 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from spin.evaluation.external import harness
-from spin.evaluation.external.harness import OPEN_LLM_LEADERBOARD, PAPER, Task, check_tasks, identity, parse_tasks
-from spin.models.load import load_tokenizer
-from spin.models.policy import Policy
+from spin.evaluation.external.harness import LEADERBOARD, PAPER, Task, check_tasks, identity, parse_tasks
+from spin.models.load import load_model, load_tokenizer
 from spin.runtime.errors import UserError
 from spin.runtime.signals import Interrupted
 from tests.games import ROOT
 
 TASKS = ROOT / "tests" / "tasks"
-pytest.importorskip("lm_eval")
+LEADERBOARD_CONFIG = yaml.safe_load((ROOT / "conf" / "evaluation" / "open_llm_leaderboard.yaml").read_text())
+LEADERBOARD_TASKS = LEADERBOARD_CONFIG["harness"]
+evaluator = pytest.importorskip("lm_eval.evaluator")
+
+
+@pytest.fixture(autouse=True)
+def _fast(monkeypatch):
+    """Without the harness's description of the machine, which takes seconds for each run and is not used."""
+    monkeypatch.setattr(evaluator, "add_env_info", lambda results: None)
 
 
 def run_tasks(folder, entries, include=TASKS, limit=None, batch_size=5, dtype=torch.float32, seed=0, said=None):
-    tasks = parse_tasks(entries)
     say = (lambda line: None) if said is None else said.append
-    return harness.run_tasks(
-        Policy("policy", folder, ""), tasks, str(include), limit, batch_size, dtype, torch.device("cpu"), seed, say
-    )
+    model, tokenizer = load_model(folder, dtype, torch.device("cpu")), load_tokenizer(folder)
+    tasks = parse_tasks(entries)
+    return [harness.run_task(t, model, tokenizer, str(include), limit, batch_size, seed, say) for t in tasks]
 
 
 def records(name: str, folder: Path = TASKS) -> list[dict]:
@@ -45,7 +51,7 @@ def question(doc: dict) -> str:
     return f"Q: {doc['question']}\nA:"
 
 
-class Judge:
+class Reference:
     """The model's own forward, one text at a time, and log-probs in float64."""
 
     def __init__(self, folder: Path, dtype: torch.dtype = torch.float64):
@@ -79,11 +85,11 @@ def prompts(docs: list[dict], shots: int, seed: int) -> list[str]:
     return [before + question(doc) for before, doc in zip(answered, docs, strict=True)]
 
 
-def shares_correct(judge: Judge, docs: list[dict], shots: int, seed: int) -> dict[str, float]:
+def shares_correct(reference: Reference, docs: list[dict], shots: int, seed: int) -> dict[str, float]:
     """acc by the log-prob of " " + choice, acc_norm by it per character of the choice, acc_bytes per byte."""
     correct: dict[str, list[bool]] = {"acc": [], "acc_norm": [], "acc_bytes": []}
     for prompt, doc in zip(prompts(docs, shots, seed), docs, strict=True):
-        logps = np.array([judge.logp(prompt, f" {choice}") for choice in doc["choices"]])
+        logps = np.array([reference.logp(prompt, f" {choice}") for choice in doc["choices"]])
         lengths = {
             "acc": np.ones(4),
             "acc_norm": np.array([len(choice) for choice in doc["choices"]]),
@@ -111,16 +117,16 @@ def policy(tiny_folder, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def judge(policy):
-    return Judge(policy)
+def reference(policy):
+    return Reference(policy)
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("shots", "seed"), [(0, 0), (3, 0), (3, 7)])
-def test_accuracies_are_those_of_log_probs_computed_one_at_a_time(policy, judge, shots, seed):
-    expected = shares_correct(judge, records("choice_test"), shots, seed)
+def test_accuracies(policy, reference, shots, seed):
+    expected = shares_correct(reference, records("choice_test"), shots, seed)
     assert len(set(expected.values())) > 1 and 0 < min(expected.values()) < max(expected.values()) < 1  # it can fail
     rows = run_tasks(policy, [f"spin_choice:{shots}:{metric}" for metric in expected], seed=seed)
     assert {row["metric"]: row["value"] for row in rows} == pytest.approx(expected)
@@ -130,10 +136,10 @@ def test_accuracies_are_those_of_log_probs_computed_one_at_a_time(policy, judge,
         assert (row["task"], row["shots"], row["n"], row["version"]) == ("spin_choice", shots, 24, "1.5")
 
 
-def test_log_probs_have_the_precision_of_the_type(policy, judge):
+def test_precision_of_log_probs(policy, reference):
     docs = records("choice_test")
     true = [f" {doc['choices'][doc['answer']]}" for doc in docs]
-    expected = np.mean([judge.logp(*pair) for pair in zip(prompts(docs, 2, 0), true, strict=True)])
+    expected = np.mean([reference.logp(*pair) for pair in zip(prompts(docs, 2, 0), true, strict=True)])
     errors = [
         abs(run_tasks(policy, ["spin_logps:2:logp"], dtype=dtype)[0]["value"] / expected - 1)
         for dtype in (torch.float64, torch.float32, torch.bfloat16)
@@ -141,24 +147,24 @@ def test_log_probs_have_the_precision_of_the_type(policy, judge):
     assert errors[0] < 1e-12 < errors[1] < 1e-5 < errors[2] < 1e-2
 
 
-def test_sums_of_log_probs_are_not_rounded_to_bf16(tiny_folder, tmp_path):
+def test_bf16_sums_are_not_rounded(tiny_folder, tmp_path):
     """In bf16 a sum near -66 is a multiple of 0.5: choices of one length would tie, and the first would be taken."""
     include = shutil.copytree(TASKS, tmp_path / "tasks")
-    judge, rng, docs = Judge(tiny_folder, torch.bfloat16), random.Random(0), []
+    reference, rng, docs = Reference(tiny_folder, torch.bfloat16), random.Random(0), []
     while len(docs) < 16:
         choices = ["".join(rng.choices("abcdefghijklmnop", k=11)) for _ in range(4)]
         doc = {"question": "which?", "choices": choices}
-        logps = [judge.logp(question(doc), f" {choice}") for choice in choices]
+        logps = [reference.logp(question(doc), f" {choice}") for choice in choices]
         if sorted(logps)[-1] - sorted(logps)[-2] > 0.1:  # rows of a batch are not the bits of rows alone
             docs.append(doc | {"answer": int(np.argmax(logps))})
     (include / "data" / "choice_test.jsonl").write_text("\n".join(map(json.dumps, docs)))
     assert run_tasks(tiny_folder, ["spin_choice:0:acc"], include, dtype=torch.bfloat16)[0]["value"] == 1
 
 
-def test_generated_answers_are_greedy_ones(policy, judge, tmp_path):
+def test_generated_answers(policy, reference, tmp_path):
     include = shutil.copytree(TASKS, tmp_path / "tasks")
     docs = records("generate")
-    said = [judge.greedy(question(doc), 8) for doc in docs]
+    said = [reference.greedy(question(doc), 8) for doc in docs]
     letters = [found[0] if (found := re.findall("[A-Za-z]", text)) else "" for text in said]
     # Half of the true answers are what the model says, a quarter its first letter, a quarter neither.
     true = [(said[i], said[i], letters[i], "neither")[i % 4] for i in range(len(docs))]
@@ -172,21 +178,21 @@ def test_generated_answers_are_greedy_ones(policy, judge, tmp_path):
     assert whole["value"] != letter["value"]
 
 
-def test_a_group_has_the_mean_of_its_tasks_by_size(policy, judge):
+def test_group_mean(policy, reference):
     group, first, second = run_tasks(policy, ["spin_group:0:acc", "spin_choice:0:acc", "spin_swapped:0:acc"])
-    assert second["value"] == pytest.approx(shares_correct(judge, records("choice_train"), 0, 0)["acc"])
+    assert second["value"] == pytest.approx(shares_correct(reference, records("choice_train"), 0, 0)["acc"])
     assert group["n"] == first["n"] + second["n"] == 31 and group["version"] == "3"
     assert group["value"] == pytest.approx((24 * first["value"] + 7 * second["value"]) / 31)
     assert group["stderr"] > 0
 
 
-def test_a_limit_takes_the_first_questions(policy, judge):
+def test_limit(policy, reference):
     row, group = run_tasks(policy, ["spin_choice:2:acc", "spin_group:0:acc"], limit=5)
     assert row["n"] == 5 and group["n"] == 10
-    assert row["value"] == pytest.approx(shares_correct(judge, records("choice_test")[:5], 2, 0)["acc"])
+    assert row["value"] == pytest.approx(shares_correct(reference, records("choice_test")[:5], 2, 0)["acc"])
 
 
-def test_the_same_rows_again_whatever_stands_beside_them(policy):
+def test_repeatable(policy):
     alone = run_tasks(policy, ["spin_choice:3:acc_norm"])
     random.seed(5)
     torch.manual_seed(5)
@@ -194,17 +200,16 @@ def test_the_same_rows_again_whatever_stands_beside_them(policy):
     assert beside[1:] == alone
 
 
-def test_prompts_that_do_not_fit_are_told(policy, tmp_path, caplog):
+def test_truncated_prompts(policy, tmp_path, caplog):
     said: list[str] = []
     run_tasks(policy, ["spin_choice:0:acc", "spin_choice:7:acc"], said=said)
-    assert any("no chat template" in line for line in said)
-    assert not any("cut from the left" in line for line in said)  # 7 examples and a question are below 1024 bytes
+    assert said == []  # 7 examples and a question are below 1024 bytes
     short = shutil.copytree(policy, tmp_path / "short")
     settings = json.loads((short / "config.json").read_text()) | {"max_position_embeddings": 128}
     (short / "config.json").write_text(json.dumps(settings))
     run_tasks(short, ["spin_choice:0:acc", "spin_choice:5:acc"], said=said)
     assert [line for line in said if "cut" in line] == [
-        "note: spin_choice, 5 shots: prompts were cut from the left to fit the context of 128"
+        "note: spin_choice, 5 shots: prompts were cut from the left to fit the model's context"
     ]
     assert not [record for record in caplog.records if record.name.startswith("lm_eval")]  # told once, and by `say`
 
@@ -218,7 +223,7 @@ def states():
 
 
 @pytest.mark.parametrize("stopped", [False, True])
-def test_random_states_and_logs_are_as_before(policy, stopped):
+def test_restores_process_state(policy, stopped):
     log = logging.getLogger("lm_eval")
     before = states(), log.level, log.propagate, list(log.handlers), sys.dont_write_bytecode
     if stopped:
@@ -229,7 +234,7 @@ def test_random_states_and_logs_are_as_before(policy, stopped):
     assert (states(), log.level, log.propagate, list(log.handlers), sys.dont_write_bytecode) == before
 
 
-def test_from_another_folder_nothing_is_written_and_nothing_logged(policy, tmp_path):
+def test_writes_and_logs_nothing(policy, tmp_path):
     """Also that relative data files lie beside their task's file, and that `include` may be relative itself."""
     include = shutil.copytree(TASKS, tmp_path / "mine" / "tasks", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "temporary").mkdir()
@@ -237,10 +242,12 @@ def test_from_another_folder_nothing_is_written_and_nothing_logged(policy, tmp_p
 import torch
 from pathlib import Path
 from spin.evaluation.external.harness import check_tasks, parse_tasks, run_tasks
-from spin.models.policy import Policy
 tasks = parse_tasks(["spin_choice:0:acc", "spin_swapped:0:acc", "spin_generate:0:exact_match:whole"])
 check_tasks(tasks, "tasks")
-for row in run_tasks(Policy('policy', Path({str(policy)!r}), ''), tasks, "tasks", 3, 2, torch.float32, torch.device("cpu"), 0, print):
+folder = Path({str(policy)!r})
+model = load_model(folder, torch.float32, torch.device("cpu"))
+for task in tasks:
+    row = run_task(task, model, load_tokenizer(folder), "tasks", 3, 2, 0, print)
     print(row["task"], row["n"])
 """
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -251,12 +258,12 @@ for row in run_tasks(Policy('policy', Path({str(policy)!r}), ''), tasks, "tasks"
         [sys.executable, "-c", script], cwd=include.parent, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[1:] == ["spin_choice 3", "spin_swapped 3", "spin_generate 3"]
+    assert done.stdout.splitlines() == ["spin_choice 3", "spin_swapped 3", "spin_generate 3"]
     assert not re.search("INFO|WARN", done.stderr, re.IGNORECASE), done.stderr
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-def test_changed_data_are_read_again(policy, tmp_path):
+def test_changed_data(policy, tmp_path):
     include = shutil.copytree(TASKS, tmp_path / "tasks")
     data = include / "data" / "choice_test.jsonl"
     run_tasks(policy, ["spin_choice:0:acc"], include)
@@ -280,13 +287,13 @@ def one_line(error) -> str:
     "entry",
     ["", "arc", "arc:5", "arc:five:acc", "arc:-1:acc", "arc:²:acc", ":5:acc", "arc:5:", "arc:5:acc:", "a:1:b:c:d", 7],
 )
-def test_a_malformed_entry(entry):
+def test_malformed_entry(entry):
     with pytest.raises(UserError) as error:
         parse_tasks([entry])
     assert "task:shots:metric" in one_line(error)
 
 
-def test_an_entry_twice():
+def test_repeated_entry():
     with pytest.raises(UserError) as error:
         parse_tasks(["arc_easy:5:acc", "arc_easy:5:acc_norm", "arc_easy:05:acc"])
     assert "arc_easy:05:acc is named twice" in one_line(error)
@@ -298,33 +305,32 @@ def test_an_entry_twice():
         ("arc_chalenge:25:acc_norm", "arc_challenge"),
         ("xqzkwv" * 5 + ":0:acc", "lm_eval ls tasks"),
         ("spin_choise:0:acc", "spin_choice"),
-        ("arc_challenge:25:exact_match", "it has acc, acc_norm."),
-        ("gsm8k:5:acc", "it has exact_match:strict-match, exact_match:flexible-extract."),
+        ("arc_challenge:25:exact_match", "it has acc:none, acc_norm:none."),
         ("gsm8k:5:exact_match", "it has exact_match:strict-match, exact_match:flexible-extract."),
         ("gsm8k:5:exact_match:strict", "it has exact_match:strict-match, exact_match:flexible-extract."),
-        ("mmlu:5:acc_norm", "mmlu has no metric acc_norm; it has acc."),
-        ("ai2_arc:0:acc", "name them: arc_challenge, arc_easy"),
-        ("spin_tag:0:exact_match:whole", "name them: spin_generate"),
+        ("mmlu:5:acc_norm", "mmlu has no metric acc_norm; it has acc:none."),
+        ("ai2_arc:0:acc", "name its tasks: arc_challenge, arc_easy"),
         ("truthfulqa_mc2:5:acc", "truthfulqa_mc2:0:acc"),
         ("spin_group:2:acc", "spin_swapped is defined without examples"),
         ("humaneval:0:pass_at_k", "runs code"),
     ],
 )
-def test_a_task_that_cannot_be_had(entry, told):
+def test_check_refuses(entry, told):
     with pytest.raises(UserError) as error:
         check_tasks(parse_tasks([entry]), str(TASKS))
     assert told in one_line(error)
 
 
-def test_the_papers_tasks_can_be_had():
-    check_tasks(parse_tasks(OPEN_LLM_LEADERBOARD), None)
+def test_known_tasks_pass():
+    check_tasks(parse_tasks(LEADERBOARD_TASKS), None)
     check_tasks(parse_tasks(["spin_group:0:acc", "spin_generate:0:exact_match:letter"]), str(TASKS))
 
 
-def test_no_such_folder_of_tasks(tmp_path):
-    for refuse in (check_tasks, identity):
+def test_missing_include(tmp_path):
+    task, folder = Task("spin_choice", 0, "acc"), str(tmp_path / "nowhere")
+    for refuse in (lambda: check_tasks([task], folder), lambda: identity(task, folder)):
         with pytest.raises(UserError) as error:
-            refuse([Task("spin_choice", 0, "acc")], str(tmp_path / "nowhere"))
+            refuse()
         assert "nowhere: no such folder" in one_line(error)
 
 
@@ -340,7 +346,7 @@ def test_no_such_folder_of_tasks(tmp_path):
         "task: mine\ndataset_path: json\noutput_type: multiple_choice\nprocess_docs: !function nowhere.at_all",
     ],
 )
-def test_a_broken_task_file(policy, tmp_path, text):
+def test_broken_task_file(policy, tmp_path, text):
     (tmp_path / "mine.yaml").write_text(text)
 
     def check_and_run():
@@ -355,14 +361,14 @@ def test_a_broken_task_file(policy, tmp_path, text):
 @pytest.mark.parametrize(
     ("entry", "told"),
     [
-        ("arc_challenge:25:acc_norm", ("arc_challenge", "allenai/ai2_arc ARC-Challenge", "HF_HUB_OFFLINE")),
-        ("mmlu:5:acc", ("mmlu", "cais/mmlu abstract_algebra")),
+        ("arc_challenge:25:acc_norm", ("arc_challenge", "allenai/ai2_arc", "HF_HUB_OFFLINE")),
+        ("mmlu:5:acc", ("mmlu", "cais/mmlu")),
         ("spin_lost:0:acc", ("spin_lost", "nowhere.jsonl")),
-        ("spin_choice:8:acc", ("spin_choice has 7 examples, too few for 8 shots.",)),
+        ("spin_choice:8:acc", ("spin_choice", "Sample larger than population")),
         ("spin_memory:0:acc", ("spin_memory", "evaluation.harness_batch_size=5")),
     ],
 )
-def test_a_task_that_cannot_be_run(policy, entry, told):
+def test_run_refuses(policy, entry, told):
     check_tasks(parse_tasks([entry]), str(TASKS))
     with pytest.raises(UserError) as error:
         run_tasks(policy, [entry], limit=1)
@@ -370,15 +376,7 @@ def test_a_task_that_cannot_be_run(policy, entry, told):
     assert all(part in text for part in told), text
 
 
-def test_a_broken_policy(policy, tmp_path):
-    folder = shutil.copytree(policy, tmp_path / "broken")
-    (folder / "model.safetensors").write_bytes(b"nothing")
-    with pytest.raises(UserError) as error:
-        run_tasks(folder, ["spin_choice:0:acc"])
-    assert "broken" in one_line(error)
-
-
-def test_without_the_harness_or_with_another_version(tmp_path):
+def test_missing_or_other_version(tmp_path):
     """In a process whose packages are all but lm_eval."""
     packages = tmp_path / "packages"
     packages.mkdir()
@@ -394,9 +392,9 @@ from spin.evaluation.external.harness import check_tasks, identity, parse_tasks
 tasks = parse_tasks(["arc_easy:0:acc"])
 for more in ([], [{str(other.parent)!r}]):
     sys.path += more
-    for refuse in (check, identity):
+    for refuse in (lambda: check_tasks(tasks, None), lambda: identity(tasks[0], None)):
         try:
-            refuse(tasks, None)
+            refuse()
         except ValueError as error:
             print(error)
 """
@@ -413,35 +411,35 @@ for more in ([], [{str(other.parent)!r}]):
 # --- keys, the paper's table, the configuration -----------------------------------------------------------------------
 
 
-def test_an_identity_changes_with_what_decides_the_results(tmp_path):
+def test_identity(tmp_path):
     include = shutil.copytree(TASKS, tmp_path / "tasks", ignore=shutil.ignore_patterns("__pycache__"))
-    tasks = parse_tasks(["spin_choice:0:acc"])
-    first = identity(tasks, str(include))
-    assert first == json.loads(json.dumps(first)) == identity(tasks, str(shutil.copytree(include, tmp_path / "copy")))
+    [task] = parse_tasks(["spin_choice:0:acc"])
+    first = identity(task, str(include))
+    assert first == json.loads(json.dumps(first)) == identity(task, str(shutil.copytree(include, tmp_path / "copy")))
     (include / "__pycache__").mkdir()
     (include / "__pycache__" / "functions.pyc").write_bytes(b"anything")
-    assert identity(tasks, str(include)) == first
+    assert identity(task, str(include)) == first
 
-    found = [first, identity(tasks, None)]
-    found += [identity(parse_tasks([entry]), str(include)) for entry in ("spin_choice:1:acc", "spin_choice:0:acc_norm")]
+    others = [first, identity(task, None)]
+    others += [identity(Task("spin_choice", *rest), str(include)) for rest in ((1, "acc"), (0, "acc_norm"))]
     with (include / "data" / "choice_test.jsonl").open("a") as file:
         file.write("\n")
-    found.append(identity(tasks, str(include)))
+    others.append(identity(task, str(include)))
     (include / "spin_choice.yaml").rename(include / "other.yaml")
-    found.append(identity(tasks, str(include)))
-    assert len({json.dumps(one) for one in found}) == len(found)
+    others.append(identity(task, str(include)))
+    assert len({json.dumps(other) for other in others}) == len(others)
 
 
-def test_the_papers_averages_are_the_means_of_its_rows():
+def test_paper_averages():
     assert list(PAPER) == ["sft", "iter0", "iter1", "iter2", "iter3"]
     for row in PAPER.values():
-        assert list(row) == [*(entry.split(":")[0] for entry in OPEN_LLM_LEADERBOARD), "average"]
+        assert list(row) == [*LEADERBOARD, "average"]
         *scores, average = row.values()
         assert abs(np.mean(scores) - average) <= 0.005 + 1e-9
 
 
-def test_the_configuration_names_the_papers_tasks():
-    path = ROOT / "conf" / "evaluation" / "open_llm_leaderboard.yaml"
-    config = yaml.safe_load(path.read_text())
-    assert config["harness"] == list(OPEN_LLM_LEADERBOARD)
+def test_leaderboard_configuration():
+    assert [task.task for task in parse_tasks(LEADERBOARD_TASKS)] == list(LEADERBOARD)
+    assert [task.shots for task in parse_tasks(LEADERBOARD_TASKS)] == [25, 0, 5, 5, 10, 5]
+    config = LEADERBOARD_CONFIG
     assert (config["harness_include"], config["harness_limit"], config["harness_batch_size"]) == (None, None, 8)

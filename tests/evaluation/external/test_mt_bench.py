@@ -1,5 +1,6 @@
 """MT-Bench: FastChat's files in and out, both turns from a real model, grades from a real server."""
 
+import hashlib
 import json
 import re
 from dataclasses import replace
@@ -9,34 +10,49 @@ import numpy as np
 import pytest
 import torch
 
-from spin.config.hydra import load
 from spin.config.schema import GenerationConfig
 from spin.data.templates import encode_prompts
-from spin.evaluation.external.judges import LocalJudge, RewardModel
 from spin.evaluation.external.mt_bench import (
     TEMPERATURES,
     Question,
-    answer,
-    judge_answers,
+    answer_questions,
+    grade_answers,
     mt_bench_score,
     parse_rating,
+    read_grading,
     read_questions,
-    write,
+    write_answers,
 )
 from spin.generation.sampling import generate_answers
 from spin.models.load import load_model, load_tokenizer, stop_ids
 from spin.runtime.errors import UserError
 from spin.runtime.shards import ResumableShards
-from tests.evaluation.external.test_judges import make_reward, one_line, serve  # noqa: F401
+from tests.evaluation.external.test_judges import one_line, serve  # noqa: F401
 
 CATEGORIES = "writing roleplay extraction math coding reasoning stem humanities".split()
 RECORDS = [
     {"question_id": 81 + i, "category": category, "turns": [f"First of {category}?", f"Second, as to {category}?"]}
     for i, category in enumerate(CATEGORIES)
 ]
-RECORDS[2]["reference"] = ["not for judging", "nor this"]
-RECORDS[3]["reference"] = ["It is 42 {exactly}.", ""]
-RECORDS[5]["reference"] = ["Uncertain.", "No."]
+# In FastChat's layout, with prompts that show every field.
+PROMPTS = [
+    {
+        "name": f"single{math}-v1{turns}",
+        "system_prompt": f"system{math}{turns}",
+        "prompt_template": template
+        + (" R1={ref_answer_1}" if math else "")
+        + (" R2={ref_answer_2}" if math and turns else ""),
+    }
+    for math in ("", "-math")
+    for turns, template in (
+        ("", "Q={question} A=\n{answer}\n"),
+        ("-multi-turn", "{question_1}\n{answer_1}\n{question_2}\n{answer_2}\n"),
+    )
+]
+REFERENCES = [
+    {"question_id": 84 + i, "choices": [{"index": 0, "turns": [f"first reference {i} {{x}}", f"second reference {i}"]}]}
+    for i in range(3)
+]
 
 
 def lines(records) -> str:
@@ -45,14 +61,19 @@ def lines(records) -> str:
 
 @pytest.fixture
 def question_file(tmp_path):
-    (tmp_path / "question.jsonl").write_text(lines(RECORDS))
-    return tmp_path / "question.jsonl"
+    folder = tmp_path / "data" / "mt_bench"
+    (folder / "reference_answer").mkdir(parents=True)
+    (folder / "question.jsonl").write_text(lines(RECORDS))
+    (folder / "reference_answer" / "gpt-4.jsonl").write_text(lines(REFERENCES))
+    (folder.parent / "judge_prompts.jsonl").write_text(lines([*PROMPTS, {"name": "pair-v2"}]))
+    return folder / "question.jsonl"
 
 
-QUESTIONS = [
-    Question(r["question_id"], r["category"], tuple(r["turns"]), tuple(r["reference"]) if "reference" in r else None)
-    for r in RECORDS
-]
+QUESTIONS = [Question(r["question_id"], r["category"], tuple(r["turns"])) for r in RECORDS]
+GRADING = {
+    "prompts": {prompt["name"]: prompt for prompt in PROMPTS},
+    "references": {str(r["question_id"]): r["choices"][0]["turns"] for r in REFERENCES},
+}
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +92,7 @@ def player(tiny_folder):
 def played(player, questions=QUESTIONS, template="chat", seed=0, tokens=12, **options) -> list[dict]:
     model, tokenizer, stops = player
     generation = options.pop("generation", GenerationConfig.from_defaults(batch_size=4))
-    return answer(model, tokenizer, questions, template, stops, generation, tokens, seed, **options)
+    return answer_questions(model, tokenizer, questions, template, stops, generation, tokens, seed, **options)
 
 
 def turns(rows) -> list[list[str]]:
@@ -81,69 +102,57 @@ def turns(rows) -> list[list[str]]:
 # --- questions --------------------------------------------------------------------------------------------------------
 
 
-def test_questions_are_read_as_fastchat_writes_them(question_file):
-    assert read_questions(question_file) == QUESTIONS == read_questions(str(question_file))
+def test_read_questions(question_file):
+    assert read_questions(str(question_file)) == QUESTIONS
     question_file.write_text("\ufeff" + lines(RECORDS).replace("\n", "\r\n") + "\n  \n", "utf-8")
-    assert read_questions(question_file) == QUESTIONS
-    odd = [{**RECORDS[0], "reference": None}, {**RECORDS[1], "question_id": "r-1", "reference": [], "more": 1}]
-    question_file.write_text(lines(odd))
-    assert [(q.id, q.reference) for q in read_questions(question_file)] == [(81, None), ("r-1", None)]
+    assert read_questions(str(question_file)) == QUESTIONS
 
 
 @pytest.mark.parametrize(
     ("spoilt", "says"),
     [
-        (b"{", ":3: not a line of JSON"),
-        (b"\xff\xfe", ":3: not a line of JSON"),
-        (b"[" * 100_000, ":3: not a line of JSON"),
-        (b"9" * 5000, ":3: not a line of JSON"),
-        (b"[]", ":3: a question is a JSON object, this is a list"),
-        (b"{}", ":3: question_id must be"),
-        ({"question_id": True}, ":3: question_id must be"),
-        ({"question_id": 1.5}, ":3: question_id must be"),
-        ({"question_id": " "}, ":3: question_id must be"),
-        ({"question_id": 81}, ":3: question_id 81 is there twice"),
-        ({"question_id": "82"}, ":3: question_id 82 is there twice"),
-        ({"category": 3}, ":3: category must be a text"),
-        ({"turns": "What?"}, ":3: turns must be a list of two texts"),
-        ({"turns": ["What?"]}, ":3: turns must be a list of two texts"),
-        ({"turns": ["a", "b", "c"]}, ":3: turns must be a list of two texts"),
-        ({"turns": ["a", " "]}, ":3: turns must be a list of two texts"),
-        ({"turns": ["a", None]}, ":3: turns must be a list of two texts"),
-        ({"turns": ["a", "\ud83d"]}, ":3: turns must be a list of two texts"),
-        ({"reference": ["a"]}, ":3: reference must be a list of two texts"),
-        ({"reference": "ab"}, ":3: reference must be a list of two texts"),
-        ({"reference": {"a": 1, "b": 2}}, ":3: reference must be a list of two texts"),
+        (b"{", "can't be read"),
+        (b"\xff\xfe", "can't be read"),
+        (b"[]", ":3: is no question"),
+        (b"{}", ":3: is no question"),
+        ({"turns": ["What?"]}, ":3: is no question"),
+        ({"turns": ["a", None]}, ":3: is no question"),
+        ({"question_id": "82"}, "same question_id"),
     ],
 )
-def test_a_file_of_other_questions_is_one_line_with_its_number(question_file, spoilt, says):
+def test_malformed_questions(question_file, spoilt, says):
     if isinstance(spoilt, dict):
         spoilt = json.dumps({**RECORDS[2], **spoilt}).encode()
     question_file.write_bytes(lines(RECORDS[:2]).encode() + spoilt + b"\n")
     with pytest.raises(UserError, match=says) as caught:
-        read_questions(question_file)
+        read_questions(str(question_file))
     assert "FastChat" in one_line(caught.value)
 
 
-@pytest.mark.parametrize("path", [None, "", "no/such.jsonl", "a\0b", "x" * 5000, "/tmp", "/dev/null", "~nobody-here/q"])
-def test_a_file_that_is_not_there_is_one_line_with_where_to_get_it(path):
-    with pytest.raises(UserError, match=r"evaluation\.questions=.*llm_judge/data/mt_bench/question\.jsonl") as caught:
+@pytest.mark.parametrize("path", [None, "no/such.jsonl", "a\0b", "x" * 5000, "/tmp", "~nobody-here/q"])
+def test_missing_questions(path):
+    with pytest.raises(UserError, match=r"evaluation\.questions.*mt_bench/question\.jsonl") as caught:
         read_questions(path)
     assert one_line(caught.value)
 
 
-def test_an_empty_file_is_told(tmp_path):
-    (tmp_path / "q.jsonl").write_text("\n")
-    with pytest.raises(UserError, match="no question in it"):
-        read_questions(tmp_path / "q.jsonl")
+def test_read_grading(question_file):
+    assert read_grading(str(question_file), QUESTIONS) == GRADING
+    (question_file.parent / "reference_answer" / "gpt-4.jsonl").write_text(lines(REFERENCES[:2]))
+    with pytest.raises(UserError, match=r"reference answer.*86.*FastChat") as caught:
+        read_grading(str(question_file), QUESTIONS)
+    assert one_line(caught.value)
+    (question_file.parents[1] / "judge_prompts.jsonl").unlink()
+    with pytest.raises(UserError, match="judge_prompts"):
+        read_grading(str(question_file), QUESTIONS)
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
 
 
-def test_answers_are_rows_as_fastchat_has_them(player, tmp_path):
-    rows = played(player, model_id="iter1")
-    file = write(rows, tmp_path / "mt_bench")
+def test_answers_in_fastchats_layout(player, tmp_path):
+    rows = played(player)
+    file = write_answers(rows, "iter1", tmp_path / "mt_bench")
     assert file == tmp_path / "mt_bench" / "model_answer" / "iter1.jsonl"
     read = {}
     for line in file.read_text("ascii").splitlines():  # as its load_model_answers reads
@@ -160,17 +169,15 @@ def test_answers_are_rows_as_fastchat_has_them(player, tmp_path):
     assert len({row["answer_id"] for row in rows}) == len(rows)
 
 
-@pytest.mark.parametrize("name", ["org/model", "", "../x", ".hidden", "a\nb", "x" * 300])
-def test_a_model_id_that_names_no_file_is_refused(player, tmp_path, name):
-    rows = [{"question_id": 1, "answer_id": "a", "model_id": name, "choices": [], "tstamp": 0.0}]
-    with pytest.raises(UserError, match="can't name a file") as caught:
-        write(rows, tmp_path)
-    assert one_line(caught.value)
+@pytest.mark.parametrize("name", ["org/model", "my run/iter1", "../x"])
+def test_model_id_is_a_file_name(tmp_path, name):
+    file = write_answers([{"question_id": 1}], name, tmp_path)
+    assert file.parent == tmp_path / "model_answer" and json.loads(file.read_text())["model_id"] == file.stem
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(player, tmp_path):
+def test_seed(player):
     first, again, other = played(player), played(player), played(player, seed=1)
-    assert write(first, tmp_path / "a").read_bytes() == write(again, tmp_path / "b").read_bytes()
+    assert first == again
     for question, one, two in zip(QUESTIONS, turns(first), turns(other), strict=True):
         assert all(one), question.category  # no empty answers, which would all be the same
         if TEMPERATURES.get(question.category) != 0.1:  # greedy or nearly so
@@ -178,7 +185,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(player, tmp_
     assert all(a["answer_id"] != b["answer_id"] for a, b in zip(first[:2], other[:2], strict=True))
 
 
-def test_each_question_has_a_stream_of_its_own_whatever_stands_around_it(player):
+def test_answers_do_not_depend_on_other_questions(player):
     whole = played(player)
     assert played(player, QUESTIONS[::-1]) == whole[::-1]
     assert [played(player, [question])[0] for question in QUESTIONS] == whole
@@ -188,7 +195,7 @@ def test_each_question_has_a_stream_of_its_own_whatever_stands_around_it(player)
 
 
 @pytest.mark.parametrize("template", ["chat", "paper", "Q: {prompt}\nA: "])
-def test_the_second_turn_sees_the_first_answer_in_the_one_template_at_fastchats_temperatures(player, template):
+def test_turns_and_temperatures(player, template):
     """Each answer once more, by itself, from messages written out here."""
     model, tokenizer, stops = player
     expected = {
@@ -225,14 +232,22 @@ def test_the_second_turn_sees_the_first_answer_in_the_one_template_at_fastchats_
 
 def again_of(model, tokenizer, example, temperature, stops) -> str:
     from spin.data.examples import Example
-    from spin.evaluation.external.mt_bench import _seed
 
     config = GenerationConfig.from_defaults(temperature=temperature, batch_size=1)
-    [found] = generate_answers(model, tokenizer, [Example(**example)], 1, config, 12, stops, _seed(0))
+    [found] = generate_answers(
+        model,
+        tokenizer,
+        [Example(**example)],
+        1,
+        config,
+        12,
+        stops,
+        int.from_bytes(hashlib.sha256(b"0:mt_bench").digest()[:4], "big"),
+    )
     return found.text
 
 
-def test_a_control_token_that_the_model_spells_is_not_one_in_the_second_prompt(player, tiny_folder):
+def test_spelt_control_token(player, tiny_folder):
     model, _, stops = player
     [(first, _)] = turns(played(player, QUESTIONS[2:3]))
     word = next(a + b for a, b in pairwise(first) if (a + b).isascii())
@@ -243,22 +258,20 @@ def test_a_control_token_that_the_model_spells_is_not_one_in_the_second_prompt(p
     assert again == first.replace(word, "").strip() and second
 
 
-def test_a_prompt_without_room_is_not_cut_but_named(player):
+def test_short_context(player):
     said, done = [], []
     long = replace(QUESTIONS[4], id="long", turns=("x" * 1100, "And?"))
     tight = replace(QUESTIONS[5], id="tight", turns=("y" * 970, "And what then, what then, what then?"))
     rows = played(player, [long, tight, QUESTIONS[0]], tokens=100, say=said.append, advance=done.append)
     (a, b), (c, d), other = turns(rows)
     assert (a, b, d) == ("ERROR", "ERROR", "ERROR") and c not in ("", "ERROR") and "ERROR" not in other
-    assert sum(done) == 6
-    assert len(said) == 2 and "3 of 6 prompts have no room" in said[0] and "context ends at 1024" in said[0]
-    assert re.search(r"\(question/turn: long/1, long/2, tight/2\)", said[0])
-    assert "1 of 6 prompts have their answer cut" in said[1] and "tight/1" in said[1]
+    [line] = said
+    assert "context of 1024 tokens" in line and line.endswith("question/turn long/1, tight/1, long/2, tight/2")
     said.clear()
     assert played(player, say=said.append) and said == []
 
 
-def test_answers_that_were_kept_are_not_given_again(player, tmp_path):
+def test_resume_answers(player, tmp_path):
     whole, done = played(player), []
 
     def keep(part):
@@ -281,13 +294,7 @@ def test_answers_that_were_kept_are_not_given_again(player, tmp_path):
 
 
 ROWS = [
-    {
-        "question_id": q.id,
-        "answer_id": f"{i}",
-        "model_id": "iter7",
-        "choices": [{"index": 0, "turns": [f"one {'a' * i}", f"two {{b}} {i}"]}],
-        "tstamp": 0.0,
-    }
+    {"question_id": q.id, "answer_id": f"{i}", "choices": [{"turns": [f"one {'a' * i}", f"two {{b}} {i}"]}]}
     for i, q in enumerate(QUESTIONS)
 ]
 
@@ -300,41 +307,43 @@ def by_length(prompt: str) -> str:
     return f"Well. Rating: [[{10 - len(letters)}]]"
 
 
-def test_both_turns_are_rated_and_the_rating_is_the_judges(serve):  # noqa: F811
-    server, said, done = serve(by_length), [], []
-    verdicts = judge_answers(ROWS, QUESTIONS, server.judge(), said.append, advance=done.append)
-    assert [(one["question_id"], one["turn"]) for one in verdicts] == [(81 + i, t) for i in range(8) for t in (1, 2)]
-    for one in verdicts:
-        i = one["question_id"] - 81
-        assert one["score"] == (None if (i, one["turn"]) == (6, 2) else 10 - i)
-        assert one["model"] == "iter7" and one["category"] == CATEGORIES[i] and one["judgment"].strip()
-    assert said == [
-        "MT-Bench: 1 of 16 verdicts hold no rating that can be read, and are left out (question/turn: 87/2)"
+def graded(judge, **options) -> list[dict]:
+    return grade_answers(ROWS, QUESTIONS, GRADING, judge, **options)
+
+
+def test_grades(serve):  # noqa: F811
+    server, done = serve(by_length), []
+    judgments = graded(server.judge(), advance=done.append)
+    assert [(one["question_id"], one["turn"]) for one in judgments] == [
+        (str(81 + i), t) for i in range(8) for t in (1, 2)
     ]
+    for one in judgments:
+        i = int(one["question_id"]) - 81
+        assert one["score"] == (-1 if (i, one["turn"]) == (6, 2) else 10 - i)
+        assert one["category"] == CATEGORIES[i] and one["judgment"].strip()
     assert sum(done) == 16 and len(server.seen) == 16
 
 
-def test_a_judge_sees_the_conversation_the_reference_where_it_counts_and_no_name(serve):  # noqa: F811
+def test_grading_prompts(serve):  # noqa: F811
     server = serve(by_length)
-    judge_answers(ROWS, QUESTIONS, server.judge(), lambda text: None)
-    prompts = dict(zip([(q.category, turn) for q in QUESTIONS for turn in (1, 2)], server.prompts, strict=True))
-    for (category, turn), prompt in prompts.items():
-        question = next(q for q in QUESTIONS if q.category == category)
-        answers = ROWS[question.id - 81]["choices"][0]["turns"]
-        for number in (0, 1):
-            assert (question.turns[number] in prompt) == (f"\n{answers[number]}\n" in prompt) == (number < turn)
-        assert ("second answer" in prompt) == (turn == 2) and "[[5]]" in prompt and "iter7" not in prompt
-        assert ("Reference answer" in prompt) == (category in ("math", "reasoning")), category
-        assert ("is a reference" in prompt) == (category in ("math", "reasoning"))
-    assert "It is 42 {exactly}." in prompts["math", 1] and "It is 42 {exactly}." in prompts["math", 2]
-    assert prompts["math", 2].count("=== Reference answer ===") == 1  # the second is empty
-    assert "Uncertain." in prompts["reasoning", 2] and "\nNo.\n" in prompts["reasoning", 2]
-    assert "No." not in prompts["reasoning", 1] and "not for judging" not in prompts["extraction", 1]
+    graded(server.judge())
+    asked = [body["messages"] for _, _, _, body in server.seen]
+    for (q, row), pair in zip(
+        zip(QUESTIONS, ROWS, strict=True), zip(asked[::2], asked[1::2], strict=True), strict=True
+    ):
+        (first, second), answers = q.turns, row["choices"][0]["turns"]
+        math = "-math" if q.category in ("math", "reasoning", "coding") else ""
+        r = GRADING["references"].get(str(q.id))
+        one = f"Q={first} A=\n{answers[0]}\n" + (f" R1={r[0]}" if math else "")
+        two = f"{first}\n{answers[0]}\n{second}\n{answers[1]}\n" + (f" R1={r[0]} R2={r[1]}" if math else "")
+        for messages, content, turns in zip(pair, (one, two), ("", "-multi-turn"), strict=True):
+            system = {"role": "system", "content": f"system{math}{turns}"}
+            assert messages == [system, {"role": "user", "content": content}]
 
 
-def test_the_score_is_the_mean_of_what_was_rated(serve):  # noqa: F811
-    verdicts = judge_answers(ROWS, QUESTIONS, serve(by_length).judge(), lambda text: None)
-    found = mt_bench_score(verdicts, 500, 0)
+def test_score(serve):  # noqa: F811
+    judgments = graded(serve(by_length).judge())
+    found = mt_bench_score(judgments, 500, 0)
     first, second = [10 - i for i in range(8)], [10 - i for i in range(8) if i != 6]
     assert found["first_turn"] == np.mean(first) and found["second_turn"] == pytest.approx(np.mean(second))
     assert found["score"] == pytest.approx(np.mean([*first, *second]))
@@ -343,10 +352,10 @@ def test_the_score_is_the_mean_of_what_was_rated(serve):  # noqa: F811
     for name in ("score", "first_turn", "second_turn"):
         low, high = found[f"{name}_interval"]
         assert 3 <= low < found[name] < high <= 10
-    assert found == mt_bench_score(verdicts, 500, 0) and json.loads(json.dumps(found)) == found
+    assert found == mt_bench_score(judgments, 500, 0) and json.loads(json.dumps(found)) == found
 
 
-def test_the_interval_is_over_questions_not_over_turns():
+def test_interval_over_questions():
     """Two turns that always agree are no more to go by than one."""
     rng = np.random.default_rng(0)
     scores = rng.integers(1, 11, 50)
@@ -361,32 +370,23 @@ def test_the_interval_is_over_questions_not_over_turns():
     assert high - low == pytest.approx(2 * 1.96 * scores.std() / 50**0.5, rel=0.15)
 
 
-def test_no_rating_at_all_is_no_score(tiny_folder, tmp_path):
-    judge = LocalJudge(tiny_folder)  # random, and too short for these prompts
-    said = []
-    found = mt_bench_score(judge_answers(ROWS[:2], QUESTIONS, judge, said.append, max_new_tokens=4))
-    assert found["unparsed"] == 4 and said
+def test_no_rating():
+    found = mt_bench_score(graded(lambda messages: "Good."))
+    assert found["unparsed"] == 16
     for name in ("score", "score_interval", "first_turn", "second_turn"):
         assert found[name] is None
-    assert found["by_category"] == {"writing": None, "roleplay": None}
+    assert found["by_category"] == dict.fromkeys(CATEGORIES)
 
 
-def test_a_reward_model_can_not_rate(tmp_path):
-    make_reward(tmp_path / "model")
-    with pytest.raises(UserError, match="gives no ratings") as caught:
-        judge_answers(ROWS, QUESTIONS, RewardModel(tmp_path / "model"))
-    assert one_line(caught.value)
-
-
-def test_grading_that_is_stopped_asks_nobody_twice(serve, tmp_path):  # noqa: F811
+def test_resume_grading(serve, tmp_path):  # noqa: F811
     server = serve(by_length)
-    whole = judge_answers(ROWS, QUESTIONS, server.judge(), lambda text: None)
+    whole = graded(server.judge())
     server.seen.clear()
     server.faults = [None] * 11 + [(401, {}, b"")]
     kept = ResumableShards(tmp_path / "verdicts", print)
     with pytest.raises(UserError):
-        judge_answers(ROWS, QUESTIONS, server.judge(), lambda text: None, keep=kept)
-    assert judge_answers(ROWS, QUESTIONS, server.judge(), lambda text: None, keep=kept) == whole
+        graded(server.judge(), keep=kept)
+    assert graded(server.judge(), keep=kept) == whole
     assert len(server.seen) == 12 + 8
 
 
@@ -395,28 +395,17 @@ def test_grading_that_is_stopped_asks_nobody_twice(serve, tmp_path):  # noqa: F8
     [
         ("Good. Rating: [[7]]", 7),
         ("[[7.5]]", 7.5),
-        ("[[ 10 ]]", 10),
+        ("[[10]]", 10),
         ("[[1]]", 1),
-        ("[[6]], I repeat: [[6.0]]", 6),
-        ("[[11]]", None),
-        ("[[0]]", None),
-        ("[[0.9]]", None),
-        ("[[-5]]", None),
-        ("[[10.1]]", None),
-        ("first [[9]], second [[4]]", None),
-        ("[[11]] [[7]]", None),
-        ("[7]", None),
-        ("7/10", None),
-        ("[[7/10]]", None),
-        ("[[rating]]", None),
-        ("", None),
+        ("first [[9]], second [[4]]", 9),
+        ("[7]", 7),
+        ("[3] of [[8]]", 8),
+        ("[[11]]", -1),
+        ("[[0]]", -1),
+        ("7/10", -1),
+        ("[[rating]]", -1),
+        ("", -1),
     ],
 )
-def test_a_rating_is_read_and_never_guessed(reply, rating):
+def test_parse_rating(reply, rating):
     assert parse_rating(reply) == rating
-
-
-def test_settings_of_the_option():
-    settings = load("evaluation=mt_bench").evaluation
-    assert settings.name == "mt_bench" and settings.enabled and settings.judge_timeout == 60
-    assert settings.questions is settings.judge is settings.judge_model is None
