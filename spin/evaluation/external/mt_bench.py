@@ -124,14 +124,14 @@ def answer_questions(
                 )
                 replies |= {answer.id: answer.text for answer in answers}
         for question, conversation in zip(questions, conversations, strict=True):
-            text = replies[f"{question.id}/{turn + 1}"]
+            answered = replies[f"{question.id}/{turn + 1}"]
             for special in special_texts(tokenizer):  # a spelt one would be a control token in the second prompt
-                text = text.replace(special, "")
-            conversation.append({"role": "assistant", "content": text.strip()})
+                answered = answered.replace(special, "")
+            conversation.append({"role": "assistant", "content": answered.strip()})
     if short:
-        ids = brief(", ".join(short), 300)
+        short_ids = brief(", ".join(short), 300)
         say(
-            f"MT-Bench: the context of {context} tokens cuts answers, or leaves none ({NO_ANSWER}): question/turn {ids}"
+            f"MT-Bench: the context of {context} tokens cuts answers, or leaves none ({NO_ANSWER}): question/turn {short_ids}"
         )
     return [
         _row(question, c[1]["content"], c[3]["content"]) for question, c in zip(questions, conversations, strict=True)
