@@ -81,7 +81,7 @@ def test_leaderboard(swept):
     assert "loss.beta=-1, optimizer.lr=0.001: failed: loss.beta=-1: must be above 0." in shown
 
 
-def test_again_it_plays_only_what_is_missing(swept):
+def test_second_sweep_plays_missing_points(swept):
     folder = swept.folder / "sweep"
     before, text = swept.stages(), (folder / "sweep.csv").read_text()
     again = sweep(swept, *BETA_LR, status=1)
@@ -101,7 +101,7 @@ def test_again_it_plays_only_what_is_missing(swept):
     assert (folder / "figures" / "lines.png").is_file() and not (folder / "figures" / "heatmap.png").exists()
 
 
-def test_a_point_that_fails_as_it_plays_leaves_the_others_alone(swept):
+def test_failing_point(swept):
     """The sequences of the second point do not fit the model; and where nothing is measured there still is a table."""
     words = ("evaluation=none", "generation.max_new_tokens=8,3000")
     done = sweep(swept, *words, status=1, name="failing")
@@ -113,7 +113,7 @@ def test_a_point_that_fails_as_it_plays_leaves_the_others_alone(swept):
     assert not list((swept.folder / "failing" / "figures").iterdir())
 
 
-def test_settings_that_do_not_compose_together_cost_their_own_points_alone(swept):
+def test_invalid_point(swept):
     words = ("optimizer=rmsprop,adamw", "optimizer.alpha=0.8,0.9", "plan=true")
     done = sweep(swept, *words, name="planned")
     assert len(re.findall(r"optimizer.alpha=0.[89]: has no effect with optimizer=adamw", done.stdout)) == 2
@@ -123,7 +123,7 @@ def test_settings_that_do_not_compose_together_cost_their_own_points_alone(swept
     assert not (swept.folder / "typo").exists()
 
 
-def test_a_sweep_that_is_stopped_ends_and_goes_on(swept):
+def test_stopped_sweep_continues(swept):
     words = ("evaluation=none", "loss.beta=4,5,6", "tracking.wandb=disabled", f"hydra.sweep.dir={swept.folder}/stopped")
     game = swept.start("-m", "iter=0", *words)
     folder = swept.folder / "stopped"
@@ -138,7 +138,7 @@ def test_a_sweep_that_is_stopped_ends_and_goes_on(swept):
     assert [row["status"] for row in table(folder)] == ["done"] * 3
 
 
-def test_points_of_several_models_lie_in_one_folder_and_are_a_group_in_wandb(swept, tmp_path):
+def test_points_are_a_wandb_group(swept, tmp_path):
     model = next((swept.folder / "cache").glob("tiny-*[0-9]"))
     shutil.copytree(model, tmp_path / "mine")
     words = [
@@ -156,7 +156,7 @@ def test_points_of_several_models_lie_in_one_folder_and_are_a_group_in_wandb(swe
     assert all(b"models-of-mine" in path.read_bytes() for path in sent)
 
 
-def test_the_standard_sweep_is_three_by_three(tmp_path, games):
+def test_standard_sweep(tmp_path, games):
     words = ["experiment=beta_lr", "model=tiny", "data=tiny", "plan=true", "tracking.wandb=disabled", "evaluation=none"]
     done = games.play(
         *words, f"cache.path={tmp_path}", f"store.path={tmp_path}/store", f"hydra.sweep.dir={tmp_path}/sweep"
@@ -170,7 +170,7 @@ def test_the_standard_sweep_is_three_by_three(tmp_path, games):
 # --- a point's record -------------------------------------------------------------------------------------------------
 
 
-def test_is_done_until_something_it_was_made_of_changes(tmp_path):
+def test_is_done(tmp_path):
     data = tmp_path / "data.jsonl"
     data.write_text("{}\n")
     words = ["model=tiny", "data=local", f"data.path={data}", "stage=evaluate"]
@@ -199,7 +199,7 @@ def test_is_done_until_something_it_was_made_of_changes(tmp_path):
     assert not is_done(folder, config)
 
 
-def test_content_of_a_hub_name_is_known_by_its_revision():
+def test_content_hash_of_hub_names():
     assert content_hash(load("data=local", "data.path=some/name")) is None  # tomorrow it may be another
     assert content_hash(load("data=local", "data.path=some/name", "data.revision=abc")) is not None
     assert content_hash(load("evaluation.judge='http://x/v1'")) is not None
@@ -216,7 +216,7 @@ def test_program_hash_covers_all_packages(tmp_path, monkeypatch):
     assert len(hashes) == 2
 
 
-def test_bug_ends_its_point_alone_and_leaves_a_traceback(tmp_path, capsys):
+def test_bug_leaves_a_traceback(tmp_path, capsys):
     def broken():
         raise ZeroDivisionError("by nothing")
 
@@ -230,14 +230,14 @@ def test_bug_ends_its_point_alone_and_leaves_a_traceback(tmp_path, capsys):
     assert row["status"] == "unfinished"
 
 
-def test_a_signal_in_another_process_is_told_as_it_was():
+def test_signal_survives_pickling():
     import pickle
 
     stop = pickle.loads(pickle.dumps(Interrupted(signal.SIGTERM)))
     assert isinstance(stop, Interrupted) and stop.signal is signal.SIGTERM
 
 
-def test_where_no_process_can_be_started_one_line_says_so(swept):
+def test_launcher_cannot_start(swept):
     if shutil.which("srun"):
         pytest.skip("a SLURM cluster")
     done = sweep(swept, "loss.beta=1,2", "hydra/launcher=cluster", status=1, name="slurm")
@@ -245,7 +245,7 @@ def test_where_no_process_can_be_started_one_line_says_so(swept):
 
 
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_slurm", "cluster"])
-def test_a_launcher_that_is_not_installed_is_named_with_the_line_that_installs_it(launcher):
+def test_launcher_not_installed(launcher):
     """Hydra looks for plugins along this path; the project's own are left."""
     script = "import runpy, sys, hydra_plugins; hydra_plugins.__path__ = ['hydra_plugins'];"
     script += "sys.argv[0] = 'run.py'; runpy.run_path('run.py', run_name='__main__')"
@@ -257,7 +257,7 @@ def test_a_launcher_that_is_not_installed_is_named_with_the_line_that_installs_i
     assert named in (ROOT / "requirements.txt").read_text()
 
 
-def test_a_cluster_is_told_to_give_notice_and_to_take_a_point_back():
+def test_slurm_settings():
     """The script that goes to SLURM, as submitit writes it."""
     from submitit.slurm.slurm import _make_sbatch_string
 
@@ -277,7 +277,7 @@ def test_a_cluster_is_told_to_give_notice_and_to_take_a_point_back():
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_points_in_jobs_of_their_own_are_told_of_their_time_and_go_on(tmp_path):
+def test_submitit_job_is_preempted(tmp_path):
     """Jobs as submitit starts them, from another folder, with paths relative to it. One is told that its time is over, and is
     put back into the queue; one is killed, and is launched again; one is told to end, and is left; all share their stages."""
     words = ["experiment=smoke", "iter=0", "schedule.epochs=20", "schedule.batch_size=4", "evaluation=none"]
@@ -322,7 +322,7 @@ def test_points_in_jobs_of_their_own_are_told_of_their_time_and_go_on(tmp_path):
 
 
 @pytest.mark.slow
-def test_points_in_processes_of_their_own_one_of_which_is_killed(tmp_path):
+def test_killed_joblib_worker(tmp_path):
     """Interpreters of their own, as a launcher starts them; the pool dies with the first, the sweep does not."""
     words = ["experiment=smoke", "iter=0", "schedule.epochs=12", "evaluation=none", "tracking.wandb=disabled"]
     words += [f"cache.path={tmp_path}/cache", f"store.path={tmp_path}/store", f"hydra.sweep.dir={tmp_path}/sweep"]
