@@ -12,7 +12,6 @@ from spin.models.policy import Policy
 from spin.pipeline.context import Run
 from spin.pipeline.evaluate import Evaluate, Evaluation
 from spin.pipeline.stage import Node, Stage, Work
-from spin.runtime.shards import ResumableShards
 from spin.runtime.store import Artifact
 from spin.runtime.tables import fingerprint
 
@@ -141,12 +140,6 @@ class MtBench(External):
     def build(self, run: Run, work: Work, policy: Policy) -> dict:
         config, settings = run.config, run.config.evaluation
         questions = mt_bench.read_questions(settings.questions)
-
-        def keep(turn: str) -> ResumableShards:
-            return ResumableShards(
-                work.resume / "answers" / turn, run.say, lambda rows, seconds: work.add_earlier(seconds)
-            )
-
         with run.tracker.progress(work.title, mt_bench.TURNS * len(questions), "answers") as bar:
             answers = mt_bench.answer_questions(
                 run.models.load(policy),
@@ -159,13 +152,13 @@ class MtBench(External):
                 config.seed,
                 bar.advance,
                 run.say,
-                keep,
+                lambda turn: work.shards(f"answers/{turn}", bar),
             )
         result: dict[str, Any] = {"answers": answers, "verdicts": None, "score": None}
         if settings.judge:
             grading, judge = mt_bench.read_grading(str(settings.questions), questions), open_judge(run)
             with run.tracker.progress(f"{work.title}: judge", mt_bench.TURNS * len(answers), "verdicts") as bar:
-                shards = ResumableShards(work.resume / "verdicts", run.say, lambda rows, seconds: bar.skip(rows))
+                shards = work.shards("verdicts", bar)
                 result["verdicts"] = mt_bench.grade_answers(answers, questions, grading, judge, bar.advance, shards)
             result["score"] = score = mt_bench.mt_bench_score(result["verdicts"], settings.bootstrap, config.seed)
             work.log({"step": 0, **{key: value for key, value in score.items() if key != "by_category"}})
@@ -205,11 +198,6 @@ class Compare(External):
     def build(self, run: Run, work: Work, policy: Policy, now: Evaluation, before: Evaluation) -> dict:
         judge = open_judge(run)
         with run.tracker.progress(work.title, len(now.held_out.pairs), "prompts") as bar:
-
-            def on_reused(rows: int, seconds: float) -> None:
-                bar.skip(rows)
-                work.add_earlier(seconds)
-
             comparison = judges.compare(
                 [pair.prompt for pair in now.held_out.pairs],
                 [pair.generated for pair in now.held_out.pairs],
@@ -218,7 +206,7 @@ class Compare(External):
                 run.config.seed,
                 run.config.evaluation.bootstrap,
                 bar.advance,
-                ResumableShards(work.resume / "verdicts", run.say, on_reused),
+                work.shards("verdicts", bar),
             )
         self.write(work, comparison)
         work.log({"step": 0, **{key: value for key, value in comparison.items() if key != "outcomes"}})

@@ -13,7 +13,6 @@ from spin.models.policy import Policy
 from spin.pipeline.context import Run
 from spin.pipeline.stage import Node, Stage, Work
 from spin.runtime.random import seed_of
-from spin.runtime.shards import ResumableShards
 from spin.runtime.store import Artifact
 from spin.runtime.tables import fingerprint, write_parquet
 
@@ -92,13 +91,7 @@ def answer_prompts(
         generate = partial(generate_answers, run.models.load(policy))
     total = len(examples) * num_answers
     with run.tracker.progress(work.title, total, "answers") as bar:
-
-        def on_reused(rows: int, seconds: float) -> None:
-            bar.skip(rows)
-            work.add_earlier(seconds)
-
         advance = run.counting(bar)
-        shards = ResumableShards(work.resume / "answers", run.say, on_reused, run.ranks, main_process_only=use_vllm)
         answers = generate(
             run.tokenizer,
             examples,
@@ -108,7 +101,7 @@ def answer_prompts(
             run.stop_ids,
             seed,
             advance,
-            shards,
+            work.shards("answers", bar, main_process_only=use_vllm),
             run.shard_size(total),
         )
         advance(0)

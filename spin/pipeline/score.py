@@ -25,7 +25,6 @@ from spin.pipeline.context import Run
 from spin.pipeline.stage import Node, Stage, Work
 from spin.runtime.errors import UserError
 from spin.runtime.progress import Progress
-from spin.runtime.shards import ResumableShards
 from spin.runtime.store import Artifact
 from spin.runtime.tables import fingerprint
 
@@ -105,15 +104,8 @@ def score_items(
     run: Run, work: Work, policy: Policy, items: Sequence[Continuations], bar: Progress | None = None
 ) -> Tensor:
     """Log-probs of every response of every item under the policy, by all ranks, resumed by shards."""
-    responses = sum(len(item.responses) for item in items)
-
-    def on_reused(rows: int, seconds: float) -> None:
-        work.add_earlier(seconds)
-        if bar:
-            bar.skip(round(rows * len(items) / responses))
-
     model = run.models.load(policy)
-    shards = ResumableShards(work.resume / "scores", run.say, on_reused, run.ranks)
+    shards = work.shards("scores", bar, len(items) / sum(len(item.responses) for item in items))  # a row per response
     advance = run.counting(bar) if bar else lambda items: None
     forward = run.models.forward(model, policy)
     logps = compute_logps(model, items, forward, advance, shards, run.shard_size(len(items)))

@@ -15,6 +15,9 @@ from typing import Any, ClassVar, Generic, TypeVar
 from spin.engines.device_memory import peak_memory_gib
 from spin.pipeline.context import Run
 from spin.runtime.checkpoints import describe_progress
+from spin.runtime.process_group import SINGLE_PROCESS, ProcessGroup
+from spin.runtime.progress import Progress
+from spin.runtime.shards import ResumableShards
 from spin.runtime.store import Artifact, key_of
 from spin.runtime.tracking import to_json_types
 
@@ -26,17 +29,26 @@ class Work:
     """What a stage is built with.
 
     `folder` becomes the artifact. `resume` keeps what an interrupted attempt can continue from. `log` takes a row of
-    metrics. `earlier_seconds` is the time that earlier attempts spent on the parts that are reused.
+    metrics. `ranks` build the stage together. `earlier_seconds` is what earlier attempts spent on the parts that are reused.
     """
 
     title: str
     folder: Path
     resume: Path
     log: Callable[[dict], None]
+    say: Callable[[str], None]
+    ranks: ProcessGroup
     earlier_seconds: float = 0.0
 
-    def add_earlier(self, seconds: float) -> None:
-        self.earlier_seconds += seconds
+    def shards(self, name: str, bar: Progress | None = None, per_row: float = 1, **options: bool) -> ResumableShards:
+        """Shards that are kept in `resume`. Reused ones advance `bar` by `per_row` for each of their rows."""
+
+        def on_reused(rows: int, seconds: float) -> None:
+            self.earlier_seconds += seconds
+            if bar:
+                bar.skip(round(rows * per_row))
+
+        return ResumableShards(self.resume / name, self.say, on_reused, self.ranks, **options)
 
 
 class Node(Generic[Result]):
@@ -136,13 +148,12 @@ class Player:
                     file.flush()
                     run.tracker.log({**labels, "stage": stage.name, **row})
 
-                work = Work(title, folder, run.store.resume(stage.name, inputs), log)
+                ranks = SINGLE_PROCESS if stage.main_process_only else run.ranks
+                work = Work(title, folder, run.store.resume(stage.name, inputs), log, run.say, ranks)
                 if progress := describe_progress(work.resume):
                     run.say(f"{title}: resuming, {progress}")
                 facts = stage.build(run, work, *results)
-            peak = peak_memory_gib()
-            if not stage.main_process_only:
-                peak = run.ranks.all_reduce_max(peak)
+            peak = ranks.all_reduce_max(peak_memory_gib())
             return facts | {"peak_memory_gib": peak, "earlier_seconds": work.earlier_seconds}
 
         artifact = self._find_or_build(stage, inputs, build)

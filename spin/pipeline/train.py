@@ -181,7 +181,7 @@ def train_policy(
                 bar.advance(row["prompts"], **{name: row[column] for name, column in shown.items()})
 
         state = train(engine, forward=run.models.forward(engine.model, start), log=log, checkpoints=checkpoints)
-    work.add_earlier(checkpoints.restored.seconds)
+    work.earlier_seconds += checkpoints.restored.seconds
     folder = work.folder / "policy"
     with checkpoints.write_on_interrupt(engine, state, state.step), deferred():
         engine.save(folder)
