@@ -78,9 +78,11 @@ def identity(task: Task, include: str | None) -> dict[str, Any]:
     """
     folder = _folder(include)
     content = hashlib.sha256()
-    for path in sorted(path for path in (folder.rglob("*") if folder else []) if path.is_file()):
-        if "__pycache__" not in path.parts:
-            content.update(f"{path.relative_to(folder)}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\0".encode())
+    for path in sorted(folder.rglob("*") if folder else []):
+        if path.is_file() and "__pycache__" not in path.parts:
+            content.update(
+                f"{path.relative_to(str(folder))}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\0".encode()
+            )
     tasks = [[task.task, task.shots, task.metric]]
     return {"lm_eval": _installed_version(), "tasks": tasks, "include": content.hexdigest() if folder else None}
 
@@ -260,7 +262,7 @@ def _load(name: str, manager: Any, folder: Path | None, cache: str) -> Any:
 def _contained(name: str, batch_size: int) -> Iterator[list[logging.LogRecord]]:
     """Collect the harness's log and show none of it, restore random states and settings, and give errors one line."""
     log, handler, records = logging.getLogger("lm_eval"), logging.Handler(), list[logging.LogRecord]()
-    handler.emit = records.append  # type: ignore[method-assign]
+    handler.emit = records.append  # type: ignore[assignment, method-assign]
     before = random.getstate(), np.random.get_state(), sys.dont_write_bytecode, log.propagate
     log.addHandler(handler)
     log.propagate = False

@@ -128,9 +128,9 @@ def answer_questions(
                 reply = reply.replace(special, "")
             conversation.append({"role": "assistant", "content": reply.strip()})
     if short:
-        ids = brief(", ".join(short), 300)
+        names = brief(", ".join(short), 300)
         say(
-            f"MT-Bench: the context of {context} tokens cuts answers, or leaves none ({NO_ANSWER}): question/turn {ids}"
+            f"MT-Bench: the context of {context} tokens cuts answers, or leaves none ({NO_ANSWER}): question/turn {names}"
         )
     return [
         _row(question, c[1]["content"], c[3]["content"]) for question, c in zip(questions, conversations, strict=True)
