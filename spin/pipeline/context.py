@@ -1,5 +1,6 @@
 """What the stages of one run share: settings, store, data, and the model in memory."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -201,12 +202,14 @@ def _find_policies(config: Config) -> tuple[Policy, Policy | None]:
 
 
 def distinct_labels(paths: Sequence[str]) -> list[str]:
-    """Short names for policies in folders, such as "iter1/policy": as many trailing parts as tell them apart, at least two."""
-    for count in range(2, max(len(Path(path).parts) for path in paths) + 1):
-        labels = ["/".join(Path(path).parts[-count:]) for path in paths]
-        if len(set(labels)) == len(labels):
+    """Names for policies by their folders: the last two parts of each path ("iter1/policy"), more where these are equal, and
+    a number after equal paths. They also differ as file names."""
+    parts = [Path(path).expanduser().parts for path in paths]
+    for length in range(2, max(2, *map(len, parts)) + 1):
+        labels = ["/".join(part[-length:]) for part in parts]
+        if len({re.sub(r"[^\w.+-]", "-", label) for label in labels}) == len(paths):
             return labels
-    return list(paths)
+    return [f"{label}-{number}" if number > 1 else label for number, label in enumerate(labels, 1)]
 
 
 def read_data(

@@ -241,7 +241,8 @@ def test_writes_and_logs_nothing(policy, tmp_path):
     script = f"""
 import torch
 from pathlib import Path
-from spin.evaluation.external.harness import check_tasks, parse_tasks, run_tasks
+from spin.evaluation.external.harness import check_tasks, parse_tasks, run_task
+from spin.models.load import load_model, load_tokenizer
 tasks = parse_tasks(["spin_choice:0:acc", "spin_swapped:0:acc", "spin_generate:0:exact_match:whole"])
 check_tasks(tasks, "tasks")
 folder = Path({str(policy)!r})
