@@ -10,14 +10,15 @@ from pathlib import Path
 
 import torch
 
-from spin.config.schema import EngineConfig, GenerationConfig, ModelConfig, OptimizerConfig
+from spin.config.schema import EngineConfig, GenerationConfig, LossConfig, ModelConfig, OptimizerConfig
 from spin.data.examples import Example
 from spin.engines.deepspeed import DeepSpeedEngine
 from spin.engines.logps import Forward, compute_logps, sequence_logps
 from spin.engines.single import SingleEngine
 from spin.generation.sampling import generate_answers
-from spin.method.pairs import Pair, with_opponent_logps
-from spin.method.training import _order, fit, train_spin
+from spin.method.objectives import make_objective
+from spin.method.pairs import Pair, group_by_prompt, split_responses, to_continuations
+from spin.method.training import fit, plan_steps, train_spin
 from spin.models.find import find_model
 from spin.models.load import load_model, load_policy, load_tokenizer
 from spin.models.policy import Policy, content_id
@@ -70,20 +71,20 @@ class Cut(Exception):
 
 
 @lru_cache
-def scored(policy: Policy, precision: str, forward: Forward) -> list[Pair]:
+def scored_pairs(policy: Policy, precision: str, forward: Forward) -> tuple[list[Pair], dict]:
+    """Pairs, and their log-probs under the policy that training starts from: the references of `train_spin`."""
     items = random_items(PAIRS, seed=5, longest=30)
     pairs = [Pair(f"p{i}", "", "", "", "stop", item.prompt_ids, *item.responses) for i, item in enumerate(items)]
-    return with_opponent_logps(
-        pairs, compute_logps(load_policy(policy, TYPES[precision], CPU), items, forward).view(-1, 2)
-    )
+    values = compute_logps(load_policy(policy, TYPES[precision], CPU), to_continuations(pairs), forward)
+    return pairs, {"opponent": split_responses(values, [len(group) for group in group_by_prompt(pairs)])}
 
 
 def broken_at(case: Case) -> Callable:
     """The negative log-prob of one response; where it is broken, it is for one item, and so on one rank."""
-    order = _order(PAIRS, case.epochs, 0)
+    steps = plan_steps(PAIRS, case.epochs, 3, 0)
 
     def objective(batch, logps, indices, step):
-        bad = torch.tensor([step in case.broken and i == order[3 * step] for i in indices])
+        bad = torch.tensor([step in case.broken and i == steps[step][0] for i in indices])
         losses = -logps * torch.where(bad, torch.inf, 1.0)
         found = torch.where(bad, torch.nan, -logps.detach()) if case.objective == "loss" else -logps.detach()
         return losses, {"loss": found}
@@ -129,14 +130,9 @@ def play(case: Case, folder: Path, together: ProcessGroup = SINGLE_PROCESS) -> S
     settings = dict(lr=case.lr, epochs=case.epochs, batch_size=3, warmup_ratio=0.0, seed=0, log=log, checkpoints=kept)
     try:
         if case.objective == "spin":
-            train_spin(
-                engine,
-                scored(case.policy, case.precision, case.forward),
-                case.forward,
-                beta=0.2,
-                link="logistic",
-                **settings,
-            )
+            pairs, references = scored_pairs(case.policy, case.precision, case.forward)
+            objective = make_objective(LossConfig.from_defaults(beta=0.2), 0)
+            train_spin(engine, pairs, references, objective, case.forward, **settings)
         else:
             fit(engine, random_items(PAIRS, 1, seed=5), broken_at(case), case.forward, **settings)
         engine.save(folder / "policy")
@@ -149,8 +145,8 @@ def play(case: Case, folder: Path, together: ProcessGroup = SINGLE_PROCESS) -> S
         facts["trained"] = sorted(names)
     engine.close()
     facts["restored"] = kept.restored.step
-    facts["passes of all"] = together.total(facts["passes"])
-    facts["first"] = together.most(facts["first"] or 0.0)
+    facts["passes of all"] = together.all_reduce_sum(facts["passes"])
+    facts["first"] = together.all_reduce_max(facts["first"] or 0.0)
     if together.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "facts.json").write_text(json.dumps(facts))
@@ -196,7 +192,7 @@ def answered(model_folder: Path, keep, size: int) -> tuple[list[dict], list[floa
     settings = GenerationConfig.from_defaults(batch_size=3, temperature=1.0)
     tokenizer = load_tokenizer(model_folder)
     answers = generate_answers(
-        model, tokenizer, examples(), settings, 12, {1}, 0, keep=keep("answers"), shard_size=size
+        model, tokenizer, examples(), 1, settings, 12, {1}, 0, keep=keep("answers"), shard_size=size
     )
     forward = Forward("packed", "chunked", 64, 64, 16)
     logps = compute_logps(model, random_items(13, seed=9), forward, keep=keep("scores"), shard_size=size)
@@ -222,11 +218,11 @@ def share_work(folder: Path, model_folder: Path, together: ProcessGroup) -> dict
     if together.rank == 1:  # alone: transformers would have rank 0 write
         find_model(ModelConfig.from_defaults(path="builtin:tiny"), folder / "cache")
     taken = []
-    for number in together.claims():
+    for number in together.claim_indices():
         if number >= 200:
             break
         taken.append(number)
-    together.claims()  # a queue that nobody takes from is one all the same
+    together.claim_indices()  # a queue that nobody takes from is one all the same
     counter = together.counter()
     counter.add(together.rank + 1)
     together.barrier()
@@ -238,8 +234,8 @@ def share_work(folder: Path, model_folder: Path, together: ProcessGroup) -> dict
         "made": sorted(path.name for path in (folder / "cache").glob("tiny-*/*")),
         "counted": counter.add(0),
         "shared": together.broadcast({"rank": together.rank}),
-        "most": together.most(together.rank),
-        "total": together.total(0.5),
+        "most": together.all_reduce_max(together.rank),
+        "total": together.all_reduce_sum(0.5),
         "mean": together.mean(torch.tensor([1.0, 2.0, 6.0][: 3 * together.rank])),  # nothing on rank 0
         "firsts": together.is_first_to_fail() + 2 * together.is_first_to_fail(),
     }
