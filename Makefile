@@ -17,7 +17,7 @@ lint: .venv/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# What the numbers in README and docs/ come from. Measure alone: another busy process makes it several times slower.
+# The numbers in README and docs/. Measure on an idle machine: another busy process makes it several times slower.
 bench: .venv/dev.stamp
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/generation.py
@@ -26,6 +26,7 @@ bench: .venv/dev.stamp
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/broken_answers.py
 	$(BIN)/python benchmarks/sweep.py
+	$(BIN)/python benchmarks/paper_memory.py
 
 .venv/run.stamp: requirements.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv

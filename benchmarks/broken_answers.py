@@ -1,10 +1,10 @@
-"""Are broken answers caught? The held-out measures of a game's last policy, and of what is broken on purpose.
+"""Do the held-out measures notice broken answers? Measures of a game's last policy, and of answers that are broken on purpose.
 
-    python benchmarks/broken_answers.py            the default game (played first, if that has not been done)
+    python benchmarks/broken_answers.py            the default game, played first if necessary
     python benchmarks/broken_answers.py experiment=smoke
 
-Every kind takes the place of the policy's answers: the policy scores them, and all measures are taken as usual.
-Printed as a table in markdown.
+Each kind of broken answers takes the place of the policy's answers: the policy scores them, and all measures are taken as usual.
+Prints a markdown table.
 """
 
 import random
@@ -13,72 +13,71 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.workload import open_game
 
 COLUMNS = ("human_likelier", "classifier_auc", "mauve", "length_auc", "rouge_l", "distinct_2", "diversity", "finished")
 
 
-def broken(answers: list[str], human: list[str]) -> dict[str, list[str] | None]:
-    """Answers of each kind, in the place of `answers`; None for these as they are."""
+def break_answers(answers: list[str], human: list[str]) -> dict[str, list[str]]:
+    """Broken answers of each kind, one for each of `answers`."""
     rng = random.Random(0)
-    word_by_word = [" ".join(rng.sample(text.split(), len(text.split()))) for text in human]
     return {
-        "the policy's answers": None,
         "human answers to other prompts": human[1:] + human[:1],
         "one word repeated": [" ".join(["the"] * max(1, len(text.split()))) for text in human],
         "one answer to all prompts": [answers[0]] * len(answers),
-        "human answers, words shuffled": word_by_word,
+        "human answers, words shuffled": [" ".join(rng.sample(text.split(), len(text.split()))) for text in human],
     }
 
 
-def main(words: list[str]) -> dict[str, dict]:
-    from spin.config.hydra import load
+def measure_answers(words: list[str]) -> dict[str, dict]:
+    """Measures of the policy's answers and of each kind of broken ones, by kind; `words` are the game's settings."""
     from spin.data.templates import encode_responses
     from spin.engines.logps import compute_logps
+    from spin.engines.packing import Continuations
     from spin.evaluation.measures import HeldOut, measures
     from spin.evaluation.two_sample import classifier_scores, clusters, features
-    from spin.game import turns
-    from spin.method.pairs import as_continuations
-    from spin.runtime.tracking import Tracker
+    from spin.game import declare
+    from spin.pipeline.stage import Player
 
-    config = load("tracking.wandb=disabled", *words)
-    folder = ROOT / "outputs" / config.name
-    stages = Stages(config, folder, Tracker(folder, name="", config={}, rank=1))
-    *_, last = turns(config, stages)
-    assert last.evaluated and last.policy
-    pairs, model = last.evaluated.held_out.pairs, stages.model(last.policy)
+    run = open_game(["tracking.wandb=disabled", *words])
+    config, player = run.config, Player(run)
+    *_, last = records = declare(run)
+    for stage in [stage for record in records for stage in record.stages]:
+        player.play(stage)
+    assert last.evaluation is not None, "held-out prompts are needed: data.held_out"
+    policy, evaluation = player.result(last.policy), player.result(last.evaluation)
+    pairs, model = evaluation.held_out.pairs, run.models.load(policy)
+    forward = run.models.forward(model, policy)
     prompts = [(pair.prompt, list(pair.prompt_ids)) for pair in pairs]
-    end = pairs[0].real_ids[-1]
+    real, end = [pair.real for pair in pairs], pairs[0].real_ids[-1]
 
-    found = {}
-    for kind, texts in broken([pair.generated for pair in pairs], [pair.real for pair in pairs]).items():
-        if texts is None:
-            found[kind] = last.evaluated.measures
-            continue
-        ids = [(*one, end) for one in encode_responses(stages.tokenizer, prompts, texts, config.data.template)]
-        changed = [
-            replace(pair, generated=text, generated_ids=one, finish_reason="stop")
-            for pair, text, one in zip(pairs, texts, ids, strict=True)
+    results = {"the policy's answers": evaluation.measures}
+    for kind, texts in break_answers([pair.generated for pair in pairs], real).items():
+        encoded = encode_responses(run.tokenizer, prompts, texts, config.data.template)
+        broken = [
+            replace(pair, generated=text, generated_ids=(*ids, end), finish_reason="stop")
+            for pair, text, ids in zip(pairs, texts, encoded, strict=True)
         ]
-        logps = compute_logps(model, as_continuations(changed), stages.forward(model, last.policy)).view(-1, 2)
-        x = features([p.prompt for p in changed], [p.real for p in changed], texts)
-        policy_logps = dict(zip(("real", "generated"), logps.double().numpy().T, strict=True))
-        held_out = HeldOut(changed, policy_logps, classifier_scores(x), clusters(x, config.seed))
-        found[kind] = measures(held_out, None, config.evaluation.bootstrap, config.seed)
-    return found
+        items = [Continuations(pair.prompt_ids, (pair.real_ids, pair.generated_ids)) for pair in broken]
+        logps = compute_logps(model, items, forward).view(-1, 2).double().numpy()
+        observed = features([pair.prompt for pair in pairs], real, texts)
+        by_response = {"real": logps[:, 0], "generated": logps[:, 1]}
+        held_out = HeldOut(broken, by_response, classifier_scores(observed), clusters(observed, config.seed))
+        results[kind] = measures(held_out, None, config.evaluation.bootstrap, config.seed)
+    return results
 
 
-def show(found: dict[str, dict], words: list[str]) -> None:
-    n = next(iter(found.values()))["n"]
-    print(f"\n`{shlex.join(['python', 'benchmarks/broken_answers.py', *words])}`, {n} held-out prompts:\n")
-    print("| answers | " + " | ".join(COLUMNS) + " |\n|---" + "|---" * len(COLUMNS) + "|")
-    for kind, row in found.items():
-        cells = [
-            f"{row[key]:.2f} [{row[f'{key}_interval'][0]:.2f}, {row[f'{key}_interval'][1]:.2f}]" for key in COLUMNS
-        ]
-        print(f"| {kind} | " + " | ".join(cells) + " |")
+def show(results: dict[str, dict], words: list[str]) -> None:
+    first = next(iter(results.values()))
+    columns = [key for key in COLUMNS if key in first]  # some measures need more prompts
+    print(f"\n`{shlex.join(['python', 'benchmarks/broken_answers.py', *words])}`, {first['n']} held-out prompts:\n")
+    print("| answers | " + " | ".join(columns) + " |\n|---" + "|---" * len(columns) + "|")
+    for kind, row in results.items():
+        intervals = {key: "[{:.2f}, {:.2f}]".format(*row[f"{key}_interval"]) for key in columns}
+        print(f"| {kind} | " + " | ".join(f"{row[key]:.2f} {intervals[key]}" for key in columns) + " |")
 
 
 if __name__ == "__main__":
-    show(main(sys.argv[1:]), sys.argv[1:])
+    show(measure_answers(sys.argv[1:]), sys.argv[1:])

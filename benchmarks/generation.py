@@ -1,42 +1,41 @@
-"""Generation, side by side with what people use now.
+"""Generation by this project and by other tools.
 
     python benchmarks/generation.py                    the embedded model, 128 prompts, answers of up to 128 tokens
     python benchmarks/generation.py --repeats 5 --only spin,plain
 
-Contenders, each in processes of its own, in turn, on the same weights, prompts and precision, sampling at temperature 1:
+Each contender runs in processes of its own, alternating with the others, on the same weights, prompts and precision, sampling
+at temperature 1:
 
-- spin: this project: sorted by length, as an answer ends the next prompt begins.
-- plain: transformers' `generate`, prompts in order of arrival, padded, the same number at a time.
+- spin: this project: prompts sorted by length; a finished answer makes room for the next prompt.
+- plain: transformers' `generate`, prompts in the given order, padded, the same number at a time.
 - continuous: transformers' continuous batching (`generate_batch`).
-- article: one prompt at a time, five beams, as the article does that this project began with; on the first prompts only.
+- beams: one prompt at a time with five beams, on the first prompts only.
 
-Printed as a table in markdown: tokens of answers a second (stop token included, padding and tokens after it not), and peak
-resident memory.
+Prints a markdown table: answer tokens per second (stop token included, padding and what follows it not), and peak resident
+memory.
 """
 
 import argparse
 import json
-import resource
 import shlex
 import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.workload import Workload, interleaved, machine, median, prepare  # noqa: E402
+from benchmarks.workload import Workload, describe_machine, median, prepare_workload, resident_peak_gib, run_in_turn
 
-ARTICLE_PROMPTS = 6
+BEAM_PROMPTS = 6
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=64, help="prompts at a time")
-    parser.add_argument("--new", type=int, default=128, help="tokens of an answer at most")
+    parser.add_argument("--new", type=int, default=128, help="longest answer, in tokens")
     parser.add_argument("--repeats", type=int, default=3, help="processes for each contender")
-    parser.add_argument("--only", default=",".join(CONTENDERS), help="contenders, by commas; the first is compared")
+    parser.add_argument("--only", default=",".join(CONTENDERS), help="contenders, by commas; the first is the baseline")
     parser.add_argument("--words", default="", help="settings of run.py for the model and data, in one string")
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
@@ -44,43 +43,42 @@ def main() -> None:
     options = parser.parse_args()
     if options.contender:
         workload = Workload(options.model, options.data)
-        print(json.dumps(contend(options.contender, workload, options.batch_size, options.new)))
+        print(json.dumps(measure(options.contender, workload, options.batch_size, options.new)))
         return
-    workload = prepare(options.prompts, shlex.split(options.words))
-    contenders = {
+    workload = prepare_workload(options.prompts, shlex.split(options.words))
+    commands = {
         name: [
             *(sys.executable, __file__, "--contender", name, "--batch-size", str(options.batch_size)),
             *("--new", str(options.new), "--model", str(workload.model), "--data", str(workload.pairs)),
         ]
         for name in options.only.split(",")
     }
-    found = interleaved(contenders, options.repeats)
-    ours = next(iter(found))
-    base = median(found[ours], "rate")
-    print(f"\n`{shlex.join(['python', *sys.argv])}`: {found[ours][0]['precision']}. {machine()}\n")
+    results = run_in_turn(commands, options.repeats)
+    baseline = next(iter(results.values()))
+    print(f"\n`{shlex.join(['python', *sys.argv])}`: {baseline[0]['precision']}. {describe_machine()}\n")
     print("| | prompts | tokens | tokens/s | slower by | peak memory, GiB | tokens/s of each process |")
     print("|---|---|---|---|---|---|---|")
-    for name, rows in found.items():
-        rate, memory = median(rows, "rate"), median(rows, "memory")
-        each = ", ".join(f"{row['rate']:.0f}" for row in rows)
-        prompts, tokens = rows[0]["prompts"], median(rows, "tokens")
-        print(f"| {name} | {prompts} | {tokens:.0f} | {rate:.0f} | {base / rate:.2f} | {memory:.2f} | {each} |")
+    for name, rows in results.items():
+        rate, memory, tokens = (median(rows, key) for key in ("rate", "memory", "tokens"))
+        slower, each = median(baseline, "rate") / rate, ", ".join(f"{row['rate']:.0f}" for row in rows)
+        print(f"| {name} | {rows[0]['prompts']} | {tokens:.0f} | {rate:.0f} | {slower:.2f} | {memory:.2f} | {each} |")
 
 
-def contend(name: str, workload: Workload, batch_size: int, new: int) -> dict:
+def measure(name: str, workload: Workload, batch_size: int, new: int) -> dict:
+    """The rate and the peak memory of one contender, in this process."""
     import torch
 
-    from spin.config import schema
+    from spin.config.schema import EngineConfig
     from spin.engines.base import select_dtype
     from spin.method.pairs import read_pairs
     from spin.models.load import load_model, load_tokenizer, stop_ids
 
-    dtype = select_dtype(schema.EngineConfig.from_defaults(), torch.device("cpu"))
+    dtype = select_dtype(EngineConfig.from_defaults(), torch.device("cpu"))
     model, tokenizer = load_model(workload.model, dtype, torch.device("cpu")), load_tokenizer(workload.model)
-    prompts = [list(pair.prompt_ids) for pair in read_pairs(workload.pairs)]
-    prompts = prompts[:ARTICLE_PROMPTS] if name == "article" else prompts
+    pairs, _ = read_pairs(workload.pairs)
+    prompts = [list(pair.prompt_ids) for pair in pairs[: BEAM_PROMPTS if name == "beams" else None]]
     stops = sorted(stop_ids(workload.model, tokenizer))
-    CONTENDERS[name](model, tokenizer, prompts[:2], stops, batch_size, 4)  # what is done once is not measured
+    CONTENDERS[name](model, tokenizer, prompts[:2], stops, batch_size, 4)  # warm-up
     started = time.perf_counter()
     answers = CONTENDERS[name](model, tokenizer, prompts, stops, batch_size, new)
     seconds = time.perf_counter() - started
@@ -89,9 +87,13 @@ def contend(name: str, workload: Workload, batch_size: int, new: int) -> dict:
         "prompts": len(prompts),
         "tokens": tokens,
         "rate": tokens / seconds,
-        "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "memory": resident_peak_gib(),
         "precision": str(dtype).removeprefix("torch."),
     }
+
+
+# --- contenders -------------------------------------------------------------------------------------------------------
+# Each returns the token ids of the answers to `prompts`, at most `batch_size` at a time, each of at most `new` tokens.
 
 
 def spin(model, tokenizer, prompts, stops, batch_size, new):
@@ -100,10 +102,8 @@ def spin(model, tokenizer, prompts, stops, batch_size, new):
     from spin.generation.sampling import generate_answers
 
     examples = [Example(str(i), "", tuple(ids), "", ()) for i, ids in enumerate(prompts)]
-    found = generate_answers(
-        model, tokenizer, examples, 1, GenerationConfig.from_defaults(batch_size=batch_size), new, stops, seed=0
-    )
-    return [answer.ids for answer in found]
+    settings = GenerationConfig.from_defaults(batch_size=batch_size)
+    return [answer.ids for answer in generate_answers(model, tokenizer, examples, 1, settings, new, stops, seed=0)]
 
 
 def plain(model, tokenizer, prompts, stops, batch_size, new):
@@ -116,7 +116,7 @@ def plain(model, tokenizer, prompts, stops, batch_size, new):
         length = max(map(len, batch))
         ids = torch.tensor([[tokenizer.pad_token_id] * (length - len(p)) + p for p in batch])
         mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in batch])
-        found = model.generate(
+        output = model.generate(
             ids,
             attention_mask=mask,
             max_new_tokens=new,
@@ -127,7 +127,7 @@ def plain(model, tokenizer, prompts, stops, batch_size, new):
             eos_token_id=stops,
             pad_token_id=tokenizer.pad_token_id,
         )
-        answers += found[:, length:].tolist()
+        answers += output[:, length:].tolist()
     return answers
 
 
@@ -144,17 +144,17 @@ def continuous(model, tokenizer, prompts, stops, batch_size, new):
         eos_token_id=stops,
         pad_token_id=tokenizer.pad_token_id,
     )
-    found = model.generate_batch(inputs=prompts, generation_config=settings, progress_bar=False)
-    return [output.generated_tokens for output in found.values()]
+    outputs = model.generate_batch(inputs=prompts, generation_config=settings, progress_bar=False)
+    return [output.generated_tokens for output in outputs.values()]
 
 
-def article(model, tokenizer, prompts, stops, batch_size, new):
+def beams(model, tokenizer, prompts, stops, batch_size, new):
     import torch
 
     answers = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
-        found = model.generate(
+        output = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=new,
@@ -163,11 +163,11 @@ def article(model, tokenizer, prompts, stops, batch_size, new):
             eos_token_id=stops,
             pad_token_id=tokenizer.pad_token_id,
         )
-        answers.append(found[0, len(prompt) :].tolist())
+        answers.append(output[0, len(prompt) :].tolist())
     return answers
 
 
-CONTENDERS = {"spin": spin, "plain": plain, "continuous": continuous, "article": article}
+CONTENDERS = {"spin": spin, "plain": plain, "continuous": continuous, "beams": beams}
 
 if __name__ == "__main__":
     main()

@@ -1,16 +1,14 @@
 """The paper's step on one GPU: 64 pairs of UltraChat-like lengths through a Mistral-7B architecture with random weights.
 
-    python benchmarks/gpu.py                           on the GPU that is there; without one as with --small
-    python benchmarks/gpu.py --small                   a tiny model on the CPU: shows that the script runs, measures nothing
+    python benchmarks/gpu.py                           on the GPU, or as with --small if there is none
+    python benchmarks/gpu.py --small                   a tiny model on the CPU: checks that the script runs
 
 The paper reports 6.69 s to generate and 10 s to train for 64 examples on eight A100-80G (section 6.1). Here: full fine-tuning
-with fp32-exact master weights (bf16 and the 16 bits that complete it), RMSprop with bf16 states, gradient checkpointing, the
-whole batch in one packed pass. Printed as a table in markdown: seconds, peak memory, and the share of the card's own peak (a
-large bf16 product, measured in the same run) that the useful FLOPs make up. To reach on one card of 80 GB: 10 s to train, at
-45 % of its peak.
+with fp32-exact master weights, RMSprop with bf16 states, gradient checkpointing, the whole batch in one packed pass. The
+targets on one 80 GB GPU are 10 s to train, at 45 % of the GPU's peak.
 
-No GPU was at hand when this was written: what has been tried is `--small`, which goes through the same calls but for the
-kernels of a GPU (FlexAttention in place of SDPA by sequence, whose mask the tests compare).
+Prints a markdown table: seconds, peak memory, and the useful FLOPs as a share of the peak rate of a large product,
+measured in the same run.
 """
 
 import argparse
@@ -19,157 +17,145 @@ import shlex
 import statistics
 import sys
 import tempfile
-import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.training import useful_flops  # noqa: E402
-from benchmarks.workload import machine, peak_rate  # noqa: E402
+from benchmarks import workload
+from benchmarks.training import useful_flops
 
-# Medians in tokens of UltraChat's first rounds: prompt, answer; the opponent's answers end at 256.
+# Medians in tokens of UltraChat's first rounds: prompt, answer. The opponent's answers end at 256.
 PROMPT, ANSWER, NEW = 100, 300, 256
+SMALL_DIVISOR = 16  # of all lengths with --small
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="a tiny model and short answers")
     parser.add_argument("--pairs", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=4, help="training steps, of which the first is not counted")
+    parser.add_argument("--steps", type=int, default=4, help="training steps; the first is not counted")
     options = parser.parse_args()
     import torch
 
     small = options.small or not torch.cuda.is_available()
-    device = torch.device("cpu" if small else "cuda")
     with tempfile.TemporaryDirectory() as folder:
-        rows = measure(Path(folder), device, options.pairs, options.steps, small)
-    name = "a tiny model on the CPU: this shows that the script runs, and measures nothing"
-    name = name if small else torch.cuda.get_device_name()
-    print(f"\n`{shlex.join(['python', *sys.argv])}`: {name}. {machine()}\n")
+        rows = measure(Path(folder), torch.device("cpu" if small else "cuda"), options.pairs, options.steps, small)
+    name = "a tiny model on the CPU, which only checks that the script runs" if small else torch.cuda.get_device_name()
+    print(f"\n`{shlex.join(['python', *sys.argv])}`: {name}. {workload.describe_machine()}\n")
     print("| | seconds for the batch | peak memory, GiB | of the peak |\n|---|---|---|---|")
-    for what, seconds, memory, share in rows:
-        print(f"| {what} | {seconds:.2f} | {memory:.1f} | {share:.2f} |")
+    for part, seconds, memory, share in rows:
+        print(f"| {part} | {seconds:.2f} | {memory:.1f} | {share:.2f} |")
 
 
-def measure(folder: Path, device, count: int, steps: int, small: bool) -> list[tuple[str, float, float, float]]:
+def measure(folder: Path, device: Any, count: int, steps: int, small: bool) -> list[tuple[str, float, float, float]]:
+    """Rows of the table: what was measured, seconds, peak memory in GiB, share of the peak rate."""
     import torch
 
-    from spin.config import schema
-    from spin.engines.layouts import choose_forward
-    from spin.engines.logps import compute_logps
+    from spin.config.schema import EngineConfig, GenerationConfig, OptimizerConfig
+    from spin.data.examples import Example
+    from spin.engines.device_memory import peak_memory_gib
     from spin.engines.single import SingleEngine
     from spin.generation.sampling import generate_answers
-    from spin.method.pairs import as_continuations, with_opponent_logps
-    from spin.method.training import train_spin
+    from spin.method.pairs import to_continuations
     from spin.models.load import load_model, load_tokenizer
     from spin.models.policy import Policy
 
-    short = 16 if small else 1
     make_model(folder, device, small)
-    pairs = make_pairs(count, short)
+    divisor = SMALL_DIVISOR if small else 1
+    pairs, new = make_pairs(count, divisor), NEW // divisor
     tokens = sum(len(p.prompt_ids) + len(p.real_ids) + len(p.generated_ids) for p in pairs)
-    settings = schema.EngineConfig.from_defaults(gradient_checkpointing=True, tokens_per_batch=tokens, head_chunk=8192)
+    settings = EngineConfig.from_defaults(gradient_checkpointing=True, tokens_per_batch=tokens, head_chunk=8192)
     dtype = torch.float32 if small else torch.bfloat16
-    peak = peak_rate(str(dtype).removeprefix("torch."), 256 if small else 8192, device=str(device))
-    policy, rows = Policy("start", folder, "start"), []
+    peak = workload.peak_rate(str(dtype).removeprefix("torch."), 256 if small else 8192, device=str(device))
+    rows = []
 
-    def clock(what: str, work, flops: float):
-        memory_reset(device)
-        started = time.perf_counter()
-        found = work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - started
-        rows.append((what, seconds, memory_peak(device), flops / seconds / peak))
-        return found
+    def measure_part(part: str, work: Callable[[], Any], flops: float) -> Any:
+        reset_peak(device)
+        result, seconds = workload.timed(lambda: (work(), synchronize(device))[0])
+        rows.append((part, seconds, peak_memory_gib(), flops / seconds / peak))
+        return result
 
     model, tokenizer = load_model(folder, dtype, device), load_tokenizer(folder)
-    parameters = sum(p.numel() for p in model.parameters())
-    examples = [example_of(pair) for pair in pairs]
-    sampling = schema.GenerationConfig.from_defaults(batch_size=count)
-    generate_answers(model, tokenizer, examples[:2], 1, sampling, 4, [], 0)
-    flops = useful_flops(folder, pairs)
-    clock(
-        f"generation, {count} answers of {NEW // short} tokens",
-        lambda: generate_answers(model, tokenizer, examples, 1, sampling, NEW // short, [], 0),
-        2 * count * NEW // short * parameters,
+    examples = [Example(pair.id, "", pair.prompt_ids, "", pair.real_ids) for pair in pairs]
+    sampling = GenerationConfig.from_defaults(batch_size=count)
+    generate_answers(model, tokenizer, examples[:2], 1, sampling, 4, [], 0)  # warm-up
+    parameters, flops = sum(p.numel() for p in model.parameters()), count * useful_flops(folder, pairs)
+    measure_part(
+        f"generation, {count} answers of {new} tokens",
+        lambda: generate_answers(model, tokenizer, examples, 1, sampling, new, [], 0),
+        2 * count * new * parameters,
     )
-    items = as_continuations(pairs)
-    longest = max(item.tokens for item in items)
-    forward, remark = choose_forward(model, items, "auto", 256, tokens, settings.head_chunk, longest)
-    print(remark or f"log-probs: {forward.layout} rows, as fast as they go", file=sys.stderr)
-    compute_logps(model, items, forward)
-    scores = clock("scoring", lambda: compute_logps(model, items, forward), count * flops / 3)
-    pairs = with_opponent_logps(pairs, scores.view(-1, 2))
-    model.to("meta")  # out of memory: one model at a time
-    engine = SingleEngine(policy, dtype, device, settings, schema.OptimizerConfig.from_defaults(states="bf16"))
-    found: list[dict] = []
-    memory_reset(device)
-    common = {"lr": 5e-7, "epochs": steps, "batch_size": count, "warmup_ratio": 0.1, "seed": 0, "beta": 0.1}
-    train_spin(engine, pairs, forward, link="logistic", log=found.append, **common)
-    seconds = statistics.median(row["pairs"] / row["pairs_per_second"] for row in found[1:])
-    rows.append(
-        (f"training, {count} pairs, {tokens} tokens", seconds, memory_peak(device), count * flops / seconds / peak)
-    )
+    forward = workload.find_forward(model, to_continuations(pairs), settings)
+    workload.score_pairs(model, pairs, forward)  # warm-up
+    references = measure_part("scoring", lambda: workload.score_pairs(model, pairs, forward), flops / 3)
+
+    model.to("meta")  # frees its memory
+    optimizer = OptimizerConfig.from_defaults(states="bf16")
+    engine = SingleEngine(Policy("start", folder, "start"), dtype, device, settings, optimizer)
+    reset_peak(device)
+    metrics = workload.train_pairs(engine, pairs, references, forward, count, steps)
+    seconds = statistics.median(workload.step_seconds(row) for row in metrics[1:])
+    rows.append((f"training, {count} pairs, {tokens} tokens", seconds, peak_memory_gib(), flops / seconds / peak))
     return rows
 
 
-def make_model(folder: Path, device, small: bool) -> None:
-    """Random weights in Mistral-7B's shapes (or tiny ones), and a tokenizer, as a model folder."""
+def make_model(folder: Path, device: Any, small: bool) -> None:
+    """Write a model folder with random weights in Mistral-7B's shapes, or tiny ones, and a tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, MistralConfig
 
     from spin.models import tiny
 
     tiny.make_tiny_model(folder)  # for its tokenizer
-    shape = (
-        {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-        if small
-        else {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
-    )
-    config = MistralConfig(
-        **{"vocab_size": 1024, "num_key_value_heads": 4 if small else 8, **shape}, sliding_window=4096
-    )
+    if small:
+        shape = {
+            "vocab_size": 1024,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+        }
+    else:
+        shape = {"num_key_value_heads": 8}  # the defaults are Mistral-7B's
+    config = MistralConfig(**shape, sliding_window=4096)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32 if small else torch.bfloat16)
     model.save_pretrained(folder)
 
 
-def make_pairs(count: int, short: int) -> list:
+def make_pairs(count: int, divisor: int) -> list:
+    """Pairs of random tokens, their lengths spread as those of UltraChat and divided by `divisor`."""
     from spin.method.pairs import Pair
 
     rng = random.Random(0)
 
-    def ids(median: int, most: int) -> tuple[int, ...]:
-        length = min(most, max(2, round(rng.lognormvariate(0, 0.5) * median / short)))
+    def ids(median: int, longest: int) -> tuple[int, ...]:
+        length = min(longest, max(2, round(rng.lognormvariate(0, 0.5) * median / divisor)))
         return tuple(rng.randrange(3, 1000) for _ in range(length))
 
     return [
-        Pair(f"p{k}", "", "", "", "length", ids(PROMPT, 512), ids(ANSWER, 512), ids(10**6, NEW // short))
+        Pair(f"p{k}", "", "", "", "length", ids(PROMPT, 512), ids(ANSWER, 512), ids(10**6, NEW // divisor))
         for k in range(count)
     ]
 
 
-def example_of(pair):
-    from spin.data.examples import Example
-
-    return Example(pair.id, "", pair.prompt_ids, "", pair.real_ids)
-
-
-def memory_reset(device) -> None:
+def synchronize(device: Any) -> None:
     import torch
 
     if device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def reset_peak(device: Any) -> None:
+    import torch
+
+    synchronize(device)
+    if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-
-
-def memory_peak(device) -> float:
-    from spin.pipeline.stages import peak_memory_gib
-
-    return peak_memory_gib()
 
 
 if __name__ == "__main__":

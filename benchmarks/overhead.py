@@ -1,117 +1,152 @@
-"""What safety costs: checkpoints, checksums and flushing to the disk, as a share of a game.
+"""What checkpoints, checksums and flushing to the disk cost, as a share of a game.
 
     python benchmarks/overhead.py                          the default game, in a folder that is removed afterwards
     python benchmarks/overhead.py checkpoint.minutes=0     with a checkpoint after every step
 
-Every function that keeps or checks something is timed where it is called, in the game itself: a difference of two games
-would be smaller than the noise of a shared machine. Printed as a table in markdown, with what made it.
+Each function that stores or checks something is timed within the game itself: the difference of two games would be smaller
+than the noise of a shared machine. Prints a markdown table.
 """
 
 import functools
-import os
-import platform
 import shlex
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-# (where it is called from, its name): what it is for. One that runs inside another counts for the outer one.
+from benchmarks.workload import ROOT, describe_machine
+
+SHARDS = "shards: writing, checksums, flushing"
+# "module:name" of the functions that are timed, and their rows in the table. A call within another counts for the outer one.
 WATCHED = {
-    ("spin.store", "seal"): "stages: checksums, flushing",
-    ("spin.store", "verify"): "stages: checked when reused",
-    ("spin.plan", "verify"): "stages: checked when reused",
-    ("spin.checkpoint.Shards", "__call__"): "shards: writing, checksums, flushing",
-    ("spin.checkpoint.Checkpoints", "write"): "training checkpoints: writing, checksums, flushing",
-    ("spin.stages", "content_id"): "identity of trained policies",
-    ("spin.model", "content_id"): "identity of the start",
+    "spin.runtime.artifacts:commit_atomically": "stages: checksums, flushing",
+    "spin.runtime.artifacts:verify_artifact": "stages: check before reuse",
+    "spin.runtime.shards:ResumableShards._write": SHARDS,
+    "spin.runtime.checkpoints:Checkpoints.write": "training checkpoints: writing, checksums, flushing",
+    "spin.models.policy:content_id": "identity of policies",
 }
+# Rows that no game can do without: zero calls mean that the game no longer goes through the watched function.
+ALWAYS = (
+    WATCHED["spin.runtime.artifacts:commit_atomically"],
+    SHARDS,
+    WATCHED["spin.models.policy:content_id"],
+)
 
 
-def main() -> None:
-    from spin.config.hydra import load
-    from spin.game import play
+class Stopwatch:
+    """Seconds and calls by row of the table, each moment counted once."""
 
-    words = sys.argv[1:]
-    seconds: Counter[str] = Counter()
-    calls: Counter[str] = Counter()
-    inside: list[str] = []
+    def __init__(self) -> None:
+        self.seconds: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
+        self.current: str | None = None
 
-    def timed(function: Callable, what: str) -> Callable:
+    @contextmanager
+    def switch(self, row: str | None) -> Iterator[None]:
+        """Count the time until the end for `row` in place of the current row; for none if `row` is None."""
+        outer, self.current = self.current, row
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            elapsed = time.perf_counter() - started
+            for name, sign in ((row, 1), (outer, -1)):
+                if name is not None:
+                    self.seconds[name] += sign * elapsed
+            self.current = outer
+
+    def watch(self, function: Callable, row: str) -> Callable:
+        """`function`, with its outermost calls counted for `row`."""
+
         @functools.wraps(function)
         def wrapper(*arguments, **settings):
-            if inside:
+            if self.current is not None:
                 return function(*arguments, **settings)
-            inside.append(what)
-            started = time.perf_counter()
-            try:
+            self.calls[row] += 1
+            with self.switch(row):
                 return function(*arguments, **settings)
-            finally:
-                inside.pop()
-                seconds[what] += time.perf_counter() - started
-                calls[what] += 1
 
         return wrapper
 
-    def made(keep, number, of, make):
-        """A shard's own time is what is left when the work in it is taken off."""
+    def watch_shards(self, write: Callable) -> Callable:
+        """`ResumableShards._write`, counted without the work that makes a shard's rows."""
 
-        def work():
+        def write_shard(shards, number, part):
+            def make() -> list[dict]:
+                with self.switch(None):
+                    return part.make()
+
+            return write(shards, number, replace(part, make=make))
+
+        return self.watch(write_shard, SHARDS)
+
+
+def resolve(path: str) -> tuple[object, str, Callable]:
+    """The module or class that holds the function "module:name", its name there, and the function."""
+    module, _, name = path.partition(":")
+    try:
+        *holders, last = name.split(".")
+        holder = functools.reduce(getattr, holders, import_module(module))
+        return holder, last, getattr(holder, last)
+    except (ImportError, AttributeError) as error:
+        raise SystemExit(f"benchmarks/overhead.py watches {path}, which does not exist: correct WATCHED") from error
+
+
+def patch(stopwatch: Stopwatch) -> Callable[[], None]:
+    """Time all watched functions, wherever they were imported. Returns a function that undoes it."""
+    replaced: list[tuple[object, str, Callable]] = []
+    for path, row in WATCHED.items():
+        holder, name, function = resolve(path)
+        wrapper = stopwatch.watch_shards(function) if row == SHARDS else stopwatch.watch(function, row)
+        places = [(holder, name)]
+        for module in [module for key, module in sys.modules.items() if key.split(".")[0] == "spin"]:
+            places += [(module, key) for key, value in vars(module).items() if value is function and module != holder]
+        for place, key in places:
+            replaced.append((place, key, function))
+            setattr(place, key, wrapper)
+
+    def undo() -> None:
+        for place, key, function in replaced:
+            setattr(place, key, function)
+
+    return undo
+
+
+def main(words: list[str]) -> None:
+    from spin.config.hydra import load
+    from spin.game import play
+    from spin.runtime.artifacts import folder_size
+
+    stopwatch = Stopwatch()
+    undo = patch(stopwatch)
+    try:
+        with tempfile.TemporaryDirectory(dir=ROOT, prefix=".overhead-") as folder:
+            config = load(*words, f"store.path={folder}/store", "tracking.wandb=disabled")
             started = time.perf_counter()
-            what = inside.pop()
-            try:
-                return make()
-            finally:
-                inside.append(what)
-                seconds[what] -= time.perf_counter() - started
-
-        return original(keep, number, of, work)
-
-    from spin.runtime.shards import ResumableShards
-
-    original = ResumableShards.__call__
-    ResumableShards.__call__ = made  # type: ignore[method-assign]
-    for (place, name), what in WATCHED.items():
-        module, _, member = place.partition(".checkpoint.")
-        holder = getattr(import_module("spin.checkpoint"), member) if member else import_module(module)
-        setattr(holder, name, timed(getattr(holder, name), what))
-
-    with tempfile.TemporaryDirectory(dir=ROOT, prefix=".overhead-") as folder:
-        here = [f"store.path={folder}/store", "tracking.wandb=disabled"]
-        config = load(*words, *here)
-        started = time.perf_counter()
-        play(config, Path(folder) / "run", "python benchmarks/overhead.py")
-        total = time.perf_counter() - started
-        size = sum(path.stat().st_size for path in Path(folder, "store").rglob("*") if path.is_file()) / 2**30
-
-    import torch
-    import transformers
+            play(config, Path(folder) / "run", "python benchmarks/overhead.py")
+            total = time.perf_counter() - started
+            size = folder_size(Path(folder) / "store") / 2**30
+    finally:
+        undo()
+    if missing := [row for row in ALWAYS if not stopwatch.calls[row]]:
+        raise SystemExit(f"benchmarks/overhead.py: the game never called what is watched for: {'; '.join(missing)}")
 
     command = shlex.join(["python", "benchmarks/overhead.py", *words])
-    print(f"\n`{command}`: {config.name}, {total:.0f} s, {size:.1f} GiB stored.")
-    print(
-        f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}; "
-        f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads.\n"
-    )
-    print("| what | times | seconds | share of the game |\n|---|---|---|---|")
-    for what in dict.fromkeys(WATCHED.values()):
-        print(f"| {what} | {calls[what]} | {seconds[what]:.2f} | {seconds[what] / total:.2%} |")
-    print(f"| together | {calls.total()} | {seconds.total():.2f} | {seconds.total() / total:.2%} |")
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    print(f"\n`{command}`: {config.name}, {total:.0f} s, {size:.1f} GiB stored. {describe_machine()}\n")
+    print("| part | calls | seconds | share of the game |\n|---|---|---|---|")
+    for row in WATCHED.values():
+        seconds = stopwatch.seconds[row]
+        print(f"| {row} | {stopwatch.calls[row]} | {seconds:.2f} | {seconds / total:.2%} |")
+    seconds = stopwatch.seconds.total()
+    print(f"| together | {stopwatch.calls.total()} | {seconds:.2f} | {seconds / total:.2%} |")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

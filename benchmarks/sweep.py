@@ -1,108 +1,99 @@
-"""What the standard sweep costs, 3 values of beta by 3 learning rates, against nine runs that share nothing.
+"""What a sweep costs, by default 3 values of beta by 3 learning rates, against as many separate runs.
 
     python benchmarks/sweep.py                       a tiny model: half a minute of sweep, two of separate runs
-    python benchmarks/sweep.py --model smollm2       the default game, `experiment=beta_lr`; an hour or two on two cores
+    python benchmarks/sweep.py --model smollm2       the default game, `experiment=beta_lr`: an hour or two on two cores
     python benchmarks/sweep.py --model smollm2 iter=0
 
-The sweep is one command; the runs are nine, each with a store of its own. Both start with model and data fetched and converted.
-The policies of both are compared bit by bit. Then the sweep is started once more, with nothing left to do. All in a
-folder that is removed afterwards. Printed as a table in markdown, with what made it.
+The sweep is one command; each separate run has a store of its own. Both start with model and data downloaded and converted.
+The policies of both are compared bit by bit. Then the sweep is started again, with nothing left to do. Everything is in a
+folder that is removed afterwards. Prints a markdown table.
 """
 
 import argparse
-import os
-import platform
 import shlex
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
 from itertools import product
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.workload import ROOT, describe_machine, timed
+
 # Learning rates that move a random model; the others are those of conf/experiment/beta_lr.yaml.
 GAMES = {
-    "tiny": (["experiment=smoke"], ["0.05", "0.1", "0.5"], ["1e-4", "1e-3", "5e-3"]),
-    "smollm2": ([], ["0.05", "0.1", "0.5"], ["1e-6", "5e-6", "2.5e-5"]),
+    "tiny": (["experiment=smoke"], "1e-4,1e-3,5e-3"),
+    "smollm2": ([], "1e-6,5e-6,2.5e-5"),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=GAMES, default="tiny")
-    parser.add_argument("settings", nargs="*", help="of the game, as for run.py")
-    given = parser.parse_args()
-    words, betas, rates = GAMES[given.model]
-    words = [*words, *given.settings, "tracking.wandb=disabled"]
+    parser.add_argument("--betas", default="0.05,0.1,0.5", help="values of loss.beta, by commas")
+    parser.add_argument("--rates", help="values of optimizer.lr, by commas; by default three that suit the model")
+    parser.add_argument("settings", nargs="*", help="settings of the game, as for run.py")
+    options = parser.parse_args()
+    game, rates = GAMES[options.model]
+    rates = options.rates or rates
+    words = [*game, *options.settings, "tracking.wandb=disabled"]
+    points = list(product(options.betas.split(","), rates.split(",")))
     with tempfile.TemporaryDirectory(dir=ROOT, prefix=".sweep-") as name:
         folder = Path(name)
-        play(*words, "plan=true", f"store.path={folder}/none", f"hydra.run.dir={folder}/none")  # fetches, converts
-        swept = [f"loss.beta={','.join(betas)}", f"optimizer.lr={','.join(rates)}", f"store.path={folder}/store"]
-        points = "hydra.sweep.subdir='${loss.beta}-${optimizer.lr}'"
-        command = ["-m", *words, *swept, points, f"hydra.sweep.dir={folder}/sweep"]
-        together = play(*command)
-        again = play(*command)
-        apart, alone = 0.0, Counter[str]()
-        differ = []
-        for beta, rate in product(betas, rates):
-            run = f"{float(beta)}-{float(rate)}"
-            point = [f"loss.beta={beta}", f"optimizer.lr={rate}"]
-            apart += play(*words, *point, f"store.path={folder}/{run}/store", f"hydra.run.dir={folder}/{run}/run")
-            alone += stages(folder / run / "store")
-            if not same(folder / "sweep" / run, folder / run / "run"):
-                differ.append(run)
-        shared = stages(folder / "store")
+        play(*words, "plan=true", f"store.path={folder}/none", f"hydra.run.dir={folder}/none")  # downloads, converts
+        grid = [f"loss.beta={options.betas}", f"optimizer.lr={rates}", f"store.path={folder}/store"]
+        subfolders = "hydra.sweep.subdir='${loss.beta}-${optimizer.lr}'"
+        command = ["-m", *words, *grid, subfolders, f"hydra.sweep.dir={folder}/sweep"]
+        sweep_seconds, again_seconds = play(*command), play(*command)
+        run_seconds, run_stages, different = 0.0, Counter[str](), []
+        for beta, rate in points:
+            point = f"{float(beta)}-{float(rate)}"
+            settings = [f"loss.beta={beta}", f"optimizer.lr={rate}", f"store.path={folder}/{point}/store"]
+            run_seconds += play(*words, *settings, f"hydra.run.dir={folder}/{point}/run")
+            run_stages += count_stages(folder / point / "store")
+            if not have_same_policies(folder / "sweep" / point, folder / point / "run"):
+                different.append(point)
+        sweep_stages = count_stages(folder / "store")
 
-    import torch
-
-    command_line = shlex.join(["python", "benchmarks/sweep.py", *sys.argv[1:]])
-    print(f"\n`{command_line}`:")
-    print(
-        f"Python {platform.python_version()}, torch {torch.__version__}; {platform.machine()}, {os.cpu_count()} cores, "
-        f"{torch.get_num_threads()} threads.\n"
-    )
-    print("| | seconds | of the nine runs | stages played |\n|---|---|---|---|")
-    print(f"| nine runs, nothing shared | {apart:.0f} | 1 | {counted(alone)} |")
-    print(f"| the sweep | {together:.0f} | {together / apart:.2f} | {counted(shared)} |")
-    print(f"| the sweep again, all done | {again:.1f} | {again / apart:.3f} | none |")
-    print(
-        f"\nPolicies of both compared: {9 - len(differ)} of 9 pairs are equal bit by bit."
-        + (" Not: " + ", ".join(differ) if differ else "")
-    )
+    print(f"\n`{shlex.join(['python', 'benchmarks/sweep.py', *sys.argv[1:]])}`: {describe_machine()}\n")
+    print("| | seconds | of the separate runs | stages played |\n|---|---|---|---|")
+    print(f"| {len(points)} separate runs | {run_seconds:.0f} | 1 | {listed(run_stages)} |")
+    print(f"| the sweep | {sweep_seconds:.0f} | {sweep_seconds / run_seconds:.2f} | {listed(sweep_stages)} |")
+    print(f"| the sweep again, all done | {again_seconds:.1f} | {again_seconds / run_seconds:.3f} | none |")
+    print(f"\nThe policies of {len(points) - len(different)} of {len(points)} points are equal bit by bit.")
+    if different:
+        sys.exit(f"different: {', '.join(different)}")
 
 
 def play(*words: str) -> float:
     """Seconds that `python run.py *words` takes."""
-    started = time.perf_counter()
-    done = subprocess.run([sys.executable, "run.py", *words], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "run.py", *words]
+    done, seconds = timed(lambda: subprocess.run(command, cwd=ROOT, capture_output=True, text=True))
     if done.returncode:
         sys.exit(f"run.py {shlex.join(words)}\n{done.stdout}\n{done.stderr}")
-    return time.perf_counter() - started
+    return seconds
 
 
-def stages(store: Path) -> Counter[str]:
+def count_stages(store: Path) -> Counter[str]:
     return Counter(path.parent.parent.name for path in store.glob("*/*/manifest.json"))
 
 
-def counted(found: Counter[str]) -> str:
-    return ", ".join(
-        f"{found[name]} {name}" for name in ("sft", "generate", "score", "train", "evaluate") if found[name]
-    )
+def listed(stages: Counter[str]) -> str:
+    names = ("sft", "generate", "score", "train", "evaluate")
+    return ", ".join(f"{stages[name]} {name}" for name in names if stages[name])
 
 
-def same(one: Path, other: Path) -> bool:
-    """Have both runs the same policies, in the same bits?"""
+def have_same_policies(run: Path, other: Path) -> bool:
+    """Whether both run folders hold the same policies, bit by bit."""
     from spin.runtime.artifacts import file_digest
 
-    files = [sorted(path.relative_to(run) for path in run.glob("iter*/policy/*.safetensors")) for run in (one, other)]
-    return (
-        bool(files[0])
-        and files[0] == files[1]
-        and all(file_digest(one / path) == file_digest(other / path) for path in files[0])
-    )
+    digests = [
+        {path.relative_to(folder): file_digest(path) for path in folder.glob("iter*/policy/*.safetensors")}
+        for folder in (run, other)
+    ]
+    return bool(digests[0]) and digests[0] == digests[1]
 
 
 if __name__ == "__main__":

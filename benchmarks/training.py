@@ -1,26 +1,24 @@
-"""Training and scoring of pairs, side by side with what people use now.
+"""Training and scoring of pairs by this project and by other tools.
 
     python benchmarks/training.py                      the embedded model, 16 pairs, 8 a step
     python benchmarks/training.py --repeats 5 --only spin,trl
 
-Contenders, each in processes of its own, in turn, on the same weights, token ids, steps and precision (bf16 products, fp32
-master weights; fp32 where the processor has no bf16):
+Each contender runs in processes of its own, alternating with the others, on the same weights, token ids, steps and precision
+(bf16 products with fp32 master weights, or fp32 if the processor has no bf16):
 
 - spin: this project.
-- trl: TRL's DPOTrainer with precomputed reference log-probs and its best settings for a CPU (no gradient checkpointing).
-- trl-as-it-comes: DPOTrainer with its defaults: gradient checkpointing, and a reference model's forward in each step.
-- official: the way of the paper's code: chosen and rejected padded into one batch, full logits, a reference model's
-  forward in each step.
+- trl: TRL's DPOTrainer with precomputed reference log-probs and without gradient checkpointing, its best settings for a CPU.
+- trl-defaults: DPOTrainer with gradient checkpointing and a reference model's forward in each step.
+- official: as the paper's code does it: chosen and rejected padded into one batch, full logits, a reference model's forward in
+  each step.
 
-Printed as a table in markdown, with what made it: pairs a second of training (each pair once, after a step that warms up) and
-of scoring, peak resident memory of the process, the loss of the first step (ln 2 where policy and reference agree), and the
-share of the machine's own peak: the FLOPs that an unpadded computation with shared prompts needs, over the rate of a large
-product in that type, measured before and after.
+Prints a markdown table: pairs per second of training (each pair once, after a warm-up step) and of scoring, peak resident
+memory of the process, the loss of the first step (ln 2 if policy and reference agree), and the useful FLOPs (no padding, prompts
+shared) as a share of the peak rate of a large product, which is measured before and after.
 """
 
 import argparse
 import json
-import resource
 import shlex
 import statistics
 import sys
@@ -28,12 +26,36 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.workload import Workload, interleaved, machine, median, peak_rate, prepare  # noqa: E402
+from benchmarks.workload import (
+    BETA,
+    LR,
+    Workload,
+    describe_machine,
+    find_forward,
+    median,
+    peak_rate,
+    prepare_workload,
+    resident_peak_gib,
+    run_in_turn,
+    score_pairs,
+    step_seconds,
+    timed,
+    train_pairs,
+)
 
-LR, BETA = 5e-7, 0.1
+COLUMNS = (
+    "",
+    "training, pairs/s",
+    "slower by",
+    "scoring, pairs/s",
+    "slower by",
+    "peak memory, GiB",
+    "times ours",
+    "first loss",
+    "of peak",
+)
 
 
 def main() -> None:
@@ -41,57 +63,65 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=16, help="pairs to train on, in whole steps")
     parser.add_argument("--batch-size", type=int, default=8, help="pairs a step")
     parser.add_argument("--repeats", type=int, default=3, help="processes for each contender")
-    parser.add_argument("--only", default=",".join(CONTENDERS), help="contenders, by commas; the first is compared")
+    parser.add_argument("--only", default=",".join(CONTENDERS), help="contenders, by commas; the first is the baseline")
     parser.add_argument("--words", default="", help="settings of run.py for the model and data, in one string")
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--scored", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.contender:
-        print(json.dumps(contend(options.contender, Workload(options.model, options.scored), options.batch_size)))
+        print(json.dumps(measure(options.contender, Workload(options.model, options.scored), options.batch_size)))
         return
-    workload = prepare(options.pairs, shlex.split(options.words))
-    contenders = {
+    workload = prepare_workload(options.pairs, shlex.split(options.words))
+    commands = {
         name: [
             *(sys.executable, __file__, "--contender", name, "--batch-size", str(options.batch_size)),
             *("--model", str(workload.model), "--scored", str(workload.pairs)),
         ]
         for name in options.only.split(",")
     }
-    before = matrix_peaks()
-    found = interleaved(contenders, options.repeats)
-    peaks = {name: max(rate, before[name]) for name, rate in matrix_peaks().items()}
-    report(found, workload, options.batch_size, peaks, shlex.join(["python", *sys.argv]))
+    precision = str(compute_dtype()).removeprefix("torch.")
+    before = peak_rate(precision, seconds=2)
+    results = run_in_turn(commands, options.repeats)
+    peak = max(before, peak_rate(precision, seconds=2))
+    print_table(results, workload, options.batch_size, precision, peak)
 
 
-def matrix_peaks() -> dict[str, float]:
-    return {name: peak_rate(name, seconds=2) for name in ("bfloat16", "float32")}
+def compute_dtype():
+    """The type that all contenders compute in on this processor."""
+    import torch
+
+    from spin.config.schema import EngineConfig
+    from spin.engines.base import select_dtype
+
+    return select_dtype(EngineConfig.from_defaults(), torch.device("cpu"))
 
 
-def whole_steps(pairs: list, batch_size: int) -> list:
-    """As many of the pairs as fill their last step: generation may have left fewer than were asked for."""
+def pairs_of(workload: Workload, batch_size: int) -> list:
+    """As many of the pairs as fill whole steps: some of the answers may have been dropped."""
+    from spin.method.pairs import read_pairs
+
+    pairs, _ = read_pairs(workload.pairs)
     return pairs[: len(pairs) // batch_size * batch_size]
 
 
-def report(found: dict[str, list[dict]], workload: Workload, batch_size: int, peaks: dict, command: str) -> None:
-    from spin.method.pairs import read_pairs
-
-    pairs = whole_steps(read_pairs(workload.pairs), batch_size)
-    ours = next(iter(found))
-    precision = found[ours][0]["precision"]
-    flops, peak = useful_flops(workload.model, pairs), peaks[precision]
+def print_table(
+    results: dict[str, list[dict]], workload: Workload, batch_size: int, precision: str, peak: float
+) -> None:
+    """Print the command, the workload and a row for each contender; `peak` is the FLOP/s of a large product."""
+    pairs = pairs_of(workload, batch_size)
+    baseline = next(iter(results.values()))
+    flops, command = useful_flops(workload.model, pairs), shlex.join(["python", *sys.argv])
     kinds = ("prompt_ids", "real_ids", "generated_ids")
     lengths = [statistics.mean(len(getattr(pair, kind)) for pair in pairs) for kind in kinds]
     print(f"\n`{command}`: {len(pairs)} pairs of {' + '.join(f'{length:.0f}' for length in lengths)} tokens")
     print(
-        f"(prompt, human answer, generated answer), {precision}. {machine()} A large product: {peak / 1e12:.2f} TFLOP/s.\n"
+        f"(prompt, human answer, generated answer), {precision}. {describe_machine()} "
+        f"A large product: {peak / 1e12:.2f} TFLOP/s.\n"
     )
-    print(
-        "| | training, pairs/s | slower by | scoring, pairs/s | slower by | peak memory, GiB | times ours | first loss | of peak |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
-    base = {key: median(found[ours], key) for key in ("train", "score", "memory")}
-    for name, rows in found.items():
+    print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
+    base = {key: median(baseline, key) for key in ("train", "score", "memory")}
+    for name, rows in results.items():
         train, memory = median(rows, "train"), median(rows, "memory")
         score = median(rows, "score") if rows[0]["score"] else None
         scoring = f"{score:.2f} | {base['score'] / score:.2f}" if score else "in its steps | – "
@@ -99,15 +129,15 @@ def report(found: dict[str, list[dict]], workload: Workload, batch_size: int, pe
             f"| {name} | {train:.2f} | {base['train'] / train:.2f} | {scoring} | {memory:.2f} "
             f"| {memory / base['memory']:.2f} | {median(rows, 'loss'):.5f} | {flops * train / peak:.2f} |"
         )
-    for name, rows in found.items():
-        spread = ", ".join(f"{row['train']:.2f}" for row in rows)
-        print(f"\n{name}: training, pairs/s, of each process: {spread}", end="")
+    for name, rows in results.items():
+        rates = ", ".join(f"{row['train']:.2f}" for row in rows)
+        print(f"\n{name}: training, pairs/s, of each process: {rates}", end="")
     print()
 
 
 def useful_flops(model: Path, pairs: list) -> float:
-    """FLOPs to train on a pair, at least: each prompt and answer token once through the layers, forward and backward
-    (3 products of 2 FLOPs a weight), the head on response positions, attention within each answer's own sequence."""
+    """The fewest FLOPs that training on a pair takes, on average: each prompt and answer token once through the layers, forward
+    and backward (3 products of 2 FLOPs a weight), the head on response positions, attention within each sequence."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(model).get_text_config()
@@ -125,63 +155,53 @@ def useful_flops(model: Path, pairs: list) -> float:
 
 # --- contenders -------------------------------------------------------------------------------------------------------
 # Each trains on the pairs in their order, `batch_size` a step, the first step twice. It returns the seconds of each step, the
-# loss of the first, and the seconds that scoring all pairs took (None if it does that in its steps).
+# loss of the first, and the seconds that scoring all pairs took (None if that is part of its steps).
 
 
-def contend(name: str, workload: Workload, batch_size: int) -> dict:
-    import torch
-
-    from spin.config import schema
-    from spin.engines.base import select_dtype
-    from spin.method.pairs import read_pairs
-
-    pairs = whole_steps(read_pairs(workload.pairs), batch_size)
-    dtype = select_dtype(schema.EngineConfig.from_defaults(), torch.device("cpu"))
-    seconds, loss, scoring = CONTENDERS[name](workload, pairs, batch_size, dtype)
+def measure(name: str, workload: Workload, batch_size: int) -> dict:
+    """The rates and the peak memory of one contender, in this process."""
+    pairs = pairs_of(workload, batch_size)
+    seconds, loss, scoring = CONTENDERS[name](workload, pairs, batch_size, compute_dtype())
     assert len(seconds) == 1 + len(pairs) // batch_size
     return {
         "train": len(pairs) / sum(seconds[1:]),
         "score": scoring and len(pairs) / scoring,
         "loss": loss,
-        "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-        "precision": str(dtype).removeprefix("torch."),
+        "memory": resident_peak_gib(),
     }
 
 
 def spin(workload, pairs, batch_size, dtype):
     from dataclasses import replace
+    from functools import partial
 
     import torch
 
-    from spin.config import schema
-    from spin.engines.layouts import choose_forward
-    from spin.engines.logps import compute_logps
+    from spin.config.schema import EngineConfig, OptimizerConfig
     from spin.engines.single import SingleEngine
-    from spin.method.pairs import as_continuations
-    from spin.method.training import _order, train_spin
+    from spin.method.pairs import to_continuations
+    from spin.method.training import plan_steps
     from spin.models.load import load_model
     from spin.models.policy import Policy
 
-    settings, device = schema.EngineConfig.from_defaults(), torch.device("cpu")
+    device = torch.device("cpu")
     policy = Policy("start", workload.model, "start")
-    model = load_model(policy.folder, dtype, device)
-    items = as_continuations(pairs)
-    longest = max(item.tokens for item in items)
-    forward, _ = choose_forward(
-        model, items, "auto", settings.tokens_per_row, settings.tokens_per_batch, settings.head_chunk, longest
-    )
-    started = time.perf_counter()
-    compute_logps(model, items, forward)
-    scoring = time.perf_counter() - started
-    del model
-    engine = SingleEngine(policy, dtype, device, settings, schema.OptimizerConfig.from_defaults())
-    # It shuffles: lay them out so that they come in the order that the others take them in.
-    wanted = [replace(pair, id=str(k)) for k, pair in enumerate(pairs[:batch_size] + pairs)]
-    laid_out = dict(zip(_order(len(wanted), 1, seed=0), wanted, strict=True))
-    rows: list[dict] = []
-    common = {"lr": LR, "epochs": 1, "batch_size": batch_size, "warmup_ratio": 0.1, "seed": 0, "beta": BETA}
-    train_spin(engine, [laid_out[k] for k in range(len(wanted))], forward, link="logistic", log=rows.append, **common)
-    return [row["pairs"] / row["pairs_per_second"] for row in rows], rows[0]["loss"], scoring
+    scored = load_model(policy.folder, dtype, device)
+    forward = find_forward(scored, to_continuations(pairs))
+    references, scoring = timed(partial(score_pairs, scored, pairs, forward))
+    del scored
+    engine = SingleEngine(policy, dtype, device, EngineConfig.from_defaults(), OptimizerConfig.from_defaults())
+    # Training shuffles: place the pairs so that they are taken in the same order as by the other contenders.
+    wanted = [*range(batch_size), *range(len(pairs))]
+    shuffled = [index for step in plan_steps(len(wanted), 1, batch_size, seed=0) for index in step]
+    source = dict(zip(shuffled, wanted, strict=True))
+    order = [source[index] for index in range(len(wanted))]
+    placed = [replace(pairs[k], id=str(index)) for index, k in enumerate(order)]
+    placed_references = {
+        model: {name: values[order] for name, values in logps.items()} for model, logps in references.items()
+    }
+    rows = train_pairs(engine, placed, placed_references, forward, batch_size)
+    return [step_seconds(row) for row in rows], rows[0]["loss"], scoring
 
 
 def trl(workload, pairs, batch_size, dtype, **settings):
@@ -196,17 +216,17 @@ def trl(workload, pairs, batch_size, dtype, **settings):
 
     class SameTokens(DPOTrainer):
         def _prepare_dataset(self, dataset, *rest):
-            return dataset  # token ids as they are, where it would tokenise texts again
+            return dataset  # keep the token ids
 
         def _get_train_sampler(self, *rest):
             return SequentialSampler(self.train_dataset)
 
         def _precompute_ref_logps(self, dataset, name, size):
             nonlocal scoring
-            cut = range(batch_size), range(batch_size, len(dataset))
-            warm = super()._precompute_ref_logps(dataset.select(cut[0]), name, size)
+            first, others = range(batch_size), range(batch_size, len(dataset))
+            warm = super()._precompute_ref_logps(dataset.select(first), name, size)
             started = time.perf_counter()
-            rest = super()._precompute_ref_logps(dataset.select(cut[1]), name, size)
+            rest = super()._precompute_ref_logps(dataset.select(others), name, size)
             scoring = time.perf_counter() - started
             return concatenate_datasets([warm, rest])
 
@@ -227,7 +247,7 @@ def trl(workload, pairs, batch_size, dtype, **settings):
     ]
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
-        chosen = {"gradient_checkpointing": False, "precompute_ref_log_probs": True} | settings
+        options = {"gradient_checkpointing": False, "precompute_ref_log_probs": True} | settings
         config = DPOConfig(
             output_dir=folder,
             per_device_train_batch_size=batch_size,
@@ -242,7 +262,7 @@ def trl(workload, pairs, batch_size, dtype, **settings):
             report_to="none",
             disable_tqdm=True,
             logging_steps=1,
-            **chosen,
+            **options,
         )
         trainer = SameTokens(
             AutoModelForCausalLM.from_pretrained(workload.model, dtype=torch.float32),
@@ -256,7 +276,7 @@ def trl(workload, pairs, batch_size, dtype, **settings):
     return clock.seconds, loss, scoring
 
 
-def trl_as_it_comes(workload, pairs, batch_size, dtype):
+def trl_defaults(workload, pairs, batch_size, dtype):
     return trl(workload, pairs, batch_size, dtype, gradient_checkpointing=True, precompute_ref_log_probs=False)
 
 
@@ -278,8 +298,8 @@ def official(workload, pairs, batch_size, dtype):
             mask[row, :end] = 1
             counts[row, len(prompt) : end] = 1
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
-        found = logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
-        return (found * counts[:, 1:]).sum(1).view(2, -1)
+        token_logps = logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
+        return (token_logps * counts[:, 1:]).sum(1).view(2, -1)
 
     model, reference = load(dtype), load(dtype).requires_grad_(False)
     weights = list(model.parameters())
@@ -287,7 +307,7 @@ def official(workload, pairs, batch_size, dtype):
     optimizer = torch.optim.RMSprop(masters, lr=LR)
     batches = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
     with torch.no_grad():
-        logps(reference, pairs[:2])  # what is done once is not measured
+        logps(reference, pairs[:2])  # warm-up
         started = time.perf_counter()
         for batch in batches:
             logps(reference, batch)
@@ -296,8 +316,8 @@ def official(workload, pairs, batch_size, dtype):
     for batch in batches[:1] + batches:
         started = time.perf_counter()
         with torch.no_grad():
-            theirs = logps(reference, batch)
-        real, generated = logps(model, batch) - theirs
+            reference_logps = logps(reference, batch)
+        real, generated = logps(model, batch) - reference_logps
         loss = torch.nn.functional.softplus(-BETA * (real - generated)).mean()
         loss.backward()
         for master, weight in zip(masters, weights, strict=True):
@@ -312,7 +332,7 @@ def official(workload, pairs, batch_size, dtype):
     return seconds, losses[0], scoring
 
 
-CONTENDERS = {"spin": spin, "trl": trl, "trl-as-it-comes": trl_as_it_comes, "official": official}
+CONTENDERS = {"spin": spin, "trl": trl, "trl-defaults": trl_defaults, "official": official}
 
 if __name__ == "__main__":
     main()

@@ -1,93 +1,174 @@
-"""What the benchmarks work on: pairs like the embedded data's, made by the project's own stages and kept in a store.
+"""What the benchmarks share: pairs to work on, the steps of the method, and processes that are measured in turn.
 
-A contender is a process of its own, started again and again in turn with the others: its peak memory is its own, and the
-noise of a shared machine falls on all alike.
+Each contender runs in processes of its own, alternating with the others: so it has its own peak memory, and the noise of a
+shared machine falls on all alike.
 """
 
 import json
 import os
 import platform
+import resource
 import shlex
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from spin.engines.logps import Forward
+    from spin.engines.packing import Continuations
+    from spin.method.pairs import Pair
+    from spin.models.policy import Policy
+    from spin.pipeline.context import Run
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+STORE = ROOT / "outputs" / "benchmarks" / "store"
 
-# Answers up to 128 tokens, where the default game takes 48: what a user's own data are like.
+LR, BETA = 5e-7, 0.1
+# Answers of up to 128 tokens, as in a user's own data; those of the default game have up to 48.
 LENGTHS = ["data.max_prompt_length=96", "data.max_response_length=128", "data.max_length=224"]
+
+
+# --- pairs and steps --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A model folder, and a file of scored pairs that it is the opponent of."""
+    """A model folder, and a file of pairs that this model answered and scored."""
 
     model: Path
     pairs: Path
 
 
-def prepare(pairs: int, words: Sequence[str] = ()) -> Workload:
-    """Generate and score so many pairs, or find them in the store (outputs/benchmarks)."""
-    stages = stages_of([f"data.size={pairs}", "data.held_out=0", *LENGTHS, *words])
-    scored = stages.score(stages.start, 0, [stages.generate(stages.start, 0)], stages.start)
-    return Workload(stages.start.folder, scored.stage.folder / "pairs.parquet")
+def prepare_workload(pairs: int, words: Sequence[str] = ()) -> Workload:
+    """Generate and score `pairs` pairs, or find them in the store (outputs/benchmarks)."""
+    from spin.pipeline.generate import Generate
+    from spin.pipeline.score import Score
+    from spin.pipeline.stage import Given, Player
+
+    run = open_game([f"store.path={STORE}", f"data.size={pairs}", "data.held_out=0", *LENGTHS, *words])
+    opponent = Given(run.start)
+    generate = Generate(0, opponent)
+    score = Score(0, "opponent", opponent, {0: generate})
+    player = Player(run)
+    for stage in (generate, score):
+        player.play(stage)
+    return Workload(run.start.folder, player.artifacts[score].folder / "pairs.parquet")
 
 
-def start(words: Sequence[str] = ()) -> Any:
-    """The policy that a game with these settings starts from, fetched if it is not there."""
-    return stages_of(["data=tiny", *words]).start
-
-
-def stages_of(words: Sequence[str]) -> Any:
-    from spin.pipeline.stages import Stages
-
+def open_game(words: Sequence[str]) -> "Run":
+    """What the stages of `python run.py *words` share, with a run folder beside the store."""
     from spin.config.hydra import load
+    from spin.pipeline.context import prepare_run
     from spin.runtime.tracking import Tracker
 
-    folder = ROOT / "outputs" / "benchmarks"
-    config = load(f"store.path={folder}/store", *words)
-    folder = Path(config.store.path).parent
-    folder.mkdir(parents=True, exist_ok=True)
-    return Stages(config, folder, Tracker(folder, name="benchmarks", config={}, wandb="disabled"))
+    config = load(*words)
+    folder = Path(config.store.path).parent / "benchmark-run"
+    return prepare_run(config, folder, Tracker(folder, name="benchmarks", config={}, wandb="disabled"))
 
 
-def interleaved(contenders: dict[str, list[str]], repeats: int) -> dict[str, list[dict]]:
-    """Run each contender's command `repeats` times in turn; each prints one JSON object as its last line."""
-    found: dict[str, list[dict]] = {name: [] for name in contenders}
-    for turn in range(repeats):
-        for name, command in contenders.items():
+def find_start(words: Sequence[str] = ()) -> "Policy":
+    """The policy that `python run.py *words` starts from, downloaded if necessary."""
+    from spin.config.hydra import load
+    from spin.models.find import find_model
+
+    config = load(*words)
+    return find_model(config.model, Path(config.cache.path).expanduser())
+
+
+def find_forward(model: Any, items: Sequence["Continuations"], engine: Any = None) -> "Forward":
+    """How the settings `engine`, by default the project's, compute log-probs of `items`."""
+    from spin.config.schema import EngineConfig
+    from spin.engines.layouts import choose_forward
+
+    engine = engine or EngineConfig.from_defaults()
+    sizes = engine.tokens_per_row, engine.tokens_per_batch, engine.head_chunk
+    forward, note = choose_forward(model, items, engine.layout, *sizes, max(item.tokens for item in items))
+    if note:
+        print(note, file=sys.stderr)
+    return forward
+
+
+def score_pairs(model: Any, pairs: Sequence["Pair"], forward: "Forward") -> dict:
+    """The references that `train_pairs` needs: log-probs of the pairs under their opponent, `model`."""
+    from spin.engines.logps import compute_logps
+    from spin.method.pairs import group_by_prompt, split_responses, to_continuations
+
+    values = compute_logps(model, to_continuations(pairs), forward)
+    return {"opponent": split_responses(values, [len(group) for group in group_by_prompt(pairs)])}
+
+
+def train_pairs(
+    engine: Any, pairs: Sequence["Pair"], references: dict, forward: "Forward", batch_size: int, epochs: int = 1
+) -> list[dict]:
+    """Train with the paper's objective. Returns the metrics of each step."""
+    from spin.config.schema import LossConfig
+    from spin.method.objectives import make_objective
+    from spin.method.training import train_spin
+
+    objective, rows = make_objective(LossConfig.from_defaults(beta=BETA), 0), []
+    settings = {"lr": LR, "epochs": epochs, "batch_size": batch_size, "warmup_ratio": 0.1, "seed": 0}
+    train_spin(engine, pairs, references, objective, forward, log=rows.append, **settings)
+    return rows
+
+
+def step_seconds(row: dict) -> float:
+    """Seconds that a training step took, from its metrics."""
+    return row["pairs"] / row["pairs_per_second"]
+
+
+# --- processes --------------------------------------------------------------------------------------------------------
+
+
+def run_in_turn(commands: dict[str, list[str]], repeats: int) -> dict[str, list[dict]]:
+    """Run each command `repeats` times, in turn. Each prints one JSON object as its last line; returns these by name."""
+    results: dict[str, list[dict]] = {name: [] for name in commands}
+    for repeat in range(repeats):
+        for name, command in commands.items():
             started = time.perf_counter()
             done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
             if done.returncode:
                 raise SystemExit(f"{name}: {shlex.join(command)} failed:\n{done.stderr[-2000:]}")
-            found[name].append(json.loads(done.stdout.strip().splitlines()[-1]))
-            print(f"{turn + 1}/{repeats} {name}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
-    return found
+            results[name].append(json.loads(done.stdout.strip().splitlines()[-1]))
+            seconds = time.perf_counter() - started
+            print(f"{repeat + 1}/{repeats} {name}: {seconds:.0f} s", file=sys.stderr, flush=True)
+    return results
+
+
+def timed(work: Callable[[], Any]) -> tuple[Any, float]:
+    """The result of `work()`, and the seconds that it took."""
+    started = time.perf_counter()
+    return work(), time.perf_counter() - started
+
+
+def resident_peak_gib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def median(rows: Sequence[dict], key: str) -> float:
     return statistics.median(row[key] for row in rows)
 
 
-def machine() -> str:
+# --- the machine ------------------------------------------------------------------------------------------------------
+
+
+def describe_machine() -> str:
     """Versions and processor, in one line."""
     import torch
     import transformers
 
     return (
         f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}; "
-        f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads."
+        f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads."
     )
 
 
-def processor() -> str:
-    """The processor's name, and which matrix instructions it has."""
+def _processor() -> str:
+    """The processor's name and its widest matrix instructions."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -98,7 +179,7 @@ def processor() -> str:
 
 
 def peak_rate(precision: str, size: int = 2048, seconds: float = 3.0, device: str = "cpu") -> float:
-    """FLOP/s of a large product in that type, the best of those tried for so many seconds."""
+    """FLOP/s of a large matrix product in `precision`: the best of those that fit in `seconds`."""
     import torch
 
     a, b = (torch.randn(size, size, device=device).to(getattr(torch, precision)) for _ in range(2))

@@ -95,8 +95,9 @@ def test_first_gradient_of_spin_is_that_of_sft():
     logits = own.log().requires_grad_()
     logps = logits.log_softmax(0)
     real, generated = torch.cartesian_prod(torch.arange(4), torch.arange(4)).T
-    pairs = torch.stack([logps[real], logps[generated]], 1)
-    losses, _ = spin_loss(pairs, pairs.detach(), 0.7, "logistic")
+    policy = {"real": logps[real], "generated": logps[generated]}
+    opponent = {name: values.detach() for name, values in policy.items()}
+    losses, _ = spin_loss(policy, opponent, 0.7, "logistic")
     (spin,) = torch.autograd.grad((human[real] * own[generated] * losses).sum(), logits, retain_graph=True)
     (sft,) = torch.autograd.grad(-(human * logps).sum(), logits)
     assert torch.allclose(spin, 0.7 / 2 * sft) and sft.abs().max() > 0.1

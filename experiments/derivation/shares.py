@@ -67,8 +67,9 @@ def train_table(opponent: torch.Tensor, human: torch.Tensor, beta: float) -> tor
     def loss() -> torch.Tensor:
         optimiser.zero_grad()
         logps = logits.log_softmax(0)
-        pairs = torch.stack([logps[real], logps[generated]], 1), torch.stack([opponent[real], opponent[generated]], 1)
-        value = (weight * spin_loss(*pairs, beta, "logistic")[0]).sum()
+        policy = {"real": logps[real], "generated": logps[generated]}
+        reference = {"real": opponent[real], "generated": opponent[generated]}
+        value = (weight * spin_loss(policy, reference, beta, "logistic")[0]).sum()
         value.backward()
         return value
 

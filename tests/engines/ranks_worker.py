@@ -11,14 +11,15 @@ from pathlib import Path
 
 import torch
 
-from spin.config.schema import EngineConfig, GenerationConfig, ModelConfig, OptimizerConfig
+from spin.config.schema import EngineConfig, GenerationConfig, LossConfig, ModelConfig, OptimizerConfig
 from spin.data.examples import Example
 from spin.engines.deepspeed import DeepSpeedEngine
 from spin.engines.logps import Forward, compute_logps, sequence_logps
 from spin.engines.single import SingleEngine
 from spin.generation.sampling import generate_answers
-from spin.method.pairs import Pair, with_opponent_logps
-from spin.method.training import _order, fit, train_spin
+from spin.method.objectives import make_objective
+from spin.method.pairs import Pair, group_by_prompt, split_responses, to_continuations
+from spin.method.training import fit, plan_steps, train_spin
 from spin.models.find import find_model
 from spin.models.load import load_model, load_policy, load_tokenizer
 from spin.models.policy import Policy, content_id
@@ -71,20 +72,20 @@ class Cut(Exception):
 
 
 @lru_cache
-def scored(policy: Policy, precision: str, forward: Forward) -> list[Pair]:
+def scored_pairs(policy: Policy, precision: str, forward: Forward) -> tuple[list[Pair], dict]:
+    """Pairs, and their log-probs under the policy that training starts from: the references of `train_spin`."""
     items = random_items(PAIRS, seed=5, longest=30)
     pairs = [Pair(f"p{i}", "", "", "", "stop", item.prompt_ids, *item.responses) for i, item in enumerate(items)]
-    return with_opponent_logps(
-        pairs, compute_logps(load_policy(policy, TYPES[precision], CPU), items, forward).view(-1, 2)
-    )
+    values = compute_logps(load_policy(policy, TYPES[precision], CPU), to_continuations(pairs), forward)
+    return pairs, {"opponent": split_responses(values, [len(group) for group in group_by_prompt(pairs)])}
 
 
 def broken_at(case: Case) -> Callable:
     """The negative log-prob of a response, not finite for one item, and so on one rank, in the broken steps."""
-    order = _order(PAIRS, case.epochs, 0)
+    steps = plan_steps(PAIRS, case.epochs, 3, 0)
 
     def objective(batch, logps, indices, step):
-        bad = torch.tensor([step in case.broken and i == order[3 * step] for i in indices])
+        bad = torch.tensor([step in case.broken and i == steps[step][0] for i in indices])
         losses = -logps * torch.where(bad, torch.inf, 1.0)
         found = torch.where(bad, torch.nan, -logps.detach()) if case.objective == "loss" else -logps.detach()
         return losses, {"loss": found}
@@ -128,14 +129,9 @@ def play(case: Case, folder: Path, together: ProcessGroup = SINGLE_PROCESS) -> S
     settings = dict(lr=case.lr, epochs=case.epochs, batch_size=3, warmup_ratio=0.0, seed=0, log=log, checkpoints=kept)
     try:
         if case.objective == "spin":
-            train_spin(
-                engine,
-                scored(case.policy, case.precision, case.forward),
-                case.forward,
-                beta=0.2,
-                link="logistic",
-                **settings,
-            )
+            pairs, references = scored_pairs(case.policy, case.precision, case.forward)
+            objective = make_objective(LossConfig.from_defaults(beta=0.2), 0)
+            train_spin(engine, pairs, references, objective, case.forward, **settings)
         else:
             fit(engine, random_items(PAIRS, 1, seed=5), broken_at(case), case.forward, **settings)
         engine.save(folder / "policy")

@@ -436,7 +436,10 @@ def test_game_matches_one_process(place):
     assert "2 processes, ZeRO stage 3" in done.stdout and done.stdout.count("report: ") == 1
     place.play("engine.precision=fp32", "schedule.batch_size=4", *words, f"store.path={place.folder}/one", run="one")
     runs = place.folder / "ranks", place.folder / "one"
-    assert read_pairs(runs[0] / "iter0" / "pairs.parquet") == read_pairs(runs[1] / "iter0" / "pairs.parquet")
+    (pairs, logps), (expected_pairs, expected_logps) = (read_pairs(run / "iter0" / "pairs.parquet") for run in runs)
+    assert pairs == expected_pairs
+    for name, values in expected_logps["opponent"].items():
+        assert torch.equal(logps["opponent"][name], values), name
     assert_near(place, "ranks", "one")
     assert len(list((runs[0] / "wandb").glob("offline-run-*"))) == 1
     for name in ("report.md", "config.yaml", "game.json", "iter0/manifest.json"):

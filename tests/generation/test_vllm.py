@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from spin.pipeline.stages import Stages
 
 from spin.config.schema import GenerationConfig, ModelConfig
 from spin.data.examples import Example
@@ -19,6 +18,9 @@ from spin.generation import vllm as vllm_engine
 from spin.generation.answers import Answer, repeat_prompts
 from spin.models.find import fresh_adapter
 from spin.models.load import load_tokenizer
+from spin.pipeline.context import prepare_run
+from spin.pipeline.generate import generation_inputs
+from spin.pipeline.train import training_inputs
 from spin.runtime.errors import UserError
 from spin.runtime.tracking import Tracker
 from tests.config.test_schema import load
@@ -165,11 +167,11 @@ def test_stored_answers_need_no_worker(tiny_folder):
 def test_engine_decides_the_keys_of_answers_alone(tmp_path):
     words = [f"cache.path={tmp_path}/cache", f"store.path={tmp_path}/store"]
     smoke = load("experiment=smoke", *words)
-    stages = Stages(smoke, tmp_path, Tracker(tmp_path, name="", config={}, rank=1))
+    run = prepare_run(smoke, tmp_path, Tracker(tmp_path, name="", config={}, rank=1))
 
     def inputs(**settings):
-        stages.config = smoke.model_copy(update={"generation": GenerationConfig.from_defaults(**settings)})
-        return stages._generation_inputs(), stages._training_inputs(stages.start), stages.numerics
+        run.config = smoke.model_copy(update={"generation": GenerationConfig.from_defaults(**settings)})
+        return generation_inputs(run), training_inputs(run, run.start), run.numerics
 
     ours, vllm = inputs(), inputs(engine="vllm")
     assert ours[1:] == vllm[1:]

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from spin.pipeline.context import distinct_labels
 
 from spin.config.hydra import measured
+from spin.pipeline.context import distinct_labels
 from tests.evaluation.external.test_judges import longer, serve  # noqa: F401 (a fixture: a judge behind a real address)
 from tests.games import Place
 

@@ -196,7 +196,9 @@ def plan(place: Place, *words: str) -> list:
     # Probes of vLLM would refuse its engine here; the keys do not depend on them.
     transformers = config.generation.model_copy(update={"engine": "transformers"})
     folder = place.folder / "none"
-    run = prepare_run(config.model_copy(update={"generation": transformers}), folder, Tracker(folder, name="", config={}, rank=1))
+    run = prepare_run(
+        config.model_copy(update={"generation": transformers}), folder, Tracker(folder, name="", config={}, rank=1)
+    )
     run.config = config
     return look_up(run, [stage for record in declare(run) for stage in record.stages])
 
