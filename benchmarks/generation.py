@@ -136,7 +136,7 @@ def continuous(model, tokenizer, prompts, stops, batch_size, new):
     from transformers import GenerationConfig
 
     torch.manual_seed(0)
-    settings = GenerationConfig.from_defaults(
+    settings = GenerationConfig(
         max_new_tokens=new,
         do_sample=True,
         temperature=1.0,

@@ -74,7 +74,8 @@ def outcome(place, run, done):
         said=done.stdout,
         folder=folder,
         training=[row for row in rows if row["stage"] == "train"],
-        pairs=[read_pairs(folder / f"iter{t}" / "pairs.parquet") for t in range(4)],
+        pairs=[read_pairs(folder / f"iter{t}" / "pairs.parquet")[0] for t in range(4)],
+        logps=[read_pairs(folder / f"iter{t}" / "pairs.parquet")[1]["opponent"] for t in range(4)],
         manifests=[json.loads((folder / f"iter{t}" / "manifest.json").read_text()) for t in range(4)],
         game=json.loads((folder / "game.json").read_text()),
     )
@@ -88,7 +89,7 @@ def paper(place, games):
 # --- the recipes ------------------------------------------------------------------------------------------------------
 
 
-def test_the_recipe_is_the_papers():
+def test_recipe_is_the_papers():
     config = load(*PAPER)
     model, data, schedule, optimizer = config.model, config.data, config.schedule, config.optimizer
     assert model.path == "alignment-handbook/zephyr-7b-sft-full" and model.adapter == model.quantization == "none"
@@ -108,7 +109,7 @@ def test_the_recipe_is_the_papers():
     assert config.engine.precision == "bf16" and config.seed == 0
 
 
-def test_one_card_plays_the_same_game_with_other_memory():
+def test_one_gpu_recipe_differs_in_memory_only():
     paper, one = (OmegaConf.to_container(composed(*recipe), resolve=True) for recipe in (PAPER, ONE_GPU))
     changed = {
         f"{group}.{key}" if isinstance(value, dict) else group
@@ -120,14 +121,14 @@ def test_one_card_plays_the_same_game_with_other_memory():
     assert one["engine"]["name"] == "single"
 
 
-def test_the_recipes_fit_cards_of_80_gib_by_the_table_in_the_docs():
+def test_recipes_fit_80_gib():
     lines, details = paper_memory.table()
     docs = (ROOT / "docs" / "paper.md").read_text().splitlines()
     assert [line for line in lines if line not in docs] == []
     assert len(details) == 6 and all(needed.total < paper_memory.USABLE for _, needed in details)
 
 
-def test_the_start_is_found_by_its_name_and_revision(place, monkeypatch):
+def test_start_is_found_in_the_hub_cache(place, monkeypatch):
     """In the hub's cache, where a download puts it."""
     config = load(*PAPER).model
     snapshot = place.folder / "hub" / f"models--{config.path.replace('/', '--')}" / "snapshots" / config.revision
@@ -142,13 +143,13 @@ def test_the_start_is_found_by_its_name_and_revision(place, monkeypatch):
 # --- what is played ---------------------------------------------------------------------------------------------------
 
 
-def test_all_splits_are_joined_and_only_first_rounds_are_taken(place, paper):
+def test_splits_and_first_rounds(place, paper):
     talks = place.talks
     rounds = {(talk[0], talk[1]): split for split, found in reversed(talks.items()) for talk in found}
     del rounds[talks["test_gen"][0][0], talks["test_gen"][0][1]]  # its prompt is too long
     trained = {(pair.prompt, pair.real) for pair in paper.pairs[0]}
     (measured, *_) = (place.folder / "store" / "evaluate").glob("*/held_out.parquet")
-    held_out = {(pair.prompt, pair.real) for pair in read_pairs(measured)}
+    held_out = {(pair.prompt, pair.real) for pair in read_pairs(measured)[0]}
     assert trained | held_out <= rounds.keys() and not trained & held_out
     assert (len(paper.pairs[0]), len(trained), len(held_out)) == (SIZE, SIZE, HELD_OUT)
     assert Counter(rounds[one] for one in trained).keys() == hub.SIZES.keys()
@@ -165,7 +166,7 @@ def test_all_splits_are_joined_and_only_first_rounds_are_taken(place, paper):
     assert "Case 1:" in texts and "Later" not in texts and "Last" not in texts
 
 
-def test_the_template_stands_once_with_one_bos_and_an_end_only_where_one_was_reached(place, paper):
+def test_template_and_special_tokens(place, paper):
     tokenizer = AutoTokenizer.from_pretrained(place.folder / "zephyr-7b-sft-full")
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
     cut = finished = 0
@@ -188,8 +189,8 @@ def test_the_template_stands_once_with_one_bos_and_an_end_only_where_one_was_rea
     assert cut and 0 < finished < sum(map(len, paper.pairs))
 
 
-def is_the_papers_game(game):
-    """What manifests, pairs and metrics of the four iterations have to say."""
+def check_game(game):
+    """Check manifests, pairs and metrics of the four iterations."""
     pairs, weights = game.pairs, [manifest["policy"]["weights"] for manifest in game.manifests]
     for t, (lr, beta, opponent, replay) in enumerate(ITERATIONS):
         manifest = game.manifests[t]
@@ -198,8 +199,8 @@ def is_the_papers_game(game):
             manifest["iteration"] == t and manifest["policy"]["starts_as"] == manifest["opponent"]["label"] == opponent
         )
         assert t == 0 or manifest["opponent"]["weights"] == weights[t - 1] != weights[t]
-        assert score["opponent"] == train["start"] == manifest["opponent"]["weights"]
-        assert manifest["loss"]["beta"] == train["beta"] == beta and train["lr"] == lr
+        assert score["policy"] == train["start"] == manifest["opponent"]["weights"]
+        assert manifest["loss"]["beta"] == train["objective"]["beta"] == beta and train["lr"] == lr
         assert manifest["replay"] == replay and train["epochs"] == 2 and train["batch_size"] == 64
         assert train["numerics"]["precision"] == "bfloat16" and train["optimizer"]["name"] == "rmsprop"
 
@@ -208,12 +209,13 @@ def is_the_papers_game(game):
         assert ids == ({0: SIZE} if t == 0 else {t - 1: SIZE, t: SIZE})
         own = {pair.id: pair for pair in pairs[t] if pair.iter == t}
         assert t == 0 or own.keys() == {pair.id for pair in pairs[t - 1]}
-        before = {pair.id: pair for pair in pairs[t - 1] if pair.iter == t - 1} if t else {}
-        again = [pair for pair in pairs[t] if pair.iter == t - 1]
-        assert all(pair.generated_ids == before[pair.id].generated_ids for pair in again)
-        moved = sum(pair.opponent_logp_generated != before[pair.id].opponent_logp_generated for pair in again)
-        assert moved >= 0.9 * len(again)
-        assert all(math.isfinite(pair.opponent_logp_real + pair.opponent_logp_generated) for pair in pairs[t])
+        before = {pair.id: index for index, pair in enumerate(pairs[t - 1]) if pair.iter == t - 1} if t else {}
+        replayed = [(index, pair) for index, pair in enumerate(pairs[t]) if pair.iter == t - 1]
+        assert all(pair.generated_ids == pairs[t - 1][before[pair.id]].generated_ids for _, pair in replayed)
+        now, old = game.logps[t]["generated"], game.logps[t - 1]["generated"]
+        moved = sum(now[index] != old[before[pair.id]] for index, pair in replayed)
+        assert moved >= 0.9 * len(replayed)
+        assert all(values.isfinite().all() for values in game.logps[t].values())
 
         rows = [row for row in game.training if row["iter"] == t]
         assert len(rows) == 2 * len(pairs[t]) // 64 and [row["pairs"] for row in rows] == [64] * len(rows)
@@ -236,17 +238,17 @@ def is_the_papers_game(game):
     assert "| 3 | iter2 | 5 | 1e-7 | 128 |" in report and list((game.folder / "figures").glob("*.png"))
 
 
-def test_four_iterations_are_played_as_the_paper_has_them(paper):
-    is_the_papers_game(paper)
+def test_four_iterations(paper):
+    check_game(paper)
     assert [e["policy"] for e in paper.game["evaluations"]] == ["start", "iter0", "iter1", "iter2", "iter3"]
 
 
-def test_one_card_finds_what_does_not_depend_on_how_training_saves_memory(place, games, paper):
+def test_one_gpu_recipe_reuses_stages(place, games, paper):
     """The start's measures, the first answers and their scores."""
     folder = place.folder / "first"
     done = games.play(*ONE_GPU, "iter=0", model(place), *words(place, "first"))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("reused") == 3 and "iter 0: score: done before, reused" in done.stdout
+    assert done.stdout.count("reused") == 3 and "iter 0: score: reused" in done.stdout
     manifests = [json.loads((run / "iter0" / "manifest.json").read_text()) for run in (folder, paper.folder)]
     one, eight = (manifest["stages"]["train"]["made_from"] for manifest in manifests)
     assert (one["optimizer"]["states"], eight["optimizer"]["states"]) == ("bf16", "fp32")
@@ -255,18 +257,18 @@ def test_one_card_finds_what_does_not_depend_on_how_training_saves_memory(place,
 
 
 @pytest.mark.slow
-def test_two_processes_play_the_recipe_as_it_stands(place):
+def test_two_ranks_play_the_recipe(place):
     """What is typed for eight cards: DeepSpeed, ZeRO-3, bf16; here two processes on a CPU."""
     launch = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 2 run.py".split()]
     asked = ["experiment=paper", model(place), *words(place, "two")]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*launch, *asked], cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
     game = outcome(place, "two", done)
-    is_the_papers_game(game)
+    check_game(game)
     assert all(one["stages"]["train"]["made_from"]["engine"] == "deepspeed" for one in game.manifests)
     assert "2 processes, ZeRO stage 3" in game.said
 
 
 @pytest.mark.slow
-def test_one_card_plays_all_of_it(place, games):
-    is_the_papers_game(play(place, games, "paper_one_gpu", ONE_GPU))
+def test_one_gpu_recipe(place, games):
+    check_game(play(place, games, "paper_one_gpu", ONE_GPU))
