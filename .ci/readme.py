@@ -1,4 +1,4 @@
-"""Run every command of README and docs, in a form that fits a small machine: same groups and keys, a tiny model and data."""
+"""Run every `run.py` command in the README and docs with the same groups and keys, on a tiny model and tiny data."""
 
 import re
 import shlex
@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# What makes any game small. The command's own settings stay, but for those that name large or absent files.
+# Settings that make any game small. They override the command's own.
 SMALL = {
     "model.path": "builtin:tiny",
     "data.size": "12",
@@ -27,15 +27,15 @@ QUESTION = '{"question_id": 1, "category": "writing", "turns": ["Write a line.",
 
 
 def commands(text: str) -> list[str]:
-    """All `python run.py ...` and `torchrun ... run.py ...` lines of the README's code blocks, continued lines joined."""
+    """Return the `python run.py ...` and `torchrun ... run.py ...` commands in a page's code blocks, continued lines joined."""
     blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.S)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [line.split("  #")[0].strip() for line in lines if re.match(r"\s*(python|torchrun .*) run\.py", line)]
 
 
-def small(command: str, folder: Path) -> list[str]:
+def shrink(command: str, folder: Path) -> list[str]:
+    """Return the arguments that run a command on a tiny model, with its data, questions and results in `folder`."""
     launcher, *words = shlex.split(command)
-    several = launcher == "torchrun"
     words = words[words.index("run.py") + 1 :]
     flags = [word for word in words if "=" not in word]  # -m, --cfg job
     settings = dict(word.split("=", 1) for word in words if "=" in word)
@@ -47,38 +47,38 @@ def small(command: str, folder: Path) -> list[str]:
             settings["data.path"] = str(folder / "data.jsonl")
         settings |= SMALL
     if settings.get("evaluation") == "open_llm_leaderboard":
-        # The same harness on a task of our own: the benchmarks' data would have to be fetched.
+        # The same harness with a local task: the benchmarks' data would have to be downloaded.
         settings |= {"evaluation.harness": "[spin_choice:2:acc_norm]", "evaluation.harness_include": "tests/tasks"}
     if "evaluation.questions" in settings:
         settings |= {"evaluation.questions": str(folder / "question.jsonl"), "generation.max_new_tokens": "16"}
     if "evaluation.against" in settings:
         settings["evaluation.against"] = "builtin:tiny"
-    if settings.get("hydra/launcher") == "cluster":  # the same jobs, here
+    if settings.get("hydra/launcher") == "cluster":  # the same jobs on this machine
         settings = {key: value for key, value in settings.items() if not key.startswith("hydra.launcher.")}
         settings["hydra/launcher"] = "submitit_local"
     settings |= {"store.path": str(folder / "store"), "tracking.wandb": "offline"}
     settings |= {"hydra.run.dir": str(folder / "run"), "hydra.sweep.dir": str(folder / "sweep")}
-    # Two processes for any number of cards, here.
-    launch = [sys.executable, *("-m torch.distributed.run --standalone --nproc-per-node 2".split() if several else [])]
-    return [*launch, "run.py", *flags, *(f"{key}={value}" for key, value in settings.items())]
+    start = [sys.executable]
+    if launcher == "torchrun":  # two processes for any number of GPUs
+        start += "-m torch.distributed.run --standalone --nproc-per-node 2".split()
+    return [*start, "run.py", *flags, *(f"{key}={value}" for key, value in settings.items())]
 
 
 def main() -> None:
-    found = commands((ROOT / "README.md").read_text())
-    assert found, "the README shows no command"
-    for page in sorted((ROOT / "docs").glob("*.md")):
-        found += [command for command in commands(page.read_text()) if command not in found]
-    for command in found:
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    unique = list(dict.fromkeys(command for page in pages for command in commands(page.read_text())))
+    assert unique, "README and docs have no command"
+    for command in unique:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             (folder / "question.jsonl").write_text(QUESTION)
             (folder / "data.jsonl").write_text("".join(RECORD % (i, i) for i in range(40)))
             print(f"$ {command}", flush=True)
-            done = subprocess.run(small(command, folder), cwd=ROOT, capture_output=True, text=True, timeout=600)
+            done = subprocess.run(shrink(command, folder), cwd=ROOT, capture_output=True, text=True, timeout=600)
             if done.returncode:
                 sys.exit(f"{shlex.join(done.args)}\n{done.stdout}\n{done.stderr}\nexit status {done.returncode}")
             print("  ok: " + (done.stdout.strip().splitlines() or ["(no output)"])[-1], flush=True)
-    print(f"{len(found)} passed, 0 failed")
+    print(f"{len(unique)} passed, 0 failed")
 
 
 if __name__ == "__main__":

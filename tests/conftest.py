@@ -1,4 +1,4 @@
-"""Shared by all tests: no network, small models of several architectures, and games."""
+"""What all tests share: no network, small models of several architectures, and games in forked processes."""
 
 import os
 
@@ -43,16 +43,18 @@ CONFIGS = {
 
 
 def small_model(name: str, dtype: torch.dtype = torch.float32) -> tf.PreTrainedModel:
+    """Return a random model of an architecture in `CONFIGS`, the same at each call."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = tf.AutoModelForCausalLM.from_config(CONFIGS[name], dtype=dtype)
-        for weight in model.parameters():  # far from the tiny initial weights, so that a wrong mask shows
+        for weight in model.parameters():  # larger than the initial weights, so that a wrong mask changes the output
             if weight.ndim > 1:
                 weight.data.normal_(0, 0.3)
     return model.eval()
 
 
 def random_items(count: int, responses: int = 2, seed: int = 0, longest: int = 20) -> list[Continuations]:
+    """Return `count` random prompts with `responses` responses each, all of 1 to `longest` tokens."""
     rng = random.Random(seed)
 
     def ids() -> tuple[int, ...]:

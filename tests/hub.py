@@ -1,8 +1,9 @@
-"""Small stand-ins for the paper's hub repositories, in the same layout: UltraChat-200k and Zephyr-7B-SFT.
+"""Write small versions of the paper's hub repositories, UltraChat-200k and Zephyr-7B-SFT, with the same files and formats.
 
-The data: four splits in eight parquet files with a card that names them; `prompt` is the first message's content, `prompt_id`
-its sha256, `messages` a conversation of several rounds, which ends with the user's turn in the `gen` splits. The model: a random
-Mistral with weights in bf16 in two files and an index, and a tokenizer as Mistral's, with Zephyr's settings and chat template.
+The data set has four splits in eight parquet files, and a dataset card that names them. `prompt` is the content of the first
+message, `prompt_id` its sha256, `messages` a conversation of several rounds; those of the `gen` splits end with a user message. The
+model is a random Mistral with bf16 weights in two shards and an index, and a tokenizer of Mistral's kind with Zephyr's settings
+and chat template.
 """
 
 import hashlib
@@ -34,7 +35,6 @@ FILES = {
     "test_gen": ["00000-of-00001-3d4cd8309148a71f"],
 }
 SIZES = {"train_sft": 30, "test_sft": 8, "train_gen": 30, "test_gen": 8}
-ROUNDS = {"train_sft": 3, "test_sft": 3, "train_gen": 3, "test_gen": 3}
 NOUNS = "lighthouse garden engine library river orchard market bridge theatre village café 日本".split()
 VERBS = "explain describe compare outline summarise explore".split()
 SCHEMA = pa.schema(
@@ -47,50 +47,50 @@ SCHEMA = pa.schema(
 
 
 def conversations() -> dict[str, list[list[str]]]:
-    """The conversations of each split: texts that alternate between user and assistant."""
+    """Return the conversations of each split: texts that alternate between user and assistant."""
     rng = random.Random(0)
-    found: dict[str, list[list[str]]] = {}
+    splits: dict[str, list[list[str]]] = {}
     number = 0
     for split, size in SIZES.items():
-        found[split] = []
+        splits[split] = []
         for _ in range(size):
             number += 1
             first, second = rng.sample(NOUNS, 2)
-            talk = [
+            messages = [
                 f"Can you {rng.choice(VERBS)} case {number}, the {first} and the {second}?",
                 f"Case {number}:\n\n1. The {first} is older.\n2. The {second} is {rng.randint(2, 90)} years old! I hope this helps.",
                 f"Later question {number}: and the {second}?",
                 f"Later answer {number}: the {second} stays where it is.",
                 f"Last question {number}?",
             ]
-            found[split].append(talk if split.endswith("gen") else talk[:4])
-    # Unusual conversations: two with the same start, an answer that is too long, a prompt that is too long.
-    found["train_gen"][0][:2] = found["train_sft"][0][:2]
-    found["train_sft"][1][1] = LONG_ANSWER
-    found["test_gen"][0][0] = "Summarise this text. " + 600 * "The river is long. "
-    return found
+            splits[split].append(messages if split.endswith("gen") else messages[:4])
+    # Edge cases: two conversations with the same first round, an overlong answer, an overlong prompt.
+    splits["train_gen"][0][:2] = splits["train_sft"][0][:2]
+    splits["train_sft"][1][1] = LONG_ANSWER
+    splits["test_gen"][0][0] = "Summarise this text. " + 600 * "The river is long. "
+    return splits
 
 
 LONG_ANSWER = "A very long list. " + " ".join(f"{n}. The market and the bridge." for n in range(400))
 
 
-def ultrachat(folder: Path) -> dict[str, list[list[str]]]:
-    """Write the data set in its hub layout. Returns its `conversations`."""
-    found = conversations()
+def write_ultrachat(folder: Path) -> dict[str, list[list[str]]]:
+    """Write the data set as on the hub, and return its `conversations`."""
+    splits = conversations()
     (folder / "data").mkdir(parents=True)
     counts = []
     for split, names in FILES.items():
         rows = [
             {
-                "prompt": talk[0],
-                "prompt_id": hashlib.sha256(talk[0].encode()).hexdigest(),
-                "messages": [{"content": text, "role": ("user", "assistant")[n % 2]} for n, text in enumerate(talk)],
+                "prompt": texts[0],
+                "prompt_id": hashlib.sha256(texts[0].encode()).hexdigest(),
+                "messages": [{"content": text, "role": ("user", "assistant")[n % 2]} for n, text in enumerate(texts)],
             }
-            for talk in found[split]
+            for texts in splits[split]
         ]
         for number, name in enumerate(names):
-            part = pa.Table.from_pylist(rows[number :: len(names)], schema=SCHEMA)
-            pq.write_table(part, folder / "data" / f"{split}-{name}.parquet")
+            table = pa.Table.from_pylist(rows[number :: len(names)], schema=SCHEMA)
+            pq.write_table(table, folder / "data" / f"{split}-{name}.parquet")
         counts.append(f"  - name: {split}\n    num_bytes: 1\n    num_examples: {len(rows)}\n")
     files = "".join(f"  - split: {split}\n    path: data/{split}-*\n" for split in FILES)
     features = "".join(f"  - name: {name}\n    dtype: string\n" for name in ("prompt", "prompt_id"))
@@ -102,7 +102,7 @@ def ultrachat(folder: Path) -> dict[str, list[list[str]]]:
         f"  data_files:\n{files}dataset_info:\n  features:\n{features}  splits:\n{''.join(counts)}---\n\n"
         "# Dataset Card for UltraChat 200k\n"
     )
-    return found
+    return splits
 
 
 # --- Zephyr-7B-SFT ----------------------------------------------------------------------------------------------------
@@ -117,23 +117,23 @@ SPECIALS = ["<unk>", "<s>", "</s>"]
 
 
 def _write_tokenizer(folder: Path) -> int:
-    """Write a BPE tokenizer with byte fallback, as Mistral has, trained here. Returns the vocabulary size."""
-    learnt = Tokenizer(models.BPE())
-    learnt.pre_tokenizer = pre_tokenizers.Metaspace()
-    texts = [text for talks in conversations().values() for talk in talks for text in talk[:2]]
+    """Train and write a BPE tokenizer with byte fallback, like Mistral's. Returns the vocabulary size."""
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    texts = [text for split in conversations().values() for messages in split for text in messages[:2]]
     texts += [
         "### Instruction: Explain it.",
         "### Response: Sure! Here is an answer.",
         "<|user|> <|assistant|> <|system|>",
     ]
-    learnt.train_from_iterator(
+    trained.train_from_iterator(
         [" ".join(text.split()) for text in texts if text.isascii()],
         trainers.BpeTrainer(vocab_size=260, show_progress=False),
     )
-    state = json.loads(learnt.to_str())["model"]
+    state = json.loads(trained.to_str())["model"]
     pieces = sorted(state["vocab"], key=state["vocab"].get)
     tokens = [*SPECIALS, *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
-    raw = Tokenizer(
+    tokenizer = Tokenizer(
         models.BPE(
             vocab={token: number for number, token in enumerate(tokens)},
             merges=[tuple(merge) for merge in state["merges"]],
@@ -142,15 +142,15 @@ def _write_tokenizer(folder: Path) -> int:
             byte_fallback=True,
         )
     )
-    raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    raw.decoder = decoders.Sequence(
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    raw.add_special_tokens(SPECIALS)
-    raw.post_processor = processors.TemplateProcessing(
+    tokenizer.add_special_tokens(SPECIALS)
+    tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
     )
-    raw.save(str(folder / "tokenizer.json"))
+    tokenizer.save(str(folder / "tokenizer.json"))
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
     settings = {
         "add_bos_token": True,
@@ -178,8 +178,8 @@ def _write_tokenizer(folder: Path) -> int:
     return len(tokens)
 
 
-def zephyr(folder: Path) -> None:
-    """Write the model in its hub layout."""
+def write_zephyr(folder: Path) -> None:
+    """Write the model as on the hub."""
     folder.mkdir(parents=True)
     sizes = {
         "vocab_size": _write_tokenizer(folder),
@@ -214,14 +214,14 @@ def zephyr(folder: Path) -> None:
         torch.manual_seed(0)
         weights = MistralForCausalLM(MistralConfig(**sizes)).to(torch.bfloat16).state_dict()
     names = list(weights)
-    files = {
+    shards = {
         "model-00001-of-00002.safetensors": names[: len(names) // 2],
         "model-00002-of-00002.safetensors": names[len(names) // 2 :],
     }
-    for file, part in files.items():
-        save_file({name: weights[name].contiguous() for name in part}, folder / file, {"format": "pt"})
+    for file, shard in shards.items():
+        save_file({name: weights[name].contiguous() for name in shard}, folder / file, {"format": "pt"})
     index = {
         "metadata": {"total_size": sum(2 * weight.numel() for weight in weights.values())},
-        "weight_map": {name: file for file, part in files.items() for name in part},
+        "weight_map": {name: file for file, shard in shards.items() for name in shard},
     }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))

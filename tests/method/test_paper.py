@@ -39,8 +39,8 @@ ITERATIONS = [
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("paper")
-    hub.zephyr(folder / "zephyr-7b-sft-full")
-    return SimpleNamespace(folder=folder, talks=hub.ultrachat(folder / "ultrachat_200k"))
+    hub.write_zephyr(folder / "zephyr-7b-sft-full")
+    return SimpleNamespace(folder=folder, talks=hub.write_ultrachat(folder / "ultrachat_200k"))
 
 
 def words(place, run):
