@@ -90,7 +90,9 @@ def attach_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
 def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """`model` with the adapter in `folder` added to its weights."""
-    attached = _peft().PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT reads a deprecated attribute of transformers
+        attached = _peft().PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False)
     return attached.merge_and_unload(safe_merge=True)
 
 

@@ -13,14 +13,13 @@ from spin.engines.logps import compute_logps, sequence_logps
 from spin.engines.memory import NF4
 from spin.engines.optimizers import state_values_per_weight
 from spin.engines.single import SingleEngine
-from spin.method.training import train_spin
 from spin.models import adapters
 from spin.models.find import find_model, fresh_adapter
 from spin.models.load import load_model, load_policy
 from spin.models.policy import with_quantization
 from tests.conftest import random_items
 from tests.games import Place
-from tests.models.test_adapters import CPU, LORA, PACKED, SETTINGS, adapted, base_or_self, scored_pairs
+from tests.models.test_adapters import CPU, LORA, PACKED, adapted, base_or_self, train
 
 WORDS = ["model.adapter=lora", "model.quantization=nf4", "model.merge=true", "iter=0"]
 # Dettmers et al., arXiv 2305.14314, appendix E: the 16 values of a normal float of 4 bits.
@@ -120,7 +119,7 @@ def states_of(optimizer, key):
 
 @pytest.mark.parametrize(("name", "whole_name"), [("rmsprop8bit", "rmsprop"), ("adamw8bit", "adamw")])
 def test_eight_bit_states_size_and_step(tiny_folder, name, whole_name):
-    pairs, moved, held = scored_pairs(base_or_self(tiny_folder)), [], []
+    moved, held = [], []
     for one in (whole_name, name):
         engine = SingleEngine(
             base_or_self(tiny_folder),
@@ -130,9 +129,7 @@ def test_eight_bit_states_size_and_step(tiny_folder, name, whole_name):
             OptimizerConfig.from_defaults(name=one),
         )
         before = {key: master.clone() for key, master in engine.masters.items()}
-        train_spin(
-            engine, pairs, PACKED, beta=0.1, link="logistic", log=lambda row: None, **SETTINGS | {"batch_size": 5}
-        )
+        train(engine, engine.policy, batch_size=5)
         moved.append(torch.cat([(engine.masters[key] - before[key]).flatten() for key in before]))
         large = {
             key: master for key, master in engine.masters.items() if master.numel() >= 4096
@@ -215,7 +212,6 @@ def test_adapter_on_nf4_trains(tiny_folder, tmp_path):
     )
     engine = SingleEngine(policy, torch.bfloat16, CPU, options, optimizer)
     rows = []
-    settings = {**SETTINGS, "epochs": 8, "lr": 3e-3}
-    train_spin(engine, scored_pairs(policy), PACKED, beta=0.1, link="logistic", log=rows.append, **settings)
+    train(engine, policy, log=rows.append, epochs=8, lr=3e-3)
     assert rows[0]["loss"] == pytest.approx(0.6931, abs=0.02)
     assert rows[-1]["rewards/margins"] > rows[0]["rewards/margins"] + 0.2

@@ -10,12 +10,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from spin.config.schema import EngineConfig, ModelConfig, OptimizerConfig
+from spin.config.schema import EngineConfig, LossConfig, ModelConfig, OptimizerConfig
 from spin.engines.layouts import choose_forward
 from spin.engines.logps import Forward, compute_logps, reference_logps
 from spin.engines.packing import Continuations
 from spin.engines.single import SingleEngine
-from spin.method.pairs import Pair, read_pairs, with_opponent_logps
+from spin.method.objectives import make_objective
+from spin.method.pairs import Pair, group_by_prompt, read_pairs, split_responses, to_continuations
 from spin.method.training import train_spin
 from spin.models import adapters
 from spin.models.adapters import Lora
@@ -76,17 +77,18 @@ def test_first_step_margin_and_loss(played):
 def test_opponent_uses_previous_adapter(played):
     """With adapters off the opponent would be the first model for ever: scores are compared with peft's own forward."""
     run = played.folder / "run"
-    pairs = read_pairs(run / "iter1" / "pairs.parquet")
+    pairs, logps = read_pairs(run / "iter1" / "pairs.parquet")
+    opponent = logps["opponent"]
     assert {pair.iter for pair in pairs} == {0, 1}
     before = peft_model(run / "iter0" / "policy")
     item = {pair.id: Continuations(pair.prompt_ids, (pair.real_ids, pair.generated_ids)) for pair in pairs[:8]}
-    for pair in pairs[:8]:
-        real, generated = (logps.sum().item() for logps in reference_logps(before, item[pair.id]))
-        assert pair.opponent_logp_real == pytest.approx(real, abs=2)
-        assert pair.opponent_logp_generated == pytest.approx(generated, abs=2)
+    for index, pair in enumerate(pairs[:8]):
+        real, generated = (values.sum().item() for values in reference_logps(before, item[pair.id]))
+        assert opponent["real"][index].item() == pytest.approx(real, abs=2)
+        assert opponent["generated"][index].item() == pytest.approx(generated, abs=2)
     with before.disable_adapter():
         off = [reference_logps(before, item[pair.id])[0].sum().item() for pair in pairs[:8]]
-    assert min(abs(pair.opponent_logp_real - value) for pair, value in zip(pairs, off, strict=False)) > 5
+    assert min(abs(opponent["real"][index].item() - value) for index, value in enumerate(off)) > 5
 
 
 def test_saved_policy_opens_in_peft_and_merged(played):
@@ -141,7 +143,7 @@ def test_game_continues_from_adapter(played):
     policy = played.folder / "run" / "iter1" / "policy"
     words = [*WORDS, f"model.path={policy}", "schedule.sft_epochs=0", "iter=0", "evaluation=none", "model.lora_rank=7"]
     done = played.play(*words, run="on")
-    assert "is a LoRA adapter, which is trained on as it is" in done.stdout
+    assert "is a LoRA adapter, it is trained further as it is" in done.stdout
     first = next(row for row in played.metrics("on") if row["stage"] == "train")
     assert first["loss"] == pytest.approx(0.6931, abs=0.01)
     now, then = (load_file(path / "adapter_model.safetensors") for path in (played.folder / "on/iter0/policy", policy))
@@ -197,21 +199,29 @@ def test_same_bits_after_kill(played, place):
 # --- its parts --------------------------------------------------------------------------------------------------------
 
 
-def scored_pairs(policy, count=10) -> list[Pair]:
+def pairs_of(count=10) -> list[Pair]:
     items = random_items(count, seed=5, longest=30)
-    pairs = [Pair(f"p{i}", "", "", "", "stop", item.prompt_ids, *item.responses) for i, item in enumerate(items)]
-    return with_opponent_logps(pairs, compute_logps(load_policy(policy, torch.float32, CPU), items, PACKED).view(-1, 2))
+    return [Pair(f"p{i}", "", "", "", "stop", item.prompt_ids, *item.responses) for i, item in enumerate(items)]
+
+
+def train(engine, policy, beta=0.1, log=lambda row: None, **settings):
+    """One call of `train_spin` on `pairs_of()`, with `policy` as the opponent."""
+    pairs = pairs_of()
+    values = compute_logps(load_policy(policy, torch.float32, CPU), to_continuations(pairs), PACKED)
+    references = {"opponent": split_responses(values, [len(group) for group in group_by_prompt(pairs)])}
+    objective = make_objective(LossConfig.from_defaults(beta=beta), 0)
+    return train_spin(engine, pairs, references, objective, PACKED, log=log, **{**SETTINGS, **settings})
 
 
 def test_step_matches_naive_float64(tiny_folder, tmp_path):
     """Packed rows, chunked head, clipping and RMSprop on an adapter, against peft's model in float64."""
     policy = adapted(tiny_folder, tmp_path / "policy")
-    pairs = scored_pairs(policy)
+    pairs = pairs_of()
     engine = SingleEngine(
         policy, torch.float32, CPU, EngineConfig.from_defaults(), OptimizerConfig.from_defaults(max_grad_norm=0.5)
     )
     frozen = {name: w.clone() for name, w in engine.model.named_parameters() if "lora_" not in name}
-    train_spin(engine, pairs, PACKED, beta=0.2, link="logistic", log=lambda row: None, **SETTINGS)
+    train(engine, policy, beta=0.2)
 
     model, opponent = (peft_model(policy.folder, torch.float64) for _ in range(2))
     trained = {n.removeprefix("base_model.model."): w for n, w in model.named_parameters() if "lora_" in n}
@@ -281,11 +291,10 @@ def test_unsupported_layers_named(tmp_path):
 
 def test_gradient_checkpointing_same_bits(tiny_folder, tmp_path):
     policy, results = adapted(tiny_folder, tmp_path / "policy"), []
-    pairs = scored_pairs(policy)
     for checkpointing in (False, True):
         options = EngineConfig.from_defaults(gradient_checkpointing=checkpointing)
         engine = SingleEngine(policy, torch.float32, CPU, options, OptimizerConfig.from_defaults())
-        train_spin(engine, pairs, PACKED, beta=0.1, link="logistic", log=lambda row: None, **SETTINGS)
+        train(engine, policy)
         results.append(engine.masters)
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
@@ -295,9 +304,8 @@ def test_bf16_training_saves_fp32_masters(tiny_folder, tmp_path):
     engine = SingleEngine(policy, torch.bfloat16, CPU, EngineConfig.from_defaults(), OptimizerConfig.from_defaults())
     before = {name: master.clone() for name, master in engine.masters.items()}
     assert all(weight.dtype == torch.bfloat16 for weight in engine.model.parameters())
-    pairs = scored_pairs(policy)
-    settings = {**SETTINGS, "lr": 5e-7, "epochs": 4, "batch_size": 5}
-    train_spin(engine, pairs, PACKED, beta=0.1, link="logistic", log=lambda row: None, **settings)
+    settings = {"lr": 5e-7, "epochs": 4, "batch_size": 5}
+    train(engine, policy, **settings)
     moved = torch.cat([(engine.masters[name] - before[name]).abs().flatten() for name in before])
     assert (moved > 1e-8).float().mean() > 0.5
     engine.save(tmp_path / "saved")
@@ -359,8 +367,7 @@ def test_adapter_made_by_peft(tiny_folder, tmp_path):
     assert torch.allclose(found, expected, atol=1e-3)
     engine = SingleEngine(policy, torch.float32, CPU, EngineConfig.from_defaults(), OptimizerConfig.from_defaults())
     rows = []
-    pairs = scored_pairs(policy)
-    train_spin(engine, pairs, PACKED, beta=0.1, link="logistic", log=rows.append, **SETTINGS)
+    train(engine, policy, log=rows.append)
     assert rows[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)
 
 
