@@ -9,7 +9,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from spin.config.load import RENAMED, load_config, note_renamed
+from spin.config.load import load_config
 from spin.config.schema import CONF, Config, did_you_mean, settings
 
 DATA_FILES = (".jsonl", ".json", ".parquet")
@@ -18,6 +18,7 @@ NO_RESULT = re.compile(
     r"name|iter|plan|stage|store\.path|cache\.path|(tracking|checkpoint|hydra)\b.*|engine\.(device|gradient_checkpointing"
     r"|zero_stage|offload_optimizer)|generation\.(python|tensor_parallel|data_parallel|gpu_memory)|evaluation\.judge_timeout"
 )
+RENAMED = {"generation.answers": "generation.num_answers"}  # old key -> new key; both are accepted
 NAMED = ("experiment", "model", "data", "model.path", "data.path")
 
 
@@ -50,16 +51,15 @@ def run_folder(name: str, stage: str, overrides: Sequence[str]) -> str:
     return slug(",".join([name + measured, *(words[key] for key in sorted(words))]))
 
 
-OmegaConf.register_new_resolver("slug", slug, replace=True)
-OmegaConf.register_new_resolver("basename", basename, replace=True)
-OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
+for resolver in (slug, basename, run_folder):
+    OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
 
 
 def rename(word: str) -> str:
     """The override `word` under its key's new name, with a printed note for an old one."""
     for old, new in RENAMED.items():
         if re.match(rf"[+~]*{re.escape(old)}(=|$)", word):
-            note_renamed(old)
+            print(f"note: {old} is now called {new}; the old name still works.", flush=True)
             return word.replace(old, new, 1)
     return word
 

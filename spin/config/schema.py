@@ -1,52 +1,25 @@
 """The types and ranges of a configuration. Defaults and explanations stand in `conf/` only."""
 
-import math
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from omegaconf import OmegaConf
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from spin.runtime.errors import UserError, brief
 
 CONF = Path(__file__).parents[2] / "conf"
 
-
-def _check_per_iteration(value: Any) -> Any:
-    for entry in value if isinstance(value, list) else [value]:
-        if not isinstance(entry, (int, float)) or isinstance(entry, bool):
-            rule = "must be a number, or a list with one number an iteration"
-            raise PydanticCustomError("rule", rule, {"value": entry})  # type: ignore[arg-type]
-        if not (math.isfinite(entry) and entry > 0):
-            raise PydanticCustomError("rule", "must be above 0", {"value": entry})
-    return value
-
-
-def _check_template(template: str) -> str:
-    if template not in ("chat", "paper") and "{prompt}" not in template:
-        raise PydanticCustomError("rule", "must be chat, paper, or a text with {prompt} in it")
-    return template
-
-
-def _check_layers(targets: Any) -> Any:
-    if not targets or not (
-        isinstance(targets, str) or (isinstance(targets, list) and all(isinstance(name, str) for name in targets))
-    ):
-        rule = "must be all-linear, or a list of layers' names such as [q_proj,v_proj]"
-        raise PydanticCustomError("rule", rule)  # type: ignore[arg-type]
-    return targets
-
-
-PerIteration = Annotated[Any, AfterValidator(_check_per_iteration)]  # a number, or a list with one entry an iteration
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 PositiveOrZero = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+StrictPositive = Annotated[float, Field(gt=0, strict=True)]
+PerIteration = StrictPositive | list[StrictPositive]  # one number, or a list with one entry an iteration
 
 
 class Section(BaseModel):
@@ -74,7 +47,7 @@ class ModelConfig(Section):
     adapter: Literal["none", "lora"]
     lora_rank: Count
     lora_alpha: Count
-    lora_targets: Annotated[Any, AfterValidator(_check_layers)]
+    lora_targets: Annotated[str | list[str], Field(min_length=1)]
     merge: bool
     quantization: Literal["none", "nf4"]
 
@@ -89,7 +62,7 @@ class DataConfig(Section):
     file: str | None
     format: Literal["auto", "messages", "prompt", "alpaca", "sharegpt", "chitchat"]
     turns: Literal["first", "all"]
-    template: Annotated[str, AfterValidator(_check_template)]
+    template: Annotated[str, Field(pattern=r"^(chat|paper)$|\{prompt\}")]
     filter: Literal["none", "prose"]
     size: Count | None
     held_out: CountOrZero
@@ -240,16 +213,11 @@ def base_values() -> dict[str, dict]:
 
 
 def settings() -> list[str]:
-    """Every key, as typed on the command line: `loss.beta`, ..., then the groups' names."""
-    keys, groups = [], []
+    """Every key as typed on the command line, such as `loss.beta`, and the groups' names."""
+    keys = list(Config.model_fields)
     for name, field in Config.model_fields.items():
-        section = field.annotation
-        if isinstance(section, type) and issubclass(section, Section):
-            keys += [f"{name}.{key}" for key in section.model_fields]
-            groups.append(name)
-        else:
-            keys.append(name)
-    return keys + groups
+        keys += [f"{name}.{key}" for key in getattr(field.annotation, "model_fields", ())]
+    return keys
 
 
 def did_you_mean(word: str, known: list[str]) -> str:
@@ -257,44 +225,24 @@ def did_you_mean(word: str, known: list[str]) -> str:
     return f" Did you mean {near[0]}?" if near else " `python run.py --help` lists the settings."
 
 
-# --- a ValidationError in one line ------------------------------------------------------------------------------------
-
 T = TypeVar("T", bound=Section)
 
 
 def validate(section: type[T], values: dict[str, Any], prefix: str = "") -> T:
+    """`section` with `values`. Raises UserError as one line, such as "loss.beta=-1: must be greater than 0."."""
     try:
         return section.model_validate(values)
     except ValidationError as error:
-        raise UserError(_error_line(error.errors()[0], prefix)) from error
-
-
-def _error_line(error: ErrorDetails, prefix: str) -> str:
-    """One of pydantic's errors as "loss.beta=-1: must be above 0."."""
-    key = ".".join(filter(None, [prefix, *(part for part in error["loc"] if isinstance(part, str))]))
-    kind, context = error["type"], error.get("ctx", {})
-    if kind == "extra_forbidden":
-        return f"{key}: there is no such setting.{did_you_mean(key, settings())}"
-    if kind == "missing":
-        group = key.split(".")[0]
-        return f"{key}: has no value; a file of your own in conf/{group}/ begins with `defaults: [base, _self_]`."
-    rules = {
-        "literal_error": "must be one of " + context.get("expected", "").replace("'", "").replace(" or ", ", "),
-        "greater_than": "must be above {gt:g}",
-        "greater_than_equal": "must be {ge:g} or more",
-        "less_than": "must be below {lt:g}",
-        "less_than_equal": "must be {le:g} or less",
-        "too_short": "must have {min_length} entries or more",
-        "too_long": "must have {max_length} entries or fewer",
-        "list_type": "must be a list",
-        "string_type": "must be a text",
-        "finite_number": "must be a finite number",
-    }
-    rule = rules.get(kind, error["msg"]).format(**context) if kind in rules else error["msg"]
-    for start, words in (("int_", "a whole number"), ("float_", "a number"), ("bool_", "true or false")):
-        if kind.startswith(start):
-            rule = f"must be {words}"
-    return setting_line(key, context.get("value", error["input"]), rule)
+        problem = max(error.errors(), key=lambda problem: len(problem["loc"]))  # a list's entry rather than the list
+        path = [prefix] * bool(prefix) + [str(part) for part in problem["loc"]]
+        key = ".".join(path[:2])
+        if problem["type"] == "extra_forbidden":
+            raise UserError(f"{key}: there is no such setting.{did_you_mean(key, settings())}") from error
+        if problem["type"] == "missing":
+            advice = f"a file of your own in conf/{path[0]}/ begins with `defaults: [base, _self_]`"
+            raise UserError(f"{key}: has no value; {advice}.") from error
+        rule = problem["msg"].replace("Input should be", "must be")
+        raise UserError(setting_line(key, problem["input"], rule)) from error
 
 
 def setting_line(key: str, value: object, rule: str) -> str:

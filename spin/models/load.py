@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from spin.models import adapters
-from spin.models.files import library_errors, read_json_object
+from spin.models.files import read_json_object
 from spin.models.policy import Policy
 from spin.models.quantization import keep_gradients, quantized_loading
-from spin.runtime.errors import UserError, brief
+from spin.runtime.errors import UserError, brief, explaining
 
 # transformers imports DeepSpeed, if installed, to save a model; DeepSpeed then prints which accelerator it did not find.
 logging.getLogger("DeepSpeed").addFilter(lambda record: record.module != "real_accelerator")
@@ -32,7 +32,7 @@ def load_model(
     Raises UserError: the weights do not match the configuration or cannot be read; bitsandbytes is not installed.
     """
     extra = {} if quantization is None else quantized_loading(quantization, dtype, device)
-    with library_errors(f"{folder}: no model can be loaded from it"), quiet_transformers():
+    with explaining(f"{folder}: no model can be loaded from it"), quiet_transformers():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
@@ -91,28 +91,18 @@ def saved_buffers(model: PreTrainedModel) -> dict[str, Tensor]:
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in `folder`. Raises UserError if there is none, or if it needs code from the folder."""
-    try:
+    with explaining(f"no tokenizer can be loaded from {folder}", "Python code in it is not run"):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # a damaged file can raise anything
-        needs_code = "trust_remote_code" in str(error)
-        reason = (
-            "it needs Python code from the folder (auto_map), which is not run" if needs_code else brief(error, 300)
-        )
-        raise UserError(f"no tokenizer can be loaded from {folder}: {reason}") from error
 
 
 def stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """The token ids at which the model stops: the tokenizer's end token and those of `folder`'s generation config."""
     path = folder / "generation_config.json"
     stated = read_json_object(path, str(folder)).get("eos_token_id") if path.is_file() else None
-    ids = [tokenizer.eos_token_id, *(stated if isinstance(stated, list) else [stated])]
-    ids = [token for token in ids if token is not None]
-    if invalid := [token for token in ids if type(token) is not int]:
-        raise UserError(
-            f"{folder}: {brief(invalid[0])} in its generation_config.json is not a token id; correct eos_token_id."
-        )
-    if not ids:
-        raise UserError(f"{folder}: neither its tokenizer nor its generation config has an end token; set eos_token.")
+    stated = stated if isinstance(stated, list) else [stated]
+    ids = [token for token in (tokenizer.eos_token_id, *stated) if token is not None]
+    if not ids or not all(type(token) is int for token in ids):
+        raise UserError(f"{folder}: its eos_token_id is {brief(ids)}, no token id; correct its generation_config.json.")
     return frozenset(ids)
 
 

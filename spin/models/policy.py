@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from spin.models.files import file_sha256, read_json_object
-from spin.runtime.errors import UserError
+from spin.runtime.artifacts import MANIFEST
+from spin.runtime.errors import explaining
 
 ADAPTER_CONFIG = "adapter_config.json"  # the file names of PEFT
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_BASE = "base.json"  # ours, beside an adapter: where its base comes from, and the base's content hash
 TRAINED_ON = "trained_on.json"  # in a trained policy's folder: hashes of its training prompts
-RECORD = "content.json"  # in a converted folder of the cache: hashes of its files
 
 # The PEFT settings that determine the function computed by given adapter weights.
 FUNCTION_SETTINGS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out")
@@ -87,14 +87,9 @@ def _digest(description: object, files: list[Path]) -> str:
 
 def trained_on(folder: Path) -> set[str]:
     """Hashes (`Example.opening`) of the prompts that a policy of spin, and the policies before it, were trained on."""
-    try:
-        return set(json.loads((folder / TRAINED_ON).read_bytes()))
-    except FileNotFoundError:
-        return set()
-    except (ValueError, TypeError) as error:
-        raise UserError(
-            f"{folder / TRAINED_ON} cannot be read: remove it, or copy the policy from its run again."
-        ) from error
+    path = folder / TRAINED_ON
+    with explaining(f"{path} cannot be read", "remove it, or copy the policy from its run again"):
+        return set(json.loads(path.read_bytes())) if path.is_file() else set()
 
 
 def note_trained_on(folder: Path, prompts: set[str]) -> None:
@@ -110,7 +105,7 @@ def auxiliary_files(folder: Path) -> list[Path]:
         if path.is_file()
         and path.suffix in (".json", ".jinja", ".model", ".txt")
         and not path.name.endswith(".index.json")
-        and path.name not in (RECORD, ADAPTER_CONFIG, ADAPTER_BASE)  # these describe the weights
+        and path.name not in (MANIFEST, ADAPTER_CONFIG, ADAPTER_BASE)  # these describe the weights
     ]
 
 

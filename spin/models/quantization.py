@@ -27,14 +27,8 @@ def import_bitsandbytes() -> None:
     if "bitsandbytes" in sys.modules or importlib.util.find_spec("bitsandbytes") is None:
         return
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    kernels = sys.modules.pop("kernels", None)
     sys.modules["kernels"] = None  # type: ignore[assignment]  # makes `import kernels` fail
-    try:
-        importlib.import_module("bitsandbytes")
-    finally:
-        del sys.modules["kernels"]
-        if kernels is not None:
-            sys.modules["kernels"] = kernels
+    importlib.import_module("bitsandbytes")
 
 
 def quantized_loading(quantization: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def save_merged(policy: Policy, folder: Path) -> None:
         with quiet_transformers():
             model = model.dequantize()
         model.config.quantization_config = None
-    model = adapters.merge_adapter(adapters.attach_adapter(model, policy.folder))
+    model = adapters.merge_adapter(model, policy.folder)
     weights = {**saved_buffers(model), **dict(model.named_parameters())}
     save_model(model, weights, replace(full, folder=policy.tokenizer), folder)
 

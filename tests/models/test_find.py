@@ -20,6 +20,7 @@ from spin.models.find import find_model
 from spin.models.load import load_model, load_tokenizer, stop_ids
 from spin.models.policy import content_id
 from spin.models.save import save_model
+from spin.runtime.artifacts import MANIFEST
 from spin.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -112,23 +113,23 @@ def test_shards(folder):
     outside = {name: f"../other/{SHARDS[1]}" if file == SHARDS[1] else file for name, file in where.items()}
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": outside}))
     fails(r"^model\.path=.*incomplete: \.\./other", start, folder)
-    for content in ("", "{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": [], "metadata": {}}', "[" * 99_999):
+    for content in ("", "{", "[]", "{}", '{"weight_map": [], "metadata": {}}', "[" * 99_999):
         (folder / INDEX).write_text(content)
         fails(rf"^model\.path=.*{INDEX}", start, folder)
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": {"a": 3, "b": ["x"]}}))
     fails(r"^model\.path=.*incomplete: 3, \['x'\]", start, folder)
     (folder / INDEX).unlink()
-    fails(r"^model\.path=.*neither model.safetensors nor", start, folder)
+    fails(rf"^model\.path=.*{INDEX}", start, folder)
 
 
 def test_unread_weight_files(folder):
     (folder / WEIGHTS).rename(folder / "consolidated.safetensors")
-    fails("neither model.safetensors nor", start, folder)
+    fails(f"cannot read its {INDEX}", start, folder)
     (folder / WEIGHTS).mkdir()
-    fails("neither model.safetensors nor", start, folder)
+    fails(f"cannot read its {INDEX}", start, folder)
     (folder / WEIGHTS).rmdir()
     os.mkfifo(folder / WEIGHTS)  # to open it would wait for ever
-    fails("neither model.safetensors nor", start, folder)
+    fails(f"cannot read its {INDEX}", start, folder)
 
 
 @pytest.mark.parametrize("value", ["sub/x.safetensors", "../model.safetensors", "x.bin", 3, [1], {"a": 1}])
@@ -148,7 +149,7 @@ def test_pickles_never_read(folder):
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
     use(folder)
     (folder / WEIGHTS).rename(folder / "adapter_model.safetensors")
-    fails("neither model.safetensors nor", start, folder)
+    fails(f"cannot read its {INDEX}", start, folder)
     fails("no model can be loaded", load_model, folder, torch.float32, torch.device("cpu"))
     (folder / "adapter_model.safetensors").unlink()
     fails(r"no \*\.safetensors weights", start, folder)
@@ -280,7 +281,7 @@ def test_code_in_folder_never_run(folder, tmp_path, model_type):
     if model_type == "llama":  # transformers has a class of its own for it
         assert lines[0] == lines[2] == "loaded"
     else:
-        assert lines[0].startswith("said: model.path=") and "auto_map" in lines[0] and "not run" in lines[0]
+        assert lines[0].startswith("said: model.path=") and "built into transformers" in lines[0]
     assert lines[1].startswith("said: no tokenizer") and "not run" in lines[1]
     assert not list(tmp_path.rglob("ran"))
     assert not list(tmp_path.rglob("modules/**/own_code.py"))
@@ -334,7 +335,7 @@ def test_stop_ids(folder):
         assert stop_ids(folder, tokenizer) == expected
     for stated in ("</s>", {"a": 1}, [[1]], True, 1.5, [None, "x\n"]):
         change(path, eos_token_id=stated)
-        assert str(folder) in fails("not a token id", stop_ids, folder, tokenizer)
+        assert str(folder) in fails("no token id", stop_ids, folder, tokenizer)
     path.unlink()
     assert stop_ids(folder, tokenizer) == {own}
 
@@ -395,7 +396,7 @@ def plain_id(folder):
 def test_intact_cache_reused(tmp_path, capfd):
     first = find_model(TINY, tmp_path)
     assert first.id == content_id(first.folder) == plain_id(first.folder)
-    assert json.loads((first.folder / "content.json").read_text())["content_id"] == first.id
+    assert json.loads((first.folder / MANIFEST).read_text())["content_id"] == first.id
     before = {path: path.stat().st_mtime_ns for path in first.folder.iterdir()}
     (first.folder / ".DS_Store").write_text("put there by a file manager")
     assert find_model(TINY, tmp_path) == first
@@ -416,9 +417,8 @@ def test_intact_cache_reused(tmp_path, capfd):
         lambda folder: flip(folder / "tokenizer.json", 1000),
         lambda folder: (folder / "chat_template.jinja").unlink(),
         lambda folder: change(folder / "generation_config.json", eos_token_id=7),
-        lambda folder: (folder / "content.json").write_text("{"),
-        lambda folder: (folder / "content.json").write_text('{"content_id": 3, "files": []}'),
-        lambda folder: change(folder / "content.json", files=7),
+        lambda folder: (folder / MANIFEST).write_text("{"),
+        lambda folder: change(folder / MANIFEST, content_id="3"),
     ],
 )
 def test_damaged_cache_converted_again(tmp_path, capfd, breaks):
@@ -428,17 +428,17 @@ def test_damaged_cache_converted_again(tmp_path, capfd, breaks):
     capfd.readouterr()
     assert find_model(TINY, tmp_path) == first
     lines = [line for line in capfd.readouterr().err.splitlines() if "damaged" in line]
-    assert lines == [f"{first.folder} is damaged: converted again"]
+    assert len(lines) == 1 and lines[0].startswith(f"{first.folder} is damaged (") and "converted again" in lines[0]
     assert {path.name: path.read_bytes() for path in first.folder.iterdir()} == whole
     assert find_model(TINY, tmp_path) == first and "damaged" not in capfd.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".lock") == [first.folder.name]
 
 
-def test_record_not_copied_to_policy(tmp_path):
+def test_manifest_not_copied_to_policy(tmp_path):
     policy = find_model(TINY, tmp_path)
     model = load_model(policy.folder, torch.float32, torch.device("cpu"))
     save_model(model, dict(model.named_parameters()), policy, tmp_path / "policy")
-    assert (tmp_path / "policy" / "tokenizer.json").exists() and not (tmp_path / "policy" / "content.json").exists()
+    assert (tmp_path / "policy" / "tokenizer.json").exists() and not (tmp_path / "policy" / MANIFEST).exists()
 
 
 def test_converted_id_matches_manual_folder(tmp_path):

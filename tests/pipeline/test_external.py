@@ -91,7 +91,7 @@ def test_judge(place, serve):  # noqa: F811
         (["evaluation.harness=[arc_challenge]"], "must be task:shots:metric"),
         (["evaluation.harness=[no_such_task:0:acc]"], "the harness knows no task no_such_task"),
         (["evaluation.harness=[spin_choice:0:acc]", "evaluation.harness_include=/nowhere"], "no such folder"),
-        (["evaluation.harness_limit=0"], "must be 1 or more"),
+        (["evaluation.harness_limit=0"], "must be greater than or equal to 1"),
     ],
 )
 def test_missing_parts_stop_the_game_early(place, words, says, tmp_path):

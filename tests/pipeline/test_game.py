@@ -344,7 +344,7 @@ def test_exact_match(played, tmp_path):
     ("words", "message"),
     [
         (["stage=evaluate", "evaluation=none"], "needs evaluation.enabled=true"),
-        (["stage=measure"], "must be game or evaluate"),
+        (["stage=measure"], "must be 'game' or 'evaluate'"),
         (["evaluation.against=somewhere"], "goes with stage=evaluate"),
         (["stage=evaluate", "evaluation.against=/nowhere/at/all"], "no such folder"),
         (["evaluation.embedder=/nowhere/at/all"], "no embedding model can be loaded"),

@@ -55,7 +55,7 @@ def test_leaderboard(swept):
     )
     for row in rows:
         if row["loss.beta"] == "-1":
-            assert row["status"] == "failed" and row["reason"] == "loss.beta=-1: must be above 0."
+            assert row["status"] == "failed" and row["reason"] == "loss.beta=-1: must be greater than 0."
             assert row["nll_per_token"] == ""
             continue
         game = json.loads((Path(row["folder"]) / "game.json").read_text())
@@ -74,11 +74,11 @@ def test_leaderboard(swept):
     page = (folder / "sweep.md").read_text()
     note = f"MAUVE: needs {MEASURES['mauve'].min_prompts} held-out prompts, there are 8"
     assert note in page and note in done.stdout
-    assert "figures/heatmap.png" in page and "failed: loss.beta=-1: must be above 0." in page
+    assert "figures/heatmap.png" in page and "failed: loss.beta=-1: must be greater than 0." in page
     for link in re.findall(r"\[report\]\(<(.*?)>\)", page):
         assert (folder / link).is_file()
     shown = done.stdout[done.stdout.index("Sweep, 6 points") :]
-    assert "loss.beta=-1, optimizer.lr=0.001: failed: loss.beta=-1: must be above 0." in shown
+    assert "loss.beta=-1, optimizer.lr=0.001: failed: loss.beta=-1: must be greater than 0." in shown
 
 
 def test_second_sweep_plays_missing_points(swept):
