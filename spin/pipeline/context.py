@@ -83,11 +83,11 @@ class Run:
         """A function like `bar.advance` that counts the work of all ranks."""
         if self.ranks.size == 1:
             return bar.advance
-        counter, shown = self.ranks.counter(), 0
+        add, shown = self.ranks.counter(), 0
 
         def advance(count: int) -> None:
             nonlocal shown
-            before, shown = shown, counter.add(count)
+            before, shown = shown, add(count)
             bar.advance(shown - before)
 
         return advance

@@ -5,15 +5,18 @@ The checksums detect damage (a truncated file, a flipped bit, a file edited by h
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from spin.runtime.errors import brief
+
 MANIFEST = "manifest.json"
-BLOCK = 1 << 20
 
 
 class CorruptArtifact(Exception):
@@ -29,7 +32,7 @@ def commit_atomically(beside: Path, folder: Path, facts: dict) -> dict:
     files = {}
     for path in sorted(path for path in beside.rglob("*") if path.is_file() and path != beside / MANIFEST):
         files[path.relative_to(beside).as_posix()] = {"bytes": path.stat().st_size, "xxh3": file_digest(path)}
-        path.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner can read
+        path.chmod(0o644)  # safetensors makes files that only their owner can read
         _flush(path)
     manifest: dict[str, Any] = {**facts, "files": files}
     manifest["xxh3"] = _digest_of(manifest)
@@ -45,46 +48,38 @@ def verify_artifact(folder: Path) -> dict:
     """Return the manifest of a committed folder after comparing every file with it. Raises CorruptArtifact."""
     manifest = read_manifest(folder)
     for name, expected in manifest["files"].items():
-        path = folder / name
-        try:
-            if (size := path.stat().st_size) != expected["bytes"]:
+        with _reading(name):
+            if (size := (folder / name).stat().st_size) != expected["bytes"]:
                 raise CorruptArtifact(f"{name} has {size} bytes, not {expected['bytes']}")
-            if file_digest(path) != expected["xxh3"]:
+            if file_digest(folder / name) != expected["xxh3"]:
                 raise CorruptArtifact(f"the content of {name} has changed")
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise CorruptArtifact(f"{name} is missing") from error
-        except PermissionError:
-            raise  # no sign of damage
-        except OSError as error:  # a sector that the disk can't read
-            raise CorruptArtifact(f"{name} cannot be read ({error.strerror})") from error
     return manifest
 
 
 def read_manifest(folder: Path) -> dict:
     """Return the manifest, checked against its own checksum, without reading the files. Raises CorruptArtifact."""
-    try:
+    with _reading(MANIFEST):
         manifest = json.loads((folder / MANIFEST).read_bytes())
-        expected = manifest.pop("xxh3")
-        if not isinstance(manifest["files"], dict):
-            raise TypeError
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise CorruptArtifact(f"{MANIFEST} is missing") from error
-    except PermissionError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CorruptArtifact(f"{MANIFEST} cannot be read") from error
-    if expected != _digest_of(manifest):
-        raise CorruptArtifact(f"the content of {MANIFEST} has changed")
+        if manifest.pop("xxh3") != _digest_of(manifest):
+            raise CorruptArtifact(f"the content of {MANIFEST} has changed")
     return manifest
+
+
+@contextlib.contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Raise CorruptArtifact for what the file `name` makes a reader raise. A lack of permission is no sign of damage."""
+    try:
+        yield
+    except (CorruptArtifact, PermissionError):
+        raise
+    except Exception as error:
+        raise CorruptArtifact(f"{name} cannot be read ({brief(error)})") from error
 
 
 def file_digest(path: Path) -> str:
     """Hash a file's content with xxh3, which is about as fast as memory."""
-    state = xxhash.xxh3_128()
     with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            state.update(block)
-    return state.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def folder_size(folder: Path) -> int:
@@ -99,12 +94,6 @@ def folder_size(folder: Path) -> int:
 
 def _digest_of(manifest: dict) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(manifest, sort_keys=True).encode())
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _flush(path: Path) -> None:

@@ -5,12 +5,12 @@ import math
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-from spin.runtime.artifacts import CorruptArtifact, commit_atomically, read_manifest, verify_artifact
+from spin.runtime.artifacts import CorruptArtifact, commit_atomically, verify_artifact
 from spin.runtime.process_group import SINGLE_PROCESS, ProcessGroup
 from spin.runtime.shards import Say
 from spin.runtime.signals import Interrupted, deferred
@@ -76,9 +76,8 @@ class Checkpoints:
         """Load the newest intact checkpoint into `engine` and return its state; a fresh state if there is none."""
         folder = self.ranks.broadcast(self._newest() if self.ranks.is_main_process else None)
         if folder is not None:
-            text = (folder / "state.json").read_text()
+            self.restored = TrainState(**json.loads((folder / "state.json").read_bytes()))
             engine.load_state(folder)
-            self.restored = TrainState(**json.loads(text))
             self._written_step = self.restored.step
         self._written_at = time.monotonic()
         return replace(self.restored, rows=list(self.restored.rows))
@@ -154,8 +153,6 @@ def describe_progress(resume: Path) -> str | None:
     for name in ("answers", "scores"):
         if count := len(list((resume / name).glob("[0-9]*"))):
             parts.append(f"{count} shard{'s' if count > 1 else ''} of {name}")
-    for folder in sorted((resume / "training").glob("step-*"), reverse=True):
-        with suppress(CorruptArtifact):
-            parts.append(f"training up to step {read_manifest(folder)['step']}")
-            break
+    if folders := sorted((resume / "training").glob("step-*")):
+        parts.append(f"training up to step {int(folders[-1].name.removeprefix('step-'))}")
     return ", ".join(parts) or None

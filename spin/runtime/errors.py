@@ -54,6 +54,9 @@ def user_message(error: BaseException) -> str | None:
             "memory is short: set engine.gradient_checkpointing=true, which keeps finished stages, or lower "
             "engine.tokens_per_batch, engine.head_chunk or generation.batch_size, with which all stages are computed again."
         )
+    pattern = LOST_PEER.get(type(error).__name__)
+    if pattern and re.search(pattern, text, re.IGNORECASE | re.DOTALL):
+        return "another process of this game has ended or can't be reached: run the same command to go on."
     return None
 
 

@@ -45,27 +45,25 @@ def link_tree(source: Path | None, target: Path) -> None:
     """Show the files of `source` in `target`, and leave the user's own files there alone.
 
     Weights are hard links (copies on another disk), small files copies, so that editing them leaves `source` intact. Only
-    files that differ are replaced. Files that an earlier call made, that `source` does not have and that have not changed
-    since are removed; with source=None all of these. `.<target's name>.linked` beside `target` lists what was made.
+    files that differ are replaced. Files that an earlier call made and that `source` does not have are removed; with
+    source=None all of these. `.<target's name>.linked` beside `target` lists what was made.
     """
     record = target.with_name(f".{target.name}.linked")
-    earlier: dict[str, list[int]] = {}
+    earlier: list[str] = []
     with contextlib.suppress(FileNotFoundError, ValueError):  # ValueError: damaged, and nothing is removed
         earlier = json.loads(record.read_bytes())
-    names = [path.relative_to(source) for path in source.rglob("*") if path.is_file()] if source else []
-    for stale in earlier.keys() - {str(name) for name in names}:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            if _version(target / stale) == earlier[stale]:
-                (target / stale).unlink()
-    for name in names:
-        assert source is not None
+    files = [path for path in source.rglob("*") if path.is_file()] if source else []
+    names = [str(path.relative_to(str(source))) for path in files]
+    for stale in {*earlier} - {*names}:
+        (target / stale).unlink(missing_ok=True)
+    for path, name in zip(files, names, strict=True):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
-        if name.suffix == ".safetensors":
-            link_file(source / name, target / name)
+        if path.suffix == ".safetensors":
+            link_file(path, target / name)
         else:
-            _replace(source / name, target / name, shutil.copy2)
+            _replace(path, target / name, shutil.copy2)
     if names:
-        write_text(record, json.dumps({str(name): _version(target / name) for name in names}))
+        write_text(record, json.dumps(names))
     else:
         record.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # not there, or with files of the user
@@ -81,16 +79,12 @@ def link_file(source: Path, target: Path) -> None:
 
 
 def _replace(source: Path, target: Path, make: Callable[[Path, Path], object]) -> None:
-    """Make `target` by `make`, atomically, unless it is the same file or an unchanged copy of it."""
-    if target.is_file() and (target.samefile(source) or _version(target) == _version(source)):
-        return
+    """Make `target` by `make`, atomically, unless it is the same file or has its size and its time of the last change."""
+    if target.is_file():
+        old, new = target.stat(), source.stat()
+        if (old.st_size, old.st_mtime_ns) == (new.st_size, new.st_mtime_ns):
+            return
     beside = target.with_name(f".{target.name}.{os.getpid()}")
     beside.unlink(missing_ok=True)
     make(source, beside)
     beside.replace(target)
-
-
-def _version(path: Path) -> list[int]:
-    """Size and time of the last change, which `copy2` preserves: equal for a file and its unchanged copy."""
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns]

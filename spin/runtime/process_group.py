@@ -6,9 +6,10 @@ the main process alone writes to the store and prints.
 
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ class ProcessGroup:
 
     def __init__(self, rank: int = 0, size: int = 1, local: int = 0, here: int = 1, store: dist.Store | None = None):
         self.rank, self.size, self.local, self.here = rank, size, local, here
-        self._store = store  # of keys and values, shared by all ranks
+        self._store = store or dist.HashStore()  # of keys and values, shared by all ranks
         self._counters = 0
         self._is_first: bool | None = None
 
@@ -46,18 +47,23 @@ class ProcessGroup:
 
     def all_reduce_max(self, value: float) -> float:
         """Return the maximum over all ranks."""
-        return value if self.size == 1 else _all_reduce([value], dist.ReduceOp.MAX)[0]
+        return self._all_reduce([value], dist.ReduceOp.MAX)[0]
 
     def all_reduce_sum(self, value: float) -> float:
         """Return the sum over all ranks."""
-        return value if self.size == 1 else _all_reduce([value], dist.ReduceOp.SUM)[0]
+        return self._all_reduce([value], dist.ReduceOp.SUM)[0]
 
     def mean(self, values: Tensor) -> float:
         """Return the mean over all entries, [n], of all ranks; n may differ between them, and be 0."""
-        if self.size == 1:
-            return values.double().mean().item()
-        total, count = _all_reduce([values.double().sum().item(), len(values)], dist.ReduceOp.SUM)
+        total, count = self._all_reduce([values.double().sum().item(), len(values)], dist.ReduceOp.SUM)
         return total / count
+
+    def _all_reduce(self, values: list[float], operation: Any) -> list[float]:
+        if self.size == 1:
+            return values
+        box = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(box, op=operation)
+        return box.tolist()
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
@@ -65,13 +71,13 @@ class ProcessGroup:
 
     def claim_indices(self) -> Iterator[int]:
         """Yield 0, 1, 2, ..., each on the one rank that asks first. All ranks must call this in the same order."""
-        counter = self.counter()  # now: also on a rank that takes none
-        return (counter.add(1) - 1 for _ in itertools.count())
+        add = self.counter()  # now: also on a rank that takes none
+        return (add(1) - 1 for _ in itertools.count())
 
-    def counter(self) -> "Counter":
-        """Return a count that all ranks add to. All ranks must call this in the same order."""
+    def counter(self) -> Callable[[int], int]:
+        """Return a function that adds to a count and returns its sum over all ranks. All must call this in the same order."""
         self._counters += 1
-        return Counter(self._store, f"count/{self._counters}")
+        return partial(self._store.add, f"count/{self._counters}")
 
     def raise_if_stopped(self) -> None:
         """Raise `Interrupted` on every rank if any was asked to stop. All ranks must call this."""
@@ -84,28 +90,10 @@ class ProcessGroup:
         """Return whether this rank, which has failed, was the first to: it prints the reason."""
         if self._is_first is None:
             try:
-                self._is_first = self._store is None or self._store.add("failed", 1) == 1
+                self._is_first = self._store.add("failed", 1) == 1
             except RuntimeError:  # the process that keeps the store has ended
                 self._is_first = self.is_main_process
         return self._is_first
-
-
-def _all_reduce(values: list[float], operation: Any) -> list[float]:
-    box = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(box, op=operation)
-    return box.tolist()
-
-
-class Counter:
-    """See `ProcessGroup.counter`."""
-
-    def __init__(self, store: dist.Store | None, key: str):
-        self._store, self._key, self._value = store, key, 0
-
-    def add(self, count: int) -> int:
-        """Add `count` and return the sum over all ranks."""
-        self._value = self._value + count if self._store is None else self._store.add(self._key, count)
-        return self._value
 
 
 SINGLE_PROCESS = ProcessGroup()

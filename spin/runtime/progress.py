@@ -1,6 +1,5 @@
 """Progress bars, and durations as text."""
 
-import math
 import time
 from contextlib import suppress
 
@@ -27,34 +26,30 @@ class Progress:
         self.done += n
         self.fields |= fields
         if self._bar:
-            self._bar.update(self._task, advance=n, shown=self._fields())
+            self._bar.update(self._task, completed=self.done, state=self._state())
         elif time.monotonic() - self._shown >= LINE_EVERY:
             self._shown = time.monotonic()
-            self._print(f"{self._state()}, {format_seconds(self._seconds_left())} left{self._fields()}")
+            self._print(self._state())
 
     def skip(self, n: int) -> None:
         """Count `n` units that an earlier run has done: they do not count for the rate."""
-        self.done += n
         self._skipped += n
-        if self._bar:
-            self._bar.update(self._task, completed=self.done)
+        self.advance(n)
 
     def __enter__(self) -> "Progress":
         self._started = self._shown = time.monotonic()
         if self.console is not None and self.console.is_interactive:
             fixed = Column(no_wrap=True)
-            bar = bars.Progress(
-                bars.TextColumn("{task.description}", markup=False, table_column=fixed),
+            self._bar = bars.Progress(
+                bars.TextColumn("{task.description}:", markup=False, table_column=fixed),
                 bars.BarColumn(bar_width=10, table_column=fixed),
-                bars.TextColumn("{task.completed:,}/{task.total:,}", table_column=fixed),
-                _Rate(table_column=fixed),
-                _Fields(),
+                # Cut at the terminal's width: a bar that wraps flickers.
+                bars.TextColumn("{task.fields[state]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
                 console=self.console,
                 transient=True,  # `__exit__` prints the line that stays, as in a log file
             )
-            self._task = bar.add_task(self.title, total=self.total, unit=self.unit, shown="")
-            bar.start()
-            self._bar = bar
+            self._task = self._bar.add_task(self.title, total=self.total, state=self._state())
+            self._bar.start()
         return self
 
     def __exit__(self, kind, error, trace) -> None:
@@ -64,66 +59,40 @@ class Progress:
         if kind is not None:
             self._print(f"{self._state()}: stopped")
         else:
-            took, rate = format_seconds(time.monotonic() - self._started), self._rate()
-            self._print(f"{self.title}: {self.done:,} {self.unit} in {took}{rate and f' ({rate})'}{self._fields()}")
+            took = format_seconds(time.monotonic() - self._started)
+            self._print(f"{self.done:,} {self.unit} in {took}{self._rate()}{self._fields()}")
 
     def _state(self) -> str:
-        rate = self._rate()
-        return f"{self.title}: {self.done:,}/{self.total:,} {self.unit}{rate and f', {rate}'}"
+        done, left = self.done - self._skipped, ""
+        if done and self.done < self.total:
+            seconds = (time.monotonic() - self._started) / done * (self.total - self.done)
+            left = f", {format_seconds(seconds)} left"
+        return f"{self.done:,}/{self.total:,} {self.unit}{self._rate()}{left}{self._fields()}"
 
     def _rate(self) -> str:
         done, seconds = self.done - self._skipped, time.monotonic() - self._started
-        return f"{format_rate(done / seconds)} {self.unit}/s" if done and seconds else ""
-
-    def _seconds_left(self) -> float:
-        done = self.done - self._skipped
-        return (time.monotonic() - self._started) / done * max(self.total - self.done, 0) if done else math.nan
+        return f", {format_number(done / seconds)} {self.unit}/s" if done and seconds else ""
 
     def _fields(self) -> str:
-        return "".join(f", {key} {format_value(value)}" for key, value in self.fields.items())
+        return "".join(f", {key} {format_number(value)}" for key, value in self.fields.items())
 
     def _print(self, text: str) -> None:
         if self.console is not None:
-            self.console.print(Text(text), soft_wrap=True)
+            self.console.print(Text(f"{self.title}: {text}"), soft_wrap=True)
 
 
-class _Rate(bars.ProgressColumn):
-    """Units per second and time left, over the last half minute: a slow first step does not count for long."""
-
-    def render(self, task: bars.Task) -> Text:
-        if not task.speed:
-            return Text("")
-        left = task.time_remaining or 0
-        return Text(f"{format_rate(task.speed)} {task.fields['unit']}/s, {format_seconds(left)} left")
-
-
-class _Fields(bars.ProgressColumn):
-    """The fields, cut at the terminal's width: a bar that wraps flickers."""
-
-    def render(self, task: bars.Task) -> Text:
-        return Text(task.fields["shown"].removeprefix(", "), style="dim", no_wrap=True, overflow="ellipsis")
+def format_number(value: float) -> str:
+    """Format with three digits or all before the point: `0.512`, `4.00`, `1,234`."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}"
 
 
 def format_seconds(s: float) -> str:
-    """Format a duration: `0.4 s`, `47 s`, `3 min 12 s`, `2 h 05 min`; `?` if it is not finite."""
-    if not math.isfinite(s):
-        return "?"
+    """Format a duration: `0.4 s`, `47 s`, `3 min 12 s`, `2 h 05 min`."""
     if s < 9.95:
         return f"{s:.1f}".removesuffix(".0") + " s"
-    seconds = round(s)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60:02d} s"
+    if s < 59.5:
+        return f"{s:.0f} s"
+    if s < 3599.5:
+        return f"{round(s) // 60} min {round(s) % 60:02d} s"
     minutes = round(s / 60)
     return f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def format_rate(per_second: float) -> str:
-    if per_second >= 1:
-        return f"{per_second:,.0f}" if per_second >= 100 else f"{per_second:.1f}"
-    return f"{per_second:.2g}"
-
-
-def format_value(value: float) -> str:
-    return f"{value:.3f}" if value == 0 or 1e-3 <= abs(value) < 1e3 else f"{value:.3g}"

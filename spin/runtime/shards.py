@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spin.runtime.artifacts import CorruptArtifact, commit_atomically, read_manifest, verify_artifact
+from spin.runtime.artifacts import CorruptArtifact, commit_atomically, verify_artifact
 from spin.runtime.process_group import SINGLE_PROCESS, ProcessGroup
 from spin.runtime.signals import deferred, pending_signal, raise_if_stopped
 
@@ -50,7 +50,7 @@ class ResumableShards:
         self.main_process_only = main_process_only
 
     def __call__(self, shards: Sequence[Shard]) -> Iterator[list[dict]]:
-        earlier = {number for number, shard in enumerate(shards) if self._is_stored(number, shard)}
+        earlier = {number for number in range(len(shards)) if self._folder(number).is_dir()}
         if self.ranks.size > 1:
             self._compute_missing(shards)
         for number, shard in enumerate(shards):
@@ -72,12 +72,6 @@ class ResumableShards:
 
     def _folder(self, number: int) -> Path:
         return self.folder / f"{number:05d}"
-
-    def _is_stored(self, number: int, shard: Shard) -> bool:
-        try:
-            return read_manifest(self._folder(number))["of"] == list(shard.of)
-        except CorruptArtifact:
-            return False
 
     def _read(self, number: int, shard: Shard) -> tuple[list[dict], float] | None:
         """A stored shard's rows and seconds. A damaged shard, or one of another size, is removed: None."""

@@ -10,8 +10,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.
 SCHEDULERS = (signal.SIGUSR1, signal.SIGUSR2)  # SLURM sends them shortly before the time limit
 
 _depth = 0
-_waiting: signal.Signals | None = None
-_raised: signal.Signals | None = None
+_waiting = 0
+_raised = 0
 _previous: dict[int, Callable] = {}
 
 
@@ -19,11 +19,8 @@ class Interrupted(KeyboardInterrupt):
     """The process was asked to stop by `signal`. A library's `except Exception` does not catch it."""
 
     def __init__(self, number: signal.Signals):
-        super().__init__(number.name)
+        super().__init__(number)
         self.signal = number
-
-    def __reduce__(self):  # pickled by the process of a sweep's point
-        return type(self), (self.signal,)
 
 
 def install_handlers() -> None:
@@ -32,7 +29,7 @@ def install_handlers() -> None:
     Signals that the process inherited as ignored (nohup, background jobs of a shell) stay ignored.
     """
     global _depth, _waiting, _raised
-    _depth, _waiting, _raised = 0, None, None
+    _depth = _waiting = _raised = 0
     if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
         for number in SIGNALS:
             before = signal.getsignal(number)
@@ -51,51 +48,42 @@ def call_previous_handler(number: signal.Signals) -> None:
 @contextmanager
 def deferred() -> Iterator[None]:
     """Delay signals that arrive inside to the end of the block, which thus runs completely."""
-    global _depth, _waiting
+    global _depth
     _depth += 1
     try:
         yield
     finally:
         _depth -= 1
-        if _depth == 0 and _waiting is not None:
-            number, _waiting = _waiting, None
-            _raise(number)
+        if _depth == 0 and _waiting:
+            raise_signal(_waiting)
 
 
 def raise_if_stopped() -> None:
     """Raise `Interrupted` again if the process was asked to stop and a library has swallowed the exception."""
-    if _raised is not None:
-        raise Interrupted(_raised)
+    if _raised:
+        raise_signal(_raised)
 
 
 def pending_signal() -> int:
     """Return the signal that waits for the end of `deferred`, 0 if none does."""
-    return int(_waiting or 0)
+    return _waiting
 
 
 def raise_signal(number: int) -> None:
     """Raise `Interrupted` now, even within `deferred`: for ranks that stop together."""
-    global _waiting
-    _waiting = None
-    _raise(signal.Signals(number))
+    global _waiting, _raised
+    _waiting, _raised = 0, number
+    raise Interrupted(signal.Signals(number))
 
 
 def _handle(number: int, frame: object) -> None:
     global _waiting
-    came = signal.Signals(number)
-    if _raised is not None or _waiting is not None:
-        if came == signal.SIGINT:  # stored work is complete at any moment
+    if _raised or _waiting:
+        if number == signal.SIGINT:  # stored work is complete at any moment
             # `print` may be in use; the second part shows the cursor that a progress bar may have hidden.
             os.write(2, b"ended at once.\n" + (b"\x1b[?25h" if os.isatty(2) else b""))
             os._exit(128 + number)
-        return  # schedulers repeat their notice
-    if _depth:
-        _waiting = came
-        return
-    _raise(came)
-
-
-def _raise(number: signal.Signals) -> None:
-    global _raised
-    _raised = number
-    raise Interrupted(number)
+    elif _depth:  # schedulers repeat their notice: only the first counts
+        _waiting = number
+    else:
+        raise_signal(number)

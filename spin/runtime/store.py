@@ -21,8 +21,6 @@ RESUME = "resume"  # in it: what the next run resumes from
 BUILT = "stage"  # in it: what becomes the stage
 RUNS = "runs"  # the one folder of a store that is not a stage: which run folders use it
 STAGES = "stages.json"  # in a run's folder: which stages it uses
-NOTE_AGAIN = "remove it, and run its game once more to write it again"
-UNREADABLE = (ValueError, KeyError, TypeError)
 
 
 @dataclass(frozen=True)
@@ -138,17 +136,14 @@ class Store:
 
     def refer(self, run: Path, stages: list[str], only: bool = False) -> None:
         """Record that the run folder `run` uses `stages` ("train/<key>"), and with `only` no others."""
-        earlier = stages_used_by(run, self.path)
-        used = {*stages} if only else earlier | {*stages}
-        if used != earlier or not (run / STAGES).is_file():
-            about = {"store": str(self.path.resolve()), "stages": sorted(used)}
-            write_text(run / STAGES, json.dumps(about, indent=2) + "\n")
+        used = {*stages} if only else stages_used_by(run, self.path) | {*stages}
+        about = {"store": str(self.path.resolve()), "stages": sorted(used)}
+        write_text(run / STAGES, json.dumps(about, indent=2) + "\n")
         folder = str(run.resolve())
         entry = self.path / RUNS / f"{hashlib.sha256(folder.encode()).hexdigest()[:16]}.json"
-        text = json.dumps({"folder": folder})
-        if not entry.is_file() or entry.read_text() != text:
+        if not entry.is_file():
             entry.parent.mkdir(parents=True, exist_ok=True)
-            write_text(entry, text)
+            write_text(entry, json.dumps({"folder": folder}))
 
     def users(self) -> dict[str, list[Path]]:
         """Return the run folders that use each stage; a run whose folder is gone uses none."""
@@ -160,21 +155,17 @@ class Store:
 
     def runs(self) -> list[Path]:
         """Return all run folders that have used this store, existing or not. Raises UserError for a damaged entry."""
-        folders = []
-        for entry in sorted((self.path / RUNS).glob("*.json")):
-            with explaining(f"{entry} can't be read", NOTE_AGAIN, catch=UNREADABLE):
-                folders.append(Path(json.loads(entry.read_bytes())["folder"]))
-        return folders
+        return [Path(_read_record(entry)["folder"]) for entry in sorted((self.path / RUNS).glob("*.json"))]
 
 
 def stages_used_by(run: Path, store: Path) -> set[str]:
     """Return the stages of `store` that a run folder uses. Raises UserError if its record is damaged."""
-    path = run / STAGES
-    with (
-        contextlib.suppress(FileNotFoundError, NotADirectoryError),
-        explaining(f"{path} can't be read", NOTE_AGAIN, catch=UNREADABLE),
-    ):
-        record = json.loads(path.read_bytes())
-        if Path(record["store"]).resolve() == store.resolve():
-            return set(record["stages"])
-    return set()
+    if not (run / STAGES).is_file():
+        return set()
+    record = _read_record(run / STAGES)
+    return set(record["stages"]) if Path(record["store"]).resolve() == store.resolve() else set()
+
+
+def _read_record(path: Path) -> dict:
+    with explaining(f"{path} can't be read", "remove it, and run its game once more to write it again"):
+        return json.loads(path.read_bytes())

@@ -90,7 +90,7 @@ def _clean(store: Store, unused: list[Entry], yes: bool) -> None:
     _print_table(unused)
     for run in store.runs():
         if not run.is_dir():
-            print(f"no longer there, so that stages that it alone used count as unused: {_relative(run)}")
+            print(f"no longer there, so that stages that it alone used count as unused: {run}")
     if yes:
         removed = [entry for entry in unused if remove(store, entry)]
         print(f"{len(removed)} stages removed, {_size(removed)}.")
@@ -101,15 +101,11 @@ def _clean(store: Store, unused: list[Entry], yes: bool) -> None:
 def _print_table(stages: list[Entry]) -> None:
     table = Table("stage", "size", "last used", "used by", box=None, pad_edge=False)
     for entry in stages:
-        users = ", ".join(sorted({_relative(run) for run in entry.used_by})) or "no run folder"
+        users = ", ".join(sorted(str(run) for run in entry.used_by)) or "no run folder"
         state = "" if entry.finished else " (unfinished)"
         table.add_row(entry.name + state, _size([entry]), f"{format_seconds(entry.age)} ago", users)
     if stages:
         Console(width=None if sys.stdout.isatty() else 200).print(table)
-
-
-def _relative(path: Path) -> str:
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def _size(stages: list[Entry]) -> str:

@@ -1,78 +1,59 @@
 """Metrics to metrics.jsonl and W&B, lines and progress bars to the console; silent except on the main process."""
 
 import json
-import math
-import netrc
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
+from pydantic_core import to_jsonable_python
 from rich.console import Console
 from rich.text import Text
 
-from spin.runtime.errors import UserError
+from spin.runtime.errors import UserError, brief
 from spin.runtime.progress import Progress
 
-MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
+TRAINING = ("sft", "train")  # stages whose rows are steps
 START = -1  # `iter` in W&B, which cannot plot null, of policies before iteration 0
 
 
 class Tracker:
     """Writes a run's metrics to `folder/metrics.jsonl` and, unless disabled, to Weights & Biases.
 
-    `wandb`: see `wandb_mode`, which may raise UserError. W&B starts with the first new row. If it fails, one line says so
-    and the run goes on without it. The first row empties metrics.jsonl: a run that is repeated writes all rows again. On
-    ranks other than 0 nothing is written, shown or sent.
+    `wandb`: see `wandb_mode`, which may raise UserError; `about` is what W&B shows of the run: name, config, project,
+    entity, group. W&B starts with the first new row. If it fails, one line says so and the run goes on without it. The
+    first row empties metrics.jsonl: a run that is repeated writes all rows again. On ranks other than 0 nothing is
+    written, shown or sent.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        *,
-        name: str,
-        config: dict,
-        wandb: str = "auto",
-        project: str = "spin",
-        entity: str | None = None,
-        rank: int = 0,
-        group: str | None = None,
-        console: Console | None = None,
+        self, folder: Path, *, wandb: str = "auto", rank: int = 0, console: Console | None = None, **about: Any
     ):
-        self.folder, self.console, self.active = Path(folder), console or _console(), rank == 0
-        self._run: Any = None
-        self._file: Any = None
+        self.folder, self.active = Path(folder), rank == 0
+        # rich's width where there is no terminal, 80, is narrow for tables in a log file.
+        self.console = console or _Console(width=None if sys.stdout.isatty() else 100)
         self._mode = wandb_mode(wandb) if self.active else "disabled"
-        self._about: dict[str, Any] = {
-            "name": name,
-            "config": to_json_types(config),
-            "project": project,
-            "entity": entity,
-            "group": group,
-        }
-        self._steps, self._before = 0, 0
-        self._part: tuple | None = None
-        self._samples: list[Iterable[Any]] = []
+        self._about = to_json_types(about)
+        self._run: Any = None
+        self._rows = self._steps = 0
+        self._samples: list[list[str]] = []
         self._waiting: list[Callable[[Any], None]] = []  # rows of reused stages, until W&B starts
-        if self.active:
-            self.folder.mkdir(parents=True, exist_ok=True)
 
     def log(self, row: dict, reused: bool = False) -> None:
         """Write one row to metrics.jsonl, keys as they are (NaN and infinity become null), and send it to W&B.
 
         `stage`, `iter` and `step` identify the row. In W&B other keys are prefixed with the stage (`train/loss`), an
-        interval [lo, hi] becomes keys `_low` and `_high`, and `global_step` counts the steps of all iterations. Rows of
-        `reused` stages are sent with the first new row: a run that reuses everything leaves nothing in W&B.
+        interval becomes keys `_low` and `_high`, and `global_step` counts the steps of all iterations. Rows of `reused`
+        stages are sent with the first new row: a run that reuses everything leaves nothing in W&B.
         """
         if not self.active:
             return
         row = to_json_types(row)
-        if self._file is None:  # not earlier: a run that fails at once keeps the previous record
-            self._file = (self.folder / "metrics.jsonl").open("w", encoding="utf-8")
-        self._file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "metrics.jsonl").open("a" if self._rows else "w", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._rows += 1
         self._send(lambda run: run.log(self._wandb_row(row)), reused)
 
     def say(self, text: str) -> None:
@@ -88,8 +69,8 @@ class Tracker:
         def send(run: Any) -> None:
             import wandb
 
-            columns: list[str | int] = ["iteration", "prompt", "real", "generated"]
-            run.log({"samples": wandb.Table(columns=columns, data=self._samples), "global_step": self._steps})
+            table = wandb.Table(["iteration", "prompt", "real", "generated"], self._samples)
+            run.log({"samples": table, "global_step": self._steps})
 
         self._send(send, reused)
 
@@ -100,7 +81,7 @@ class Tracker:
             import wandb
 
             # Mixed: some rows have null, or "mean of 3" for a seed.
-            table = wandb.Table(columns=list(columns), data=to_json_types(rows), allow_mixed_types=True)
+            table = wandb.Table([*columns], to_json_types(rows), allow_mixed_types=True)
             run.log({"leaderboard": table, **{path.stem: wandb.Image(str(path)) for path in figures}})
 
         self._send(send, reused=False)
@@ -114,8 +95,6 @@ class Tracker:
 
     def close(self, summary: dict | None = None) -> None:
         """End the log with `summary` for W&B, which shows a failed run if an exception is passing. `say` still works."""
-        if self._file:
-            self._file.close()
         run, mode = self._run, self._mode
         self._run, self._mode = None, "disabled"
         if run is None:
@@ -149,6 +128,8 @@ class Tracker:
     def _start(self) -> Any:
         import wandb
 
+        if self._mode == "auto":
+            self._mode = "online" if _logged_in() else "offline"
         wandb.setup(wandb.Settings(silent=True))  # `init` applies its settings after the login's output
         run = wandb.init(
             dir=self.folder,
@@ -168,41 +149,30 @@ class Tracker:
             ),
             **self._about,
         )
-        for stage in ("train", "sft"):
-            run.define_metric(f"{stage}/*", step_metric="global_step")
-        for stage in ("generate", "score", "evaluate", "harness", "mt_bench", "compare"):
-            run.define_metric(f"{stage}/*", step_metric="iter")
+        for stage in (*TRAINING, "generate", "score", "evaluate", "harness", "mt_bench", "compare"):
+            run.define_metric(f"{stage}/*", step_metric="global_step" if stage in TRAINING else "iter")
         if self._mode == "online":
             self._print(f"W&B: {run.url}")
         return run
 
     def _wandb_row(self, row: dict) -> dict:
-        stage = row.get("stage")
-        sent: dict[str, Any] = {}
+        stage, iteration = row.get("stage"), row.get("iter")
+        self._steps += stage in TRAINING
+        sent: dict[str, Any] = {"iter": START if iteration is None else iteration, "global_step": self._steps}
         for key, value in row.items():
-            name = f"{stage}/{key}" if stage else key
-            if key in ("stage", "iter") or value is None:
-                continue
             if isinstance(value, list) and len(value) == 2:
-                ends = (f"{name}_low", f"{name}_high")
-                sent |= {end: bound for end, bound in zip(ends, value, strict=True) if bound is not None}
-            else:
-                sent[name] = value
-        if stage in ("train", "sft"):
-            # `step` restarts with each stage and iteration; the global step continues.
-            part = (stage, row["iter"])
-            if part != self._part:
-                self._part, self._before = part, self._steps + 1 - row["step"]
-            self._steps = self._before + row["step"]
-        iteration = row.get("iter")
-        return sent | {"iter": START if iteration is None else iteration, "global_step": self._steps}
+                sent |= {f"{stage}/{key}_low": value[0], f"{stage}/{key}_high": value[1]}
+            elif key not in ("stage", "iter"):
+                sent[f"{stage}/{key}"] = value
+        return sent
 
     def _print(self, text: str) -> None:
         self.console.print(Text(text), soft_wrap=True)
 
     def _lost(self, error: Exception) -> None:
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        self._print(f"Warning: W&B stopped working and is off for this run; metrics.jsonl has everything. ({reason})")
+        self._print(
+            f"Warning: W&B stopped working and is off for this run; metrics.jsonl has everything. ({brief(error)})"
+        )
 
 
 class _Console(Console):
@@ -218,58 +188,24 @@ class _Console(Console):
         self.quiet = True
 
 
-def _console() -> Console:
-    console = _Console()
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = 100  # rich's default of 80 is narrow for tables in a log file
-    return console
-
-
 def to_json_types(value: Any) -> Any:
     """Convert `value` to JSON types: torch and numpy to numbers, NaN and infinity to null, paths to text."""
-    if isinstance(value, dict):
-        return {str(key): to_json_types(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [to_json_types(entry) for entry in value]
-    if isinstance(value, float):  # also numpy's float64; other types have `tolist`
-        return float(value) if math.isfinite(value) else None
-    if hasattr(value, "tolist"):
-        return to_json_types(value.tolist())
-    return str(value) if isinstance(value, Path) else value
+    return to_jsonable_python(value, inf_nan_mode="null", fallback=lambda array: array.tolist())
 
 
 def wandb_mode(setting: str) -> str:
-    """Return the W&B mode of `tracking.wandb=setting`: online, offline or disabled.
+    """Return the W&B mode of `tracking.wandb=setting`; `auto` is WANDB_MODE, or online if there is a login, else offline.
 
-    `auto` follows WANDB_MODE, then WANDB_DISABLED, and else is online if there is a login and offline if not.
-    Raises UserError: online without a login, or an unknown WANDB_MODE.
+    The login is looked up when W&B starts; only for `online` here. Raises UserError if there is none.
     """
-    source, mode = f"tracking.wandb={setting}", setting
-    if setting == "auto":
-        variable = os.environ.get("WANDB_MODE", "").lower()
-        if variable:
-            source = f"WANDB_MODE={variable}"
-            if variable not in MODES:
-                raise UserError(f"{source}: must be online, offline or disabled; unset it or use one of these.")
-            mode = MODES[variable]
-        elif os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on"):
-            return "disabled"
-        else:
-            return "online" if _logged_in() else "offline"
+    mode = os.environ.get("WANDB_MODE", "auto") if setting == "auto" else setting
     if mode == "online" and not _logged_in():
-        raise UserError(f"{source}, but there is no login for W&B: run `wandb login`, or set tracking.wandb=offline.")
+        raise UserError("W&B is to be online and has no login: run `wandb login`, or set tracking.wandb=offline.")
     return mode
 
 
 def _logged_in() -> bool:
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").netloc
-    given = os.environ.get("NETRC")
-    for path in [Path(given)] if given else [Path("~/.netrc"), Path("~/_netrc")]:
-        try:
-            if netrc.netrc(path.expanduser()).authenticators(host):
-                return True
-        except (OSError, netrc.NetrcParseError):
-            continue
-    return False
+    import wandb
+
+    wandb.setup(wandb.Settings(silent=True, mode="online"))
+    return wandb.login(prompt=False, verify=False)

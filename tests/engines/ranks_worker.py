@@ -230,8 +230,8 @@ def share_work(folder: Path, model_folder: Path, together: ProcessGroup) -> dict
             break
         taken.append(number)
     together.claim_indices()  # a queue counts even if no rank takes from it
-    counter = together.counter()
-    counter.add(together.rank + 1)
+    add = together.counter()
+    add(together.rank + 1)
     together.barrier()
     return {
         "first": first,
@@ -239,7 +239,7 @@ def share_work(folder: Path, model_folder: Path, together: ProcessGroup) -> dict
         "said": said,
         "taken": taken,
         "made": sorted(path.name for path in (folder / "cache").glob("tiny-*/*")),
-        "counted": counter.add(0),
+        "counted": add(0),
         "shared": together.broadcast({"rank": together.rank}),
         "most": together.all_reduce_max(together.rank),
         "total": together.all_reduce_sum(0.5),

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from spin.method.training import train_spin
 from spin.runtime import checkpoints as checkpoints_module
 from spin.runtime import signals as interrupt
 from spin.runtime.artifacts import CorruptArtifact, commit_atomically, verify_artifact
@@ -22,7 +21,8 @@ from spin.runtime.checkpoints import Checkpoints, TrainState, describe_progress
 from spin.runtime.shards import ResumableShards, Shard, compute_shards
 from spin.runtime.signals import Interrupted, deferred
 from spin.runtime.store import RESUME
-from tests.method.test_training import PACKED, SETTINGS, engine_of, scored_pairs
+from tests.method.test_training import engine_of, pairs_of, score
+from tests.method.test_training import train as train_engine
 
 ROOT = Path(__file__).parents[2]
 
@@ -58,7 +58,7 @@ def test_verify_finds_any_damage(sealed):
         with pytest.raises(CorruptArtifact):
             verify_artifact(sealed)
         path.unlink()
-        with pytest.raises(CorruptArtifact, match="missing"):
+        with pytest.raises(CorruptArtifact, match="No such file"):
             verify_artifact(sealed)
         path.write_bytes(whole)
         verify_artifact(sealed)
@@ -134,6 +134,15 @@ def test_on_reused(tmp_path):
 STEPS = 8
 
 
+SETTINGS = {"epochs": 2, "batch_size": 3, "warmup_ratio": 0.2}
+
+
+def scored_pairs(folder, dtype=torch.float32):
+    """Twelve pairs, and their log-probs under the opponent."""
+    pairs = pairs_of(12)
+    return pairs, score(folder, pairs, dtype=dtype)
+
+
 class Cut(Exception):
     """The process dies."""
 
@@ -149,10 +158,8 @@ def train(folder, pairs, tiny_folder, optimizer="rmsprop", dtype=torch.float32, 
             raise Cut
 
     checkpoints = Checkpoints(folder, steps=every, say=(said if said is not None else []).append)
-    settings = {**SETTINGS, "epochs": 2, "batch_size": 3, "warmup_ratio": 0.2}
-    assert len(pairs) * 2 == 3 * STEPS
     try:
-        train_spin(engine, pairs, PACKED, beta=0.1, link="logistic", log=log, checkpoints=checkpoints, **settings)
+        train_engine(engine, pairs[0], references=pairs[1], log=log, checkpoints=checkpoints, **SETTINGS)
     except Cut:
         return None
     return engine.masters, rows, checkpoints.restored.step
@@ -167,7 +174,7 @@ def same(one, other) -> bool:
 @pytest.mark.parametrize("optimizer", ["rmsprop", "adamw"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_resume_after_any_step(tiny_folder, tmp_path, optimizer, dtype):
-    pairs = scored_pairs(tiny_folder, 12, dtype=dtype)
+    pairs = scored_pairs(tiny_folder, dtype)
     whole = train(None, pairs, tiny_folder, optimizer, dtype)
     for cut in range(0, STEPS, 2 if dtype == torch.float32 else 3):
         folder = tmp_path / str(cut)
@@ -178,14 +185,14 @@ def test_resume_after_any_step(tiny_folder, tmp_path, optimizer, dtype):
 
 
 def test_checkpoints_do_not_change_training(tiny_folder, tmp_path):
-    pairs = scored_pairs(tiny_folder, 12)
+    pairs = scored_pairs(tiny_folder)
     assert same(train(tmp_path, pairs, tiny_folder), train(None, pairs, tiny_folder))
 
 
 @pytest.mark.parametrize("name", ["masters.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
 def test_newest_checkpoint_damaged(tiny_folder, tmp_path, name, damage):
-    pairs, said = scored_pairs(tiny_folder, 12), []
+    pairs, said = scored_pairs(tiny_folder), []
     train(tmp_path, pairs, tiny_folder, cut=5)
     newest = tmp_path / "step-00000005"
     content = (newest / name).read_bytes()
@@ -200,7 +207,7 @@ def test_newest_checkpoint_damaged(tiny_folder, tmp_path, name, damage):
 
 
 def test_all_checkpoints_damaged(tiny_folder, tmp_path):
-    pairs, said = scored_pairs(tiny_folder, 12), []
+    pairs, said = scored_pairs(tiny_folder), []
     train(tmp_path, pairs, tiny_folder, cut=5)
     for folder in tmp_path.glob("step-*"):
         (folder / "state.json").write_text("{}")
@@ -235,7 +242,7 @@ def test_checkpoint_due(monkeypatch, tmp_path):
 def test_describe_progress(tiny_folder, tmp_path):
     assert describe_progress(tmp_path / "none") is None
     shards_of(tmp_path / "answers", [])(0)
-    train(tmp_path / "training", scored_pairs(tiny_folder, 12), tiny_folder, cut=3)
+    train(tmp_path / "training", scored_pairs(tiny_folder), tiny_folder, cut=3)
     assert describe_progress(tmp_path) == "1 shard of answers, training up to step 3"
     shutil.rmtree(tmp_path / "training" / "step-00000003")
     assert describe_progress(tmp_path).endswith("step 2")
@@ -292,7 +299,7 @@ def test_write_on_interrupt(tmp_path):
         Checkpoints(tmp_path, say=said.append).write_on_interrupt(FakeEngine(), state_at(3), 8),
     ):
         raise Interrupted(signal.SIGTERM)
-    assert said == ["training is kept up to step 3 of 8"]
+    assert said == ["saved the training state at step 3 of 8"]
     assert Checkpoints(tmp_path).restore(FakeEngine()).step == 3
 
 
@@ -379,7 +386,7 @@ def test_second_ctrl_c_ends_at_once():
 @pytest.mark.parametrize("inside", ["forward", "step"])
 def test_signal_in_training(tiny_folder, tmp_path, signals, inside, monkeypatch):
     """In the forward pass of step 4 the state after step 3 is kept; within the update of step 4 that after step 4."""
-    pairs = scored_pairs(tiny_folder, 12)
+    pairs = scored_pairs(tiny_folder)
     engine, said = engine_of(tiny_folder), []
     method = "backward" if inside == "forward" else "step"
     usual = getattr(engine, method)
@@ -391,14 +398,11 @@ def test_signal_in_training(tiny_folder, tmp_path, signals, inside, monkeypatch)
 
     rows = []
     monkeypatch.setattr(engine, method, strike)
-    settings = {**SETTINGS, "epochs": 2, "batch_size": 3, "warmup_ratio": 0.2}
     checkpoints = Checkpoints(tmp_path, minutes=60, say=said.append)
     with pytest.raises(Interrupted):
-        train_spin(
-            engine, pairs, PACKED, beta=0.1, link="logistic", log=rows.append, checkpoints=checkpoints, **settings
-        )
+        train_engine(engine, pairs[0], references=pairs[1], log=rows.append, checkpoints=checkpoints, **SETTINGS)
     kept = 4 if inside == "forward" else 5
-    assert said == [f"training is kept up to step {kept} of 8"]
+    assert said == [f"saved the training state at step {kept} of 8"]
     with pytest.raises(Interrupted):  # a library that swallows it only delays it
         interrupt.raise_if_stopped()
     interrupt.install_handlers()  # as the next process has it
@@ -407,7 +411,7 @@ def test_signal_in_training(tiny_folder, tmp_path, signals, inside, monkeypatch)
 
 
 def test_nothing_stored_can_execute_code(tiny_folder, tmp_path):
-    train(tmp_path / RESUME, scored_pairs(tiny_folder, 12), tiny_folder, cut=3)
+    train(tmp_path / RESUME, scored_pairs(tiny_folder), tiny_folder, cut=3)
     shards_of(tmp_path / RESUME / "answers", [])(0)
     files = {path.suffix for path in (tmp_path / RESUME).rglob("*") if path.is_file()}
     assert files == {".safetensors", ".json", ".parquet"}

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ KEY = "0" * 40
 @pytest.fixture(autouse=True)
 def nobody_logged_in(monkeypatch, tmp_path):
     """No W&B variable, and a netrc file that is not there; should anything call W&B's server, it calls nobody."""
-    for name in ("WANDB_MODE", "WANDB_DISABLED", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL"):
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
 
@@ -126,8 +127,8 @@ def test_wandb_row_is_prefixed_and_counts_steps_through(tmp_path):
     measured = one._wandb_row(
         {"stage": "evaluate", "iter": 1, "step": 0, "a": None, "b": 2.0, "b_interval": [1.0, 3.0]}
     )
-    ends = {"evaluate/b_interval_low": 1.0, "evaluate/b_interval_high": 3.0}
-    assert measured == {"evaluate/step": 0, "evaluate/b": 2.0, **ends, "iter": 1, "global_step": 5}
+    values = {"evaluate/a": None, "evaluate/b": 2.0, "evaluate/b_interval_low": 1.0, "evaluate/b_interval_high": 3.0}
+    assert measured == {"evaluate/step": 0, **values, "iter": 1, "global_step": 5}
     one.close()
 
 
@@ -155,7 +156,7 @@ def test_a_failing_wandb_costs_one_line(tmp_path, monkeypatch):
     one.close()
     assert len(rows(tmp_path)) == 3
     assert len(shown.getvalue().splitlines()) == 1
-    assert "(no space)" in shown.getvalue()
+    assert "(no space left)" in shown.getvalue()
 
 
 class FakeRun:
@@ -186,49 +187,37 @@ def test_a_run_that_fails_is_shown_as_failed(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("setting", "environment", "mode"),
+    ("setting", "variable", "mode"),
     [
-        ("auto", {}, "offline"),
-        ("auto", {"WANDB_API_KEY": KEY}, "online"),
-        ("auto", {"WANDB_API_KEY": KEY, "WANDB_MODE": "offline"}, "offline"),
-        ("auto", {"WANDB_API_KEY": KEY, "WANDB_MODE": "dryrun"}, "offline"),
-        ("auto", {"WANDB_API_KEY": KEY, "WANDB_MODE": "disabled"}, "disabled"),
-        ("auto", {"WANDB_API_KEY": KEY, "WANDB_DISABLED": "true"}, "disabled"),
-        ("auto", {"WANDB_API_KEY": KEY, "WANDB_DISABLED": "false"}, "online"),
-        ("auto", {"WANDB_API_KEY": KEY, "WANDB_DISABLED": "true", "WANDB_MODE": "online"}, "online"),
-        ("online", {"WANDB_API_KEY": KEY}, "online"),
-        ("offline", {"WANDB_API_KEY": KEY, "WANDB_MODE": "online"}, "offline"),
-        ("disabled", {"WANDB_API_KEY": KEY}, "disabled"),
+        ("auto", None, "auto"),
+        ("auto", "offline", "offline"),
+        ("auto", "disabled", "disabled"),
+        ("offline", "online", "offline"),
+        ("disabled", "online", "disabled"),
     ],
 )
-def test_mode(setting, environment, mode, monkeypatch):
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+def test_mode(setting, variable, mode, monkeypatch):
+    if variable:
+        monkeypatch.setenv("WANDB_MODE", variable)
     assert wandb_mode(setting) == mode
 
 
-def test_netrc_is_a_login_for_its_own_host_only(tmp_path, monkeypatch):
-    path = tmp_path / "netrc"
-    path.write_text(f"machine api.wandb.ai\n  login user\n  password {KEY}\n")
-    path.chmod(0o600)
-    assert wandb_mode("auto") == "online"
-    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
-    assert wandb_mode("auto") == "offline"
-    path.write_text("machine\n")
-    assert wandb_mode("auto") == "offline"
+def test_login():
+    """In processes of their own: wandb keeps a login until its process ends."""
+    code = "from spin.runtime.tracking import wandb_mode, _logged_in; print(_logged_in(), wandb_mode('online'))"
+    for mode in ("online", "offline"):
+        environment = {**os.environ, "WANDB_API_KEY": KEY, "WANDB_MODE": mode}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+        assert (done.stdout, done.stderr) == ("True online\n", "")
 
 
-@pytest.mark.parametrize(
-    ("setting", "variable", "said"),
-    [("online", None, "wandb login"), ("auto", "online", "wandb login"), ("auto", "on", "=on:")],
-)
-def test_online_without_login_fails_before_any_work(setting, variable, said, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("setting", "variable"), [("online", None), ("online", "offline"), ("auto", "online")])
+def test_online_without_login_fails_before_any_work(setting, variable, tmp_path, monkeypatch):
     if variable:
         monkeypatch.setenv("WANDB_MODE", variable)
     (tmp_path / "metrics.jsonl").write_text("{}\n")
-    with pytest.raises(UserError, match=said) as raised:
+    with pytest.raises(UserError, match="wandb login"):
         tracker(tmp_path, wandb=setting)
-    assert "\n" not in str(raised.value)
     assert rows(tmp_path) == [{}]  # what an earlier run left is still there
 
 
@@ -253,9 +242,9 @@ def test_progress_in_a_log_file_is_a_line_now_and_then(tmp_path, monkeypatch):
             bar.advance(1, loss=0.5, margin=step * 0.01)
     one.close()
     assert shown.getvalue().splitlines() == [
-        "iter 0: train [x]: 40/100 pairs, 4.0 pairs/s, 15 s left, loss 0.500, margin 0.390",
-        "iter 0: train [x]: 80/100 pairs, 4.0 pairs/s, 5 s left, loss 0.500, margin 0.790",
-        "iter 0: train [x]: 100 pairs in 25 s (4.0 pairs/s), loss 0.500, margin 0.990",
+        "iter 0: train [x]: 40/100 pairs, 4.00 pairs/s, 15 s left, loss 0.500, margin 0.390",
+        "iter 0: train [x]: 80/100 pairs, 4.00 pairs/s, 5 s left, loss 0.500, margin 0.790",
+        "iter 0: train [x]: 100 pairs in 25 s, 4.00 pairs/s, loss 0.500, margin 0.990",
     ]
 
 
@@ -299,7 +288,6 @@ def test_progress_on_a_terminal_is_a_bar_and_then_one_line(tmp_path):
         (3599.9, "1 h 00 min"),
         (7500, "2 h 05 min"),
         (360000, "100 h 00 min"),
-        (float("nan"), "?"),
     ],
 )
 def test_format_seconds(seconds, text):
