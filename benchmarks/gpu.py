@@ -97,7 +97,7 @@ def measure(folder: Path, device, count: int, steps: int, small: bool) -> list[t
     )
     items = as_continuations(pairs)
     longest = max(item.tokens for item in items)
-    forward, remark = choose_forward(model, items, "auto", 256, tokens, settings.head_chunk, longest)
+    forward, remark = choose_forward(model, items, "auto", tokens, settings.head_chunk, longest)
     print(remark or f"log-probs: {forward.layout} rows, as fast as they go", file=sys.stderr)
     compute_logps(model, items, forward)
     scores = clock("scoring", lambda: compute_logps(model, items, forward), count * flops / 3)

@@ -107,7 +107,7 @@ def loaded(folder, dtype, device, pairs):
         as_continuations(pairs),
         schema.EngineConfig.from_defaults(),
     )
-    budgets = settings.tokens_per_row, settings.tokens_per_batch, settings.head_chunk
+    budgets = settings.tokens_per_batch, settings.head_chunk
     forward, _ = choose_forward(model, items, "auto", *budgets, max(item.tokens for item in items))
     compute_logps(model, items[:2], forward)
     return model, items, forward

@@ -167,9 +167,7 @@ def spin(workload, pairs, batch_size, dtype):
     model = load_model(policy.folder, dtype, device)
     items = as_continuations(pairs)
     longest = max(item.tokens for item in items)
-    forward, _ = choose_forward(
-        model, items, "auto", settings.tokens_per_row, settings.tokens_per_batch, settings.head_chunk, longest
-    )
+    forward, _ = choose_forward(model, items, "auto", settings.tokens_per_batch, settings.head_chunk, longest)
     started = time.perf_counter()
     compute_logps(model, items, forward)
     scoring = time.perf_counter() - started

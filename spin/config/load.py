@@ -119,11 +119,6 @@ def _model_rules(config: Config) -> Iterator[Rule]:
 
 def _engine_rules(config: Config) -> Iterator[Rule]:
     engine, optimizer = config.engine, config.optimizer
-    yield (
-        engine.tokens_per_batch >= engine.tokens_per_row,
-        "engine.tokens_per_batch",
-        f"must be engine.tokens_per_row={engine.tokens_per_row} or more",
-    )
     if engine.name == "deepspeed":
         staged = engine.zero_stage > 0 or not engine.offload_optimizer
         yield staged, "engine.offload_optimizer", "needs engine.zero_stage of 1 or more"

@@ -240,13 +240,13 @@ class DeepSpeedEngine:
         shares = balance_by_tokens(items, self.ranks.size)
         plans = [forward.plan([items[i] for i in share]) for share in shares]
         share, plan = shares[self.ranks.rank], plans[self.ranks.rank]
-        batches = [[[share[k] for k in row] for row in rows] for rows in plan]
+        batches = [[share[k] for k in chosen] for chosen in plan]
         shortest = min(range(len(items)), key=lambda i: items[i].tokens)
         count = max(map(len, plans))
         for k in range(count):
             self._ds.set_gradient_accumulation_boundary(k == count - 1)
-            rows, weight = (batches[k], 1.0) if k < len(batches) else ([[shortest]], 0.0)
-            yield collate(items, forward.layout, rows), weight
+            chosen, weight = (batches[k], 1.0) if k < len(batches) else ([shortest], 0.0)
+            yield collate(items, forward.layout, chosen), weight
 
     def logps(self, batch: Batch, forward: Forward) -> Tensor:
         """[batch.responses], with gradients: see `sequence_logps`."""

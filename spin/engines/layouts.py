@@ -10,7 +10,7 @@ from spin.engines.logps import Forward, compute_logps, reference_logps
 from spin.engines.packing import Continuations
 from spin.runtime.errors import UserError, brief, user_message
 
-LAYOUTS = ("packed", "masked", "padded")  # the fastest first
+LAYOUTS = ("packed", "padded")  # the fastest first
 
 # The largest difference due to rounding, in nats per response token (|difference of sums| / tokens): several times that
 # of the embedded model, and less than a wrong mask causes.
@@ -22,7 +22,6 @@ def choose_forward(
     model: PreTrainedModel,
     items: Sequence[Continuations],
     layout: str,
-    tokens_per_row: int,
     tokens_per_batch: int,
     head_chunk: int,
     longest: int,
@@ -41,17 +40,12 @@ def choose_forward(
         count = min(longest, window + 32) - len(items[0].prompt_ids)
         sample.append(Continuations(items[0].prompt_ids, (tuple((ids * -(-count // len(ids)))[:count]), ids[:1])))
     expected = torch.stack([logps.sum() for item in sample for logps in reference_logps(model, item)]).cpu()
-    if not expected.isfinite().all():
-        raise UserError(
-            "the model's own log-probs are not finite: its weights are broken or overflow in this precision. Check the "
-            "model's files, or use engine.precision=fp32."
-        )
     tokens = sum(len(response) for item in sample for response in item.responses)
     candidates = [(ly, head) for head in ("chunked", "full") for ly in LAYOUTS if layout in ("auto", ly)]
     refused: list[str] = []
     for candidate_layout, head in candidates:
-        forward = Forward(candidate_layout, head, tokens_per_row, tokens_per_batch, head_chunk)
-        reason = _unsuitable(model, forward, longest)
+        forward = Forward(candidate_layout, head, tokens_per_batch, head_chunk)
+        reason = _unpackable(model, longest) if candidate_layout == "packed" else None
         if reason is None:
             try:
                 found = compute_logps(model, sample, forward)
@@ -72,23 +66,16 @@ def choose_forward(
     )
 
 
-def _unsuitable(model: PreTrainedModel, forward: Forward, longest: int) -> str | None:
-    """The reason why the model's config rules out `forward`, or None."""
+def _unpackable(model: PreTrainedModel, longest: int) -> str | None:
+    """The reason why the model's config rules out packed rows, or None."""
     config = model.config.get_text_config()
-    attention = config._attn_implementation
-    if forward.layout == "padded":
-        return None
-    if (
-        attention
-        not in {"packed": ("sdpa", PACKED_ATTENTION), "masked": ("sdpa", PACKED_ATTENTION, "eager")}[forward.layout]
-    ):
-        return f"its attention ({attention}) is not SDPA"
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if config._attn_implementation not in ("sdpa", PACKED_ATTENTION):
+        return f"its attention ({config._attn_implementation}) is not SDPA"
     window = attention_window(model)
-    # A window only matters if a row can be longer. Packed rows on a CPU apply it to each sequence.
-    by_sequence = forward.layout == "packed" and model.device.type == "cpu"
-    if window and not by_sequence and window < max(longest, forward.tokens_per_row):
-        return f"its attention window of {window} is shorter than a row"
+    # Packed rows on a CPU apply the window to each sequence; a GPU's block mask has none.
+    if window and window < longest and model.device.type != "cpu":
+        return f"its attention window of {window} is shorter than an item"
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if not kinds <= {"full_attention", "sliding_attention"}:
         return f"it has layers other than attention ({', '.join(sorted(kinds))})"
     return None

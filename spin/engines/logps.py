@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 from spin.engines.attention import use_packed_attention
 from spin.engines.flex import FLEX_BLOCK, block_mask
 from spin.engines.head import OutputLayer, logit_transform
-from spin.engines.packing import Batch, Continuations, Rows, collate, plan_batches
+from spin.engines.packing import Batch, Continuations, collate, plan_batches
 from spin.runtime.errors import UserError
 from spin.runtime.shards import Shard, ShardDriver, compute_shards
 
@@ -22,24 +23,22 @@ from spin.runtime.shards import Shard, ShardDriver, compute_shards
 class Forward:
     """How log-probs are computed; all ways agree up to rounding.
 
-    layout: "packed" (one row per batch, prompts shared, attention over each sequence), "masked" (several such rows under a
-    dense mask, for models that need their own attention) or "padded". head: "chunked" (logits of response positions only, in
-    pieces of `head_chunk` words that are not stored) or "full" (the model's own logits, for heads that are not one product).
+    layout: "packed" (one row per batch, prompts shared, attention over each sequence) or "padded", for models that need
+    their own attention. head: "chunked" (logits of response positions only, in pieces of `head_chunk` words that are not
+    stored) or "full" (the model's own logits, for heads that are not one product).
     """
 
     layout: str
     head: str
-    tokens_per_row: int
     tokens_per_batch: int
     head_chunk: int
 
-    def plan(self, items: Sequence[Continuations]) -> list[Rows]:
-        return plan_batches(items, self.layout, self.tokens_per_row, self.tokens_per_batch)
+    def plan(self, items: Sequence[Continuations]) -> list[list[int]]:
+        return plan_batches(items, self.layout, self.tokens_per_batch)
 
     def batches(self, items: Sequence[Continuations]) -> Iterator[Batch]:
         """Yield the batches of `items` one by one: all their tensors together could exceed memory."""
-        for rows in self.plan(items):
-            yield collate(items, self.layout, rows)
+        return (collate(items, self.layout, chosen) for chosen in self.plan(items))
 
 
 def sequence_logps(model: PreTrainedModel, batch: Batch, forward: Forward, head: "OutputLayer | None" = None) -> Tensor:
@@ -60,10 +59,6 @@ def sequence_logps(model: PreTrainedModel, batch: Batch, forward: Forward, head:
 
 def _inputs(model: PreTrainedModel, batch: Batch, layout: str) -> dict:
     ids, positions, mask = batch.input_ids, batch.position_ids, batch.attention_mask
-    if layout == "masked":
-        # Additive, in the compute type: every layer would convert a boolean mask again.
-        allowed, lowest = mask, torch.finfo(model.dtype).min
-        mask = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill_(~allowed, lowest)
     if layout == "packed":
         use_packed_attention(model)
         if ids.is_cuda:
@@ -96,25 +91,22 @@ def compute_logps(
     `keep` computes or restores shards of whole batches, of at least `shard_size` items; the division changes no bits.
     `advance` is called with the number of items scored since its last call. Raises UserError if a log-prob is not finite.
     """
-    first = [0]
-    for item in items:
-        first.append(first[-1] + len(item.responses))
+    first = [0, *accumulate(len(item.responses) for item in items)]  # the number of each item's first response
     result = torch.empty(first[-1])
 
     @torch.inference_mode()
-    def score(plan: list[Rows]) -> list[dict]:
+    def score(plan: list[list[int]]) -> list[dict]:
         rows = []
-        for part in plan:
-            batch = collate(items, forward.layout, part)
-            where = [k for i in batch.items for k in range(first[i], first[i + 1])]
+        for chosen in plan:
+            batch = collate(items, forward.layout, chosen)
+            responses = [k for i in chosen for k in range(first[i], first[i + 1])]
             logps = sequence_logps(model, batch.to(model.device), forward).tolist()
-            rows += [{"response": k, "logp": logp} for k, logp in zip(where, logps, strict=True)]
-            advance(len(batch.items))
+            rows += [{"response": k, "logp": logp} for k, logp in zip(responses, logps, strict=True)]
+            advance(len(chosen))
         return rows
 
-    def content(plan: list[Rows]) -> str:
-        inside = [i for part in plan for chosen in part for i in chosen]
-        text = json.dumps([[items[i].prompt_ids, *items[i].responses] for i in inside])
+    def content(plan: list[list[int]]) -> str:
+        text = json.dumps([[items[i].prompt_ids, *items[i].responses] for chosen in plan for i in chosen])
         return hashlib.sha256(text.encode()).hexdigest()
 
     plans = list(_shards(forward.plan(items), shard_size))
@@ -129,15 +121,13 @@ def compute_logps(
     return result
 
 
-def _shards(plan: Sequence[Rows], size: int) -> Iterator[list[Rows]]:
+def _shards(plan: Sequence[list[int]], size: int) -> Iterator[list[list[int]]]:
     """Group consecutive batches into shards of at least `size` items."""
-    shard: list[Rows] = []
-    count = 0
-    for part in plan:
-        shard.append(part)
-        count += sum(map(len, part))
-        if count >= size:
+    shard: list[list[int]] = []
+    for chosen in plan:
+        shard.append(chosen)
+        if sum(map(len, shard)) >= size:
             yield shard
-            shard, count = [], 0
+            shard = []
     if shard:
         yield shard

@@ -1,7 +1,7 @@
 """Estimate the memory that a run needs, before weights are loaded.
 
 Weights, gradients and optimiser states are counted; activations are estimated by formulas for a Llama's layer.
-`python -m spin memory` (`memory_table.py`) prints which settings fit on which GPU.
+`benchmarks/memory_table.py` prints which settings fit on which GPU.
 """
 
 from collections.abc import Callable
@@ -74,7 +74,6 @@ class Load:
     plays: bool = True  # False if nothing is trained
     states: str = "fp32"  # the type of the optimiser's averages
     passes: int = 2  # micro-batches of a step
-    mask: int = 0  # tokens of a row under a dense mask; packed rows have none
     spread: Spread | None = None
 
 
@@ -170,7 +169,6 @@ def training(shape: Shape, load: Load) -> Needed:
     layer = tokens * _kept_by_layer(shape, width, load.checkpointing)
     between_layers = tokens * shape.width * width
     activations = shape.layers * between_layers + layer if load.checkpointing else shape.layers * layer
-    activations += tokens * load.mask * (1 + width)
     if load.quantization:  # a layer at a time is widened
         activations += shape.width * max(shape.inner, shape.queries) * width
     head = _head(shape, load, tokens, trained=not shape.adapter) + 3 * between_layers
@@ -186,7 +184,7 @@ def training(shape: Shape, load: Load) -> Needed:
 def scoring(shape: Shape, load: Load) -> Needed:
     """Log-probs without gradients: the activations of one layer at a time."""
     width, tokens = BYTES[load.precision], load.scoring_tokens
-    activations = tokens * (_passing(shape, width) + load.mask * (1 + width))
+    activations = tokens * _passing(shape, width)
     head = _head(shape, load, tokens, trained=False)
     return Needed("scoring", {"weights": _weights(shape, load), "activations": activations, "output layer": head})
 

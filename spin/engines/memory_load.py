@@ -79,6 +79,5 @@ def load_of(
         plays=config.stage == "game",
         states=config.optimizer.states,
         passes=-(-items * train_row // batch),
-        mask=max(engine.tokens_per_row, row) if engine.layout == "masked" else 0,
         spread=spread,
     )

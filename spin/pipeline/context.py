@@ -54,7 +54,6 @@ class Run:
             "precision": str(self.dtype).removeprefix("torch."),
             "device": self.device.type,
             "layout": engine.layout,
-            "tokens_per_row": engine.tokens_per_row,
             "tokens_per_batch": engine.tokens_per_batch,
             "head_chunk": engine.head_chunk,
         }
@@ -133,7 +132,7 @@ class Models:
         """
         if policy.id not in self._forwards:
             engine = self.config.engine
-            sizes = engine.tokens_per_row, engine.tokens_per_batch, engine.head_chunk
+            sizes = engine.tokens_per_batch, engine.head_chunk
             choice = choose_forward(model, self.samples, engine.layout, *sizes, self.longest)
             forward, remark = self.ranks.broadcast(choice)  # ranks may have different processors
             if remark and forward not in self._forwards.values():

@@ -38,7 +38,6 @@ composed, load = hydra.compose, hydra.load
         ("seed=x", "seed=x: must be a whole number"),
         ("data.max_length=20", "must exceed data.max_prompt_length"),
         ("data.template=plain", "data.template=plain: must be chat, paper, or a text with {prompt}"),
-        ("engine.tokens_per_batch=8", "must be engine.tokens_per_row"),
         ("schedule.iterations=0", "schedule.iterations=0: must be 1 or more"),
         ("generation.temperature=-1", "generation.temperature=-1"),
         ("generation.top_p=0", "generation.top_p=0: must be above 0"),

@@ -21,7 +21,7 @@ from spin.models.load import load_policy
 from spin.models.policy import Policy, content_id
 from tests.conftest import BODY, CONFIGS, SMALL, random_items, small_model
 
-PACKED = Forward("packed", "chunked", 256, 512, 16)
+PACKED = Forward("packed", "chunked", 512, 16)
 OTHERS = {
     "olmo2": tf.Olmo2Config(**SMALL, **BODY),
     "phi3": tf.Phi3Config(**SMALL, **BODY),
@@ -77,7 +77,7 @@ def gradients(model: tf.PreTrainedModel, forward: Forward) -> tuple[torch.Tensor
 @pytest.mark.parametrize("name", [*CONFIGS, *OTHERS])
 def test_same_logps_and_gradients(name, dtype):
     plain, lean = model_of(name, dtype), model_of(name, dtype)
-    forward, _ = choose_forward(plain, random_items(3), "auto", 256, 512, 16, longest=64)
+    forward, _ = choose_forward(plain, random_items(3), "auto", 512, 16, longest=64)
     for model in (plain, lean):
         uneven(model)
     save_less_for_backward(lean)
