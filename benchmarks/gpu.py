@@ -56,8 +56,7 @@ def measure(folder: Path, device, count: int, steps: int, small: bool) -> list[t
     import torch
 
     from spin.config import schema
-    from spin.engines.layouts import choose_forward
-    from spin.engines.logps import compute_logps
+    from spin.engines.logps import choose_forward, compute_logps
     from spin.engines.single import SingleEngine
     from spin.generation.sampling import generate_answers
     from spin.method.pairs import as_continuations, with_opponent_logps

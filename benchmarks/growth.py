@@ -97,8 +97,7 @@ def random_pairs(count: int, answer: int) -> list:
 def loaded(folder, dtype, device, pairs):
     """The model, and how pairs go through it; what is done once is done."""
     from spin.config import schema
-    from spin.engines.layouts import choose_forward
-    from spin.engines.logps import compute_logps
+    from spin.engines.logps import choose_forward, compute_logps
     from spin.method.pairs import as_continuations
     from spin.models.load import load_model
 

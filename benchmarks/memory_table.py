@@ -11,8 +11,8 @@ from transformers import LlamaConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from spin.engines.device_memory import GIB  # noqa: E402
-from spin.engines.memory import CONTEXT, RANK, RESERVED, Load, Spread, format_gib, shape_of, stages  # noqa: E402
+from spin.engines.device_memory import GIB
+from spin.engines.memory import CONTEXT, RANK, RESERVED, Load, Spread, format_gib, shape_of, stages
 
 SIZES = (12, 16, 24, 40, 80, 141)  # of GPUs, in GiB
 # From the models' published configs; the 135M model is the embedded one.

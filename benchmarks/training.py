@@ -154,8 +154,7 @@ def spin(workload, pairs, batch_size, dtype):
     import torch
 
     from spin.config import schema
-    from spin.engines.layouts import choose_forward
-    from spin.engines.logps import compute_logps
+    from spin.engines.logps import choose_forward, compute_logps
     from spin.engines.single import SingleEngine
     from spin.method.pairs import as_continuations
     from spin.method.training import _order, train_spin

@@ -65,7 +65,7 @@ class Load:
     quantization: str | None
     training_tokens: int  # of the largest micro-batch
     scoring_tokens: int
-    row: int  # tokens of the longest item in a batch, as `item_tokens` counts them
+    row: int  # tokens of the longest item in a batch: a packed row, or a padded row for each answer
     head_chunk: int
     decoded: int  # answers that are decoded together
     prompt: int  # tokens of the longest prompt
@@ -87,12 +87,6 @@ class Needed:
     @property
     def total(self) -> float:
         return sum(self.parts.values())
-
-
-def item_tokens(prompt: int, real: int, new: int, num_answers: int, padded: bool) -> int:
-    """Tokens of a prompt, its human answer and `num_answers` generated ones of `new` tokens in a batch: the prompt once in a
-    packed row, or a padded row for each answer."""
-    return (1 + num_answers) * (prompt + max(real, new)) if padded else prompt + real + num_answers * new
 
 
 def shape_of(architecture: PretrainedConfig, rank: int = 0) -> Shape:
@@ -118,11 +112,6 @@ def shape_of(architecture: PretrainedConfig, rank: int = 0) -> Shape:
         inner=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         vocabulary=text.vocab_size,
     )
-
-
-def with_adapter(shape: Shape, numbers: int) -> Shape:
-    """The same model with an adapter of `numbers` weights, which alone are trained."""
-    return replace(shape, adapter=numbers, largest=min(shape.largest, numbers))
 
 
 def bytes_per_weight(

@@ -13,8 +13,7 @@ from spin.data.examples import Dataset, load_dataset
 from spin.engines.base import Engine, select_device, select_dtype
 from spin.engines.device_memory import release_free_memory
 from spin.engines.disk import policy_bytes
-from spin.engines.layouts import choose_forward
-from spin.engines.logps import Forward
+from spin.engines.logps import Forward, choose_forward
 from spin.engines.packing import Continuations
 from spin.engines.single import SingleEngine
 from spin.models.find import find_model

@@ -12,8 +12,7 @@ from spin.config.schema import EngineConfig, ModelConfig, OptimizerConfig
 from spin.engines import activations
 from spin.engines.activations import save_less_for_backward
 from spin.engines.base import checkpoint_activations
-from spin.engines.layouts import choose_forward
-from spin.engines.logps import Forward, reference_logps, sequence_logps
+from spin.engines.logps import Forward, choose_forward, reference_logps, sequence_logps
 from spin.engines.single import SingleEngine
 from spin.models.adapters import Lora
 from spin.models.find import fresh_adapter

@@ -12,8 +12,7 @@ from spin.engines import attention
 from spin.engines import head as head_module
 from spin.engines.flex import block_mask
 from spin.engines.head import ResponseHead
-from spin.engines.layouts import choose_forward
-from spin.engines.logps import Forward, compute_logps, sequence_logps
+from spin.engines.logps import Forward, choose_forward, compute_logps, sequence_logps
 from spin.engines.packing import Continuations
 from spin.runtime.errors import UserError
 from tests.conftest import BODY, CONFIGS, SMALL, random_items, small_model
@@ -86,7 +85,7 @@ def test_wrong_layout_refused(monkeypatch):
     """Packed rows whose attention ignores the window differ silently without the check."""
     monkeypatch.setattr(attention, "_causal", lambda query, window: {"is_causal": True})
     model, items = small_model("mistral-short-window"), random_items(4)
-    with pytest.raises(UserError, match="packed rows .* differs from the model's own forward"):
+    with pytest.raises(UserError, match=r"packed rows .* differs from the model's own forward"):
         choose_forward(model, items, "packed", 128, 7, longest=64)
     forward, remark = choose_forward(model, items, "auto", 128, 7, longest=64)
     assert forward.layout == "padded" and "differs from the model's own forward" in remark

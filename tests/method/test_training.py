@@ -112,9 +112,7 @@ def test_wrong_opponent_is_found(tiny_folder):
         check_first_step(nan, nan, torch.full((4,), torch.nan), make_objective(LossConfig.from_defaults(), 0), 0.1)
 
 
-@pytest.mark.parametrize(
-    "forward", [PADDED, Forward("packed", "chunked", 300, 64), Forward("packed", "full", 64, 1)]
-)
+@pytest.mark.parametrize("forward", [PADDED, Forward("packed", "chunked", 300, 64), Forward("packed", "full", 64, 1)])
 def test_gradient_does_not_depend_on_micro_batches(tiny_folder, forward):
     """Micro-batches of unequal numbers of pairs give the gradient of the mean over pairs."""
     pairs = pairs_of(11)

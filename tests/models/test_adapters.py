@@ -11,8 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from spin.config.schema import EngineConfig, ModelConfig, OptimizerConfig
-from spin.engines.layouts import choose_forward
-from spin.engines.logps import Forward, compute_logps, reference_logps
+from spin.engines.logps import Forward, choose_forward, compute_logps, reference_logps
 from spin.engines.packing import Continuations
 from spin.engines.single import SingleEngine
 from spin.method.pairs import Pair, read_pairs, with_opponent_logps
