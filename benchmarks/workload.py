@@ -83,10 +83,10 @@ def find_start(words: Sequence[str] = ()) -> "Policy":
 def find_forward(model: Any, items: Sequence["Continuations"], engine: Any = None) -> "Forward":
     """How the settings `engine`, by default the project's, compute log-probs of `items`."""
     from spin.config.schema import EngineConfig
-    from spin.engines.layouts import choose_forward
+    from spin.engines.logps import choose_forward
 
     engine = engine or EngineConfig.from_defaults()
-    sizes = engine.tokens_per_row, engine.tokens_per_batch, engine.head_chunk
+    sizes = engine.tokens_per_batch, engine.head_chunk
     forward, note = choose_forward(model, items, engine.layout, *sizes, max(item.tokens for item in items))
     if note:
         print(note, file=sys.stderr)

@@ -81,7 +81,7 @@ def answer_logps(policy: Path, prompts: Sequence[str], answers: Sequence[Sequenc
     for prompt, said in zip(encoded, answers, strict=True):
         responses = encode_responses(tokenizer, [prompt] * len(said), said, TEMPLATE)
         items.append(Continuations(prompt[1], tuple((*response, tokenizer.eos_token_id) for response in responses)))
-    forward = Forward("padded", "chunked", 16, 16384, 4096)
+    forward = Forward("padded", "chunked", 16384, 4096)
     return compute_logps(model, items, forward).view(len(prompts), -1).double().numpy()
 
 

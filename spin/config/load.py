@@ -74,8 +74,6 @@ def _training_rules(config: Config) -> Iterator[Rule]:
         chosen = getattr(config, group)
         is_default = getattr(chosen, name) == base_values()[group][name]
         yield is_default or chosen.name in names, key, f"has no effect with {group}={chosen.name}"
-    fits = engine.tokens_per_batch >= engine.tokens_per_row
-    yield fits, "engine.tokens_per_batch", f"must be engine.tokens_per_row={engine.tokens_per_row} or more"
     if engine.name == "deepspeed":
         shards = engine.zero_stage > 0 or not engine.offload_optimizer
         yield shards, "engine.offload_optimizer", "needs engine.zero_stage of 1 or more"

@@ -124,8 +124,7 @@ class EngineConfig(Section):
     name: Literal["single", "deepspeed"]
     device: str
     precision: Literal["auto", "fp32", "bf16"]
-    layout: Literal["auto", "packed", "masked", "padded"]
-    tokens_per_row: Count
+    layout: Literal["auto", "packed", "padded"]
     tokens_per_batch: Count
     head_chunk: Count
     gradient_checkpointing: bool

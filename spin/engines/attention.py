@@ -134,7 +134,8 @@ _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 def _cut(row: Tensor, shared: int, lengths: list[int]) -> tuple[Tensor, ...]:
     """[1, length, heads, width] -> parts [length, key heads, query heads per key head or 1, width], in the compute type."""
-    kind = torch.float32 if row.dtype == torch.bfloat16 and emulates_bf16(row.device) else row.dtype
+    is_emulated = row.dtype == torch.bfloat16 and not torch.cpu.get_capabilities().get("amx_bf16")
+    kind = torch.float32 if is_emulated else row.dtype
     return row[0].to(kind).unflatten(1, (shared, -1)).split(lengths)
 
 
@@ -146,20 +147,9 @@ def _sequence(rows: Sequence[Sequence[Tensor]], first: int, prompt: int, part: i
 
 def _causal(query: Tensor, window: int | None) -> dict[str, Any]:
     length = query.shape[2]
-    if window and length > window:
-        mask = _window_mask(length, window, query.device)
-        return {
-            "is_causal": False,
-            "attn_mask": torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf),
-        }
-    return {"is_causal": True}
-
-
-def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
-    """bool [1, 1, length, length]: True for the last `window` tokens up to and including the query's."""
-    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
-    return ((distance >= 0) & (distance < window))[None, None]
-
-
-def emulates_bf16(device: torch.device) -> bool:
-    return device.type == "cpu" and not torch.cpu.get_capabilities().get("amx_bf16")
+    if not window or length <= window:
+        return {"is_causal": True}
+    distance = torch.arange(length, device=query.device)[:, None] - torch.arange(length, device=query.device)
+    hidden = (distance < 0) | (distance >= window)
+    mask = torch.zeros(1, 1, length, length, dtype=query.dtype, device=query.device).masked_fill_(hidden, -torch.inf)
+    return {"is_causal": False, "attn_mask": mask}

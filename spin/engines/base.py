@@ -1,8 +1,8 @@
 """The interface of the engines, and their choice of device and precision."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -10,9 +10,12 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from spin.config.schema import EngineConfig
+from spin.engines.activations import save_less_for_backward
 from spin.engines.logps import Forward
 from spin.engines.packing import Batch, Continuations
-from spin.runtime.errors import UserError
+from spin.models.load import load_policy, saved_buffers, trained_parameters
+from spin.models.policy import Policy
+from spin.runtime.errors import explaining
 from spin.runtime.process_group import ProcessGroup
 
 # The files of a checkpoint: the fp32 masters by name, and the optimiser states as "<state>.<name>", flat.
@@ -24,12 +27,8 @@ def select_device(config: EngineConfig) -> torch.device:
     name = config.device
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
+    with explaining(f"engine.device={name} is not available", "use engine.device=auto or cpu"):
         torch.empty(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(
-            f"engine.device={name}: {str(error).splitlines()[0]}. Use engine.device=auto or cpu."
-        ) from error
     return torch.device(name)
 
 
@@ -42,58 +41,73 @@ def select_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
         return {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    return torch.bfloat16 if device.type == "cpu" and _cpu_has_bf16() else torch.float32
+    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return torch.bfloat16 if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else torch.float32
 
 
-def _cpu_has_bf16() -> bool:
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
-
-
-class Engine(Protocol):
+class Engine(ABC):
     """Holds a model in training and its optimiser, in one process (`SingleEngine`) or several (`DeepSpeedEngine`).
 
     With several ranks, every rank calls every method, in the same order.
     """
 
-    model: PreTrainedModel
-    dtype: torch.dtype
-    device: torch.device
-    ranks: ProcessGroup
+    def __init__(
+        self, policy: Policy, dtype: torch.dtype, device: torch.device, engine: EngineConfig, ranks: ProcessGroup
+    ):
+        """Load the policy, which computes in `dtype` on `device`."""
+        self.policy, self.dtype, self.device, self.ranks = policy, dtype, device, ranks
+        # ZeRO 3 partitions the weights from the CPU, one after another: no device has to hold them all.
+        is_partitioned = engine.name == "deepspeed" and engine.zero_stage == 3
+        self.model = load_policy(policy, dtype, torch.device("cpu") if is_partitioned else device)
+        if engine.gradient_checkpointing:
+            checkpoint_activations(self.model)
+        save_less_for_backward(self.model, in_checkpoints=engine.gradient_checkpointing)
+        self.trained = trained_parameters(self.model, policy)
+        self.buffers = saved_buffers(self.model)
 
+    @abstractmethod
     def micro_batches(self, items: Sequence[Continuations], forward: Forward) -> Iterator[tuple[Batch, float]]:
         """The batches of one step's `items` on this rank, each with its weight in the loss.
 
         The weight is 1, or 0 for a batch that only keeps this rank in step with the others.
         """
 
+    @abstractmethod
     def logps(self, batch: Batch, forward: Forward) -> Tensor:
         """The log-prob of each response, fp32 [batch.responses], with gradients: see `sequence_logps`."""
 
+    @abstractmethod
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of `loss`, a scalar, to those of the step."""
 
+    @abstractmethod
     def step(self, lr: float) -> float:
         """Clip the gradients, update the masters with learning rate `lr`, and clear the gradients.
 
         Returns the norm before clipping. If it is not finite, nothing is updated.
         """
 
+    @abstractmethod
     def skip_step(self) -> float:
         """Clear the gradients without an update. Returns NaN in place of a norm."""
 
     def mean(self, values: Sequence[Tensor]) -> float:
         """The mean over all entries of all tensors, and over all ranks."""
+        return self.ranks.mean(torch.cat([value.reshape(-1).cpu() for value in values]))
 
+    @abstractmethod
     def save(self, folder: Path) -> None:
         """Write the fp32 masters and the tokenizer as a Hugging Face model folder."""
 
+    @abstractmethod
     def save_state(self, folder: Path) -> None:
         """Write the masters and the optimiser states, which the next step needs."""
 
+    @abstractmethod
     def load_state(self, folder: Path) -> None:
         """Restore what `save_state` wrote: training continues with the same bits."""
 
+    @abstractmethod
     def close(self) -> None:
         """Release the hooks and memory that would outlive the engine."""
 

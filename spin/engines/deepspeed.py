@@ -24,13 +24,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spin.config.schema import EngineConfig, OptimizerConfig
-from spin.engines.activations import save_less_for_backward
-from spin.engines.base import MASTERS, OPTIMIZER, checkpoint_activations
+from spin.engines.base import MASTERS, OPTIMIZER, Engine
 from spin.engines.head import OutputLayer
 from spin.engines.logps import Forward, sequence_logps
 from spin.engines.optimizers import STATES
 from spin.engines.packing import Batch, Continuations, balance_by_tokens, collate
-from spin.models.load import load_policy, masters_of, saved_buffers, trained_parameters
+from spin.models.load import masters_of
 from spin.models.policy import Policy
 from spin.models.save import save_model
 from spin.runtime.errors import UserError
@@ -75,7 +74,7 @@ class _Root(torch.nn.Module):
         return sequence_logps(self.model, batch, forward, self.head)
 
 
-class DeepSpeedEngine:
+class DeepSpeedEngine(Engine):
     """An `Engine` on all ranks together: each rank must call each method, in the same order.
 
     DeepSpeed is initialised at the first use after `load_state`, so a checkpoint is read before its tensors are partitioned.
@@ -90,17 +89,10 @@ class DeepSpeedEngine:
         optimizer: OptimizerConfig,
         ranks: ProcessGroup,
     ):
-        self.policy, self.dtype, self.device, self.ranks = policy, dtype, device, ranks
+        super().__init__(policy, dtype, device, engine, ranks)
         self.stage, self.offload = engine.zero_stage, engine.offload_optimizer
         self.config = optimizer
-        # Stage 3 partitions the weights from the CPU, one after another: no device has to hold them all.
-        self.model = load_policy(policy, dtype, torch.device("cpu") if self.stage == 3 else device)
-        if engine.gradient_checkpointing:
-            checkpoint_activations(self.model)
-        save_less_for_backward(self.model, in_checkpoints=engine.gradient_checkpointing)
-        self.trained = trained_parameters(self.model, policy)
         self.shapes = {name: weight.shape for name, weight in self.trained.items()}
-        self.buffers = saved_buffers(self.model)
         self.updates = 0
         self._checkpoint: Path | None = None  # to go on from
         self._initialized: Any = None
@@ -235,31 +227,27 @@ class DeepSpeedEngine:
     # --- the engine's interface ---------------------------------------------------------------------------------------
 
     def micro_batches(self, items: Sequence[Continuations], forward: Forward) -> Iterator[tuple[Batch, float]]:
-        """This rank's batches of a step's `items`, with weight 1. A rank with fewer batches than the others repeats an item
-        with weight 0, as all ranks must run equally many forward passes."""
+        # All ranks must run equally many forward passes: one with fewer batches repeats an item with weight 0.
         shares = balance_by_tokens(items, self.ranks.size)
         plans = [forward.plan([items[i] for i in share]) for share in shares]
         share, plan = shares[self.ranks.rank], plans[self.ranks.rank]
-        batches = [[[share[k] for k in row] for row in rows] for rows in plan]
+        batches = [[share[k] for k in chosen] for chosen in plan]
         shortest = min(range(len(items)), key=lambda i: items[i].tokens)
         count = max(map(len, plans))
         for k in range(count):
             self._ds.set_gradient_accumulation_boundary(k == count - 1)
-            rows, weight = (batches[k], 1.0) if k < len(batches) else ([[shortest]], 0.0)
-            yield collate(items, forward.layout, rows), weight
+            chosen, weight = (batches[k], 1.0) if k < len(batches) else ([shortest], 0.0)
+            yield collate(items, forward.layout, chosen), weight
 
     def logps(self, batch: Batch, forward: Forward) -> Tensor:
-        """[batch.responses], with gradients: see `sequence_logps`."""
         return self._ds(batch.to(self.device), forward)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of `loss`, this rank's part of the step's, to those of the step."""
         # DeepSpeed averages over ranks. The gradients of a non-finite loss must be non-finite, so that `step` skips it.
         scale = self.ranks.size if loss.isfinite() else math.nan
         self._ds.backward(loss * scale)
 
     def step(self, lr: float) -> float:
-        """As `SingleEngine.step`."""
         norm = None
         if self.stage == 0 and self.dtype == torch.float32:  # where DeepSpeed does not check the norm
             grads = [weight.grad for weight in self.trained.values() if weight.grad is not None]
@@ -276,23 +264,16 @@ class DeepSpeedEngine:
         return float(self._ds.get_global_grad_norm()) if norm is None else norm
 
     def skip_step(self) -> float:
-        """Drop the gradients of a step whose loss is not finite (see `backward`). Returns NaN."""
-        norm = self.step(0.0)
+        norm = self.step(0.0)  # whose loss is not finite: see `backward`
         assert not math.isfinite(norm)
         return math.nan
 
-    def mean(self, values: Sequence[Tensor]) -> float:
-        """The mean over all entries of all tensors of all ranks."""
-        return self.ranks.mean(torch.cat([value.reshape(-1).cpu() for value in values]))
-
     def save(self, folder: Path) -> None:
-        """As `SingleEngine.save`, by rank 0. The engine stays usable."""
         masters = self._gather_masters(self._ds)
         if self.ranks.is_main_process:
             save_model(self.model, {**self.buffers, **masters}, self.policy, folder)
 
     def save_state(self, folder: Path) -> None:
-        """As `SingleEngine.save_state`, by rank 0."""
         masters = self._gather_masters(self._ds)
         if self.ranks.is_main_process:
             save_file(masters, folder / MASTERS)
@@ -315,7 +296,6 @@ class DeepSpeedEngine:
         self._checkpoint = folder
 
     def close(self) -> None:
-        """Free what DeepSpeed holds, after which the engine can't be used."""
         ds, self._initialized, self._closed = self._initialized, None, True
         if ds is None:
             return

@@ -1,23 +1,21 @@
 """Optimisers with 8-bit states, by bitsandbytes."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spin.config.schema import OptimizerConfig
-from spin.engines.rounding import combine, residual_bits
+from spin.engines.optimizers import Tensors, combine, residual_bits
 from spin.models.quantization import import_bitsandbytes
 
 
 class EightBit:
     """bitsandbytes' RMSprop or AdamW with the interface of `Optimizer`: one optimiser for each weight."""
 
-    def __init__(self, config: OptimizerConfig, weights: Mapping[str, Tensor]):
+    def __init__(self, config: OptimizerConfig, weights: Tensors):
         import_bitsandbytes()
         import bitsandbytes
 
@@ -33,14 +31,7 @@ class EightBit:
         self.parameters = {name: torch.nn.Parameter(torch.empty(0, device=w.device)) for name, w in weights.items()}
         self.optimizers = {name: make(parameter) for name, parameter in self.parameters.items()}
 
-    def step(
-        self,
-        weights: Mapping[str, Tensor],
-        residuals: Mapping[str, Tensor],
-        grads: Mapping[str, Tensor],
-        lr: float,
-        scale: float,
-    ) -> None:
+    def step(self, weights: Tensors, residuals: Tensors, grads: Tensors, lr: float, scale: float) -> None:
         """As `Optimizer.step`."""
         for name, grad in grads.items():
             weight, residual = weights[name], residuals.get(name)
@@ -67,9 +58,8 @@ class EightBit:
 
     def load(self, file: Path) -> None:
         """Restore what `save` wrote."""
-        with safe_open(file, "pt") as saved:
-            for entry in saved.keys():
-                key, _, name = entry.partition(".")
-                value = saved.get_tensor(entry).clone()
-                state = self.optimizers[name].state[self.parameters[name]]
-                state[key] = value.item() if value.ndim == 0 else value.to(self.parameters[name].device)
+        for entry, value in load_file(file).items():
+            key, _, name = entry.partition(".")
+            parameter = self.parameters[name]
+            state = self.optimizers[name].state[parameter]
+            state[key] = value.clone().to(parameter.device) if value.ndim else value.item()

@@ -42,7 +42,7 @@ class ResponseHead(torch.autograd.Function):
         normalisers = torch.full_like(logps, -torch.inf)
         for part, blocks in vocabulary_pieces(target, len(weight), chunk):
             for block, rows, words in blocks:
-                logits, _ = _logits(hidden[block], weight[part], bias if bias is None else bias[part], scale, cap)
+                logits, _ = _logits(hidden[block], weight, bias, part, scale, cap)
                 logps[block][rows] = logits[rows, words]
                 torch.logaddexp(normalisers[block], logits.logsumexp(-1), out=normalisers[block])
         logps -= normalisers
@@ -54,18 +54,15 @@ class ResponseHead(torch.autograd.Function):
     def backward(ctx, *grads):
         (grad,) = grads
         hidden, weight, bias, target, normalisers = ctx.saved_tensors
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         # Products are in the weights' type; their sums over pieces are in fp32.
-        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if need_hidden else None
-        grad_weight = torch.empty_like(weight) if need_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if need_bias else None
+        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
+        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         slopes = weight.new_empty(len(hidden), min(ctx.chunk, len(weight)))  # of one piece
         for part, blocks in vocabulary_pieces(target, len(weight), ctx.chunk):
             slopes = slopes[:, : part.stop - part.start]
             for block, rows, words in blocks:
-                logits, squashed = _logits(
-                    hidden[block], weight[part], bias if bias is None else bias[part], ctx.scale, ctx.cap
-                )
+                logits, squashed = _logits(hidden[block], weight, bias, part, ctx.scale, ctx.cap)
                 # d logp / d logits = onehot(target) - softmax(logits)
                 slope = logits.sub_(normalisers[block, None]).exp_().mul_(-grad[block, None])
                 slope[rows, words] += grad[block][rows]
@@ -76,16 +73,11 @@ class ResponseHead(torch.autograd.Function):
                 if grad_bias is not None:
                     grad_bias[part] += slope.sum(0)
                 slopes[block] = slope
-                if grad_hidden is not None:
-                    grad_hidden[block] += slopes[block] @ weight[part]
+                grad_hidden[block] += slopes[block] @ weight[part]
             if grad_weight is not None:
                 torch.mm(slopes.T, hidden, out=grad_weight[part])
-        return (
-            grad_hidden.to(hidden.dtype) if grad_hidden is not None else None,
-            grad_weight,
-            grad_bias.to(bias.dtype) if grad_bias is not None else None,
-            *[None] * 4,
-        )
+        grad_bias = grad_bias if grad_bias is None else grad_bias.to(bias.dtype)
+        return grad_hidden.to(hidden.dtype), grad_weight, grad_bias, *[None] * 4
 
 
 BLOCK = {"cpu": 256}  # positions whose logits are computed together; all of them on a GPU
@@ -114,8 +106,9 @@ def vocabulary_pieces(
         yield slice(start, min(start + chunk, words)), in_piece
 
 
-def _logits(hidden, weight, bias, scale, cap):
-    logits = torch.nn.functional.linear(hidden, weight, bias).float()
+def _logits(hidden, weight, bias, part, scale, cap):
+    """Logits of the words in `part`, and their hyperbolic tangents if there is a cap."""
+    logits = torch.nn.functional.linear(hidden, weight[part], None if bias is None else bias[part]).float()
     if scale != 1:
         logits *= scale
     if not cap:

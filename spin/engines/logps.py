@@ -5,41 +5,45 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spin.engines.attention import use_packed_attention
+from spin.engines.attention import PACKED_ATTENTION, attention_window, use_packed_attention
 from spin.engines.flex import FLEX_BLOCK, block_mask
 from spin.engines.head import OutputLayer, logit_transform
-from spin.engines.packing import Batch, Continuations, Rows, collate, plan_batches
-from spin.runtime.errors import UserError
+from spin.engines.packing import Batch, Continuations, collate, plan_batches
+from spin.runtime.errors import UserError, brief, user_message
 from spin.runtime.shards import Shard, ShardDriver, compute_shards
+
+LAYOUTS = ("packed", "padded")  # the fastest first
+# The largest difference due to rounding, in nats per response token (|difference of sums| / tokens): several times that
+# of the embedded model, and less than a wrong mask causes.
+TOKEN_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.03}
 
 
 @dataclass(frozen=True)
 class Forward:
     """How log-probs are computed; all ways agree up to rounding.
 
-    layout: "packed" (one row per batch, prompts shared, attention over each sequence), "masked" (several such rows under a
-    dense mask, for models that need their own attention) or "padded". head: "chunked" (logits of response positions only, in
-    pieces of `head_chunk` words that are not stored) or "full" (the model's own logits, for heads that are not one product).
+    layout: "packed" (one row per batch, prompts shared, attention over each sequence) or "padded", for models that need
+    their own attention. head: "chunked" (logits of response positions only, in pieces of `head_chunk` words that are not
+    stored) or "full" (the model's own logits, for heads that are not one product).
     """
 
     layout: str
     head: str
-    tokens_per_row: int
     tokens_per_batch: int
     head_chunk: int
 
-    def plan(self, items: Sequence[Continuations]) -> list[Rows]:
-        return plan_batches(items, self.layout, self.tokens_per_row, self.tokens_per_batch)
+    def plan(self, items: Sequence[Continuations]) -> list[list[int]]:
+        return plan_batches(items, self.layout, self.tokens_per_batch)
 
     def batches(self, items: Sequence[Continuations]) -> Iterator[Batch]:
         """Yield the batches of `items` one by one: all their tensors together could exceed memory."""
-        for rows in self.plan(items):
-            yield collate(items, self.layout, rows)
+        return (collate(items, self.layout, chosen) for chosen in self.plan(items))
 
 
 def sequence_logps(model: PreTrainedModel, batch: Batch, forward: Forward, head: "OutputLayer | None" = None) -> Tensor:
@@ -60,10 +64,6 @@ def sequence_logps(model: PreTrainedModel, batch: Batch, forward: Forward, head:
 
 def _inputs(model: PreTrainedModel, batch: Batch, layout: str) -> dict:
     ids, positions, mask = batch.input_ids, batch.position_ids, batch.attention_mask
-    if layout == "masked":
-        # Additive, in the compute type: every layer would convert a boolean mask again.
-        allowed, lowest = mask, torch.finfo(model.dtype).min
-        mask = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill_(~allowed, lowest)
     if layout == "packed":
         use_packed_attention(model)
         if ids.is_cuda:
@@ -96,25 +96,22 @@ def compute_logps(
     `keep` computes or restores shards of whole batches, of at least `shard_size` items; the division changes no bits.
     `advance` is called with the number of items scored since its last call. Raises UserError if a log-prob is not finite.
     """
-    first = [0]
-    for item in items:
-        first.append(first[-1] + len(item.responses))
+    first = [0, *accumulate(len(item.responses) for item in items)]  # the number of each item's first response
     result = torch.empty(first[-1])
 
     @torch.inference_mode()
-    def score(plan: list[Rows]) -> list[dict]:
+    def score(plan: list[list[int]]) -> list[dict]:
         rows = []
-        for part in plan:
-            batch = collate(items, forward.layout, part)
-            where = [k for i in batch.items for k in range(first[i], first[i + 1])]
+        for chosen in plan:
+            batch = collate(items, forward.layout, chosen)
+            responses = [k for i in chosen for k in range(first[i], first[i + 1])]
             logps = sequence_logps(model, batch.to(model.device), forward).tolist()
-            rows += [{"response": k, "logp": logp} for k, logp in zip(where, logps, strict=True)]
-            advance(len(batch.items))
+            rows += [{"response": k, "logp": logp} for k, logp in zip(responses, logps, strict=True)]
+            advance(len(chosen))
         return rows
 
-    def content(plan: list[Rows]) -> str:
-        inside = [i for part in plan for chosen in part for i in chosen]
-        text = json.dumps([[items[i].prompt_ids, *items[i].responses] for i in inside])
+    def content(plan: list[list[int]]) -> str:
+        text = json.dumps([[items[i].prompt_ids, *items[i].responses] for chosen in plan for i in chosen])
         return hashlib.sha256(text.encode()).hexdigest()
 
     plans = list(_shards(forward.plan(items), shard_size))
@@ -129,15 +126,80 @@ def compute_logps(
     return result
 
 
-def _shards(plan: Sequence[Rows], size: int) -> Iterator[list[Rows]]:
+def _shards(plan: Sequence[list[int]], size: int) -> Iterator[list[list[int]]]:
     """Group consecutive batches into shards of at least `size` items."""
-    shard: list[Rows] = []
-    count = 0
-    for part in plan:
-        shard.append(part)
-        count += sum(map(len, part))
-        if count >= size:
+    shard: list[list[int]] = []
+    for chosen in plan:
+        shard.append(chosen)
+        if sum(map(len, shard)) >= size:
             yield shard
-            shard, count = [], 0
+            shard = []
     if shard:
         yield shard
+
+
+# --- the choice of a forward ------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def choose_forward(
+    model: PreTrainedModel,
+    items: Sequence[Continuations],
+    layout: str,
+    tokens_per_batch: int,
+    head_chunk: int,
+    longest: int,
+) -> tuple[Forward, str | None]:
+    """Choose the fastest forward that agrees with the model's own on a few of `items`.
+
+    A wrong attention mask or head raises no error, so each candidate's log-probs are compared with `reference_logps`.
+    `longest` is the largest number of tokens of any item of the run, which may exceed an attention window where the
+    sample does not. Returns the forward, and a note if it is not the first choice. Raises UserError if no candidate that
+    `layout` allows agrees with the model.
+    """
+    sample = list(items[:4])
+    window = attention_window(model)
+    if window and window < longest:  # include a sequence longer than the window
+        ids = [token for item in items for response in item.responses for token in response]
+        count = min(longest, window + 32) - len(items[0].prompt_ids)
+        sample.append(Continuations(items[0].prompt_ids, (tuple((ids * -(-count // len(ids)))[:count]), ids[:1])))
+    expected = torch.stack([logps.sum() for item in sample for logps in reference_logps(model, item)]).cpu()
+    tokens = sum(len(response) for item in sample for response in item.responses)
+    candidates = [(ly, head) for head in ("chunked", "full") for ly in LAYOUTS if layout in ("auto", ly)]
+    refused: list[str] = []
+    for candidate_layout, head in candidates:
+        forward = Forward(candidate_layout, head, tokens_per_batch, head_chunk)
+        reason = _unpackable(model, longest) if candidate_layout == "packed" else None
+        if reason is None:
+            try:
+                found = compute_logps(model, sample, forward)
+            except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+                if candidate_layout == "padded" or (user_message(error) and not isinstance(error, UserError)):
+                    raise
+                reason = f"the model does not support it ({brief(error)})"
+            else:
+                off = ((found - expected).abs().sum() / tokens).item()
+                if off <= TOKEN_TOLERANCE.get(model.dtype, 0.03):
+                    return forward, f"using the {candidate_layout} layout: {'; '.join(refused)}" if refused else None
+                reason = f"differs from the model's own forward by {off:.2g} nats per token"
+        refused.append(f"{candidate_layout} rows with the {head} head: {reason}")
+    hint = "use engine.layout=auto" if layout != "auto" else "try engine.precision=fp32"
+    raise UserError(
+        f"engine.layout={layout}: no log-prob computation agrees with the model's own forward: "
+        f"{'; '.join(refused)}; {hint}."
+    )
+
+
+def _unpackable(model: PreTrainedModel, longest: int) -> str | None:
+    """The reason why the model's config rules out packed rows, or None."""
+    config = model.config.get_text_config()
+    if config._attn_implementation not in ("sdpa", PACKED_ATTENTION):
+        return f"its attention ({config._attn_implementation}) is not SDPA"
+    window = attention_window(model)
+    # Packed rows on a CPU apply the window to each sequence; a GPU's block mask has none.
+    if window and window < longest and model.device.type != "cpu":
+        return f"its attention window of {window} is shorter than an item"
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if not kinds <= {"full_attention", "sliding_attention"}:
+        return f"it has layers other than attention ({', '.join(sorted(kinds))})"
+    return None

@@ -1,7 +1,7 @@
 """Estimate the memory that a run needs, before weights are loaded.
 
 Weights, gradients and optimiser states are counted; activations are estimated by formulas for a Llama's layer.
-`python -m spin memory` (`memory_table.py`) prints which settings fit on which GPU.
+`benchmarks/memory_table.py` prints which settings fit on which GPU.
 """
 
 from collections.abc import Callable
@@ -65,7 +65,7 @@ class Load:
     quantization: str | None
     training_tokens: int  # of the largest micro-batch
     scoring_tokens: int
-    row: int  # tokens of the longest item in a batch, as `item_tokens` counts them
+    row: int  # tokens of the longest item in a batch: a packed row, or a padded row for each answer
     head_chunk: int
     decoded: int  # answers that are decoded together
     prompt: int  # tokens of the longest prompt
@@ -74,7 +74,6 @@ class Load:
     plays: bool = True  # False if nothing is trained
     states: str = "fp32"  # the type of the optimiser's averages
     passes: int = 2  # micro-batches of a step
-    mask: int = 0  # tokens of a row under a dense mask; packed rows have none
     spread: Spread | None = None
 
 
@@ -88,12 +87,6 @@ class Needed:
     @property
     def total(self) -> float:
         return sum(self.parts.values())
-
-
-def item_tokens(prompt: int, real: int, new: int, num_answers: int, padded: bool) -> int:
-    """Tokens of a prompt, its human answer and `num_answers` generated ones of `new` tokens in a batch: the prompt once in a
-    packed row, or a padded row for each answer."""
-    return (1 + num_answers) * (prompt + max(real, new)) if padded else prompt + real + num_answers * new
 
 
 def shape_of(architecture: PretrainedConfig, rank: int = 0) -> Shape:
@@ -119,11 +112,6 @@ def shape_of(architecture: PretrainedConfig, rank: int = 0) -> Shape:
         inner=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         vocabulary=text.vocab_size,
     )
-
-
-def with_adapter(shape: Shape, numbers: int) -> Shape:
-    """The same model with an adapter of `numbers` weights, which alone are trained."""
-    return replace(shape, adapter=numbers, largest=min(shape.largest, numbers))
 
 
 def bytes_per_weight(
@@ -170,7 +158,6 @@ def training(shape: Shape, load: Load) -> Needed:
     layer = tokens * _kept_by_layer(shape, width, load.checkpointing)
     between_layers = tokens * shape.width * width
     activations = shape.layers * between_layers + layer if load.checkpointing else shape.layers * layer
-    activations += tokens * load.mask * (1 + width)
     if load.quantization:  # a layer at a time is widened
         activations += shape.width * max(shape.inner, shape.queries) * width
     head = _head(shape, load, tokens, trained=not shape.adapter) + 3 * between_layers
@@ -186,7 +173,7 @@ def training(shape: Shape, load: Load) -> Needed:
 def scoring(shape: Shape, load: Load) -> Needed:
     """Log-probs without gradients: the activations of one layer at a time."""
     width, tokens = BYTES[load.precision], load.scoring_tokens
-    activations = tokens * (_passing(shape, width) + load.mask * (1 + width))
+    activations = tokens * _passing(shape, width)
     head = _head(shape, load, tokens, trained=False)
     return Needed("scoring", {"weights": _weights(shape, load), "activations": activations, "output layer": head})
 

@@ -1,6 +1,7 @@
 """The memory that a run's settings and data ask for, compared with what the device has free."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from transformers import AutoConfig
@@ -30,7 +31,7 @@ def check_run_memory(
     architecture = AutoConfig.from_pretrained(base.folder, trust_remote_code=False)
     shape = memory.shape_of(architecture)
     if adapter_parameters is not None:
-        shape = memory.with_adapter(shape, adapter_parameters)
+        shape = replace(shape, adapter=adapter_parameters, largest=min(shape.largest, adapter_parameters))
     load = load_of(config, data, base, device, dtype, ranks)
 
     def with_adapter() -> memory.Shape:
@@ -49,9 +50,10 @@ def load_of(
     prompt = max(len(e.prompt_ids) for e in [*data.train, *data.held_out])
 
     def longest(examples: Sequence[Example], num_answers: int) -> int:
-        is_padded = engine.layout == "padded"
-        sizes = ((len(e.prompt_ids), len(e.real_ids)) for e in examples)
-        return max((memory.item_tokens(*size, new, num_answers, is_padded) for size in sizes), default=0)
+        sizes = [(len(e.prompt_ids), len(e.real_ids)) for e in examples]
+        if engine.layout == "padded":  # a row for each answer
+            return max(((1 + num_answers) * (prompt + max(real, new)) for prompt, real in sizes), default=0)
+        return max((prompt + real + num_answers * new for prompt, real in sizes), default=0)
 
     # An evaluation scores two generated answers to a prompt: the policy's and its opponent's.
     train_row, held_out_row = longest(data.train, generation.num_answers), longest(data.held_out, 2)
@@ -79,6 +81,5 @@ def load_of(
         plays=config.stage == "game",
         states=config.optimizer.states,
         passes=-(-items * train_row // batch),
-        mask=max(engine.tokens_per_row, row) if engine.layout == "masked" else 0,
         spread=spread,
     )

@@ -1,6 +1,6 @@
 """RMSprop and AdamW: PyTorch's own updates on fp32 master weights, computed in pieces that fit the processor's cache.
 
-A weight may be stored as bf16 with its residual bits (see `rounding`): together they are the fp32 master, in no more memory,
+A weight may be stored as bf16 with its residual bits (see `residual_bits`): together they are the fp32 master, in no more memory,
 and the model computes with the bf16 half.
 """
 
@@ -16,9 +16,9 @@ from torch.optim.adamw import adamw
 from torch.optim.rmsprop import rmsprop
 
 from spin.config.schema import OptimizerConfig
-from spin.engines.rounding import combine, residual_bits, round_stochastically
 from spin.runtime.random import seed_of
 
+Tensors = Mapping[str, Tensor]  # by the weights' names
 STATES = {"rmsprop": ("square_avg",), "adamw": ("exp_avg", "exp_avg_sq")}  # kept for each weight
 # 8-bit states with a scale for each 256 weights, in units of four bytes a weight.
 EIGHT_BIT = {"rmsprop8bit": 0.254, "adamw8bit": 0.508}
@@ -40,7 +40,7 @@ class Optimizer:
     the number of the update and the name of the weight only: a resumed run draws the same.
     """
 
-    def __init__(self, config: OptimizerConfig, weights: Mapping[str, Tensor]):
+    def __init__(self, config: OptimizerConfig, weights: Tensors):
         self.config = config
         self.updates = 0
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.states]
@@ -49,14 +49,7 @@ class Optimizer:
             for name, weight in weights.items()
         }
 
-    def step(
-        self,
-        weights: Mapping[str, Tensor],
-        residuals: Mapping[str, Tensor],
-        grads: Mapping[str, Tensor],
-        lr: float,
-        scale: float,
-    ) -> None:
+    def step(self, weights: Tensors, residuals: Tensors, grads: Tensors, lr: float, scale: float) -> None:
         """Update the weights, and the residual bits of those that have them, with `scale` times the gradients."""
         self.updates += 1
         for name, grad in grads.items():
@@ -75,13 +68,7 @@ class Optimizer:
 
     def _update(self, master: Tensor, grad: Tensor, states: list[Tensor], lr: float) -> None:
         c = self.config
-        common: dict[str, Any] = {
-            "lr": lr,
-            "eps": c.eps,
-            "weight_decay": c.weight_decay,
-            "foreach": False,
-            "maximize": False,
-        }
+        common = dict[str, Any](lr=lr, eps=c.eps, weight_decay=c.weight_decay, foreach=False, maximize=False)
         step = torch.tensor(float(self.updates - 1))  # PyTorch's functions add 1
         if c.name == "rmsprop":
             rmsprop([master], [grad], states, [], [], [step], alpha=c.alpha, momentum=0.0, centered=False, **common)
@@ -115,3 +102,26 @@ def global_norm(grads: Iterable[Tensor]) -> float:
     flat = [grad.view(-1) for grad in grads]
     norms = [torch.linalg.vector_norm(grad[piece], dtype=torch.float32) for grad in flat for piece in _pieces(grad)]
     return torch.linalg.vector_norm(torch.stack(norms)).item()
+
+
+# --- bf16 numbers that lose nothing of fp32 ---------------------------------------------------------------------------
+
+
+def residual_bits(master: Tensor, rounded: Tensor, out: Tensor | None = None) -> Tensor:
+    """The int16 difference between the bits of `master` (fp32) and of `rounded`, the nearest bf16.
+
+    A master exactly half-way below an even bf16 (one in 131,072) is stored as its fp32 neighbour.
+    """
+    difference = (master.view(torch.int32) - rounded.float().view(torch.int32)).clamp_(max=2**15 - 1)
+    return difference.to(torch.int16) if out is None else out.copy_(difference)
+
+
+def combine(rounded: Tensor, residual: Tensor) -> Tensor:
+    """The fp32 master of a bf16 weight and its residual bits."""
+    return rounded.float().view(torch.int32).add_(residual).view(torch.float32)
+
+
+def round_stochastically(value: Tensor, generator: torch.Generator) -> Tensor:
+    """Round `value` (fp32, finite) up or down to bf16, with the probabilities that keep its expected value."""
+    noise = torch.randint(0, 2**16, value.shape, generator=generator, device=value.device, dtype=torch.int32)
+    return ((value.view(torch.int32) + noise) & -(2**16)).view(torch.float32).to(torch.bfloat16)

@@ -1,15 +1,14 @@
-"""Pack prompts and responses into rows and batches, as tensors."""
+"""Pack prompts and responses into batches, as tensors."""
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 Ids = Sequence[int]
-Rows = list[list[int]]  # a planned batch: the indices of the items in each row
 
 
 @dataclass(frozen=True)
@@ -25,17 +24,14 @@ class Continuations:
         return len(self.prompt_ids) + sum(map(len, self.responses))
 
 
-# --- rows and batches -------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Batch:
     """Items that share one forward pass.
 
     input_ids, position_ids: [rows, length]. attention_mask, by layout: "packed", always one row: the table of lengths
-    that `attention.py` reads; "masked": bool [rows, 1, length, length], True = may attend; "padded": int [rows, length].
-    For each response token n: `target[n]` is its id, `source[n]` the index into rows * length of the position that
-    predicts it, `sequence[n]` the number of its response, from 0 in the order of `items`. `tokens` excludes padding.
+    that `attention.py` reads; "padded": int [rows, length]. For each response token n: `target[n]` is its id, `source[n]`
+    the index into rows * length of the position that predicts it, `sequence[n]` the number of its response, from 0 in the
+    order of `items`. `tokens` excludes padding.
     """
 
     items: list[int]
@@ -49,32 +45,41 @@ class Batch:
     tokens: int
 
     def to(self, device: torch.device) -> "Batch":
-        tensors: dict[str, Any] = {
-            f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
-        }
-        return replace(self, **{name: value.to(device) for name, value in tensors.items()})
+        tensors: dict[str, Any] = {k: value.to(device) for k, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)
 
 
-def plan_batches(items: Sequence[Continuations], layout: str, tokens_per_row: int, tokens_per_batch: int) -> list[Rows]:
-    """Plan rows of items and batches of rows, of at most `tokens_per_batch` tokens, padding included.
+def plan_batches(items: Sequence[Continuations], layout: str, tokens_per_batch: int) -> list[list[int]]:
+    """Divide the indices of `items` into batches of at most `tokens_per_batch` tokens, padding included.
 
-    layout "packed": a batch is one row of items, each prompt once. "masked": the same in several rows of at most
-    `tokens_per_row` tokens, because a dense mask costs the square of its row. "padded": one row for each response, the
-    prompt repeated. All responses of an item are in one batch; an item longer than a budget has a row or batch to itself.
-    Takes n log n operations and allocates no tensors.
+    layout "packed": a batch is one row of items, each prompt once. "padded": one row for each response, the prompt
+    repeated. All responses of an item are in one batch; an item longer than the budget has a batch to itself. Takes
+    n log n operations and allocates no tensors.
     """
-    if layout == "packed":
-        return [[row] for row in _best_fit(items, tokens_per_batch)]
-    if layout == "masked":
-        return _plan_masked(items, tokens_per_row, tokens_per_batch)
-    return _plan_padded(items, tokens_per_batch)
+    return _best_fit(items, tokens_per_batch) if layout == "packed" else _plan_padded(items, tokens_per_batch)
 
 
-def collate(items: Sequence[Continuations], layout: str, rows: Rows) -> Batch:
+def collate(items: Sequence[Continuations], layout: str, chosen: Sequence[int]) -> Batch:
     """The tensors of one batch of `plan_batches`."""
-    if layout == "padded":
-        return _collate_padded(items, [i for row in rows for i in row])
-    return _collate_packed(items, rows, dense=layout == "masked")
+    batch = [items[i] for i in chosen]
+    tensors, places = _packed(batch) if layout == "packed" else _padded(batch)
+    responses = [response for item in batch for response in item.responses]
+    source: list[int] = []
+    target: list[int] = []
+    sequence: list[int] = []
+    for number, (response, (prompt_end, start)) in enumerate(zip(responses, places, strict=True)):
+        source += [prompt_end, *range(start, start + len(response) - 1)]
+        target += response
+        sequence += [number] * len(response)
+    return Batch(
+        list(chosen),
+        *tensors,
+        source=torch.tensor(source),
+        target=torch.tensor(target),
+        sequence=torch.tensor(sequence),
+        responses=len(responses),
+        tokens=int(tensors[-1].sum()),
+    )
 
 
 def _best_fit(items: Sequence[Continuations], tokens_per_row: int) -> list[list[int]]:
@@ -106,118 +111,58 @@ def balance_by_tokens(items: Sequence[Continuations], ranks: int) -> list[list[i
     return shares
 
 
-def _plan_masked(items: Sequence[Continuations], tokens_per_row: int, tokens_per_batch: int) -> list[Rows]:
-    rows = _best_fit(items, tokens_per_row)
-    lengths = [sum(items[i].tokens for i in row) for row in rows]
-    order = sorted(range(len(rows)), key=lambda r: -lengths[r])
-    return [[rows[r] for r in group] for group in _groups(order, lengths, tokens_per_batch)]
-
-
-def _plan_padded(items: Sequence[Continuations], tokens_per_batch: int) -> list[Rows]:
-    # An item takes one row for each response, all as long as its longest.
+def _plan_padded(items: Sequence[Continuations], tokens_per_batch: int) -> list[list[int]]:
+    """Items by length, longest first: a row for each response, all as long as the batch's longest."""
     lengths = [len(item.prompt_ids) + max(map(len, item.responses)) for item in items]
-    widths = [len(item.responses) for item in items]
-    order = sorted(range(len(items)), key=lambda i: -lengths[i])
-    return [[[i] for i in group] for group in _groups(order, lengths, tokens_per_batch, widths)]
-
-
-def _groups(order: list[int], lengths: list[int], budget: int, widths: list[int] | None = None) -> list[list[int]]:
-    """Split `order` (longest first) into groups whose rows * longest is within the budget."""
-    groups: list[list[int]] = []
+    batches: list[list[int]] = []
     rows = longest = 0
-    for index in order:
-        width = widths[index] if widths else 1
-        if not groups or (rows + width) * longest > budget:
-            groups.append([])
+    for index in sorted(range(len(items)), key=lambda i: -lengths[i]):
+        width = len(items[index].responses)
+        if not batches or (rows + width) * longest > tokens_per_batch:
+            batches.append([])
             rows, longest = 0, lengths[index]
-        groups[-1].append(index)
+        batches[-1].append(index)
         rows += width
-    return groups
+    return batches
 
 
-def _collate_packed(items: Sequence[Continuations], rows: list[list[int]], dense: bool) -> Batch:
-    length = max(sum(items[i].tokens for i in row) for row in rows)
-    input_ids = torch.zeros(len(rows), length, dtype=torch.long)
-    position_ids = torch.zeros(len(rows), length, dtype=torch.long)
-    item_of = torch.full((len(rows), length), -1)
-    branch = torch.zeros(len(rows), length, dtype=torch.long)  # 0: the prompt; 1, 2, ...: its responses
-    targets = _Targets()
-    for r, row in enumerate(rows):
-        start = 0
-        for i in row:
-            prompt, responses = items[i].prompt_ids, items[i].responses
-            last = r * length + start + len(prompt) - 1  # the prompt's last token predicts every response's first
-            for b, ids in enumerate((prompt, *responses)):
-                span = slice(start, start + len(ids))
-                input_ids[r, span] = torch.tensor(ids)
-                position_ids[r, span] = torch.arange(len(ids)) + (len(prompt) if b else 0)
-                item_of[r, span] = i
-                branch[r, span] = b
-                if b:
-                    targets.add(ids, last, r * length + start)
-                start += len(ids)
-    chosen = [i for row in rows for i in row]
-    if dense:
-        same_item = item_of[:, :, None] == item_of[:, None, :]
-        same_branch = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
-        causal = torch.ones(length, length, dtype=torch.bool).tril()
-        mask = (same_item & same_branch & causal)[:, None]
-    else:
-        most = max(len(items[i].responses) for i in chosen)
-        mask = torch.zeros(1, 1, len(chosen), 1 + most, dtype=torch.long)
-        for k, i in enumerate(chosen):
-            lengths = [len(items[i].prompt_ids), *map(len, items[i].responses)]
-            mask[0, 0, k, : len(lengths)] = torch.tensor(lengths)
-    return targets.batch(
-        items=chosen,
-        input_ids=input_ids,
-        position_ids=position_ids,
-        attention_mask=mask,
-        tokens=int((item_of >= 0).sum()),
-    )
+# Each response's place: the index of its prompt's last token, which predicts its first, and that of its first token.
+Tensors = tuple[Tensor, Tensor, Tensor]
+Places = list[tuple[int, int]]
 
 
-def _collate_padded(items: Sequence[Continuations], chosen: list[int]) -> Batch:
-    rows = [(items[i].prompt_ids, response) for i in chosen for response in items[i].responses]
+def _packed(batch: Sequence[Continuations]) -> tuple[Tensors, Places]:
+    """Input ids, position ids and attention mask of one packed row, and the places of its responses."""
+    ids: list[int] = []
+    positions: list[int] = []
+    table: list[list[int]] = []
+    places: Places = []
+    columns = 1 + max(len(item.responses) for item in batch)
+    for item in batch:
+        prompt = len(item.prompt_ids)
+        ids += item.prompt_ids
+        positions += range(prompt)
+        prompt_end = len(ids) - 1
+        for response in item.responses:
+            places.append((prompt_end, len(ids)))
+            ids += response
+            positions += range(prompt, prompt + len(response))
+        lengths = [prompt, *map(len, item.responses)]
+        table.append(lengths + [0] * (columns - len(lengths)))
+    return (torch.tensor([ids]), torch.tensor([positions]), torch.tensor([[table]])), places
+
+
+def _padded(batch: Sequence[Continuations]) -> tuple[Tensors, Places]:
+    """As `_packed`, in rows padded at the end."""
+    rows = [(item.prompt_ids, response) for item in batch for response in item.responses]
     length = max(len(prompt) + len(response) for prompt, response in rows)
     input_ids = torch.zeros(len(rows), length, dtype=torch.long)
     attention_mask = torch.zeros(len(rows), length, dtype=torch.long)
-    targets = _Targets()
+    places: Places = []
     for r, (prompt, response) in enumerate(rows):
         total = len(prompt) + len(response)
         input_ids[r, :total] = torch.tensor([*prompt, *response])
         attention_mask[r, :total] = 1
-        first = r * length + len(prompt)
-        targets.add(response, first - 1, first)
-    return targets.batch(
-        items=list(chosen),
-        input_ids=input_ids,
-        position_ids=torch.arange(length).expand(len(rows), length),
-        attention_mask=attention_mask,
-        tokens=int(attention_mask.sum()),
-    )
-
-
-class _Targets:
-    """Collects the position that predicts each response token."""
-
-    def __init__(self) -> None:
-        self.source: list[int] = []
-        self.target: list[int] = []
-        self.sequence: list[int] = []
-        self.responses = 0
-
-    def add(self, ids: Ids, predicts_first: int, start: int) -> None:
-        self.source += [predicts_first, *range(start, start + len(ids) - 1)]
-        self.target += ids
-        self.sequence += [self.responses] * len(ids)
-        self.responses += 1
-
-    def batch(self, **rest) -> Batch:
-        return Batch(
-            source=torch.tensor(self.source),
-            target=torch.tensor(self.target),
-            sequence=torch.tensor(self.sequence),
-            responses=self.responses,
-            **rest,
-        )
+        start = r * length + len(prompt)
+        places.append((start - 1, start))
+    return (input_ids, torch.arange(length).expand(len(rows), length), attention_mask), places

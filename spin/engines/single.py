@@ -1,7 +1,8 @@
 """Training in one process."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from spin.config.schema import EngineConfig, OptimizerConfig
-from spin.engines.activations import save_less_for_backward
-from spin.engines.base import MASTERS, OPTIMIZER, Engine, checkpoint_activations
+from spin.engines.base import MASTERS, OPTIMIZER, Engine
 from spin.engines.device_memory import release_free_memory
 from spin.engines.eight_bit import EightBit
 from spin.engines.logps import Forward, sequence_logps
-from spin.engines.optimizers import EIGHT_BIT, Optimizer, global_norm
+from spin.engines.optimizers import EIGHT_BIT, Optimizer, combine, global_norm, residual_bits
 from spin.engines.packing import Batch, Continuations
-from spin.engines.rounding import combine, residual_bits
-from spin.models.load import load_policy, masters_of, saved_buffers, trained_parameters
+from spin.models.load import masters_of
 from spin.models.policy import Policy
 from spin.models.save import save_model
 from spin.runtime.process_group import SINGLE_PROCESS
@@ -33,31 +32,22 @@ class SingleEngine(Engine):
     the first micro-batch stay in `dtype`; those of further micro-batches are added in fp32.
     """
 
-    ranks = SINGLE_PROCESS
-
     def __init__(
         self, policy: Policy, dtype: torch.dtype, device: torch.device, engine: EngineConfig, optimizer: OptimizerConfig
     ):
-        self.model = load_policy(policy, dtype, device)
-        if engine.gradient_checkpointing:
-            checkpoint_activations(self.model)
-        save_less_for_backward(self.model, in_checkpoints=engine.gradient_checkpointing)
-        self.policy = policy
-        self.dtype, self.device = dtype, device
+        super().__init__(policy, dtype, device, engine, SINGLE_PROCESS)
         self.max_grad_norm = optimizer.max_grad_norm
-        trained = trained_parameters(self.model, policy)
-        self.weights = {name: weight.data for name, weight in trained.items()}
+        self.weights = {name: weight.data for name, weight in self.trained.items()}
         self.residuals: dict[str, Tensor] = {}
-        self.buffers = saved_buffers(self.model)
         if dtype != torch.float32:
             masters, self.buffers = masters_of(policy, device)
             self._set_masters(masters)
             del masters
         self.grads: dict[str, Tensor] = {}
         self._hooks: list[Any] = []
-        for name, weight in trained.items():
+        for name, weight in self.trained.items():
             weight.requires_grad_(True)
-            self._hooks.append(weight.register_post_accumulate_grad_hook(self._collect(name)))
+            self._hooks.append(weight.register_post_accumulate_grad_hook(partial(self._collect, name)))
         optimizer_class = EightBit if optimizer.name in EIGHT_BIT else Optimizer
         self.optimizer: EightBit | Optimizer = optimizer_class(optimizer, self.weights)
         release_free_memory()  # temporary copies made while loading and rounding
@@ -76,20 +66,14 @@ class SingleEngine(Engine):
             if weight.dtype == torch.bfloat16:  # some architectures keep a few weights in fp32
                 self.residuals[name] = residual_bits(masters[name], weight)
 
-    def _collect(self, name: str) -> Callable[[torch.nn.Parameter], None]:
-        def collect(weight: torch.nn.Parameter) -> None:
-            assert weight.grad is not None
-            if (total := self.grads.get(name)) is None:
-                self.grads[name] = weight.grad
-            else:
-                self.grads[name] = total.float().add_(weight.grad)
-            weight.grad = None
-
-        return collect
+    def _collect(self, name: str, weight: Tensor) -> None:
+        assert weight.grad is not None
+        total = self.grads.get(name)
+        self.grads[name] = weight.grad if total is None else total.float().add_(weight.grad)
+        weight.grad = None
 
     def micro_batches(self, items: Sequence[Continuations], forward: Forward) -> Iterator[tuple[Batch, float]]:
-        for batch in forward.batches(items):
-            yield batch, 1.0
+        return ((batch, 1.0) for batch in forward.batches(items))
 
     def logps(self, batch: Batch, forward: Forward) -> Tensor:
         return sequence_logps(self.model, batch.to(self.device), forward)
@@ -108,9 +92,6 @@ class SingleEngine(Engine):
     def skip_step(self) -> float:
         self.grads.clear()
         return math.nan
-
-    def mean(self, values: Sequence[Tensor]) -> float:
-        return self.ranks.mean(torch.cat([value.reshape(-1).cpu() for value in values]))
 
     def save(self, folder: Path) -> None:
         release_free_memory()  # of the activations, before the fp32 masters are made

@@ -14,8 +14,7 @@ from spin.data.examples import Dataset, load_dataset
 from spin.engines.base import Engine, select_device, select_dtype
 from spin.engines.device_memory import release_free_memory
 from spin.engines.disk import policy_bytes
-from spin.engines.layouts import choose_forward
-from spin.engines.logps import Forward
+from spin.engines.logps import Forward, choose_forward
 from spin.engines.packing import Continuations
 from spin.engines.single import SingleEngine
 from spin.models.find import find_model
@@ -55,7 +54,6 @@ class Run:
             "precision": str(self.dtype).removeprefix("torch."),
             "device": self.device.type,
             "layout": engine.layout,
-            "tokens_per_row": engine.tokens_per_row,
             "tokens_per_batch": engine.tokens_per_batch,
             "head_chunk": engine.head_chunk,
         }
@@ -134,7 +132,7 @@ class Models:
         """
         if policy.id not in self._forwards:
             engine = self.config.engine
-            sizes = engine.tokens_per_row, engine.tokens_per_batch, engine.head_chunk
+            sizes = engine.tokens_per_batch, engine.head_chunk
             choice = choose_forward(model, self.samples, engine.layout, *sizes, self.longest)
             forward, remark = self.ranks.broadcast(choice)  # ranks may have different processors
             if remark and forward not in self._forwards.values():

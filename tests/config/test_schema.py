@@ -37,7 +37,6 @@ composed, load = hydra.compose, hydra.load
         ("seed=x", "seed=x: must be a valid integer"),
         ("data.max_length=20", "must exceed data.max_prompt_length"),
         ("data.template=plain", "data.template=plain: String should match pattern '^(chat|paper)$|\\{prompt\\}'"),
-        ("engine.tokens_per_batch=8", "must be engine.tokens_per_row"),
         ("schedule.iterations=0", "schedule.iterations=0: must be greater than or equal to 1"),
         ("generation.temperature=-1", "generation.temperature=-1"),
         ("generation.top_p=0", "generation.top_p=0: must be greater than 0"),

@@ -64,7 +64,7 @@ class Case:
 
     @property
     def forward(self) -> Forward:
-        return Forward("packed", "chunked", 64, self.tokens, 16)
+        return Forward("packed", "chunked", self.tokens, 16)
 
 
 class Cut(Exception):
@@ -201,7 +201,7 @@ def answered(model_folder: Path, keep, size: int) -> tuple[list[dict], list[floa
     answers = generate_answers(
         model, tokenizer, examples(), 1, settings, 12, {1}, 0, keep=keep("answers"), shard_size=size
     )
-    forward = Forward("packed", "chunked", 64, 64, 16)
+    forward = Forward("packed", "chunked", 64, 16)
     logps = compute_logps(model, random_items(13, seed=9), forward, keep=keep("scores"), shard_size=size)
     return [asdict(answer) for answer in answers], logps.tolist()
 

@@ -12,8 +12,7 @@ from spin.config.schema import EngineConfig, ModelConfig, OptimizerConfig
 from spin.engines import activations
 from spin.engines.activations import save_less_for_backward
 from spin.engines.base import checkpoint_activations
-from spin.engines.layouts import choose_forward
-from spin.engines.logps import Forward, reference_logps, sequence_logps
+from spin.engines.logps import Forward, choose_forward, reference_logps, sequence_logps
 from spin.engines.single import SingleEngine
 from spin.models.adapters import Lora
 from spin.models.find import fresh_adapter
@@ -21,7 +20,7 @@ from spin.models.load import load_policy
 from spin.models.policy import Policy, content_id
 from tests.conftest import BODY, CONFIGS, SMALL, random_items, small_model
 
-PACKED = Forward("packed", "chunked", 256, 512, 16)
+PACKED = Forward("packed", "chunked", 512, 16)
 OTHERS = {
     "olmo2": tf.Olmo2Config(**SMALL, **BODY),
     "phi3": tf.Phi3Config(**SMALL, **BODY),
@@ -77,7 +76,7 @@ def gradients(model: tf.PreTrainedModel, forward: Forward) -> tuple[torch.Tensor
 @pytest.mark.parametrize("name", [*CONFIGS, *OTHERS])
 def test_same_logps_and_gradients(name, dtype):
     plain, lean = model_of(name, dtype), model_of(name, dtype)
-    forward, _ = choose_forward(plain, random_items(3), "auto", 256, 512, 16, longest=64)
+    forward, _ = choose_forward(plain, random_items(3), "auto", 512, 16, longest=64)
     for model in (plain, lean):
         uneven(model)
     save_less_for_backward(lean)

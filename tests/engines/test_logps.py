@@ -8,18 +8,17 @@ import pytest
 import torch
 import transformers as tf
 
+from spin.engines import attention
 from spin.engines import head as head_module
 from spin.engines.flex import block_mask
 from spin.engines.head import ResponseHead
-from spin.engines.layouts import choose_forward
-from spin.engines.logps import Forward, compute_logps, sequence_logps
+from spin.engines.logps import Forward, choose_forward, compute_logps, sequence_logps
 from spin.engines.packing import Continuations
 from spin.runtime.errors import UserError
 from tests.conftest import BODY, CONFIGS, SMALL, random_items, small_model
 
-PACKED = Forward("packed", "chunked", tokens_per_row=64, tokens_per_batch=128, head_chunk=7)
-MASKED = Forward("masked", "chunked", tokens_per_row=64, tokens_per_batch=128, head_chunk=7)
-LAYOUTS = ["packed", "masked", "padded"]
+PACKED = Forward("packed", "chunked", tokens_per_batch=128, head_chunk=7)
+LAYOUTS = ["packed", "padded"]
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +45,7 @@ def naive_logps(model, items: list[Continuations]) -> torch.Tensor:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logps_match_float64_loop(name):
     model, items = small_model(name), random_items(9)
-    forward, _ = choose_forward(model, items, "auto", 64, 128, 7, longest=64)
+    forward, _ = choose_forward(model, items, "auto", 128, 7, longest=64)
     expected = naive_logps(model, items)
     assert torch.allclose(compute_logps(model, items, forward), expected, atol=1e-3, rtol=0)
     assert expected.std() > 5  # the sequences differ by far more than the tolerance
@@ -57,21 +56,19 @@ PACKABLE = ["llama", "mistral", "mistral-short-window", "qwen2", "qwen3", "gpt2"
 
 @pytest.mark.parametrize("name", PACKABLE)
 def test_packed_layout_chosen(name):
-    forward, remark = choose_forward(small_model(name), random_items(4), "auto", 64, 128, 7, longest=64)
+    forward, remark = choose_forward(small_model(name), random_items(4), "auto", 128, 7, longest=64)
     assert (forward.layout, forward.head, remark) == ("packed", "chunked", None)
 
 
 @pytest.mark.parametrize("name", ["falcon_h1", "gemma2"])
 def test_unpackable_models_padded(name):
     model, items = small_model(name), random_items(6)
-    forward, remark = choose_forward(model, items, "auto", 64, 128, 7, longest=64)
+    forward, remark = choose_forward(model, items, "auto", 128, 7, longest=64)
     assert forward.layout == "padded" and remark
-    wrong = compute_logps(model, items, MASKED)
-    assert (wrong - naive_logps(model, items)).abs().max() > 0.1  # a silent error without the check
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma3"])
-def test_short_window_packed_exact_masked_wrong(name):
+def test_short_window_packed_exact(name):
     """Gemma 3 has layers with and without a window."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -82,19 +79,23 @@ def test_short_window_packed_exact_masked_wrong(name):
     items = random_items(6)
     expected = naive_logps(model, items)
     assert torch.allclose(compute_logps(model, items, PACKED), expected, atol=1e-3, rtol=0)
-    assert (compute_logps(model, items, MASKED) - expected).abs().max() > 0.1
 
 
-def test_wrong_layout_refused():
-    with pytest.raises(UserError, match="shorter than a row"):
-        choose_forward(small_model("mistral-short-window"), random_items(4), "masked", 64, 128, 7, longest=64)
+def test_wrong_layout_refused(monkeypatch):
+    """Packed rows whose attention ignores the window differ silently without the check."""
+    monkeypatch.setattr(attention, "_causal", lambda query, window: {"is_causal": True})
+    model, items = small_model("mistral-short-window"), random_items(4)
+    with pytest.raises(UserError, match=r"packed rows .* differs from the model's own forward"):
+        choose_forward(model, items, "packed", 128, 7, longest=64)
+    forward, remark = choose_forward(model, items, "auto", 128, 7, longest=64)
+    assert forward.layout == "padded" and "differs from the model's own forward" in remark
 
 
-@pytest.mark.parametrize("tokens_per_row", [8, 40, 64, 200])
+@pytest.mark.parametrize("tokens_per_batch", [16, 80, 128, 400])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_budget_keeps_logps(layout, tokens_per_row):
+def test_budget_keeps_logps(layout, tokens_per_batch):
     model, items = small_model("llama"), random_items(12, responses=3)
-    forward = Forward(layout, "chunked", tokens_per_row, 2 * tokens_per_row, 5)
+    forward = Forward(layout, "chunked", tokens_per_batch, 5)
     assert torch.allclose(compute_logps(model, items, forward), naive_logps(model, items), atol=1e-4, rtol=0)
 
 
@@ -115,7 +116,7 @@ def test_fp32_log_softmax_in_bf16():
     model, items = small_model("llama", torch.bfloat16), random_items(6, longest=40)
     rounded = sum_of(items, lambda ids: model(ids).logits.log_softmax(-1))
     exact = sum_of(items, lambda ids: model(ids).logits.double().log_softmax(-1))
-    found = compute_logps(model, items, Forward("padded", "chunked", 64, 64, 7)).double()
+    found = compute_logps(model, items, Forward("padded", "chunked", 64, 7)).double()
     assert (found - exact).abs().mean() < (rounded - exact).abs().mean()
 
 
@@ -145,7 +146,7 @@ def test_gradients_match_plain_forward(name, layout):
     total.backward()
     expected = {n: p.grad.clone() for n, p in model.named_parameters()}
     model.zero_grad()
-    forward = Forward(layout, "chunked", 64, 128, 7)
+    forward = Forward(layout, "chunked", 128, 7)
     for batch in forward.batches(items):
         which = torch.tensor([2 * i + k for i in batch.items for k in range(2)])
         (sequence_logps(model, batch, forward) * weights[which]).sum().backward()
@@ -169,7 +170,7 @@ def test_response_positions():
     items = random_items(7, responses=2)
     for layout in LAYOUTS:
         seen = []
-        for batch in Forward(layout, "chunked", 50, 100, 64).batches(items):
+        for batch in Forward(layout, "chunked", 100, 64).batches(items):
             assert batch.input_ids.numel() <= 100 or len(batch.items) == 1
             ids = batch.input_ids.flatten()
             for k in range(batch.responses):
@@ -197,7 +198,7 @@ torch.set_num_threads(1)
 config = tf.LlamaConfig(vocab_size=40000, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1)
 model = tf.AutoModelForCausalLM.from_config(config)
 items = [Continuations((1, 2), (tuple(range(3, 378)), tuple(range(400, 775)))) for _ in range(2)]
-forward = Forward("padded", {head!r}, 2000, 2000, 16)
+forward = Forward("padded", {head!r}, 2000, 16)
 (batch,) = forward.batches(items)
 def held(key): return int(re.search(key + r":\s+(\d+) kB", open("/proc/self/status").read())[1]) / 1024
 small = next(forward.batches([Continuations((1,), ((2, 3),))]))
@@ -211,13 +212,15 @@ print(held("VmHWM") - before)
     assert at_least <= float(done.stdout) <= at_most
 
 
-def test_window_checked_against_longest_item():
-    """The sample and the row budget fit into the window, a later pair does not: a masked row would be wrong silently."""
+def test_window_checked_against_longest_item(monkeypatch):
+    """The sample fits into the window, a later pair does not."""
     config = tf.MistralConfig(**{**SMALL, **BODY}, sliding_window=64)
     model = tf.AutoModelForCausalLM.from_config(config).eval()
-    with pytest.raises(UserError, match="window of 64"):
-        choose_forward(model, random_items(4), "masked", 48, 96, 7, longest=170)
-    forward, _ = choose_forward(model, random_items(4), "auto", 48, 96, 7, longest=170)
+    monkeypatch.setattr(attention, "_causal", lambda query, window: {"is_causal": True})
+    with pytest.raises(UserError, match="differs from the model's own forward"):
+        choose_forward(model, random_items(4), "packed", 96, 7, longest=170)
+    monkeypatch.undo()
+    forward, _ = choose_forward(model, random_items(4), "auto", 96, 7, longest=170)
     assert forward.layout == "packed"
     items = random_items(3, longest=80)
     assert torch.allclose(compute_logps(model, items, forward), naive_logps(model, items), atol=1e-3, rtol=0)
@@ -225,7 +228,7 @@ def test_window_checked_against_longest_item():
 
 def test_packed_row_size():
     items = random_items(20, responses=2)
-    for batch in Forward("packed", "chunked", 64, 200, 64).batches(items):
+    for batch in Forward("packed", "chunked", 200, 64).batches(items):
         assert batch.input_ids.shape == (1, batch.tokens) and batch.tokens <= 200
         assert batch.attention_mask.numel() == 3 * len(batch.items)
         assert batch.tokens == sum(items[i].tokens for i in batch.items)
@@ -235,7 +238,7 @@ def test_packed_row_size():
 def test_block_mask_against_rule(padding):
     """FlexAttention's mask against the rule written out; no block with an allowed pair is missing."""
     items = random_items(12, responses=2)
-    (batch,) = Forward("packed", "chunked", 999, 999, 64).batches(items)
+    (batch,) = Forward("packed", "chunked", 999, 64).batches(items)
     total = batch.tokens + padding
     owner = [
         (i, b) for i in batch.items for b, ids in enumerate((items[i].prompt_ids, *items[i].responses)) for _ in ids
@@ -263,7 +266,7 @@ def test_flex_attention_matches_sequences(monkeypatch):
     from spin.engines.attention import packed_attention
 
     monkeypatch.setattr(WrappedFlexAttention, "__call__", lambda self: flex_attention)
-    (batch,) = Forward("packed", "chunked", 999, 999, 64).batches(random_items(4, responses=2))
+    (batch,) = Forward("packed", "chunked", 999, 64).batches(random_items(4, responses=2))
     module = torch.nn.Module()
     module.num_key_value_groups = 2
     with torch.random.fork_rng(devices=[]):

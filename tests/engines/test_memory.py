@@ -11,8 +11,9 @@ import pytest
 import torch
 import transformers as tf
 
+from benchmarks import memory_table
 from spin.config.schema import EngineConfig, OptimizerConfig
-from spin.engines import memory, memory_load, memory_table
+from spin.engines import memory, memory_load
 from spin.engines.activations import save_less_for_backward
 from spin.engines.device_memory import GIB, DeviceMemory
 from spin.engines.logps import Forward, sequence_logps
@@ -66,7 +67,7 @@ def test_bytes_per_weight(tiny_folder, precision, optimizer):
     engine = SingleEngine(
         policy, dtype, CPU, EngineConfig.from_defaults(), OptimizerConfig.from_defaults(name=optimizer)
     )
-    forward = Forward("packed", "chunked", 256, 999, 64)
+    forward = Forward("packed", "chunked", 999, 64)
     engine.optimizer.step(engine.weights, engine.residuals, {}, 1e-3, 1.0)
     for passes in (1, 2):
         (batch,) = forward.batches(random_items(2))
@@ -91,7 +92,7 @@ def test_activations_of_a_layer(dtype, checkpointing):
         model = tf.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
         save_less_for_backward(model, checkpointing)
         weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
-        forward = Forward("packed", "chunked", 256, 512, 64)
+        forward = Forward("packed", "chunked", 512, 64)
         batch = next(forward.batches(random_items(60)))
         found = {}
 
@@ -120,6 +121,7 @@ from pathlib import Path
 import torch
 from spin.models.tiny import make_tiny_model
 from spin.models.adapters import Lora
+from benchmarks import memory_table
 from spin.config.schema import EngineConfig, ModelConfig, OptimizerConfig
 from spin.engines.single import SingleEngine
 from spin.engines.logps import Forward, sequence_logps
@@ -129,7 +131,7 @@ from spin.models.find import fresh_adapter
 from spin.engines.packing import Continuations
 
 case = json.loads(sys.argv[1])
-forward = Forward("packed", "chunked", case["row"], case["tokens"], case["chunk"])
+forward = Forward("packed", "chunked", case["tokens"], case["chunk"])
 
 def train(folder, vocabulary):
     policy = with_quantization(Policy("start", folder, "x"), case["quantization"])
@@ -257,7 +259,7 @@ def test_measured_peak_of_the_embedded_model(change, rank, tmp_path):
 # --- the load of a run ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", ["packed", "masked", "padded"])
+@pytest.mark.parametrize("layout", ["packed", "padded"])
 @pytest.mark.parametrize("num_answers", [1, 3])
 @pytest.mark.parametrize("tokens_per_batch", [256, 800, 10**6])
 def test_load_of_a_run(tmp_path, layout, num_answers, tokens_per_batch):
@@ -270,7 +272,7 @@ def test_load_of_a_run(tmp_path, layout, num_answers, tokens_per_batch):
     new = (5,) * config.max_new_tokens
     train = [Continuations(e.prompt_ids, (e.real_ids, *num_answers * [new])) for e in run.data.train]
     held_out = [Continuations(e.prompt_ids, (e.real_ids, new, new)) for e in run.data.held_out]
-    forward = Forward(layout, "chunked", config.engine.tokens_per_row, tokens_per_batch, 64)
+    forward = Forward(layout, "chunked", tokens_per_batch, 64)
 
     def largest(items):
         return max(batch.input_ids.numel() for batch in forward.batches(items))

@@ -6,8 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spin.config.schema import OptimizerConfig
-from spin.engines.optimizers import PIECE, Optimizer
-from spin.engines.rounding import combine, residual_bits, round_stochastically
+from spin.engines.optimizers import PIECE, Optimizer, combine, residual_bits, round_stochastically
 
 REFERENCE = {
     "rmsprop": lambda w: torch.optim.RMSprop(w, lr=1e-3, alpha=0.9, eps=1e-6, weight_decay=0.1),

@@ -185,7 +185,7 @@ def train(engine, pairs, references, forward=PACKED, log=lambda row: None, refer
     return train_spin(engine, pairs, references, Objective(loss, tuple(references), None), forward, log=log, **SETTINGS)
 
 
-@pytest.mark.parametrize("forward", [PACKED, PADDED, Forward("packed", "full", 64, 64, 1)])
+@pytest.mark.parametrize("forward", [PACKED, PADDED, Forward("packed", "full", 64, 1)])
 @pytest.mark.parametrize("variant", [PLAIN, VARIANTS[2]])
 def test_step_gradients_equal_naive_float64(tiny_folder, forward, variant):
     """One to three answers per prompt and a separate reference: the mean over prompts of the mean over their pairs."""

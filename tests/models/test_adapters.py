@@ -11,8 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from spin.config.schema import EngineConfig, LossConfig, ModelConfig, OptimizerConfig
-from spin.engines.layouts import choose_forward
-from spin.engines.logps import Forward, compute_logps, reference_logps
+from spin.engines.logps import Forward, choose_forward, compute_logps, reference_logps
 from spin.engines.packing import Continuations
 from spin.engines.single import SingleEngine
 from spin.method.objectives import make_objective
@@ -28,7 +27,7 @@ from spin.runtime.errors import UserError
 from tests.conftest import CONFIGS, random_items, small_model
 from tests.games import Place
 
-PACKED = Forward("packed", "chunked", 64, 128, 16)
+PACKED = Forward("packed", "chunked", 128, 16)
 CPU = torch.device("cpu")
 LORA = Lora(rank=4, alpha=8, targets="all-linear")
 WORDS = ["model.adapter=lora", "model.lora_rank=4", "schedule.replay=previous"]
@@ -260,7 +259,7 @@ def test_packed_logps_match_peft(name, tmp_path):
     policy = adapted(tmp_path / "base", tmp_path / "policy")
     model = load_policy(policy, torch.float32, CPU)
     items = random_items(4, longest=10)
-    forward, _ = choose_forward(model, items, "auto", 64, 128, 16, 60)
+    forward, _ = choose_forward(model, items, "auto", 128, 16, 60)
     assert forward.head == "chunked"
     expected = torch.stack([one.sum() for item in items for one in reference_logps(peft_model(policy.folder), item)])
     assert torch.allclose(compute_logps(model, items, forward), expected, atol=1e-3)

@@ -332,15 +332,14 @@ def test_nonfinite_weights(place):
 
 
 def test_out_of_memory(tmp_path, place):
-    """The address space may grow by 1 GiB after the imports: half of what one mask of 50 long answers in a row takes."""
-    records = ({"prompt": f"Tell {i}.", "response": f"{i} " + "and so on " * 90} for i in range(58))
+    """The address space may grow by 1 GiB after the imports: less than one batch of 400 long answers takes."""
+    records = ({"prompt": f"Tell {i}.", "response": f"{i} " + "and so on " * 90} for i in range(408))
     (tmp_path / "long.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     limits = "import re, spin.game, transformers.models.llama.modeling_llama, matplotlib.pyplot;"
     limits += "size = int(re.search(r'VmSize:\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024 + 2**30;"
     limits += "resource.setrlimit(resource.RLIMIT_AS, (size, size));"
-    words = ["data=local", f"data.path={tmp_path}/long.jsonl", "data.template=paper", "data.held_out=50"]
-    words += ["generation.max_new_tokens=8", "engine.layout=masked"]
-    words += ["engine.tokens_per_row=60000", "engine.tokens_per_batch=60000"]
+    words = ["data=local", f"data.path={tmp_path}/long.jsonl", "data.template=paper", "data.held_out=400"]
+    words += ["generation.max_new_tokens=8", "engine.tokens_per_batch=1000000"]
     done = play_limited(limits, place.words(*words))
     assert done.returncode == 1, done.stdout + done.stderr
     (line,) = done.stderr.strip().splitlines()

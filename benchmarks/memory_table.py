@@ -1,12 +1,15 @@
-"""`python -m spin memory`: which settings fit on which GPU."""
+"""Which settings fit on which GPU: `python benchmarks/memory_table.py`."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from transformers import LlamaConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from spin.engines.device_memory import GIB
 from spin.engines.memory import CONTEXT, RANK, RESERVED, Load, Spread, format_gib, shape_of, stages
@@ -94,9 +97,9 @@ def table(models: Sequence[str], sizes: Sequence[int], ranks: int = 1) -> list[l
 
 
 def main(arguments: list[str]) -> None:
-    """`python -m spin memory [--sizes 24 80] [--ranks 8]`."""
+    """`python benchmarks/memory_table.py [--sizes 24 80] [--ranks 8]`."""
     parser = argparse.ArgumentParser(
-        prog="python -m spin memory",
+        prog="python benchmarks/memory_table.py",
         description="Print which settings fit on which GPU: for each model the first that does, and its peak in GiB. bf16, "
         "RMSprop, pairs of up to 1,280 tokens, 2,048 in a batch, 16 prompts decoded together.",
     )
@@ -111,3 +114,7 @@ def main(arguments: list[str]) -> None:
         print(f"| {' | '.join(row)} |")
         if number == 0:
             print("|" + "---|" * len(row))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
