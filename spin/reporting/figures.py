@@ -194,12 +194,12 @@ def draw_lengths(folder: Path, iterations: Sequence[dict]) -> Figure | None:
     bins = np.arange(0, longest + 1 + width, width) - 0.5
     figure, grid = _iteration_panels(len(lengths), 2.4, "share of answers", sharex=True)
     for axes, (iteration, (real, generated)) in zip(grid, lengths.items(), strict=True):
-        for values, color, style in (
-            (real, REAL, {"label": "real", "histtype": "stepfilled", "alpha": 0.35}),
-            (generated, GENERATED, {"label": "generated", "histtype": "step", "linewidth": 1.6}),
-        ):
-            shown: Any = np.minimum(values, longest)
-            axes.hist(shown, bins=list(bins), weights=_shares(values), color=color, **style)
+        shapes: Any = (
+            (real, {"label": "real", "color": REAL, "histtype": "stepfilled", "alpha": 0.35}),
+            (generated, {"label": "generated", "color": GENERATED, "histtype": "step", "linewidth": 1.6}),
+        )
+        for values, shape in shapes:
+            axes.hist(np.minimum(values, longest), bins=list(bins), weights=_shares(values), **shape)
         medians = f"median {np.median(real):.0f} real, {np.median(generated):.0f} generated"
         axes.set(title=f"iteration {iteration}\n{medians}", xlabel="length (tokens)")
     add_legend(figure, grid[0])

@@ -1,5 +1,6 @@
 """The leaderboard of a sweep: sweep.csv, sweep.md with a figure, the table on the console, and W&B."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -75,7 +76,9 @@ def _page(folder: Path, rows: Sequence[dict], drawn: Sequence[Path]) -> str:
         shown = [_title(row), *(str(row.get(key, "")) for key in settings)]
         shown.append("done" if is_done else f"{row['status']}: {row['reason']}")
         shown += [measure.cell(row, " [{}, {}]") if is_done else "" for measure in measures]
-        report = f"[report]({_link(folder, row['folder'])})" if is_done and row.get("folder") else ""
+        report = (
+            f"[report](<{os.path.relpath(row['folder'], folder)}/report.md>)" if is_done and row.get("folder") else ""
+        )
         cells.append([*map(escape, shown), report])
     parts = [f"# {escape(folder.name)}"]
     if measures:
@@ -93,11 +96,6 @@ def _page(folder: Path, rows: Sequence[dict], drawn: Sequence[Path]) -> str:
     for path in drawn:
         parts += [f"![Measures by setting](figures/{path.name})", CAPTIONS[path.stem]]
     return "\n\n".join(parts) + "\n"
-
-
-def _link(folder: Path, place: str) -> str:
-    path, sweep = Path(place).absolute(), folder.absolute()
-    return f"<{(path.relative_to(sweep) if path.is_relative_to(sweep) else path).as_posix()}/report.md>"
 
 
 def _print(rows: Sequence[dict], console: Console) -> None:

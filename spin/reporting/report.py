@@ -1,8 +1,9 @@
 """The report page of a finished run: tables, figures and samples, from its folder and game.json."""
 
 import json
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from statistics import mean
 
 import matplotlib
 
@@ -18,11 +19,11 @@ def write_report(folder: Path, game: dict) -> Path:
     `game` is the content of game.json; the rest is read from `folder`: metrics.jsonl, `iter<t>/pairs.parquet` and
     `iter<t>/margins.json`. A figure whose data are missing is left out, and an older one of that name removed.
     """
-    train, iterations = _train_rows(folder), game["iterations"]
+    iterations = game["iterations"]
     with matplotlib.rc_context(STYLE):
         figures = {
             "measures": draw_measures(game["evaluations"]),
-            "logps": draw_logps(train, iterations),
+            "logps": draw_logps(_train_rows(folder), iterations),
             "margins": draw_margins(folder, iterations),
             "lengths": draw_lengths(folder, iterations),
         }
@@ -31,7 +32,7 @@ def write_report(folder: Path, game: dict) -> Path:
         *_head(game),
         *_held_out(game, drawn),
         *_external(game["external"]),
-        *_training(train, drawn),
+        *_training(drawn),
         *_samples(game["samples"]),
         *_cost(game),
     ]
@@ -159,12 +160,12 @@ def _harness_table(rows: Sequence[dict]) -> str:
     cells = []
     for row in rows:
         values = [f"{100 * found['value']:.2f}{_error(found)} (n={found['n']:,})" for found in row["harness"]]
-        average = _mean(found["value"] * 100 for found in row["harness"])
-        cells.append([escape(row["policy"]), *values, show(average, None, ".2f")])
+        average = mean(found["value"] * 100 for found in row["harness"])
+        cells.append([escape(row["policy"]), *values, f"{average:.2f}"])
         paper = row["paper"] or {}
         if all(task in paper for task, _, _ in tasks):
             published = [paper[task] for task, _, _ in tasks]
-            values = [f"{value:.2f}" for value in (*published, sum(published) / len(published))]
+            values = [f"{value:.2f}" for value in (*published, mean(published))]
             cells.append([escape(f"paper: {row['policy']}"), *values])
     return markdown_table(header, cells)
 
@@ -173,11 +174,10 @@ def _error(found: dict) -> str:
     return f" ± {100 * found['stderr']:.2f}" if is_known(found["stderr"]) else ""
 
 
-def _training(train: dict[int, list[dict]], drawn: Collection[str]) -> list[str]:
+def _training(drawn: Collection[str]) -> list[str]:
     parts = ["## Training"]
     if "logps" in drawn:
-        parts += ["![Change of log p during training](figures/logps.png)", LOGPS_CAPTION, _logps_table(train)]
-        parts += ["Means of the first and the last tenth of the steps.", WHY_REAL_FALLS]
+        parts += ["![Change of log p during training](figures/logps.png)", LOGPS_CAPTION, WHY_REAL_FALLS]
     else:
         parts.append("No training steps are on record, so there is no training figure.")
     if "margins" in drawn:
@@ -185,24 +185,6 @@ def _training(train: dict[int, list[dict]], drawn: Collection[str]) -> list[str]
     if "lengths" in drawn:
         parts += ["## Lengths", "![Lengths of answers](figures/lengths.png)", LENGTHS_CAPTION]
     return parts
-
-
-def _logps_table(train: dict[int, list[dict]]) -> str:
-    rows = []
-    for iteration, steps in train.items():
-        tenth = max(1, len(steps) // 10)
-        cells = [str(iteration), f"{len(steps):,}"]
-        for key in ("logps/real", "logps/generated", "rewards/margins", "loss"):
-            start, end = (_mean(row.get(key) for row in part) for part in (steps[:tenth], steps[-tenth:]))
-            cells.append(f"{show(start, None, '.3f')} → {show(end, None, '.3f')}")
-        rows.append(cells)
-    header = ["iteration", "steps", "log p(real), nats", "log p(generated), nats", "beta × margin, nats", "loss"]
-    return markdown_table(header, rows)
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if is_known(value)]
-    return sum(known) / len(known) if known else None
 
 
 def _samples(samples: Sequence[dict]) -> list[str]:
