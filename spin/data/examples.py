@@ -66,7 +66,7 @@ def load_dataset(
     `stop_ids` are the tokens at which the model stops generating; `seen` holds the `opening` of the prompts that the
     model was trained on, which are never held out. `cache` keeps downloaded files.
 
-    Raises UserError: the source cannot be read, the template does not fit the tokenizer, or no training example is left.
+    Raises UserError: the source cannot be read, the template does not fit the tokenizer, or too few examples are left.
     """
     counts: Counter[str] = Counter(read=0, kept=0)
     end = end_of_turn(tokenizer, stop_ids, config.template)  # first: a wrong template fails before the reading
@@ -112,13 +112,9 @@ def _strip_end(text: str, specials: Sequence[str] | None) -> str:
     """Return the text without surrounding blanks and, unless `specials` is None, without end marks at its end."""
     marks = () if specials is None else (*specials, *END_MARKS)
     text = text.strip()
-    end = len(text)
-    # Positions, not copies: an answer may end in a million end marks.
-    while mark := next((mark for mark in marks if text.endswith(mark, 0, end)), None):
-        end -= len(mark)
-        while end and text[end - 1].isspace():
-            end -= 1
-    return text[:end]
+    while mark := next((mark for mark in marks if text.endswith(mark)), None):
+        text = text.removesuffix(mark).rstrip()
+    return text
 
 
 def _why_dropped(messages: list[Message], response: str, specials: Sequence[str], filter: str) -> str | None:
@@ -141,8 +137,8 @@ def _hash(text: str) -> str:
 
 def _unique_prompts(candidates: list[_Candidate], counts: Counter[str]) -> list[_Candidate]:
     first: dict[tuple[str, ...], _Candidate] = {}
-    for id, (messages, response) in candidates:
-        first.setdefault(tuple(turn["content"] for turn in messages), (id, (messages, response)))
+    for candidate in candidates:
+        first.setdefault(tuple(turn["content"] for turn in candidate[1][0]), candidate)
     counts["repeated prompt"] += len(candidates) - len(first)
     return list(first.values())
 

@@ -91,7 +91,7 @@ def exchanges(records: Iterable[Record], config: DataConfig, counts: Counter[str
         if name is None:
             name = _detect(record) if config.format == "auto" else config.format
             if missing := FORMATS[name].missing_columns(record):
-                raise UserError(f"data.format={name}: no column {missing}; there are {column_names(record)}")
+                raise UserError(f"data.format={name}: no column {missing}; there are {_column_names(record)}")
         found, reason = _read(record, FORMATS[name])
         if config.turns == "first":
             found = found[:1]
@@ -107,7 +107,7 @@ def _detect(record: Record) -> str:
     for name, format in FORMATS.items():
         if not format.missing_columns(record):
             return name
-    raise UserError(f"data.format=auto: no known format has {column_names(record)}; rename them, or set data.format")
+    raise UserError(f"data.format=auto: no known format has {_column_names(record)}; rename them, or set data.format")
 
 
 def _read(record: Record, format: Format) -> tuple[list[Exchange], str]:
@@ -140,5 +140,5 @@ def _alternating(messages: list[Message]) -> tuple[list[Exchange], str]:
     return found, "no answer" if has_prompt else "no prompt"
 
 
-def column_names(record: Record) -> str:
+def _column_names(record: Record) -> str:
     return brief(", ".join(str(name) for name in list(record)[:12]), 300) or "no columns"

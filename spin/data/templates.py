@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from spin.data.formats import Message
-from spin.runtime.errors import UserError, brief
+from spin.runtime.errors import UserError, brief, explaining
 
 PAPER_TEMPLATE = "### Instruction: {prompt}\n\n### Response: "
 ANCHOR = "\n"  # see encode_responses
@@ -14,12 +14,10 @@ SENTINEL = "Sentinel"  # the answer that end_of_turn looks for in a rendered con
 def encode_prompts(
     tokenizer: Any, conversations: Sequence[list[Message]], template: str
 ) -> list[tuple[str, list[int]]]:
-    """Return the text and the token ids of each prompt, a list of messages that ends with the user's.
+    """Return the text and the token ids (with one BOS if the tokenizer uses it) of each prompt.
 
-    `template` is `chat` (the tokenizer's own), `paper`, or a text with `{prompt}` in it. The ids start with one BOS if
-    the tokenizer uses it.
-
-    Raises UserError: the tokenizer has no chat template, or its template refuses the messages.
+    `template` is `chat` (the tokenizer's own), `paper`, or a text with `{prompt}` in it. Raises UserError: the tokenizer
+    has no chat template, or its template refuses the messages.
     """
     texts = [render_prompt(tokenizer, messages, template) for messages in conversations]
     return list(zip(texts, _encode_sequences(tokenizer, texts, template), strict=True))
@@ -35,11 +33,9 @@ def encode_responses(
     sentencepiece tokenizer adds no blank before it, and the line feed's ids are removed.
     """
     texts = [text + response for (text, _), response in zip(prompts, responses, strict=True)]
+    sequences = _encode_sequences(tokenizer, texts, template)
     encoded = []
-    for (_, prompt_ids), ids, response in zip(
-        prompts, _encode_sequences(tokenizer, texts, template), responses, strict=True
-    ):
-        prefix = prompt_ids
+    for (_, prefix), ids, response in zip(prompts, sequences, responses, strict=True):
         if ids[: len(prefix)] != prefix:
             prefix, ids = token_ids(tokenizer, [ANCHOR, ANCHOR + response])
         if ids[: len(prefix)] != prefix:
@@ -91,25 +87,20 @@ def render_chat(tokenizer: Any, messages: list[Message], **options: Any) -> str:
     advice = "set data.template=paper or a text with {prompt} in it"
     if not tokenizer.chat_template:
         raise UserError(f"data.template=chat: the model's tokenizer has no chat template; {advice}")
-    try:
+    roles = brief(", ".join(message["role"] for message in messages))
+    # A template is a program that comes with the model and may raise anything.
+    with explaining(f"data.template=chat: the tokenizer's chat template refuses messages of {roles}", advice):
         source = tokenizer.get_chat_template()
         if "strftime_now" in source:
             source = "{% macro strftime_now(format) %}01 Jan 2026{% endmacro %}" + source
         return tokenizer.apply_chat_template(messages, tokenize=False, chat_template=source, **options)
-    except Exception as error:  # a template is a program that comes with the model and may raise anything
-        roles = brief(", ".join(message["role"] for message in messages))
-        raise UserError(
-            f"data.template=chat: the tokenizer's chat template refuses messages of {roles} ({brief(error)}); {advice}"
-        ) from error
 
 
 def end_of_turn(tokenizer: Any, stop_ids: Collection[int], template: str) -> int:
-    """Return the token that ends an answer.
+    """Return the token that ends an answer. Raises UserError: the tokenizer has no EOS, or no chat template.
 
     With the chat template, this is the first of `stop_ids` after a rendered answer, as in the model's own training;
     with a text template, or if there is none, EOS.
-
-    Raises UserError: the tokenizer has no EOS, or no chat template.
     """
     if template == "chat":
         messages = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": SENTINEL}]

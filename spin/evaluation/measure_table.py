@@ -8,23 +8,17 @@ from typing import Any, Literal, TypeGuard
 
 @dataclass(frozen=True)
 class Measure:
-    """A measure of a policy on held-out prompts.
+    """A measure of a policy on held-out prompts."""
 
-    `name` is its key in game.json, sweep.csv and W&B; `<name>_interval` has the ends of its 95 % interval. `heading` is its
-    column on the console, of two lines; a measure without one is in the report only. `better` says which values are good
-    ("near" is near `ideal`); None where a measure describes a policy but does not rank it. A measure is left out where
-    there are fewer than `min_prompts` held-out prompts.
-    """
-
-    name: str
+    name: str  # its key in game.json, sweep.csv and W&B; `<name>_interval` has the ends of its 95 % interval
     title: str
     unit: str
     meaning: str
-    heading: str = ""
-    better: Literal["lower", "higher", "near"] | None = None
+    heading: str = ""  # on the console, two lines; a measure without one is in the report only
+    better: Literal["lower", "higher", "near"] | None = None  # near `ideal`; None: it does not rank policies
     ideal: float | None = None
     format: str = ".2f"
-    min_prompts: int = 1
+    min_prompts: int = 1  # with fewer held-out prompts it is left out
 
     @property
     def goal(self) -> str:
@@ -38,12 +32,13 @@ class Measure:
         return value if self.better == "lower" else -value
 
     def show(self, value: float | None) -> str:
-        return show(value, self.format)
+        return show(value, None, self.format)
 
-    def show_interval(self, row: Mapping[str, Any], template: str) -> str:
-        """`template` with the ends of the interval in an evaluation; empty where they are not known."""
-        ends = row.get(f"{self.name}_interval")
-        return template.format(*map(self.show, ends)) if is_known(ends) else ""
+    def cell(self, row: Mapping[str, Any], template: str) -> str:
+        """The measure's value in a row, with the ends of its interval in `template`, or ± its standard error."""
+        if f"{self.name}_se" in row:
+            return f"{self.show(row[self.name])} ± {self.show(row[f'{self.name}_se'])}"
+        return show(row.get(self.name), row.get(f"{self.name}_interval"), self.format, template)
 
 
 # At these counts human answers to other prompts are caught in at least 80 % of samples (docs/evaluation.md).
@@ -116,5 +111,7 @@ def is_known(value: Any) -> TypeGuard[Any]:
     return value is not None and math.isfinite(value)
 
 
-def show(value: float | None, form: str) -> str:
-    return f"{value:{form}}" if is_known(value) else "–"
+def show(value: float | None, interval: Any, form: str, template: str = " [{}, {}]") -> str:
+    """`value` in a format, followed by the ends of its interval in `template` where they are known."""
+    shown = f"{value:{form}}" if is_known(value) else "–"
+    return shown + template.format(*(f"{end:{form}}" for end in interval)) if is_known(interval) else shown

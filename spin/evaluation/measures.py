@@ -35,10 +35,8 @@ class HeldOut:
     def per_prompt(self) -> dict:
         """All but the pairs, as JSON holds it; the inverse is `held_out_of`."""
         arrays = {name: getattr(self, name) for name in ARRAYS}
-        return {
-            "policy_logps": {name: logps.tolist() for name, logps in self.policy_logps.items()},
-            **{name: None if array is None else array.tolist() for name, array in arrays.items()},
-        }
+        logps = {name: logps.tolist() for name, logps in self.policy_logps.items()}
+        return {"policy_logps": logps} | {name: a if a is None else a.tolist() for name, a in arrays.items()}
 
     @property
     def digest(self) -> str:
@@ -50,8 +48,9 @@ class HeldOut:
 def held_out_of(pairs: list[Pair], per_prompt: dict) -> HeldOut:
     """The inverse of `HeldOut.per_prompt`."""
     logps = {name: np.array(values) for name, values in per_prompt["policy_logps"].items()}
-    arrays = {name: np.array(per_prompt[name]) for name in ARRAYS if per_prompt[name] is not None}
-    return HeldOut(pairs, logps, **arrays)
+    return HeldOut(
+        pairs, logps, **{name: np.array(per_prompt[name]) for name in ARRAYS if per_prompt[name] is not None}
+    )
 
 
 def measures(now: HeldOut, before: HeldOut | None, resamples: int, seed: int) -> dict:
@@ -66,8 +65,7 @@ def measures(now: HeldOut, before: HeldOut | None, resamples: int, seed: int) ->
     result: dict = {"n": n}
     for name, statistic in statistics(now, before).items():
         result[name] = float(statistic(np.arange(n)))
-        low, high = np.quantile([statistic(draw) for draw in draws], [0.025, 0.975])
-        result[f"{name}_interval"] = [float(low), float(high)]
+        result[f"{name}_interval"] = _interval([statistic(draw) for draw in draws])
     if "mauve" in result and now.clusters is not None:
         result["mauve_if_equal"] = mauve_if_equal(now.clusters, seed)
     return result
@@ -82,23 +80,22 @@ def differences(last: HeldOut, first: HeldOut, resamples: int, seed: int) -> dic
     """
     assert [p.id for p in last.pairs] == [p.id for p in first.pairs]
     of_first, of_last = statistics(first, None), statistics(last, None)
-    draws = _draws(len(last.pairs), resamples, seed)
-    all_prompts, result = np.arange(len(last.pairs)), {}
+    n, result = len(last.pairs), {}
+    # All prompts as they are, then the resamples.
+    draws = [np.arange(n), *_draws(n, resamples, seed)]
     for measure in COMPARED:
         name = measure.name
-        if name not in of_first or name not in of_last:
-            continue
-        values = np.array([[of_first[name](draw), of_last[name](draw)] for draw in draws])
-        low, high = np.quantile(values[:, 1] - values[:, 0], [0.025, 0.975])
-        worse = np.quantile([measure.badness(b) - measure.badness(a) for a, b in values], [0.025, 0.975])
-        a, b = float(of_first[name](all_prompts)), float(of_last[name](all_prompts))
-        result[name] = {
-            "first": a,
-            "last": b,
-            "change": b - a,
-            "interval": [float(low), float(high)],
-            "verdict": "better" if worse[1] < 0 else "worse" if worse[0] > 0 else "same",
-        }
+        if name in of_first and name in of_last:
+            values = np.array([[of_first[name](draw), of_last[name](draw)] for draw in draws])
+            a, b = map(float, values[0])
+            worse = _interval([measure.badness(b) - measure.badness(a) for a, b in values[1:]])
+            result[name] = {
+                "first": a,
+                "last": b,
+                "change": b - a,
+                "interval": _interval(values[1:, 1] - values[1:, 0]),
+                "verdict": "better" if worse[1] < 0 else "worse" if worse[0] > 0 else "same",
+            }
     return result
 
 
@@ -142,6 +139,10 @@ def _mean_of(values: Sequence[float] | np.ndarray) -> Statistic:
 
 def _draws(prompts: int, resamples: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, prompts, size=(resamples, prompts))
+
+
+def _interval(values: Sequence[float] | np.ndarray) -> list[float]:
+    return np.quantile(values, [0.025, 0.975]).tolist()
 
 
 def held_out_margins(now: HeldOut, before: HeldOut) -> np.ndarray:

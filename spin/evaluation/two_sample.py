@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from spin.runtime.errors import UserError, brief, user_message
+from spin.runtime.errors import explaining
 
 Features = Any  # a sparse matrix [2 * prompts, features], human answers first
 
@@ -66,16 +66,14 @@ def classifier_scores(x: Features) -> np.ndarray:
     neither. The AUC of these scores is 0.5 where the distributions are equal (Lopez-Paz and Oquab, 2017, use accuracy).
     """
     from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import GroupKFold
+    from sklearn.model_selection import GroupKFold, cross_val_predict
 
     n = x.shape[0] // 2
+    if n == 1:
+        return np.zeros((2, 1))
     labels, prompts = np.repeat([1, 0], n), np.tile(np.arange(n), 2)
-    scores = np.zeros(2 * n)
-    if n > 1:
-        for seen, unseen in GroupKFold(min(FOLDS, n)).split(x, labels, prompts):
-            model = LogisticRegression(C=3.0, max_iter=500).fit(x[seen], labels[seen])
-            scores[unseen] = model.decision_function(x[unseen])
-    return scores.reshape(2, n)
+    model, folds = LogisticRegression(C=3.0, max_iter=500), GroupKFold(min(FOLDS, n))
+    return cross_val_predict(model, x, labels, groups=prompts, cv=folds, method="decision_function").reshape(2, n)
 
 
 def clusters(x: Features, seed: int) -> np.ndarray:
@@ -85,8 +83,7 @@ def clusters(x: Features, seed: int) -> np.ndarray:
 
     n = x.shape[0]
     count = int(np.clip(n // ANSWERS_A_CLUSTER, 2, MOST_CLUSTERS))
-    width = min(DIMENSIONS, n - 1, x.shape[1] - 1)
-    space = TruncatedSVD(width, random_state=seed).fit_transform(x) if width >= 1 else x.toarray()
+    space = TruncatedSVD(min(DIMENSIONS, n - 1, x.shape[1] - 1), random_state=seed).fit_transform(x)
     return KMeans(count, n_init=5, random_state=seed).fit_predict(space).reshape(2, -1)
 
 
@@ -127,16 +124,13 @@ def check_embedder(model: str) -> None:
     """Raise UserError if `model` is not an embedding model that can be opened; loads no weights."""
     from transformers import AutoConfig, AutoTokenizer
 
-    _load_parts(model, AutoConfig, AutoTokenizer)
+    for cls in (AutoConfig, AutoTokenizer):
+        _load_part(cls, model)
 
 
-def _load_parts(model: str, *classes: Any, **settings: Any) -> list[Any]:
-    try:
-        return [cls.from_pretrained(model, trust_remote_code=False, **settings) for cls in classes]
-    except Exception as error:  # a library reads a user's files: whatever it raises is about them
-        if user_message(error) is not None:
-            raise
-        raise UserError(f"evaluation.embedder={model}: no embedding model can be loaded ({brief(error)}).") from error
+def _load_part(cls: Any, model: str, **settings: Any) -> Any:
+    with explaining(f"evaluation.embedder={model}: no embedding model can be loaded"):
+        return cls.from_pretrained(model, trust_remote_code=False, **settings)
 
 
 @torch.inference_mode()
@@ -147,10 +141,8 @@ def embed(model: str, prompts: Sequence[str], answers: Sequence[str], device: to
     """
     from transformers import AutoModel, AutoTokenizer
 
-    (tokenizer,) = _load_parts(model, AutoTokenizer)
-    (encoder,) = _load_parts(model, AutoModel, use_safetensors=True)
-    encoder.to(device).eval()
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer = _load_part(AutoTokenizer, model)
+    encoder = _load_part(AutoModel, model, use_safetensors=True).to(device).eval()
     longest = min(tokenizer.model_max_length, getattr(encoder.config, "max_position_embeddings", 512), 512)
     rows = []
     for prompt, answer in zip(prompts, answers, strict=True):

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from spin.evaluation.measure_table import is_known, known_measures
+from spin.evaluation.measure_table import Measure, is_known, known_measures
 from spin.reporting.text import plain_number
 
 # Okabe and Ito's colours, told apart with any colour vision; one meaning each, in every figure.
@@ -23,6 +23,7 @@ DASHES: Any = (0, (4, 3))
 STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 9,
+    "axes.titlelocation": "left",
     "axes.labelsize": 9,
     "xtick.labelsize": 8,
     "ytick.labelsize": 8,
@@ -54,23 +55,43 @@ def panels(count: int, columns: int, height: float, **shared: Any) -> tuple[Figu
 def _iteration_panels(count: int, height: float, label: str, **shared: Any) -> tuple[Figure, list[Axes]]:
     """`panels`, one for each iteration, with a common label of the vertical axis."""
     figure, grid = panels(count, 2 if count == 4 else min(count, 3), height, sharey=True, **shared)
-    for axes in grid:
-        subplot = axes.get_subplotspec()
-        if subplot and subplot.is_first_col():
-            axes.set_ylabel(label)
+    figure.supylabel(label, fontsize=9)
     return figure, grid
 
 
-def _add_legend(figure: Figure, axes: Axes) -> None:
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=2)
+def add_legend(figure: Figure, axes: Axes, columns: int = 2) -> None:
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=columns)
 
 
-def plot_with_intervals(
-    axes: Axes, x: Sequence[float], values: Sequence[float], intervals: Sequence, **style: Any
-) -> None:
-    """A line with a marker for each value, and a bar for each known interval, which need not contain its value."""
-    axes.plot(x, values, marker="o", markersize=4.5, **style)
-    bars = [(at, *interval) for at, interval in zip(x, intervals, strict=True) if is_known(interval)]
+def save_figures(folder: Path, figures: Mapping[str, Figure | None]) -> dict[str, Path]:
+    """Save each figure as `folder/figures/<name>.png` and return the paths; remove older ones of those that are None."""
+    paths = {name: folder / "figures" / f"{name}.png" for name in figures}
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        paths[name].unlink(missing_ok=True)
+        if figure is not None:
+            figure.savefig(paths[name], dpi=150)
+    return {name: path for name, path in paths.items() if figures[name] is not None}
+
+
+def label_measure(axes: Axes, measure: Measure) -> None:
+    """Write a measure's title and unit at its panel, and draw its ideal value."""
+    axes.set(title=measure.title, ylabel=measure.unit)
+    if measure.ideal is not None:
+        axes.axhline(measure.ideal, color=REFERENCE, linestyle=DASHES, linewidth=1.2)
+
+
+def plot_measure(axes: Axes, measure: Measure, x: Sequence[float], rows: Sequence[dict], **style: Any) -> None:
+    """Draw a line with a marker for each known value in `rows`, and a bar from end to end of its interval, which need not
+    contain the value, or from value - standard error to value + standard error."""
+    points = [(at, row) for at, row in zip(x, rows, strict=True) if is_known(row.get(measure.name))]
+    axes.plot([at for at, _ in points], [row[measure.name] for _, row in points], marker="o", markersize=4.5, **style)
+    bars = []
+    for at, row in points:
+        value, error = row[measure.name], row.get(f"{measure.name}_se")
+        interval = row.get(f"{measure.name}_interval") if error is None else (value - error, value + error)
+        if is_known(interval):
+            bars.append((at, *interval))
     if bars:
         axes.vlines(*zip(*bars, strict=True), color=style["color"], linewidth=1.6)
 
@@ -80,31 +101,19 @@ def draw_measures(evaluations: Sequence[dict]) -> Figure | None:
     measures = [measure for measure in known_measures(evaluations) if measure.name not in DASHED.values()]
     if not measures:
         return None
-    columns = 3
-    figure, grid = panels(len(measures), columns, 1.85)
+    figure, grid = panels(len(measures), 3, 1.85)
     labels = [row["policy"] if row["iter"] is None else str(row["iter"]) for row in evaluations]
-    for index, (axes, measure) in enumerate(zip(grid, measures, strict=True)):
-        if measure.ideal is not None:
-            axes.axhline(measure.ideal, color=REFERENCE, linestyle=DASHES, linewidth=1.2)
+    for axes, measure in zip(grid, measures, strict=True):
+        label_measure(axes, measure)
         if measure.name in DASHED:
             values = np.array([row.get(DASHED[measure.name]) for row in evaluations], dtype=float)
             axes.plot(range(len(labels)), values, color=REFERENCE, linestyle=DASHES, linewidth=1.2)
-        known = [(i, row) for i, row in enumerate(evaluations) if is_known(row.get(measure.name))]
-        plot_with_intervals(
-            axes,
-            [i for i, _ in known],
-            [row[measure.name] for _, row in known],
-            [row.get(f"{measure.name}_interval") for _, row in known],
-            color=NEUTRAL,
-            linewidth=1,
-        )
+        plot_measure(axes, measure, range(len(labels)), evaluations, color=NEUTRAL, linewidth=1)
         axes.grid(axis="x", visible=False)
-        axes.set_title(measure.title, loc="left")
-        axes.set_ylabel(measure.unit)
         axes.set_xticks(range(len(labels)), labels)
         axes.set_xlim(-0.5, len(labels) - 0.5)
-        if index >= len(measures) - columns:
-            axes.set_xlabel("policy after iteration")
+    for axes in grid[-3:]:
+        axes.set_xlabel("policy after iteration")
     return figure
 
 
@@ -127,13 +136,10 @@ def draw_logps(train: dict[int, list[dict]], iterations: Sequence[dict]) -> Figu
                 axes.plot(steps, change, color=color, linewidth=0.6, alpha=0.35)
                 change = change.rolling(window, center=True, min_periods=1).mean()
             axes.plot(steps, change, color=color, linewidth=1.8, label=label, marker="o" if len(steps) == 1 else None)
-        axes.set_title(
-            f"iteration {iteration['iter']} (beta {iteration['beta']:g}, lr {plain_number(iteration['lr'])})",
-            loc="left",
-        )
+        title = f"iteration {iteration['iter']} (beta {iteration['beta']:g}, lr {plain_number(iteration['lr'])})"
+        axes.set(title=title, xlabel="step")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins="auto"))
-        axes.set_xlabel("step")
-    _add_legend(figure, grid[0])
+    add_legend(figure, grid[0])
     return figure
 
 
@@ -168,8 +174,7 @@ def draw_margins(folder: Path, iterations: Sequence[dict]) -> Figure | None:
         axes.axvline(0, color=NEUTRAL, linewidth=1)
         axes.axvline(np.median(values), color=GENERATED, linewidth=1.4, linestyle=DASHES)
         share, median = f"{np.mean(values > 0):.0%} above 0", f"median {np.median(values):.2f} (dashed)"
-        axes.set_title(f"iteration {iteration}: {share}\n{median}", loc="left")
-        axes.set_xlabel("margin (nats)")
+        axes.set(title=f"iteration {iteration}: {share}\n{median}", xlabel="margin (nats)")
     return figure
 
 
@@ -182,9 +187,8 @@ def draw_lengths(folder: Path, iterations: Sequence[dict]) -> Figure | None:
             lengths[iteration["iter"]] = [pc.list_value_length(column).to_numpy() for column in table.columns]
     if not lengths:
         return None
-    longest = max(
-        2, math.ceil(np.quantile(np.concatenate([array for both in lengths.values() for array in both]), 0.99))
-    )
+    every_length = np.concatenate([array for both in lengths.values() for array in both])
+    longest = max(2, math.ceil(np.quantile(every_length, 0.99)))
     # Whole tokens a bin, or some bins hold more lengths than others.
     width = max(1, math.ceil((longest + 1) / _num_bins(real for real, _ in lengths.values())))
     bins = np.arange(0, longest + 1 + width, width) - 0.5
@@ -197,9 +201,8 @@ def draw_lengths(folder: Path, iterations: Sequence[dict]) -> Figure | None:
         for values, shape in shapes:
             axes.hist(np.minimum(values, longest), bins=list(bins), weights=_shares(values), **shape)
         medians = f"median {np.median(real):.0f} real, {np.median(generated):.0f} generated"
-        axes.set_title(f"iteration {iteration}\n{medians}", loc="left")
-        axes.set_xlabel("length (tokens)")
-    _add_legend(figure, grid[0])
+        axes.set(title=f"iteration {iteration}\n{medians}", xlabel="length (tokens)")
+    add_legend(figure, grid[0])
     return figure
 
 

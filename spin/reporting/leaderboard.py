@@ -1,7 +1,6 @@
 """The leaderboard of a sweep: sweep.csv, sweep.md with a figure, the table on the console, and W&B."""
 
-import csv
-import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from spin.evaluation.measure_table import Measure, missing_prompts
-from spin.reporting.figures import STYLE
+from spin.reporting.figures import STYLE, save_figures
 from spin.reporting.summary import measure_table
 from spin.reporting.sweep_figures import CAPTIONS, draw
 from spin.reporting.sweep_rows import Point, ranking_measures, rows_of, settings_of
@@ -23,23 +22,15 @@ from spin.runtime.tracking import Tracker
 def write_leaderboard(folder: Path, points: Sequence[Point], tracker: Tracker, is_new: bool = True) -> int:
     """Write `sweep.csv`, `sweep.md` and `figures/` into the sweep's `folder`, print the table, and send it to W&B if
     something was played (`is_new`). Returns how many points have no result."""
+    import pandas as pd
+
     rows = rows_of(points)
-    (folder / "figures").mkdir(parents=True, exist_ok=True)
-    for name in CAPTIONS:
-        (folder / "figures" / f"{name}.png").unlink(missing_ok=True)
-    drawn: list[Path] = []
     with matplotlib.rc_context(STYLE):
-        if found := draw(rows):
-            name, figure = found
-            drawn = [folder / "figures" / f"{name}.png"]
-            figure.savefig(drawn[0], dpi=150)
+        drawn = list(save_figures(folder, dict.fromkeys(CAPTIONS) | draw(rows)).values())
     flat_rows = [_flatten(row) for row in rows]
     columns = _columns(rows, flat_rows)
-    file = io.StringIO()
-    writer = csv.DictWriter(file, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(flat_rows)
-    write_text(folder / "sweep.csv", file.getvalue())
+    table = pd.DataFrame(flat_rows, columns=columns, dtype=object)
+    write_text(folder / "sweep.csv", table.to_csv(index=False))
     write_text(folder / "sweep.md", _page(folder, rows, drawn))
     _print(rows, tracker.console)
     if is_new:
@@ -77,13 +68,6 @@ def _title(row: dict) -> str:
     return {"point": "", "mean": "mean", "start": f"start ({row.get('policy')})"}[row["kind"]]
 
 
-def _cell(row: dict, measure: Measure, interval: str) -> str:
-    value = measure.show(row.get(measure.name))
-    if row["kind"] == "mean":
-        return f"{value} ± {measure.show(row.get(f'{measure.name}_se'))}"
-    return value + measure.show_interval(row, interval)
-
-
 def _page(folder: Path, rows: Sequence[dict], drawn: Sequence[Path]) -> str:
     settings, measures = settings_of(rows), ranking_measures(rows)
     cells = []
@@ -91,8 +75,10 @@ def _page(folder: Path, rows: Sequence[dict], drawn: Sequence[Path]) -> str:
         is_done = row["status"] == "done"
         shown = [_title(row), *(str(row.get(key, "")) for key in settings)]
         shown.append("done" if is_done else f"{row['status']}: {row['reason']}")
-        shown += [_cell(row, measure, " [{}, {}]") if is_done else "" for measure in measures]
-        report = f"[report]({_link(folder, row['folder'])})" if is_done and row.get("folder") else ""
+        shown += [measure.cell(row, " [{}, {}]") if is_done else "" for measure in measures]
+        report = (
+            f"[report](<{os.path.relpath(row['folder'], folder)}/report.md>)" if is_done and row.get("folder") else ""
+        )
         cells.append([*map(escape, shown), report])
     parts = [f"# {escape(folder.name)}"]
     if measures:
@@ -112,11 +98,6 @@ def _page(folder: Path, rows: Sequence[dict], drawn: Sequence[Path]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _link(folder: Path, place: str) -> str:
-    path, sweep = Path(place).absolute(), folder.absolute()
-    return f"<{(path.relative_to(sweep) if path.is_relative_to(sweep) else path).as_posix()}/report.md>"
-
-
 def _print(rows: Sequence[dict], console: Console) -> None:
     settings, measures = settings_of(rows), ranking_measures(rows)
     title = f"Sweep, {sum(row['kind'] == 'point' for row in rows)} points"
@@ -131,7 +112,7 @@ def _print(rows: Sequence[dict], console: Console) -> None:
         if row["kind"] == "start" and settings:
             cells = [_title(row), *[""] * (len(settings) - 1)]
         if row["status"] == "done":
-            values = [_cell(row, measure, "\n{}, {}") for measure in measures] or ["done"]
+            values = [measure.cell(row, "\n{}, {}") for measure in measures] or ["done"]
         else:
             values = [row["status"], *[""] * (len(measures) - 1)]
             point = ", ".join(f"{key}={row[key]}" for key in settings) or "the point"

@@ -1,13 +1,14 @@
 """The report page of a finished run: tables, figures and samples, from its folder and game.json."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from statistics import mean
 
 import matplotlib
 
 from spin.evaluation.measure_table import COMPARED, is_known, known_measures, missing_prompts, show
-from spin.reporting.figures import STYLE, draw_lengths, draw_logps, draw_margins, draw_measures
+from spin.reporting.figures import STYLE, draw_lengths, draw_logps, draw_margins, draw_measures, save_figures
 from spin.reporting.text import code_block, escape, inline_code, markdown_table, plain_number
 from spin.runtime.progress import format_seconds
 
@@ -18,31 +19,24 @@ def write_report(folder: Path, game: dict) -> Path:
     `game` is the content of game.json; the rest is read from `folder`: metrics.jsonl, `iter<t>/pairs.parquet` and
     `iter<t>/margins.json`. A figure whose data are missing is left out, and an older one of that name removed.
     """
-    folder = Path(folder)
-    train = _train_rows(folder)
+    iterations = game["iterations"]
     with matplotlib.rc_context(STYLE):
         figures = {
             "measures": draw_measures(game["evaluations"]),
-            "logps": draw_logps(train, game["iterations"]),
-            "margins": draw_margins(folder, game["iterations"]),
-            "lengths": draw_lengths(folder, game["iterations"]),
+            "logps": draw_logps(_train_rows(folder), iterations),
+            "margins": draw_margins(folder, iterations),
+            "lengths": draw_lengths(folder, iterations),
         }
-        (folder / "figures").mkdir(parents=True, exist_ok=True)
-        for name, figure in figures.items():
-            path = folder / "figures" / f"{name}.png"
-            path.unlink(missing_ok=True)
-            if figure is not None:
-                figure.savefig(path, dpi=150)
-    drawn = {name for name, figure in figures.items() if figure is not None}
-    page = folder / "report.md"
+        drawn = save_figures(folder, figures)
     parts = [
         *_head(game),
         *_held_out(game, drawn),
         *_external(game["external"]),
-        *_training(train, drawn),
+        *_training(drawn),
         *_samples(game["samples"]),
         *_cost(game),
     ]
+    page = folder / "report.md"
     page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return page
 
@@ -88,25 +82,19 @@ def _head(game: dict) -> list[str]:
     return [*parts, "## Iterations", markdown_table(header, rows)]
 
 
-def _held_out(game: dict, drawn: set[str]) -> list[str]:
+def _held_out(game: dict, drawn: Collection[str]) -> list[str]:
     evaluations = game["evaluations"]
     if not evaluations:
         none = "Nothing was evaluated: there are no held-out prompts, or evaluation was switched off."
         return ["## Held-out measures", none]
     measures, n = known_measures(evaluations), evaluations[-1]["n"]
-    rows = [
-        [
-            escape(row["policy"]),
-            *(m.show(row.get(m.name)) + m.show_interval(row, " [{}, {}]") for m in measures),
-        ]
-        for row in evaluations
-    ]
+    rows = [[escape(row["policy"]), *(m.cell(row, " [{}, {}]") for m in measures)] for row in evaluations]
     parts = ["## Held-out measures", markdown_table(["policy", *(f"{m.title} ({m.unit})" for m in measures)], rows)]
     parts.append(f"In brackets: 95 % bootstrap intervals over the {n:,} held-out prompts.")
     parts.append("\n".join(f"- {m.title}: {m.meaning}." for m in measures))
     if missing := missing_prompts(n):
         parts.append("Left out: " + "; ".join(missing) + ".")
-    parts += [f"**{text}**" if i == 0 else text for i, text in enumerate(verdicts(game["differences"]))]
+    parts += [f"**{text}**" if i == 0 else text for i, text in enumerate(map(verdict, game["differences"]))]
     if game["differences"]:
         parts.append(_differences_table(game["differences"]))
     if "measures" in drawn:
@@ -114,12 +102,8 @@ def _held_out(game: dict, drawn: set[str]) -> list[str]:
     return parts
 
 
-def verdicts(differences: Sequence[dict]) -> list[str]:
-    """A sentence for each pair of policies: in which measures they differ, by the interval of the difference."""
-    return [_verdict(difference) for difference in differences]
-
-
-def _verdict(difference: dict) -> str:
+def verdict(difference: dict) -> str:
+    """A sentence on two policies: in which measures they differ, by the interval of the difference."""
     measures: dict[str, list[str]] = {"better": [], "worse": [], "same": []}
     for measure in COMPARED:
         found = difference["measures"].get(measure.name)
@@ -129,21 +113,16 @@ def _verdict(difference: dict) -> str:
     pair = f"{difference['policy']} against {difference['against']}, n={difference['n']:,}"
     if not measures["better"] and not measures["worse"]:
         return f"{pair}: no difference seen, the intervals of all differences contain 0."
-    groups = (("better in ", "better"), ("worse in ", "worse"), ("no difference seen in ", "same"))
-    return f"{pair}: " + "; ".join(label + ", ".join(measures[key]) for label, key in groups if measures[key]) + "."
+    labels = {"better": "better in ", "worse": "worse in ", "same": "no difference seen in "}
+    return f"{pair}: " + "; ".join(labels[key] + ", ".join(titles) for key, titles in measures.items() if titles) + "."
 
 
 def _differences_table(differences: Sequence[dict]) -> str:
     measures = [measure for measure in COMPARED if any(measure.name in row["measures"] for row in differences)]
-    unknown = {"change": None, "interval": (None, None)}
     rows = []
     for row in differences:
-        cells = []
-        for measure in measures:
-            found = row["measures"].get(measure.name, unknown)
-            low, high = found["interval"]
-            interval = f" [{show(low, '.3f')}, {show(high, '.3f')}]" if is_known((low, high)) else ""
-            cells.append(show(found["change"], ".3f") + interval)
+        found = [row["measures"].get(measure.name, {}) for measure in measures]
+        cells = [show(one.get("change"), one.get("interval"), ".3f") for one in found]
         rows.append([escape(f"{row['policy']} − {row['against']}"), f"{row['n']:,}", *cells])
     return markdown_table(["difference", "prompts", *(measure.title for measure in measures)], rows)
 
@@ -162,7 +141,8 @@ def _external(evaluations: Sequence[dict]) -> list[str]:
         cells = []
         for row in rows:
             graded = row["mt_bench"]
-            scores = [_with_interval(graded, key) for key in ("score", "first_turn", "second_turn")]
+            keys = ("score", "first_turn", "second_turn")
+            scores = [show(graded[key], graded.get(f"{key}_interval"), ".2f") for key in keys]
             cells.append([escape(row["policy"]), *scores, f"{graded['n']:,}", f"{graded['unparsed']:,}"])
         parts += ["## MT-Bench", markdown_table(header, cells), "In brackets: 95 % bootstrap intervals over questions."]
     if rows := [row for row in evaluations if row["comparison"]]:
@@ -174,37 +154,30 @@ def _external(evaluations: Sequence[dict]) -> list[str]:
     return parts
 
 
-def _with_interval(graded: dict, key: str) -> str:
-    ends = graded.get(f"{key}_interval")
-    return show(graded[key], ".2f") + (f" [{ends[0]:.2f}, {ends[1]:.2f}]" if is_known(ends) else "")
-
-
 def _harness_table(rows: Sequence[dict]) -> str:
     tasks = [(found["task"], found["shots"], found["metric"]) for found in rows[0]["harness"]]
     header = ["policy", *(escape(f"{task}, {shots} shots, {metric}") for task, shots, metric in tasks), "average"]
     cells = []
     for row in rows:
-        values = [found["value"] * 100 for found in row["harness"]]
-        shown = [
-            f"{found['value'] * 100:.2f}"
-            + (f" ± {found['stderr'] * 100:.2f}" if is_known(found["stderr"]) else "")
-            + f" (n={found['n']:,})"
-            for found in row["harness"]
-        ]
-        cells.append([escape(row["policy"]), *shown, show(_mean(values), ".2f")])
+        values = [f"{100 * found['value']:.2f}{_error(found)} (n={found['n']:,})" for found in row["harness"]]
+        average = mean(found["value"] * 100 for found in row["harness"])
+        cells.append([escape(row["policy"]), *values, f"{average:.2f}"])
         paper = row["paper"] or {}
         if all(task in paper for task, _, _ in tasks):
             published = [paper[task] for task, _, _ in tasks]
-            shown = [f"{value:.2f}" for value in published]
-            cells.append([escape(f"paper: {row['policy']}"), *shown, show(_mean(published), ".2f")])
+            values = [f"{value:.2f}" for value in (*published, mean(published))]
+            cells.append([escape(f"paper: {row['policy']}"), *values])
     return markdown_table(header, cells)
 
 
-def _training(train: dict[int, list[dict]], drawn: set[str]) -> list[str]:
+def _error(found: dict) -> str:
+    return f" ± {100 * found['stderr']:.2f}" if is_known(found["stderr"]) else ""
+
+
+def _training(drawn: Collection[str]) -> list[str]:
     parts = ["## Training"]
     if "logps" in drawn:
-        parts += ["![Change of log p during training](figures/logps.png)", LOGPS_CAPTION, _logps_table(train)]
-        parts += ["Means of the first and the last tenth of the steps.", WHY_REAL_FALLS]
+        parts += ["![Change of log p during training](figures/logps.png)", LOGPS_CAPTION, WHY_REAL_FALLS]
     else:
         parts.append("No training steps are on record, so there is no training figure.")
     if "margins" in drawn:
@@ -212,24 +185,6 @@ def _training(train: dict[int, list[dict]], drawn: set[str]) -> list[str]:
     if "lengths" in drawn:
         parts += ["## Lengths", "![Lengths of answers](figures/lengths.png)", LENGTHS_CAPTION]
     return parts
-
-
-def _logps_table(train: dict[int, list[dict]]) -> str:
-    rows = []
-    for iteration, steps in train.items():
-        tenth = max(1, len(steps) // 10)
-        cells = [str(iteration), f"{len(steps):,}"]
-        for key in ("logps/real", "logps/generated", "rewards/margins", "loss"):
-            start, end = (_mean(row.get(key) for row in part) for part in (steps[:tenth], steps[-tenth:]))
-            cells.append(f"{show(start, '.3f')} → {show(end, '.3f')}")
-        rows.append(cells)
-    header = ["iteration", "steps", "log p(real), nats", "log p(generated), nats", "beta × margin, nats", "loss"]
-    return markdown_table(header, rows)
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if is_known(value)]
-    return sum(known) / len(known) if known else None
 
 
 def _samples(samples: Sequence[dict]) -> list[str]:

@@ -11,44 +11,40 @@ from rich.table import Table
 from rich.text import Text
 
 from spin.evaluation.measure_table import known_measures, missing_prompts, show
-from spin.reporting.report import verdicts
+from spin.reporting.report import verdict
 from spin.reporting.text import shorten
 
 
 def print_summary(game: dict, console: Console) -> None:
     """Print the summary of game.json."""
     if game["evaluations"]:
-        table = _measures_table(game["evaluations"], intervals=True)
-        if Measurement.get(console, console.options.update(max_width=1000), table).maximum > console.width:
-            table = _measures_table(game["evaluations"], intervals=False)
+        for template, note in (("\n{}, {}", "below: 95 % intervals"), ("", "intervals are in the report")):
+            table = _measures_table(game["evaluations"], template, note)
+            if Measurement.get(console, console.options.update(max_width=1000), table).maximum <= console.width:
+                break
         console.print(table)
-        for sentence in (*missing_prompts(game["evaluations"][-1]["n"]), *verdicts(game["differences"])):
+        for sentence in (*missing_prompts(game["evaluations"][-1]["n"]), *map(verdict, game["differences"])):
             console.print(Text(sentence))
     for row in game["external"]:
         if row["harness"]:
             shown = ", ".join(f"{found['task']} {found['value'] * 100:.1f}" for found in row["harness"])
             console.print(Text(f"{row['policy']}: {shown} (percent)"))
         if row["mt_bench"]:
-            console.print(Text(f"{row['policy']}: MT-Bench {show(row['mt_bench']['score'], '.2f')}"))
+            console.print(Text(f"{row['policy']}: MT-Bench {show(row['mt_bench']['score'], None, '.2f')}"))
         if row["comparison"]:
             console.print(Text(row["comparison"]["finding"]))
     if game["samples"]:
         _print_sample(game["samples"][0], console)
 
 
-def _measures_table(evaluations: Sequence[dict], intervals: bool) -> Table:
-    note = "below: 95 % intervals" if intervals else "intervals are in the report"
+def _measures_table(evaluations: Sequence[dict], template: str, note: str) -> Table:
     table = measure_table(f"Held-out measures, {evaluations[-1]['n']:,} prompts ({note})")
     measures = [measure for measure in known_measures(evaluations) if measure.heading]
     table.add_column("\npolicy", no_wrap=True)
     for measure in measures:
         table.add_column(measure.heading, justify="right", no_wrap=True)
     for row in evaluations:
-        cells = [Text(row["policy"])]
-        for measure in measures:
-            interval = measure.show_interval(row, "\n{}, {}") if intervals else ""
-            cells.append(Text(measure.show(row.get(measure.name))).append(interval, style="dim"))
-        table.add_row(*cells)
+        table.add_row(Text(row["policy"]), *(Text(measure.cell(row, template)) for measure in measures))
     return table
 
 

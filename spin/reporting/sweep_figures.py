@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from spin.evaluation.measure_table import Measure, is_known
-from spin.reporting.figures import DASHES, REFERENCE, panels, plot_with_intervals
+from spin.reporting.figures import add_legend, label_measure, panels, plot_measure
 from spin.reporting.sweep_rows import ranking_measures, settings_of
 
 # Okabe and Ito's colours, for as many lines as can be told apart.
@@ -21,8 +21,8 @@ CAPTIONS = {
 }
 
 
-def draw(rows: Sequence[dict]) -> tuple[str, Figure] | None:
-    """("heatmap", figure) if exactly two settings are swept, both numbers; ("lines", figure) if one of them is a number.
+def draw(rows: Sequence[dict]) -> dict[str, Figure]:
+    """{"heatmap": figure} if exactly two settings are swept, both numbers; {"lines": figure} if one of them is a number.
 
     Where `seed` is swept as well the means over seeds are drawn.
     """
@@ -32,10 +32,10 @@ def draw(rows: Sequence[dict]) -> tuple[str, Figure] | None:
     numeric = [key for key in settings if all(_is_number(row[key]) for row in rows if row["kind"] == "point")]
     measures = ranking_measures(drawn)[:4]
     if measures and len(numeric) == len(settings) == 2:
-        return "heatmap", _heat_map(drawn, numeric, measures)
+        return {"heatmap": _heat_map(drawn, numeric, measures)}
     if measures and len(numeric) == 1:
-        return "lines", _lines(drawn, numeric[0], [key for key in settings if key not in numeric], measures)
-    return None
+        return {"lines": _lines(drawn, numeric[0], [key for key in settings if key not in numeric], measures)}
+    return {}
 
 
 def _is_number(text: str) -> bool:
@@ -59,12 +59,11 @@ def _heat_map(rows: Sequence[dict], settings: Sequence[str], measures: Sequence[
         for (i, j), bad in np.ndenumerate(badness):
             color = "white" if bad > middle else "black"
             axes.text(j, i, measure.show(values[i][j]), ha="center", va="center", color=color)
-        axes.set_title(f"{measure.title}\n({measure.unit}; {measure.goal})", loc="left")
+        title = f"{measure.title}\n({measure.unit}; {measure.goal})"
+        axes.set(title=title, xlabel=settings[1], ylabel=settings[0])
         axes.set_xticks(range(len(right)), right)
         axes.set_yticks(range(len(up)), up)
         axes.grid(visible=False)
-        axes.set_xlabel(settings[1])
-        axes.set_ylabel(settings[0])
     return figure
 
 
@@ -72,39 +71,21 @@ def _lines(rows: Sequence[dict], setting: str, others: Sequence[str], measures: 
     """Each measure over `setting`, a line for each combination of the `others`."""
     figure, grid = panels(len(measures), min(2, len(measures)), 2.2)
     groups: dict[str, list[dict]] = {}
+    ticks: dict[float, str] = {}
     for row in sorted(rows, key=lambda row: float(row[setting])):
         groups.setdefault(", ".join(f"{key}={row[key]}" for key in others), []).append(row)
-    ticks = {float(row[setting]): row[setting] for row in sorted(rows, key=lambda row: float(row[setting]))}
+        ticks[float(row[setting])] = row[setting]
     for axes, measure in zip(grid, measures, strict=True):
-        if measure.ideal is not None:
-            axes.axhline(measure.ideal, color=REFERENCE, linestyle=DASHES, linewidth=1.2)
+        label_measure(axes, measure)
         for number, label in enumerate(sorted(groups)):
-            known = [row for row in groups[label] if is_known(row.get(measure.name))]
-            plot_with_intervals(
-                axes,
-                [float(row[setting]) for row in known],
-                [row[measure.name] for row in known],
-                [_bar(row, measure) for row in known],
-                color=COLORS[number % len(COLORS)],
-                linestyle=("-", "--", ":")[number // len(COLORS) % 3],
-                linewidth=1.4,
-                label=label,
-            )
-        axes.set_title(measure.title, loc="left")
-        axes.set_ylabel(measure.unit)
+            style = {"color": COLORS[number % len(COLORS)], "linestyle": ("-", "--", ":")[number // len(COLORS) % 3]}
+            x = [float(row[setting]) for row in groups[label]]
+            plot_measure(axes, measure, x, groups[label], linewidth=1.4, label=label, **style)
         axes.set_xlabel(setting)
         if min(ticks) > 0 and max(ticks) / min(ticks) >= 8:
             axes.set_xscale("log")
         axes.set_xticks(list(ticks), list(ticks.values()))
         axes.minorticks_off()
     if others:
-        figure.legend(*grid[0].get_legend_handles_labels(), loc="outside upper center", ncols=min(3, len(groups)))
+        add_legend(figure, grid[0], min(3, len(groups)))
     return figure
-
-
-def _bar(row: dict, measure: Measure) -> Sequence[float] | None:
-    """The ends of a value's bar: the mean ± its standard error, or the interval."""
-    if row["kind"] == "mean":
-        value, error = row[measure.name], row[f"{measure.name}_se"]
-        return value - error, value + error
-    return row.get(f"{measure.name}_interval")

@@ -72,10 +72,7 @@ def settings_of(rows: Iterable[dict]) -> list[str]:
 def _read_game(point: Point) -> dict | None:
     if point.folder is None or point.problem or read_record(point.folder).get("status") != "done":
         return None
-    try:
-        return json.loads((point.folder / "game.json").read_bytes())
-    except (OSError, ValueError):
-        return None
+    return json.loads((point.folder / "game.json").read_bytes())
 
 
 def _point_row(point: Point, game: dict | None) -> dict:

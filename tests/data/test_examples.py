@@ -410,23 +410,21 @@ def test_files_and_folders(tmp_path):
     table.select(range(4, 6)).to_parquet(hub / "test_sft-00000-of-00001.parquet")
     write(tmp_path / "rows.jsonl", rows)
     (tmp_path / "list.json").write_text(json.dumps(rows, indent=1))
-    (tmp_path / "object.json").write_text(json.dumps({"version": 1, "rows": rows}))
-    (tmp_path / "named.json").write_text(json.dumps({str(n): row for n, row in enumerate(rows)}))
-    for name in ("rows.parquet", "disk", "rows.jsonl", "list.json", "object.json", "named.json"):
+    for name in ("rows.parquet", "disk", "rows.jsonl", "list.json"):
         assert read(tmp_path, tmp_path / name) == rows, name
     for name, split in (("dict", "test"), ("hub", "test_sft")):
         everything = read(tmp_path, tmp_path / name)
         assert sorted(everything, key=str) == sorted(rows, key=str)
         assert read(tmp_path, tmp_path / name, splits=[split]) == rows[4:]
         fails(f"has no validation; it has .*{split}", read, tmp_path, tmp_path / name, splits=["validation"])
-    for name in ("disk", "rows.jsonl"):
-        fails("set it to null", read, tmp_path, tmp_path / name, splits=["train"])
+    fails("set it to null", read, tmp_path, tmp_path / "rows.jsonl", splits=["train"])
+    fails("has no train; it has all", read, tmp_path, tmp_path / "disk", splits=["train"])
     (tmp_path / "empty").mkdir()
     fails("no data set that can be read", read, tmp_path, tmp_path / "empty")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 or not")
-    fails("not a complete parquet file", read, tmp_path, tmp_path / "broken.parquet")
+    fails("no parquet file that can be read", read, tmp_path, tmp_path / "broken.parquet")
     (tmp_path / "rows.csv").write_text("a,b")
-    fails(r"cannot read \.csv", read, tmp_path, tmp_path / "rows.csv")
+    fails("cannot read this type of file", read, tmp_path, tmp_path / "rows.csv")
 
 
 def test_bad_lines(tmp_path):
@@ -437,20 +435,18 @@ def test_bad_lines(tmp_path):
         fails(rf"{number}\.jsonl:3: ", read, tmp_path, path)
     path = tmp_path / "list.json"
     path.write_text(f"[\n{good},\n{good}\n{good}]")
-    fails(r"list\.json:4: not JSON", read, tmp_path, path)
+    fails(r"list\.json: not JSON .*line 4", read, tmp_path, path)
     path.write_bytes(b'[\n"\xff"]')
-    fails(r"list\.json:2: not UTF-8", read, tmp_path, path)
+    fails(r"list\.json: not JSON .*0xff", read, tmp_path, path)
     path.write_text('{"a": 1}')
-    fails("no list of records, but a", read, tmp_path, path)
+    fails("no list of records, but a dict", read, tmp_path, path)
     path.write_text("[1]")
     fails("record 1: a record is a JSON object", read, tmp_path, path)
 
 
 def test_missing_files(tmp_path):
-    write(tmp_path / "pairs.jsonl", [])
-    fails("no such file or folder; did you mean pairs.jsonl", read, tmp_path, tmp_path / "pair.jsonl")
-    fails("nor is there a folder", read, tmp_path, tmp_path / "none" / "pairs.jsonl")
-    fails("did you mean pairs.jsonl", read, tmp_path, "asset:pair.jsonl")
+    fails("pair.jsonl: no such file or folder", read, tmp_path, tmp_path / "pair.jsonl")
+    fails("pair.jsonl: no such file or folder", read, tmp_path, "asset:pair.jsonl")
     fails("data.path", read, tmp_path, None)
 
 
@@ -496,7 +492,7 @@ def test_cut_list_in_a_wheel(load, tmp_path):
     assert found.counts == {"read": 3, "kept": 2, "truncated record": 1}
     fails("data.file", load, None, package=str(wheel))
     (tmp_path / "talk.json").write_text(text[:-20])
-    fails(r"talk\.json:\d+: not JSON", load, tmp_path / "talk.json")  # a user's own file is whole, or wrong
+    fails(r"talk\.json: not JSON", load, tmp_path / "talk.json")  # a user's own file is whole, or wrong
 
 
 COLUMN = st.sampled_from(

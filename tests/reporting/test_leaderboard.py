@@ -51,7 +51,7 @@ def test_means_and_standard_errors_over_seeds(tmp_path):
     assert best["nll_per_token_se"] == pytest.approx(0.05)
     assert [row["nll_per_token"] for row in rows[:5]] == sorted(values.values())
     assert rows[5]["status"] == "failed" and rows[5]["reason"] == "it broke"
-    name, figure = draw(rows)
+    ((name, figure),) = draw(rows).items()
     assert name == "lines" and len(figure.axes) == 1
     (line,), (bars,) = figure.axes[0].lines, figure.axes[0].collections
     assert line.get_xydata().tolist() == [[0.1, pytest.approx(1.5)], [1.0, pytest.approx(1.15)]]
@@ -61,7 +61,7 @@ def test_means_and_standard_errors_over_seeds(tmp_path):
 def test_bar_need_not_contain_its_value(tmp_path):
     """A bootstrap interval of MAUVE may lie below its value."""
     games = {(("beta", str(beta)),): game(1.0, nll_per_token_interval=[0.5, 0.9]) for beta in (1, 2)}
-    _, figure = draw(rows_of(points_of(tmp_path, games)))
+    figure = draw(rows_of(points_of(tmp_path, games)))["lines"]
     assert figure.axes[0].collections[0].get_segments()[0][:, 1].tolist() == [0.5, 0.9]
 
 
@@ -70,7 +70,7 @@ def test_heat_map_cells(tmp_path):
     games = {(("a", a), ("b", b)): game(value) for (a, b), value in values.items()}
     rows = rows_of([*points_of(tmp_path, games), Point({"a": "2", "b": "0.0005"}, None, "no")])
     assert rows[-1] | {"kind": "start", "policy": "sft", "nll_per_token": 2.0} == rows[-1]
-    name, figure = draw(rows)
+    ((name, figure),) = draw(rows).items()
     assert name == "heatmap"
     (axes,) = figure.axes
     assert [label.get_text() for label in axes.get_xticklabels()] == ["1e-07", "0.0005"]
@@ -81,10 +81,10 @@ def test_heat_map_cells(tmp_path):
 
 def test_what_is_not_drawn(tmp_path):
     words = {(("loss", name), ("data", "x")): game(1.0) for name in ("hinge", "logistic")}
-    assert draw(rows_of(points_of(tmp_path, words))) is None
+    assert not draw(rows_of(points_of(tmp_path, words)))
     three = {(("a", "1"), ("b", str(b)), ("c", "3")): game(1.0) for b in range(2)}
-    assert draw(rows_of(points_of(tmp_path, three))) is None
-    assert draw(rows_of([Point({"a": "1"}, None, "no"), Point({"a": "2"}, None, "no")])) is None
+    assert not draw(rows_of(points_of(tmp_path, three)))
+    assert not draw(rows_of([Point({"a": "1"}, None, "no"), Point({"a": "2"}, None, "no")]))
 
 
 def test_benchmarks_in_rows(tmp_path):

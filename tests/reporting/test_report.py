@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from spin.evaluation.measure_table import COMPARED, MEASURES
-from spin.reporting.report import verdicts, write_report
+from spin.reporting.report import verdict, write_report
 from spin.reporting.summary import print_summary
 from spin.reporting.text import code_block
 
@@ -139,7 +139,6 @@ def test_full_run(tmp_path):
     assert "| train | 3 min 12 s |" in text
     assert "Peak memory: 1.23 GiB" in text
     assert "Why log p(real) can fall" in text
-    assert "-40.042 → -40.942" in text  # mean of six steps of sixty at either end
     for link in re.findall(r"\]\((figures/[^)]*)\)", text):
         assert (tmp_path / link).exists()
     for path in (tmp_path / "figures").iterdir():
@@ -235,14 +234,14 @@ def test_equal_margins(constant, tmp_path):
 
 def test_verdicts_better_and_same():
     differences = [difference("iter1", "sft", nll_per_token="better"), difference("iter1", "iter0")]
-    against_start, against_first = verdicts(differences)
+    against_start, against_first = map(verdict, differences)
     assert against_start.startswith("iter1 against sft, n=50: better in NLL of human answers (2.000 → 1.900); ")
     assert "worse" not in against_start
     assert against_first == "iter1 against iter0, n=50: no difference seen, the intervals of all differences contain 0."
 
 
 def test_verdicts_worse():
-    (sentence,) = verdicts([difference("iter0", "start", human_likelier="worse", rouge_l="better", mauve="same")])
+    sentence = verdict(difference("iter0", "start", human_likelier="worse", rouge_l="better", mauve="same"))
     assert "better in ROUGE-L (2.000 → 1.900); " in sentence
     assert "worse in human likelier (2.000 → 1.900); " in sentence
     assert sentence.endswith("no difference seen in classifier AUC, NLL of human answers, MAUVE, length AUC.")
