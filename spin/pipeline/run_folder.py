@@ -1,11 +1,10 @@
 """A run's folder: opened by one game at a time, and what it shows of each iteration."""
 
 import json
-import shutil
 import sys
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -114,9 +113,19 @@ def prepare_folder(run: Run, composed: str | None) -> None:
     for path in run.folder.glob("iter*"):
         number = path.name.removeprefix("iter")
         if path.is_dir() and number.isdecimal() and int(number) >= run.config.iterations:
-            shutil.rmtree(path)
+            remove_shown(path)
     if run.config.schedule.sft_epochs == 0:
-        shutil.rmtree(run.folder / "sft", ignore_errors=True)
+        remove_shown(run.folder / "sft")
+
+
+def remove_shown(folder: Path) -> None:
+    """Remove what `show_record` wrote to `sft/` or `iter<t>/`, and the folder unless it holds files of the user."""
+    for name in ("policy", "merged"):
+        link_tree(None, folder / name)
+    for name in ("pairs.parquet", "manifest.json", "margins.json"):
+        (folder / name).unlink(missing_ok=True)
+    with suppress(OSError):  # not there, or not empty
+        folder.rmdir()
 
 
 def show_record(player: Player, record: IterationRecord) -> None:

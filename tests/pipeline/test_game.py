@@ -164,9 +164,22 @@ def test_context_too_short(played, place):
 
 def test_shorter_game_removes_iterations(played, tmp_path):
     shown = tmp_path / "run"
-    shutil.copytree(played.folder / "run", shown)
-    played.play("schedule.replay=previous", "iter=0", f"hydra.run.dir={shown}")
+    words = ["schedule.replay=previous", f"hydra.run.dir={shown}"]
+    played.play(*words)
+    played.play(*words, "iter=0")
     assert (shown / "iter0" / "policy").is_dir() and not (shown / "iter1").exists()
+
+
+def test_files_of_the_user_stay(played, tmp_path):
+    shown = tmp_path / "run"
+    words = ["schedule.replay=previous", f"hydra.run.dir={shown}"]
+    played.play(*words)
+    note = shown / "iter1" / "policy" / "README.md"
+    note.write_text("mine")
+    played.play(*words)
+    assert note.read_text() == "mine" and (shown / "iter1" / "policy" / "model.safetensors").is_file()
+    played.play(*words, "iter=0")
+    assert [path.name for path in (shown / "iter1").rglob("*") if path.is_file()] == ["README.md"]
 
 
 def test_unwritable_store(tmp_path, place):
