@@ -111,5 +111,5 @@ if __name__ == "__main__":
         fail(error, hydra_error_line(error) if is_hydras else user_message(error))
     except KeyboardInterrupt as stop:
         number = getattr(stop, "signal", signal.SIGINT)
-        line = f"stopped by {number.name}: finished work is kept, run the same command to go on."
+        line = f"stopped by {number.name}: finished work is kept, run the same command to continue."
         end(128 + number, line if speaks_for_all() else None)

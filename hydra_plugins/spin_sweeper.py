@@ -82,7 +82,7 @@ def each_to_its_end(launcher: object) -> Iterator[list[Exception]]:
 
 
 class SpinSweeper(BasicSweeper):
-    """Plays the product of all comma-separated values; a point that fails is reported, and the others go on.
+    """Plays the product of all comma-separated values. A failing point is reported, and the others continue.
 
     Points that are done are not launched again. The process ends with status 1 where a point has no result.
     """
@@ -90,7 +90,7 @@ class SpinSweeper(BasicSweeper):
     def sweep(self, arguments: list[str]) -> None:
         assert self.config is not None and self.hydra_context is not None
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # where a point fails, one process would go on without the others
-            raise UserError("a sweep is started as one process: give each of its points a torchrun of its own.")
+            raise UserError("a sweep is started as one process: start torchrun for each of its points.")
         folder = Path(self.config.hydra.sweep.dir)
         # One folder for all points: it contains `name`, which may differ between them.
         with open_dict(self.config):
@@ -181,8 +181,8 @@ class SpinSweeper(BasicSweeper):
         """Launch the jobs until each has a record of its end. Returns why there is none, of those that died without.
 
         A launcher may give up with the first process that dies, whatever the others do. What was at work then is launched
-        again by itself (it waits for its own lock, and goes on from what was kept), the rest together. A point that was
-        asked to stop is left as it is. Raises UserError where nothing can be launched at all.
+        again alone (it waits for its lock and continues from finished work), the rest together. A point that was stopped
+        by a signal is not. Raises UserError if nothing can be launched.
         """
         from spin.reporting.sweep_rows import read_record
 

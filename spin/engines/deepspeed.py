@@ -94,7 +94,7 @@ class DeepSpeedEngine(Engine):
         self.config = optimizer
         self.shapes = {name: weight.shape for name, weight in self.trained.items()}
         self.updates = 0
-        self._checkpoint: Path | None = None  # to go on from
+        self._checkpoint: Path | None = None  # to continue from
         self._initialized: Any = None
         self._closed = False
 

@@ -1,6 +1,6 @@
 """Answers by vLLM, which decodes many prompts together on GPUs. It is optional, and not imported here.
 
-vLLM pins versions of torch and transformers other than ours. It runs in processes of its own (`vllm_worker.py`), with the
+vLLM pins versions of torch and transformers other than ours. It runs in separate processes (`vllm_worker.py`), with the
 interpreter of another environment if `generation.python` names one; GPU memory is free when they end. They load the policy
 from its folder in the store. vLLM's log-probs differ from a forward pass's, so pairs are scored by our engines.
 """
@@ -160,7 +160,7 @@ def checked_ids(output: dict[str, Any], stop_ids: Collection[int]) -> list[int]:
 def _workers(arguments: dict, config: GenerationConfig) -> Iterator[Callable]:
     """Give `ask(prompts, sampling)`, which spreads requests over `data_parallel` workers and returns their outputs in order.
 
-    The first call starts the workers, each with GPUs of its own.
+    The first call starts the workers, each with separate GPUs.
     """
     with tempfile.TemporaryDirectory(prefix="spin-vllm-") as name:
         folder, workers = Path(name), list[subprocess.Popen]()

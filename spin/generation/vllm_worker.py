@@ -1,4 +1,4 @@
-"""Run vLLM in a process, and often an environment, of its own: token ids in, token ids out. Imports nothing of spin.
+"""Run vLLM in a separate process, and often a separate environment: token ids in, token ids out. Imports nothing of spin.
 
     python -P spin/generation/vllm_worker.py ENGINE.json < requests
 

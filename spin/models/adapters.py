@@ -134,7 +134,7 @@ def write_weights(weights: Mapping[str, Tensor], folder: Path) -> None:
 def write_fresh_adapter(base: Path, lora: Lora, seed: int, origin: dict[str, Any], folder: Path) -> None:
     """Write an adapter that does not change the model yet: A uniform as in torch.nn.Linear, and B zero.
 
-    Each matrix has a random stream of its own, made from `seed` and its name. `origin`: the settings by which PEFT
+    Each matrix has a separate random stream, made from `seed` and its name. `origin`: the settings by which PEFT
     finds the base.
     """
     model, config = empty_model(base, lora)

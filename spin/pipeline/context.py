@@ -179,10 +179,10 @@ def prepare_run(config: Config, folder: Path, tracker: Tracker) -> Run:
 
 def find_policies(config: Config, ranks: ProcessGroup) -> tuple[Policy, Policy | None]:
     """The start of the run, and with stage=evaluate the policy that it is compared with, if any."""
-    found = ranks.broadcast(_find_policies(config) if ranks.is_main_process else None)
-    if not all(policy.folder.is_dir() for policy in found if policy):  # a cache of this machine alone
-        found = _find_policies(config)
-    return found
+    policies = ranks.broadcast(_find_policies(config) if ranks.is_main_process else None)
+    if not all(policy.folder.is_dir() for policy in policies if policy):  # a cache of this machine alone
+        policies = _find_policies(config)
+    return policies
 
 
 def _find_policies(config: Config) -> tuple[Policy, Policy | None]:

@@ -64,7 +64,7 @@ class External(Stage[Any]):
 
 @dataclass(frozen=True, eq=False)
 class Benchmark(External):
-    """One task of the lm-evaluation-harness. A stage of its own, so that an interrupted run keeps the finished tasks."""
+    """One task of the lm-evaluation-harness. Each task is a separate stage, so that an interrupted run keeps the finished ones."""
 
     name: ClassVar[str] = "harness"
     result_file: ClassVar[str] = "result.json"

@@ -25,13 +25,13 @@ def record_status(folder: Path, status: str, **more: Any) -> None:
 
 
 def play_point(config: Config, folder: Path, play: Callable[[], object]) -> None:
-    """Play the point in `folder` and record its status. A failure is recorded and not raised: the other points go on."""
+    """Play the point in `folder` and record its status. A failure is recorded and not raised: the other points continue."""
     made_of = content_hash(config)
     record_status(folder, "playing")
     try:
         play()
     except Interrupted as stop:
-        record_status(folder, "stopped", reason=f"stopped by {stop.signal.name}: run the same command to go on")
+        record_status(folder, "stopped", reason=f"stopped by {stop.signal.name}: run the same command to continue")
         raise
     except Exception as error:
         trace = {}

@@ -162,7 +162,7 @@ def _show_pairs(player: Player, record: IterationRecord, path: Path) -> None:
 
 
 def _manifest(player: Player, record: IterationRecord) -> dict:
-    """What made the iteration, for people and scripts."""
+    """What made the iteration, for readers and scripts."""
     config = player.run.config
     assert record.iteration is not None and record.opponent and record.train
     policy, opponent = player.result(record.policy), player.result(record.opponent)

@@ -121,8 +121,8 @@ def _differences_table(differences: Sequence[dict]) -> str:
     measures = [measure for measure in COMPARED if any(measure.name in row["measures"] for row in differences)]
     rows = []
     for row in differences:
-        found = [row["measures"].get(measure.name, {}) for measure in measures]
-        cells = [show(one.get("change"), one.get("interval"), ".3f") for one in found]
+        changes = [row["measures"].get(measure.name, {}) for measure in measures]
+        cells = [show(change.get("change"), change.get("interval"), ".3f") for change in changes]
         rows.append([escape(f"{row['policy']} − {row['against']}"), f"{row['n']:,}", *cells])
     return markdown_table(["difference", "prompts", *(measure.title for measure in measures)], rows)
 

@@ -84,7 +84,7 @@ def _point_row(point: Point, game: dict | None) -> dict:
     if game is None:
         record = read_record(point.folder) if point.folder else {}
         failed = point.problem or record.get("status") == "failed"
-        reason = point.problem or record.get("reason") or "not played to its end: run the same command to go on"
+        reason = point.problem or record.get("reason") or "not played to its end: run the same command to continue"
         return row | {"status": "failed" if failed else "unfinished", "reason": reason} | place
     evaluations, externals = game["evaluations"], game["external"]
     if evaluations:

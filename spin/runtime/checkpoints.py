@@ -1,4 +1,4 @@
-"""What an interrupted stage resumes from: the state of its training, and in words what its folder holds."""
+"""What an interrupted stage resumes from: the state of its training, and a description of what its folder holds."""
 
 import json
 import math
@@ -130,7 +130,7 @@ class Checkpoints:
 
     @contextmanager
     def write_on_interrupt(self, engine: Engine, state: TrainState, steps: int) -> Iterator[None]:
-        """Write `state` (of `steps` in all) if the process is asked to stop inside, where `engine` must stay open."""
+        """Write `state` (a step of `steps`) if a stop signal arrives inside the block; `engine` must stay open in it."""
         try:
             yield
         except Interrupted:

@@ -24,7 +24,7 @@ LOST_PEER = {
     "DistStoreError": r"wait timeout|timed out",
 }
 OUT_OF_MEMORY = r"can't allocate memory|cannot allocate memory|out of memory"
-TRY_AGAIN = "then run the same command again: it goes on from what is finished."
+TRY_AGAIN = "then run the same command again: it continues from what is finished."
 
 
 def user_message(error: BaseException) -> str | None:
@@ -56,7 +56,7 @@ def user_message(error: BaseException) -> str | None:
         )
     pattern = LOST_PEER.get(type(error).__name__)
     if pattern and re.search(pattern, text, re.IGNORECASE | re.DOTALL):
-        return "another process of this game has ended or can't be reached: run the same command to go on."
+        return "another process of this game has ended or can't be reached: run the same command to continue."
     return None
 
 

@@ -80,7 +80,7 @@ class ProcessGroup:
         return partial(self._store.add, f"count/{self._counters}")
 
     def raise_if_stopped(self) -> None:
-        """Raise `Interrupted` on every rank if any was asked to stop. All ranks must call this."""
+        """Raise `Interrupted` on every rank if any received a stop signal. All ranks must call this."""
         if self.size == 1:
             raise_if_stopped()
         elif number := int(self.all_reduce_max(pending_signal())):

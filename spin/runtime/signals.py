@@ -16,7 +16,7 @@ _previous: dict[int, Callable] = {}
 
 
 class Interrupted(KeyboardInterrupt):
-    """The process was asked to stop by `signal`. A library's `except Exception` does not catch it."""
+    """The process received the stop signal `signal`. A library's `except Exception` does not catch it."""
 
     def __init__(self, number: signal.Signals):
         super().__init__(number)
@@ -59,7 +59,7 @@ def deferred() -> Iterator[None]:
 
 
 def raise_if_stopped() -> None:
-    """Raise `Interrupted` again if the process was asked to stop and a library has swallowed the exception."""
+    """Raise `Interrupted` again if the process received a stop signal and a library has swallowed the exception."""
     if _raised:
         raise_signal(_raised)
 

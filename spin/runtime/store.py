@@ -76,7 +76,7 @@ class Store:
 
         `build(folder)` fills a folder and returns facts for the manifest, among them `earlier_seconds`: what earlier runs
         spent on the parts that it reused. A lock makes two runs build a stage once. `resume(stage, inputs)` outlives a
-        failed build. Raises Interrupted if the process was asked to stop.
+        failed build. Raises Interrupted after a stop signal.
         """
         raise_if_stopped()
         folder = self.folder(stage, inputs)

@@ -22,7 +22,7 @@ class Tracker:
     """Writes a run's metrics to `folder/metrics.jsonl` and, unless disabled, to Weights & Biases.
 
     `wandb`: see `wandb_mode`, which may raise UserError; `about` is what W&B shows of the run: name, config, project,
-    entity, group. W&B starts with the first new row. If it fails, one line says so and the run goes on without it. The
+    entity, group. W&B starts with the first new row. If it fails, one line says so and the run continues without it. The
     first row empties metrics.jsonl: a run that is repeated writes all rows again. On ranks other than 0 nothing is
     written, shown or sent.
     """

@@ -565,7 +565,7 @@ def test_resume_after_kill_and_stop(place):
     game.send_signal(signal.SIGTERM)
     done = ended(game)
     assert done.returncode != 0
-    assert errors(done) == ["stopped by SIGTERM: what is done is kept, run the same command to go on."], done.stderr
+    assert errors(done) == ["stopped by SIGTERM: what is done is kept, run the same command to continue."], done.stderr
     assert "SFT: going on from training up to step" in done.stdout
     kept = re.search(r"training is kept up to step (\d+) of 18", done.stdout)
     assert kept and int(kept[1]) >= 3

@@ -263,7 +263,7 @@ def test_exit_status_after_signal(place):
     assert killed.wait(60).returncode == -signal.SIGKILL
     done = interrupted.wait(60)
     assert done.returncode > 0
-    assert "run the same command to go on" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert "run the same command to continue" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 def test_server_failure_is_reported(tmp_path):

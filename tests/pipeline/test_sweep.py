@@ -312,7 +312,7 @@ def test_submitit_job_is_preempted(tmp_path):
     assert "a point's process died, going on without it" in (tmp_path / "out").read_text()
     found = rows()
     assert [found[beta]["status"] for beta in ("0.1", "0.2", "0.3", "-1")] == ["done", "done", "unfinished", "failed"]
-    assert found["0.3"]["reason"] == "stopped by SIGTERM: run the same command to go on"
+    assert found["0.3"]["reason"] == "stopped by SIGTERM: run the same command to continue"
     assert logs().count("training is kept up to step") == 2 and logs().count("going on from training up to step") == 1
     assert start().wait(280) == 1
     assert "2 done before, 1 to play, 1 that can't be played" in (tmp_path / "out").read_text()
