@@ -57,16 +57,18 @@ def _multiplies(module: nn.Module) -> bool:
         return False
 
 
-def _norm(this: Callable[[], Any], states: Tensor) -> Tensor:
+def _norm(this: Callable[[], Any], states: Tensor, *rest: Any, **more: Any) -> Tensor:
     module = this()
     forward = partial(type(module).forward, module)
-    if states.shape[-1:] != module.weight.shape:  # norms over groups
-        return forward(states)
+    if rest or more or states.shape[-1:] != module.weight.shape:  # gated norms, or norms over groups
+        return forward(states, *rest, **more)
     return _Recompute.apply(forward, (module.weight,), states, module.weight)
 
 
-def _feed_forward(this: Callable[[], Any], forget_product: bool, states: Tensor) -> Tensor:
+def _feed_forward(this: Callable[[], Any], forget_product: bool, states: Tensor, *rest: Any, **more: Any) -> Tensor:
     module = this()
+    if rest or more:
+        return type(module).forward(module, states, *rest, **more)
 
     def multiply(gate: Tensor, up: Tensor) -> Tensor:
         return module.act_fn(gate) * up

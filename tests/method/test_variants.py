@@ -338,8 +338,8 @@ def test_references_in_a_sweep(played):
     ("words", "says"),
     [
         (["loss.reference=base"], "loss.reference=base: must be 'opponent', 'start' or 'mixture'"),
-        (["loss.alpha=1.5"], "loss.alpha=1.5: must lie in [0, 1]"),
-        (["loss.sft_weight=-1"], "loss.sft_weight=-1.0: must be greater than or equal to 0"),
+        (["loss.alpha=1.5"], "loss.alpha=1.5: must be less than or equal to 1"),
+        (["loss.sft_weight=-1"], "loss.sft_weight=-1: must be greater than or equal to 0"),
         (["generation.num_answers=0"], "generation.num_answers=0: must be greater than or equal to 1"),
         (["generation=greedy", "generation.num_answers=2"], "all answers to a prompt are the same"),
     ],

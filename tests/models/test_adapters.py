@@ -130,7 +130,7 @@ def test_evaluate_stage_reused(played):
     """Base and adapter are the policy, whatever the folder: its evaluation is that of the game."""
     before = played.stages()
     done = played.play("stage=evaluate", f"model.path={played.folder}/run/sft/policy", run="measured")
-    assert "evaluate sft/policy: done before, reused" in done.stdout and played.stages() == before
+    assert "evaluate sft/policy: reused" in done.stdout and played.stages() == before
     played.play("stage=evaluate", f"model.path={played.folder}/run/iter1/policy", run="last")
     (now,), then = (
         json.loads((played.folder / name / "game.json").read_text())["evaluations"] for name in ("last", "run")
@@ -142,7 +142,7 @@ def test_game_continues_from_adapter(played):
     policy = played.folder / "run" / "iter1" / "policy"
     words = [*WORDS, f"model.path={policy}", "schedule.sft_epochs=0", "iter=0", "evaluation=none", "model.lora_rank=7"]
     done = played.play(*words, run="on")
-    assert "is a LoRA adapter, it is trained further as it is" in done.stdout
+    assert "is a LoRA adapter; it is trained further as it is" in done.stdout
     first = next(row for row in played.metrics("on") if row["stage"] == "train")
     assert first["loss"] == pytest.approx(0.6931, abs=0.01)
     now, then = (load_file(path / "adapter_model.safetensors") for path in (played.folder / "on/iter0/policy", policy))

@@ -1,11 +1,10 @@
 """Benchmarks, MT-Bench and a judge's preference within a game; names of two measured policies."""
 
 import json
-from pathlib import Path
 
 import pytest
 
-from spin.config.hydra import measured
+from spin.config.hydra import run_folder
 from spin.pipeline.context import distinct_labels
 from tests.evaluation.external.test_judges import longer, serve  # noqa: F401 (a fixture: a judge behind a real address)
 from tests.games import Place
@@ -114,12 +113,11 @@ def test_distinct_labels(paths, labels):
     assert distinct_labels(paths) == labels
 
 
-def test_measured_folder():
-    """Two runs' policies of one name are measured in two folders, and a policy always in the same."""
-    a, b = "outputs/a/iter1/policy", "outputs/b/iter1/policy"
-    names = [measured("evaluate", *paths) for paths in ((a, None), (b, None), (a, b), (b, a))]
-    assert len(set(names)) == 4 and all(name.startswith("-evaluation-") for name in names)
-    assert measured("evaluate", str(Path(a).absolute()), None) == names[0] and measured("game", a, None) == ""
+def test_evaluation_folder():
+    """Policies of one name from two runs are measured in two folders, and a policy always in the same."""
+    a, b = "model.path=outputs/a/iter1/policy", "model.path=outputs/b/iter1/policy"
+    names = [run_folder("spin", "evaluate", ["stage=evaluate", word]) for word in (a, b, a)]
+    assert names[0] == names[2] != names[1] and all(name.startswith("spin-evaluation") for name in names)
 
 
 def test_evaluate_policies_of_one_name(place):

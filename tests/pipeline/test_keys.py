@@ -71,11 +71,11 @@ TABLE = {
     "data.path=COPY": NOTHING,  # the examples count, not their file's name
     "data.path=SHUFFLED": NOTHING,  # nor their order in it
     "data.revision=abc": NOTHING,  # of a hub name
-    "data.splits=[train]": NOTHING,  # of a folder
+    "data.splits=[train]": NOTHING,  # the only one
     "data.package='a==1'": NOTHING,  # the path wins
     "data.package_sha256=a": NOTHING,
     "data.file=a": NOTHING,
-    "data.format=prompt": NOTHING,  # the same records
+    "data.format=auto": NOTHING,  # the same records
     "data.turns=all": NOTHING,  # the data has one turn
     "data.template='Q: {prompt} A: '": EVERYTHING,
     "data.filter=prose": NOTHING,  # drops none
@@ -91,7 +91,7 @@ TABLE = {
     "optimizer.lr=[1e-3,2e-3]": TRAIN_1,
     "optimizer.weight_decay=0.1": SFT,
     "optimizer.alpha=0.9": SFT,
-    "+optimizer.betas=[0.8,0.9]": SFT,
+    "optimizer.betas=[0.8,0.9]": SFT,
     "optimizer.eps=1e-6": SFT,
     "optimizer.states=bf16": SFT,
     "optimizer.max_grad_norm=2": SFT,
@@ -128,8 +128,8 @@ TABLE = {
     "engine.tokens_per_batch=1500": EVERYTHING,  # changes rounding, as the next
     "engine.head_chunk=20": EVERYTHING,
     "engine.gradient_checkpointing=true": NOTHING,  # the same bits
-    "+engine.zero_stage=1": NOTHING,  # used with deepspeed, as the next
-    "+engine.offload_optimizer=true": NOTHING,
+    "engine.zero_stage=1": SFT,  # by engine=deepspeed, as the next; neither decides a key itself
+    "engine.offload_optimizer=true": SFT,
     "evaluation.name=other": NOTHING,
     "evaluation.enabled=false": NOTHING,  # four stages fewer
     "evaluation.samples=2": NOTHING,
@@ -155,8 +155,14 @@ TABLE = {
 
 
 # What a setting needs beside it to have an effect.
-LORA, MIXTURE = ["model.adapter=lora"], ["loss.reference=mixture"]
+LORA, MIXTURE, ADAMW = ["model.adapter=lora"], ["loss.reference=mixture"], ["optimizer=adamw"]
 GIVEN = {
+    "model.adapter": ["model.lora_rank=5"],
+    "data.splits": ["data.path=SPLITS"],
+    "optimizer.name": ["optimizer.eps=1e-7"],
+    "optimizer.betas": ADAMW,
+    "engine.zero_stage": ["engine=deepspeed"],
+    "engine.offload_optimizer": ["engine=deepspeed"],
     "model.lora_rank": LORA,
     "model.lora_alpha": LORA,
     "model.lora_targets": LORA,
@@ -167,7 +173,7 @@ GIVEN = {
     "evaluation.judge": ["evaluation.judge_model=a"],
 }
 EXTRA = {
-    "model.merge=true": {("merge", "the last policy")},
+    "model.merge=true": {("merge", "iter1")},
     "evaluation.harness=[spin_choice:0:acc]": {("harness", name) for name in ("start", "sft", "iter 0", "iter 1")},
     "evaluation.questions=QUESTIONS": {("mt_bench", name) for name in ("start", "sft", "iter 0", "iter 1")},
     "evaluation.judge=http://127.0.0.1:9/v1": {("compare", "iter 0"), ("compare", "iter 1")},
@@ -178,7 +184,7 @@ UNTESTED = {"stage", "evaluation.against"}  # declare other stages: tests/pipeli
 @pytest.fixture(scope="module")
 def played(tmp_path_factory, games):
     place = Place(tmp_path_factory.mktemp("keys"), games)
-    for words in ([], LORA, MIXTURE):
+    for words in ([], LORA, MIXTURE, ADAMW):
         place.play(*words)
     return place
 
@@ -215,6 +221,10 @@ def resolve(word: str, place: Place, folder: Path) -> str:
         question = '{"question_id": %d, "category": "writing", "turns": ["a", "b"]}'
         (folder / "question.jsonl").write_text("".join(question % i + "\n" for i in range(81, 161)))
         return f"{key}={folder}/question.jsonl"
+    if value == "SPLITS":
+        (folder / "set").mkdir()
+        shutil.copy(ASSETS / "pairs.jsonl", folder / "set" / "train.jsonl")
+        return f"{key}={folder}/set"
     if value not in ("COPY", "CHANGED", "SHUFFLED"):
         return word
     if key == "data.path":

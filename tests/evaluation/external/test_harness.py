@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from transformers import AutoModelForCausalLM
 
+from spin.config.hydra import load
 from spin.evaluation.external import harness
 from spin.evaluation.external.harness import LEADERBOARD, PAPER, Task, check_tasks, identity, parse_tasks
 from spin.models.load import load_model, load_tokenizer
@@ -25,8 +25,8 @@ from spin.runtime.signals import Interrupted
 from tests.games import ROOT
 
 TASKS = ROOT / "tests" / "tasks"
-LEADERBOARD_CONFIG = yaml.safe_load((ROOT / "conf" / "evaluation" / "open_llm_leaderboard.yaml").read_text())
-LEADERBOARD_TASKS = LEADERBOARD_CONFIG["harness"]
+LEADERBOARD_CONFIG = load("evaluation=open_llm_leaderboard").evaluation
+LEADERBOARD_TASKS = LEADERBOARD_CONFIG.harness
 evaluator = pytest.importorskip("lm_eval.evaluator")
 
 
@@ -443,4 +443,4 @@ def test_leaderboard_configuration():
     assert [task.task for task in parse_tasks(LEADERBOARD_TASKS)] == list(LEADERBOARD)
     assert [task.shots for task in parse_tasks(LEADERBOARD_TASKS)] == [25, 0, 5, 5, 10, 5]
     config = LEADERBOARD_CONFIG
-    assert (config["harness_include"], config["harness_limit"], config["harness_batch_size"]) == (None, None, 8)
+    assert (config.harness_include, config.harness_limit, config.harness_batch_size) == (None, None, 8)

@@ -277,7 +277,7 @@ def test_local_judge_is_greedy(tiny_folder, tmp_path, monkeypatch):
     tokenizer = load_tokenizer(folder)
     model = load_model(folder, torch.float32, torch.device("cpu"))
     ids = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_tensors="pt")["input_ids"]
-    model.generation_config = tf.GenerationConfig.from_defaults()
+    model.generation_config = tf.GenerationConfig()
     options = {"do_sample": False, "max_new_tokens": 20, "eos_token_id": 1, "pad_token_id": 1}
     theirs = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
     assert reply == tokenizer.decode(theirs[0, ids.shape[1] :], skip_special_tokens=True) and reply
