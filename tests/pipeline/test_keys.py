@@ -1,6 +1,7 @@
 """A stage's key changes with what decides its content and with nothing else: every setting, on a played game."""
 
 import shutil
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -102,7 +103,7 @@ TABLE = {
     "loss.alpha=0.2": TRAIN_1,
     "loss.length_normalised=true": TRAIN,
     "schedule.name=other": NOTHING,
-    "schedule.iterations=2": NOTHING,
+    "schedule.iterations=3": NOTHING,  # four more stages
     "schedule.epochs=2": TRAIN,
     "schedule.batch_size=5": SFT,
     "schedule.warmup_ratio=0.5": SFT,
@@ -173,6 +174,7 @@ GIVEN = {
     "evaluation.judge": ["evaluation.judge_model=a"],
 }
 EXTRA = {
+    "schedule.iterations=3": {(stage, "iter 2") for stage in ("generate", "score", "train", "evaluate")},
     "model.merge=true": {("merge", "iter1")},
     "evaluation.harness=[spin_choice:0:acc]": {("harness", name) for name in ("start", "sft", "iter 0", "iter 1")},
     "evaluation.questions=QUESTIONS": {("mt_bench", name) for name in ("start", "sft", "iter 0", "iter 1")},
@@ -267,11 +269,13 @@ def test_table_is_complete():
 def test_table_leaves_no_default(played, tmp_path):
     """Every value differs from the one that the smoke game has."""
     default = load("experiment=smoke", "evaluation.bootstrap=50", "tracking.wandb=disabled")
-    for word in TABLE:
-        group, _, name = word.lstrip("+").partition("=")[0].rpartition(".")
-        changed = load("experiment=smoke", *GIVEN.get(f"{group}.{name}", []), word)
-        values = [getattr(getattr(config, group) if group else config, name) for config in (default, changed)]
-        assert values[0] != values[1] or word == "iter=1", word
+    for number, word in enumerate(TABLE):
+        key = word.lstrip("+").partition("=")[0]
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        words = [resolve(entry, played, folder) for entry in [*GIVEN.get(key, []), word]]
+        values = [attrgetter(key)(config) for config in (default, load("experiment=smoke", *words))]
+        assert values[0] != values[1], word
 
 
 @pytest.mark.parametrize("words", [["iter=0"], ["iter=2"], ["iter=5"]])
