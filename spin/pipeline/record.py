@@ -42,8 +42,8 @@ class IterationRecord:
 
 def replayed(config: Config, iteration: int, answers: Sequence[Node[list[Answer]]]) -> dict[int, Node[list[Answer]]]:
     """The answers whose pairs are used in `iteration`, by iteration: its own, then those that schedule.replay adds."""
-    earlier = {"none": [], "previous": list(range(iteration))[-1:], "all": list(range(iteration))}
-    return {k: answers[k] for k in (iteration, *earlier[config.schedule.replay])}
+    first = {"none": iteration, "previous": max(0, iteration - 1), "all": 0}[config.schedule.replay]
+    return {k: answers[k] for k in (iteration, *range(first, iteration))}
 
 
 def without_evaluation(config: Config) -> Config:
