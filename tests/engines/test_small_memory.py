@@ -88,7 +88,7 @@ def test_nf4_game_starts_at_opponent(played):
 def test_policy_opens_on_its_quantized_base(played):
     words = ["stage=evaluate", f"model.path={played.folder}/run/sft/policy"]
     before = played.stages()
-    assert "done before, reused" in played.play(*words, run="measured").stdout
+    assert "evaluate sft/policy: reused" in played.play(*words, run="measured").stdout
     assert played.stages() == before
 
 

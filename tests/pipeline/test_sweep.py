@@ -313,10 +313,10 @@ def test_submitit_job_is_preempted(tmp_path):
     found = rows()
     assert [found[beta]["status"] for beta in ("0.1", "0.2", "0.3", "-1")] == ["done", "done", "unfinished", "failed"]
     assert found["0.3"]["reason"] == "stopped by SIGTERM: run the same command to continue"
-    assert logs().count("training is kept up to step") == 2 and logs().count("going on from training up to step") == 1
+    assert logs().count("saved the training state at step") == 2 and logs().count("resuming, training up to step") == 1
     assert start().wait(280) == 1
     assert "2 done before, 1 to play, 1 that can't be played" in (tmp_path / "out").read_text()
-    assert rows()["0.3"]["status"] == "done" and logs().count("going on from training up to step") == 2
+    assert rows()["0.3"]["status"] == "done" and logs().count("resuming, training up to step") == 2
     stages = Counter(path.parent.parent.name for path in (tmp_path / "store").glob("*/*/manifest.json"))
     assert stages == {"sft": 1, "generate": 1, "score": 1, "train": 3}
 
