@@ -28,7 +28,7 @@ SHARDS = "shards: writing, checksums, flushing"
 WATCHED = {
     "spin.runtime.artifacts:commit_atomically": "stages: checksums, flushing",
     "spin.runtime.artifacts:verify_artifact": "stages: check before reuse",
-    "spin.runtime.shards:ResumableShards._write": SHARDS,
+    "spin.runtime.shards:ResumableShards._compute": SHARDS,
     "spin.runtime.checkpoints:Checkpoints.write": "training checkpoints: writing, checksums, flushing",
     "spin.models.policy:content_id": "identity of policies",
 }
@@ -76,7 +76,7 @@ class Stopwatch:
         return wrapper
 
     def watch_shards(self, write: Callable) -> Callable:
-        """`ResumableShards._write`, counted without the work that makes a shard's rows."""
+        """`ResumableShards._compute`, counted without the work that makes a shard's rows."""
 
         def write_shard(shards, number, part):
             def make() -> list[dict]:

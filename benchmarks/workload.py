@@ -68,6 +68,7 @@ def open_game(words: Sequence[str]) -> "Run":
 
     config = load(*words)
     folder = Path(config.store.path).parent / "benchmark-run"
+    folder.mkdir(parents=True, exist_ok=True)
     return prepare_run(config, folder, Tracker(folder, name="benchmarks", config={}, wandb="disabled"))
 
 

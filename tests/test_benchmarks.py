@@ -43,6 +43,14 @@ def test_every_benchmark_has_a_test():
     assert [name for name in SCRIPTS if f'"{name}"' not in text] == []
 
 
+def test_memory_table(tmp_path):
+    """Its numbers are compared with a measurement in tests/engines/test_memory.py."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "memory_table.py"), "--sizes", "24", "80"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.startswith("| model | 24 GiB | 80 GiB |")
+
+
 def test_gpu_small(tmp_path):
     rows = table(tmp_path, "gpu.py", "--small", "--pairs", "4", "--steps", "2")
     assert [name.split(",")[0] for name in rows] == ["generation", "scoring", "training"]

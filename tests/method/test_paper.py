@@ -252,7 +252,7 @@ def test_one_gpu_recipe_reuses_stages(place, games, paper):
     manifests = [json.loads((run / "iter0" / "manifest.json").read_text()) for run in (folder, paper.folder)]
     one, eight = (manifest["stages"]["train"]["made_from"] for manifest in manifests)
     assert (one["optimizer"]["states"], eight["optimizer"]["states"]) == ("bf16", "fp32")
-    assert one["scores"] == eight["scores"] and one["lr"] == eight["lr"] and one["beta"] == eight["beta"]
+    assert one["scores"] == eight["scores"] and one["lr"] == eight["lr"] and one["objective"] == eight["objective"]
     assert manifests[0]["policy"]["weights"] != manifests[1]["policy"]["weights"]
 
 
