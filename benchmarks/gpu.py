@@ -46,7 +46,7 @@ def main() -> None:
     print(f"\n`{shlex.join(['python', *sys.argv])}`: {name}. {workload.describe_machine()}\n")
     print("| | seconds for the batch | peak memory, GiB | of the peak |\n|---|---|---|---|")
     for part, seconds, memory, share in rows:
-        print(f"| {part} | {seconds:.2f} | {memory:.1f} | {share:.2f} |")
+        print(f"| {part} | {seconds:.3g} | {memory:.1f} | {share:.2f} |")
 
 
 def measure(folder: Path, device: Any, count: int, steps: int, small: bool) -> list[tuple[str, float, float, float]]:
