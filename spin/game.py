@@ -46,9 +46,10 @@ def declare_game(config: Config, start: Policy) -> Iterator[IterationRecord]:
         answers.append(generate)
         pairs = replayed(config, t, answers)
         scores = {"opponent": Score(t, "opponent", opponent, pairs)}
-        if "start" in make_objective(config.loss, t).references:
+        objective = make_objective(config.loss, t)
+        if "start" in objective.references:
             scores["start"] = Score(t, "start", first_opponent, pairs)
-        policy = train = Train(t, opponent, scores)
+        policy = train = Train(t, opponent, scores, answers[0] if "first" in objective.responses else None)
 
         before, evaluation = evaluation, declare_evaluation(config, t, policy, evaluation)
         external = declare_external(config, t, policy, evaluation, before)

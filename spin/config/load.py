@@ -37,7 +37,8 @@ def load_config(composed: DictConfig) -> Config:
             note_renamed(old, new)
             values[group][new.split(".")[1]] = values[group].pop(key)
     config = validate(Config, values)
-    for holds, key, rule in (*_model_rules(config), *_data_rules(config), *_training_rules(config)):
+    rules = (*_model_rules(config), *_data_rules(config), *_loss_rules(config), *_training_rules(config))
+    for holds, key, rule in rules:
         if not holds:
             raise UserError(setting_line(key, attrgetter(key)(config), rule))
     return config
@@ -73,6 +74,16 @@ def _data_rules(config: Config) -> Iterator[Rule]:
     yield config.stage == "game" or can_measure, "stage", "needs evaluation.enabled=true and data.held_out of 1 or more"
     compares = config.evaluation.against is not None
     yield config.stage == "evaluate" or not compares, "evaluation.against", "goes with stage=evaluate"
+
+
+def _loss_rules(config: Config) -> Iterator[Rule]:
+    loss, is_space = config.loss, config.loss.objective == "space"
+    yield is_space or loss.beta is not None, "loss.beta", "must be a number"
+    yield not is_space or loss.beta is None, "loss.beta", "loss.objective=space has no beta: set loss.beta=null"
+    yield is_space or loss.mu is None, "loss.mu", "has no effect without loss.objective=space"
+    for key in ("link", "reference", "length_normalised"):
+        is_default = getattr(loss, key) == base_values()["loss"][key]
+        yield is_default or not is_space, f"loss.{key}", "has no effect with loss.objective=space"
 
 
 def _training_rules(config: Config) -> Iterator[Rule]:

@@ -86,12 +86,16 @@ class OptimizerConfig(Section):
 
 
 class LossConfig(Section):
+    objective: Literal["spin", "space"]
     link: Literal["logistic", "hinge", "exponential", "correlation"]
-    beta: PerIteration
-    sft_weight: PositiveOrZero
-    reference: Literal["opponent", "start", "mixture"]
+    beta: PerIteration | None
+    mu: Positive | None
+    reference: Literal["opponent", "start", "mixture", "none"]
     alpha: Annotated[float, Field(ge=0, le=1)]
     length_normalised: bool
+    sft_weight: PositiveOrZero
+    real_floor: PositiveOrZero
+    history_weight: PositiveOrZero
 
 
 class ScheduleConfig(Section):

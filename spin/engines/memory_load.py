@@ -56,7 +56,8 @@ def load_of(
         return max((prompt + real + num_answers * new for prompt, real in sizes), default=0)
 
     # An evaluation scores two generated answers to a prompt: the policy's and its opponent's.
-    train_row, held_out_row = longest(data.train, generation.num_answers), longest(data.held_out, 2)
+    responses = generation.num_answers * (2 if config.loss.history_weight else 1)
+    train_row, held_out_row = longest(data.train, responses), longest(data.held_out, 2)
     row = max(train_row, held_out_row)
     scored = max(len(data.train) * train_row, len(data.held_out) * held_out_row)
     batch = max(engine.tokens_per_batch, train_row)

@@ -17,6 +17,7 @@ from spin.runtime.tables import with_tuples
 # Log-probs of each response by its name, "real" or "generated": [pairs], summed over tokens, in nats.
 Logps = Mapping[str, Tensor]
 RESPONSES = ("real", "generated")
+Ids = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -88,24 +89,32 @@ def group_by_prompt(pairs: Sequence[Pair]) -> list[list[int]]:
     return groups
 
 
-def to_continuations(pairs: Sequence[Pair]) -> list[Continuations]:
-    """One item per prompt, in the order of `group_by_prompt`: the human answer once, then every generated one."""
-    return [
-        Continuations(pairs[group[0]].prompt_ids, (pairs[group[0]].real_ids, *(pairs[i].generated_ids for i in group)))
-        for group in group_by_prompt(pairs)
-    ]
+def to_continuations(pairs: Sequence[Pair], first: Mapping[tuple[str, int], Ids] | None = None) -> list[Continuations]:
+    """One item per prompt, in the order of `group_by_prompt`: the human answer once, then every generated one, then the
+    `first` answers, if given, as many: those of iteration 0 by example's id and answer index."""
+    items = []
+    for group in group_by_prompt(pairs):
+        chosen = [pairs[i] for i in group]
+        responses = [chosen[0].real_ids, *(pair.generated_ids for pair in chosen)]
+        if first is not None:
+            responses += [first[pair.id, pair.answer] for pair in chosen]
+        items.append(Continuations(chosen[0].prompt_ids, tuple(responses)))
+    return items
 
 
-def split_responses(values: Tensor, pairs_per_prompt: Sequence[int]) -> dict[str, Tensor]:
+def split_responses(
+    values: Tensor, pairs_per_prompt: Sequence[int], names: Sequence[str] = RESPONSES
+) -> dict[str, Tensor]:
     """Turn values per response, in the order of `to_continuations`, into values per pair under each response's name."""
-    real: list[int] = []
-    generated: list[int] = []
+    rows: dict[str, list[int]] = {name: [] for name in names}
     start = 0
     for count in pairs_per_prompt:
-        real += [start] * count
-        generated += range(start + 1, start + 1 + count)
-        start += 1 + count
-    return {"real": values[real], "generated": values[generated]}
+        rows["real"] += [start] * count
+        start += 1
+        for name in names[1:]:
+            rows[name] += range(start, start + count)
+            start += count
+    return {name: values[indices] for name, indices in rows.items()}
 
 
 def token_counts(pairs: Sequence[Pair]) -> dict[str, Tensor]:

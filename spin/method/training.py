@@ -11,7 +11,7 @@ from spin.engines.base import Engine
 from spin.engines.logps import Forward
 from spin.engines.packing import Batch, Continuations
 from spin.method.objectives import Metrics, Objective
-from spin.method.pairs import RESPONSES, Logps, Pair, group_by_prompt, split_responses, to_continuations, token_counts
+from spin.method.pairs import RESPONSES, Ids, Logps, Pair, group_by_prompt, split_responses, to_continuations, token_counts
 from spin.runtime.checkpoints import Checkpoints, TrainState
 from spin.runtime.errors import UserError
 from spin.runtime.random import seed_of
@@ -39,6 +39,7 @@ def fit(
     batch_size: int,
     warmup_ratio: float,
     seed: int,
+    pairs_per_item: Sequence[int] | None = None,
     log: Callable[[dict], None],
     checkpoints: Checkpoints = NO_CHECKPOINTS,
 ) -> TrainState:
@@ -64,7 +65,7 @@ def fit(
                 norm = engine.step(rate) if math.isfinite(row["loss"]) else engine.skip_step()
                 seconds = time.perf_counter() - started
                 row |= {"grad_norm": norm, "learning_rate": rate, "tokens_per_second": row.pop("tokens") / seconds}
-                pairs = sum(max(1, len(items[i].responses) - 1) for i in chosen)
+                pairs = sum(pairs_per_item[i] for i in chosen) if pairs_per_item else len(chosen)
                 row |= {"prompts": len(chosen), "pairs": pairs, "pairs_per_second": pairs / seconds}
                 state.add({"step": state.step, "steps": len(steps), **row}, seconds)
                 log(state.rows[-1])
@@ -130,26 +131,29 @@ def train_spin(
     objective: Objective,
     forward: Forward,
     *,
+    first: Mapping[tuple[str, int], Ids] | None = None,
     log: Callable[[dict], None],
     **settings,
 ) -> TrainState:
     """Train the policy to tell the human answers from its opponent's (section 4.1 of the paper). Settings as for `fit`.
 
-    `references` holds the pairs' log-probs under each model that the objective names. Pairs that share a prompt are one
+    `references` holds the pairs' log-probs under each model that the objective names; `first` iteration 0's answers
+    by the example's id and the answer's index, for an objective that needs them. Pairs that share a prompt are one
     item, and together weigh as much as the single pair of another prompt. Raises UserError if the policy does not equal
     its opponent at the first step.
     """
     groups = group_by_prompt(pairs)
+    items = to_continuations(pairs, first if "first" in objective.responses else None)
     lengths = token_counts(pairs)
 
-    def batch_loss(batch: Batch, logps: Tensor, items: list[int], step: int) -> tuple[Tensor, Metrics]:
-        rows = [index for item in items for index in groups[item]]
-        counts = torch.tensor([len(groups[item]) for item in items])
+    def batch_loss(batch: Batch, logps: Tensor, indices: list[int], step: int) -> tuple[Tensor, Metrics]:
+        rows = [row for index in indices for row in groups[index]]
+        counts = torch.tensor([len(groups[index]) for index in indices])
 
         def select(values: Logps) -> Logps:
             return {name: value[rows].to(logps.device) for name, value in values.items()}
 
-        policy = split_responses(logps, counts.tolist())
+        policy = split_responses(logps, counts.tolist(), objective.responses)
         reference_logps = {model: select(values) for model, values in references.items()}
         losses, metrics = objective.loss(policy, reference_logps, select(lengths))
         if step == 0:
@@ -158,7 +162,7 @@ def train_spin(
         counts = counts.to(logps.device)
         return mean_per_item(losses, counts), {name: mean_per_item(values, counts) for name, values in metrics.items()}
 
-    return fit(engine, to_continuations(pairs), batch_loss, forward, log=log, **settings)
+    return fit(engine, items, batch_loss, forward, pairs_per_item=list(map(len, groups)), log=log, **settings)
 
 
 def mean_per_item(values: Tensor, counts: Tensor) -> Tensor:

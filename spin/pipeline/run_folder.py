@@ -173,7 +173,7 @@ def _manifest(player: Player, record: IterationRecord) -> dict:
         "start_of_the_game": config.model.path or config.model.package,
         "policy": {"label": policy.label, "weights": policy.id, "starts_as": opponent.label, **_base(policy)},
         "opponent": {"label": opponent.label, "weights": opponent.id},
-        "loss": config.loss.model_dump() | make_objective(config.loss, record.iteration).settings,
+        "loss": config.loss.model_dump() | record.train.objective(player.run).settings,
         "replay": [f"iter{k}" for k in score.answers if k != record.iteration],
         "generation": config.generation.model_dump(),
         "stages": {stage.name: player.artifacts[stage].manifest for stage in (score, record.train)},

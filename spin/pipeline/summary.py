@@ -59,7 +59,7 @@ def _iteration(player: Player, record: IterationRecord) -> dict:
     assert t is not None and record.opponent
     return {
         "iter": t,
-        "beta": value_at_iteration(config.loss.beta, t),
+        "beta": None if config.loss.beta is None else value_at_iteration(config.loss.beta, t),
         "lr": value_at_iteration(config.optimizer.lr, t),
         "pairs": len(player.result(score).pairs),
         "dropped": player.artifacts[score].manifest["facts"]["dropped"],

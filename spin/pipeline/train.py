@@ -1,13 +1,14 @@
 """The stages that make a policy: supervised fine-tuning, the training of an iteration, and merging an adapter."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from spin.config.schema import value_at_iteration
 from spin.engines.disk import fp32_bytes, training_bytes
 from spin.engines.packing import Continuations
-from spin.method.objectives import make_objective
+from spin.generation.answers import Answer
+from spin.method.objectives import Objective, make_objective
 from spin.method.pairs import group_by_prompt
 from spin.method.training import train_sft, train_spin
 from spin.models.find import fresh_adapter
@@ -73,13 +74,18 @@ class Sft(Stage[Policy]):
 class Train(Stage[Policy]):
     """The main player: starts as the opponent and learns to tell its answers from the human ones.
 
-    `scores` are the pairs' log-probs by the model that gave them; the objective says which it needs.
+    `scores` are the pairs' log-probs by the model that gave them, `first` iteration 0's answers; the objective says which
+    it needs.
     """
 
     name: ClassVar[str] = "train"
     iteration: int
     opponent: Node[Policy]
     scores: Mapping[str, Node[Scores]]
+    first: Node[list[Answer]] | None = None
+
+    def objective(self, run: Run) -> Objective:
+        return make_objective(run.config.loss, self.iteration, run.config.generation.num_answers)
 
     def settings(self, run: Run) -> dict:
         config, t = run.config, self.iteration
@@ -91,27 +97,35 @@ class Train(Stage[Policy]):
             "seed": seed_of(config.seed, t, bits=32),
         }
 
-    def inputs(self, run: Run, opponent: Policy, *scores: Scores) -> dict:
-        return {
+    def inputs(self, run: Run, opponent: Policy, *results) -> dict:
+        scores, first = self.split(results)
+        inputs = {
             "start": opponent.id,
-            "scores": {model: score.key for model, score in zip(self.scores, scores, strict=True)},
-            "objective": make_objective(run.config.loss, self.iteration).settings,
+            "scores": {model: score.key for model, score in scores.items()},
+            "objective": self.objective(run).settings,
             **self.settings(run),
             **training_inputs(run, opponent),
         }
+        return inputs if first is None else inputs | {"first": fingerprint(first)}
 
-    def build(self, run: Run, work: Work, opponent: Policy, *scores: Scores) -> dict:
-        objective = make_objective(run.config.loss, self.iteration)
-        references = {model: score.logps for model, score in zip(self.scores, scores, strict=True)}
-        pairs, settings = scores[0].pairs, self.settings(run)
+    def split(self, results: Sequence) -> tuple[dict[str, Scores], list[Answer] | None]:
+        """The results of the nodes after the opponent, by what they are."""
+        scores = dict(zip(self.scores, results, strict=False))
+        return scores, results[len(scores)] if self.first else None
+
+    def build(self, run: Run, work: Work, opponent: Policy, *results) -> dict:
+        scores, answers = self.split(results)
+        pairs, objective, settings = scores["opponent"].pairs, self.objective(run), self.settings(run)
+        references = {model: score.logps for model, score in scores.items()}
+        first = {(answer.id, answer.index): answer.ids for answer in answers or ()}
 
         def train(engine, **common) -> TrainState:
-            return train_spin(engine, pairs, references, objective, **common, **settings)
+            return train_spin(engine, pairs, references, objective, first=first, **common, **settings)
 
         prompts = round(len(group_by_prompt(pairs)) * settings["epochs"])
         return train_policy(run, work, opponent, train, prompts, {"loss": "loss", "margin": "rewards/margins"})
 
-    def read(self, run: Run, artifact: Artifact, opponent: Policy, *scores: Scores) -> Policy:
+    def read(self, run: Run, artifact: Artifact, opponent: Policy, *results) -> Policy:
         return trained_policy(run, artifact, f"iter{self.iteration}")
 
 

@@ -130,13 +130,14 @@ def draw_logps(train: dict[int, list[dict]], iterations: Sequence[dict]) -> Figu
         steps = [row["step"] for row in rows]
         axes.axhline(0, color=REFERENCE, linewidth=0.8)
         for key, color, label in (("real", REAL, "log p(real)"), ("generated", GENERATED, "log p(generated)")):
-            change = pd.Series(_log_ratios(rows, key, iteration["beta"]))
+            change = pd.Series(_log_ratios(rows, key, iteration["beta"] or 1.0))
             window = len(change) // 20
             if window > 1:
                 axes.plot(steps, change, color=color, linewidth=0.6, alpha=0.35)
                 change = change.rolling(window, center=True, min_periods=1).mean()
             axes.plot(steps, change, color=color, linewidth=1.8, label=label, marker="o" if len(steps) == 1 else None)
-        title = f"iteration {iteration['iter']} (beta {iteration['beta']:g}, lr {plain_number(iteration['lr'])})"
+        beta = f"beta {iteration['beta']:g}, " if iteration["beta"] is not None else ""
+        title = f"iteration {iteration['iter']} ({beta}lr {plain_number(iteration['lr'])})"
         axes.set(title=title, xlabel="step")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins="auto"))
     add_legend(figure, grid[0])

@@ -70,7 +70,7 @@ def _head(game: dict) -> list[str]:
         [
             str(played["iter"]),
             escape(played["opponent"]),
-            f"{played['beta']:g}",
+            "–" if played["beta"] is None else f"{played['beta']:g}",
             plain_number(played["lr"]),
             f"{played['pairs']:,}",
             escape(", ".join(f"{count:,} {reason}" for reason, count in played["dropped"].items() if count) or "none"),

@@ -3,22 +3,25 @@
 import json
 import math
 from itertools import product
+from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 
-from spin.config.schema import GenerationConfig
+from spin.config.schema import GenerationConfig, LossConfig
 from spin.data.examples import Example
 from spin.engines.logps import Forward, reference_logps
 from spin.engines.packing import Continuations
-from spin.generation.answers import Answer
+from spin.generation.answers import Answer, read_answers
 from spin.generation.sampling import generate_answers
-from spin.method.objectives import LINKS, Objective, mix_references, spin_loss
+from spin.method.objectives import LINKS, Objective, make_objective, mix_references, spin_loss
 from spin.method.pairs import Pair, group_by_prompt, make_pairs, read_pairs, split_responses, to_continuations
 from spin.method.training import train_spin
 from spin.models.load import load_model
 from spin.runtime.errors import UserError
+from spin.runtime.store import STAGES
 from tests.conftest import random_items, small_model
 from tests.games import Place
 from tests.generation.test_sampling import Ids, examples
@@ -49,7 +52,8 @@ def test_formula_and_gradient(variant, link):
     policy, reference = (-30 * torch.rand(12, 2, generator=generator, dtype=torch.float64) for _ in range(2))
     lengths = torch.randint(1, 40, (12, 2), generator=generator)
     policy.requires_grad_(True)
-    losses, metrics = spin_loss(named(policy), named(reference), 0.4, link, named(lengths), **variant)
+    objective = make_objective(LossConfig.from_defaults(beta=0.4, link=link, **variant), 0)
+    losses, metrics = objective.loss(named(policy), {"opponent": named(reference)}, named(lengths))
     (grad,) = torch.autograd.grad(losses.sum(), policy)
     for i in range(12):
         given = [x[i].tolist() for x in (policy.detach(), reference, lengths)]
@@ -69,7 +73,8 @@ def test_formula_and_gradient(variant, link):
 def test_plain_loss_ignores_lengths():
     policy, reference = named(torch.randn(5, 2)), named(torch.randn(5, 2))
     plain, _ = spin_loss(policy, reference, 0.3, "logistic")
-    losses, metrics = spin_loss(policy, reference, 0.3, "logistic", named(torch.full((5, 2), 7)), **PLAIN)
+    objective = make_objective(LossConfig.from_defaults(beta=0.3), 0)
+    losses, metrics = objective.loss(policy, {"opponent": reference}, named(torch.full((5, 2), 7)))
     assert torch.equal(plain, losses) and "loss/sft" not in metrics
 
 
@@ -179,7 +184,8 @@ def train(engine, pairs, references, forward=PACKED, log=lambda row: None, refer
 
     def loss(policy, references, lengths):
         opponent = references["opponent"]
-        losses, metrics = spin_loss(policy, references[reference], 0.3, "logistic", lengths, **variant)
+        objective = make_objective(LossConfig.from_defaults(beta=0.3, **variant), 0)
+        losses, metrics = objective.loss(policy, {"opponent": references[reference]}, lengths)
         return losses, metrics | {"gains/real": (policy["real"] - opponent["real"]).detach()}
 
     return train_spin(engine, pairs, references, Objective(loss, tuple(references), None), forward, log=log, **SETTINGS)
@@ -337,10 +343,14 @@ def test_references_in_a_sweep(played):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["loss.reference=base"], "loss.reference=base: must be 'opponent', 'start' or 'mixture'"),
+        (["loss.reference=base"], "loss.reference=base: must be 'opponent', 'start', 'mixture' or 'none'"),
         (["loss.alpha=1.5"], "loss.alpha=1.5: must be less than or equal to 1"),
         (["loss.sft_weight=-1"], "loss.sft_weight=-1: must be greater than or equal to 0"),
         (["generation.num_answers=0"], "generation.num_answers=0: must be greater than or equal to 1"),
+        (["loss=space", "loss.beta=0.1"], "loss.beta=0.1: loss.objective=space has no beta: set loss.beta=null"),
+        (["loss=space", "loss.link=hinge"], "loss.link=hinge: has no effect with loss.objective=space"),
+        (["loss=space", "loss.reference=none"], "loss.reference=none: has no effect with loss.objective=space"),
+        (["loss.mu=2.5"], "loss.mu=2.5: has no effect without loss.objective=space"),
         (["generation=greedy", "generation.num_answers=2"], "all answers to a prompt are the same"),
     ],
 )
@@ -350,3 +360,51 @@ def test_invalid_settings(words, says):
     with pytest.raises(UserError) as error:
         load(*words)
     assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def answers_of_iteration_0(folder) -> dict[tuple[str, int], tuple[int, ...]]:
+    stages = json.loads((folder / STAGES).read_text())
+    first = next(stage for stage in stages["stages"] if stage.startswith("generate/"))  # they are in playing order
+    path = Path(stages["store"]) / first / "answers.parquet"
+    return {(answer.id, answer.index): answer.ids for answer in read_answers(path)}
+
+
+def test_tspin_game(played):
+    """Iteration 0's answers are a third response from iteration 1 on, generated once."""
+    before = played.stages()
+    words = ["evaluation=none", "loss=tspin", "generation.num_answers=2", "engine.precision=fp32", "iter=1"]
+    words += ["schedule.batch_size=100", "schedule.replay=previous"]
+    played.play(*words, run="tspin")
+    new = played.stages() - before
+    assert (new["generate"], new["score"], new["train"]) == (2, 2, 2)
+    folder = played.folder / "tspin"
+    pairs = pq.read_table(folder / "iter1" / "pairs.parquet").to_pylist()
+    answers = answers_of_iteration_0(folder)
+    opponent, losses = load_model(folder / "iter0" / "policy", torch.float32, CPU), {}
+    for row in pairs:
+        responses = (row["real_ids"], row["generated_ids"], answers[row["id"], row["answer"]])
+        item = Continuations(row["prompt_ids"], responses)
+        real, generated, older = (logps.sum().item() for logps in reference_logps(opponent, item))
+        z, back = real - generated, generated - older
+        loss = math.log1p(math.exp(-z)) if z > -700 else -z
+        losses.setdefault((row["id"], row["iter"]), []).append(loss + 0.1 * math.log1p(math.exp(-back)))
+    first = first_row(played, "tspin", 1)
+    assert first["loss"] == pytest.approx(np.mean([np.mean(group) for group in losses.values()]), rel=1e-3)
+    assert first["prompts"] == len(losses) and first["pairs"] == len(pairs)
+    assert "loss/history" not in first_row(played, "tspin", 0) and first["loss/history"] > 0
+    again = played.play(*words, run="tspin")
+    assert "nothing was computed again" in again.stdout
+
+
+@pytest.mark.parametrize("words", [["loss=space"], ["loss.reference=none"], ["loss.real_floor=0.5"]])
+def test_game_of_objective(played, words):
+    name = words[0].replace("=", "-")
+    done = played.play("evaluation=none", "iter=0", "engine.precision=fp32", *words, run=name)
+    first = first_row(played, name, 0)
+    if words == ["loss.reference=none"]:
+        assert first["gains/real"] == pytest.approx(0, abs=1e-3)
+    else:
+        assert first["loss"] == pytest.approx(2 * math.log(2) if words == ["loss=space"] else math.log(2), abs=1e-4)
+    assert "stages played" in done.stdout
+    report = (played.folder / name / "report.md").read_text()
+    assert ("| – |" in report) == (words == ["loss=space"])
