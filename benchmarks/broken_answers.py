@@ -43,7 +43,8 @@ def measure_answers(words: list[str]) -> dict[str, dict]:
 
     run = open_game(["tracking.wandb=disabled", *words])
     config, player = run.config, Player(run)
-    *_, last = records = declare(run)
+    records, _ = declare(run)
+    last = records[-1]
     for stage in [stage for record in records for stage in record.stages]:
         player.play(stage)
     assert last.evaluation is not None, "held-out prompts are needed: data.held_out"

@@ -61,8 +61,8 @@ def main() -> None:
         seconds, memory = (
             [workload.median(results[f"{axis} {times}"], key) for times in TIMES] for key in ("seconds", "memory")
         )
-        growth = " | ".join(f"{value:.2f} ({value / seconds[0]:.2f}x)" for value in seconds[1:])
-        print(f"| {axis} | {amount} | {seconds[0]:.2f} | {growth} | {' | '.join(f'{m:.2f}' for m in memory)} |")
+        growth = " | ".join(f"{value:.3g} ({value / seconds[0]:.2f}x)" for value in seconds[1:])
+        print(f"| {axis} | {amount} | {seconds[0]:.3g} | {growth} | {' | '.join(f'{m:.2f}' for m in memory)} |")
 
 
 def measure(folder: Path, axis: str, amount: int) -> dict:

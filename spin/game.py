@@ -5,21 +5,23 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from spin.config.schema import Config
 from spin.method.objectives import make_objective
 from spin.models.policy import Policy
 from spin.pipeline.context import Run, prepare_run
-from spin.pipeline.evaluate import Evaluate
+from spin.pipeline.evaluate import Evaluate, Validate
 from spin.pipeline.external import declare_external
 from spin.pipeline.generate import Generate
 from spin.pipeline.plan import look_up, print_plan
-from spin.pipeline.record import IterationRecord, replayed, without_evaluation
+from spin.pipeline.record import IterationRecord, measurable, replayed
 from spin.pipeline.run_folder import check_resources, open_run, prepare_folder, show_record
 from spin.pipeline.score import Score
-from spin.pipeline.stage import Given, Node, Player
+from spin.pipeline.select import final_stages, gains_no_more, hand_over
+from spin.pipeline.stage import Given, Node, Player, Stage
 from spin.pipeline.summary import finish
-from spin.pipeline.train import Merge, Sft, Train
+from spin.pipeline.train import Sft, Train
 from spin.runtime.tracking import Tracker
 
 
@@ -30,13 +32,12 @@ def declare_game(config: Config, start: Policy) -> Iterator[IterationRecord]:
     the human answers from those of p_t (section 4.2).
     """
     policy: Node[Policy] = Given(start)
-    evaluation = declare_evaluation(config, None, policy)
-    yield IterationRecord(None, policy, evaluation=evaluation, external=declare_external(config, None, policy))
+    measured = declare_measures(config, None, policy)
+    yield IterationRecord(None, policy, **measured)
     if config.schedule.sft_epochs > 0:
         policy = sft = Sft(policy)
-        evaluation = declare_evaluation(config, None, policy)
-        external = declare_external(config, None, policy)
-        yield IterationRecord(None, policy, train=sft, evaluation=evaluation, external=external)
+        measured = declare_measures(config, None, policy)
+        yield IterationRecord(None, policy, train=sft, **measured)
 
     first_opponent = policy  # the paper's p_theta_0
     answers: list[Generate] = []
@@ -51,37 +52,41 @@ def declare_game(config: Config, start: Policy) -> Iterator[IterationRecord]:
             scores["start"] = Score(t, "start", first_opponent, pairs)
         policy = train = Train(t, opponent, scores, answers[0] if "first" in objective.responses else None)
 
-        before, evaluation = evaluation, declare_evaluation(config, t, policy, evaluation)
-        external = declare_external(config, t, policy, evaluation, before)
-        merge = Merge(policy) if config.model.merge and t == config.iterations - 1 else None
-        yield IterationRecord(t, policy, generate, scores, train, evaluation, external, merge)
+        measured = declare_measures(config, t, policy, measured["evaluation"])
+        yield IterationRecord(t, policy, generate, scores, train, **measured)
 
 
 def declare_evaluations(config: Config, start: Policy, against: Policy | None) -> Iterator[IterationRecord]:
     """Declare the stages of stage=evaluate: measures of `start`, and of `against` to compare it with."""
-    before = None
+    evaluation = None
     for policy in (against, start):
         if policy is not None:
             node = Given(policy)
-            evaluation = declare_evaluation(config, None, node, before)
-            external = declare_external(config, None, node, evaluation, before)
-            yield IterationRecord(None, node, evaluation=evaluation, external=external)
-            before = evaluation
+            measured = declare_measures(config, None, node, evaluation)
+            yield IterationRecord(None, node, **measured)
+            evaluation = measured["evaluation"]
 
 
-def declare_evaluation(
+def declare_measures(
     config: Config, iteration: int | None, policy: Node[Policy], opponent: Evaluate | None = None
-) -> Evaluate | None:
-    """The held-out evaluation of a policy, unless it is switched off."""
-    return Evaluate(iteration, policy, opponent) if config.evaluation.enabled else None
+) -> dict[str, Any]:
+    """The stages that measure a policy, as fields of its record. `opponent` is the evaluation of its opponent."""
+    evaluation = Evaluate(iteration, policy, opponent) if config.evaluation.enabled else None
+    return {
+        "evaluation": evaluation,
+        "validation": Validate(iteration, policy) if config.data.validation else None,
+        "external": declare_external(config, iteration, policy, evaluation, opponent),
+    }
 
 
-def declare(run: Run) -> list[IterationRecord]:
-    """All that the run's settings ask for, in playing order."""
-    config = run.config if run.data.held_out else without_evaluation(run.config)
+def declare(run: Run) -> tuple[list[IterationRecord], list[Stage]]:
+    """All that the run's settings ask for, in playing order, as records and as stages."""
+    config = measurable(run.config, run.data)
     if config.stage == "evaluate":
-        return list(declare_evaluations(config, run.start, run.against))
-    return list(declare_game(config, run.start))
+        records = list(declare_evaluations(config, run.start, run.against))
+    else:
+        records = list(declare_game(config, run.start))
+    return records, [*(stage for record in records for stage in record.stages), *final_stages(run, records)]
 
 
 def play(config: Config, folder: Path, command: str, composed: str | None = None, group: str | None = None) -> dict:
@@ -93,21 +98,23 @@ def play(config: Config, folder: Path, command: str, composed: str | None = None
     """
     with open_run(config, folder, group) as tracker:
         run = prepare_run(config, folder, tracker)
-        records = declare(run)
-        check_resources(run, [stage for record in records for stage in record.stages])
+        records, stages = declare(run)
+        check_resources(run, stages)
         prepare_folder(run, composed)
         player = Player(run)
-        for record in records:
+        for played, record in enumerate(records, 1):
             for stage in record.stages:
                 player.play(stage)
             if run.ranks.is_main_process:
                 show_record(player, record)
-        return finish(player, records, command) if run.ranks.is_main_process else {}
+            if gains_no_more(player, records[:played]):
+                break
+        selection = hand_over(player, records[:played])
+        return finish(player, records[:played], selection, command) if run.ranks.is_main_process else {}
 
 
 def show_plan(config: Config, folder: Path) -> None:
     """Print which stages `play` would reuse, resume and play. Computes nothing, and leaves the run's folder as it is."""
     tracker = Tracker(folder, name=config.name, config={}, rank=1)  # rank 1 logs nothing
     run = prepare_run(config, folder, tracker)
-    stages = [stage for record in declare(run) for stage in record.stages]
-    print_plan(run, look_up(run, stages, thorough=True), tracker.console)
+    print_plan(run, look_up(run, declare(run)[1], thorough=True), tracker.console)

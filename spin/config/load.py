@@ -37,7 +37,8 @@ def load_config(composed: DictConfig) -> Config:
             note_renamed(old, new)
             values[group][new.split(".")[1]] = values[group].pop(key)
     config = validate(Config, values)
-    rules = (*_model_rules(config), *_data_rules(config), *_loss_rules(config), *_training_rules(config))
+    rules = (*_model_rules(config), *_data_rules(config), *_selection_rules(config), *_loss_rules(config))
+    rules += (*_training_rules(config),)
     for holds, key, rule in rules:
         if not holds:
             raise UserError(setting_line(key, attrgetter(key)(config), rule))
@@ -74,6 +75,14 @@ def _data_rules(config: Config) -> Iterator[Rule]:
     yield config.stage == "game" or can_measure, "stage", "needs evaluation.enabled=true and data.held_out of 1 or more"
     compares = config.evaluation.against is not None
     yield config.stage == "evaluate" or not compares, "evaluation.against", "goes with stage=evaluate"
+
+
+def _selection_rules(config: Config) -> Iterator[Rule]:
+    evaluation = config.evaluation
+    validates = evaluation.enabled and (config.data.validation > 0 or evaluation.select is not None)
+    needs = "needs data.validation of 1 or more, to see whether an iteration gains"
+    yield config.schedule.stop == "none" or validates, "schedule.stop", needs
+    yield evaluation.select is None or config.stage == "game", "evaluation.select", "goes with stage=game"
 
 
 def _loss_rules(config: Config) -> Iterator[Rule]:

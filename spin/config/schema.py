@@ -66,6 +66,7 @@ class DataConfig(Section):
     filter: Literal["none", "prose"]
     size: Count | None
     held_out: CountOrZero
+    validation: CountOrZero
     max_prompt_length: Count
     max_response_length: Count | None
     min_response_length: Count
@@ -107,6 +108,8 @@ class ScheduleConfig(Section):
     replay: Literal["none", "previous", "all"]
     sft_epochs: PositiveOrZero
     sft_lr: Positive
+    stop: Literal["none", "no_gain"]
+    patience: Count
 
 
 class GenerationConfig(Section):
@@ -142,6 +145,7 @@ class EvaluationConfig(Section):
     samples: Count
     bootstrap: Count
     embedder: str | None
+    select: str | None
     against: str | None
     harness: list[str] | None
     harness_include: str | None

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,9 @@ class Example:
 
 @dataclass
 class Dataset:
-    """The training and held-out examples, and how many exchanges were kept or dropped for which reason.
+    """The training, held-out and validation examples, and how many exchanges were kept or dropped for which reason.
 
-    `counts["read"]` is the sum of all other counts; `counts["kept"]` is `len(train) + len(held_out)`.
+    `counts["read"]` is the sum of all other counts; `counts["kept"]` is the number of examples in the three sets.
     `seen` counts the prompts that could not be held out because the model was trained on them.
     """
 
@@ -47,6 +47,11 @@ class Dataset:
     held_out: list[Example]
     counts: dict[str, int]
     seen: int = 0
+    validation: list[Example] = field(default_factory=list)
+
+    @property
+    def all(self) -> list[Example]:
+        return [*self.train, *self.held_out, *self.validation]
 
 
 def load_dataset(
@@ -59,9 +64,10 @@ def load_dataset(
 ) -> Dataset:
     """Read, check, order, encode and split the data set.
 
-    The order depends on `seed` and content only. The first `config.held_out` prompts are held out, one example each,
-    and all other examples of these prompts dropped; the next `config.size` examples are the training set. So the
-    held-out set is the same for every size, and a smaller training set is part of a larger one.
+    The order depends on `seed` and content only. The first `config.held_out` prompts are held out, one example each, the
+    next `config.validation` prompts are for validation, and all other examples of these prompts are dropped; the next
+    `config.size` examples are the training set. So the held-out and validation sets are the same for every size, and a
+    smaller training set is part of a larger one.
 
     `stop_ids` are the tokens at which the model stops generating; `seen` holds the `opening` of the prompts that the
     model was trained on, which are never held out. `cache` keeps downloaded files.
@@ -78,7 +84,8 @@ def load_dataset(
     dataset = _split(candidates, _encode(candidates, tokenizer, end, config), config, counts, seen)
     if not dataset.train:
         raise UserError(
-            f"data: too little is left: data.held_out={config.held_out} prompts and one to train on are needed "
+            f"data: too little is left: data.held_out={config.held_out} and data.validation={config.validation} prompts "
+            "and one to train on are needed "
             f"({', '.join(f'{reason}: {count}' for reason, count in dataset.counts.items())}); "
             "give more data, or loosen the data settings that drop it"
         )
@@ -195,27 +202,29 @@ def _split(
 ) -> Dataset:
     """Take examples in order until the held-out and the training set are full, and count the rest."""
     train: list[Example] = []
-    held_out: list[Example] = []
-    held_out_openings: set[str] = set()
+    apart: list[Example] = []  # held out, then validation
+    openings: set[str] = set()
+    needed = config.held_out + config.validation
     tried = trained_before = 0
     for example in encoded:
         tried += 1
         if isinstance(example, str):
             counts[example] += 1
-        elif example.opening in held_out_openings:
+        elif example.opening in openings:
             counts["of a held-out prompt"] += 1
-        elif len(held_out) < config.held_out and example.opening not in seen:
-            held_out_openings.add(example.opening)
-            held_out.append(example)
+        elif len(apart) < needed and example.opening not in seen:
+            openings.add(example.opening)
+            apart.append(example)
         else:
-            trained_before += len(held_out) < config.held_out
+            trained_before += len(apart) < needed
             if len(train) == config.size:
                 counts["trained on before"] += 1
             else:
                 train.append(example)
-        if len(train) == config.size and len(held_out) == config.held_out:
+        if len(train) == config.size and len(apart) == needed:
             break
     counts["not needed"] = len(candidates) - tried
-    counts["kept"] = len(train) + len(held_out)
+    counts["kept"] = len(train) + len(apart)
     kept_counts = {reason: count for reason, count in counts.items() if count or reason in ("read", "kept")}
-    return Dataset(train, held_out, kept_counts, trained_before)
+    held_out, validation = apart[: config.held_out], apart[config.held_out :]
+    return Dataset(train, held_out, kept_counts, trained_before, validation)

@@ -47,7 +47,7 @@ def load_of(
     """The sizes that decide a run's peak memory on one rank."""
     engine, generation = config.engine, config.generation
     new, is_on_cpu = config.max_new_tokens, device.type == "cpu"
-    prompt = max(len(e.prompt_ids) for e in [*data.train, *data.held_out])
+    prompt = max(len(e.prompt_ids) for e in data.all)
 
     def longest(examples: Sequence[Example], num_answers: int) -> int:
         sizes = [(len(e.prompt_ids), len(e.real_ids)) for e in examples]
@@ -56,13 +56,14 @@ def load_of(
         return max((prompt + real + num_answers * new for prompt, real in sizes), default=0)
 
     # An evaluation scores two generated answers to a prompt: the policy's and its opponent's.
+    measured = [*data.held_out, *data.validation]
     responses = generation.num_answers * (2 if config.loss.history_weight else 1)
-    train_row, held_out_row = longest(data.train, responses), longest(data.held_out, 2)
+    train_row, held_out_row = longest(data.train, responses), longest(measured, 2)
     row = max(train_row, held_out_row)
-    scored = max(len(data.train) * train_row, len(data.held_out) * held_out_row)
+    scored = max(len(data.train) * train_row, len(measured) * held_out_row)
     batch = max(engine.tokens_per_batch, train_row)
     items = -(-config.schedule.batch_size // ranks.size)  # of a step, on this rank
-    answers = max(len(data.train) * generation.num_answers, len(data.held_out))
+    answers = max(len(data.train) * generation.num_answers, len(measured))
     spread = None
     if engine.name == "deepspeed":
         spread = memory.Spread(ranks.size, engine.zero_stage, engine.offload_optimizer and not is_on_cpu)

@@ -99,6 +99,13 @@ def differences(last: HeldOut, first: HeldOut, resamples: int, seed: int) -> dic
     return result
 
 
+def badness_error(a: HeldOut, b: HeldOut, name: str, resamples: int, seed: int) -> float:
+    """The bootstrap standard error, over prompts, of how much worse `a` is than `b` in the measure `name`."""
+    badness, of_a, of_b = MEASURES[name].badness, statistics(a, None)[name], statistics(b, None)[name]
+    draws = _draws(len(a.pairs), resamples, seed)
+    return float(np.std([badness(of_a(draw)) - badness(of_b(draw)) for draw in draws]))
+
+
 def statistics(now: HeldOut, before: HeldOut | None) -> dict[str, Statistic]:
     """Each measure that has enough prompts, as a function of the indices of prompts (with repetitions)."""
     pairs = now.pairs

@@ -11,7 +11,16 @@ from spin.engines.base import Engine
 from spin.engines.logps import Forward
 from spin.engines.packing import Batch, Continuations
 from spin.method.objectives import Metrics, Objective
-from spin.method.pairs import RESPONSES, Ids, Logps, Pair, group_by_prompt, split_responses, to_continuations, token_counts
+from spin.method.pairs import (
+    RESPONSES,
+    Ids,
+    Logps,
+    Pair,
+    group_by_prompt,
+    split_responses,
+    to_continuations,
+    token_counts,
+)
 from spin.runtime.checkpoints import Checkpoints, TrainState
 from spin.runtime.errors import UserError
 from spin.runtime.random import seed_of

@@ -111,7 +111,7 @@ class Models:
         ]
         per_opponent = 2 if self.config.loss.history_weight else 1
         answers = max(2, self.config.generation.num_answers * per_opponent)  # an evaluation scores two
-        lengths = [len(e.prompt_ids) + len(e.real_ids) for e in [*data.train, *data.held_out]]
+        lengths = [len(e.prompt_ids) + len(e.real_ids) for e in data.all]
         self.longest = max(lengths) + answers * self.config.max_new_tokens
 
     def load(self, policy: Policy) -> PreTrainedModel:
@@ -222,7 +222,7 @@ def read_data(
     architecture = AutoConfig.from_pretrained(start.base_or_self.folder, trust_remote_code=False)
     context = getattr(architecture, "max_position_embeddings", None)
     new = config.max_new_tokens
-    longest = max(len(e.prompt_ids) + max(len(e.real_ids), new) for e in [*data.train, *data.held_out])
+    longest = max(len(e.prompt_ids) + max(len(e.real_ids), new) for e in data.all)
     if context is not None and longest > context:
         raise UserError(
             f"sequences of up to {longest} tokens do not fit the model's context of {context}: lower data.max_length, "

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from spin.data.examples import Example
 from spin.engines.packing import Continuations
 from spin.evaluation.answer_checks import correct
 from spin.evaluation.measures import HeldOut, held_out_of, measures
@@ -49,7 +50,10 @@ class Evaluate(Stage[Evaluation]):
         return f"iter {self.iteration}"
 
     def title(self, policy: Policy, *opponent: Evaluation) -> str:
-        return f"evaluate {policy.label}"
+        return f"{self.name} {policy.label}"
+
+    def examples(self, run: Run) -> list[Example]:
+        return run.data.held_out
 
     def labels(self, policy: Policy, *opponent: Evaluation) -> dict:
         return {"iter": self.iteration, "policy": policy.label}
@@ -57,7 +61,7 @@ class Evaluate(Stage[Evaluation]):
     def inputs(self, run: Run, policy: Policy, *opponent: Evaluation) -> dict:
         return {
             "policy": policy.id,
-            "prompts": fingerprint(run.data.held_out),
+            "prompts": fingerprint(self.examples(run)),
             "seed": run.config.seed,
             "stop_ids": sorted(run.stop_ids),
             "opponent": opponent[0].held_out.digest if opponent else None,
@@ -72,8 +76,9 @@ class Evaluate(Stage[Evaluation]):
         config = run.config
         # All policies use the same random numbers, so that differences between them are not sampling noise.
         seed = seed_of(config.seed, EVALUATION_STREAM, bits=32)
-        answers = answer_prompts(run, work, policy, run.data.held_out, 1, seed)
-        pairs = [make_pair(example, answer) for example, answer in zip(run.data.held_out, answers, strict=True)]
+        examples = self.examples(run)
+        answers = answer_prompts(run, work, policy, examples, 1, seed)
+        pairs = [make_pair(example, answer) for example, answer in zip(examples, answers, strict=True)]
         items = [Continuations(pair.prompt_ids, (pair.real_ids, pair.generated_ids)) for pair in pairs]
         names = ["real", "generated"]
         if opponent:  # the opponent's answers, too, for the margin
@@ -105,11 +110,21 @@ class Evaluate(Stage[Evaluation]):
     def read(self, run: Run, artifact: Artifact, policy: Policy, *opponent: Evaluation) -> Evaluation:
         facts = json.loads((artifact.folder / "evaluation.json").read_text())
         pairs, _ = read_pairs(artifact.folder / "held_out.parquet")
-        shown = pairs[: run.config.evaluation.samples]
-        samples = [{"prompt": p.prompt, "real": p.real, "generated": p.generated} for p in shown]
-        run.tracker.samples(policy.label, samples, artifact.reused)
+        if self.name == "evaluate":
+            shown = pairs[: run.config.evaluation.samples]
+            samples = [{"prompt": p.prompt, "real": p.real, "generated": p.generated} for p in shown]
+            run.tracker.samples(policy.label, samples, artifact.reused)
         held_out = held_out_of(pairs, facts["per_prompt"])
         return Evaluation(policy, self.iteration, held_out, facts["measures"], artifact.key)
+
+
+class Validate(Evaluate):
+    """Measure `policy` on the validation prompts, which the selection of a policy uses."""
+
+    name: ClassVar[str] = "validate"
+
+    def examples(self, run: Run) -> list[Example]:
+        return run.data.validation
 
 
 def _features(run: Run, pairs: Sequence[Pair]) -> Features:

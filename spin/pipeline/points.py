@@ -86,9 +86,9 @@ def is_done(folder: Path, config: Config) -> bool:
     if record.get("status") != "done" or record.get("made_of") is None or record["made_of"] != content_hash(config):
         return False
     results = ["game.json", "report.md"]
-    if config.stage == "game":
-        results.append(f"iter{config.iterations - 1}/policy")
     try:
+        game = json.loads((folder / "game.json").read_bytes())
+        results += [iteration["policy"] for iteration in game["iterations"][-1:]]
         stages = json.loads((folder / STAGES).read_bytes())
         manifests = [Path(stages["store"]) / stage / "manifest.json" for stage in stages["stages"]]
     except (OSError, ValueError, KeyError, TypeError):

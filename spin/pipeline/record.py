@@ -4,14 +4,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from spin.config.schema import Config
+from spin.data.examples import Dataset
 from spin.generation.answers import Answer
 from spin.models.policy import Policy
-from spin.pipeline.evaluate import Evaluate
+from spin.pipeline.evaluate import Evaluate, Validate
 from spin.pipeline.external import External
 from spin.pipeline.generate import Generate
 from spin.pipeline.score import Score
 from spin.pipeline.stage import Node, Stage
-from spin.pipeline.train import Merge, Sft, Train
+from spin.pipeline.train import Sft, Train
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class IterationRecord:
     scores: Mapping[str, Score] = field(default_factory=dict)
     train: Sft | Train | None = None
     evaluation: Evaluate | None = None
+    validation: Validate | None = None
     external: Sequence[External] = ()
-    merge: Merge | None = None
 
     @property
     def opponent(self) -> Node[Policy] | None:
@@ -36,8 +37,8 @@ class IterationRecord:
 
     @property
     def stages(self) -> list[Stage]:
-        parts = (self.generate, *self.scores.values(), self.train, self.evaluation, *self.external, self.merge)
-        return [stage for stage in parts if stage is not None]
+        parts = (self.generate, *self.scores.values(), self.train, self.validation, self.evaluation)
+        return [stage for stage in (*parts, *self.external) if stage is not None]
 
 
 def replayed(config: Config, iteration: int, answers: Sequence[Node[list[Answer]]]) -> dict[int, Node[list[Answer]]]:
@@ -46,6 +47,10 @@ def replayed(config: Config, iteration: int, answers: Sequence[Node[list[Answer]
     return {k: answers[k] for k in (iteration, *range(first, iteration))}
 
 
-def without_evaluation(config: Config) -> Config:
-    """The settings of a game that has no held-out prompts."""
-    return config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"enabled": False})})
+def measurable(config: Config, data: Dataset) -> Config:
+    """The settings without the measures for which there are no prompts."""
+    enabled = config.evaluation.enabled
+    evaluation = config.evaluation.model_copy(update={"enabled": enabled and bool(data.held_out)})
+    validation = len(data.validation) if enabled and config.stage == "game" else 0
+    settings = config.data.model_copy(update={"validation": validation})
+    return config.model_copy(update={"evaluation": evaluation, "data": settings})

@@ -12,7 +12,6 @@ import torch
 
 from spin.config.schema import Config
 from spin.evaluation.measures import held_out_margins
-from spin.method.objectives import make_objective
 from spin.method.pairs import write_pairs
 from spin.models.policy import Policy
 from spin.pipeline.context import Run
@@ -20,6 +19,7 @@ from spin.pipeline.plan import bytes_to_write, look_up
 from spin.pipeline.record import IterationRecord
 from spin.pipeline.score import format_counts
 from spin.pipeline.stage import Player, Stage
+from spin.pipeline.train import Train
 from spin.runtime import process_group, signals
 from spin.runtime.errors import UserError
 from spin.runtime.files import hold_lock, link_file, link_tree, write_text
@@ -67,8 +67,8 @@ def check_resources(run: Run, stages: Sequence[Stage]) -> None:
     if config.stage == "evaluate" and not data.held_out:
         raise UserError("stage=evaluate: no prompt is left to measure on, the model was trained on all of them.")
     run.say(
-        f"{config.model.name} on {config.data.name}: {len(data.train)} training and {len(data.held_out)} held-out "
-        f"examples ({format_counts(data.counts)}); {run.numerics['precision']} on {run.device}"
+        f"{config.model.name} on {config.data.name}: {len(data.train)} training, {len(data.validation)} validation and "
+        f"{len(data.held_out)} held-out examples ({format_counts(data.counts)}); {run.numerics['precision']} on {run.device}"
     )
     if run.ranks.size > 1:
         run.say(f"{run.ranks.size} processes, ZeRO stage {config.engine.zero_stage}")
@@ -110,19 +110,24 @@ def prepare_folder(run: Run, composed: str | None) -> None:
         write_text(run.folder / "config.yaml", composed)
     if run.config.stage != "game":
         return
-    for path in run.folder.glob("iter*"):
-        number = path.name.removeprefix("iter")
-        if path.is_dir() and number.isdecimal() and int(number) >= run.config.iterations:
-            remove_shown(path)
+    remove_iterations(run.folder, run.config.iterations)
     if run.config.schedule.sft_epochs == 0:
         remove_shown(run.folder / "sft")
 
 
+def remove_iterations(folder: Path, first: int) -> None:
+    """Remove what an earlier game showed of the iterations from `first` on."""
+    for path in folder.glob("iter*"):
+        number = path.name.removeprefix("iter")
+        if path.is_dir() and number.isdecimal() and int(number) >= first:
+            remove_shown(path)
+
+
 def remove_shown(folder: Path) -> None:
-    """Remove what `show_record` wrote to `sft/` or `iter<t>/`, and the folder unless it holds files of the user."""
+    """Remove what the game wrote to `sft/`, `iter<t>/` or `best/`, and the folder unless it holds files of the user."""
     for name in ("policy", "merged"):
         link_tree(None, folder / name)
-    for name in ("pairs.parquet", "manifest.json", "margins.json"):
+    for name in ("pairs.parquet", "manifest.json", "margins.json", "selection.json"):
         (folder / name).unlink(missing_ok=True)
     with suppress(OSError):  # not there, or not empty
         folder.rmdir()
@@ -143,10 +148,7 @@ def show_record(player: Player, record: IterationRecord) -> None:
     shown.mkdir(parents=True, exist_ok=True)
     _show_pairs(player, record, shown / "pairs.parquet")
     link_tree(trained, shown / "policy")
-    if record.merge:
-        link_tree(player.artifacts[record.merge].folder / "merged", shown / "merged")
-    else:
-        link_tree(None, shown / "merged")
+    link_tree(None, shown / "merged")
     write_text(shown / "manifest.json", json.dumps(_manifest(player, record), indent=2) + "\n")
     if record.evaluation and record.evaluation.opponent:
         now, before = (player.result(node).held_out for node in (record.evaluation, record.evaluation.opponent))
@@ -164,7 +166,7 @@ def _show_pairs(player: Player, record: IterationRecord, path: Path) -> None:
 def _manifest(player: Player, record: IterationRecord) -> dict:
     """What made the iteration, for readers and scripts."""
     config = player.run.config
-    assert record.iteration is not None and record.opponent and record.train
+    assert record.iteration is not None and record.opponent and isinstance(record.train, Train)
     policy, opponent = player.result(record.policy), player.result(record.opponent)
     score = record.scores["opponent"]
     return {

@@ -2,23 +2,30 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from spin.config.schema import Config, value_at_iteration
 from spin.evaluation.measures import differences
 from spin.pipeline.evaluate import Evaluation
 from spin.pipeline.record import IterationRecord
+from spin.pipeline.run_folder import remove_iterations
+from spin.pipeline.select import Selection
 from spin.pipeline.stage import Player
-from spin.reporting.report import write_report
+from spin.reporting.report import describe_selection, write_report
 from spin.reporting.summary import print_summary
 from spin.runtime.files import write_text
 from spin.runtime.progress import format_seconds
 
 
-def finish(player: Player, records: Sequence[IterationRecord], command: str) -> dict:
+def finish(
+    player: Player, records: Sequence[IterationRecord], selection: Selection | None, command: str
+) -> dict[str, Any]:
     """Write game.json and the report, print the summary, and note which store entries the run uses. Returns the summary."""
     run = player.run
-    summary = summarize(player, records, command)
+    summary = summarize(player, records, selection, command)
+    if run.config.stage == "game":
+        remove_iterations(run.folder, len(summary["iterations"]))
     write_text(run.folder / "game.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     page = write_report(run.folder, summary)
     run.store.refer(run.folder, player.references, only=True)
@@ -28,25 +35,39 @@ def finish(player: Player, records: Sequence[IterationRecord], command: str) -> 
     else:
         took = format_seconds(player.elapsed)
         run.say(f"{player.built} stages played in {took}, peak memory {player.peak_memory_gib:.2f} GiB.")
-    run.tracker.close({"peak_memory_gib": player.peak_memory_gib})
+    selected = {f"selected/{name}": value for name, value in (summary["selected"] or {}).items()}
+    run.tracker.close({"peak_memory_gib": player.peak_memory_gib, **selected})
     run.say(f"report: {page}")
-    if summary["iterations"]:
+    if selection:
+        path = run.folder / "best" / "policy" if selection.path.endswith("/policy") else selection.path
+        run.say(f"selected model: {path}: {describe_selection(summary['selected'])}")
+    elif summary["iterations"]:
         run.say(f"trained model: {run.folder / summary['iterations'][-1]['policy']}")
     return summary
 
 
-def summarize(player: Player, records: Sequence[IterationRecord], command: str) -> dict[str, Any]:
+def summarize(
+    player: Player, records: Sequence[IterationRecord], selection: Selection | None, command: str
+) -> dict[str, Any]:
     """The game's settings, measures, samples and costs, as game.json holds them."""
     config, data = player.run.config, player.run.data
     evaluations = [player.result(record.evaluation) for record in records if record.evaluation]
+    validations = [player.result(record.validation) for record in records if record.validation]
     return {
         "command": command,
         "name": config.name,
         "model": config.model.path or config.model.package,
-        "data": {"train": len(data.train), "held_out": len(data.held_out), "counts": data.counts},
+        "data": {
+            "train": len(data.train),
+            "held_out": len(data.held_out),
+            "validation": len(data.validation),
+            "counts": data.counts,
+        },
         "iterations": [_iteration(player, record) for record in records if record.iteration is not None],
+        "selected": asdict(selection) if selection else None,
         "evaluations": [{"policy": e.policy.label, "iter": e.iteration, **e.measures} for e in evaluations],
-        "differences": _differences(evaluations, config),
+        "validations": [{"policy": e.policy.label, "iter": e.iteration, **e.measures} for e in validations],
+        "differences": _differences(evaluations, selection, config),
         "external": _external(player, records),
         "samples": _samples(evaluations, config.evaluation.samples),
         "seconds": {stage: round(seconds, 1) for stage, seconds in player.seconds.items()},
@@ -84,12 +105,15 @@ def _external(player: Player, records: Sequence[IterationRecord]) -> list[dict]:
     return rows
 
 
-def _differences(evaluations: Sequence[Evaluation], config: Config) -> list[dict]:
-    """The last policy against the start of self-play and against iteration 0's; with stage=evaluate the two measured ones."""
+def _differences(evaluations: Sequence[Evaluation], selection: Selection | None, config: Config) -> list[dict]:
+    """The selected or else the last policy against the start of self-play, and the last one against the selected or else
+    iteration 0's; with stage=evaluate the two measured ones."""
     played = [e for e in evaluations if e.iteration is not None]
     before = [e for e in evaluations if e.iteration is None]
-    compared = [(before[-1], played[-1])] if played and before else []
-    compared += [(played[0], played[-1])] if len(played) > 1 else []
+    result = [e for e in played if selection and e.policy.label == selection.policy] or played[-1:]
+    compared = [(before[-1], *result)] if played and before else []
+    first = result if selection and result != played[-1:] else played[:1]
+    compared += [(*first, played[-1])] if len(played) > 1 and first != played[-1:] else []
     compared += [(before[0], before[1])] if config.stage == "evaluate" and len(before) > 1 else []
     return [
         {

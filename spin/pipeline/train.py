@@ -139,7 +139,7 @@ class Merge(Stage[Artifact]):
     iteration: None = None
 
     def subject(self, *results) -> str:
-        return results[0].label if results else "the last policy"
+        return results[0].label if results else "the final policy"
 
     def labels(self, policy: Policy) -> dict:
         return {"iter": None, "policy": policy.label}

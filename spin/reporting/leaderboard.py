@@ -8,11 +8,11 @@ import matplotlib
 from rich.console import Console
 from rich.text import Text
 
-from spin.evaluation.measure_table import Measure, missing_prompts
+from spin.evaluation.measure_table import MEASURES, missing_prompts
 from spin.reporting.figures import STYLE, save_figures
 from spin.reporting.summary import measure_table
 from spin.reporting.sweep_figures import CAPTIONS, draw
-from spin.reporting.sweep_rows import Point, ranking_measures, rows_of, settings_of
+from spin.reporting.sweep_rows import VALIDATION, Point, ranking_measures, rows_of, settings_of, sorted_by
 from spin.reporting.text import escape, markdown_table
 from spin.runtime.errors import brief
 from spin.runtime.files import write_text
@@ -54,9 +54,19 @@ def _columns(rows: Sequence[dict], flat_rows: Sequence[dict]) -> list[str]:
     return [*(key for key in first if key in keys), *(key for key in keys if key not in (*first, "folder")), "folder"]
 
 
-def _order(measure: Measure) -> str:
+def _order(rows: Sequence[dict]) -> str | None:
+    """What the rows are sorted by: "classifier AUC on validation prompts, nearest to 0.5 first"; None if by nothing."""
+    if (order := sorted_by(rows)) is None:
+        return None
+    key, measure = order
     first = {"lower": "lowest", "higher": "highest", "near": f"nearest to {measure.ideal}"}[measure.better or ""]
-    return f"{measure.title}, {first} first"
+    where = " on validation prompts" if key != measure.name and measure.name in MEASURES else ""
+    return f"{measure.title}{where}, {first} first"
+
+
+def _subject(rows: Sequence[dict]) -> str:
+    selected = any(key.startswith(VALIDATION) for row in rows for key in row)
+    return "selected policy" if selected else "last policy"
 
 
 def _notes(rows: Sequence[dict]) -> list[str]:
@@ -84,7 +94,7 @@ def _page(folder: Path, rows: Sequence[dict], drawn: Sequence[Path]) -> str:
     if measures:
         has_means = any(row["kind"] == "mean" for row in rows)
         parts.append(
-            f"Sorted by {_order(measures[0])}. Measures of each point's last policy on the held-out prompts, in brackets "
+            f"Sorted by {_order(rows)}. Measures of each point's {_subject(rows)} on the held-out prompts, in brackets "
             f"95 % bootstrap intervals over prompts{'; in rows of means, ± the standard error over seeds' * has_means}."
         )
     header = ["", *settings, "status", *(f"{measure.title} ({measure.unit})" for measure in measures), "report"]
@@ -101,7 +111,7 @@ def _page(folder: Path, rows: Sequence[dict], drawn: Sequence[Path]) -> str:
 def _print(rows: Sequence[dict], console: Console) -> None:
     settings, measures = settings_of(rows), ranking_measures(rows)
     title = f"Sweep, {sum(row['kind'] == 'point' for row in rows)} points"
-    table = measure_table(title + (f" ({_order(measures[0])})" if measures else ""))
+    table = measure_table(title + (f" ({order})" if (order := _order(rows)) else ""))
     for key in settings:
         table.add_column(Text(f"\n{key}"), overflow="fold")
     for heading in [measure.heading for measure in measures] or [""]:

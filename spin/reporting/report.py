@@ -7,7 +7,7 @@ from statistics import mean
 
 import matplotlib
 
-from spin.evaluation.measure_table import COMPARED, is_known, known_measures, missing_prompts, show
+from spin.evaluation.measure_table import COMPARED, MEASURES, is_known, known_measures, missing_prompts, show
 from spin.reporting.figures import STYLE, draw_lengths, draw_logps, draw_margins, draw_measures, save_figures
 from spin.reporting.text import code_block, escape, inline_code, markdown_table, plain_number
 from spin.runtime.progress import format_seconds
@@ -30,6 +30,7 @@ def write_report(folder: Path, game: dict) -> Path:
         drawn = save_figures(folder, figures)
     parts = [
         *_head(game),
+        *_selection(game),
         *_held_out(game, drawn),
         *_external(game["external"]),
         *_training(drawn),
@@ -62,7 +63,7 @@ def _head(game: dict) -> list[str]:
         f"Self-play fine-tuning of {inline_code(game['model'])}.",
         code_block(game["command"], "sh"),
         "## Data",
-        f"{data['train']:,} training examples, {data['held_out']:,} held out.",
+        f"{data['train']:,} training examples, {data['held_out']:,} held out, {data['validation']:,} for validation.",
     ]
     if data["counts"]:
         parts.append(markdown_table(["", "examples"], [[escape(why), f"{n:,}"] for why, n in data["counts"].items()]))
@@ -99,6 +100,29 @@ def _held_out(game: dict, drawn: Collection[str]) -> list[str]:
         parts.append(_differences_table(game["differences"]))
     if "measures" in drawn:
         parts += ["![Held-out measures by iteration](figures/measures.png)", MEASURES_CAPTION]
+    return parts
+
+
+def describe_selection(selected: dict) -> str:
+    """Which policy was selected, by what, and whether it is the last: "iter0, not the last (iter1): classifier AUC ..."."""
+    measure = MEASURES.get(selected["measure"])
+    title = measure.title if measure else f"benchmark {selected['measure']}"
+    value = show(selected["value"], selected["interval"], measure.format if measure else ".3f")
+    rank = "the last policy" if selected["policy"] == selected["last"] else f"not the last ({selected['last']})"
+    prompts = "validation prompts" if measure else "questions"
+    return f"{selected['policy']}, {rank}; {title} {value} on {selected['n']:,} {prompts}"
+
+
+def _selection(game: dict) -> list[str]:
+    selected, rows = game["selected"], game["validations"]
+    if not selected:
+        return []
+    parts = ["## Selected policy", f"**{escape(describe_selection(selected))}.**"]
+    if rows:
+        measures = [measure for measure in known_measures(rows) if measure.heading and measure.better]
+        cells = [[escape(row["policy"]), *(m.cell(row, " [{}, {}]") for m in measures)] for row in rows]
+        parts.append(markdown_table(["policy", *(f"{m.title} ({m.unit})" for m in measures)], cells))
+        parts.append(SELECTION_NOTE)
     return parts
 
 
@@ -206,6 +230,10 @@ def _cost(game: dict) -> list[str]:
 
 # --- captions ---------------------------------------------------------------------------------------------------------
 
+SELECTION_NOTE = (
+    "Measures on the validation prompts. Policies within one standard error of the best value count as equal; of these the "
+    "one with the lowest NLL is selected. The held-out prompts below took no part in the choice."
+)
 MEASURES_CAPTION = (
     "*By policy: `start` is the model as it was given, `sft` after fine-tuning on the human answers, a number the policy "
     "that this iteration made. Bars: 95 % bootstrap intervals over prompts. Grey dashes: the ideal value; for MAUVE what it "

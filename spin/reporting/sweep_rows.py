@@ -10,6 +10,7 @@ from typing import Any
 
 from spin.evaluation.measure_table import COMPARED, MEASURES, Measure, is_known
 
+VALIDATION = "validation_"  # prefix of the column that points are sorted by
 RECORD = "point.json"  # in a point's folder: its status, and a hash of what it was made of
 
 
@@ -35,8 +36,10 @@ def read_record(folder: Path) -> dict:
 def rows_of(points: Sequence[Point]) -> list[dict]:
     """The table, best point first: rows of kind "point", "mean" (over seeds, where `seed` is swept) and "start".
 
-    A point's row has its swept settings, status (done, failed, unfinished), reason, and of its last policy the held-out
-    measures with their intervals. A mean's row has the means over seeds with equal other settings, their number `seeds`,
+    A point's row has its swept settings, status (done, failed, unfinished), reason, and of its selected policy, or of its
+    last one where none is selected, the held-out measures with their intervals. Points are sorted by the value that their
+    policies were selected by (`validation_<measure>`), which the held-out measures do not depend on, or else by the first
+    held-out measure. A mean's row has the means over seeds with equal other settings, their number `seeds`,
     and standard errors `<measure>_se`. The start's row is there where all points share the policy that self-play
     started from.
     """
@@ -44,11 +47,11 @@ def rows_of(points: Sequence[Point]) -> list[dict]:
     rows = [_point_row(point, game) for point, game in zip(points, games, strict=True)]
     starts = [start for game in games if game and (start := _start(game))]
     is_common = len({json.dumps(start) for start in starts}) == 1
-    ranking = ranking_measures(rows)
+    order = sorted_by(rows)
 
     def badness(row: dict) -> float:
-        value = row.get(ranking[0].name) if ranking else None
-        return ranking[0].badness(value) if is_known(value) else math.inf
+        value = row.get(order[0]) if order else None
+        return order[1].badness(value) if order and is_known(value) else math.inf
 
     return [
         *sorted(rows, key=badness),
@@ -61,6 +64,16 @@ def ranking_measures(rows: Iterable[dict]) -> list[Measure]:
     """The known measures that rank policies and fit a console. Rows are sorted by the first."""
     rows = list(rows)
     return [m for m in COMPARED if m.heading and any(is_known(row.get(m.name)) for row in rows)]
+
+
+def sorted_by(rows: Iterable[dict]) -> tuple[str, Measure] | None:
+    """The column that the rows are sorted by, and its measure; None if there is none."""
+    rows = list(rows)
+    for key in dict.fromkeys(key for row in rows for key in row if key.startswith(VALIDATION)):
+        name = key.removeprefix(VALIDATION)
+        return key, MEASURES.get(name, Measure(name, name, "share", "", better="higher"))
+    ranking = ranking_measures(rows)
+    return (ranking[0].name, ranking[0]) if ranking else None
 
 
 def settings_of(rows: Iterable[dict]) -> list[str]:
@@ -87,9 +100,13 @@ def _point_row(point: Point, game: dict | None) -> dict:
         reason = point.problem or record.get("reason") or "not played to its end: run the same command to continue"
         return row | {"status": "failed" if failed else "unfinished", "reason": reason} | place
     evaluations, externals = game["evaluations"], game["external"]
+    selected = game["selected"]
+    if selected:
+        evaluations = [evaluation for evaluation in evaluations if evaluation["policy"] == selected["policy"]]
+        row |= {"policy": selected["policy"], f"{VALIDATION}{selected['measure']}": selected["value"]}
     if evaluations:
         row |= _without_iter(evaluations[-1])
-        externals = [external for external in externals if external["policy"] == evaluations[-1]["policy"]]
+        externals = [external for external in externals if external["policy"] == row["policy"]]
     if externals:
         for task in externals[-1]["harness"] or []:
             row |= {task["task"]: task["value"], f"{task['task']}_se": task["stderr"]}
@@ -124,6 +141,8 @@ def _mean_row(group: Sequence[dict], settings: Sequence[str]) -> dict:
     row["seeds"] = count
     for key in first:
         values: list[Any] = [other.get(key) for other in group]
-        if (key in MEASURES or f"{key}_se" in first or key == "mt_bench") and all(map(is_known, values)):
+        if (key in MEASURES or key.startswith(VALIDATION) or f"{key}_se" in first or key == "mt_bench") and all(
+            map(is_known, values)
+        ):
             row |= {key: mean(values), f"{key}_se": stdev(values) / math.sqrt(count)}
     return row

@@ -207,7 +207,7 @@ def plan(place: Place, *words: str) -> list:
         config.model_copy(update={"generation": transformers}), folder, Tracker(folder, name="", config={}, rank=1)
     )
     run.config = config
-    return look_up(run, [stage for record in declare(run) for stage in record.stages])
+    return look_up(run, declare(run)[1])
 
 
 def resolve(word: str, place: Place, folder: Path) -> str:

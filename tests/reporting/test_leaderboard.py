@@ -25,6 +25,7 @@ def game(nll: float, start: float = 2.0, **more) -> dict:
         ],
         "iterations": [{"iter": 0}],
         "external": [],
+        "selected": None,
     }
 
 

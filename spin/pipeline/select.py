@@ -1,0 +1,167 @@
+"""Which policy a game hands over: the best one on validation prompts, which no report is made on."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from spin.config.schema import Config
+from spin.evaluation.external.harness import parse_tasks
+from spin.evaluation.measure_table import CLASSIFIER_PROMPTS, COMPARED, MEASURES
+from spin.evaluation.measures import badness_error
+from spin.models.policy import Policy
+from spin.pipeline.context import Run
+from spin.pipeline.evaluate import Evaluation
+from spin.pipeline.record import IterationRecord
+from spin.pipeline.run_folder import remove_shown
+from spin.pipeline.stage import Node, Player, Stage
+from spin.pipeline.train import Merge
+from spin.runtime.errors import UserError
+from spin.runtime.files import link_tree, write_text
+
+HARNESS = "harness"  # evaluation.select=harness: the mean over the benchmarks' tasks
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The selected policy: its label, its place, and the value it was selected by.
+
+    `path` is relative to the run's folder unless the start was selected. `interval` has the ends of the 95 % bootstrap
+    interval over the `n` prompts; benchmarks have none. `last` is the label of the last policy.
+    """
+
+    policy: str
+    iter: int | None
+    path: str
+    measure: str
+    value: float
+    interval: list[float] | None
+    n: int
+    last: str
+
+
+def criterion(run: Run) -> str | None:
+    """What the policy is selected by: evaluation.select, or the default for what the run measures. None: nothing is.
+
+    Raises UserError if the run cannot measure it.
+    """
+    config, n = run.config, len(run.data.validation) if run.config.evaluation.enabled else 0
+    name, tasks = config.evaluation.select, [task.task for task in parse_tasks(config.evaluation.harness or [])]
+    if config.stage != "game" or (name is None and n == 0):
+        return None
+    if name is None:
+        by_prompts = "classifier_auc" if n >= CLASSIFIER_PROMPTS else "nll_per_token"
+        return "exact_match" if config.data.check != "none" else HARNESS if tasks else by_prompts
+    known = [*(measure.name for measure in COMPARED), *([HARNESS, *tasks] if tasks else [])]
+    if name not in known:
+        raise UserError(f"evaluation.select={name}: this run does not measure it. It measures {', '.join(known)}.")
+    if name in MEASURES and n < MEASURES[name].min_prompts:
+        needed = f"data.validation of {MEASURES[name].min_prompts} or more prompts"
+        raise UserError(f"evaluation.select={name}: needs {needed}, there are {n}.")
+    if name == "exact_match" and config.data.check == "none":
+        raise UserError("evaluation.select=exact_match: needs data.check, which says when an answer is right.")
+    return name
+
+
+def select_policy(player: Player, records: Sequence[IterationRecord]) -> Selection | None:
+    """The best of the played policies, start and SFT policy included; None if nothing is selected.
+
+    Policies within one standard error of the best value (of the paired difference, over prompts) count as equal. Of these
+    the one with the lowest NLL of human answers is selected.
+    """
+    name = criterion(player.run)
+    if name is None:
+        return None
+    if name in MEASURES:
+        evaluations = [player.result(record.validation) for record in records if record.validation]
+        index = _best_on_validation(evaluations, name, player.run.config)
+        chosen = evaluations[index].measures
+        value, interval, n = chosen[name], chosen[f"{name}_interval"], chosen["n"]
+    else:
+        scores = [_benchmark(player, record, name) for record in records]
+        index = max(range(len(records)), key=lambda i: scores[i][0])
+        (value, n), interval = scores[index], None
+    record = records[index]
+    policy, last = player.result(record.policy), player.result(records[-1].policy)
+    folder = "sft" if record.iteration is None else f"iter{record.iteration}"
+    path = f"{folder}/policy" if record.train else str(policy.folder)
+    return Selection(policy.label, record.iteration, path, name, value, interval, n, last.label)
+
+
+def _best_on_validation(evaluations: Sequence[Evaluation], name: str, config: Config) -> int:
+    """The index of the best evaluation by the rule of `select_policy`."""
+    measure, resamples, seed = MEASURES[name], config.evaluation.bootstrap, config.seed
+    badness = [measure.badness(evaluation.measures[name]) for evaluation in evaluations]
+    best = badness.index(min(badness))
+
+    def is_equal(index: int) -> bool:
+        mine, other = evaluations[index].held_out, evaluations[best].held_out
+        return badness[index] - badness[best] <= badness_error(mine, other, name, resamples, seed)
+
+    if name == "nll_per_token":
+        return best
+    equal = [index for index in range(len(evaluations)) if index == best or is_equal(index)]
+    return min(equal, key=lambda index: evaluations[index].measures["nll_per_token"])
+
+
+def _benchmark(player: Player, record: IterationRecord, name: str) -> tuple[float, int]:
+    """The value of a task, or the mean over all, and the number of questions."""
+    results = [player.result(stage) for stage in record.external if stage.name == HARNESS]
+    chosen = [result for result in results if name in (HARNESS, result["task"])]
+    return sum(result["value"] for result in chosen) / len(chosen), sum(result["n"] for result in chosen)
+
+
+class Selected(Node[Policy]):
+    """The selected policy, before it is known."""
+
+
+def final_stages(run: Run, records: Sequence[IterationRecord]) -> list[Stage]:
+    """What `hand_over` will play. Raises UserError if the run cannot measure what it is to select by."""
+    policy = records[-1].policy if criterion(run) is None else Selected()
+    return [Merge(policy)] if run.config.model.merge else []
+
+
+def gains_no_more(player: Player, records: Sequence[IterationRecord]) -> bool:
+    """Whether schedule.stop=no_gain ends the game here: the best policy so far is schedule.patience iterations old."""
+    run, t = player.run, records[-1].iteration
+    if run.config.schedule.stop == "none" or t is None or t == run.config.iterations - 1:
+        return False
+    selection = run.ranks.broadcast(select_policy(player, records) if run.ranks.is_main_process else None)
+    best = -1 if selection.iter is None else selection.iter
+    if t - best < run.config.schedule.patience:
+        return False
+    run.say(f"iteration {t} gained nothing over {selection.policy} on the validation prompts: the game stops here.")
+    return True
+
+
+def hand_over(player: Player, records: Sequence[IterationRecord]) -> Selection | None:
+    """Select a policy and show it in `best/`; merge its adapter, or the last policy's, if the settings ask for that.
+
+    If the start is selected, `best/` has no model: it is the user's own.
+    """
+    run, record = player.run, records[-1]
+    selection = run.ranks.broadcast(select_policy(player, records) if run.ranks.is_main_process else None)
+    if selection:
+        record = next(record for record in records if player.result(record.policy).label == selection.policy)
+    merged = None
+    if run.config.model.merge and record.train:
+        player.play(merge := Merge(record.policy))
+        merged = player.artifacts[merge].folder / "merged"
+    if run.ranks.is_main_process and run.config.stage == "game":
+        show_selection(run.folder, selection, record, merged)
+    return selection
+
+
+def show_selection(folder: Path, selection: Selection | None, record: IterationRecord, merged: Path | None) -> None:
+    """Lay out `best/` for the selected `record`, and the `merged` model beside its policy."""
+    best = folder / "best"
+    if record.train:
+        shown = folder / ("sft" if record.iteration is None else f"iter{record.iteration}")
+        link_tree(merged, shown / "merged")
+    if selection is None:
+        remove_shown(best)
+        return
+    best.mkdir(exist_ok=True)
+    link_tree(folder / selection.path if record.train else None, best / "policy")
+    link_tree(merged, best / "merged")
+    write_text(best / "selection.json", json.dumps(asdict(selection), indent=2) + "\n")

@@ -1,0 +1,193 @@
+"""The selection of a policy on validation prompts: its rule, its place in a run, early stop, and sweeps."""
+
+import csv
+import json
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from spin.evaluation.measures import HeldOut, badness_error, measures
+from spin.method.pairs import Pair
+from spin.models.policy import content_id
+from spin.pipeline.select import _best_on_validation
+from tests.config.test_schema import load
+from tests.games import Place
+
+
+def held_out(nll: float, separation: float, prompts: int = 60, seed: int = 5) -> HeldOut:
+    """Made-up evaluations: an NLL a token, and how far a classifier's scores of human and model answers lie apart."""
+    pairs = [Pair(str(i), "p", "a b", "c d", "stop", (1,), (2, 3), (4, 5)) for i in range(prompts)]
+    logps = {"real": np.full(prompts, -2 * nll), "generated": np.full(prompts, -3.0)}
+    noise = np.random.default_rng(seed).normal(size=(2, prompts))
+    return HeldOut(pairs, logps, noise + separation * np.array([[1.0], [0.0]]))
+
+
+def select(name: str, *candidates: HeldOut) -> int:
+    evaluations = [SimpleNamespace(held_out=c, measures=measures(c, None, 50, 0)) for c in candidates]
+    return _best_on_validation(evaluations, name, load("evaluation.bootstrap=200"))
+
+
+def test_nearest_to_one_half():
+    assert select("classifier_auc", held_out(1.0, 3.0), held_out(2.0, 0.3), held_out(1.5, -3.0)) == 1
+    assert select("nll_per_token", held_out(1.0, 3.0), held_out(2.0, 0.3)) == 0
+
+
+def test_equal_values_leave_the_choice_to_the_likelihood():
+    best, near, far = held_out(2.0, 0.30, seed=5), held_out(1.0, 0.0, seed=6), held_out(0.5, 3.0, seed=7)
+    gap = measures(near, None, 50, 0)["classifier_auc"] - measures(best, None, 50, 0)["classifier_auc"]
+    assert 0 < gap < badness_error(near, best, "classifier_auc", 200, 0)
+    assert select("classifier_auc", best, near, far) == 1 and select("classifier_auc", far, near, best) == 1
+    assert select("classifier_auc", best, best) == 0  # the earliest of equals
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory, games):
+    place = Place(tmp_path_factory.mktemp("select"), games)
+    place.play("data.validation=8", "iter=2", "optimizer.lr=3e-3")
+    return place
+
+
+def game_of(place: Place, run: str = "run") -> dict:
+    return json.loads((place.folder / run / "game.json").read_text())
+
+
+def test_game_names_its_best_policy(played):
+    folder, game = played.folder / "run", game_of(played)
+    assert [row["policy"] for row in game["validations"]] == ["start", "sft", "iter0", "iter1", "iter2"]
+    best = min(game["validations"], key=lambda row: row["nll_per_token"])  # too few prompts for the classifier
+    selected = game["selected"]
+    assert (selected["policy"], selected["measure"], selected["n"]) == (best["policy"], "nll_per_token", 8)
+    assert selected["value"] == best["nll_per_token"] and selected["interval"] == best["nll_per_token_interval"]
+    assert selected["last"] == "iter2" and json.loads((folder / "best" / "selection.json").read_text()) == selected
+    assert content_id(folder / "best" / "policy") == content_id(folder / selected["path"])
+    report = (folder / "report.md").read_text()
+    assert "## Selected policy" in report and f"{best['policy']}, " in report
+    assert all(row["nll_per_token"] != best["nll_per_token"] for row in game["evaluations"])
+
+
+def test_last_line_names_the_best(played):
+    done = played.play("data.validation=8", "iter=2", "optimizer.lr=3e-3")
+    assert "nothing was computed again" in done.stdout
+    line = done.stdout.strip().splitlines()[-1]
+    selected = game_of(played)["selected"]
+    assert line.startswith("selected model: ") and f"best/policy: {selected['policy']}, " in line
+    assert f"{selected['value']:.3f}" in line and "8 validation prompts" in line
+    assert ("not the last (iter2)" in line) == (selected["policy"] != "iter2")
+
+
+def test_prompts_are_disjoint(played):
+    played.play("evaluation.bootstrap=50", "iter=0", run="plain")
+
+    def prompts(kind: str) -> set[tuple[str, ...]]:
+        """Of each artifact of a stage."""
+        name = "pairs.parquet" if kind == "score" else "held_out.parquet"
+        tables = [pq.read_table(path) for path in (played.folder / "store" / kind).glob(f"*/{name}")]
+        return {tuple(sorted(set(table["prompt"].to_pylist()))) for table in tables}
+
+    (validation,), (evaluation,) = (
+        prompts("validate"),
+        prompts("evaluate"),
+    )  # the same ones for every policy, and held-out
+    assert len(validation) == len(evaluation) == 8  # prompts that stay where they are without validation
+    trained = {prompt for pairs in prompts("score") for prompt in pairs}
+    assert not set(validation) & set(evaluation)
+    with_validation = [set(pairs) for pairs in prompts("score") if not set(pairs) & set(validation)]
+    assert with_validation and not set(evaluation) & trained
+
+
+def test_start_can_be_best(played):
+    """Its folder is the user's own: it is named and not shown in best/."""
+    done = played.play("data.validation=8", "iter=0", "schedule.sft_epochs=0", "optimizer.lr=1", run="spoiled")
+    folder, selected = played.folder / "spoiled", game_of(played, "spoiled")["selected"]
+    assert selected["policy"] == "start" and selected["last"] == "iter0"
+    assert [path.name for path in (folder / "best").iterdir()] == ["selection.json"]
+    assert f"selected model: {selected['path']}: start, not the last (iter0)" in done.stdout.replace("\n", " ")
+
+
+def test_stop_without_gain_and_resume(played):
+    words = ["data.validation=8", "optimizer.lr=1", "iter=3"]  # every step makes it worse
+    done = played.play(*words, "schedule.stop=no_gain", run="stopped")
+    assert "iteration 0 gained nothing over sft" in done.stdout
+    game, before = game_of(played, "stopped"), played.stages()
+    assert len(game["iterations"]) == 1 and game["selected"]["policy"] == "sft"
+    played.play(*words, "schedule.stop=no_gain", "schedule.patience=2", run="stopped")
+    new = played.stages() - before
+    assert (new["generate"], new["score"], new["train"]) == (1, 1, 1) and "sft" not in new
+    assert (played.folder / "stopped" / "iter1" / "policy").exists()
+    done = played.play(*words, "schedule.stop=no_gain", run="stopped")
+    assert "nothing was computed again" in done.stdout
+    assert not (played.folder / "stopped" / "iter1").exists()  # of the longer game; the store keeps it
+
+
+def test_without_selection_no_best(played):
+    shutil.copytree(played.folder / "run", played.folder / "unselected")
+    (played.folder / "unselected" / "best" / "mine.txt").write_text("mine")
+    done = played.play("iter=0", run="unselected")
+    assert game_of(played, "unselected")["selected"] is None and "trained model: " in done.stdout
+    assert [path.name for path in (played.folder / "unselected" / "best").iterdir()] == ["mine.txt"]
+
+
+def test_select_by_benchmark(played):
+    words = ["evaluation.harness=[spin_choice:0:acc]", "evaluation.harness_include=tests/tasks"]
+    played.play(*words, "evaluation.select=spin_choice", "iter=0", run="benchmark")
+    game = game_of(played, "benchmark")
+    values = {row["policy"]: row["harness"][0]["value"] for row in game["external"]}
+    selected = game["selected"]
+    assert selected["value"] == max(values.values()) == values[selected["policy"]] and selected["interval"] is None
+    assert "benchmark spin\\_choice" in (played.folder / "benchmark" / "report.md").read_text()
+
+
+def test_merged_adapter_is_that_of_the_best(played):
+    words = ["data.validation=8", "model.adapter=lora", "model.merge=true", "optimizer.lr=1", "iter=1"]
+    plan = played.play(*words, "plan=true", run="merged")
+    assert "merge" in plan.stdout and "the final policy" in plan.stdout
+    played.play(*words, run="merged")
+    folder = played.folder / "merged"
+    assert game_of(played, "merged")["selected"]["policy"] == "sft"
+    assert (folder / "best" / "merged" / "model.safetensors").exists() and (folder / "sft" / "merged").exists()
+    assert not (folder / "iter1" / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["data.validation=8", "evaluation.select=auc"], "evaluation.select=auc: this run does not measure it. It mea"),
+        (
+            ["data.validation=8", "evaluation.select=classifier_auc"],
+            "needs data.validation of 40 or more prompts, there",
+        ),
+        (["data.validation=8", "evaluation.select=exact_match"], "evaluation.select=exact_match: needs data.check"),
+        (["evaluation.select=nll_per_token"], "needs data.validation of 1 or more prompts, there are 0"),
+        (["schedule.stop=no_gain"], "schedule.stop=no_gain: needs data.validation of 1 or more"),
+        (["data.validation=8", "evaluation.select=harness"], "evaluation.select=harness: this run does not measure it"),
+        (["data.validation=40"], "data: too little is left"),
+    ],
+)
+def test_invalid_settings(played, words, says):
+    before = played.stages()
+    done = played.play(*words, "iter=0", run="invalid", status=1)
+    assert says in done.stderr and done.stderr.count("\n") == 1 and played.stages() == before
+
+
+def test_sweep_ranks_by_validation(played):
+    folder = played.folder / "sweep"
+    words = ["-m", "data.validation=8", "iter=1", "optimizer.lr=1e-3,3e-3,1", f"hydra.sweep.dir={folder}"]
+    done = played.play(*words)
+    with (folder / "sweep.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["kind"] == "point"]
+    values = [float(row["validation_nll_per_token"]) for row in rows]
+    assert values == sorted(values) and rows[-1]["optimizer.lr"] == "1" and rows[-1]["policy"] == "sft"
+    for row in rows:
+        game = json.loads((folder.parent.parent / row["folder"] / "game.json").read_text())
+        assert (
+            row["policy"] == game["selected"]["policy"]
+            and float(row["validation_nll_per_token"]) == game["selected"]["value"]
+        )
+        (held,) = [e for e in game["evaluations"] if e["policy"] == row["policy"]]
+        assert float(row["nll_per_token"]) == held["nll_per_token"]
+    page = (folder / "sweep.md").read_text()
+    assert "Sorted by NLL of human answers on validation prompts, lowest first" in page and "selected policy" in page
+    assert "on validation prompts, lowest first" in " ".join(done.stdout.split())
