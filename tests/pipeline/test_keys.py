@@ -82,6 +82,7 @@ TABLE = {
     "data.filter=prose": NOTHING,  # drops none
     "data.size=20": SFT,  # what is held out stays the same
     "data.held_out=7": EVERYTHING,
+    "data.validation=6": SFT,  # takes examples from the training set; and four more stages
     "data.max_prompt_length=120": NOTHING,  # drops none
     "data.max_response_length=100": ANSWERS,  # drops none, but caps the generated answers
     "data.min_response_length=2": NOTHING,  # drops none
@@ -96,12 +97,16 @@ TABLE = {
     "optimizer.eps=1e-6": SFT,
     "optimizer.states=bf16": SFT,
     "optimizer.max_grad_norm=2": SFT,
+    "loss.objective=space": TRAIN,
+    "loss.mu=2.5": TRAIN,
     "loss.link=hinge": TRAIN,
     "loss.beta=0.3": TRAIN,
     "loss.sft_weight=0.1": TRAIN,
     "loss.reference=start": TRAIN_1,  # and one more stage; at iteration 0 the start is the opponent
     "loss.alpha=0.2": TRAIN_1,
     "loss.length_normalised=true": TRAIN,
+    "loss.real_floor=0.1": TRAIN,
+    "loss.history_weight=0.1": TRAIN_1,  # iteration 0 has no earlier answers
     "schedule.name=other": NOTHING,
     "schedule.iterations=3": NOTHING,  # four more stages
     "schedule.epochs=2": TRAIN,
@@ -110,6 +115,8 @@ TABLE = {
     "schedule.replay=previous": SCORE_1,
     "schedule.sft_epochs=2": SFT,
     "schedule.sft_lr=1e-3": SFT,
+    "schedule.stop=no_gain": SFT,  # by data.validation; it decides no key itself
+    "schedule.patience=2": NOTHING,
     "generation.name=other": NOTHING,
     "generation.temperature=0.5": ANSWERS,
     "generation.top_p=0.9": ANSWERS,
@@ -136,6 +143,7 @@ TABLE = {
     "evaluation.samples=2": NOTHING,
     "evaluation.bootstrap=51": EVALUATIONS,
     "evaluation.embedder=COPY": EVALUATIONS,
+    "evaluation.select=harness": NOTHING,
     "evaluation.harness=[spin_choice:0:acc]": NOTHING,  # four more stages
     "evaluation.harness_include=TASKS": NOTHING,
     "evaluation.harness_limit=3": NOTHING,
@@ -157,6 +165,7 @@ TABLE = {
 
 # What a setting needs beside it to have an effect.
 LORA, MIXTURE, ADAMW = ["model.adapter=lora"], ["loss.reference=mixture"], ["optimizer=adamw"]
+SPACE, HARNESS = ["loss=space"], ["evaluation.harness_include=TASKS", "evaluation.harness=[spin_choice:0:acc]"]
 GIVEN = {
     "model.adapter": ["model.lora_rank=5"],
     "data.splits": ["data.path=SPLITS"],
@@ -170,14 +179,23 @@ GIVEN = {
     "model.merge": LORA,
     "model.quantization": LORA,
     "loss.alpha": MIXTURE,
+    "loss.objective": ["loss.beta=null", "loss.mu=3.5"],
+    "loss.mu": SPACE,
+    "schedule.stop": ["data.validation=6"],
+    "evaluation.select": HARNESS,
     "evaluation.harness": ["evaluation.harness_include=TASKS"],
     "evaluation.judge": ["evaluation.judge_model=a"],
 }
+POLICIES = ("start", "sft", "iter 0", "iter 1")
+VALIDATIONS, BENCHMARKS = ({(stage, name) for name in POLICIES} for stage in ("validate", "harness"))
 EXTRA = {
     "schedule.iterations=3": {(stage, "iter 2") for stage in ("generate", "score", "train", "evaluate")},
     "model.merge=true": {("merge", "iter1")},
-    "evaluation.harness=[spin_choice:0:acc]": {("harness", name) for name in ("start", "sft", "iter 0", "iter 1")},
-    "evaluation.questions=QUESTIONS": {("mt_bench", name) for name in ("start", "sft", "iter 0", "iter 1")},
+    "data.validation=6": VALIDATIONS,
+    "schedule.stop=no_gain": VALIDATIONS,
+    "evaluation.select=harness": BENCHMARKS,
+    "evaluation.harness=[spin_choice:0:acc]": BENCHMARKS,
+    "evaluation.questions=QUESTIONS": {("mt_bench", name) for name in POLICIES},
     "evaluation.judge=http://127.0.0.1:9/v1": {("compare", "iter 0"), ("compare", "iter 1")},
 }
 UNTESTED = {"stage", "evaluation.against"}  # declare other stages: tests/pipeline/test_game.py
@@ -186,7 +204,7 @@ UNTESTED = {"stage", "evaluation.against"}  # declare other stages: tests/pipeli
 @pytest.fixture(scope="module")
 def played(tmp_path_factory, games):
     place = Place(tmp_path_factory.mktemp("keys"), games)
-    for words in ([], LORA, MIXTURE, ADAMW):
+    for words in ([], LORA, MIXTURE, ADAMW, SPACE):
         place.play(*words)
     return place
 
