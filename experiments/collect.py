@@ -96,7 +96,8 @@ def _played(config: dict, folder: Path, t: int) -> Row:
         "passes": sum(at(config["schedule"]["epochs"], k) for k in range(t + 1)),
         "epochs": at(config["schedule"]["epochs"]),
         "lr": at(config["optimizer"]["lr"]),
-        "beta": at(config["loss"]["beta"]),
+        "objective": _objective(config["loss"]),
+        "beta": at(config["loss"]["beta"]) if config["loss"]["beta"] is not None else None,
         "link": config["loss"]["link"],
         "reference": config["loss"]["reference"],
         "answers": generation["answers"] if "answers" in generation else generation["num_answers"],
@@ -106,6 +107,17 @@ def _played(config: dict, folder: Path, t: int) -> Row:
         "dropped": sum(game["dropped"].values()),
         "loss": last["loss"],
     }
+
+
+def _objective(loss: dict) -> str:
+    """A short name of what is minimised: "spin 0.1 sft 0.5", "space"."""
+    if loss.get("objective") == "space":
+        words = ["space"]
+    else:
+        words = ["none" if loss["reference"] == "none" else "spin", f"{loss['beta']}".replace(".0", "")]
+    for key, name in (("sft_weight", "sft"), ("real_floor", "floor"), ("history_weight", "history")):
+        words += [name, f"{loss[key]:g}"] if loss.get(key) else []
+    return " ".join(words)
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------

@@ -39,6 +39,14 @@ class Study:
 
 
 STARTS = {8: "SFT too short (8 epochs)", 16: "SFT at its best (16)", 32: "SFT too long (32)"}
+OBJECTIVES = {
+    "spin 1": "SPIN, β 1",
+    "spin 1 sft 0.1": "SPIN, β 1, SFT anchor 0.1",
+    "spin 1 floor 1": "SPIN, β 1, floor 1",
+    "space": "SPACE",
+    "none 1": "no reference",
+    "none 1 history 0.1": "T-SPIN",
+}
 METHODS = {"spin": "SPIN, 2 iterations of 2 passes", "sft": "continued SFT, 4 passes"}
 
 STUDIES: dict[str, Study] = {
@@ -209,6 +217,28 @@ STUDIES: dict[str, Study] = {
             )
             for t in (1, 2)
             for reference in ("mixture", "start")
+        ),
+    ),
+    "objectives": Study(
+        x="iter",
+        label="iteration",
+        series="objective",
+        names=OBJECTIVES,
+        effects=(
+            *(
+                Effect(f"{name}, iteration {t} − start", {"objective": key, "iter": t})
+                for key, name in OBJECTIVES.items()
+                for t in (0, 3)
+            ),
+            *(
+                Effect(
+                    f"iteration 3: {name} − SPIN, β 1",
+                    {"objective": key, "iter": 3},
+                    {"objective": "spin 1", "iter": 3},
+                )
+                for key, name in OBJECTIVES.items()
+                if key != "spin 1"
+            ),
         ),
     ),
     "answers": Study(

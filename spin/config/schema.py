@@ -101,7 +101,7 @@ class LossConfig(Section):
 
 class ScheduleConfig(Section):
     name: str
-    iterations: Count
+    iterations: CountOrZero
     epochs: PerIteration
     batch_size: Count
     warmup_ratio: Decay

@@ -38,7 +38,7 @@ composed, load = hydra.compose, hydra.load
         ("seed=x", "seed=x: must be a valid integer"),
         ("data.max_length=20", "must exceed data.max_prompt_length"),
         ("data.template=plain", "data.template=plain: must be chat, paper, or a text with {prompt} in it"),
-        ("schedule.iterations=0", "schedule.iterations=0: must be greater than or equal to 1"),
+        ("schedule.iterations=-1", "schedule.iterations=-1: must be greater than or equal to 0"),
         ("generation.temperature=-1", "generation.temperature=-1"),
         ("generation.top_p=0", "generation.top_p=0: must be greater than 0"),
         ("generation.top_p=1.5", "generation.top_p=1.5: must be less than or equal to 1"),
