@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 from experiments import chains
 from experiments.derivation import shares
+from experiments.language_model import arms
 from experiments.studies import STUDIES, Study
 from experiments.tables import COLOURS, MARKERS, RUNS, Row, Where, mean_interval, plain, read, select, write
 from spin.models.policy import content_id
@@ -222,12 +223,13 @@ def _lines(axis: Any, how: Study, rows: Sequence[Row], measure: str) -> None:
 
 
 def main(names: Sequence[str]) -> None:
-    known = [*STUDIES, "derivation"]
+    others = {"derivation": shares.redraw, "language_model": arms.redraw}  # of other kinds: no policies against a start
+    known = [*STUDIES, *others]
     if unknown := set(names) - set(known):
         raise SystemExit(f"no such study: {', '.join(sorted(unknown))}. There are: {', '.join(known)}.")
     for study in names or known:
-        if study == "derivation":  # of another kind: no policies against a start
-            shares.redraw()
+        if study in others:
+            others[study]()
             continue
         folder = HERE / study
         if (RUNS / study).exists():

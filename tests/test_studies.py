@@ -16,6 +16,7 @@ from scipy import stats
 
 from experiments import chains, collect, studies, tables
 from experiments.derivation import shares
+from experiments.language_model import arms
 from spin.config.hydra import load
 from spin.method.objectives import spin_loss
 from spin.models.load import load_model, load_tokenizer
@@ -208,3 +209,45 @@ def test_results_are_plain_csv():
     for path in LAB.glob("*/results.csv"):
         with path.open(newline="") as file:
             assert all(None not in row and None not in row.values() for row in csv.DictReader(file)), path
+
+
+# --- the study on a language model ----------------------------------------------------------------------------------------
+
+
+def play_arm(place, folder, part, *words):
+    common = ["experiment=language_model", "model=tiny", "data=task", "data.size=16", "data.held_out=40"]
+    common += ["data.validation=40", "evaluation.bootstrap=20", "schedule.sft_epochs=1", "seed=0"]
+    game = place.games.play(
+        *common, *words, f"store.path={folder}/store", f"cache.path={folder}/cache",
+        f"hydra.run.dir={folder}/studies/language_model/{part}",
+    )  # fmt: skip
+    assert game.returncode == 0, game.stdout + game.stderr
+
+
+def test_arms_of_the_language_model_study(tmp_path, place, monkeypatch):
+    play_arm(place, tmp_path, "start/0-1", "schedule.iterations=0", "schedule.sft_lr=1e-3")
+    play_arm(place, tmp_path, "spin/a", "schedule.sft_lr=1e-3", "optimizer.lr=1e-3")
+    play_arm(place, tmp_path, "space/a", "schedule.sft_lr=1e-3", "loss=space", "optimizer.lr=1e-3")
+    start = tmp_path / "studies/language_model/start/0-1/sft/policy"
+    play_arm(place, tmp_path, "sft/a", f"model.path={start}", "schedule.iterations=0", "schedule.sft_lr=1e-4")
+    monkeypatch.setattr(arms, "FOLDER", tmp_path / "studies/language_model")
+    monkeypatch.setattr(arms, "RESAMPLES", 20)
+    rows, held_out = arms.collect()
+    keys = {(row["arm"], row["lr"], row["iter"]) for row in rows}
+    assert keys == {("start", 1, 0), ("sft", 1e-4, 1), *((arm, 1e-3, t) for arm in ("spin", "space") for t in (0, 1))}
+    found = arms.effects(rows, held_out)
+    games = {
+        part: json.loads((tmp_path / f"studies/language_model/{part}/game.json").read_text())["evaluations"]
+        for part in ("spin/a", "sft/a")
+    }
+    (change,) = [
+        r["change"]
+        for r in found
+        if (r["arm"], r["iter"], r["against"], r["measure"]) == ("spin", 1, "start", "nll_per_token")
+    ]
+    assert change == pytest.approx(games["spin/a"][-1]["nll_per_token"] - games["spin/a"][1]["nll_per_token"])
+    (change,) = [
+        r["change"] for r in found if (r["arm"], r["against"], r["measure"]) == ("spin", "sft", "nll_per_token")
+    ]
+    assert change == pytest.approx(games["spin/a"][-1]["nll_per_token"] - games["sft/a"][-1]["nll_per_token"])
+    assert arms.table(found, "start").count("\n") == 4 and arms.draw(found).axes

@@ -362,11 +362,17 @@ def test_invalid_settings(words, says):
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
-def answers_of_iteration_0(folder) -> dict[tuple[str, int], tuple[int, ...]]:
+def answers_of_iteration_0(folder, pairs: list[dict]) -> dict[tuple[str, int], tuple[int, ...]]:
+    """All answers, also those that gave no pair, of the stage that gave the pairs of iteration 0."""
     stages = json.loads((folder / STAGES).read_text())
-    first = next(stage for stage in stages["stages"] if stage.startswith("generate/"))  # they are in playing order
-    path = Path(stages["store"]) / first / "answers.parquet"
-    return {(answer.id, answer.index): answer.ids for answer in read_answers(path)}
+    opening = [row for row in pairs if row["iter"] == 0]
+    for stage in stages["stages"]:
+        if stage.startswith("generate/"):
+            read = read_answers(Path(stages["store"]) / stage / "answers.parquet")
+            answers = {(answer.id, answer.index): answer.ids for answer in read}
+            if all(answers[row["id"], row["answer"]] == tuple(row["generated_ids"]) for row in opening):
+                return answers
+    raise AssertionError("no answers of iteration 0")
 
 
 def test_tspin_game(played):
@@ -379,7 +385,7 @@ def test_tspin_game(played):
     assert (new["generate"], new["score"], new["train"]) == (2, 2, 2)
     folder = played.folder / "tspin"
     pairs = pq.read_table(folder / "iter1" / "pairs.parquet").to_pylist()
-    answers = answers_of_iteration_0(folder)
+    answers = answers_of_iteration_0(folder, pairs)
     opponent, losses = load_model(folder / "iter0" / "policy", torch.float32, CPU), {}
     for row in pairs:
         responses = (row["real_ids"], row["generated_ids"], answers[row["id"], row["answer"]])

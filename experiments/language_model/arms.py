@@ -1,0 +1,214 @@
+"""The study on a real language model: how far each objective brings a model's answers to the human ones, and at what cost.
+
+    bash experiments/language_model/play.sh        # hours; finished stages are found again
+    python -m experiments.collect language_model   # results.csv, effects.csv, figure.png and the table
+
+Every arm of a seed starts from the same SFT policy and takes the same number of steps. Its learning rate is chosen on the
+validation prompts of seed 0, and it is compared on the held-out prompts.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import yaml
+from matplotlib.figure import Figure
+
+from experiments.tables import COLOURS, MARKERS, RUNS, Row, mean_interval, read, select, write
+from spin.evaluation.measure_table import MEASURES
+from spin.evaluation.measures import HeldOut, held_out_of, statistics
+from spin.method.pairs import read_pairs
+from spin.reporting.figures import STYLE
+from spin.runtime.store import STAGES
+
+HERE = Path(__file__).parent
+FOLDER = RUNS / "language_model"
+ARMS = {
+    "sft": "continued SFT",
+    "spin": "SPIN",
+    "anchor": "SPIN, SFT anchor 0.5",
+    "space": "SPACE",
+    "tspin": "T-SPIN",
+}
+COMPARED = ("classifier_auc", "human_likelier", "mauve", "nll_per_token", "rouge_l", "length_auc")
+RESAMPLES = 1000
+LAST = 1  # the iteration that ends an arm
+
+
+def arm_of(config: dict) -> str:
+    """The key in ARMS of a run by its config.yaml."""
+    loss = config["loss"]
+    if config["schedule"]["iterations"] == 0:
+        return "sft"
+    if loss["objective"] == "space":
+        return "space"
+    if loss["reference"] == "none":
+        return "tspin"
+    return "anchor" if loss["sft_weight"] else "spin"
+
+
+# --- from run folders to results.csv and effects.csv ------------------------------------------------------------------
+
+
+def collect() -> tuple[list[Row], dict[tuple, HeldOut]]:
+    """A row of measures for every policy that the arms made, and the held-out answers behind it."""
+    rows, held_out = [], {}
+    for page in sorted(FOLDER.glob("*/*/game.json")):
+        folder = page.parent
+        config, game = yaml.safe_load((folder / "config.yaml").read_text()), json.loads(page.read_text())
+        arm, seed = arm_of(config), config["seed"]
+        is_start = arm == "sft" and folder.parent.name == "start"
+        lr = config["schedule"]["sft_lr"] if arm == "sft" else config["optimizer"]["lr"]
+        stored = stored_evaluations(folder, game["evaluations"])
+        for number, evaluation in enumerate(game["evaluations"]):
+            t, policy = evaluation["iter"], evaluation["policy"]
+            if is_start and policy == "sft":
+                key = ("start", seed, config["schedule"]["sft_epochs"], 0)
+            elif arm == "sft" and policy == "sft" and not is_start:
+                key = (arm, seed, lr, LAST)
+            elif t is not None:
+                key = (arm, seed, lr, t)
+            else:
+                continue
+            validation = game["validations"][number]
+            measured = {f"validation_{name}": validation[name] for name in COMPARED}
+            measured |= {name: evaluation[name] for name in COMPARED}
+            rows.append(dict(zip(("arm", "seed", "lr", "iter"), key, strict=True)) | measured)
+            held_out[key] = stored[number]
+    if not rows:
+        raise SystemExit(f"{FOLDER}: no finished run. The commands are in experiments/language_model/play.sh.")
+    return rows, held_out
+
+
+def stored_evaluations(folder: Path, evaluations: Sequence[dict]) -> list[HeldOut]:
+    """The held-out answers behind the `evaluations` of a run's game.json."""
+    stages = json.loads((folder / STAGES).read_text())
+    artifacts = [Path(stages["store"]) / stage for stage in stages["stages"] if stage.startswith("evaluate/")]
+    facts = [json.loads((artifact / "evaluation.json").read_text()) for artifact in artifacts]
+    found = []
+    for evaluation in evaluations:
+        number = next(i for i, fact in enumerate(facts) if fact["measures"].items() <= evaluation.items())
+        pairs, _ = read_pairs(artifacts[number] / "held_out.parquet")
+        found.append(held_out_of(pairs, facts[number]["per_prompt"]))
+    return found
+
+
+def chosen_rates(rows: Sequence[Row]) -> dict[str, float]:
+    """For each arm the learning rate whose seed 0 policy is nearest to the human answers on the validation prompts, by the
+    classifier, among those tried at the same iteration."""
+    rates = {}
+    for arm in ARMS:
+        tried = [row for row in rows if row["arm"] == arm and row["seed"] == 0]
+        first = min((row["iter"] for row in tried), default=0)
+        tried = [row for row in tried if row["iter"] == first]
+        if tried:
+            badness = MEASURES["classifier_auc"].badness
+            rates[arm] = min(tried, key=lambda row: badness(row["validation_classifier_auc"]))["lr"]
+    return rates
+
+
+def chosen_epochs(rows: Sequence[Row]) -> float:
+    """The epochs of SFT with the lowest validation NLL of seed 0: the start of every arm."""
+    tried = [row for row in rows if row["arm"] == "start" and row["seed"] == 0]
+    return min(tried, key=lambda row: row["validation_nll_per_token"])["lr"]
+
+
+def effects(rows: Sequence[Row], held_out: dict[tuple, HeldOut]) -> list[Row]:
+    """The difference of each arm at its chosen rate from the start, and from continued SFT, by iteration and measure.
+
+    `change`: mean over seeds; `seeds_half`: half its 95 % interval over seeds (Student's t); `low` and `high`: 95 % interval
+    over resamples of each seed's prompts.
+    """
+    rates, epochs, found = chosen_rates(rows), chosen_epochs(rows), []
+    for arm, lr in rates.items():
+        for t in range(LAST + 1):
+            for against in ("start", "sft"):
+                base = ("start", epochs, 0) if against == "start" else ("sft", rates.get("sft"), LAST)
+                keys = [
+                    ((arm, seed, lr, t), (base[0], seed, *base[1:]))
+                    for seed in sorted({row["seed"] for row in rows})
+                    if (arm, seed, lr, t) in held_out and (base[0], seed, *base[1:]) in held_out
+                ]
+                if keys and arm != against and (against == "start" or t == LAST):
+                    found += differences(arm, lr, t, against, [(held_out[a], held_out[b]) for a, b in keys])
+    return found
+
+
+def differences(arm: str, lr: float, t: int, against: str, pairs: Sequence[tuple[HeldOut, HeldOut]]) -> list[Row]:
+    rows = []
+    rng = np.random.default_rng(0)
+    n = len(pairs[0][0].pairs)
+    draws = [np.arange(n), *rng.integers(0, n, size=(RESAMPLES, n))]
+    for name in COMPARED:
+        of = [(statistics(a, None)[name], statistics(b, None)[name]) for a, b in pairs]
+        by_seed = np.array([[first(draw) - second(draw) for draw in draws] for first, second in of])
+        mean, half = mean_interval(by_seed[:, 0])
+        low, high = np.quantile(by_seed[:, 1:].mean(0), [0.025, 0.975])
+        rows.append(
+            {"arm": arm, "lr": lr, "iter": t, "against": against, "measure": name, "seeds": len(pairs), "change": mean}
+            | {"seeds_half": half, "low": float(low), "high": float(high)}
+        )
+    return rows
+
+
+# --- the table and the figure -----------------------------------------------------------------------------------------
+
+
+def table(rows: Sequence[Row], against: str) -> str:
+    """A line an arm after its last iteration. Bold: the interval over prompts leaves 0 out."""
+    header = ["arm", "learning rate", *(MEASURES[name].title for name in COMPARED), "seeds"]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for arm, title in ARMS.items():
+        mine = select(rows, {"arm": arm, "iter": LAST, "against": against})
+        if mine:
+            cells = [cell(row) for row in mine]
+            lines.append(f"| {title} | {mine[0]['lr']:g} | {' | '.join(cells)} | {mine[0]['seeds']:g} |")
+    return "\n".join(lines)
+
+
+def cell(row: Row) -> str:
+    text = f"{row['change']:+.3f}"
+    text = f"**{text}**" if row["low"] > 0 or row["high"] < 0 else text
+    half = row["seeds_half"]
+    seeds = f" ± {half:.3f}" if half is not None and np.isfinite(half) else ""
+    return f"{text} [{row['low']:+.3f}, {row['high']:+.3f}]{seeds}"
+
+
+def draw(rows: Sequence[Row]) -> Figure:
+    """The change from the start after each iteration, with its interval over prompts; a panel a measure."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+        for axis, name in zip(figure.subplots(2, 3).flat, COMPARED, strict=True):
+            axis.axhline(0, color="#333333", linewidth=0.8)
+            for i, (arm, title) in enumerate(ARMS.items()):
+                mine = select(rows, {"arm": arm, "against": "start", "measure": name})
+                x = np.array([row["iter"] for row in mine]) + 0.07 * (i - 2)
+                y = np.array([row["change"] for row in mine])
+                ends = np.array([[row["low"], row["high"]] for row in mine]).reshape(-1, 2).T
+                style: dict[str, Any] = {"color": COLOURS[i], "marker": MARKERS[i], "markersize": 4, "capsize": 2}
+                axis.errorbar(x, y, np.abs(ends - y), label=title, linewidth=1.2, **style)
+            axis.set_title(MEASURES[name].title, loc="left")
+            axis.set_xticks(range(LAST + 1))
+        handles, names = axis.get_legend_handles_labels()
+        figure.supxlabel("iteration (continued SFT: as many steps as both)", fontsize=8)
+        figure.legend(handles, names, loc="outside lower center", ncols=3)
+    return figure
+
+
+def redraw() -> None:
+    """Collect if there are runs, and write and print what follows from results.csv and effects.csv."""
+    if FOLDER.exists():
+        rows, held_out = collect()
+        write(rows, HERE / "results.csv")
+        write(effects(rows, held_out), HERE / "effects.csv")
+    if not (HERE / "effects.csv").exists():
+        print("language_model: not run. The commands are in experiments/language_model/play.sh.\n")
+        return
+    rows = read(HERE / "effects.csv")
+    draw(rows).savefig(HERE / "figure.png", dpi=150)
+    print(
+        f"language_model\n\nfrom the start:\n\n{table(rows, 'start')}\n\nfrom continued SFT:\n\n{table(rows, 'sft')}\n"
+    )
