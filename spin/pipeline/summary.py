@@ -42,7 +42,8 @@ def finish(
         path = run.folder / "best" / "policy" if selection.path.endswith("/policy") else selection.path
         run.say(f"selected model: {path}: {describe_selection(summary['selected'])}")
     elif summary["iterations"]:
-        run.say(f"trained model: {run.folder / summary['iterations'][-1]['policy']}")
+        last = run.folder / summary["iterations"][-1]["policy"]
+        run.say(f"trained model: {last} (the last policy; data.validation=64 selects the best one)")
     return summary
 
 
