@@ -13,6 +13,7 @@ SMALL = {
     "model.path": "builtin:tiny",
     "data.size": "12",
     "data.held_out": "4",
+    "data.validation": "4",
     "data.max_prompt_length": "128",
     "data.max_response_length": "96",
     "data.max_length": "256",

@@ -1,7 +1,7 @@
 """The default game over five seeds: what self-play changes in the policy that the run selects.
 
-    python run.py -m seed=0,1,2,3,4
-    python -m experiments.default_game          # prints the table; another sweep's folder can be given
+python run.py -m seed=0,1,2,3,4
+python -m experiments.default_game          # prints the table; another sweep's folder can be given
 """
 
 import json

@@ -12,6 +12,7 @@ from spin.pipeline.record import IterationRecord
 from spin.pipeline.run_folder import remove_iterations
 from spin.pipeline.select import Selection
 from spin.pipeline.stage import Player
+from spin.pipeline.train import Train
 from spin.reporting.report import describe_selection, write_report
 from spin.reporting.summary import print_summary
 from spin.runtime.files import write_text
@@ -78,10 +79,11 @@ def summarize(
 
 def _iteration(player: Player, record: IterationRecord) -> dict:
     config, t, score = player.run.config, record.iteration, record.scores["opponent"]
-    assert t is not None and record.opponent
+    assert t is not None and record.opponent and isinstance(record.train, Train)
     return {
         "iter": t,
         "beta": None if config.loss.beta is None else value_at_iteration(config.loss.beta, t),
+        "objective": record.train.objective(player.run).settings,
         "lr": value_at_iteration(config.optimizer.lr, t),
         "pairs": len(player.result(score).pairs),
         "dropped": player.artifacts[score].manifest["facts"]["dropped"],

@@ -71,7 +71,7 @@ def _head(game: dict) -> list[str]:
         [
             str(played["iter"]),
             escape(played["opponent"]),
-            "–" if played["beta"] is None else f"{played['beta']:g}",
+            escape(", ".join(f"{name} {value}" for name, value in played["objective"].items())),
             plain_number(played["lr"]),
             f"{played['pairs']:,}",
             escape(", ".join(f"{count:,} {reason}" for reason, count in played["dropped"].items() if count) or "none"),
@@ -79,7 +79,7 @@ def _head(game: dict) -> list[str]:
         ]
         for played in game["iterations"]
     ]
-    header = ["iteration", "opponent", "beta", "learning rate", "pairs", "dropped", "result"]
+    header = ["iteration", "opponent", "objective", "learning rate", "pairs", "dropped", "result"]
     return [*parts, "## Iterations", markdown_table(header, rows)]
 
 

@@ -413,4 +413,5 @@ def test_game_of_objective(played, words):
         assert first["loss"] == pytest.approx(2 * math.log(2) if words == ["loss=space"] else math.log(2), abs=1e-4)
     assert "stages played" in done.stdout
     report = (played.folder / name / "report.md").read_text()
-    assert ("| – |" in report) == (words == ["loss=space"])
+    shown = {"loss=space": "objective space, mu 1.0", "loss.reference=none": "reference none"}
+    assert shown.get(words[0], "real\\_floor 0.5") in report

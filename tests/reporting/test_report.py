@@ -100,7 +100,14 @@ def made_up(folder, iterations=2, steps=60, margins=True):
             logps = {"logps/real": -40 - fall, "logps/generated": -30 - 3 * fall}
             row = {"iter": t, "step": s, "stage": "train", "loss": 0.69 - fall / 10, **rewards, **logps}
             rows.append(row)
-        played = {"iter": t, "beta": 0.1, "lr": 1e-5, "pairs": 78, "dropped": {"same": 2, "empty": 0}}
+        played = {
+            "iter": t,
+            "beta": 0.1,
+            "objective": {"beta": 0.1},
+            "lr": 1e-5,
+            "pairs": 78,
+            "dropped": {"same": 2, "empty": 0},
+        }
         game["iterations"].append(played | {"policy": f"iter{t}/policy", "opponent": f"iter{t - 1}" if t else "sft"})
         game["evaluations"].append(evaluation(f"iter{t}", t, 2 + t))
     answers = {row["policy"]: f"{NASTY} {row['policy']}" for row in game["evaluations"]}
@@ -136,7 +143,7 @@ def test_full_run(tmp_path):
     assert figures(tmp_path) == FIGURES
     text = page.read_text()
     assert "python run.py experiment=smoke iter=1" in text
-    assert "| 1 | iter0 | 0.1 | 1e-5 | 78 | 2 same | `iter1/policy` |" in text
+    assert "| 1 | iter0 | beta 0.1 | 1e-5 | 78 | 2 same | `iter1/policy` |" in text
     assert "2.060 [2.050, 2.070]" in text
     assert "| train | 3 min 12 s |" in text
     assert "Peak memory: 1.23 GiB" in text
