@@ -17,7 +17,7 @@ import numpy as np
 import yaml
 from matplotlib.figure import Figure
 
-from experiments.tables import COLOURS, MARKERS, RUNS, Row, mean_interval, read, select, write
+from experiments.tables import COLOURS, MARKERS, RUNS, Row, Where, mean_interval, read, select, write
 from spin.evaluation.measure_table import MEASURES
 from spin.evaluation.measures import HeldOut, held_out_of, statistics
 from spin.method.pairs import read_pairs
@@ -117,44 +117,50 @@ def chosen_epochs(rows: Sequence[Row]) -> float:
 
 
 def effects(rows: Sequence[Row], held_out: dict[tuple, HeldOut]) -> list[Row]:
-    """The difference of each arm at its chosen rate from the start, and from continued SFT, by iteration and measure.
-
-    `change`: mean over seeds; `seeds_half`: half its 95 % interval over seeds (Student's t); `low` and `high`: 95 % interval
-    over resamples of each seed's prompts.
-    """
+    """The difference of each arm at its chosen rate from the start, and from continued SFT, by seed, iteration and measure."""
     rates, epochs, found = chosen_rates(rows), chosen_epochs(rows), []
-    for arm, lr in rates.items():
-        for t in range(LAST + 1):
-            for against in ("start", "sft"):
-                base = ("start", epochs, 0) if against == "start" else ("sft", rates.get("sft"), LAST)
-                keys = [
-                    ((arm, seed, lr, t), (base[0], seed, *base[1:]))
-                    for seed in sorted({row["seed"] for row in rows})
-                    if (arm, seed, lr, t) in held_out and (base[0], seed, *base[1:]) in held_out
-                ]
-                if keys and arm != against and (against == "start" or t == LAST):
-                    found += differences(arm, lr, t, against, [(held_out[a], held_out[b]) for a, b in keys])
+    for arm, seed, lr, t in held_out:
+        if rates.get(arm) == lr:
+            bases = {"start": ("start", seed, epochs, 0)}
+            if t == LAST and arm != "sft":
+                bases["sft"] = ("sft", seed, rates.get("sft"), LAST)
+            for against, base in bases.items():
+                if base in held_out:
+                    labels = {"arm": arm, "lr": lr, "seed": seed, "iter": t, "against": against}
+                    pair = held_out[arm, seed, lr, t], held_out[base]
+                    found += [labels | row for row in differences(*pair)]
     return found
 
 
-def differences(arm: str, lr: float, t: int, against: str, pairs: Sequence[tuple[HeldOut, HeldOut]]) -> list[Row]:
-    rows = []
-    rng = np.random.default_rng(0)
-    n = len(pairs[0][0].pairs)
+def differences(a: HeldOut, b: HeldOut) -> list[Row]:
+    """By measure: a - b on the same prompts, and its bootstrap standard error over prompts."""
+    rng, n = np.random.default_rng(0), len(a.pairs)
     draws = [np.arange(n), *rng.integers(0, n, size=(RESAMPLES, n))]
+    rows = []
     for name in COMPARED:
-        of = [(statistics(a, None)[name], statistics(b, None)[name]) for a, b in pairs]
-        by_seed = np.array([[first(draw) - second(draw) for draw in draws] for first, second in of])
-        mean, half = mean_interval(by_seed[:, 0])
-        low, high = np.quantile(by_seed[:, 1:].mean(0), [0.025, 0.975])
-        rows.append(
-            {"arm": arm, "lr": lr, "iter": t, "against": against, "measure": name, "seeds": len(pairs), "change": mean}
-            | {"seeds_half": half, "low": float(low), "high": float(high)}
-        )
+        of_a, of_b = statistics(a, None)[name], statistics(b, None)[name]
+        change, *resampled = (float(of_a(draw) - of_b(draw)) for draw in draws)
+        rows.append({"measure": name, "change": change, "error": float(np.std(resampled))})
     return rows
 
 
+def merge(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
+    """The rows of this machine's seeds, and the earlier rows of all others."""
+    played = {row["seed"] for row in new}
+    return [*(row for row in old if row["seed"] not in played), *new]
+
+
 # --- the table and the figure -----------------------------------------------------------------------------------------
+
+
+def summarize(rows: Sequence[Row], where: Where) -> tuple[float, float, float, int] | None:
+    """Over the seeds of `where`: the mean change, half its 95 % interval over prompts, half that over seeds, and how many."""
+    mine = select(rows, where)
+    if not mine:
+        return None
+    mean, half = mean_interval([row["change"] for row in mine])
+    prompts = 1.96 * float(np.sqrt(sum(row["error"] ** 2 for row in mine))) / len(mine)
+    return mean, prompts, half, len(mine)
 
 
 def table(rows: Sequence[Row], against: str) -> str:
@@ -162,34 +168,33 @@ def table(rows: Sequence[Row], against: str) -> str:
     header = ["arm", "learning rate", *(MEASURES[name].title for name in COMPARED), "seeds"]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for arm, title in ARMS.items():
-        mine = select(rows, {"arm": arm, "iter": LAST, "against": against})
-        if mine:
-            cells = [cell(row) for row in mine]
-            lines.append(f"| {title} | {mine[0]['lr']:g} | {' | '.join(cells)} | {mine[0]['seeds']:g} |")
+        where = {"arm": arm, "iter": LAST, "against": against}
+        found = [summarize(rows, where | {"measure": name}) for name in COMPARED]
+        if found[0]:
+            cells = [cell(*values) for values in found if values]
+            lines.append(f"| {title} | {select(rows, where)[0]['lr']:g} | {' | '.join(cells)} | {found[0][3]} |")
     return "\n".join(lines)
 
 
-def cell(row: Row) -> str:
-    text = f"{row['change']:+.3f}"
-    text = f"**{text}**" if row["low"] > 0 or row["high"] < 0 else text
-    half = row["seeds_half"]
-    seeds = f" ± {half:.3f}" if half is not None and np.isfinite(half) else ""
-    return f"{text} [{row['low']:+.3f}, {row['high']:+.3f}]{seeds}"
+def cell(mean: float, prompts: float, seeds: float, count: int) -> str:
+    """ "+0.012 ± 0.010 (0.021)": the mean, and half its 95 % intervals over prompts and over seeds."""
+    text = f"{mean:+.3f} ± {prompts:.3f}"
+    return (f"**{text}**" if abs(mean) > prompts else text) + (f" ({seeds:.3f})" if count > 1 else "")
 
 
 def draw(rows: Sequence[Row]) -> Figure:
     """The change from the start after each iteration, with its interval over prompts; a panel a measure."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+        figure = Figure(figsize=(7.2, 4.6), layout="constrained")
         for axis, name in zip(figure.subplots(2, 3).flat, COMPARED, strict=True):
             axis.axhline(0, color="#333333", linewidth=0.8)
             for i, (arm, title) in enumerate(ARMS.items()):
-                mine = select(rows, {"arm": arm, "against": "start", "measure": name})
-                x = np.array([row["iter"] for row in mine]) + 0.07 * (i - 2)
-                y = np.array([row["change"] for row in mine])
-                ends = np.array([[row["low"], row["high"]] for row in mine]).reshape(-1, 2).T
+                where = {"arm": arm, "against": "start", "measure": name}
+                found = [(t, summarize(rows, where | {"iter": t})) for t in range(LAST + 1)]
+                known = [(t + 0.07 * (i - 2), *values[:2]) for t, values in found if values]
+                x, y, half = zip(*known, strict=True) if known else ((), (), ())
                 style: dict[str, Any] = {"color": COLOURS[i], "marker": MARKERS[i], "markersize": 4, "capsize": 2}
-                axis.errorbar(x, y, np.abs(ends - y), label=title, linewidth=1.2, **style)
+                axis.errorbar(x, y, half, label=title, linewidth=1.2, **style)
             axis.set_title(MEASURES[name].title, loc="left")
             axis.set_xticks(range(LAST + 1))
         handles, names = axis.get_legend_handles_labels()
@@ -200,15 +205,17 @@ def draw(rows: Sequence[Row]) -> Figure:
 
 def redraw() -> None:
     """Collect if there are runs, and write and print what follows from results.csv and effects.csv."""
+    old = {name: read(HERE / name) if (HERE / name).exists() else [] for name in ("results.csv", "effects.csv")}
     if FOLDER.exists():
         rows, held_out = collect()
+        rows = merge(old["results.csv"], rows)
         write(rows, HERE / "results.csv")
-        write(effects(rows, held_out), HERE / "effects.csv")
+        write(merge(old["effects.csv"], effects(rows, held_out)), HERE / "effects.csv")
     if not (HERE / "effects.csv").exists():
         print("language_model: not run. The commands are in experiments/language_model/play.sh.\n")
         return
-    rows = read(HERE / "effects.csv")
-    draw(rows).savefig(HERE / "figure.png", dpi=150)
+    found = read(HERE / "effects.csv")
+    draw(found).savefig(HERE / "figure.png", dpi=150)
     print(
-        f"language_model\n\nfrom the start:\n\n{table(rows, 'start')}\n\nfrom continued SFT:\n\n{table(rows, 'sft')}\n"
+        f"language_model\n\nfrom the start:\n\n{table(found, 'start')}\n\nfrom continued SFT:\n\n{table(found, 'sft')}\n"
     )

@@ -1,17 +1,20 @@
 #!/usr/bin/env bash
-# Plays the study, two points at a time with one thread each. A second call plays only what is missing.
+# Plays the study, two points at a time with one thread each: about an hour and a half on two cores. A second call plays only
+# what is missing. `bash experiments/language_model/play.sh 1 2` plays these seeds at the learning rates chosen on seed 0.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-export OMP_NUM_THREADS=1
+export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 out=outputs/studies/language_model
-play=(python run.py -m hydra/launcher=joblib hydra.launcher.n_jobs=2 experiment=language_model evaluation.bootstrap=200)
+play() { python run.py -m hydra/launcher=joblib hydra.launcher.n_jobs=2 experiment=language_model evaluation.bootstrap=200 "$@"; }
+continue_sft() { # seed, learning rates
+    play seed="$1" schedule.iterations=0 schedule.sft_epochs=2 model.path=$out/start/"$1"-2/sft/policy schedule.sft_lr="$2" hydra.sweep.dir=$out/sft-"$1"
+}
 
-# How long should SFT be? Epochs by the validation NLL of seed 0; the best number stands in conf/experiment/language_model.yaml.
-"${play[@]}" seed=0 schedule.iterations=0 schedule.sft_epochs=1,2,4 hydra.sweep.dir=$out/start 'hydra.sweep.subdir=${seed}-${schedule.sft_epochs}'
-
-# Three learning rates an arm, on seed 0.
-rates=1e-6,3e-6,1e-5
-sft_start() { echo "model.path=$out/start/$1-2/sft/policy"; }
-"${play[@]}" seed=0 iter=0 optimizer.lr=$rates loss=logistic,space,tspin hydra.sweep.dir=$out/rates
-"${play[@]}" seed=0 iter=0 optimizer.lr=$rates loss.sft_weight=0.5 hydra.sweep.dir=$out/rates-anchor
-"${play[@]}" seed=0 schedule.iterations=0 "$(sft_start 0)" schedule.sft_lr=3e-6,1e-5,3e-5 hydra.sweep.dir=$out/rates-sft
+if [ $# -eq 0 ]; then
+    # How long should SFT be? The best number of epochs stands in conf/experiment/language_model.yaml.
+    play seed=0 schedule.iterations=0 schedule.sft_epochs=2,1,3 hydra.sweep.dir=$out/start 'hydra.sweep.subdir=${seed}-${schedule.sft_epochs}'
+    # Two learning rates an arm.
+    play seed=0 iter=0 optimizer.lr=2e-6,8e-6 loss=logistic,space,tspin hydra.sweep.dir=$out/rates
+    play seed=0 iter=0 optimizer.lr=2e-6,8e-6 loss.sft_weight=0.5 hydra.sweep.dir=$out/rates-anchor
+    continue_sft 0 5e-6,2e-5
+fi
