@@ -88,7 +88,7 @@ def is_done(folder: Path, config: Config) -> bool:
     results = ["game.json", "report.md"]
     try:
         game = json.loads((folder / "game.json").read_bytes())
-        results += [iteration["policy"] for iteration in game["iterations"][-1:]]
+        results += [iteration["policy"] for iteration in game.get("iterations", [])[-1:]]
         stages = json.loads((folder / STAGES).read_bytes())
         manifests = [Path(stages["store"]) / stage / "manifest.json" for stage in stages["stages"]]
     except (OSError, ValueError, KeyError, TypeError):
