@@ -7,12 +7,12 @@ export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 out=outputs/studies/language_model
 play() { python run.py -m hydra/launcher=joblib hydra.launcher.n_jobs=2 experiment=language_model evaluation.bootstrap=200 "$@"; }
 continue_sft() { # seed, learning rates
-    play seed="$1" schedule.iterations=0 schedule.sft_epochs=2 model.path=$out/start/"$1"-2/sft/policy schedule.sft_lr="$2" hydra.sweep.dir=$out/sft-"$1"
+    play seed="$1" schedule.iterations=0 schedule.sft_epochs=2 model.path=$out/start/"$1"-3/sft/policy schedule.sft_lr="$2" hydra.sweep.dir=$out/sft-"$1"
 }
 
 if [ $# -eq 0 ]; then
     # How long should SFT be? The best number of epochs stands in conf/experiment/language_model.yaml.
-    play seed=0 schedule.iterations=0 schedule.sft_epochs=2,1,3 hydra.sweep.dir=$out/start 'hydra.sweep.subdir=${seed}-${schedule.sft_epochs}'
+    play seed=0 schedule.iterations=0 schedule.sft_epochs=1,2,3,4 hydra.sweep.dir=$out/start 'hydra.sweep.subdir=${seed}-${schedule.sft_epochs}'
     # Two learning rates an arm.
     play seed=0 iter=0 optimizer.lr=2e-6,8e-6 loss=logistic,space,tspin hydra.sweep.dir=$out/rates
     play seed=0 iter=0 optimizer.lr=2e-6,8e-6 loss.sft_weight=0.5 hydra.sweep.dir=$out/rates-anchor
