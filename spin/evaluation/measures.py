@@ -61,7 +61,7 @@ def measures(now: HeldOut, before: HeldOut | None, resamples: int, seed: int) ->
     has no interval. Measures that need more prompts than there are (`Measure.min_prompts`) are left out.
     """
     n = len(now.pairs)
-    draws = _draws(n, resamples, seed)
+    draws = bootstrap_draws(n, resamples, seed)
     result: dict = {"n": n}
     for name, statistic in statistics(now, before).items():
         result[name] = float(statistic(np.arange(n)))
@@ -82,7 +82,7 @@ def differences(last: HeldOut, first: HeldOut, resamples: int, seed: int) -> dic
     of_first, of_last = statistics(first, None), statistics(last, None)
     n, result = len(last.pairs), {}
     # All prompts as they are, then the resamples.
-    draws = [np.arange(n), *_draws(n, resamples, seed)]
+    draws = [np.arange(n), *bootstrap_draws(n, resamples, seed)]
     for measure in COMPARED:
         name = measure.name
         if name in of_first and name in of_last:
@@ -97,13 +97,6 @@ def differences(last: HeldOut, first: HeldOut, resamples: int, seed: int) -> dic
                 "verdict": "better" if worse[1] < 0 else "worse" if worse[0] > 0 else "same",
             }
     return result
-
-
-def badness_error(a: HeldOut, b: HeldOut, name: str, resamples: int, seed: int) -> float:
-    """The bootstrap standard error, over prompts, of how much worse `a` is than `b` in the measure `name`."""
-    badness, of_a, of_b = MEASURES[name].badness, statistics(a, None)[name], statistics(b, None)[name]
-    draws = _draws(len(a.pairs), resamples, seed)
-    return float(np.std([badness(of_a(draw)) - badness(of_b(draw)) for draw in draws]))
 
 
 def statistics(now: HeldOut, before: HeldOut | None) -> dict[str, Statistic]:
@@ -144,7 +137,8 @@ def _mean_of(values: Sequence[float] | np.ndarray) -> Statistic:
     return lambda i: array[i].mean()
 
 
-def _draws(prompts: int, resamples: int, seed: int) -> np.ndarray:
+def bootstrap_draws(prompts: int, resamples: int, seed: int) -> np.ndarray:
+    """Indices of resampled prompts, [resamples, prompts]."""
     return np.random.default_rng(seed).integers(0, prompts, size=(resamples, prompts))
 
 

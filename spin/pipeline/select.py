@@ -5,13 +5,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from spin.config.schema import Config
 from spin.evaluation.external.harness import parse_tasks
 from spin.evaluation.measure_table import CLASSIFIER_PROMPTS, COMPARED, MEASURES
-from spin.evaluation.measures import badness_error
+from spin.evaluation.selection import best_policy
 from spin.models.policy import Policy
 from spin.pipeline.context import Run
-from spin.pipeline.evaluate import Evaluation
 from spin.pipeline.record import IterationRecord
 from spin.pipeline.run_folder import remove_shown
 from spin.pipeline.stage import Node, Player, Stage
@@ -66,15 +64,15 @@ def criterion(run: Run) -> str | None:
 def select_policy(player: Player, records: Sequence[IterationRecord]) -> Selection | None:
     """The best of the played policies, start and SFT policy included; None if nothing is selected.
 
-    Policies within one standard error of the best value (of the paired difference, over prompts) count as equal. Of these
-    the one with the lowest NLL of human answers is selected.
+    On validation prompts by the rule of `best_policy`, by benchmarks the highest value.
     """
     name = criterion(player.run)
     if name is None:
         return None
     if name in MEASURES:
         evaluations = [player.result(record.validation) for record in records if record.validation]
-        index = _best_on_validation(evaluations, name, player.run.config)
+        settings = player.run.config.evaluation.bootstrap, player.run.config.seed
+        index = best_policy([evaluation.held_out for evaluation in evaluations], name, *settings)
         chosen = evaluations[index].measures
         value, interval, n = chosen[name], chosen[f"{name}_interval"], chosen["n"]
     else:
@@ -86,22 +84,6 @@ def select_policy(player: Player, records: Sequence[IterationRecord]) -> Selecti
     folder = "sft" if record.iteration is None else f"iter{record.iteration}"
     path = f"{folder}/policy" if record.train else str(policy.folder)
     return Selection(policy.label, record.iteration, path, name, value, interval, n, last.label)
-
-
-def _best_on_validation(evaluations: Sequence[Evaluation], name: str, config: Config) -> int:
-    """The index of the best evaluation by the rule of `select_policy`."""
-    measure, resamples, seed = MEASURES[name], config.evaluation.bootstrap, config.seed
-    badness = [measure.badness(evaluation.measures[name]) for evaluation in evaluations]
-    best = badness.index(min(badness))
-
-    def is_equal(index: int) -> bool:
-        mine, other = evaluations[index].held_out, evaluations[best].held_out
-        return badness[index] - badness[best] <= badness_error(mine, other, name, resamples, seed)
-
-    if name == "nll_per_token":
-        return best
-    equal = [index for index in range(len(evaluations)) if index == best or is_equal(index)]
-    return min(equal, key=lambda index: evaluations[index].measures["nll_per_token"])
 
 
 def _benchmark(player: Player, record: IterationRecord, name: str) -> tuple[float, int]:

@@ -1,46 +1,14 @@
-"""The selection of a policy on validation prompts: its rule, its place in a run, early stop, and sweeps."""
+"""The selection of a policy on validation prompts: its place in a run, early stop, and sweeps."""
 
 import csv
 import json
 import shutil
-from types import SimpleNamespace
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from spin.evaluation.measures import HeldOut, badness_error, measures
-from spin.method.pairs import Pair
 from spin.models.policy import content_id
-from spin.pipeline.select import _best_on_validation
-from tests.config.test_schema import load
 from tests.games import Place
-
-
-def held_out(nll: float, separation: float, prompts: int = 60, seed: int = 5) -> HeldOut:
-    """Made-up evaluations: an NLL a token, and how far a classifier's scores of human and model answers lie apart."""
-    pairs = [Pair(str(i), "p", "a b", "c d", "stop", (1,), (2, 3), (4, 5)) for i in range(prompts)]
-    logps = {"real": np.full(prompts, -2 * nll), "generated": np.full(prompts, -3.0)}
-    noise = np.random.default_rng(seed).normal(size=(2, prompts))
-    return HeldOut(pairs, logps, noise + separation * np.array([[1.0], [0.0]]))
-
-
-def select(name: str, *candidates: HeldOut) -> int:
-    evaluations = [SimpleNamespace(held_out=c, measures=measures(c, None, 50, 0)) for c in candidates]
-    return _best_on_validation(evaluations, name, load("evaluation.bootstrap=200"))
-
-
-def test_nearest_to_one_half():
-    assert select("classifier_auc", held_out(1.0, 3.0), held_out(2.0, 0.3), held_out(1.5, -3.0)) == 1
-    assert select("nll_per_token", held_out(1.0, 3.0), held_out(2.0, 0.3)) == 0
-
-
-def test_equal_values_leave_the_choice_to_the_likelihood():
-    best, near, far = held_out(2.0, 0.30, seed=5), held_out(1.0, 0.0, seed=6), held_out(0.5, 3.0, seed=7)
-    gap = measures(near, None, 50, 0)["classifier_auc"] - measures(best, None, 50, 0)["classifier_auc"]
-    assert 0 < gap < badness_error(near, best, "classifier_auc", 200, 0)
-    assert select("classifier_auc", best, near, far) == 1 and select("classifier_auc", far, near, best) == 1
-    assert select("classifier_auc", best, best) == 0  # the earliest of equals
 
 
 @pytest.fixture(scope="module")
