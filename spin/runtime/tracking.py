@@ -149,7 +149,7 @@ class Tracker:
             ),
             **self._about,
         )
-        for stage in (*TRAINING, "generate", "score", "evaluate", "harness", "mt_bench", "compare"):
+        for stage in (*TRAINING, "generate", "score", "validate", "evaluate", "harness", "mt_bench", "compare"):
             run.define_metric(f"{stage}/*", step_metric="global_step" if stage in TRAINING else "iter")
         if self._mode == "online":
             self._print(f"W&B: {run.url}")

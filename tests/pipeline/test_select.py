@@ -159,3 +159,11 @@ def test_sweep_ranks_by_validation(played):
     page = (folder / "sweep.md").read_text()
     assert "Sorted by NLL of human answers on validation prompts, lowest first" in page and "selected policy" in page
     assert "on validation prompts, lowest first" in " ".join(done.stdout.split())
+
+
+def test_wandb_summary_names_the_best(played):
+    played.play("data.validation=8", "iter=0", "loss.beta=0.3", "tracking.wandb=offline", run="wandb")
+    (log,) = (played.folder / "wandb").glob("wandb/offline-run-*/run-*.wandb")
+    selected, written = game_of(played, "wandb")["selected"], log.read_bytes()
+    for text in ("selected/policy", "selected/value", selected["path"], "validate/nll_per_token"):
+        assert text.encode() in written
