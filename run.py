@@ -65,6 +65,12 @@ def fail(error: Exception, line: str | None) -> NoReturn:
     end(1, f"error: {line}")
 
 
+def remove_empty(folder: Path) -> None:
+    """Remove the run's folder, which Hydra makes, unless something was written to it."""
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
 @hydra.main(config_path="conf", config_name="config", version_base="1.3")
 def main(composed: DictConfig) -> None:
     signals.install_handlers()  # again, for launchers that call this in another process
@@ -77,6 +83,7 @@ def main(composed: DictConfig) -> None:
                 from spin.game import show_plan
 
             show_plan(config, folder)
+            remove_empty(folder)
             return
         with signals.deferred():  # some libraries swallow exceptions while they are imported
             from spin.game import play
@@ -92,6 +99,7 @@ def main(composed: DictConfig) -> None:
         signals.call_previous_handler(stop.signal)
         raise
     except Exception as error:  # here, because Hydra prints lines of its own before it raises
+        remove_empty(folder)
         fail(error, user_message(error))
 
 

@@ -26,6 +26,9 @@ from spin.runtime.files import hold_lock, link_file, link_tree, write_text
 from spin.runtime.process_group import ProcessGroup
 from spin.runtime.tracking import Tracker
 
+LOCK = ".lock"  # in the folder of every run
+WRITTEN = ("config.yaml", "metrics.jsonl", "game.json", "report.md", "figures")
+
 
 @contextmanager
 def open_run(config: Config, folder: Path, group: str | None) -> Iterator[Tracker]:
@@ -35,9 +38,12 @@ def open_run(config: Config, folder: Path, group: str | None) -> Iterator[Tracke
         if ranks.size > 1:
             stack.enter_context(signals.deferred())  # ranks stop together, at `ProcessGroup.raise_if_stopped`
         if ranks.is_main_process:
+            check_folder(folder)
+            if not group and not (folder / LOCK).exists():
+                stack.enter_context(remove_if_unused(folder))
             folder.mkdir(parents=True, exist_ok=True)
             reason = f"another run is at work in {folder}"
-            stack.enter_context(hold_lock(folder / ".lock", reason, partial(print, flush=True)))
+            stack.enter_context(hold_lock(folder / LOCK, reason, partial(print, flush=True)))
         ranks.barrier()
         tracker = Tracker(
             folder,
@@ -52,6 +58,28 @@ def open_run(config: Config, folder: Path, group: str | None) -> Iterator[Tracke
         stack.callback(tracker.close)
         yield tracker
     process_group.leave_group()
+
+
+def check_folder(folder: Path) -> None:
+    """Raise UserError if the folder has no lock, so is not a run's, and holds what a run would overwrite."""
+    written = [folder / name for name in (*WRITTEN, "sft", "best")] + sorted(folder.glob("iter*"))
+    taken = next((path for path in written if path.exists()), None)
+    if taken and not (folder / LOCK).exists():
+        raise UserError(f"{taken} is not of a run, and a run would overwrite it: give another hydra.run.dir.")
+
+
+@contextmanager
+def remove_if_unused(folder: Path) -> Iterator[None]:
+    """Remove the run's new folder if a user's error ends the run before it has written its settings there."""
+    try:
+        yield
+    except UserError:
+        if not (folder / "config.yaml").exists():
+            for name in (LOCK, "metrics.jsonl"):
+                (folder / name).unlink(missing_ok=True)
+            with suppress(OSError):  # not empty
+                folder.rmdir()
+        raise
 
 
 def check_resources(run: Run, stages: Sequence[Stage]) -> None:
@@ -124,7 +152,12 @@ def remove_iterations(folder: Path, first: int) -> None:
 
 
 def remove_shown(folder: Path) -> None:
-    """Remove what the game wrote to `sft/`, `iter<t>/` or `best/`, and the folder unless it holds files of the user."""
+    """Remove what the game wrote to `sft/`, `iter<t>/` or `best/`, and the folder unless it holds files of the user.
+
+    A folder of that name which no game has written is left alone.
+    """
+    if not any((folder / name).exists() for name in (".policy.linked", ".merged.linked", "selection.json")):
+        return
     for name in ("policy", "merged"):
         link_tree(None, folder / name)
     for name in ("pairs.parquet", "manifest.json", "margins.json", "selection.json"):
@@ -146,8 +179,8 @@ def show_record(player: Player, record: IterationRecord) -> None:
         return
     shown = folder / f"iter{record.iteration}"
     shown.mkdir(parents=True, exist_ok=True)
-    _show_pairs(player, record, shown / "pairs.parquet")
     link_tree(trained, shown / "policy")
+    _show_pairs(player, record, shown / "pairs.parquet")
     link_tree(None, shown / "merged")
     write_text(shown / "manifest.json", json.dumps(_manifest(player, record), indent=2) + "\n")
     if record.evaluation and record.evaluation.opponent:

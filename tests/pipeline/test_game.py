@@ -367,3 +367,29 @@ def test_exact_match(played, tmp_path):
 def test_invalid_evaluation_settings(played, words, message, tmp_path):
     done = played.play(*words, f"hydra.run.dir={tmp_path}/run", status=1)
     assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_files_of_the_user_are_left_alone(played, tmp_path):
+    """In a folder that is no run's, and in one that a run has written."""
+    project = tmp_path / "project"
+    for name in ("sft/policy/model.safetensors", "iter7/pairs.parquet", "iter7/notes.txt"):
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
+        (project / name).write_text("mine")
+    done = played.play("iter=0", f"hydra.run.dir={project}", status=1)
+    assert "project/sft is not of a run, and a run would overwrite it: give another hydra.run.dir." in done.stderr
+    shutil.rmtree(project / "sft")
+    shutil.move(project / "iter7", tmp_path / "iter7")
+    played.play("iter=0", f"hydra.run.dir={project}")
+    shutil.move(tmp_path / "iter7", project / "iter7")
+    played.play("iter=0", f"hydra.run.dir={project}")
+    assert sorted(path.name for path in (project / "iter7").iterdir()) == ["notes.txt", "pairs.parquet"]
+
+
+def test_error_leaves_no_folder(played, tmp_path):
+    for words in (["model.path=/nowhere"], ["data=local", "data.path=/nowhere.jsonl"], ["loss.beta=-1"], ["evaluation.select=x"]):
+        played.play(*words, f"hydra.run.dir={tmp_path}/new", status=1)
+        assert not (tmp_path / "new").exists(), words
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "notes.txt").write_text("mine")
+    played.play("model.path=/nowhere/at/all", f"hydra.run.dir={tmp_path}/new", status=1)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["notes.txt"]
