@@ -45,20 +45,22 @@ def record_router_logits(model: PreTrainedModel | None) -> Iterator[list[Tensor]
 def balance_losses(model: PreTrainedModel, logits: list[Tensor], batch: Batch, layout: str) -> Tensor:
     """The load-balancing loss of each response's sequence, prompt and response: fp32 [batch.responses], with gradients.
 
-        loss = E sum_e f_e p_e,   f_e: the share of tokens, over all layers, that go to expert e;   p_e: its mean probability
+        loss = mean over layers of E sum_e f_e p_e
 
-    for E experts, and f summed over the k experts of a token (Switch Transformer, arXiv 2101.03961, equations 4 to 6): k
-    where all are used evenly. `logits` are those of one forward pass, of each layer. A sequence's loss does not depend on
-    what it shares a batch or a row with.
+    E is the number of experts, f_e the share of the tokens that go to expert e, p_e its mean probability (Switch
+    Transformer, arXiv 2101.03961, equations 4 to 6). With k experts a token the f_e add up to k, and the loss is k where
+    all are used evenly. `logits` has those of each layer, from one forward pass. A sequence's loss does not depend on what
+    it shares a batch or a row with.
     """
     top_k, count = model.config.get_text_config().num_experts_per_tok, logits[0].shape[-1]
-    probs = torch.stack([layer.reshape(-1, count).float().softmax(-1) for layer in logits])
+    probs = torch.stack([layer.reshape(-1, count).float().softmax(-1) for layer in logits], dim=1)
     chosen = torch.zeros_like(probs).scatter_(-1, probs.detach().topk(top_k, dim=-1).indices, 1.0)
-    values = torch.cat([chosen.sum(0), probs.sum(0), torch.ones_like(probs[0, :, :1])], dim=1)
+    values = torch.stack([chosen, probs], dim=1).flatten(1)  # of [tokens, 2, layers, experts]
+    values = torch.cat([values, values.new_ones(len(values), 1)], dim=1)
     sums = _sum_by_sequence(values, batch.attention_mask.to(values.device), layout)
-    picks, mass, tokens = sums.split([count, count, 1], dim=1)
-    entries = tokens * len(logits)
-    return count * ((picks / entries) * (mass / entries)).sum(-1)
+    shares = sums[:, :-1] / sums[:, -1:]
+    picked, mass = shares.view(len(sums), 2, len(logits), count).unbind(1)
+    return count * (picked * mass).sum(-1).mean(-1)
 
 
 def _sum_by_sequence(values: Tensor, mask: Tensor, layout: str) -> Tensor:

@@ -24,12 +24,14 @@ def losses_of(model, items, forward: Forward) -> torch.Tensor:
 
 
 def expected_losses(model, items) -> torch.Tensor:
+    """Transformers' loss of each layer of each sequence, unpacked; the mean over layers."""
     found = []
     for item in items:
         for response in item.responses:
             ids = torch.tensor([[*item.prompt_ids, *response]])
             logits = model(ids, output_router_logits=True, use_cache=False).router_logits
-            found.append(load_balancing_loss_func(logits, logits[0].shape[-1], 2))
+            layers = [load_balancing_loss_func((layer,), layer.shape[-1], 2) for layer in logits]
+            found.append(torch.stack(layers).mean())
     return torch.stack(found)
 
 
@@ -69,6 +71,16 @@ def test_even_routing_costs_top_k():
     (batch,) = Forward("packed", "chunked", 999, 7).batches(items)
     losses = balance_losses(model, [torch.zeros(batch.tokens, 4)] * 2, batch, "packed")
     assert torch.allclose(losses, torch.full((6,), 2.0))
+
+
+def test_layers_do_not_make_up_for_each_other():
+    """Two experts get all tokens in the one layer, the other two in the other: nowhere even, but so over all layers."""
+    model, items = small_model("mixtral"), random_items(3)
+    (batch,) = Forward("packed", "chunked", 999, 7).batches(items)
+    first = torch.tensor([9.0, 9.0, 0.0, 0.0]).expand(batch.tokens, 4)
+    losses = balance_losses(model, [first, first.flip(1)], batch, "packed")
+    assert torch.allclose(losses, torch.full((6,), 4.0), atol=1e-2)
+    assert load_balancing_loss_func((first, first.flip(1)), 4, 2).item() == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
