@@ -97,6 +97,7 @@ class LossConfig(Section):
     sft_weight: PositiveOrZero
     real_floor: PositiveOrZero
     history_weight: PositiveOrZero
+    router_aux_weight: PositiveOrZero
 
 
 class ScheduleConfig(Section):

@@ -1,6 +1,7 @@
 """The language model head on response positions, with an explicit backward pass."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,12 +19,15 @@ def logit_transform(model: PreTrainedModel) -> tuple[float, float]:
 class OutputLayer(torch.nn.Module):
     """Computes log-probs with the weights of a model's output layer: see `ResponseHead`."""
 
-    def __init__(self, layer: torch.nn.Module):
+    weight: Tensor
+
+    def __init__(self, layer: Any):
         super().__init__()
         self.weight, self.bias = layer.weight, layer.bias
 
     def forward(self, hidden: Tensor, target: Tensor, scale: float, cap: float, chunk: int) -> Tensor:
-        return ResponseHead.apply(hidden, self.weight, self.bias, target, scale, cap, chunk)
+        # Mamba's hidden states are fp32.
+        return ResponseHead.apply(hidden.type_as(self.weight), self.weight, self.bias, target, scale, cap, chunk)
 
 
 class ResponseHead(torch.autograd.Function):

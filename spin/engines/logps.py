@@ -161,7 +161,7 @@ def choose_forward(
     window = attention_window(model)
     if window and window < longest:  # include a sequence longer than the window
         ids = [token for item in items for response in item.responses for token in response]
-        count = min(longest, window + 32) - len(items[0].prompt_ids)
+        count = max(2, min(longest, window + 32) - len(items[0].prompt_ids))
         sample.append(Continuations(items[0].prompt_ids, (tuple((ids * -(-count // len(ids)))[:count]), ids[:1])))
     expected = torch.stack([logps.sum() for item in sample for logps in reference_logps(model, item)]).cpu()
     tokens = sum(len(response) for item in sample for response in item.responses)
@@ -174,7 +174,8 @@ def choose_forward(
             try:
                 found = compute_logps(model, sample, forward)
             except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
-                if candidate_layout == "padded" or (user_message(error) and not isinstance(error, UserError)):
+                own = (candidate_layout, head) == ("padded", "full")  # the model's own forward, but for the batch
+                if own or (user_message(error) and not isinstance(error, UserError)):
                     raise
                 reason = f"the model does not support it ({brief(error)})"
             else:

@@ -98,8 +98,8 @@ def shape_of(architecture: PretrainedConfig, rank: int = 0) -> Shape:
     sizes = [weight.numel() for weight in model.parameters()]
     adapter = [rank * sum(weight.shape) for weight in linear]
     text = architecture.get_text_config()
-    heads = text.num_attention_heads
-    head_width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    heads = getattr(text, "num_attention_heads", None) or 0  # none in a state space
+    head_width = getattr(text, "head_dim", None) or text.hidden_size // max(1, heads)
     return Shape(
         weights=sum(sizes),
         linear=sum(weight.numel() for weight in linear),

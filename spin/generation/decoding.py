@@ -1,8 +1,9 @@
 """Decode many prompts together, a token at a time: waiting prompts take the rows of answers that have ended."""
 
+import inspect
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from spin.engines.attention import PACKED_ATTENTION, attention_window, use_packed_attention
+from spin.runtime.errors import UserError
 
 # Rows are removed, and prompts join, once this share of the rows is free. A row that has ended costs as much as one that
 # runs, and a prefill of few prompts costs more a prompt than one of many.
@@ -38,7 +40,8 @@ def decode(
     """
     batch = make_batch(model, prompts, min(rows, len(prompts)), max(map(len, prompts)) + max_new_tokens)
     answers: list[list[int]] = [[] for _ in prompts]
-    waiting = deque(range(len(prompts)))
+    order = range(len(prompts)) if batch.pads else sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    waiting = deque(order)
     prompt_of: list[int] = []  # of each row
     tokens = torch.empty(0, dtype=torch.long, device=model.device)
 
@@ -63,7 +66,11 @@ def decode(
             tokens, prompt_of = tokens[kept], [prompt_of[row] for row in kept]
         if waiting and (len(prompt_of) <= (1 - FREE) * rows if batch.joins else not prompt_of):
             first = len(prompt_of)
-            joining = [waiting.popleft() for _ in range(min(rows - first, len(waiting)))]
+            joining = [waiting.popleft()]
+            while waiting and len(joining) < rows - first:
+                if not batch.pads and len(prompts[waiting[0]]) > len(prompts[joining[0]]):
+                    break
+                joining.append(waiting.popleft())
             prompt_of = prompt_of + joining
             tokens = torch.cat([tokens, extend(batch.start([prompts[i] for i in joining]), first)])
         elif prompt_of:
@@ -83,37 +90,59 @@ def make_batch(
 ) -> "ContinuousBatch | StaticBatch":
     """Return a `ContinuousBatch` if the model allows it, else a `StaticBatch`, for `rows` rows of `longest` tokens.
 
-    A model allows it if each layer caches plain keys and values of all tokens, and if a trial gives the log-probs of the
-    model's own forward: a wrong mask or position is silent. On a CPU prompts are packed, if that passes the trial.
+    Each is tried before: a wrong mask, position or cache is silent. A trial gives the log-probs of the model's own forward.
+    A `ContinuousBatch` needs layers that cache plain keys and values of all tokens; on a CPU prompts are packed, if that
+    passes the trial. A `StaticBatch` pads, or where a state space sees the padding, takes prompts of one length. Raises
+    UserError if none passes.
     """
-    config = model.config.get_text_config()
     window = attention_window(model)
-    plain = all(
-        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=config).layers
-    )
-    if plain and (not window or window >= longest):
+    if _caches_all_tokens(model) and (not window or window >= longest):
+        config = model.config.get_text_config()
         packable = model.device.type == "cpu" and config._attn_implementation in ("sdpa", PACKED_ATTENTION)
         for packed in (True, False) if packable else (False,):
             if _agrees_with_forward(ContinuousBatch(model, 3, longest + 2, packed), prompts):
                 return ContinuousBatch(model, rows, longest, packed)
-    return StaticBatch(model)
+    for pads in (True, False):
+        if _agrees_with_forward(StaticBatch(model, pads), prompts):
+            return StaticBatch(model, pads)
+    raise UserError(
+        f"{model.config.model_type}: decoding with the model's cache differs from its own forward: try "
+        "engine.precision=fp32, or generation.engine=vllm."
+    )
+
+
+def _caches_all_tokens(model: PreTrainedModel) -> bool:
+    """Whether each layer caches plain keys and values, those of all tokens while they fit its window."""
+    layers = DynamicCache(config=model.config).layers
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 
 @torch.inference_mode()
-def _agrees_with_forward(batch: "ContinuousBatch", prompts: Sequence[Ids]) -> bool:
-    """Whether the log-probs of a few steps, in which a row leaves and one joins, are those of the model's own forward."""
+def _agrees_with_forward(batch: "ContinuousBatch | StaticBatch", prompts: Sequence[Ids]) -> bool:
+    """Whether a batch gives the log-probs of the model's own forward in a few steps, in which a row leaves.
+
+    In a `ContinuousBatch` another one then joins.
+    """
     model, token = batch.model, prompts[0][0]
-    shortest, longest = min(prompts, key=len), max(prompts, key=len)
-    tokens = torch.tensor([token, token], device=model.device)
+    longest = max(prompts, key=len)
+    other = min(prompts, key=len) if batch.pads else longest[::-1]
+    tokens = torch.tensor([token] * 3, device=model.device)
     try:
-        batch.start([longest, shortest])
-        batch.step(tokens)
-        batch.keep([0])
-        batch.start([shortest])
-        logits = batch.step(tokens)
+        if batch.joins:
+            batch.start([longest, other])
+            batch.step(tokens[:2])
+            batch.keep([0])
+            batch.start([other])
+            after = ([*longest, token, token], [*other, token])
+        else:
+            batch.start([longest, longest, other])
+            batch.step(tokens)
+            batch.keep([0, 2])
+            after = ([*longest, token, token], [*other, token, token])
+        logits = batch.step(tokens[:2])
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
         return False
-    for row, ids in zip(logits, ([*longest, token, token], [*shortest, token]), strict=True):
+    for row, ids in zip(logits, after, strict=True):
         expected = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0, -1].float()
         difference = (row.float().log_softmax(-1) - expected.log_softmax(-1)).abs()
         if not (expected.softmax(-1) * difference).sum() <= TOLERANCE.get(model.dtype, 0.1):
@@ -122,29 +151,36 @@ def _agrees_with_forward(batch: "ContinuousBatch", prompts: Sequence[Ids]) -> bo
 
 
 class StaticBatch:
-    """A batch in the model's own cache, for any architecture: rows leave, but none joins."""
+    """A batch in the model's own cache, for any architecture: rows leave, but none joins.
+
+    `pads`: whether prompts may differ in length, and are padded on the left. Without padding there is no mask.
+    """
 
     joins = False
 
-    def __init__(self, model: PreTrainedModel):
-        self.model = model
+    def __init__(self, model: PreTrainedModel, pads: bool):
+        self.model, self.pads = model, pads
 
     def start(self, prompts: Sequence[Ids]) -> Tensor:
         """Read the prompts, a row each. Returns the next token's logits, [rows, vocabulary], as `step` does."""
         self.cache = DynamicCache(config=self.model.config)
         ids, self.mask = _pad(prompts, self.model.device)
-        return _forward(self.model, ids, _positions(self.mask), self.mask, self.cache)
+        return self._forward(ids)
 
     def step(self, tokens: Tensor) -> Tensor:
         """Read the last token of each row. tokens: [rows]."""
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
-        return _forward(self.model, tokens[:, None], _positions(self.mask)[:, -1:], self.mask, self.cache)
+        return self._forward(tokens[:, None])
+
+    def _forward(self, ids: Tensor) -> Tensor:
+        positions = _positions(self.mask)[:, -ids.shape[1] :]
+        return _forward(self.model, ids, positions, self.mask if self.pads else None, self.cache)
 
     def keep(self, rows: list[int]) -> None:
         """Go on with these rows, in this order; with none, `start` comes next."""
         if rows:
             index = torch.tensor(rows, device=self.mask.device)
-            self.cache.batch_select_indices(index)
+            self.cache.reorder_cache(cast(torch.LongTensor, index))  # state spaces have no `batch_select_indices`
             self.mask = self.mask[index]
 
 
@@ -154,7 +190,7 @@ class ContinuousBatch:
     Memory for `rows` rows of `longest` tokens is allocated once. With `packed`, prompts are read as one row without padding.
     """
 
-    joins = True
+    joins = pads = True
 
     def __init__(self, model: PreTrainedModel, rows: int, longest: int, packed: bool):
         self.model, self.longest, self.packed = model, longest, packed
@@ -247,10 +283,12 @@ def _positions(mask: Tensor) -> Tensor:
 
 
 def _forward(
-    model: PreTrainedModel, ids: Tensor, positions: Tensor, mask: Tensor, cache: Cache, at: Tensor | None = None
+    model: PreTrainedModel, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: Cache, at: Tensor | None = None
 ) -> Tensor:
     """Logits [rows * positions, vocabulary] at the positions `at`, by default the last one."""
     # An index, as a slice of the last position is not contiguous, and the output layer would copy its weights for each row.
     at = torch.tensor([ids.shape[1] - 1], device=ids.device) if at is None else at
-    options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": at}
+    # Mamba's name for the cache; it ignores the other one silently.
+    name = "cache_params" if "cache_params" in inspect.signature(model.forward).parameters else "past_key_values"
+    options = {name: cache, "use_cache": True, "logits_to_keep": at}
     return model(input_ids=ids, attention_mask=mask, position_ids=positions, **options).logits.flatten(0, 1)

@@ -34,7 +34,8 @@ class Objective:
     `references` names the models that score the responses: "opponent" (always: the first step is compared with it), and
     "start", the policy that self-play started from. `responses` names what the policy scores: the pair, and "first",
     iteration 0's answer to the same prompt, if needed. `settings` decide the content of what is trained. `initial_loss`
-    is the loss while the policy still equals the opponent; None if it depends on the log-probs.
+    is the loss while the policy still equals the opponent; None if it depends on the log-probs. `router_aux_weight` is the
+    weight of the routers' load-balancing loss, which the training loop adds: it is no function of log-probs.
     """
 
     loss: Callable[[Logps, Mapping[str, Logps], Logps], tuple[Tensor, Metrics]]
@@ -42,12 +43,16 @@ class Objective:
     initial_loss: float | None
     settings: dict[str, Any] = field(default_factory=dict)
     responses: tuple[str, ...] = RESPONSES
+    router_aux_weight: float = 0.0
 
 
 def make_objective(config: LossConfig, iteration: int, num_answers: int = 1) -> Objective:
     """The objective that `config` describes at `iteration`, with `num_answers` opponent's answers to a prompt."""
     make = {"spin": make_spin, "space": make_space}[config.objective]
-    return add_terms(make(config, iteration, num_answers), config, iteration)
+    objective = add_terms(make(config, iteration, num_answers), config, iteration)
+    if not (weight := config.router_aux_weight):
+        return objective
+    return replace(objective, router_aux_weight=weight, settings=objective.settings | {"router_aux_weight": weight})
 
 
 def make_spin(config: LossConfig, iteration: int, num_answers: int) -> Objective:

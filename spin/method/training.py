@@ -10,6 +10,7 @@ from torch import Tensor
 from spin.engines.base import Engine
 from spin.engines.logps import Forward
 from spin.engines.packing import Batch, Continuations
+from spin.engines.routers import balance_losses, record_router_logits
 from spin.method.objectives import Metrics, Objective
 from spin.method.pairs import (
     RESPONSES,
@@ -49,6 +50,7 @@ def fit(
     warmup_ratio: float,
     seed: int,
     pairs_per_item: Sequence[int] | None = None,
+    router_aux_weight: float = 0.0,
     log: Callable[[dict], None],
     checkpoints: Checkpoints = NO_CHECKPOINTS,
 ) -> TrainState:
@@ -57,6 +59,7 @@ def fit(
     `epochs` may be a fraction. The learning rate rises linearly over the first `warmup_ratio` of the steps and then falls
     linearly to 0. `log` receives one row per step, restored steps first. No global random state is used, so `TrainState`
     and the engine's tensors are all that a resume needs. On SIGTERM or SIGINT the last complete step is saved first.
+    `router_aux_weight` adds the mean over each item's responses of the routers' load-balancing loss.
 
     A step whose loss or gradients are not finite is skipped. Raises UserError after several skipped steps in a row.
     """
@@ -68,7 +71,7 @@ def fit(
         while state.step < len(steps):
             engine.ranks.raise_if_stopped()
             started, chosen = time.perf_counter(), steps[state.step]
-            row = _accumulate_gradients(engine, items, batch_loss, forward, chosen, state.step)
+            row = _accumulate_gradients(engine, items, batch_loss, forward, chosen, state.step, router_aux_weight)
             rate = lr * learning_rate_factor(state.step, len(steps), warmup_ratio)
             with deferred():  # a signal must not separate the weights from the state that describes them
                 norm = engine.step(rate) if math.isfinite(row["loss"]) else engine.skip_step()
@@ -91,13 +94,21 @@ def _accumulate_gradients(
     forward: Forward,
     chosen: list[int],
     step: int,
+    router_aux_weight: float,
 ) -> dict[str, float]:
     """Add up the gradients of one step's items. Returns the means of their metrics, and `tokens` over all ranks."""
     metrics: dict[str, list[Tensor]] = {}
     tokens = 0.0
     for batch, weight in engine.micro_batches([items[i] for i in chosen], forward):
-        logps = engine.logps(batch, forward)
-        losses, values = batch_loss(batch, logps, [chosen[i] for i in batch.items], step)
+        indices = [chosen[i] for i in batch.items]
+        with record_router_logits(engine.model if router_aux_weight else None) as routed:
+            logps = engine.logps(batch, forward)
+        losses, values = batch_loss(batch, logps, indices, step)
+        if router_aux_weight:
+            counts = torch.tensor([len(items[i].responses) for i in indices], device=losses.device)
+            balance = mean_per_item(balance_losses(engine.model, routed, batch, forward.layout), counts)
+            losses = losses + router_aux_weight * balance
+            values = values | {"loss": losses.detach(), "loss/router": balance.detach()}
         engine.backward(losses.sum() / len(chosen) * weight)
         tokens += batch.tokens if weight else 0
         for name, value in values.items():
@@ -171,7 +182,8 @@ def train_spin(
         counts = counts.to(logps.device)
         return mean_per_item(losses, counts), {name: mean_per_item(values, counts) for name, values in metrics.items()}
 
-    return fit(engine, items, batch_loss, forward, pairs_per_item=list(map(len, groups)), log=log, **settings)
+    settings |= {"pairs_per_item": list(map(len, groups)), "router_aux_weight": objective.router_aux_weight}
+    return fit(engine, items, batch_loss, forward, log=log, **settings)
 
 
 def mean_per_item(values: Tensor, counts: Tensor) -> Tensor:

@@ -154,10 +154,15 @@ def write_fresh_adapter(base: Path, lora: Lora, seed: int, origin: dict[str, Any
 
 def empty_model(base: Path, lora: Lora) -> tuple[PreTrainedModel, Any]:
     """The model in `base` with a fresh adapter, all on the meta device, and PEFT's settings of the adapter."""
-    architecture = AutoConfig.from_pretrained(base, trust_remote_code=False)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(architecture, trust_remote_code=False)
+    model = without_weights(base)
     return model, insert_adapter(model, lora)
+
+
+def without_weights(folder: Path) -> PreTrainedModel:
+    """The model in `folder`, on the meta device: its weights are not read."""
+    architecture = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(architecture, trust_remote_code=False)
 
 
 def insert_adapter(model: PreTrainedModel, lora: Lora) -> Any:

@@ -20,7 +20,7 @@ from spin.engines.single import SingleEngine
 from spin.models.find import find_model
 from spin.models.load import load_policy, load_tokenizer, stop_ids
 from spin.models.policy import TRAINED_ON, Policy, trained_on
-from spin.pipeline.probes import adapter_size, check_adapter, check_libraries
+from spin.pipeline.probes import adapter_size, check_adapter, check_libraries, check_routers
 from spin.runtime.errors import UserError
 from spin.runtime.process_group import ProcessGroup, current_group
 from spin.runtime.progress import Progress
@@ -170,6 +170,7 @@ def prepare_run(config: Config, folder: Path, tracker: Tracker) -> Run:
     stops = stop_ids(start.folder_with("generation_config.json"), tokenizer)
     if ranks.is_main_process:
         check_adapter(config, start, tracker)
+        check_routers(config, start)
         check_libraries(config, start)
     data = ranks.broadcast(read_data(config, start, against, tokenizer, stops) if ranks.is_main_process else None)
     models = Models(config, dtype, device, ranks, tracker)

@@ -1,6 +1,7 @@
 """Checks that a run's settings, its start and the installed libraries go together, before any long work."""
 
 from spin.config.schema import Config, ModelConfig
+from spin.engines.routers import find_routers
 from spin.models import adapters
 from spin.models.policy import Policy
 from spin.runtime.errors import UserError
@@ -32,6 +33,18 @@ def check_adapter(config: Config, start: Policy, tracker: Tracker) -> None:
         tracker.say(f"model.path={model.path} is a LoRA adapter; it is trained further as it is.")
     else:
         adapter_size(config, start)
+
+
+def check_routers(config: Config, start: Policy) -> None:
+    """Raise UserError if the routers' loss is asked for, and the model has no routers that have one."""
+    weight = config.loss.router_aux_weight
+    if weight and config.stage == "game":
+        model = adapters.without_weights(start.base_or_self.folder)
+        if not find_routers(model):
+            raise UserError(
+                f"loss.router_aux_weight={weight:g}: a {model.config.model_type} model has no experts with a load-balancing "
+                "loss: set it to 0."
+            )
 
 
 def check_libraries(config: Config, start: Policy) -> None:

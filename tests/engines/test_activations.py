@@ -21,12 +21,7 @@ from spin.models.policy import Policy, content_id
 from tests.conftest import BODY, CONFIGS, SMALL, random_items, small_model
 
 PACKED = Forward("packed", "chunked", 512, 16)
-OTHERS = {
-    "olmo2": tf.Olmo2Config(**SMALL, **BODY),
-    "phi3": tf.Phi3Config(**SMALL, **BODY),
-    "mixtral": tf.MixtralConfig(**SMALL, **BODY, num_local_experts=4),
-    "glm4": tf.Glm4Config(**SMALL, **BODY, head_dim=8),
-}
+OTHERS = {"glm4": tf.Glm4Config(**SMALL, **BODY, head_dim=8)}
 # Numbers of wrapped norms and feed-forward blocks.
 WRAPPED = {
     **dict.fromkeys(["llama", "mistral", "mistral-short-window", "qwen2", "granite"], (7, 3)),
@@ -36,10 +31,16 @@ WRAPPED = {
     "gpt2": (0, 0),
     "cohere": (0, 3),
     "falcon_h1": (7, 3),  # its multipliers are 1
-    "olmo2": (13, 3),
-    "phi3": (7, 0),
-    "mixtral": (7, 0),
     "glm4": (13, 0),
+    # Of two layers.
+    **dict.fromkeys(["phi3", "gpt_oss", "mixtral"], (5, 0)),
+    "olmo2": (9, 2),
+    "gpt_neox": (0, 0),
+    "cohere2": (0, 2),
+    **dict.fromkeys(["mamba", "mamba2"], (3, 0)),  # the gated norms stay as they are
+    "qwen3_next": (7, 2),  # the shared experts
+    "lfm2": (7, 0),
+    "qwen3_moe": (9, 0),
 }
 
 

@@ -51,7 +51,9 @@ def test_logps_match_float64_loop(name):
     assert expected.std() > 5  # the sequences differ by far more than the tolerance
 
 
-PACKABLE = ["llama", "mistral", "mistral-short-window", "qwen2", "qwen3", "gpt2", "granite", "cohere", "gemma3"]
+PACKABLE = """
+    llama mistral mistral-short-window qwen2 qwen3 gpt2 granite cohere gemma3 phi3 olmo2 gpt_neox cohere2 mixtral qwen3_moe
+""".split()
 
 
 @pytest.mark.parametrize("name", PACKABLE)
@@ -60,11 +62,27 @@ def test_packed_layout_chosen(name):
     assert (forward.layout, forward.head, remark) == ("packed", "chunked", None)
 
 
-@pytest.mark.parametrize("name", ["falcon_h1", "gemma2"])
+@pytest.mark.parametrize("name", sorted(CONFIGS.keys() - set(PACKABLE)))
 def test_unpackable_models_padded(name):
+    """Attention sinks, soft caps and states that go through a row."""
     model, items = small_model(name), random_items(6)
     forward, remark = choose_forward(model, items, "auto", 128, 7, longest=64)
-    assert forward.layout == "padded" and remark
+    assert (forward.layout, forward.head) == ("padded", "chunked") and remark
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+def test_fp32_hidden_states_in_bf16(name):
+    """Mamba's sum of all layers' outputs is fp32, and its output layer bf16."""
+    model, items = small_model(name, torch.bfloat16), random_items(4)
+    forward, _ = choose_forward(model, items, "auto", 128, 7, longest=64)
+    assert forward.head == "chunked"
+
+
+@pytest.mark.parametrize("prompt", [30, 60])
+def test_prompts_longer_than_the_window(prompt):
+    items = [Continuations(tuple(range(2, 2 + prompt)), ((5, 6), (7, 8, 9))) for _ in range(2)]
+    forward, _ = choose_forward(small_model("mistral-short-window"), items, "auto", 128, 7, longest=70)
+    assert forward.layout == "packed"
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma3"])

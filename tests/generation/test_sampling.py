@@ -12,8 +12,9 @@ from spin.generation.answers import Answer, read_answers, repeat_prompts
 from spin.generation.decoding import ContinuousBatch, StaticBatch, make_batch
 from spin.generation.sampling import generate_answers, sample_tokens
 from spin.models.load import load_model, load_tokenizer
+from spin.runtime.errors import UserError
 from spin.runtime.tables import write_parquet
-from tests.conftest import random_items, small_model
+from tests.conftest import CONFIGS, random_items, small_model
 
 
 class Ids:
@@ -42,8 +43,9 @@ def batch_for(model, chosen, longest=40):
     return make_batch(model, [example.prompt_ids for example in chosen], 5, longest)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "gpt2", "gemma3"])
+@pytest.mark.parametrize("name", CONFIGS)
 def test_greedy_matches_transformers(name):
+    """Prompts of different lengths, answers that end at different times."""
     model, chosen = small_model(name), examples(7)
     stops = {1, 7, 30, 60}
     for example, answer in zip(chosen, generate(model, chosen, greedy(batch_size=3), 12, stops), strict=True):
@@ -178,13 +180,39 @@ def test_fewer_passes_than_static_batches():
     assert len(passes) < 0.8 * static
 
 
-@pytest.mark.parametrize("name", ["falcon_h1", "mistral-short-window", "gemma2"])
+@pytest.mark.parametrize(
+    "name", ["falcon_h1", "mamba2", "qwen3_next", "lfm2", "mistral-short-window", "gemma2", "gpt_oss"]
+)
 def test_partial_caches_use_static_batches(name):
     model, chosen = small_model(name), examples(9)
-    assert isinstance(batch_for(model, chosen), StaticBatch)
+    batch = batch_for(model, chosen)
+    assert isinstance(batch, StaticBatch) and batch.pads
     expected = generate(model, chosen, greedy(batch_size=1), 12, {1, 7, 30})
-    if name != "falcon_h1":  # a state space sees the padding on the left
-        assert generate(model, chosen, greedy(batch_size=4), 12, {1, 7, 30}) == expected
+    assert generate(model, chosen, greedy(batch_size=4), 12, {1, 7, 30}) == expected
+
+
+def test_state_space_that_sees_padding():
+    """Mamba reads rows of one length."""
+    model, chosen, lengths = small_model("mamba"), examples(30), []
+    batch = batch_for(model, chosen)
+    assert isinstance(batch, StaticBatch) and not batch.pads
+    expected = generate(model, chosen, greedy(batch_size=1), 8, {1, 7, 30})
+    model.register_forward_pre_hook(lambda m, a, k: lengths.append(k["input_ids"].shape), with_kwargs=True)
+    assert generate(model, chosen, greedy(batch_size=4), 8, {1, 7, 30}) == expected
+    assert max(rows for rows, length in lengths if length > 1) > 1
+
+
+def test_wrong_cache_is_an_error():
+    """A model that does not read its cache gives plausible answers to its last token alone."""
+    model, chosen = small_model("mamba2"), examples(5)
+    forward = model.forward
+
+    def without_cache(cache_params=None, **rest):
+        return forward(**rest)
+
+    model.forward = without_cache
+    with pytest.raises(UserError, match="differs from its own forward"):
+        batch_for(model, chosen)
 
 
 def test_model_that_ignores_positions_uses_static_batches():

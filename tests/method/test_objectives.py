@@ -193,6 +193,7 @@ def test_settings_decide_content():
     assert settings(reference="none") == {"link": "logistic", "beta": 0.1, "reference": "none"}
     assert settings(objective="space", beta=None, num_answers=3) == {"objective": "space", "mu": 3.0}
     assert settings(objective="space", beta=None, num_answers=3, mu=2.0) == {"objective": "space", "mu": 2.0}
+    assert settings(router_aux_weight=0.1) == {"link": "logistic", "beta": 0.1, "router_aux_weight": 0.1}
     assert settings(real_floor=0.5) == {"link": "logistic", "beta": 0.1, "real_floor": 0.5}
     assert settings(history_weight=0.1)["history_weight"] == 0.1
     assert "history_weight" not in settings(history_weight=0.1, iteration=0)

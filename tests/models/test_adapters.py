@@ -268,7 +268,7 @@ def test_packed_logps_match_peft(name, tmp_path):
 
 
 def test_merge_all_architectures(tmp_path):
-    for name in CONFIGS.keys() - {"falcon_h1"}:
+    for name in CONFIGS.keys() - {"falcon_h1", "mamba", "mamba2"}:
         base, target = tmp_path / name / "base", tmp_path / name / "policy"
         small_model(name).save_pretrained(base)
         (base / "tokenizer_config.json").write_text("{}")
@@ -281,8 +281,9 @@ def test_merge_all_architectures(tmp_path):
         assert torch.allclose(here, there, atol=1e-4), name
 
 
-def test_unsupported_layers_named(tmp_path):
-    small_model("falcon_h1").save_pretrained(tmp_path / "base")
+@pytest.mark.parametrize("name", ["falcon_h1", "mamba2"])
+def test_unsupported_layers_named(tmp_path, name):
+    small_model(name).save_pretrained(tmp_path / "base")
     with pytest.raises(UserError, match="'out_proj' is incompatible with Mamba") as error:
         adapted(tmp_path / "base", tmp_path / "policy")
     assert "\n" not in str(error.value)

@@ -16,6 +16,7 @@ from spin.pipeline.context import prepare_run
 from spin.pipeline.plan import look_up
 from spin.runtime.tracking import Tracker
 from tests.config.test_schema import load
+from tests.conftest import model_folder
 from tests.games import ROOT, Place
 
 NOTHING = "nothing"  # every stage is reused
@@ -107,6 +108,7 @@ TABLE = {
     "loss.length_normalised=true": TRAIN,
     "loss.real_floor=0.1": TRAIN,
     "loss.history_weight=0.1": TRAIN_1,  # iteration 0 has no earlier answers
+    "loss.router_aux_weight=0.1": TRAIN,
     "schedule.name=other": NOTHING,
     "schedule.iterations=3": NOTHING,  # four more stages
     "schedule.epochs=2": TRAIN,
@@ -181,6 +183,7 @@ GIVEN = {
     "loss.alpha": MIXTURE,
     "loss.objective": ["loss.beta=null", "loss.mu=3.5"],
     "loss.mu": SPACE,
+    "loss.router_aux_weight": ["model.path=EXPERTS"],
     "schedule.stop": ["data.validation=6"],
     "evaluation.select": HARNESS,
     "evaluation.harness": ["evaluation.harness_include=TASKS"],
@@ -204,7 +207,8 @@ UNTESTED = {"stage", "evaluation.against"}  # declare other stages: tests/pipeli
 @pytest.fixture(scope="module")
 def played(tmp_path_factory, games):
     place = Place(tmp_path_factory.mktemp("keys"), games)
-    for words in ([], LORA, MIXTURE, ADAMW, SPACE):
+    experts = f"model.path={model_folder('qwen3_moe', place.folder / 'experts')}"
+    for words in ([], LORA, MIXTURE, ADAMW, SPACE, [experts]):
         place.play(*words)
     return place
 
@@ -235,6 +239,8 @@ def resolve(word: str, place: Place, folder: Path) -> str:
         engine = load("experiment=smoke").engine
         current = select_dtype(engine, select_device(engine))
         return f"{key}={'fp32' if current == torch.bfloat16 else 'bf16'}"
+    if value == "EXPERTS":
+        return f"{key}={place.folder}/experts"
     if value == "TASKS":
         return f"{key}={ROOT}/tests/tasks"
     if value == "QUESTIONS":

@@ -1,0 +1,96 @@
+"""The routers' load-balancing loss, against transformers' own on one sequence at a time."""
+
+import pytest
+import torch
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+from spin.engines.logps import Forward, sequence_logps
+from spin.engines.routers import balance_losses, find_routers, record_router_logits
+from tests.conftest import CONFIGS, random_items, small_model
+
+EXPERTS = ["mixtral", "qwen3_moe", "gpt_oss", "qwen3_next"]
+
+
+def losses_of(model, items, forward: Forward) -> torch.Tensor:
+    """By response, in the items' order."""
+    found: list = [None] * (2 * len(items))
+    for batch in forward.batches(items):
+        with record_router_logits(model) as logits:
+            sequence_logps(model, batch, forward)
+        losses = balance_losses(model, logits, batch, forward.layout)
+        for k, loss in enumerate(losses):
+            found[2 * batch.items[k // 2] + k % 2] = loss
+    return torch.stack(found)
+
+
+def expected_losses(model, items) -> torch.Tensor:
+    """Transformers' loss of each layer of each sequence, unpacked; the mean over layers."""
+    found = []
+    for item in items:
+        for response in item.responses:
+            ids = torch.tensor([[*item.prompt_ids, *response]])
+            logits = model(ids, output_router_logits=True, use_cache=False).router_logits
+            layers = [load_balancing_loss_func((layer,), layer.shape[-1], 2) for layer in logits]
+            found.append(torch.stack(layers).mean())
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_losses_match_transformers(name):
+    """In one row, in several, and padded."""
+    model, items = small_model(name), random_items(6)
+    expected = expected_losses(model, items)
+    layouts = ["padded"] if name in ("gpt_oss", "qwen3_next") else ["packed", "padded"]
+    for layout in layouts:
+        for budget in (60, 999):
+            found = losses_of(model, items, Forward(layout, "chunked", budget, 7))
+            assert torch.allclose(found, expected, atol=1e-5)
+    assert expected.std() > 0.01
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_gradients_match_transformers(layout):
+    model, items = small_model("mixtral"), random_items(4)
+    weights = torch.randn(8, generator=torch.Generator().manual_seed(0))
+    names, parameters = zip(*model.named_parameters(), strict=True)
+
+    def gradients(losses):
+        return torch.autograd.grad((losses * weights).sum(), parameters, allow_unused=True)
+
+    expected = gradients(expected_losses(model, items))
+    found = gradients(losses_of(model, items, Forward(layout, "chunked", 90, 7)))
+    for name, mine, theirs in zip(names, found, expected, strict=True):
+        assert (mine is None) == (theirs is None), name
+        assert mine is None or torch.allclose(mine, theirs, atol=1e-5), name
+    assert sum(grad is not None for grad in found) > 5
+
+
+def test_even_routing_costs_top_k():
+    """Equal logits: every expert has probability 1/4, and each token counts twice."""
+    model, items = small_model("mixtral"), random_items(3)
+    (batch,) = Forward("packed", "chunked", 999, 7).batches(items)
+    losses = balance_losses(model, [torch.zeros(batch.tokens, 4)] * 2, batch, "packed")
+    assert torch.allclose(losses, torch.full((6,), 2.0))
+
+
+def test_layers_do_not_make_up_for_each_other():
+    """Two experts get all tokens in the one layer, the other two in the other: nowhere even, but so over all layers."""
+    model, items = small_model("mixtral"), random_items(3)
+    (batch,) = Forward("packed", "chunked", 999, 7).batches(items)
+    first = torch.tensor([9.0, 9.0, 0.0, 0.0]).expand(batch.tokens, 4)
+    losses = balance_losses(model, [first, first.flip(1)], batch, "packed")
+    assert torch.allclose(losses, torch.full((6,), 4.0), atol=1e-2)
+    assert load_balancing_loss_func((first, first.flip(1)), 4, 2).item() == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_routers_found(name):
+    assert len(find_routers(small_model(name))) == (2 if name in EXPERTS else 0)
+
+
+def test_hooks_are_removed():
+    model = small_model("mixtral")
+    with record_router_logits(model) as logits:
+        model(torch.tensor([[2, 3]]))
+    model(torch.tensor([[2, 3]]))
+    assert len(logits) == 2
