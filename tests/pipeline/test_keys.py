@@ -79,6 +79,7 @@ TABLE = {
     "data.format=auto": NOTHING,  # the same records
     "data.turns=all": NOTHING,  # the data has one turn
     "data.template='Q: {prompt} A: '": EVERYTHING,
+    "data.template_options={unknown: 1}": NOTHING,  # the template does not ask for it
     "data.filter=prose": NOTHING,  # drops none
     "data.size=20": SFT,  # what is held out stays the same
     "data.held_out=7": EVERYTHING,
@@ -166,7 +167,9 @@ TABLE = {
 # What a setting needs beside it to have an effect.
 LORA, MIXTURE, ADAMW = ["model.adapter=lora"], ["loss.reference=mixture"], ["optimizer=adamw"]
 SPACE, HARNESS = ["loss=space"], ["evaluation.harness_include=TASKS", "evaluation.harness=[spin_choice:0:acc]"]
+CHAT = ["data.template=chat"]
 GIVEN = {
+    "data.template_options": CHAT,
     "model.adapter": ["model.lora_rank=5"],
     "data.splits": ["data.path=SPLITS"],
     "optimizer.name": ["optimizer.eps=1e-7"],
@@ -204,7 +207,7 @@ UNTESTED = {"stage", "evaluation.against"}  # declare other stages: tests/pipeli
 @pytest.fixture(scope="module")
 def played(tmp_path_factory, games):
     place = Place(tmp_path_factory.mktemp("keys"), games)
-    for words in ([], LORA, MIXTURE, ADAMW, SPACE):
+    for words in ([], LORA, MIXTURE, ADAMW, SPACE, CHAT):
         place.play(*words)
     return place
 
