@@ -163,8 +163,9 @@ class ChatTemplate:
         if not head or not whole.endswith(tail):
             return "not rendered by the template"
         body = whole.removesuffix(tail)
+        lost = "</think>" in exchange.answer["content"] and "</think>" not in body.removeprefix(_common(opened, body))
         for prompt in (_cut(opened, head), opened):
-            if body.startswith(prompt):
+            if body.startswith(prompt) and not lost:
                 return Split(prompt, body.removeprefix(prompt) + self._closing(tail))
         return "thought that the template has no place for"
 
@@ -200,6 +201,11 @@ class ChatTemplate:
                 f"there in a conversation ({self.head[len(common) :]!r}): all answers follow the latter. "
                 f"To change it, set {helps}."
             )
+        if self.end is None and self.tail.strip():
+            yield (
+                f"note: the chat template ends answers with {self.tail.strip()!r}, which is no token of the tokenizer: "
+                "it is learnt as text, and the tokenizer's end token follows"
+            )
         if self.end is not None and self.end not in stop_ids:
             name = self.tokenizer.convert_ids_to_tokens(self.end)
             yield f"note: the chat template ends answers with {name}, so that generation stops there, too"
@@ -214,9 +220,9 @@ class ChatTemplate:
         return head, tail
 
     def _closing(self, tail: str) -> str:
-        """Return what stands between an answer and its end token."""
+        """Return what stands between an answer and its end token, or all of it if no token of the template ends it."""
         if self.end is None:
-            return ""
+            return tail.rstrip()
         return tail.partition(self.tokenizer.convert_ids_to_tokens(self.end))[0]
 
 

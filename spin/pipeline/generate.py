@@ -1,6 +1,7 @@
 """The generate stage: the opponent answers every training prompt."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,12 +13,15 @@ from spin.generation.sampling import generate_answers
 from spin.models.policy import Policy
 from spin.pipeline.context import Run
 from spin.pipeline.stage import Node, Stage, Work
+from spin.runtime.errors import brief
 from spin.runtime.random import seed_of
 from spin.runtime.store import Artifact
 from spin.runtime.tables import fingerprint, write_parquet
 
 # Above this share of answers cut at the cap, a warning is due: their length alone tells them from human answers.
 CUT_SHARE = 0.2
+# From this share on, the first token tells human from generated answers; below this number of answers it may be chance.
+TELLING_SHARE, TELLING_ANSWERS = 0.9, 20
 # Settings of generation that do not decide the answers: layout of work, and names.
 NOT_INPUTS = ("name", "num_answers", "python", "tensor_parallel", "data_parallel", "gpu_memory")
 
@@ -64,7 +68,33 @@ class Generate(Stage[list[Answer]]):
                 f"note: {cut:.0%} of the answers were cut at generation.max_new_tokens={run.config.max_new_tokens}: "
                 "their length alone tells them from human answers. Raise it if human answers are longer."
             )
+        human, generated = (
+            [row[0] for row in rows]
+            for rows in ([example.real_ids for example in run.data.train], [answer.ids for answer in answers])
+        )
+        if tokens := telling_tokens(human, generated):
+            names = ", ".join(repr(run.tokenizer.decode([token])) for token in tokens)
+            run.say(
+                f"note: the first token alone ({brief(names)}) tells human from generated answers, which is all that the "
+                "policy then learns. Compare them in iter0/pairs.parquet; data.template_options or data.template may help."
+            )
         return answers
+
+
+def telling_tokens(human: Sequence[int], generated: Sequence[int]) -> list[int]:
+    """The first tokens, the most frequent first, that nearly all answers of one side have and nearly none of the other.
+
+    `human` and `generated` hold the first token of each answer. Tokens that came once count for nothing.
+    """
+    if min(len(human), len(generated)) < TELLING_ANSWERS:
+        return []
+    for own, other in (human, generated), (generated, human):
+        counts, theirs = Counter(own), Counter(other)
+        typical = [t for t, n in counts.most_common() if n > 1 and n / len(own) > theirs[t] / len(other)]
+        shares = [sum(side[token] for token in typical) / side.total() for side in (counts, theirs)]
+        if shares[0] - shares[1] >= TELLING_SHARE:
+            return typical[:3]
+    return []
 
 
 def generation_inputs(run: Run) -> dict:

@@ -1,5 +1,6 @@
 """Chat templates of today's model families, in our own words: prompt, answer and end are what the template makes of them."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -143,6 +144,9 @@ def test_opened_thought(family, tmp_path):
     found, said = load(tmp_path, *family, [{"messages": talk(HUMAN[:1])}])
     assert family[0].decode(found.train[0].prompt_ids).endswith("<|Assistant|>")
     assert len([line for line in said if "asks for an answer after '<think>" in line and "data.template" in line]) == 1
+    rows = [{"messages": talk(["<think>\nTrees.\n</think>\n\nAn oak is one."])}, {"messages": talk(HUMAN[:1])}]
+    found, _ = load(tmp_path, *family, rows)
+    assert found.counts == {"read": 2, "kept": 1, "thought that the template has no place for": 1}
 
 
 @every_family
@@ -166,3 +170,50 @@ def test_refused_messages(family, tmp_path):
     found, said = load(tmp_path, *family, rows)
     assert found.counts == {"read": 2, "kept": 1, "refused by the template": 1}
     assert len([line for line in said if "user and model take turns" in line]) == 1
+
+
+@pytest.mark.parametrize("family", ["qwen3"], indirect=True)
+def test_tools_are_rendered(family, tmp_path):
+    call = {"type": "function", "function": {"name": "find", "arguments": '{"what": "tree"}'}}
+    messages = [
+        {"role": "user", "content": USER[0]},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "oak"},
+        {"role": "assistant", "content": HUMAN[0]},
+    ]
+    tools = [{"type": "function", "function": {"name": "find"}}]
+    found, _ = load(tmp_path, *family, [{"messages": messages, "tools": tools}], turns="all")
+    assert found.counts == {"read": 2, "kept": 1, "tool call": 1}
+    text = family[0].decode(found.train[0].prompt_ids)
+    for part in ('Tools:\n{"type"', '{"name": "find", "arguments": {"what": "tree"}}', "<tool_response>\noak"):
+        assert part in text
+    # A template without tools: dropped and counted.
+    plain = copy.deepcopy(family[0])
+    plain.chat_template = (FOLDER / "chatml.jinja").read_text()
+    found, _ = load(
+        tmp_path, plain, {}, [{"messages": messages, "tools": tools}, {"messages": talk(HUMAN)}], turns="all"
+    )
+    assert found.counts == {"read": 4, "kept": 2, "tool call": 2}
+
+
+@pytest.mark.parametrize("template", ["{prompt}", "paper"])
+def test_text_template_keeps_blanks(byte_level, tmp_path, template):  # noqa: F811
+    rows = [
+        {"prompt": "def f():\n", "completion": "    return 1\n"},
+        {"prompt": "Called", "completion": " the Owl.<|im_end|>"},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = load_dataset(DataConfig.from_defaults(path=str(path), template=template), byte_level, {2}, 0, tmp_path)
+    texts = {byte_level.decode(example.prompt_ids + example.real_ids[:-1]) for example in found.train}
+    if template == "{prompt}":
+        assert texts == {"def f():\n    return 1\n", "Called the Owl."}
+    assert {example.real for example in found.train} == {"    return 1\n", " the Owl."}
+
+
+def test_end_that_is_no_token(sentencepiece, tmp_path):  # noqa: F811
+    tokenizer = copy.deepcopy(sentencepiece)
+    tokenizer.chat_template = (FOLDER / "chatml.jinja").read_text()
+    found, said = load(tmp_path, tokenizer, {}, [{"messages": talk(HUMAN[:1])}])
+    assert tokenizer.decode(found.train[0].real_ids) == "An oak is one.<|im_end|></s>"
+    assert any("'<|im_end|>', which is no token" in line for line in said)
