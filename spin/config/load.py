@@ -75,6 +75,8 @@ def _data_rules(config: Config) -> Iterator[Rule]:
     yield ordered, "data.max_response_length", "must be data.min_response_length or more"
     varied = generation.num_answers == 1 or generation.temperature > 0
     yield varied, "generation.num_answers", "all answers to a prompt are the same at generation.temperature=0"
+    single = generation.num_answers == 1 or data.generated == "model"
+    yield single, "generation.num_answers", "data.generated=file has one answer to a prompt"
     can_measure = config.evaluation.enabled and data.held_out > 0
     yield config.stage == "game" or can_measure, "stage", "needs evaluation.enabled=true and data.held_out of 1 or more"
     compares = config.evaluation.against is not None

@@ -61,6 +61,7 @@ class DataConfig(Section):
     package_sha256: str | None
     file: str | None
     format: Literal["auto", "messages", "prompt", "alpaca", "sharegpt", "preference", "chitchat"]
+    generated: Literal["model", "file"]
     turns: Literal["first", "all"]
     template: str
     template_options: dict[str, Any]

@@ -18,6 +18,7 @@ from spin.runtime.errors import UserError
 from spin.runtime.random import seed_of
 
 _Candidate = tuple[str, Exchange]  # hash of the content, and the content
+REJECTED: Message = {"role": "assistant"}
 BLOCK = 512  # prompts tokenised together: enough for the tokenizer's threads, few beyond what a small set needs
 
 # End tokens of common chat templates, which data sets carry over, whatever tokenizer is used here.
@@ -34,6 +35,7 @@ class Example:
     real: str
     real_ids: tuple[int, ...]  # ends with one end token, unless the answer was cut
     opening: str = ""  # hash of the first user message: examples that share it count as the same prompt
+    rejected: tuple[int, ...] = ()  # with data.generated=file: the token ids of the data's other answer
 
 
 @dataclass
@@ -115,6 +117,11 @@ def _check(
         turns = [turn for turn in turns if turn["content"].strip() or turn["role"] != "system"]
         exchange = replace(exchange, messages=turns[:-1], answer=turns[-1])
         reason = _why_dropped(exchange, specials, config.filter)
+        if reason is None and config.generated == "file":
+            other = _clean({"role": "assistant", "content": exchange.rejected or ""}, specials, keep_blanks)
+            exchange = replace(exchange, rejected=other["content"])
+            reason = _why_dropped(replace(exchange, answer=other), specials, "none")
+            reason = reason and f"rejected answer: {reason}"
         id = _hash(json.dumps([[_identity(turn) for turn in turns[:-1]], *_identity(turns[-1])[1:]]))
         if reason is None and id in checked:
             reason = "duplicate"
@@ -185,8 +192,37 @@ def _encode(
     for start in range(0, len(candidates), BLOCK):
         block = candidates[start : start + BLOCK]
         encoded = encode_exchanges(tokenizer, [exchange for _, exchange in block], config.template, chat)
-        for candidate, ids in zip(block, encoded, strict=True):
-            yield ids if isinstance(ids, str) else _example(candidate, *ids, end, config)
+        examples = [
+            ids if isinstance(ids, str) else _example(c, *ids, end, config)
+            for c, ids in zip(block, encoded, strict=True)
+        ]
+        yield from (
+            _with_rejected(block, examples, tokenizer, end, config, chat) if config.generated == "file" else examples
+        )
+
+
+def _with_rejected(
+    block: list[_Candidate],
+    examples: list[Example | str],
+    tokenizer: Any,
+    end: int,
+    config: DataConfig,
+    chat: ChatTemplate | None,
+) -> Iterator[Example | str]:
+    """Yield each example with the ids of its rejected answer, encoded as its human one, or why there are none."""
+    others = [(id, replace(exchange, answer=REJECTED | {"content": exchange.rejected})) for id, exchange in block]
+    encoded = encode_exchanges(tokenizer, [exchange for _, exchange in others], config.template, chat)
+    for example, candidate, ids in zip(examples, others, encoded, strict=True):
+        if isinstance(example, str):
+            yield example
+            continue
+        other = ids if isinstance(ids, str) else _example(candidate, *ids, end, config)
+        if isinstance(other, str):
+            yield f"rejected answer: {other}"
+        elif other.prompt_ids != example.prompt_ids:
+            yield "rejected answer: after another prompt"
+        else:
+            yield replace(example, rejected=other.real_ids)
 
 
 def _example(

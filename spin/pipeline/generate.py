@@ -28,13 +28,18 @@ NOT_INPUTS = ("name", "num_answers", "python", "tensor_parallel", "data_parallel
 
 @dataclass(frozen=True, eq=False)
 class Generate(Stage[list[Answer]]):
-    """`num_answers` answers of the opponent to each training prompt."""
+    """`num_answers` answers of the opponent to each training prompt; with data.generated=file, iteration 0 takes the data's."""
 
     name: ClassVar[str] = "generate"
     iteration: int
     opponent: Node[Policy]
 
+    def takes_file(self, run: Run) -> bool:
+        return self.iteration == 0 and run.config.data.generated == "file"
+
     def inputs(self, run: Run, opponent: Policy) -> dict:
+        if self.takes_file(run):
+            return {"file": fingerprint(answers_in_file(run)), "iter": self.iteration}
         return {
             "opponent": opponent.id,
             "prompts": fingerprint(run.data.train),
@@ -48,7 +53,10 @@ class Generate(Stage[list[Answer]]):
     def build(self, run: Run, work: Work, opponent: Policy) -> dict:
         started = time.perf_counter()
         seed = seed_of(run.config.seed, self.iteration, bits=32)
-        answers = answer_prompts(run, work, opponent, run.data.train, run.config.generation.num_answers, seed)
+        if self.takes_file(run):
+            answers = answers_in_file(run)
+        else:
+            answers = answer_prompts(run, work, opponent, run.data.train, run.config.generation.num_answers, seed)
         write_parquet(answers, work.folder / "answers.parquet")
         tokens = sum(len(answer.ids) for answer in answers)
         row = {
@@ -95,6 +103,16 @@ def telling_tokens(human: Sequence[int], generated: Sequence[int]) -> list[int]:
         if shares[0] - shares[1] >= TELLING_SHARE:
             return typical[:3]
     return []
+
+
+def answers_in_file(run: Run) -> list[Answer]:
+    """The data's own answers to the training prompts, beside the human ones."""
+    answers = []
+    for example in run.data.train:
+        reason = "stop" if example.rejected[-1] in run.stop_ids else "length"
+        text = str(run.tokenizer.decode(list(example.rejected), skip_special_tokens=True))
+        answers.append(Answer(example.id, 0, example.rejected, reason, text))
+    return answers
 
 
 def generation_inputs(run: Run) -> dict:

@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spin.config.schema import DataConfig
+from spin.data.examples import load_dataset
 from spin.data.formats import exchanges
 from spin.data.messages import ROLES
+from spin.models import tiny
 from spin.runtime.errors import UserError
 
 
@@ -155,3 +157,28 @@ def test_counts_add_up(rows, turns, tools):
     for exchange in found:
         assert exchange[-1][0] == "assistant" and any(role == "user" for role, _ in exchange[:-1])
         assert exchange[-2][0] in ("user", "tool")
+
+
+@pytest.mark.parametrize("template", ["{prompt} ", "chat"])
+def test_rejected_answers(tmp_path, template):
+    rows = [
+        {"prompt": ask, "chosen": "Oak.", "rejected": other}
+        for ask, other in (("A", "Pike. "), ("B", None), ("C", "x" * 99))
+    ]
+    rows.append(
+        {
+            "real": chat(("user", "D"), TELL)["messages"],
+            "generated": chat(("user", "D"), ("assistant", "Eel."))["messages"],
+        }
+    )
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = tiny.tokenizer()
+    limits = {"max_response_length": 40, "template": template, "generated": "file"}
+    found = load_dataset(DataConfig.from_defaults(path=str(path), **limits), tokenizer, {0}, 0, tmp_path)
+    reasons = {"rejected answer: empty": 1, "rejected answer: answer too long": 1}
+    assert found.counts == {"read": 4, "kept": 2, **reasons}
+    end = tokenizer.eos_token
+    blank = " " if template != "chat" else ""
+    assert {tokenizer.decode(example.rejected) for example in found.train} == {f"Pike.{blank}{end}", f"Eel.{end}"}
+    assert {tokenizer.decode(example.real_ids) for example in found.train} == {f"Oak.{end}"}

@@ -1,5 +1,6 @@
 """A stage's key changes with what decides its content and with nothing else: every setting, on a played game."""
 
+import json
 import shutil
 from operator import attrgetter
 from pathlib import Path
@@ -77,6 +78,7 @@ TABLE = {
     "data.package_sha256=a": NOTHING,
     "data.file=a": NOTHING,
     "data.format=auto": NOTHING,  # the same records
+    "data.generated=file": PAIRS,
     "data.turns=all": NOTHING,  # the data has one turn
     "data.template='Q: {prompt} A: '": EVERYTHING,
     "data.template_options={unknown: 1}": NOTHING,  # the template does not ask for it
@@ -170,6 +172,7 @@ SPACE, HARNESS = ["loss=space"], ["evaluation.harness_include=TASKS", "evaluatio
 CHAT = ["data.template=chat"]
 GIVEN = {
     "data.template_options": CHAT,
+    "data.generated": ["data.path=PREFERENCES", "data.format=auto"],
     "model.adapter": ["model.lora_rank=5"],
     "data.splits": ["data.path=SPLITS"],
     "optimizer.name": ["optimizer.eps=1e-7"],
@@ -244,6 +247,11 @@ def resolve(word: str, place: Place, folder: Path) -> str:
         question = '{"question_id": %d, "category": "writing", "turns": ["a", "b"]}'
         (folder / "question.jsonl").write_text("".join(question % i + "\n" for i in range(81, 161)))
         return f"{key}={folder}/question.jsonl"
+    if value == "PREFERENCES":
+        rows = [json.loads(line) for line in (ASSETS / "pairs.jsonl").read_text().splitlines()]
+        rows = [{"prompt": row["prompt"], "chosen": row["response"], "rejected": row["response"][::-1]} for row in rows]
+        (folder / "preferences.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return f"{key}={folder}/preferences.jsonl"
     if value == "SPLITS":
         (folder / "set").mkdir()
         shutil.copy(ASSETS / "pairs.jsonl", folder / "set" / "train.jsonl")
