@@ -121,7 +121,7 @@ def exchanges(
     if first is not None and not formats:
         raise UserError(_no_format(first, config.format))
     if "preference" in formats:
-        say("data: of two answers, the chosen (or real) one is the human answer")
+        say("note: of two answers, the chosen (or real) one is the human answer")
     if unread:
         say(f"note: columns of the data that are not read: {_column_names(unread)}")
 

@@ -193,13 +193,15 @@ class ChatTemplate:
                 yield f"note: the chat template puts {added!r} before an answer; it is part of the prompt"
         else:
             common = _common(self.opened, self.head)
-            helps = "a text with {prompt} in it as data.template"
+            there, here = (
+                repr(text.removeprefix(common)) if text != common else "nothing" for text in (self.opened, self.head)
+            )
+            helps = "data.template to a text with {prompt} in it"
             if "enable_thinking" in str(self.tokenizer.chat_template):
                 helps = "data.template_options={enable_thinking: false}, or " + helps
             yield (
-                f"note: the chat template asks for an answer after {self.opened[len(common) :]!r}, but does not put one "
-                f"there in a conversation ({self.head[len(common) :]!r}): all answers follow the latter. "
-                f"To change it, set {helps}."
+                f"note: the chat template ends a prompt with {there}, where a whole conversation has {here} before an "
+                f"answer: prompts end as in the conversation here, for human and generated answers. To change it, set {helps}"
             )
         if self.end is None and self.tail.strip():
             yield (

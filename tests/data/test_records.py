@@ -89,7 +89,7 @@ def test_columns_that_are_not_read():
 
 def test_chosen_answer_is_said_once():
     rows = [{"prompt": "Name a tree.", "chosen": text, "rejected": "Pike."} for text in ("Oak.", "Fir.")]
-    assert read(*rows)[2] == ["data: of two answers, the chosen (or real) one is the human answer"]
+    assert read(*rows)[2] == ["note: of two answers, the chosen (or real) one is the human answer"]
 
 
 def test_answers_after_a_break():

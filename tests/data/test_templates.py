@@ -143,7 +143,7 @@ def test_thoughts_are_learnt(family, tmp_path, inline):
 def test_opened_thought(family, tmp_path):
     found, said = load(tmp_path, *family, [{"messages": talk(HUMAN[:1])}])
     assert family[0].decode(found.train[0].prompt_ids).endswith("<|Assistant|>")
-    assert len([line for line in said if "asks for an answer after '<think>" in line and "data.template" in line]) == 1
+    assert len([line for line in said if "ends a prompt with '<think>" in line and "data.template" in line]) == 1
     rows = [{"messages": talk(["<think>\nTrees.\n</think>\n\nAn oak is one."])}, {"messages": talk(HUMAN[:1])}]
     found, _ = load(tmp_path, *family, rows)
     assert found.counts == {"read": 2, "kept": 1, "thought that the template has no place for": 1}
