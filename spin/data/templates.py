@@ -144,8 +144,7 @@ class ChatTemplate:
 
     def prompt(self, messages: list[Message], tools: list[Any] | None = None) -> str:
         """Return the text up to the start of a plain answer. Raises UserError: the template refuses the messages."""
-        opened = self._render(self.fit(messages), add_generation_prompt=True, **_given(tools))
-        return _cut(opened, self._around(self.fit(messages), tools)[0])
+        return _cut(self._around(self.fit(messages), tools)[0])
 
     def split(self, exchange: Exchange) -> Split | str:
         """Return the exchange's two texts, or why there are none.
@@ -164,7 +163,7 @@ class ChatTemplate:
             return "not rendered by the template"
         body = whole.removesuffix(tail)
         lost = "</think>" in exchange.answer["content"] and "</think>" not in body.removeprefix(_common(opened, body))
-        for prompt in (_cut(opened, head), opened):
+        for prompt in (_cut(head), _cut(opened)):
             if body.startswith(prompt) and not lost:
                 return Split(prompt, body.removeprefix(prompt) + self._closing(tail))
         return "thought that the template has no place for"
@@ -253,10 +252,9 @@ def _given(tools: list[Any] | None) -> dict[str, Any]:
     return {"tools": tools} if tools else {}
 
 
-def _cut(opened: str, head: str) -> str:
-    """Return `head`, the text before an answer, without blanks at its end, but no less than the generation prompt."""
-    text = head.rstrip(" \t")
-    return opened if head.startswith(opened) and len(text) < len(opened) else text
+def _cut(text: str) -> str:
+    """Return the text before an answer without blanks at its end."""
+    return text.rstrip(" \t")
 
 
 def _common(first: str, second: str) -> str:

@@ -31,6 +31,7 @@ FAMILIES = {
     "olmo": ("olmo", [], EOS, {}),
     "granite": ("granite", ["<|start_of_role|>", "<|end_of_role|>"], "<|end_of_text|>", {}),
     "cohere": ("cohere", ["<|START_OF_TURN_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>"], "<|END_OF_TURN_TOKEN|>", {}),
+    "vicuna": ("vicuna", [], EOS, {}),
     "zephyr": ("zephyr", [], "</s>", {}),
 }  # fmt: skip
 REFUSE_SYSTEM = ("mistral", "gemma")
