@@ -123,7 +123,9 @@ def _check(
             reason = _why_dropped(replace(exchange, answer=other), specials, "none")
             reason = reason and f"rejected answer: {reason}"
         tools = [exchange.tools] if exchange.tools else []
-        id = _hash(json.dumps([[_identity(turn) for turn in turns[:-1]], *_identity(turns[-1])[1:], *tools]))
+        id = _hash(
+            json.dumps([[_identity(turn) for turn in turns[:-1]], *_identity(turns[-1])[1:], *tools], default=str)
+        )
         if reason is None and id in checked:
             reason = "duplicate"
         if reason is None:
@@ -161,8 +163,10 @@ def _why_dropped(exchange: Exchange, specials: Sequence[str], filter: str) -> st
     if any(not turn["content"].strip() for turn in turns if turn["role"] != "tool" and "tool_calls" not in turn):
         return "empty"
     texts = [turn["content"] for turn in turns]
-    texts += [json.dumps(_identity(turn)[2:], ensure_ascii=False) for turn in turns if len(_identity(turn)) > 2]
-    texts += [json.dumps(exchange.tools, ensure_ascii=False)] * bool(exchange.tools)
+    texts += [
+        json.dumps(_identity(turn)[2:], ensure_ascii=False, default=str) for turn in turns if len(_identity(turn)) > 2
+    ]
+    texts += [json.dumps(exchange.tools, ensure_ascii=False, default=str)] * bool(exchange.tools)
     # JSON can hold half a surrogate pair ("\ud83d"), which no tokenizer accepts.
     if any("\ud800" <= character <= "\udfff" for text in texts if not text.isascii() for character in text):
         return "broken characters"

@@ -23,7 +23,7 @@ from spin.runtime.errors import UserError, brief
 
 Record = dict[str, Any]
 SYSTEM, HISTORY, TOOLS, INPUT = ("system", "system_prompt"), ("history",), "tools", ("input", "context")
-CONTEXT = (*SYSTEM, *HISTORY, TOOLS, "id")  # columns that are read with every format
+CONTEXT = (*SYSTEM, TOOLS, "id")  # columns that are read with every format
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,14 @@ class Format:
         return next((" or ".join(group) for group in needed if not set(names) & set(group)), None)
 
     @property
+    def history(self) -> tuple[str, ...]:
+        """The columns that hold earlier turns: none where the conversation itself does."""
+        return HISTORY if self.answers else ()
+
+    @property
     def read(self) -> set[str]:
         """All columns that are read."""
-        return {*self.columns, *self.answers, *self.others, *self.rejected, *CONTEXT}
+        return {*self.columns, *self.answers, *self.others, *self.rejected, *CONTEXT, *self.history}
 
 
 def _chitchat(record: Record) -> list[Message]:
@@ -155,7 +160,7 @@ def _read(record: Record, name: str, config: DataConfig, renders_tools: bool) ->
     if format.rejected:
         return [_preferred(record, format, tools)]
     messages = format.parse(record) if format.parse else messages_of(_value(record, format.columns))
-    messages = alternating(messages) if is_pinned else _with_context(record, messages)
+    messages = alternating(messages) if is_pinned else _with_context(record, messages, format)
     if not format.answers:
         return answers_of(messages, tools) or [why_none(messages)]
     return [_answered(messages, messages_of(_value(record, format.answers), "assistant"), tools)]
@@ -176,15 +181,15 @@ def _preferred(record: Record, format: Format, tools: list[Any] | None) -> Excha
     chosen, rejected = (join(messages_of(_value(record, names), "assistant")) for names in columns)
     prompt = [] if any(turn["role"] == "user" for turn in chosen) else messages_of(record.get("prompt"))
     messages = [*prompt, *chosen[:-1]]
-    exchange = _answered(_with_context(record, messages), chosen[-1:], tools)
+    exchange = _answered(_with_context(record, messages, format), chosen[-1:], tools)
     if isinstance(exchange, Exchange) and rejected and rejected[-1]["role"] == "assistant":
         return replace(exchange, rejected=rejected[-1]["content"])
     return exchange
 
 
-def _with_context(record: Record, messages: list[Message]) -> list[Message]:
-    """The messages after what the columns `history` and `system` hold."""
-    history = from_json(_value(record, HISTORY))
+def _with_context(record: Record, messages: list[Message], format: Format) -> list[Message]:
+    """The messages after what the columns of earlier turns and of a system message hold."""
+    history = from_json(_value(record, format.history))
     earlier: list[Message] = []
     for turn in _as_list(history):
         if isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn):

@@ -232,10 +232,11 @@ def read_data(
     data = load_dataset(config.data, tokenizer, stops, config.seed, cache, seen, say)
     architecture = AutoConfig.from_pretrained(start.base_or_self.folder, trust_remote_code=False).get_text_config()
     highest = max(token for e in data.all for token in (*e.prompt_ids, *e.real_ids))
-    if highest >= architecture.vocab_size:
+    known = getattr(architecture, "vocab_size", None)
+    if known is not None and highest >= known:
         raise UserError(
             f"the tokenizer has tokens that the model has no embedding for, such as {highest} "
-            f"({brief(tokenizer.convert_ids_to_tokens(highest), 40)}): the model knows {architecture.vocab_size}. "
+            f"({brief(tokenizer.convert_ids_to_tokens(highest), 40)}): the model knows {known}. "
             "Resize its embedding (resize_token_embeddings) and save it, or use its own tokenizer."
         )
     context = getattr(architecture, "max_position_embeddings", None)

@@ -87,6 +87,13 @@ def test_columns_that_are_not_read():
     assert read(*rows)[2] == ["note: columns of the data that are not read: source, topic"]
 
 
+def test_history_that_is_no_list():
+    row = {"prompt": "Name a tree.", "response": "Oak.", "history": "They met at noon."}
+    assert read(row)[:2] == ([], {"history that is no list": 1})
+    found, _, said = read(chat(ASK, TELL, history="of Rome"))  # a topic, for all we know
+    assert found == [[ASK, TELL]] and said == ["note: columns of the data that are not read: history"]
+
+
 def test_chosen_answer_is_said_once():
     rows = [{"prompt": "Name a tree.", "chosen": text, "rejected": "Pike."} for text in ("Oak.", "Fir.")]
     assert read(*rows)[2] == ["note: of two answers, the chosen (or real) one is the human answer"]
