@@ -58,7 +58,12 @@ for resolver in (slug, basename, run_folder):
 
 
 def rename(word: str) -> str:
-    """The override `word` under its key's new name, with a printed note for an old one."""
+    """The override `word` under its key's new name, with a printed note for an old one.
+
+    `data.template_options` gets Hydra's "++": its keys are the template's own, so that none of them is known here.
+    """
+    if word.startswith("data.template_options"):
+        return f"++{word}"
     for old, new in RENAMED.items():
         if re.match(rf"[+~]*{re.escape(old)}(=|$)", word):
             note_renamed(old, new)

@@ -17,6 +17,7 @@ READ_BY = {
     "engine.zero_stage": ("deepspeed",),
     "engine.offload_optimizer": ("deepspeed",),
 }
+RESERVED = {"add_generation_prompt", "messages", "tools"}  # variables of a chat template that are no options
 RENAMED = {"generation.answers": "generation.num_answers"}  # old key -> new key; both are accepted
 
 
@@ -64,6 +65,9 @@ def _data_rules(config: Config) -> Iterator[Rule]:
     data, generation = config.data, config.generation
     has_prompt = data.template in ("chat", "paper") or "{prompt}" in data.template
     yield has_prompt, "data.template", "must be chat, paper, or a text with {prompt} in it"
+    yield data.template == "chat" or not data.template_options, "data.template_options", "goes with data.template=chat"
+    free = not RESERVED & data.template_options.keys()
+    yield free, "data.template_options", f"must not set {', '.join(sorted(RESERVED))}, which the data decides"
     named = data.path is not None or data.package is not None
     yield named, "data.path", "must name the data: a file, a folder or a Hugging Face name"
     yield data.max_length > data.max_prompt_length, "data.max_length", "must exceed data.max_prompt_length"
@@ -71,6 +75,8 @@ def _data_rules(config: Config) -> Iterator[Rule]:
     yield ordered, "data.max_response_length", "must be data.min_response_length or more"
     varied = generation.num_answers == 1 or generation.temperature > 0
     yield varied, "generation.num_answers", "all answers to a prompt are the same at generation.temperature=0"
+    single = generation.num_answers == 1 or data.generated == "model"
+    yield single, "generation.num_answers", "data.generated=file has one answer to a prompt"
     can_measure = config.evaluation.enabled and data.held_out > 0
     yield config.stage == "game" or can_measure, "stage", "needs evaluation.enabled=true and data.held_out of 1 or more"
     compares = config.evaluation.against is not None

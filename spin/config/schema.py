@@ -60,9 +60,11 @@ class DataConfig(Section):
     package: str | None
     package_sha256: str | None
     file: str | None
-    format: Literal["auto", "messages", "prompt", "alpaca", "sharegpt", "chitchat"]
+    format: Literal["auto", "messages", "prompt", "alpaca", "sharegpt", "preference", "chitchat"]
+    generated: Literal["model", "file"]
     turns: Literal["first", "all"]
     template: str
+    template_options: dict[str, Any]
     filter: Literal["none", "prose"]
     size: Count | None
     held_out: CountOrZero

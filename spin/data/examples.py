@@ -3,20 +3,22 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from spin.config.schema import DataConfig
-from spin.data.formats import Exchange, Message, exchanges
+from spin.data.formats import exchanges
+from spin.data.messages import Exchange, Message
 from spin.data.prose import is_prose, is_prose_answer
 from spin.data.sources import read_records
-from spin.data.templates import encode_prompts, encode_responses, end_of_turn, special_texts
+from spin.data.templates import ChatTemplate, encode_exchanges, end_of_turn, special_texts
 from spin.runtime.errors import UserError
 from spin.runtime.random import seed_of
 
 _Candidate = tuple[str, Exchange]  # hash of the content, and the content
+REJECTED: Message = {"role": "assistant"}
 BLOCK = 512  # prompts tokenised together: enough for the tokenizer's threads, few beyond what a small set needs
 
 # End tokens of common chat templates, which data sets carry over, whatever tokenizer is used here.
@@ -33,6 +35,7 @@ class Example:
     real: str
     real_ids: tuple[int, ...]  # ends with one end token, unless the answer was cut
     opening: str = ""  # hash of the first user message: examples that share it count as the same prompt
+    rejected: tuple[int, ...] = ()  # with data.generated=file: the token ids of the data's other answer
 
 
 @dataclass
@@ -61,6 +64,7 @@ def load_dataset(
     seed: int,
     cache: Path,
     seen: Collection[str] = frozenset(),
+    say: Callable[[str], None] = lambda text: None,
 ) -> Dataset:
     """Read, check, order, encode and split the data set.
 
@@ -70,18 +74,28 @@ def load_dataset(
     smaller training set is part of a larger one.
 
     `stop_ids` are the tokens at which the model stops generating; `seen` holds the `opening` of the prompts that the
-    model was trained on, which are never held out. `cache` keeps downloaded files.
+    model was trained on, which are never held out. `cache` keeps downloaded files. `say` gets a line for each thing in the
+    data or the template that a user should know of.
 
     Raises UserError: the source cannot be read, the template does not fit the tokenizer, or too few examples are left.
     """
     counts: Counter[str] = Counter(read=0, kept=0)
-    end = end_of_turn(tokenizer, stop_ids, config.template)  # first: a wrong template fails before the reading
+    # First: a wrong template fails before the reading.
+    end = end_of_turn(tokenizer, stop_ids, config.template, config.template_options)
+    chat = ChatTemplate(tokenizer, config.template_options) if config.template == "chat" else None
+    for note in chat.notes(stop_ids) if chat else ():
+        say(note)
     records = read_records(config, cache, counts)
-    checked = _check(exchanges(records, config, counts), special_texts(tokenizer), config.filter, counts)
+    found = exchanges(records, config, counts, chat is not None and chat.takes_tools, say)
+    checked = _check(found, special_texts(tokenizer), config, counts)
+    if chat and not chat.takes_system and any(_has_system(exchange) for exchange in checked.values()):
+        say("note: the chat template takes no system message: its text goes before the next user message")
     candidates = sorted(checked.items(), key=lambda candidate: seed_of(seed, candidate[0]))
     if config.filter == "prose":
         candidates = _unique_prompts(candidates, counts)
-    dataset = _split(candidates, _encode(candidates, tokenizer, end, config), config, counts, seen)
+    dataset = _split(candidates, _encode(candidates, tokenizer, end, config, chat), config, counts, seen)
+    if chat and chat.refusal:
+        say(f"note: dropped and counted: {chat.refusal}")
     if not dataset.train:
         raise UserError(
             f"data: too little is left: data.held_out={config.held_out} and data.validation={config.validation} prompts "
@@ -93,47 +107,74 @@ def load_dataset(
 
 
 def _check(
-    found: Iterator[Exchange], specials: Sequence[str], filter: str, counts: Counter[str]
+    found: Iterator[Exchange], specials: Sequence[str], config: DataConfig, counts: Counter[str]
 ) -> dict[str, Exchange]:
     """Clean all exchanges, whatever `data.size`; return the valid ones under a hash of their content."""
     checked: dict[str, Exchange] = {}
-    for messages, response in found:
-        messages = [
-            {**turn, "content": _strip_end(turn["content"], specials if turn["role"] == "assistant" else None)}
-            for turn in messages
-        ]
-        messages = [turn for turn in messages if turn["content"] or turn["role"] != "system"]
-        response = _strip_end(response, specials)
-        reason = _why_dropped(messages, response, specials, filter)
-        id = _hash(json.dumps([[[turn["role"], turn["content"]] for turn in messages], response]))
+    keep_blanks = config.template != "chat"  # a chat template strips texts, a text template takes them as they are
+    for exchange in found:
+        turns = [_clean(turn, specials, keep_blanks) for turn in [*exchange.messages, exchange.answer]]
+        turns = [turn for turn in turns if turn["content"].strip() or turn["role"] != "system"]
+        exchange = replace(exchange, messages=turns[:-1], answer=turns[-1])
+        reason = _why_dropped(exchange, specials, config.filter)
+        if reason is None and config.generated == "file":
+            other = _clean({"role": "assistant", "content": exchange.rejected or ""}, specials, keep_blanks)
+            exchange = replace(exchange, rejected=other["content"])
+            reason = _why_dropped(replace(exchange, answer=other), specials, "none")
+            reason = reason and f"rejected answer: {reason}"
+        tools = [exchange.tools] if exchange.tools else []
+        id = _hash(
+            json.dumps([[_identity(turn) for turn in turns[:-1]], *_identity(turns[-1])[1:], *tools], default=str)
+        )
         if reason is None and id in checked:
             reason = "duplicate"
         if reason is None:
-            checked[id] = (messages, response)
+            checked[id] = exchange
         else:
             counts[reason] += 1
     return checked
 
 
-def _strip_end(text: str, specials: Sequence[str] | None) -> str:
-    """Return the text without surrounding blanks and, unless `specials` is None, without end marks at its end."""
-    marks = () if specials is None else (*specials, *END_MARKS)
-    text = text.strip()
-    while mark := next((mark for mark in marks if text.endswith(mark)), None):
-        text = text.removesuffix(mark).rstrip()
-    return text
+def _identity(message: Message) -> list[Any]:
+    """What makes a message: its role, its text, and whatever else a template may render."""
+    rest = {key: value for key, value in message.items() if key not in ("role", "content", "learn")}
+    return [message["role"], message["content"].strip(), *([rest] if rest else [])]
 
 
-def _why_dropped(messages: list[Message], response: str, specials: Sequence[str], filter: str) -> str | None:
-    texts = [*(message["content"] for message in messages), response]
-    if not all(texts):
+def _has_system(exchange: Exchange) -> bool:
+    return any(turn["role"] == "system" for turn in exchange.messages)
+
+
+def _clean(message: Message, specials: Sequence[str], keep_blanks: bool) -> Message:
+    """Return the message without surrounding blanks and, if it is an assistant's, without end marks at its end."""
+    text = message["content"]
+    bare = text.strip()
+    marks = (*specials, *END_MARKS) if message["role"] == "assistant" else ()
+    while mark := next((mark for mark in marks if bare.endswith(mark)), None):
+        bare = bare.removesuffix(mark).rstrip()
+    if keep_blanks:
+        start = text[: len(text) - len(text.lstrip())]
+        bare = text if bare == text.strip() else start + bare
+    return {**message, "content": bare}
+
+
+def _why_dropped(exchange: Exchange, specials: Sequence[str], filter: str) -> str | None:
+    turns = [*exchange.messages, exchange.answer]
+    if any(not turn["content"].strip() for turn in turns if turn["role"] != "tool" and "tool_calls" not in turn):
         return "empty"
+    texts = [turn["content"] for turn in turns]
+    texts += [
+        json.dumps(_identity(turn)[2:], ensure_ascii=False, default=str) for turn in turns if len(_identity(turn)) > 2
+    ]
+    texts += [json.dumps(exchange.tools, ensure_ascii=False, default=str)] * bool(exchange.tools)
     # JSON can hold half a surrogate pair ("\ud83d"), which no tokenizer accepts.
     if any("\ud800" <= character <= "\udfff" for text in texts if not text.isascii() for character in text):
         return "broken characters"
     if any(special in text for text in texts for special in specials):
         return "special token in text"
-    if filter == "prose" and not (is_prose(messages[-1]["content"]) and is_prose_answer(response)):
+    if filter == "prose" and not (
+        is_prose(texts[len(exchange.messages) - 1]) and is_prose_answer(turns[-1]["content"])
+    ):
         return "not prose"
     return None
 
@@ -145,25 +186,55 @@ def _hash(text: str) -> str:
 def _unique_prompts(candidates: list[_Candidate], counts: Counter[str]) -> list[_Candidate]:
     first: dict[tuple[str, ...], _Candidate] = {}
     for candidate in candidates:
-        first.setdefault(tuple(turn["content"] for turn in candidate[1][0]), candidate)
+        first.setdefault(tuple(turn["content"] for turn in candidate[1].messages), candidate)
     counts["repeated prompt"] += len(candidates) - len(first)
     return list(first.values())
 
 
-def _encode(candidates: list[_Candidate], tokenizer: Any, end: int, config: DataConfig) -> Iterator[Example | str]:
+def _encode(
+    candidates: list[_Candidate], tokenizer: Any, end: int, config: DataConfig, chat: ChatTemplate | None
+) -> Iterator[Example | str]:
     """Yield the example of each candidate, or the reason why it is dropped; tokenise one block at a time."""
     for start in range(0, len(candidates), BLOCK):
         block = candidates[start : start + BLOCK]
-        prompts = encode_prompts(tokenizer, [messages for _, (messages, _) in block], config.template)
-        responses = encode_responses(tokenizer, prompts, [response for _, (_, response) in block], config.template)
-        for candidate, (_, prompt_ids), response_ids in zip(block, prompts, responses, strict=True):
-            yield _example(candidate, prompt_ids, response_ids, end, config)
+        encoded = encode_exchanges(tokenizer, [exchange for _, exchange in block], config.template, chat)
+        examples = [
+            ids if isinstance(ids, str) else _example(c, *ids, end, config)
+            for c, ids in zip(block, encoded, strict=True)
+        ]
+        yield from (
+            _with_rejected(block, examples, tokenizer, end, config, chat) if config.generated == "file" else examples
+        )
+
+
+def _with_rejected(
+    block: list[_Candidate],
+    examples: list[Example | str],
+    tokenizer: Any,
+    end: int,
+    config: DataConfig,
+    chat: ChatTemplate | None,
+) -> Iterator[Example | str]:
+    """Yield each example with the ids of its rejected answer, encoded as its human one, or why there are none."""
+    others = [(id, replace(exchange, answer=REJECTED | {"content": exchange.rejected})) for id, exchange in block]
+    encoded = encode_exchanges(tokenizer, [exchange for _, exchange in others], config.template, chat)
+    for example, candidate, ids in zip(examples, others, encoded, strict=True):
+        if isinstance(example, str):
+            yield example
+            continue
+        other = ids if isinstance(ids, str) else _example(candidate, *ids, end, config)
+        if isinstance(other, str):
+            yield f"rejected answer: {other}"
+        elif other.prompt_ids != example.prompt_ids:
+            yield "rejected answer: after another prompt"
+        else:
+            yield replace(example, rejected=other.real_ids)
 
 
 def _example(
     candidate: _Candidate, prompt_ids: list[int], response_ids: list[int], end: int, config: DataConfig
 ) -> Example | str:
-    id, (messages, response) = candidate
+    id, exchange = candidate
     # A prompt is never cut: it ends with the template's header for the answer and may start with the question.
     if len(prompt_ids) > config.max_prompt_length:
         return "prompt too long"
@@ -179,14 +250,14 @@ def _example(
         real_ids = real_ids[:limit]  # without the end token: the human did not stop here
     if len(real_ids) < config.min_response_length:
         return "answer too short"
-    turns = [turn for turn in messages if turn["role"] != "system"]
+    turns = [turn for turn in exchange.messages if turn["role"] != "system"]
     prompt = "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns)
     first = next(turn["content"] for turn in turns if turn["role"] == "user")
     return Example(
         id,
         prompt if len(turns) > 1 else turns[0]["content"],
         tuple(prompt_ids),
-        response,
+        exchange.answer["content"],
         tuple(real_ids),
         # The first user message alone: so no later turn can show a held-out answer as its history.
         opening=_hash(" ".join(first.split()).casefold()),

@@ -3,35 +3,53 @@
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from spin.config.schema import DataConfig
+from spin.data.messages import (
+    BROKEN,
+    Exchange,
+    Message,
+    alternating,
+    answers_of,
+    broken,
+    from_json,
+    join,
+    messages_of,
+    why_none,
+)
 from spin.runtime.errors import UserError, brief
 
 Record = dict[str, Any]
-Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
-Exchange = tuple[list[Message], str]  # messages that end with the user's, and the human answer to them
-ROLES = {
-    "system": "system",
-    **dict.fromkeys(("user", "human"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard"), "assistant"),
-}
+SYSTEM, HISTORY, TOOLS, INPUT = ("system", "system_prompt"), ("history",), "tools", ("input", "context")
+CONTEXT = (*SYSTEM, TOOLS, "id")  # columns that are read with every format
 
 
-def messages_of(value: Any, role: str = "user") -> list[Message]:
-    """The messages in a column: a text is one message of `role`, a list is read up to its first invalid item."""
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    messages: list[Message] = []
-    for message in _as_list(value):
-        if not isinstance(message, dict):
-            break
-        speaker, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
-        if not isinstance(speaker, str) or speaker.lower() not in ROLES or not isinstance(content, str):
-            break
-        messages.append({"role": ROLES[speaker.lower()], "content": content})
-    return messages
+@dataclass(frozen=True)
+class Format:
+    """A record format. `data.format=auto` takes the first one whose columns a record has."""
+
+    columns: tuple[str, ...]  # one of them holds the conversation
+    answers: tuple[str, ...] = ()  # one of them holds the answer; none: the answers stand in the conversation
+    parse: Callable[[Record], list[Message]] | None = None  # for another layout than `messages_of` reads
+    others: tuple[str, ...] = ()  # columns that are read where they are there
+    rejected: tuple[str, ...] = ()  # one of them holds the answer that is set against the human one
+    pinned: bool = False  # the pinned set has it, which is cut into records with the ids <name>_0, <name>_30, ...
+
+    def missing_columns(self, names: Iterable[str]) -> str | None:
+        needed = [group for group in (self.columns, self.answers, self.rejected) if group]
+        return next((" or ".join(group) for group in needed if not set(names) & set(group)), None)
+
+    @property
+    def history(self) -> tuple[str, ...]:
+        """The columns that hold earlier turns: none where the conversation itself does."""
+        return HISTORY if self.answers else ()
+
+    @property
+    def read(self) -> set[str]:
+        """All columns that are read."""
+        return {*self.columns, *self.answers, *self.others, *self.rejected, *CONTEXT, *self.history}
 
 
 def _chitchat(record: Record) -> list[Message]:
@@ -46,7 +64,7 @@ def _chitchat(record: Record) -> list[Message]:
 
 def _instruction(record: Record) -> list[Message]:
     """An Alpaca instruction, followed by its input if there is one."""
-    instruction, context = record.get("instruction"), record.get("input")
+    instruction, context = record.get("instruction"), _value(record, INPUT)
     if isinstance(instruction, str) and isinstance(context, str) and context.strip():
         instruction = f"{instruction.strip()}\n\n{context.strip()}"
     return messages_of(instruction)
@@ -56,89 +74,136 @@ def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-@dataclass(frozen=True)
-class Format:
-    """A record format. `data.format=auto` takes the first one whose columns a record has."""
-
-    column: str  # holds the conversation
-    answers: tuple[str, ...] = ()  # columns that may hold the answer; none: the answers stand in the conversation
-    parse: Callable[[Record], list[Message]] | None = None  # for another layout than `messages_of` reads
-    in_parts: bool = False  # a long conversation is several records with the ids <name>_0, <name>_30, ...
-
-    def missing_columns(self, record: Record) -> str | None:
-        needed = [(self.column,), self.answers] if self.answers else [(self.column,)]
-        return next((" or ".join(names) for names in needed if not record.keys() & set(names)), None)
+def _value(record: Record, names: Iterable[str]) -> Any:
+    """The first of the columns that is not null."""
+    return next((record[name] for name in names if record.get(name) is not None), None)
 
 
 FORMATS = {
-    "messages": Format("messages"),
-    "sharegpt": Format("conversations", in_parts=True),
-    "alpaca": Format("instruction", answers=("output",), parse=_instruction),
-    "prompt": Format("prompt", answers=("response", "completion", "answer")),
-    "chitchat": Format("messages", parse=_chitchat),
+    "preference": Format(("chosen", "real"), others=("prompt",), rejected=("rejected", "generated")),
+    "messages": Format(("messages", "conversation", "dialogue")),
+    "sharegpt": Format(("conversations",), pinned=True),
+    "alpaca": Format(("instruction",), answers=("output", "response"), parse=_instruction, others=INPUT),
+    "prompt": Format(("prompt", "question"), answers=("response", "completion", "answer")),
+    "chitchat": Format(("messages",), parse=_chitchat),
 }
 
 
-def exchanges(records: Iterable[Record], config: DataConfig, counts: Counter[str]) -> Iterator[Exchange]:
-    """Yield the first exchange of each record, or with `config.turns=all` every one.
+def exchanges(
+    records: Iterable[Record],
+    config: DataConfig,
+    counts: Counter[str],
+    renders_tools: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+) -> Iterator[Exchange]:
+    """Yield the first exchange of each record, or with `config.turns=all` every one; `say` what is not read.
 
-    `counts["read"]` grows by the number of exchanges, and by one for each record without any, whose reason is counted.
+    `counts["read"]` grows by the number of answers, and by one for each record without any; what is not yielded is
+    counted with its reason. `renders_tools`: the template knows tools, so that calls and results can be history.
 
-    Raises UserError: the first record lacks the format's columns, or fits no known format.
+    Raises UserError: no record has the format's columns, or a known format's.
     """
-    name = None
+    first: Record | None = None
+    unread: dict[str, None] = {}
+    formats: set[str] = set()
     for record in records:
-        if name is None:
-            name = _detect(record) if config.format == "auto" else config.format
-            if missing := FORMATS[name].missing_columns(record):
-                raise UserError(f"data.format={name}: no column {missing}; there are {_column_names(record)}")
-        found, reason = _read(record, FORMATS[name])
+        first = record if first is None else first
+        name = _detect(record) if config.format == "auto" else config.format
+        if name is None or FORMATS[name].missing_columns(record):
+            counts.update({"read": 1, "unknown columns": 1})
+            continue
+        formats.add(name)
+        unread |= dict.fromkeys(key for key in record if record[key] is not None and key not in FORMATS[name].read)
+        found = _read(record, name, config, renders_tools)
         if config.turns == "first":
-            found = found[:1]
-        counts["read"] += max(len(found), 1)
-        if not found:
-            counts[reason] += 1
-        yield from found
+            found = sorted(found, key=lambda item: isinstance(item, str))[:1]  # the first that can be learnt
+        for item in found:
+            counts["read"] += 1
+            if isinstance(item, str):
+                counts[item] += 1
+            else:
+                yield item
+    if first is not None and not formats:
+        raise UserError(_no_format(first, config.format))
+    if "preference" in formats:
+        say("note: of two answers, the chosen (or real) one is the human answer")
+    if unread:
+        say(f"note: columns of the data that are not read: {_column_names(unread)}")
 
 
-def _detect(record: Record) -> str:
+def _no_format(record: Record, name: str) -> str:
+    if name == "auto":
+        return f"data.format=auto: no known format has {_column_names(record)}; rename them, or set data.format"
+    return f"data.format={name}: no column {FORMATS[name].missing_columns(record)}; there are {_column_names(record)}"
+
+
+def _detect(record: Record) -> str | None:
+    """The first format whose columns the record has; null counts as absent if another format fits."""
     if any(isinstance(turn, list) for turn in _as_list(record.get("messages"))[:1]):
         return "chitchat"
-    for name, format in FORMATS.items():
-        if not format.missing_columns(record):
-            return name
-    raise UserError(f"data.format=auto: no known format has {_column_names(record)}; rename them, or set data.format")
+    for names in ([name for name in record if record[name] is not None], record):
+        for name, format in FORMATS.items():
+            if not format.missing_columns(names):
+                return name
+    return None
 
 
-def _read(record: Record, format: Format) -> tuple[list[Exchange], str]:
-    """The exchanges in a record, and the reason if there are none."""
-    name = record.get("id")
-    if format.in_parts and isinstance(name, str) and re.search(r"_0*[1-9][0-9]*$", name):
-        return [], "not a conversation's start"
-    messages = format.parse(record) if format.parse else messages_of(record.get(format.column))
+def _read(record: Record, name: str, config: DataConfig, renders_tools: bool) -> list[Exchange | str]:
+    """The answers in a record, or the reason why each can't be read; one reason if there are none."""
+    format, id = FORMATS[name], record.get("id")
+    # Rules of the pinned set alone: elsewhere a number in an id says nothing.
+    is_pinned = format.pinned and config.path is None
+    if is_pinned and isinstance(id, str) and re.search(r"_0*[1-9][0-9]*$", id):
+        return ["not a conversation's start"]
+    tools = from_json(record.get(TOOLS)) if renders_tools else None
+    tools = tools if isinstance(tools, list) and tools else None
+    if format.rejected:
+        return [_preferred(record, format, tools)]
+    messages = format.parse(record) if format.parse else messages_of(_value(record, format.columns))
+    messages = alternating(messages) if is_pinned else _with_context(record, messages, format)
     if not format.answers:
-        return _alternating(messages)
-    column = next((name for name in format.answers if record.get(name) is not None), format.answers[0])
-    answer = messages_of(record.get(column), "assistant")
-    if not messages or messages[-1]["role"] != "user":
-        return [], "no prompt"
-    if not answer or answer[0]["role"] != "assistant":
-        return [], "no answer"
-    return [(messages, answer[0]["content"])], ""
+        return answers_of(messages, tools) or [why_none(messages)]
+    return [_answered(messages, messages_of(_value(record, format.answers), "assistant"), tools)]
 
 
-def _alternating(messages: list[Message]) -> tuple[list[Exchange], str]:
-    """Every answer with the messages before it, as long as user and assistant alternate; and the reason if none."""
-    start = 1 if messages and messages[0]["role"] == "system" else 0
-    found: list[Exchange] = []
-    for number, message in enumerate(messages[start:]):
-        if message["role"] != ("user", "assistant")[number % 2]:
-            break
-        if message["role"] == "assistant":
-            found.append((messages[: start + number], message["content"]))
-    has_prompt = len(messages) > start and messages[start]["role"] == "user"
-    return found, "no answer" if has_prompt else "no prompt"
+def _answered(messages: list[Message], answer: list[Message], tools: list[Any] | None) -> Exchange | str:
+    """The exchange of a prompt and of an answer that stands in a column of its own."""
+    if not messages or messages[-1]["role"] not in ("user", "tool"):
+        return why_none(messages) if any(turn["role"] == BROKEN for turn in messages) else "no prompt"
+    if not answer or answer[-1]["role"] != "assistant":
+        return why_none(answer) if answer and answer[-1]["role"] == BROKEN else "no answer"
+    return (answers_of(join([*messages, *answer]), tools) or ["no prompt"])[-1]
 
 
-def _column_names(record: Record) -> str:
-    return brief(", ".join(str(name) for name in list(record)[:12]), 300) or "no columns"
+def _preferred(record: Record, format: Format, tools: list[Any] | None) -> Exchange | str:
+    """The exchange of the better of two answers, which may hold the prompt, too; the other one stands beside it."""
+    columns = (format.columns, format.rejected)
+    chosen, rejected = (join(messages_of(_value(record, names), "assistant")) for names in columns)
+    prompt = [] if any(turn["role"] == "user" for turn in chosen) else messages_of(record.get("prompt"))
+    messages = [*prompt, *chosen[:-1]]
+    exchange = _answered(_with_context(record, messages, format), chosen[-1:], tools)
+    if isinstance(exchange, Exchange) and rejected and rejected[-1]["role"] == "assistant":
+        return replace(exchange, rejected=rejected[-1]["content"])
+    return exchange
+
+
+def _with_context(record: Record, messages: list[Message], format: Format) -> list[Message]:
+    """The messages after what the columns of earlier turns and of a system message hold."""
+    history = from_json(_value(record, format.history))
+    earlier: list[Message] = []
+    for turn in _as_list(history):
+        if isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn):
+            earlier += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), turn, strict=True)]
+        else:
+            earlier += messages_of([turn])
+    if isinstance(history, str) and history.strip():
+        earlier = [broken("history that is no list")]
+    messages = join([*earlier, *messages])
+    system = _value(record, SYSTEM)
+    if isinstance(system, str) and system.strip() and not (messages and messages[0]["role"] == "system"):
+        messages = [{"role": "system", "content": system}, *messages]
+    return messages
+
+
+def _column_names(names: Iterable[str]) -> str:
+    return brief(", ".join(str(name) for name in list(names)[:12]), 300) or "no columns"

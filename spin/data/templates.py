@@ -1,25 +1,31 @@
 """Templates: the one place where conversations become text and token ids."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from spin.data.formats import Message
+from spin.data.messages import Exchange, Message
 from spin.runtime.errors import UserError, brief, explaining
 
 PAPER_TEMPLATE = "### Instruction: {prompt}\n\n### Response: "
 ANCHOR = "\n"  # see encode_responses
-SENTINEL = "Sentinel"  # the answer that end_of_turn looks for in a rendered conversation
+SENTINEL = "Sentinel"  # the text whose surroundings are looked up in a rendered conversation
+QUESTION = {"role": "user", "content": "Question"}
+NO_OPTIONS: Mapping[str, Any] = {}
 
 
 def encode_prompts(
-    tokenizer: Any, conversations: Sequence[list[Message]], template: str
+    tokenizer: Any, conversations: Sequence[list[Message]], template: str, options: Mapping[str, Any] = NO_OPTIONS
 ) -> list[tuple[str, list[int]]]:
     """Return the text and the token ids (with one BOS if the tokenizer uses it) of each prompt.
 
-    `template` is `chat` (the tokenizer's own), `paper`, or a text with `{prompt}` in it. Raises UserError: the tokenizer
-    has no chat template, or its template refuses the messages.
+    `template` is `chat` (the tokenizer's own, which gets `options`), `paper`, or a text with `{prompt}` in it. Raises
+    UserError: the tokenizer has no chat template, or its template refuses the messages.
     """
-    texts = [render_prompt(tokenizer, messages, template) for messages in conversations]
+    chat = ChatTemplate(tokenizer, options) if template == "chat" and conversations else None
+    texts = [
+        chat.prompt(messages) if chat else render_text(tokenizer, messages, template) for messages in conversations
+    ]
     return list(zip(texts, _encode_sequences(tokenizer, texts, template), strict=True))
 
 
@@ -59,14 +65,11 @@ def _encode_sequences(tokenizer: Any, texts: list[str], template: str) -> list[l
     return encoded
 
 
-def render_prompt(tokenizer: Any, messages: list[Message], template: str) -> str:
-    """Return a prompt's text up to the start of the answer. Raises UserError as `encode_prompts` does.
+def render_text(tokenizer: Any, messages: list[Message], template: str) -> str:
+    """Return a prompt's text up to the start of the answer, as a text template renders it.
 
-    A text template renders earlier turns as template, answer, EOS, and puts a system message before the first user
-    message.
+    Earlier turns are template, answer, EOS; a system message stands before the next user message.
     """
-    if template == "chat":
-        return render_chat(tokenizer, messages, add_generation_prompt=True)
     # A command line passes a line feed as the two characters \n.
     pattern = PAPER_TEMPLATE if template == "paper" else template.replace("\\n", "\n")
     system = text = ""
@@ -82,7 +85,7 @@ def render_prompt(tokenizer: Any, messages: list[Message], template: str) -> str
     return text
 
 
-def render_chat(tokenizer: Any, messages: list[Message], **options: Any) -> str:
+def render_chat(tokenizer: Any, messages: Sequence[Message], **options: Any) -> str:
     """Return the conversation as the tokenizer's chat template renders it, on a fixed date if it prints one."""
     advice = "set data.template=paper or a text with {prompt} in it"
     if not tokenizer.chat_template:
@@ -90,24 +93,188 @@ def render_chat(tokenizer: Any, messages: list[Message], **options: Any) -> str:
     roles = brief(", ".join(message["role"] for message in messages))
     # A template is a program that comes with the model and may raise anything.
     with explaining(f"data.template=chat: the tokenizer's chat template refuses messages of {roles}", advice):
-        source = tokenizer.get_chat_template()
+        source = tokenizer.get_chat_template(tools=options.get("tools"))
         if "strftime_now" in source:
             source = "{% macro strftime_now(format) %}01 Jan 2026{% endmacro %}" + source
-        return tokenizer.apply_chat_template(messages, tokenize=False, chat_template=source, **options)
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, chat_template=source, **options)
 
 
-def end_of_turn(tokenizer: Any, stop_ids: Collection[int], template: str) -> int:
+@dataclass(frozen=True)
+class Split:
+    """A conversation as the chat template renders it, up to where the answer is generated, and from there on."""
+
+    prompt: str
+    response: str  # up to the end token
+
+
+class ChatTemplate:
+    """A tokenizer's chat template with `options`: where it puts an answer, and which messages it knows.
+
+    A prompt ends where the answer begins in the conversation as the template renders it, with what stands before every
+    answer (an empty thought, for example). So this text is part of no answer, human or generated. Blanks at the end go
+    with the answer: most tokenizers join them to its first word.
+
+    Raises UserError: there is no chat template, or it refuses the simplest conversation, or leaves its answer out.
+    """
+
+    def __init__(self, tokenizer: Any, options: Mapping[str, Any] = NO_OPTIONS):
+        self.tokenizer, self.options = tokenizer, dict(options)
+        self.head, self.tail = self._around([QUESTION])
+        self.opened = self._render([QUESTION], add_generation_prompt=True)
+        if not self.head:
+            raise UserError(
+                "data.template=chat: the tokenizer's chat template leaves the answer out; set data.template"
+            )
+        system = [{"role": "system", "content": SENTINEL}, QUESTION, {"role": "assistant", "content": "Answer"}]
+        try:
+            self.takes_system = SENTINEL in self._render(system)
+        except UserError:
+            self.takes_system = False
+        source = str(tokenizer.chat_template)
+        self.takes_tools = "tool_calls" in source and "tools" in source
+        self.refusal = ""  # what the template says of the first messages that it refuses
+
+    @property
+    def end(self) -> int | None:
+        """The token that follows an answer; None if plain text or nothing does."""
+        known = {*self.tokenizer.added_tokens_decoder, *self.tokenizer.all_special_ids}
+        ids = token_ids(self.tokenizer, [self.tail])[0]
+        named = [token for token in ids if token in known]  # some tokenizers have runs of blanks among these
+        return next((token for token in named if str(self.tokenizer.convert_ids_to_tokens(token)).strip()), None)
+
+    def prompt(self, messages: list[Message], tools: list[Any] | None = None) -> str:
+        """Return the text up to the start of a plain answer. Raises UserError: the template refuses the messages."""
+        return _cut(self._around(self.fit(messages), tools)[0])
+
+    def split(self, exchange: Exchange) -> Split | str:
+        """Return the exchange's two texts, or why there are none.
+
+        An answer that brings a thought of its own starts at the generation prompt, where others have an empty thought.
+        """
+        messages, tools = self.fit(exchange.messages), _given(exchange.tools)
+        try:
+            opened = self._render(messages, add_generation_prompt=True, **tools)
+            head, tail = self._around(messages, exchange.tools)
+            whole = self._render([*messages, exchange.answer], **tools)
+        except UserError as error:
+            self.refusal = self.refusal or str(error)
+            return "refused by the template"
+        if not head or not whole.endswith(tail):
+            return "not rendered by the template"
+        body = whole.removesuffix(tail)
+        lost = "</think>" in exchange.answer["content"] and "</think>" not in body.removeprefix(_common(opened, body))
+        for prompt in (_cut(head), _cut(opened)):
+            if body.startswith(prompt) and not lost:
+                return Split(prompt, body.removeprefix(prompt) + self._closing(tail))
+        return "thought that the template has no place for"
+
+    def fit(self, messages: list[Message]) -> list[Message]:
+        """Return the messages with each system text put before the next user message if the template takes none."""
+        if self.takes_system:
+            return messages
+        fitted: list[Message] = []
+        system = ""
+        for message in messages:
+            if message["role"] == "system":
+                system += message["content"] + "\n\n"
+            elif message["role"] == "user":
+                fitted.append({**message, "content": system + message["content"]})
+                system = ""
+            else:
+                fitted.append(message)
+        return fitted
+
+    def notes(self, stop_ids: Collection[int]) -> Iterator[str]:
+        """Yield a line for each thing in the template that a user should know of."""
+        if self.head.startswith(self.opened):
+            added = self.head.removeprefix(self.opened)
+            if added.strip():
+                yield f"note: the chat template puts {added!r} before an answer; it is part of the prompt"
+        else:
+            common = _common(self.opened, self.head)
+            there, here = (
+                repr(text.removeprefix(common)) if text != common else "nothing" for text in (self.opened, self.head)
+            )
+            helps = "data.template to a text with {prompt} in it"
+            if "enable_thinking" in str(self.tokenizer.chat_template):
+                helps = "data.template_options={enable_thinking: false}, or " + helps
+            yield (
+                f"note: the chat template ends a prompt with {there}, where a whole conversation has {here} before an "
+                f"answer: prompts end as in the conversation here, for human and generated answers. To change it, set {helps}"
+            )
+        if self.end is None and self.tail.strip():
+            yield (
+                f"note: the chat template ends answers with {self.tail.strip()!r}, which is no token of the tokenizer: "
+                "it is learnt as text, and the tokenizer's end token follows"
+            )
+        if self.end is not None and self.end not in stop_ids:
+            name = self.tokenizer.convert_ids_to_tokens(self.end)
+            yield f"note: the chat template ends answers with {name}, so that generation stops there, too"
+
+    def _render(self, messages: Sequence[Message], **options: Any) -> str:
+        return render_chat(self.tokenizer, messages, **self.options, **options)
+
+    def _around(self, messages: list[Message], tools: list[Any] | None = None) -> tuple[str, str]:
+        """Return what stands before and after a plain answer to the messages, with all of them."""
+        text = self._render([*messages, {"role": "assistant", "content": SENTINEL}], **_given(tools))
+        head, _, tail = text.rpartition(SENTINEL)
+        return head, tail
+
+    def _closing(self, tail: str) -> str:
+        """Return what stands between an answer and its end token, or all of it if no token of the template ends it."""
+        if self.end is None:
+            return tail.rstrip()
+        return tail.partition(self.tokenizer.convert_ids_to_tokens(self.end))[0]
+
+
+def encode_exchanges(
+    tokenizer: Any, exchanges: Sequence[Exchange], template: str, chat: ChatTemplate | None
+) -> list[tuple[list[int], list[int]] | str]:
+    """Return the token ids of each prompt and of its answer without the end token, or why there are none.
+
+    `chat` is the tokenizer's template if `template` is chat.
+    """
+    if chat is None:
+        prompts = encode_prompts(tokenizer, [exchange.messages for exchange in exchanges], template)
+        texts = [exchange.answer["content"] for exchange in exchanges]
+        responses = encode_responses(tokenizer, prompts, texts, template)
+        return [(ids, response) for (_, ids), response in zip(prompts, responses, strict=True)]
+    splits = [chat.split(exchange) for exchange in exchanges]
+    rendered = [split for split in splits if isinstance(split, Split)]
+    texts = [split.prompt for split in rendered]
+    prompts = list(zip(texts, token_ids(tokenizer, texts), strict=True))
+    responses = encode_responses(tokenizer, prompts, [split.response for split in rendered], template)
+    encoded = iter([(ids, response) for (_, ids), response in zip(prompts, responses, strict=True)])
+    return [next(encoded) if isinstance(split, Split) else split for split in splits]
+
+
+def _given(tools: list[Any] | None) -> dict[str, Any]:
+    return {"tools": tools} if tools else {}
+
+
+def _cut(text: str) -> str:
+    """Return the text before an answer without blanks at its end."""
+    return text.rstrip(" \t")
+
+
+def _common(first: str, second: str) -> str:
+    """Return the start that two texts share."""
+    length = next(
+        (n for n, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )
+    return first[:length]
+
+
+def end_of_turn(
+    tokenizer: Any, stop_ids: Collection[int], template: str, options: Mapping[str, Any] = NO_OPTIONS
+) -> int:
     """Return the token that ends an answer. Raises UserError: the tokenizer has no EOS, or no chat template.
 
-    With the chat template, this is the first of `stop_ids` after a rendered answer, as in the model's own training;
-    with a text template, or if there is none, EOS.
+    With the chat template, this is the token that follows a rendered answer, as in the model's own training, if it is one
+    of `stop_ids` or a special one; with a text template, or if there is none, EOS.
     """
-    if template == "chat":
-        messages = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": SENTINEL}]
-        after_answer = render_chat(tokenizer, messages).rpartition(SENTINEL)[2]
-        for token in token_ids(tokenizer, [after_answer])[0]:
-            if token in stop_ids:
-                return token
+    if template == "chat" and (end := ChatTemplate(tokenizer, options).end) is not None:
+        return end
     if tokenizer.eos_token_id is None:
         raise UserError("the model's tokenizer has no end-of-sequence token: set its eos_token, or use another model")
     return tokenizer.eos_token_id

@@ -11,6 +11,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from spin.config.schema import Config
 from spin.data.examples import Dataset, load_dataset
+from spin.data.templates import end_of_turn
 from spin.engines.base import Engine, select_device, select_dtype
 from spin.engines.device_memory import release_free_memory
 from spin.engines.disk import policy_bytes
@@ -21,7 +22,7 @@ from spin.models.find import find_model
 from spin.models.load import load_policy, load_tokenizer, stop_ids
 from spin.models.policy import TRAINED_ON, Policy, trained_on
 from spin.pipeline.probes import adapter_size, check_adapter, check_libraries, check_routers
-from spin.runtime.errors import UserError
+from spin.runtime.errors import UserError, brief
 from spin.runtime.process_group import ProcessGroup, current_group
 from spin.runtime.progress import Progress
 from spin.runtime.store import Store
@@ -172,7 +173,12 @@ def prepare_run(config: Config, folder: Path, tracker: Tracker) -> Run:
         check_adapter(config, start, tracker)
         check_routers(config, start)
         check_libraries(config, start)
-    data = ranks.broadcast(read_data(config, start, against, tokenizer, stops) if ranks.is_main_process else None)
+    data = None
+    if ranks.is_main_process:
+        data = read_data(config, start, against, tokenizer, stops, tracker.say)
+    data = ranks.broadcast(data)
+    # A model that was never taught its template's end token would play on as the user.
+    stops |= {end_of_turn(tokenizer, stops, config.data.template, config.data.template_options)}
     models = Models(config, dtype, device, ranks, tracker)
     models.set_data(data)
     store = Store(Path(config.store.path), tracker.say)
@@ -213,14 +219,27 @@ def distinct_labels(paths: Sequence[str]) -> list[str]:
 
 
 def read_data(
-    config: Config, start: Policy, against: Policy | None, tokenizer: PreTrainedTokenizerBase, stops: frozenset[int]
+    config: Config,
+    start: Policy,
+    against: Policy | None,
+    tokenizer: PreTrainedTokenizerBase,
+    stops: frozenset[int],
+    say: Callable[[str], None],
 ) -> Dataset:
-    """The training and held-out examples. Raises UserError if one can exceed the model's context."""
+    """The training and held-out examples. Raises UserError if one has tokens, or can have a length, that the model lacks."""
     measured = [policy for policy in (start, against) if policy]
     seen = set().union(*(trained_on(policy.folder_with(TRAINED_ON)) for policy in measured))
     cache = Path(config.cache.path).expanduser()
-    data = load_dataset(config.data, tokenizer, stops, config.seed, cache, seen)
-    architecture = AutoConfig.from_pretrained(start.base_or_self.folder, trust_remote_code=False)
+    data = load_dataset(config.data, tokenizer, stops, config.seed, cache, seen, say)
+    architecture = AutoConfig.from_pretrained(start.base_or_self.folder, trust_remote_code=False).get_text_config()
+    highest = max(token for e in data.all for token in (*e.prompt_ids, *e.real_ids))
+    known = getattr(architecture, "vocab_size", None)
+    if known is not None and highest >= known:
+        raise UserError(
+            f"the tokenizer has tokens that the model has no embedding for, such as {highest} "
+            f"({brief(tokenizer.convert_ids_to_tokens(highest), 40)}): the model knows {known}. "
+            "Resize its embedding (resize_token_embeddings) and save it, or use its own tokenizer."
+        )
     context = getattr(architecture, "max_position_embeddings", None)
     new = config.max_new_tokens
     longest = max(len(e.prompt_ids) + max(len(e.real_ids), new) for e in data.all)

@@ -128,6 +128,7 @@ class MtBench(External):
             "policy": policy.id,
             "questions": [asdict(question) for question in questions],
             "template": config.data.template,
+            **({"template_options": config.data.template_options} if config.data.template_options else {}),
             "stop_ids": sorted(run.stop_ids),
             "max_new_tokens": config.generation.max_new_tokens or MT_BENCH_TOKENS,
             "batch_size": config.generation.batch_size,  # changes rounding
@@ -153,6 +154,7 @@ class MtBench(External):
                 bar.advance,
                 run.say,
                 lambda turn: work.shards(f"answers/{turn}", bar),
+                config.data.template_options,
             )
         result: dict[str, Any] = {"answers": answers, "verdicts": None, "score": None}
         if settings.judge:

@@ -1,6 +1,7 @@
 """The generate stage: the opponent answers every training prompt."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,25 +13,33 @@ from spin.generation.sampling import generate_answers
 from spin.models.policy import Policy
 from spin.pipeline.context import Run
 from spin.pipeline.stage import Node, Stage, Work
+from spin.runtime.errors import brief
 from spin.runtime.random import seed_of
 from spin.runtime.store import Artifact
 from spin.runtime.tables import fingerprint, write_parquet
 
 # Above this share of answers cut at the cap, a warning is due: their length alone tells them from human answers.
 CUT_SHARE = 0.2
+# From this share on, the first token tells human from generated answers; below this number of answers it may be chance.
+TELLING_SHARE, TELLING_ANSWERS = 0.9, 20
 # Settings of generation that do not decide the answers: layout of work, and names.
 NOT_INPUTS = ("name", "num_answers", "python", "tensor_parallel", "data_parallel", "gpu_memory")
 
 
 @dataclass(frozen=True, eq=False)
 class Generate(Stage[list[Answer]]):
-    """`num_answers` answers of the opponent to each training prompt."""
+    """`num_answers` answers of the opponent to each training prompt; with data.generated=file, iteration 0 takes the data's."""
 
     name: ClassVar[str] = "generate"
     iteration: int
     opponent: Node[Policy]
 
+    def takes_file(self, run: Run) -> bool:
+        return self.iteration == 0 and run.config.data.generated == "file"
+
     def inputs(self, run: Run, opponent: Policy) -> dict:
+        if self.takes_file(run):
+            return {"file": fingerprint(answers_in_file(run)), "iter": self.iteration}
         return {
             "opponent": opponent.id,
             "prompts": fingerprint(run.data.train),
@@ -44,7 +53,10 @@ class Generate(Stage[list[Answer]]):
     def build(self, run: Run, work: Work, opponent: Policy) -> dict:
         started = time.perf_counter()
         seed = seed_of(run.config.seed, self.iteration, bits=32)
-        answers = answer_prompts(run, work, opponent, run.data.train, run.config.generation.num_answers, seed)
+        if self.takes_file(run):
+            answers = answers_in_file(run)
+        else:
+            answers = answer_prompts(run, work, opponent, run.data.train, run.config.generation.num_answers, seed)
         write_parquet(answers, work.folder / "answers.parquet")
         tokens = sum(len(answer.ids) for answer in answers)
         row = {
@@ -64,7 +76,43 @@ class Generate(Stage[list[Answer]]):
                 f"note: {cut:.0%} of the answers were cut at generation.max_new_tokens={run.config.max_new_tokens}: "
                 "their length alone tells them from human answers. Raise it if human answers are longer."
             )
+        human, generated = (
+            [row[0] for row in rows]
+            for rows in ([example.real_ids for example in run.data.train], [answer.ids for answer in answers])
+        )
+        if tokens := telling_tokens(human, generated):
+            names = ", ".join(repr(run.tokenizer.decode([token])) for token in tokens)
+            run.say(
+                f"note: the first token alone ({brief(names)}) tells human from generated answers, which is all that the "
+                "policy then learns. Compare them in iter0/pairs.parquet; data.template_options or data.template may help."
+            )
         return answers
+
+
+def telling_tokens(human: Sequence[int], generated: Sequence[int]) -> list[int]:
+    """The first tokens, the most frequent first, that nearly all answers of one side have and nearly none of the other.
+
+    `human` and `generated` hold the first token of each answer. Tokens that came once count for nothing.
+    """
+    if min(len(human), len(generated)) < TELLING_ANSWERS:
+        return []
+    for own, other in (human, generated), (generated, human):
+        counts, theirs = Counter(own), Counter(other)
+        typical = [t for t, n in counts.most_common() if n > 1 and n / len(own) > theirs[t] / len(other)]
+        shares = [sum(side[token] for token in typical) / side.total() for side in (counts, theirs)]
+        if shares[0] - shares[1] >= TELLING_SHARE:
+            return typical[:3]
+    return []
+
+
+def answers_in_file(run: Run) -> list[Answer]:
+    """The data's own answers to the training prompts, beside the human ones."""
+    answers = []
+    for example in run.data.train:
+        reason = "stop" if example.rejected[-1] in run.stop_ids else "length"
+        text = str(run.tokenizer.decode(list(example.rejected), skip_special_tokens=True))
+        answers.append(Answer(example.id, 0, example.rejected, reason, text))
+    return answers
 
 
 def generation_inputs(run: Run) -> dict:

@@ -194,7 +194,7 @@ ODD = {
     "line separators in a text": ('{"prompt": "a\u2028b\x85c", "response": "d"}\n'.encode(), 1),
     "utf-16": (JSONL.decode().encode("utf-16"), ":1: not a line of JSON"),
     "zero bytes": (b"\0" * 100, ":1: not a line of JSON"),
-    "nan": (b'{"prompt": NaN, "response": Infinity}\n' + JSONL, "no prompt: 5"),
+    "nan": (b'{"prompt": NaN, "response": Infinity}\n' + JSONL, 4),
     "huge integer": (b'{"prompt": "a", "response": "b", "n": ' + b"9" * 4000 + b"}", 1),
     "integer too long": (b'{"prompt": ' + b"9" * 5000 + b"}", "not a line of JSON"),
     "half a surrogate pair": (b'{"prompt": "\\ud83d", "response": "b"}\n{"prompt": "a", "response": "b"}', 1),

@@ -212,6 +212,18 @@ def test_local_chat_data_and_model(played, tmp_path, place):
     assert len(pairs) > 8 and all(pair.real == f"Yes: {pair.prompt[4:-1]}." for pair in pairs)
 
 
+def test_rejected_answers_are_played(played, tmp_path, place):
+    record = '{"prompt": "Say %d.", "chosen": "Yes: %d.", "rejected": "No: %d."}\n'
+    (tmp_path / "pairs.jsonl").write_text("".join(record % (i, i, i) for i in range(20)))
+    model = next((played.folder / "cache").glob("tiny-*[0-9]"))
+    data = ["data=local", f"data.path={tmp_path}/pairs.jsonl", "data.held_out=4", "data.generated=file"]
+    done = place.play(f"model.path={model}", *data, "iter=0")
+    pairs = pairs_in(tmp_path / "run" / "iter0" / "pairs.parquet")
+    assert len(pairs) == 16 and all(pair.generated == pair.real.replace("Yes", "No") for pair in pairs)
+    assert all(pair.finish_reason == "stop" and pair.generated_ids[-1] == pair.real_ids[-1] for pair in pairs)
+    assert done.stdout.count("the chosen (or real) one is the human answer") == 1
+
+
 def test_all_answers_empty(played, tmp_path, place):
     """With a last norm of 0 all logits are equal, and greedy decoding repeats one special token."""
     model = next((played.folder / "cache").glob("tiny-*[0-9]"))
@@ -386,7 +398,12 @@ def test_files_of_the_user_are_left_alone(played, tmp_path):
 
 
 def test_error_leaves_no_folder(played, tmp_path):
-    for words in (["model.path=/nowhere"], ["data=local", "data.path=/nowhere.jsonl"], ["loss.beta=-1"], ["evaluation.select=x"]):
+    for words in (
+        ["model.path=/nowhere"],
+        ["data=local", "data.path=/nowhere.jsonl"],
+        ["loss.beta=-1"],
+        ["evaluation.select=x"],
+    ):
         played.play(*words, f"hydra.run.dir={tmp_path}/new", status=1)
         assert not (tmp_path / "new").exists(), words
     (tmp_path / "new").mkdir()

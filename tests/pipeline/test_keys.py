@@ -1,5 +1,6 @@
 """A stage's key changes with what decides its content and with nothing else: every setting, on a played game."""
 
+import json
 import shutil
 from operator import attrgetter
 from pathlib import Path
@@ -78,8 +79,10 @@ TABLE = {
     "data.package_sha256=a": NOTHING,
     "data.file=a": NOTHING,
     "data.format=auto": NOTHING,  # the same records
+    "data.generated=file": PAIRS,
     "data.turns=all": NOTHING,  # the data has one turn
     "data.template='Q: {prompt} A: '": EVERYTHING,
+    "data.template_options={unknown: 1}": NOTHING,  # the template does not ask for it
     "data.filter=prose": NOTHING,  # drops none
     "data.size=20": SFT,  # what is held out stays the same
     "data.held_out=7": EVERYTHING,
@@ -168,7 +171,10 @@ TABLE = {
 # What a setting needs beside it to have an effect.
 LORA, MIXTURE, ADAMW = ["model.adapter=lora"], ["loss.reference=mixture"], ["optimizer=adamw"]
 SPACE, HARNESS = ["loss=space"], ["evaluation.harness_include=TASKS", "evaluation.harness=[spin_choice:0:acc]"]
+CHAT = ["data.template=chat"]
 GIVEN = {
+    "data.template_options": CHAT,
+    "data.generated": ["data.path=PREFERENCES", "data.format=auto"],
     "model.adapter": ["model.lora_rank=5"],
     "data.splits": ["data.path=SPLITS"],
     "optimizer.name": ["optimizer.eps=1e-7"],
@@ -208,7 +214,7 @@ UNTESTED = {"stage", "evaluation.against"}  # declare other stages: tests/pipeli
 def played(tmp_path_factory, games):
     place = Place(tmp_path_factory.mktemp("keys"), games)
     experts = f"model.path={model_folder('qwen3_moe', place.folder / 'experts')}"
-    for words in ([], LORA, MIXTURE, ADAMW, SPACE, [experts]):
+    for words in ([], LORA, MIXTURE, ADAMW, SPACE, CHAT, [experts]):
         place.play(*words)
     return place
 
@@ -247,6 +253,11 @@ def resolve(word: str, place: Place, folder: Path) -> str:
         question = '{"question_id": %d, "category": "writing", "turns": ["a", "b"]}'
         (folder / "question.jsonl").write_text("".join(question % i + "\n" for i in range(81, 161)))
         return f"{key}={folder}/question.jsonl"
+    if value == "PREFERENCES":
+        rows = [json.loads(line) for line in (ASSETS / "pairs.jsonl").read_text().splitlines()]
+        rows = [{"prompt": row["prompt"], "chosen": row["response"], "rejected": row["response"][::-1]} for row in rows]
+        (folder / "preferences.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return f"{key}={folder}/preferences.jsonl"
     if value == "SPLITS":
         (folder / "set").mkdir()
         shutil.copy(ASSETS / "pairs.jsonl", folder / "set" / "train.jsonl")

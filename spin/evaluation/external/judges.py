@@ -14,8 +14,8 @@ from scipy.stats import binomtest
 
 from spin.config.schema import GenerationConfig
 from spin.data.examples import Example
-from spin.data.formats import Message
-from spin.data.templates import encode_prompts
+from spin.data.messages import Message
+from spin.data.templates import render_chat, token_ids
 from spin.generation.sampling import generate_answers
 from spin.models.load import load_model, load_tokenizer, stop_ids
 from spin.models.policy import content_id
@@ -67,7 +67,7 @@ def open_judge(setting: str, model: str | None, timeout: float, dtype: torch.dty
     context = getattr(judge.config, "max_position_embeddings", None) or 2**31
 
     def reply(messages: list[Message]) -> str:
-        [(_, ids)] = encode_prompts(tokenizer, [messages], "chat")
+        [ids] = token_ids(tokenizer, [render_chat(tokenizer, messages, add_generation_prompt=True)])
         room = min(MAX_TOKENS, context - len(ids))
         example = Example("question", "", tuple(ids), "", ())
         return generate_answers(judge, tokenizer, [example], 1, greedy, room, stops, 0)[0].text if room > 0 else ""

@@ -8,17 +8,18 @@ import hashlib
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spin.config.schema import GenerationConfig
 from spin.data.examples import Example
-from spin.data.formats import Message
-from spin.data.templates import encode_prompts, special_texts
+from spin.data.messages import Message
+from spin.data.templates import NO_OPTIONS, encode_prompts, special_texts
 from spin.evaluation.external.judges import Judge, in_shards, interval
 from spin.generation.sampling import generate_answers
 from spin.runtime.errors import UserError, brief
@@ -94,6 +95,7 @@ def answer_questions(
     advance: Callable[[int], None] = lambda answers: None,
     say: Say = print,
     keep: Callable[[str], ShardDriver] = lambda part: compute_shards,
+    template_options: Mapping[str, Any] = NO_OPTIONS,
 ) -> list[dict]:
     """The model's answers to both turns, as rows of FastChat's model_answer files; the second prompt holds the first turn.
 
@@ -109,7 +111,8 @@ def answer_questions(
         for question, conversation in zip(questions, conversations, strict=True):
             conversation.append({"role": "user", "content": question.turns[turn]})
         groups: dict[tuple[float, int], list[Example]] = defaultdict(list)
-        for question, (text, ids) in zip(questions, encode_prompts(tokenizer, conversations, template), strict=True):
+        encoded = encode_prompts(tokenizer, conversations, template, template_options)
+        for question, (text, ids) in zip(questions, encoded, strict=True):
             room = max(0, min(max_new_tokens, context - len(ids)))
             example = Example(f"{question.id}/{turn + 1}", text, tuple(ids), "", ())
             groups[TEMPERATURES.get(question.category, 0.7), room].append(example)

@@ -1,0 +1,200 @@
+"""Messages: what stands in a conversation, under whatever names and in whatever shape."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from spin.runtime.errors import brief
+
+# "role" is system, user, assistant, tool, or BROKEN, with the reason as its "content". Where the data has them, there are
+# also "reasoning_content" (a text), "tool_calls" (a list) and what names a tool. "learn" is False if the data says so.
+Message = dict[str, Any]
+BROKEN = "broken"
+ROLES = {
+    **dict.fromkeys(("system", "developer", "system_prompt"), "system"),
+    **dict.fromkeys(("user", "human", "prompter", "usr", "customer", "client", "question", "instruction"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model", "bot", "chatbot", "ai"), "assistant"),
+    **dict.fromkeys(("claude", "gpt4", "gpt-4", "gemini", "answer", "response", "function_call"), "assistant"),
+    **dict.fromkeys(("tool", "function", "function_response", "observation", "ipython", "tool_response"), "tool"),
+}
+SPEAKERS, CONTENTS, THOUGHTS = (
+    ("role", "from", "speaker"),
+    ("content", "value", "text"),
+    ("reasoning_content", "reasoning"),
+)
+FLAGS = ("weight", "train", "trainable", "loss")  # 0 or false: not to be learnt
+TOOL_KEYS = ("name", "tool_call_id")
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A human answer, an assistant's message, with the messages before it and the tools that they may call."""
+
+    messages: list[Message]
+    answer: Message
+    tools: list[Any] | None = None
+    rejected: str | None = None  # the answer that the data sets against the human one
+
+
+def from_json(value: Any) -> Any:
+    """Return a list or an object that is written as JSON text; any other value as it is."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
+
+
+def messages_of(value: Any, role: str = "user") -> list[Message]:
+    """Return the messages in a column: a text is one message of `role`, a list may be given as JSON text.
+
+    Messages without content are left out.
+    """
+    parsed = from_json(value)
+    if isinstance(parsed, dict):
+        parsed = [parsed]
+    if isinstance(value, str) and not (isinstance(parsed, list) and parsed and _is_message(parsed[0])):
+        return [{"role": role, "content": value}]
+    if not isinstance(parsed, list) or (isinstance(value, dict) and not _is_message(value)):
+        return []
+    return [message for item in parsed if (message := _message(from_json(item)))]
+
+
+def _is_message(item: Any) -> bool:
+    item = from_json(item)
+    return isinstance(item, dict) and _first(item, SPEAKERS) is not None
+
+
+def _first(record: dict[str, Any], names: tuple[str, ...]) -> Any:
+    """Return the first value under one of the names that is not null."""
+    return next((record[name] for name in names if record.get(name) is not None), None)
+
+
+def _message(item: Any) -> Message | None:
+    """Return the message that `item` holds, broken if it can't be read; None if nothing is in it."""
+    if item is None:
+        return None
+    speaker = _first(item, SPEAKERS) if isinstance(item, dict) else None
+    if not isinstance(speaker, str):
+        return broken("message without a role")
+    role = ROLES.get(speaker.strip().lower())
+    if role is None:
+        return broken(f"role {brief(speaker, 20)}")
+    content, calls = _first(item, CONTENTS), _calls(item, speaker.strip().lower())
+    text = "" if calls and speaker == "function_call" else text_of(content)
+    if text is None:
+        return broken("content that is no text")
+    thought = _first(item, THOUGHTS)
+    if content is None and not calls and not thought:
+        return None
+    message: Message = {"role": role, "content": text}
+    if isinstance(thought, str) and thought.strip():
+        message["reasoning_content"] = thought
+    if calls:
+        message["tool_calls"] = calls
+    if role == "tool":
+        message |= {key: item[key] for key in TOOL_KEYS if isinstance(item.get(key), str)}
+    if any(isinstance(item.get(flag), (bool, int, float)) and not item[flag] for flag in FLAGS):
+        message["learn"] = False
+    return message
+
+
+def broken(reason: str) -> Message:
+    return {"role": BROKEN, "content": reason}
+
+
+def text_of(content: Any) -> str | None:
+    """Return the text of a message's content: a text, or parts that are texts. None if anything else is in it."""
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    texts = []
+    for part in content if isinstance(content, list) else [content]:
+        text = part.get("text") if isinstance(part, dict) else part
+        if isinstance(text, str):
+            texts.append(text)
+        elif part is not None:
+            return None
+    return "\n".join(texts)
+
+
+def _calls(item: dict[str, Any], speaker: str) -> list[Any]:
+    """Return the tool calls of a message, with arguments as objects, which is what chat templates expect."""
+    calls = from_json(item.get("tool_calls")) or from_json(item.get("function_call"))
+    if speaker == "function_call":
+        calls = from_json(_first(item, CONTENTS))
+    found = []
+    for call in calls if isinstance(calls, list) else [calls] if calls else []:
+        function = call.get("function", call) if isinstance(call, dict) else call
+        if isinstance(function, dict):
+            function = {**function, "arguments": from_json(function.get("arguments"))}
+        found.append({"type": "function", "function": function})
+    return found
+
+
+def join(messages: list[Message]) -> list[Message]:
+    """Return the messages with neighbours of one role as one message; tool calls and results stay apart."""
+    joined: list[Message] = []
+    for message in messages:
+        last = joined[-1] if joined else None
+        apart = last is None or last["role"] != message["role"] or message["role"] in ("tool", BROKEN)
+        if last is None or apart or "tool_calls" in last or "tool_calls" in message:
+            joined.append(message)
+            continue
+        both = last | message
+        for key in ("content", "reasoning_content"):
+            if key in both:
+                both[key] = "\n\n".join(part[key] for part in (last, message) if part.get(key, "").strip())
+        joined[-1] = both
+    return joined
+
+
+def alternating(messages: list[Message]) -> list[Message]:
+    """Return the messages up to where user and assistant do not alternate, and from there on as broken ones."""
+    start = 1 if messages and messages[0]["role"] == "system" else 0
+    expected = ["system"] * start + ["user", "assistant"] * len(messages)
+    for number, (message, role) in enumerate(zip(messages, expected, strict=False)):
+        if message["role"] != role:
+            return [*messages[:number], broken("turns out of order"), *messages[number:]]
+    return messages
+
+
+def answers_of(messages: list[Message], tools: list[Any] | None) -> list[Exchange | str]:
+    """Return each answer to a user's message, with all messages before it, or the reason why it can't be learnt.
+
+    `tools` are those that the messages may call; None if there are none, or if the template can't render them.
+    """
+    found: list[Exchange | str] = []
+    lost = ""  # why what follows can't be read
+    for number, message in enumerate(messages):
+        before = messages[:number]
+        if message["role"] == BROKEN:
+            lost = lost or message["content"]
+        elif message["role"] == "tool" and tools is None:
+            lost = lost or "tool message"
+        elif message["role"] == "assistant":
+            if "tool_calls" in message and tools is None:
+                lost = lost or "tool call"
+            if not any(turn["role"] == "user" for turn in before):
+                continue  # a greeting
+            if lost:
+                found.append(lost)
+            elif "tool_calls" in message:
+                found.append("tool call")
+            elif not message.get("learn", True):
+                found.append("not to be learnt")
+            elif before[-1]["role"] not in ("user", "tool"):
+                found.append("no prompt")
+            else:
+                found.append(Exchange(before, message, tools))
+    return found
+
+
+def why_none(messages: list[Message]) -> str:
+    """Return the reason why no answer stands in the messages."""
+    for message in messages:
+        if message["role"] == BROKEN:
+            return message["content"]
+    return "no answer" if any(message["role"] == "user" for message in messages) else "no prompt"

@@ -1,0 +1,191 @@
+"""Records as they come: other columns, other shapes, answers after a break, tools; and counts that add up."""
+
+import json
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spin.config.schema import DataConfig
+from spin.data.examples import load_dataset
+from spin.data.formats import exchanges
+from spin.data.messages import ROLES
+from spin.models import tiny
+from spin.runtime.errors import UserError
+
+
+def read(*rows, tools=False, **changes):
+    """The exchanges as lists of (role, text), the counts without `read`, which is checked, and what was said."""
+    counts, said = Counter(), []
+    config = DataConfig.from_defaults(path="rows.jsonl", **changes)
+    found = list(exchanges(rows, config, counts, tools, said.append))
+    assert counts.pop("read", 0) == len(found) + counts.total()
+    return [texts([*exchange.messages, exchange.answer]) for exchange in found], dict(counts), said
+
+
+def texts(messages):
+    return [(message["role"], message["content"]) for message in messages]
+
+
+def chat(*turns, **more):
+    return {
+        "messages": [turn if isinstance(turn, dict) else {"role": turn[0], "content": turn[1]} for turn in turns],
+        **more,
+    }
+
+
+ASK, TELL = ("user", "Name a tree."), ("assistant", "Oak.")
+CALL = {
+    "role": "assistant",
+    "content": "Let me look.",
+    "tool_calls": [{"function": {"name": "f", "arguments": '{"a": 1}'}}],
+}
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (chat(("developer", "Be brief."), ASK, TELL), [("system", "Be brief."), ASK, TELL]),
+        (chat(("Human", "Name a tree."), ("model", "Oak.")), [ASK, TELL]),
+        (chat(("system", None), ASK, TELL), [ASK, TELL]),
+        (chat(("user", "Hello."), ASK, TELL), [("user", "Hello.\n\nName a tree."), TELL]),
+        (chat(("assistant", "Welcome."), ASK, TELL), [("assistant", "Welcome."), ASK, TELL]),
+        (chat(("user", [{"type": "text", "text": "Name a tree.", "image": None}]), ("assistant", ["Oak."])), [ASK, TELL]),
+        ({"messages": json.dumps(chat(ASK, TELL)["messages"])}, [ASK, TELL]),
+        ({"messages": [json.dumps(turn) for turn in chat(ASK, TELL)["messages"]]}, [ASK, TELL]),
+        ({"conversation": [{"speaker": "user", "text": "Name a tree."}, {"speaker": "bot", "text": "Oak."}]}, [ASK, TELL]),
+        ({"prompt": json.dumps([{"role": "user", "content": "Name a tree."}]), "completion": "Oak."}, [ASK, TELL]),
+        ({"prompt": '["a"]', "completion": "Oak."}, [("user", '["a"]'), TELL]),
+        ({"instruction": "Add.", "context": "1, 2", "response": "3"}, [("user", "Add.\n\n1, 2"), ("assistant", "3")]),
+        (
+            {"instruction": "More?", "input": "", "output": "Yes.", "system": "Be kind.", "history": [["A", "B"]]},
+            [("system", "Be kind."), ("user", "A"), ("assistant", "B"), ("user", "More?"), ("assistant", "Yes.")],
+        ),
+        (chat(ASK, TELL, system="Be kind."), [("system", "Be kind."), ASK, TELL]),
+        (chat(("system", "Mine."), ASK, TELL, system="Be kind."), [("system", "Mine."), ASK, TELL]),
+        ({"id": "desk_7", "conversations": chat(ASK, TELL)["messages"]}, [ASK, TELL]),
+        ({"prompt": "Name a tree.", "chosen": "Oak.", "rejected": "Pike."}, [ASK, TELL]),
+        ({"real": chat(ASK, TELL)["messages"], "generated": chat(ASK, ("assistant", "Pike."))["messages"]}, [ASK, TELL]),
+    ],
+)  # fmt: skip
+def test_shapes(row, expected):
+    assert read(row)[:2] == ([expected], {})
+
+
+def test_each_record_has_its_format():
+    rows = [chat(ASK, TELL), {"prompt": "Name a tree.", "response": "Fir.", "messages": None}, {"a": 1}]
+    found, counts, _ = read(*rows)
+    assert [turns[-1][1] for turns in found] == ["Oak.", "Fir."] and counts == {"unknown columns": 1}
+    with pytest.raises(UserError, match="no known format has a"):
+        read({"a": 1}, {"b": 2})
+
+
+def test_columns_that_are_not_read():
+    rows = [chat(ASK, TELL, id=1, source="x", score=None), chat(ASK, TELL, source="y", topic="z")]
+    assert read(*rows)[2] == ["note: columns of the data that are not read: source, topic"]
+
+
+def test_history_that_is_no_list():
+    row = {"prompt": "Name a tree.", "response": "Oak.", "history": "They met at noon."}
+    assert read(row)[:2] == ([], {"history that is no list": 1})
+    found, _, said = read(chat(ASK, TELL, history="of Rome"))  # a topic, for all we know
+    assert found == [[ASK, TELL]] and said == ["note: columns of the data that are not read: history"]
+
+
+def test_chosen_answer_is_said_once():
+    rows = [{"prompt": "Name a tree.", "chosen": text, "rejected": "Pike."} for text in ("Oak.", "Fir.")]
+    assert read(*rows)[2] == ["note: of two answers, the chosen (or real) one is the human answer"]
+
+
+def test_answers_after_a_break():
+    turns = [ASK, TELL, ("assistant", "Another one?"), ("user", "Yes."), ("assistant", "Birch.")]
+    found, counts, _ = read(chat(*turns), turns="all")
+    assert [answer[-1][1] for answer in found] == ["Oak.\n\nAnother one?", "Birch."] and counts == {}
+    found, counts, _ = read(chat(*turns[:2], ("narrator", "Night falls."), *turns[3:]), turns="all")
+    assert len(found) == 1 and counts == {"role narrator": 1}
+    assert read(chat(("user", [{"type": "image"}]), TELL))[1] == {"content that is no text": 1}
+    assert read(chat({"content": "Hi"}, TELL))[1] == {"message without a role": 1}
+
+
+@pytest.mark.parametrize("flag", [{"weight": 0}, {"train": False}])
+def test_answers_that_are_not_to_be_learnt(flag):
+    turns = [ASK, {"role": "assistant", "content": "Pike.", **flag}, ("user", "No."), TELL]
+    expected = [ASK, ("assistant", "Pike."), ("user", "No."), TELL]
+    assert read(chat(*turns))[:2] == ([expected], {})
+    assert read(chat(*turns), turns="all")[:2] == ([expected], {"not to be learnt": 1})
+    assert read(chat(*turns[:2]))[:2] == ([], {"not to be learnt": 1})
+
+
+@pytest.mark.parametrize("turns", ["first", "all"])
+def test_tools(turns):
+    row = chat(ASK, CALL, {"role": "tool", "content": "Oak"}, TELL, tools=TOOLS)
+    answers = 2 if turns == "all" else 1
+    assert read(row, turns=turns)[:2] == ([], {"tool call": answers})  # the template knows no tools
+    assert read({**row, "tools": None}, turns=turns, tools=True)[:2] == ([], {"tool call": answers})
+    for column in (TOOLS, json.dumps(TOOLS)):
+        found, counts, _ = read({**row, "tools": column}, turns=turns, tools=True)
+        assert found == [[ASK, ("assistant", "Let me look."), ("tool", "Oak"), TELL]]
+        assert counts == ({"tool call": 1} if turns == "all" else {})
+    shared = [
+        ("human", "Name a tree."),
+        ("function_call", '{"name": "f", "arguments": {}}'),
+        ("observation", "Oak"),
+        ("gpt", "Oak."),
+    ]
+    row = {"conversations": [{"from": role, "value": text} for role, text in shared], "tools": json.dumps(TOOLS)}
+    assert read(row, tools=True)[0] == [[ASK, ("assistant", ""), ("tool", "Oak"), TELL]]
+
+
+TURN = st.fixed_dictionaries(
+    {
+        "role": st.sampled_from([*ROLES, "narrator"]) | st.none(),
+        "content": st.sampled_from(["a", "b", "", None, 3, ["x"], [3]]),
+    },
+    optional={"weight": st.sampled_from([0, 1]), "train": st.booleans(), "tool_calls": st.just(CALL["tool_calls"])},
+)
+ROW = st.fixed_dictionaries(
+    {}, optional={"messages": st.lists(TURN | st.none(), max_size=8), "prompt": st.lists(TURN, max_size=3) | st.just("P"),
+                  "response": st.lists(TURN, max_size=2) | st.just("R"), "tools": st.sampled_from([None, TOOLS]),
+                  "history": st.lists(st.just(["q", "a"]) | TURN, max_size=2), "rejected": st.just("N"), "chosen": st.just("Y")}
+)  # fmt: skip
+
+
+@settings(max_examples=400, deadline=None, derandomize=True, database=None)
+@given(st.lists(ROW, max_size=4), st.sampled_from(["first", "all"]), st.booleans())
+def test_counts_add_up(rows, turns, tools):
+    try:
+        found, counts, _ = read(*rows, turns=turns, tools=tools)  # checks that they do
+    except UserError:
+        return
+    if turns == "first":
+        assert len(found) + sum(counts.values()) == len(rows)
+    for exchange in found:
+        assert exchange[-1][0] == "assistant" and any(role == "user" for role, _ in exchange[:-1])
+        assert exchange[-2][0] in ("user", "tool")
+
+
+@pytest.mark.parametrize("template", ["{prompt} ", "chat"])
+def test_rejected_answers(tmp_path, template):
+    rows = [
+        {"prompt": ask, "chosen": "Oak.", "rejected": other}
+        for ask, other in (("A", "Pike. "), ("B", None), ("C", "x" * 99))
+    ]
+    rows.append(
+        {
+            "real": chat(("user", "D"), TELL)["messages"],
+            "generated": chat(("user", "D"), ("assistant", "Eel."))["messages"],
+        }
+    )
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = tiny.tokenizer()
+    limits = {"max_response_length": 40, "template": template, "generated": "file"}
+    found = load_dataset(DataConfig.from_defaults(path=str(path), **limits), tokenizer, {0}, 0, tmp_path)
+    reasons = {"rejected answer: empty": 1, "rejected answer: answer too long": 1}
+    assert found.counts == {"read": 4, "kept": 2, **reasons}
+    end = tokenizer.eos_token
+    blank = " " if template != "chat" else ""
+    assert {tokenizer.decode(example.rejected) for example in found.train} == {f"Pike.{blank}{end}", f"Eel.{end}"}
+    assert {tokenizer.decode(example.real_ids) for example in found.train} == {f"Oak.{end}"}
