@@ -87,6 +87,8 @@ def _read_json(path: Path, name: str, cut_counts: Counter[str] | None) -> Iterat
             if cut_counts is None:
                 raise
             records = _complete_records(text, cut_counts)
+    if isinstance(records, dict) and records and all(isinstance(record, dict) for record in records.values()):
+        records = list(records.values())  # records by their ids
     if not isinstance(records, (list, Iterator)):
         raise UserError(f"{name}: holds no list of records, but a {type(records).__name__}; make it a list of objects")
     for number, record in enumerate(records, start=1):

@@ -11,6 +11,7 @@ from spin.config.schema import DataConfig
 from spin.data.examples import load_dataset
 from spin.data.formats import exchanges
 from spin.data.messages import ROLES
+from spin.data.sources import read_records
 from spin.models import tiny
 from spin.runtime.errors import UserError
 
@@ -189,3 +190,13 @@ def test_rejected_answers(tmp_path, template):
     blank = " " if template != "chat" else ""
     assert {tokenizer.decode(example.rejected) for example in found.train} == {f"Pike.{blank}{end}", f"Eel.{end}"}
     assert {tokenizer.decode(example.real_ids) for example in found.train} == {f"Oak.{end}"}
+
+
+def test_json_records_by_id(tmp_path):
+    record = {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}
+    (tmp_path / "by_id.json").write_text(json.dumps({"a": record, "b": record}))
+    config = DataConfig.from_defaults(path=str(tmp_path / "by_id.json"))
+    assert list(read_records(config, tmp_path)) == [record, record]
+    (tmp_path / "by_id.json").write_text(json.dumps({"messages": record["messages"]}))
+    with pytest.raises(UserError, match="holds no list of records"):
+        list(read_records(config, tmp_path))

@@ -114,3 +114,12 @@ def test_memory_and_second_run(game):
     output, seconds = make_run()
     assert "nothing was computed again" in output
     assert seconds < 90  # it takes 20 on an idle machine
+
+
+def test_chitchat(tmp_path):
+    """The other packaged data set is found and read."""
+    words = ["data=chitchat", "plan=true", f"store.path={tmp_path}/store", f"hydra.run.dir={tmp_path}/run"]
+    command = [ROOT / ".venv/bin/python", "run.py", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 stages to reuse" in done.stdout
