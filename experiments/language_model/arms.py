@@ -133,14 +133,18 @@ def effects(rows: Sequence[Row], held_out: dict[tuple, HeldOut]) -> list[Row]:
 
 
 def differences(a: HeldOut, b: HeldOut) -> list[Row]:
-    """By measure: a - b on the same prompts, and its bootstrap standard error over prompts."""
+    """By measure: a - b on the same prompts, and its bootstrap standard error over prompts.
+
+    Of measures with an ideal value the distances from it are compared, so that less is better.
+    """
     rng, n = np.random.default_rng(0), len(a.pairs)
     draws = [np.arange(n), *rng.integers(0, n, size=(RESAMPLES, n))]
     rows = []
     for name in COMPARED:
-        of_a, of_b = statistics(a, None)[name], statistics(b, None)[name]
-        change, *resampled = (float(of_a(draw) - of_b(draw)) for draw in draws)
-        rows.append({"measure": name, "change": change, "error": float(np.std(resampled))})
+        of_a, of_b, ideal = statistics(a, None)[name], statistics(b, None)[name], MEASURES[name].ideal
+        values = np.array([[of_a(draw), of_b(draw)] for draw in draws])
+        change, *resampled = (values if ideal is None else abs(values - ideal)) @ [1.0, -1.0]
+        rows.append({"measure": name, "change": float(change), "error": float(np.std(resampled))})
     return rows
 
 
@@ -165,7 +169,7 @@ def summarize(rows: Sequence[Row], where: Where) -> tuple[float, float, float, i
 
 def table(rows: Sequence[Row], against: str) -> str:
     """A line an arm after its last iteration. Bold: the interval over prompts leaves 0 out."""
-    header = ["arm", "learning rate", *(MEASURES[name].title for name in COMPARED), "seeds"]
+    header = ["arm", "learning rate", *map(title_of, COMPARED), "seeds"]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for arm, title in ARMS.items():
         where = {"arm": arm, "iter": LAST, "against": against}
@@ -174,6 +178,11 @@ def table(rows: Sequence[Row], against: str) -> str:
             cells = [cell(*values) for values in found if values]
             lines.append(f"| {title} | {select(rows, where)[0]['lr']:g} | {' | '.join(cells)} | {found[0][3]} |")
     return "\n".join(lines)
+
+
+def title_of(name: str) -> str:
+    measure = MEASURES[name]
+    return measure.title if measure.ideal is None else f"{measure.title}: distance from {measure.ideal:g}"
 
 
 def cell(mean: float, prompts: float, seeds: float, count: int) -> str:
@@ -195,7 +204,7 @@ def draw(rows: Sequence[Row]) -> Figure:
                 x, y, half = zip(*known, strict=True) if known else ((), (), ())
                 style: dict[str, Any] = {"color": COLOURS[i], "marker": MARKERS[i], "markersize": 4, "capsize": 2}
                 axis.errorbar(x, y, half, label=title, linewidth=1.2, **style)
-            axis.set_title(MEASURES[name].title, loc="left")
+            axis.set_title(title_of(name), loc="left")
             axis.set_xticks(range(LAST + 1))
         handles, names = axis.get_legend_handles_labels()
         figure.supxlabel("iteration (continued SFT: as many steps as both)", fontsize=8)

@@ -12,9 +12,18 @@ continue_sft() { # seed, learning rates
 
 if [ $# -eq 0 ]; then
     # How long should SFT be? The best number of epochs stands in conf/experiment/language_model.yaml.
-    play seed=0 schedule.iterations=0 schedule.sft_epochs=1,2,3,4 hydra.sweep.dir=$out/start 'hydra.sweep.subdir=${seed}-${schedule.sft_epochs}'
+    play seed=0 schedule.iterations=0 schedule.sft_epochs=1,2,3 hydra.sweep.dir=$out/start 'hydra.sweep.subdir=${seed}-${schedule.sft_epochs}'
     # Two learning rates an arm.
     play seed=0 iter=0 optimizer.lr=2e-6,8e-6 loss=logistic,space,tspin hydra.sweep.dir=$out/rates
     play seed=0 iter=0 optimizer.lr=2e-6,8e-6 loss.sft_weight=0.5 hydra.sweep.dir=$out/rates-anchor
     continue_sft 0 5e-6,2e-5
 fi
+
+# The game of every arm at its learning rate, and for further seeds their own start.
+for seed in ${*:-0}; do
+    play seed="$seed" schedule.iterations=0 hydra.sweep.dir=$out/start "hydra.sweep.subdir=$seed-3"
+    play seed="$seed" loss=logistic optimizer.lr=2e-6 loss.sft_weight=0,0.5 hydra.sweep.dir=$out/spin-"$seed"
+    play seed="$seed" loss=space optimizer.lr=8e-6 hydra.sweep.dir=$out/space-"$seed"
+    play seed="$seed" loss=tspin optimizer.lr=2e-6 hydra.sweep.dir=$out/tspin-"$seed"
+    [ "$seed" = 0 ] || continue_sft "$seed" 2e-5
+done
