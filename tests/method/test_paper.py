@@ -235,7 +235,9 @@ def check_game(game):
         assert start is None or 0 < (now - start).abs().max() < 1e-4  # masters take steps that bf16 would lose
         start = now.detach()
     report = (game.folder / "report.md").read_text()
-    assert "| 3 | iter2 | 5 | 1e-7 | 128 |" in report and list((game.folder / "figures").glob("*.png"))
+    assert "| 3 | iter2 | link logistic, beta 5.0 | 1e-7 | 128 |" in report and list(
+        (game.folder / "figures").glob("*.png")
+    )
 
 
 def test_four_iterations(paper):
