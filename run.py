@@ -121,3 +121,7 @@ if __name__ == "__main__":
         number = getattr(stop, "signal", signal.SIGINT)
         line = f"stopped by {number.name}: finished work is kept, run the same command to continue."
         end(128 + number, line if speaks_for_all() else None)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Threads of torch's collectives that still run abort an interpreter that ends in the usual way.
+        sys.stdout.flush()
+        os._exit(0)
