@@ -205,6 +205,11 @@ class Config(Section):
         return self.schedule.iterations if self.iter is None else self.iter + 1
 
     @property
+    def answers_per_prompt(self) -> int:
+        """Model answers that are scored with a prompt in training: the opponent's, and iteration 0's if they are used."""
+        return self.generation.num_answers * (2 if self.loss.history_weight else 1)
+
+    @property
     def max_new_tokens(self) -> int:
         """The cap on model answers: by default that on human ones, so that length does not tell them apart."""
         return self.generation.max_new_tokens or self.data.max_response_length or 256

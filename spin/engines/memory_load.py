@@ -57,8 +57,7 @@ def load_of(
 
     # An evaluation scores two generated answers to a prompt: the policy's and its opponent's.
     measured = [*data.held_out, *data.validation]
-    responses = generation.num_answers * (2 if config.loss.history_weight else 1)
-    train_row, held_out_row = longest(data.train, responses), longest(measured, 2)
+    train_row, held_out_row = longest(data.train, config.answers_per_prompt), longest(measured, 2)
     row = max(train_row, held_out_row)
     scored = max(len(data.train) * train_row, len(measured) * held_out_row)
     batch = max(engine.tokens_per_batch, train_row)

@@ -110,8 +110,7 @@ class Models:
             Continuations(first.prompt_ids, (first.real_ids, second.real_ids))
             for first, second in zip(examples, examples[1:] or examples, strict=False)
         ]
-        per_opponent = 2 if self.config.loss.history_weight else 1
-        answers = max(2, self.config.generation.num_answers * per_opponent)  # an evaluation scores two
+        answers = max(2, self.config.answers_per_prompt)  # an evaluation scores two
         lengths = [len(e.prompt_ids) + len(e.real_ids) for e in data.all]
         self.longest = max(lengths) + answers * self.config.max_new_tokens
 

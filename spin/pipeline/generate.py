@@ -83,8 +83,9 @@ class Generate(Stage[list[Answer]]):
         if tokens := telling_tokens(human, generated):
             names = ", ".join(repr(run.tokenizer.decode([token])) for token in tokens)
             run.say(
-                f"note: the first token alone ({brief(names)}) tells human from generated answers, which is all that the "
-                "policy then learns. Compare them in iter0/pairs.parquet; data.template_options or data.template may help."
+                f"note: the first token alone ({brief(names)}) tells human from generated answers, and the policy may learn "
+                f"little else. Compare them in iter{self.iteration}/pairs.parquet; data.template_options or data.template "
+                "may help."
             )
         return answers
 

@@ -61,11 +61,13 @@ def open_run(config: Config, folder: Path, group: str | None) -> Iterator[Tracke
 
 
 def check_folder(folder: Path) -> None:
-    """Raise UserError if the folder has no lock, so is not a run's, and holds what a run would overwrite."""
-    written = [folder / name for name in (*WRITTEN, "sft", "best")] + sorted(folder.glob("iter*"))
+    """Raise UserError if the folder has no lock, so no run has written to it, and holds what a run would overwrite."""
+    written = [*(folder / name for name in (*WRITTEN, "sft", "best")), *iteration_folders(folder).values()]
     taken = next((path for path in written if path.exists()), None)
     if taken and not (folder / LOCK).exists():
-        raise UserError(f"{taken} is not of a run, and a run would overwrite it: give another hydra.run.dir.")
+        raise UserError(
+            f"{taken} was not written by a run, and this run would overwrite it: give another hydra.run.dir."
+        )
 
 
 @contextmanager
@@ -145,10 +147,15 @@ def prepare_folder(run: Run, composed: str | None) -> None:
 
 def remove_iterations(folder: Path, first: int) -> None:
     """Remove what an earlier game showed of the iterations from `first` on."""
-    for path in folder.glob("iter*"):
-        number = path.name.removeprefix("iter")
-        if path.is_dir() and number.isdecimal() and int(number) >= first:
+    for number, path in iteration_folders(folder).items():
+        if number >= first:
             remove_shown(path)
+
+
+def iteration_folders(folder: Path) -> dict[int, Path]:
+    """The folders iter0, iter1, ... in a run's folder, by number."""
+    paths = [path for path in folder.glob("iter*") if path.name[4:].isdecimal() and path.is_dir()]
+    return {int(path.name[4:]): path for path in paths}
 
 
 def remove_shown(folder: Path) -> None:

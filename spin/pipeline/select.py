@@ -24,7 +24,7 @@ HARNESS = "harness"  # evaluation.select=harness: the mean over the benchmarks' 
 class Selection:
     """The selected policy: its label, its place, and the value it was selected by.
 
-    `path` is relative to the run's folder unless the start was selected. `interval` has the ends of the 95 % bootstrap
+    `path` is relative to the run's folder; that of the start, which lies elsewhere, is absolute. `interval` has the ends of the 95 % bootstrap
     interval over the `n` prompts; benchmarks have none. `last` is the label of the last policy.
     """
 
@@ -82,7 +82,7 @@ def select_policy(player: Player, records: Sequence[IterationRecord]) -> Selecti
     record = records[index]
     policy, last = player.result(record.policy), player.result(records[-1].policy)
     folder = "sft" if record.iteration is None else f"iter{record.iteration}"
-    path = f"{folder}/policy" if record.train else str(policy.folder)
+    path = f"{folder}/policy" if record.train else str(policy.folder.absolute())
     return Selection(policy.label, record.iteration, path, name, value, interval, n, last.label)
 
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from spin.config.schema import Config, value_at_iteration
@@ -40,11 +41,12 @@ def finish(
     run.tracker.close({"peak_memory_gib": player.peak_memory_gib, **selected})
     run.say(f"report: {page}")
     if selection:
-        path = run.folder / "best" / "policy" if selection.path.endswith("/policy") else selection.path
+        path = selection.path if Path(selection.path).is_absolute() else run.folder / "best" / "policy"
         run.say(f"selected model: {path}: {describe_selection(summary['selected'])}")
     elif summary["iterations"]:
         last = run.folder / summary["iterations"][-1]["policy"]
-        run.say(f"trained model: {last} (the last policy; data.validation=64 selects the best one)")
+        hint = " (the last policy; data.validation=64 selects the best one)" if run.config.evaluation.enabled else ""
+        run.say(f"trained model: {last}{hint}")
     return summary
 
 

@@ -388,7 +388,10 @@ def test_files_of_the_user_are_left_alone(played, tmp_path):
         (project / name).parent.mkdir(parents=True, exist_ok=True)
         (project / name).write_text("mine")
     done = played.play("iter=0", f"hydra.run.dir={project}", status=1)
-    assert "project/sft is not of a run, and a run would overwrite it: give another hydra.run.dir." in done.stderr
+    assert (
+        "project/sft was not written by a run, and this run would overwrite it: give another hydra.run.dir."
+        in done.stderr
+    )
     shutil.rmtree(project / "sft")
     shutil.move(project / "iter7", tmp_path / "iter7")
     played.play("iter=0", f"hydra.run.dir={project}")

@@ -75,6 +75,16 @@ def test_start_can_be_best(played):
     assert f"selected model: {selected['path']}: start, not the last (iter0)" in done.stdout.replace("\n", " ")
 
 
+def test_start_that_is_a_policy(played):
+    """Its path ends as those of this run's policies do, and its folder is named."""
+    start = played.folder / "run" / "iter0" / "policy"
+    words = [f"model.path={start}", "data.validation=8", "iter=0", "schedule.sft_epochs=0", "optimizer.lr=1"]
+    done = played.play(*words, run="continued")
+    selected = game_of(played, "continued")["selected"]
+    assert (selected["policy"], selected["path"]) == ("start", str(start))
+    assert f"selected model: {start}: start, not the last" in " ".join(done.stdout.split())
+
+
 def test_stop_without_gain_and_resume(played):
     words = ["data.validation=8", "optimizer.lr=1", "iter=3"]  # every step makes it worse
     done = played.play(*words, "schedule.stop=no_gain", run="stopped")
