@@ -40,6 +40,7 @@ class Evaluate(Stage[Evaluation]):
     """Measure `policy` on the held-out prompts, and against its opponent if `opponent`, the opponent's evaluation, is given."""
 
     name: ClassVar[str] = "evaluate"
+    shows_samples: ClassVar[bool] = True
     iteration: int | None
     policy: Node[Policy]
     opponent: Node[Evaluation] | None = None
@@ -110,7 +111,7 @@ class Evaluate(Stage[Evaluation]):
     def read(self, run: Run, artifact: Artifact, policy: Policy, *opponent: Evaluation) -> Evaluation:
         facts = json.loads((artifact.folder / "evaluation.json").read_text())
         pairs, _ = read_pairs(artifact.folder / "held_out.parquet")
-        if self.name == "evaluate":
+        if self.shows_samples:
             shown = pairs[: run.config.evaluation.samples]
             samples = [{"prompt": p.prompt, "real": p.real, "generated": p.generated} for p in shown]
             run.tracker.samples(policy.label, samples, artifact.reused)
@@ -122,6 +123,7 @@ class Validate(Evaluate):
     """Measure `policy` on the validation prompts, which the selection of a policy uses."""
 
     name: ClassVar[str] = "validate"
+    shows_samples: ClassVar[bool] = False
 
     def examples(self, run: Run) -> list[Example]:
         return run.data.validation

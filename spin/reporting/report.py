@@ -104,7 +104,10 @@ def _held_out(game: dict, drawn: Collection[str]) -> list[str]:
 
 
 def describe_selection(selected: dict) -> str:
-    """Which policy was selected, by what, and whether it is the last: "iter0, not the last (iter1): classifier AUC ..."."""
+    """Which policy was selected, by what, and whether it is the last.
+
+    "iter0, not the last (iter1); classifier AUC 0.63 [0.55, 0.70] on 96 validation prompts".
+    """
     measure = MEASURES.get(selected["measure"])
     title = measure.title if measure else f"benchmark {selected['measure']}"
     value = show(selected["value"], selected["interval"], measure.format if measure else ".3f")

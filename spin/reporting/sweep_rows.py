@@ -106,6 +106,7 @@ def _point_row(point: Point, game: dict | None) -> dict:
         row |= {"policy": selected["policy"], f"{VALIDATION}{selected['measure']}": selected["value"]}
     if evaluations:
         row |= _without_iter(evaluations[-1])
+    if "policy" in row:
         externals = [external for external in externals if external["policy"] == row["policy"]]
     if externals:
         for task in externals[-1]["harness"] or []:

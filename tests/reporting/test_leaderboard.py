@@ -96,6 +96,18 @@ def test_benchmarks_in_rows(tmp_path):
     assert row["gsm8k"] == 0.4 and row["gsm8k_se"] == 0.01 and row["mt_bench"] == 6.5
 
 
+def test_benchmarks_of_the_selected_policy(tmp_path):
+    """Also where nothing was measured on held-out prompts."""
+    one = game(1.0) | {"evaluations": []}
+    one["external"] = [
+        {"policy": f"iter{t}", "harness": [{"task": "gsm8k", "value": value, "stderr": 0.01}], "mt_bench": None}
+        for t, value in enumerate((0.4, 0.3))
+    ]
+    one["selected"] = {"policy": "iter0", "measure": "gsm8k", "value": 0.4}
+    (row,) = rows_of(points_of(tmp_path, {(): one}))
+    assert row["policy"] == "iter0" and row["gsm8k"] == row["validation_gsm8k"] == 0.4
+
+
 def test_leaderboard_notes_too_few_prompts(tmp_path):
     points = points_of(tmp_path, {(("a", str(a)),): game(1.0 + a) for a in range(2)})
     shown = io.StringIO()
