@@ -50,14 +50,15 @@ def criterion(run: Run) -> str | None:
     if name is None:
         by_prompts = "classifier_auc" if n >= CLASSIFIER_PROMPTS else "nll_per_token"
         return "exact_match" if config.data.check != "none" else HARNESS if tasks else by_prompts
-    known = [*(measure.name for measure in COMPARED), *([HARNESS, *tasks] if tasks else [])]
+    if name == "exact_match" and config.data.check == "none":
+        raise UserError("evaluation.select=exact_match: needs data.check, which says when an answer is right.")
+    checked = [measure.name for measure in COMPARED if measure.name != "exact_match" or config.data.check != "none"]
+    known = [*checked, *([HARNESS, *tasks] if tasks else [])]
     if name not in known:
         raise UserError(f"evaluation.select={name}: this run does not measure it. It measures {', '.join(known)}.")
     if name in MEASURES and n < MEASURES[name].min_prompts:
         needed = f"data.validation of {MEASURES[name].min_prompts} or more prompts"
         raise UserError(f"evaluation.select={name}: needs {needed}, there are {n}.")
-    if name == "exact_match" and config.data.check == "none":
-        raise UserError("evaluation.select=exact_match: needs data.check, which says when an answer is right.")
     return name
 
 
