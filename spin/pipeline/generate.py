@@ -76,10 +76,7 @@ class Generate(Stage[list[Answer]]):
                 f"note: {cut:.0%} of the answers were cut at generation.max_new_tokens={run.config.max_new_tokens}: "
                 "their length alone tells them from human answers. Raise it if human answers are longer."
             )
-        human, generated = (
-            [row[0] for row in rows]
-            for rows in ([example.real_ids for example in run.data.train], [answer.ids for answer in answers])
-        )
+        human, generated = [example.real_ids[0] for example in run.data.train], [answer.ids[0] for answer in answers]
         if tokens := telling_tokens(human, generated):
             names = ", ".join(repr(run.tokenizer.decode([token])) for token in tokens)
             run.say(
