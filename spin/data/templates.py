@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from os.path import commonprefix
 from typing import Any
 
 from spin.data.messages import Exchange, Message
@@ -162,7 +163,8 @@ class ChatTemplate:
         if not head or not whole.endswith(tail):
             return "not rendered by the template"
         body = whole.removesuffix(tail)
-        lost = "</think>" in exchange.answer["content"] and "</think>" not in body.removeprefix(_common(opened, body))
+        added = body.removeprefix(commonprefix([opened, body]))  # noqa: RUF071  # of texts, not of paths
+        lost = "</think>" in exchange.answer["content"] and "</think>" not in added
         for prompt in (_cut(head), _cut(opened)):
             if body.startswith(prompt) and not lost:
                 return Split(prompt, body.removeprefix(prompt) + self._closing(tail))
@@ -191,7 +193,7 @@ class ChatTemplate:
             if added.strip():
                 yield f"note: the chat template puts {added!r} before an answer; it is part of the prompt"
         else:
-            common = _common(self.opened, self.head)
+            common = commonprefix([self.opened, self.head])  # noqa: RUF071
             there, here = (
                 repr(text.removeprefix(common)) if text != common else "nothing" for text in (self.opened, self.head)
             )
@@ -255,14 +257,6 @@ def _given(tools: list[Any] | None) -> dict[str, Any]:
 def _cut(text: str) -> str:
     """Return the text before an answer without blanks at its end."""
     return text.rstrip(" \t")
-
-
-def _common(first: str, second: str) -> str:
-    """Return the start that two texts share."""
-    length = next(
-        (n for n, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
-    )
-    return first[:length]
 
 
 def end_of_turn(

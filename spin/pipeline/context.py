@@ -172,9 +172,7 @@ def prepare_run(config: Config, folder: Path, tracker: Tracker) -> Run:
         check_adapter(config, start, tracker)
         check_routers(config, start)
         check_libraries(config, start)
-    data = None
-    if ranks.is_main_process:
-        data = read_data(config, start, against, tokenizer, stops, tracker.say)
+    data = read_data(config, start, against, tokenizer, stops, tracker.say) if ranks.is_main_process else None
     data = ranks.broadcast(data)
     # A model that was never taught its template's end token would play on as the user.
     stops |= {end_of_turn(tokenizer, stops, config.data.template, config.data.template_options)}

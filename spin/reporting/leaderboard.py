@@ -12,7 +12,7 @@ from spin.evaluation.measure_table import MEASURES, missing_prompts
 from spin.reporting.figures import STYLE, save_figures
 from spin.reporting.summary import measure_table
 from spin.reporting.sweep_figures import CAPTIONS, draw
-from spin.reporting.sweep_rows import VALIDATION, Point, ranking_measures, rows_of, settings_of, sorted_by
+from spin.reporting.sweep_rows import Point, ranking_measures, rows_of, settings_of, sorted_by
 from spin.reporting.text import escape, markdown_table
 from spin.runtime.errors import brief
 from spin.runtime.files import write_text
@@ -64,11 +64,6 @@ def _order(rows: Sequence[dict]) -> str | None:
     return f"{measure.title}{where}, {first} first"
 
 
-def _subject(rows: Sequence[dict]) -> str:
-    selected = any(key.startswith(VALIDATION) for row in rows for key in row)
-    return "selected policy" if selected else "last policy"
-
-
 def _notes(rows: Sequence[dict]) -> list[str]:
     counts = [row["n"] for row in rows if "n" in row]
     return missing_prompts(min(counts)) if counts else []
@@ -94,7 +89,7 @@ def _page(folder: Path, rows: Sequence[dict], drawn: Sequence[Path]) -> str:
     if measures:
         has_means = any(row["kind"] == "mean" for row in rows)
         parts.append(
-            f"Sorted by {_order(rows)}. Measures of each point's {_subject(rows)} on the held-out prompts, in brackets "
+            f"Sorted by {_order(rows)}. Held-out measures of each point's selected policy, or else its last; in brackets "
             f"95 % bootstrap intervals over prompts{'; in rows of means, ± the standard error over seeds' * has_means}."
         )
     header = ["", *settings, "status", *(f"{measure.title} ({measure.unit})" for measure in measures), "report"]
