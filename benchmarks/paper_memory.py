@@ -20,6 +20,7 @@ from spin.engines import memory
 from spin.engines.memory_load import load_of
 from spin.models.policy import Policy
 from spin.runtime.process_group import ProcessGroup
+from spin.runtime.tables import Rows
 
 GIB = 2**30
 USABLE = 80 * GIB * (1 - memory.RESERVED) - memory.CONTEXT
@@ -55,7 +56,8 @@ def needed(experiment: str, words: list[str], gpus: int) -> list[memory.Needed]:
     config = load(f"experiment={experiment}", *words)
     prompt = config.data.max_prompt_length
     longest = Example("longest", "", (0,) * prompt, "", (0,) * (config.data.max_length - prompt))
-    data = Dataset([longest] * EXAMPLES, [], {})
+    examples, none = Rows.of(Example, [longest] * EXAMPLES), Rows.of(Example, [])
+    data = Dataset(examples, none, {}, 0, none)
     dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
     model = Policy("zephyr", Path(), "")
     load_on_gpu = load_of(config, data, model, torch.device("cuda"), dtype, ProcessGroup(size=gpus))

@@ -56,6 +56,7 @@ class DataConfig(Section):
     name: str
     path: str | None
     revision: str | None
+    config: str | None
     splits: list[str] | None
     package: str | None
     package_sha256: str | None

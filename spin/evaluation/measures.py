@@ -10,6 +10,7 @@ import numpy as np
 from spin.evaluation.measure_table import COMPARED, MEASURES
 from spin.evaluation.two_sample import mauve, mauve_if_equal
 from spin.method.pairs import Pair
+from spin.runtime.tables import Rows
 
 Statistic = Callable[[np.ndarray], float]
 ARRAYS = ("scores", "clusters", "correct")  # of a HeldOut, where there are any
@@ -25,7 +26,7 @@ class HeldOut:
     answers can be checked.
     """
 
-    pairs: list[Pair]
+    pairs: Rows[Pair]
     policy_logps: dict[str, np.ndarray]
     scores: np.ndarray | None = None
     clusters: np.ndarray | None = None
@@ -45,7 +46,7 @@ class HeldOut:
         return hashlib.sha256(json.dumps([[asdict(pair) for pair in self.pairs], logps]).encode()).hexdigest()
 
 
-def held_out_of(pairs: list[Pair], per_prompt: dict) -> HeldOut:
+def held_out_of(pairs: Rows[Pair], per_prompt: dict) -> HeldOut:
     """The inverse of `HeldOut.per_prompt`."""
     logps = {name: np.array(values) for name, values in per_prompt["policy_logps"].items()}
     return HeldOut(

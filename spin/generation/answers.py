@@ -1,17 +1,18 @@
 """Requests for answers, and the answers that a model generated."""
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import pyarrow.parquet as pq
+import numpy as np
+import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from spin.data.examples import Example
 from spin.runtime.random import seed_of
 from spin.runtime.shards import Shard, ShardDriver
-from spin.runtime.tables import with_tuples
+from spin.runtime.tables import Rows, read_parquet, schema_of
 
 
 @dataclass(frozen=True)
@@ -27,15 +28,21 @@ class Answer:
 
 @dataclass(frozen=True)
 class Request:
-    """An example's prompt, to be answered for the `index`-th time (from 0)."""
+    """The prompt of the example at `row` of `examples`, to be answered for the `index`-th time (from 0)."""
 
-    example: Example
+    id: str
     index: int
+    row: int
+    examples: Sequence[Example]
+
+    @property
+    def example(self) -> Example:
+        return self.examples[self.row]
 
     @property
     def stream(self) -> str:
         """The name of the request's stream of random numbers. A first answer does not depend on how many follow."""
-        return f"{self.example.id}#{self.index}" if self.index else self.example.id
+        return f"{self.id}#{self.index}" if self.index else self.id
 
     def seed(self, seed: int) -> int:
         """The seed of this request's stream in a run with `seed`: 56 bits."""
@@ -44,7 +51,9 @@ class Request:
 
 def repeat_prompts(examples: Sequence[Example], num_answers: int) -> list[Request]:
     """`num_answers` requests for each example, one after another."""
-    return [Request(example, index) for example in examples for index in range(num_answers)]
+    rows = Rows.of(Example, examples)
+    ids = enumerate(rows.column("id"))
+    return [Request(id, index, row, rows) for row, id in ids for index in range(num_answers)]
 
 
 def answer_in_shards(
@@ -54,7 +63,7 @@ def answer_in_shards(
     stop_ids: Collection[int],
     keep: ShardDriver,
     shard_size: int,
-) -> list[Answer]:
+) -> Rows[Answer]:
     """Answer `requests` by `decode`, which returns the token ids of each answer, and return the answers in their order.
 
     Requests are sorted by the length of their prompts, and `keep` gets them in shards of `shard_size`.
@@ -65,16 +74,18 @@ def answer_in_shards(
         for request, ids in zip(shard, decode(shard), strict=True):
             reason = "stop" if ids[-1] in stop_ids else "length"
             text = str(tokenizer.decode(ids, skip_special_tokens=True))
-            rows.append(asdict(Answer(request.example.id, request.index, tuple(ids), reason, text)))
+            rows.append(vars(Answer(request.id, request.index, tuple(ids), reason, text)))
         return rows
 
-    by_length = sorted(requests, key=lambda request: (len(request.example.prompt_ids), request.stream))
+    lengths = Rows.of(Example, requests[0].examples if requests else []).lengths("prompt_ids")
+    order = sorted(range(len(requests)), key=lambda n: (lengths[requests[n].row], requests[n].stream))
+    by_length = [requests[n] for n in order]
     shards = [by_length[start : start + shard_size] for start in range(0, len(by_length), shard_size)]
     stored = keep([Shard([request.stream for request in shard], partial(answer, shard)) for shard in shards])
-    answers = {(row["id"], row["index"]): Answer(**with_tuples(row)) for rows in stored for row in rows}
-    return [answers[request.example.id, request.index] for request in requests]
+    batches = [pa.RecordBatch.from_pylist(rows, schema=schema_of(Answer)) for rows in stored]
+    return Rows(Answer, batches).at(np.argsort(order))
 
 
-def read_answers(path: Path) -> list[Answer]:
+def read_answers(path: Path) -> Rows[Answer]:
     """The answers in a Parquet file."""
-    return [Answer(**with_tuples(row)) for row in pq.read_table(path).to_pylist()]
+    return read_parquet(Answer, path)

@@ -12,6 +12,7 @@ from spin.generation.answers import Answer, Request, answer_in_shards, repeat_pr
 from spin.generation.decoding import decode
 from spin.runtime.errors import UserError
 from spin.runtime.shards import ShardDriver, compute_shards
+from spin.runtime.tables import Rows
 
 CHUNK = 2**18  # logits that are sampled from at once on a CPU: they fit its cache
 
@@ -28,7 +29,7 @@ def generate_answers(
     advance: Callable[[int], None] = lambda answers: None,
     keep: ShardDriver = compute_shards,
     shard_size: int = 256,
-) -> list[Answer]:
+) -> Rows[Answer]:
     """Generate `num_answers` answers to each example and return them in the examples' order.
 
     Tokens are drawn from the model's distribution (temperature, then top_p; the model's generation_config is ignored), or

@@ -28,6 +28,7 @@ from spin.models.policy import Policy
 from spin.runtime.errors import UserError, brief
 from spin.runtime.shards import ShardDriver, compute_shards
 from spin.runtime.signals import raise_if_stopped
+from spin.runtime.tables import Rows
 
 VERSION = "0.33.0"  # whose interface this module calls
 INSTALL = f"python -m venv .venv-vllm && .venv-vllm/bin/pip install vllm=={VERSION}"
@@ -80,7 +81,7 @@ def generate_with_vllm(
     advance: Callable[[int], None] = lambda answers: None,
     keep: ShardDriver = compute_shards,
     shard_size: int = 256,
-) -> list[Answer]:
+) -> Rows[Answer]:
     """As `sampling.generate_answers`, by vLLM.
 
     Its processes start when `keep` makes the first shard, and end after the last one. Raises UserError if one ends early.

@@ -1,10 +1,12 @@
 """Pairs: a prompt with its human answer and an opponent's answer to it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from torch import Tensor
 from spin.data.examples import Example
 from spin.engines.packing import Continuations
 from spin.generation.answers import Answer
-from spin.runtime.tables import with_tuples
+from spin.runtime.tables import BLOCK, Lazy, Rows, read_parquet, schema_of
 
 # Log-probs of each response by its name, "real" or "generated": [pairs], summed over tokens, in nats.
 Logps = Mapping[str, Tensor]
@@ -41,65 +43,75 @@ class Pair:
     answer: int = 0
 
 
-def make_pair(example: Example, answer: Answer, iteration: int = 0) -> Pair:
-    """Join an example and an answer to it."""
-    assert example.id == answer.id
-    return Pair(
-        id=example.id,
-        prompt=example.prompt,
-        real=example.real,
-        generated=answer.text,
-        finish_reason=answer.finish_reason,
-        prompt_ids=example.prompt_ids,
-        real_ids=example.real_ids,
-        generated_ids=answer.ids,
-        iter=iteration,
-        answer=answer.index,
-    )
-
-
 def make_pairs(
-    examples: Sequence[Example], answers: Sequence[Answer], iteration: int
-) -> tuple[list[Pair], dict[str, int]]:
-    """Join examples and answers by id. Returns the pairs, and how many were dropped because they give no gradient."""
-    by_id: dict[str, list[Answer]] = {}
-    for answer in answers:
-        by_id.setdefault(answer.id, []).append(answer)
-    pairs, dropped = [], {"identical": 0, "empty": 0}
-    for example in examples:
-        for answer in by_id[example.id]:
-            if answer.ids == example.real_ids:
-                dropped["identical"] += 1
-            elif not answer.text.strip():
-                dropped["empty"] += 1
-            else:
-                pairs.append(make_pair(example, answer, iteration))
-    return pairs, dropped
+    examples: Sequence[Example], answers: Sequence[Answer], iteration: int = 0, keep_all: bool = False
+) -> tuple[Rows[Pair], dict[str, int]]:
+    """Join examples and answers by id. Returns the pairs, and how many were dropped because they give no gradient.
+
+    `keep_all` drops none.
+    """
+    examples, answers = Rows.of(Example, examples), Rows.of(Answer, answers)
+    row_of = {id: row for row, id in enumerate(examples.column("id"))}
+    example_rows = np.array([row_of.get(id, -1) for id in answers.column("id")], np.int64)
+    order = np.argsort(example_rows, kind="stable")  # in the examples' order, and an example's answers in theirs
+    order = order[example_rows[order] >= 0]
+    batches, dropped = [], {"identical": 0, "empty": 0}
+    for start in range(0, len(order), BLOCK):
+        rows = order[start : start + BLOCK]
+        batch, reasons = _join(examples.gather(example_rows[rows]), answers.gather(rows), iteration)
+        if not keep_all:
+            batch = batch.filter(pa.array([reason is None for reason in reasons]))
+            dropped = {reason: count + reasons.count(reason) for reason, count in dropped.items()}
+        batches += batch.to_batches()
+    return Rows(Pair, batches), dropped
+
+
+def _join(examples: pa.Table, answers: pa.Table, iteration: int) -> tuple[pa.Table, list[str | None]]:
+    """The pairs of examples and answers row by row, and why each is dropped, if it is."""
+    columns = {name: examples[name] for name in ("id", "prompt", "real", "prompt_ids", "real_ids")}
+    columns |= {
+        "generated": answers["text"],
+        "finish_reason": answers["finish_reason"],
+        "generated_ids": answers["ids"],
+    }
+    columns |= {"iter": pa.array([iteration] * len(answers), pa.int64()), "answer": answers["index"]}
+    table = pa.table({name: columns[name] for name in schema_of(Pair).names}, schema_of(Pair))
+    same_length = pc.equal(pc.list_value_length(table["real_ids"]), pc.list_value_length(table["generated_ids"]))
+    reasons: list[str | None] = [None if text.strip() else "empty" for text in table["generated"].to_pylist()]
+    for row in np.flatnonzero(same_length.to_numpy()):
+        if table["real_ids"][row] == table["generated_ids"][row]:
+            reasons[row] = "identical"
+    return table, reasons
 
 
 def group_by_prompt(pairs: Sequence[Pair]) -> list[list[int]]:
     """Indices of consecutive pairs that share a prompt and an iteration: one group per prompt."""
+    pairs = Rows.of(Pair, pairs)
     groups: list[list[int]] = []
     previous = None
-    for index, pair in enumerate(pairs):
-        if (pair.id, pair.iter) != previous:
+    for index, key in enumerate(zip(pairs.column("id"), pairs.column("iter"), strict=True)):
+        if key != previous:
             groups.append([])
         groups[-1].append(index)
-        previous = pair.id, pair.iter
+        previous = key
     return groups
 
 
-def to_continuations(pairs: Sequence[Pair], first: Mapping[tuple[str, int], Ids] | None = None) -> list[Continuations]:
+def to_continuations(
+    pairs: Sequence[Pair], first: Mapping[tuple[str, int], Ids] | None = None
+) -> Sequence[Continuations]:
     """One item per prompt, in the order of `group_by_prompt`: the human answer once, then every generated one, then the
     `first` answers, if given, as many: those of iteration 0 by example's id and answer index."""
-    items = []
-    for group in group_by_prompt(pairs):
-        chosen = [pairs[i] for i in group]
+    rows, groups = Rows.of(Pair, pairs), group_by_prompt(pairs)
+
+    def make(number: int) -> Continuations:
+        chosen = [rows[i] for i in groups[number]]
         responses = [chosen[0].real_ids, *(pair.generated_ids for pair in chosen)]
         if first is not None:
             responses += [first[pair.id, pair.answer] for pair in chosen]
-        items.append(Continuations(chosen[0].prompt_ids, tuple(responses)))
-    return items
+        return Continuations(chosen[0].prompt_ids, tuple(responses))
+
+    return Lazy(len(groups), make)
 
 
 def split_responses(
@@ -119,12 +131,13 @@ def split_responses(
 
 def token_counts(pairs: Sequence[Pair]) -> dict[str, Tensor]:
     """Tokens of each response, [pairs]."""
-    return {name: torch.tensor([len(getattr(pair, f"{name}_ids")) for pair in pairs]) for name in RESPONSES}
+    rows = Rows.of(Pair, pairs)
+    return {name: torch.from_numpy(rows.lengths(f"{name}_ids")) for name in RESPONSES}
 
 
 def write_pairs(path: Path, pairs: Sequence[Pair], logps: Mapping[str, Logps]) -> None:
     """Write pairs as Parquet, with a column `<model>_logp_<response>` for each model in `logps` and each response."""
-    table = pa.Table.from_pylist([asdict(pair) for pair in pairs])
+    table = Rows.of(Pair, pairs).table
     for model, responses in logps.items():
         for response, values in responses.items():
             table = table.append_column(f"{model}_logp_{response}", pa.array(values.tolist()))
@@ -132,14 +145,12 @@ def write_pairs(path: Path, pairs: Sequence[Pair], logps: Mapping[str, Logps]) -
     pq.write_table(table, path)
 
 
-def read_pairs(path: Path) -> tuple[list[Pair], dict[str, Logps]]:
+def read_pairs(path: Path) -> tuple[Rows[Pair], dict[str, Logps]]:
     """Read what `write_pairs` wrote: the pairs, and log-probs by model and response."""
-    table = pq.read_table(path)
-    columns = [field.name for field in fields(Pair)]
-    pairs = [Pair(**with_tuples(row)) for row in table.select(columns).to_pylist()]
+    columns = [column for column in pq.read_schema(path).names if "_logp_" in column]
+    table = pq.read_table(path, columns=columns)
     logps: dict[str, dict[str, Tensor]] = {}
-    for column in table.column_names:
+    for column in columns:
         model, _, response = column.partition("_logp_")
-        if response:
-            logps.setdefault(model, {})[response] = torch.tensor(table[column].to_pylist())
-    return pairs, dict(logps)
+        logps.setdefault(model, {})[response] = torch.tensor(table[column].to_pylist())
+    return read_parquet(Pair, path), dict(logps)

@@ -3,9 +3,10 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -111,8 +112,8 @@ class Models:
             for first, second in zip(examples, examples[1:] or examples, strict=False)
         ]
         answers = max(2, self.config.answers_per_prompt)  # an evaluation scores two
-        lengths = [len(e.prompt_ids) + len(e.real_ids) for e in data.all]
-        self.longest = max(lengths) + answers * self.config.max_new_tokens
+        lengths = data.all.lengths("prompt_ids") + data.all.lengths("real_ids")
+        self.longest = int(lengths.max()) + answers * self.config.max_new_tokens
 
     def load(self, policy: Policy) -> PreTrainedModel:
         """The policy in memory, in the compute dtype. Releases the model that was loaded before."""
@@ -172,14 +173,24 @@ def prepare_run(config: Config, folder: Path, tracker: Tracker) -> Run:
         check_adapter(config, start, tracker)
         check_routers(config, start)
         check_libraries(config, start)
-    data = read_data(config, start, against, tokenizer, stops, tracker.say) if ranks.is_main_process else None
-    data = ranks.broadcast(data)
+    data = share_data(partial(read_data, config, start, against, tokenizer, stops), tracker.say, ranks)
     # A model that was never taught its template's end token would play on as the user.
     stops |= {end_of_turn(tokenizer, stops, config.data.template, config.data.template_options)}
     models = Models(config, dtype, device, ranks, tracker)
     models.set_data(data)
     store = Store(Path(config.store.path), tracker.say)
     return Run(config, folder, tracker, ranks, store, device, dtype, start, against, tokenizer, stops, data, models)
+
+
+def share_data(
+    read: Callable[[Callable[[str], None]], Dataset], say: Callable[[str], None], ranks: ProcessGroup
+) -> Dataset:
+    """The data set as the main process reads it. Ranks on other machines, which don't see its files, read it themselves."""
+    data = read(say) if ranks.is_main_process else None
+    path = ranks.broadcast(data.train.path if data else None)
+    if ranks.all_reduce_max(not path.exists()):
+        return data or read(lambda text: None)
+    return ranks.broadcast(data)
 
 
 def find_policies(config: Config, ranks: ProcessGroup) -> tuple[Policy, Policy | None]:
@@ -229,7 +240,7 @@ def read_data(
     cache = Path(config.cache.path).expanduser()
     data = load_dataset(config.data, tokenizer, stops, config.seed, cache, seen, say)
     architecture = AutoConfig.from_pretrained(start.base_or_self.folder, trust_remote_code=False).get_text_config()
-    highest = max(token for e in data.all for token in (*e.prompt_ids, *e.real_ids))
+    highest = max(data.all.column("highest"))
     known = getattr(architecture, "vocab_size", None)
     if known is not None and highest >= known:
         raise UserError(
@@ -239,7 +250,8 @@ def read_data(
         )
     context = getattr(architecture, "max_position_embeddings", None)
     new = config.max_new_tokens
-    longest = max(len(e.prompt_ids) + max(len(e.real_ids), new) for e in data.all)
+    answers = np.maximum(data.all.lengths("real_ids"), new)
+    longest = int((data.all.lengths("prompt_ids") + answers).max())
     if context is not None and longest > context:
         raise UserError(
             f"sequences of up to {longest} tokens do not fit the model's context of {context}: lower data.max_length, "

@@ -11,7 +11,7 @@ from spin.engines.packing import Continuations
 from spin.evaluation.answer_checks import correct
 from spin.evaluation.measures import HeldOut, held_out_of, measures
 from spin.evaluation.two_sample import Features, classifier_scores, clusters, embed, features, with_embeddings
-from spin.method.pairs import Pair, make_pair, read_pairs, write_pairs
+from spin.method.pairs import Pair, make_pairs, read_pairs, write_pairs
 from spin.models.policy import Policy, content_id
 from spin.pipeline.context import Run
 from spin.pipeline.generate import answer_prompts, generation_inputs
@@ -19,7 +19,7 @@ from spin.pipeline.score import score_items
 from spin.pipeline.stage import Node, Stage, Work
 from spin.runtime.random import seed_of
 from spin.runtime.store import Artifact
-from spin.runtime.tables import fingerprint
+from spin.runtime.tables import Rows
 
 EVALUATION_STREAM = -2  # of random numbers, beside the iterations'
 
@@ -53,7 +53,7 @@ class Evaluate(Stage[Evaluation]):
     def title(self, policy: Policy, *opponent: Evaluation) -> str:
         return f"{self.name} {policy.label}"
 
-    def examples(self, run: Run) -> list[Example]:
+    def examples(self, run: Run) -> Rows[Example]:
         return run.data.held_out
 
     def labels(self, policy: Policy, *opponent: Evaluation) -> dict:
@@ -62,7 +62,7 @@ class Evaluate(Stage[Evaluation]):
     def inputs(self, run: Run, policy: Policy, *opponent: Evaluation) -> dict:
         return {
             "policy": policy.id,
-            "prompts": fingerprint(self.examples(run)),
+            "prompts": self.examples(run).digest,
             "seed": run.config.seed,
             "stop_ids": sorted(run.stop_ids),
             "opponent": opponent[0].held_out.digest if opponent else None,
@@ -79,7 +79,7 @@ class Evaluate(Stage[Evaluation]):
         seed = seed_of(config.seed, EVALUATION_STREAM, bits=32)
         examples = self.examples(run)
         answers = answer_prompts(run, work, policy, examples, 1, seed)
-        pairs = [make_pair(example, answer) for example, answer in zip(examples, answers, strict=True)]
+        pairs, _ = make_pairs(examples, answers, keep_all=True)
         items = [Continuations(pair.prompt_ids, (pair.real_ids, pair.generated_ids)) for pair in pairs]
         names = ["real", "generated"]
         if opponent:  # the opponent's answers, too, for the margin
@@ -125,7 +125,7 @@ class Validate(Evaluate):
     name: ClassVar[str] = "validate"
     shows_samples: ClassVar[bool] = False
 
-    def examples(self, run: Run) -> list[Example]:
+    def examples(self, run: Run) -> Rows[Example]:
         return run.data.validation
 
 

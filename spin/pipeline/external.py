@@ -13,7 +13,6 @@ from spin.pipeline.context import Run
 from spin.pipeline.evaluate import Evaluate, Evaluation
 from spin.pipeline.stage import Node, Stage, Work
 from spin.runtime.store import Artifact
-from spin.runtime.tables import fingerprint
 
 MT_BENCH_TOKENS = 1024  # of an answer, as in FastChat
 
@@ -189,8 +188,8 @@ class Compare(External):
     def inputs(self, run: Run, policy: Policy, now: Evaluation, before: Evaluation) -> dict:
         settings = run.config.evaluation
         return {
-            "answers": fingerprint(now.held_out.pairs),
-            "opponents": fingerprint(before.held_out.pairs),
+            "answers": now.held_out.pairs.digest,
+            "opponents": before.held_out.pairs.digest,
             "judge": judges.identity(str(settings.judge), settings.judge_model),
             **device_inputs(run),
             "bootstrap": settings.bootstrap,

@@ -16,7 +16,7 @@ from spin.pipeline.stage import Node, Stage, Work
 from spin.runtime.errors import brief
 from spin.runtime.random import seed_of
 from spin.runtime.store import Artifact
-from spin.runtime.tables import fingerprint, write_parquet
+from spin.runtime.tables import Rows, write_parquet
 
 # Above this share of answers cut at the cap, a warning is due: their length alone tells them from human answers.
 CUT_SHARE = 0.2
@@ -27,7 +27,7 @@ NOT_INPUTS = ("name", "num_answers", "python", "tensor_parallel", "data_parallel
 
 
 @dataclass(frozen=True, eq=False)
-class Generate(Stage[list[Answer]]):
+class Generate(Stage[Rows[Answer]]):
     """`num_answers` answers of the opponent to each training prompt; with data.generated=file, iteration 0 takes the data's."""
 
     name: ClassVar[str] = "generate"
@@ -39,10 +39,10 @@ class Generate(Stage[list[Answer]]):
 
     def inputs(self, run: Run, opponent: Policy) -> dict:
         if self.takes_file(run):
-            return {"file": fingerprint(answers_in_file(run)), "iter": self.iteration}
+            return {"file": answers_in_file(run).digest, "iter": self.iteration}
         return {
             "opponent": opponent.id,
-            "prompts": fingerprint(run.data.train),
+            "prompts": run.data.train.digest,
             "answers": run.config.generation.num_answers,
             "seed": run.config.seed,
             "iter": self.iteration,
@@ -58,26 +58,25 @@ class Generate(Stage[list[Answer]]):
         else:
             answers = answer_prompts(run, work, opponent, run.data.train, run.config.generation.num_answers, seed)
         write_parquet(answers, work.folder / "answers.parquet")
-        tokens = sum(len(answer.ids) for answer in answers)
+        tokens = int(answers.lengths("ids").sum())
         row = {
             "answers": len(answers),
             "tokens": tokens,
             "tokens_per_second": tokens / (time.perf_counter() - started + work.earlier_seconds),
-            "finished": sum(answer.finish_reason == "stop" for answer in answers) / len(answers),
+            "finished": answers.column("finish_reason").count("stop") / len(answers),
         }
         work.log({"step": 0, **row})
         return row
 
-    def read(self, run: Run, artifact: Artifact, opponent: Policy) -> list[Answer]:
+    def read(self, run: Run, artifact: Artifact, opponent: Policy) -> Rows[Answer]:
         answers = read_answers(artifact.folder / "answers.parquet")
-        cut = sum(answer.finish_reason == "length" for answer in answers) / len(answers)
+        cut = answers.column("finish_reason").count("length") / len(answers)
         if cut > CUT_SHARE:
             run.say(
                 f"note: {cut:.0%} of the answers were cut at generation.max_new_tokens={run.config.max_new_tokens}: "
                 "their length alone tells them from human answers. Raise it if human answers are longer."
             )
-        human, generated = [example.real_ids[0] for example in run.data.train], [answer.ids[0] for answer in answers]
-        if tokens := telling_tokens(human, generated):
+        if tokens := telling_tokens(run.data.train.first("real_ids"), answers.first("ids")):
             names = ", ".join(repr(run.tokenizer.decode([token])) for token in tokens)
             run.say(
                 f"note: the first token alone ({brief(names)}) tells human from generated answers, and the policy may learn "
@@ -103,14 +102,14 @@ def telling_tokens(human: Sequence[int], generated: Sequence[int]) -> list[int]:
     return []
 
 
-def answers_in_file(run: Run) -> list[Answer]:
+def answers_in_file(run: Run) -> Rows[Answer]:
     """The data's own answers to the training prompts, beside the human ones."""
     answers = []
     for example in run.data.train:
         reason = "stop" if example.rejected[-1] in run.stop_ids else "length"
         text = str(run.tokenizer.decode(list(example.rejected), skip_special_tokens=True))
         answers.append(Answer(example.id, 0, example.rejected, reason, text))
-    return answers
+    return Rows.of(Answer, answers)
 
 
 def generation_inputs(run: Run) -> dict:
@@ -124,10 +123,10 @@ def generation_inputs(run: Run) -> dict:
 
 def answer_prompts(
     run: Run, work: Work, policy: Policy, examples: Sequence[Example], num_answers: int, seed: int
-) -> list[Answer]:
+) -> Rows[Answer]:
     """`num_answers` answers of the policy to each example, by all ranks, resumed by shards."""
     config, use_vllm = run.config, run.config.generation.engine == "vllm"
-    generate: Callable[..., list[Answer]]
+    generate: Callable[..., Rows[Answer]]
     if use_vllm:
         from spin.generation.vllm import generate_with_vllm
 

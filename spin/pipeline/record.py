@@ -13,6 +13,7 @@ from spin.pipeline.generate import Generate
 from spin.pipeline.score import Score
 from spin.pipeline.stage import Node, Stage
 from spin.pipeline.train import Sft, Train
+from spin.runtime.tables import Rows
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class IterationRecord:
         return [stage for stage in (*parts, *self.external) if stage is not None]
 
 
-def replayed(config: Config, iteration: int, answers: Sequence[Node[list[Answer]]]) -> dict[int, Node[list[Answer]]]:
+def replayed(config: Config, iteration: int, answers: Sequence[Node[Rows[Answer]]]) -> dict[int, Node[Rows[Answer]]]:
     """The answers whose pairs are used in `iteration`, by iteration: its own, then those that schedule.replay adds."""
     first = {"none": iteration, "previous": max(0, iteration - 1), "all": 0}[config.schedule.replay]
     return {k: answers[k] for k in (iteration, *range(first, iteration))}

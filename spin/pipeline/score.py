@@ -3,6 +3,8 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import ClassVar
 
 from torch import Tensor
@@ -26,14 +28,14 @@ from spin.pipeline.stage import Node, Stage, Work
 from spin.runtime.errors import UserError
 from spin.runtime.progress import Progress
 from spin.runtime.store import Artifact
-from spin.runtime.tables import fingerprint
+from spin.runtime.tables import Rows
 
 
 @dataclass(frozen=True)
 class Scores:
     """Pairs and their log-probs under one model, by response."""
 
-    pairs: list[Pair]
+    pairs: Rows[Pair]
     logps: Logps
     key: str  # of the stage
 
@@ -49,7 +51,7 @@ class Score(Stage[Scores]):
     iteration: int
     model: str
     policy: Node[Policy]
-    answers: Mapping[int, Node[list[Answer]]]
+    answers: Mapping[int, Node[Rows[Answer]]]
 
     def title(self, *results) -> str:
         return f"iter {self.iteration}: score" + (" under the start" if self.model == "start" else "")
@@ -57,14 +59,13 @@ class Score(Stage[Scores]):
     def labels(self, *results) -> dict:
         return {"iter": self.iteration} | ({"under": self.model} if self.model == "start" else {})
 
-    def pairs(self, run: Run, answers: Sequence[list[Answer]]) -> tuple[list[Pair], dict[str, int]]:
+    def pairs(self, run: Run, answers: Sequence[Rows[Answer]]) -> tuple[Rows[Pair], dict[str, int]]:
         """The pairs, and how many were dropped by reason. Raises UserError if none is left."""
-        pairs: list[Pair] = []
-        dropped: dict[str, int] = {}
-        for iteration, answers_of_iteration in zip(self.answers, answers, strict=True):
-            more, more_dropped = make_pairs(run.data.train, answers_of_iteration, iteration)
-            pairs += more
-            dropped = {reason: count + dropped.get(reason, 0) for reason, count in more_dropped.items()}
+        parts = [
+            make_pairs(run.data.train, of_iteration, t) for t, of_iteration in zip(self.answers, answers, strict=True)
+        ]
+        pairs = reduce(add, [rows for rows, _ in parts])
+        dropped = {reason: sum(counts[reason] for _, counts in parts) for reason in parts[0][1]}
         if not pairs:
             raise UserError(
                 f"iteration {self.iteration}: no pair is left, because every answer is empty or equals the human one "
@@ -72,16 +73,16 @@ class Score(Stage[Scores]):
             )
         return pairs, dropped
 
-    def inputs(self, run: Run, policy: Policy, *answers: list[Answer]) -> dict:
+    def inputs(self, run: Run, policy: Policy, *answers: Rows[Answer]) -> dict:
         return {
             "policy": policy.id,
             "model": self.model,
             "iter": self.iteration,
-            "pairs": fingerprint(self.pairs(run, answers)[0]),
+            "pairs": self.pairs(run, answers)[0].digest,
             "numerics": run.numerics,
         }
 
-    def build(self, run: Run, work: Work, policy: Policy, *answers: list[Answer]) -> dict:
+    def build(self, run: Run, work: Work, policy: Policy, *answers: Rows[Answer]) -> dict:
         started = time.perf_counter()
         pairs, dropped = self.pairs(run, answers)
         items = to_continuations(pairs)
@@ -95,7 +96,7 @@ class Score(Stage[Scores]):
         forward = run.models.forward(run.models.load(policy), policy)
         return {"pairs": len(pairs), "dropped": dropped, "layout": forward.layout, "head": forward.head}
 
-    def read(self, run: Run, artifact: Artifact, policy: Policy, *answers: list[Answer]) -> Scores:
+    def read(self, run: Run, artifact: Artifact, policy: Policy, *answers: Rows[Answer]) -> Scores:
         pairs, logps = read_pairs(artifact.folder / "pairs.parquet")
         return Scores(pairs, logps[self.model], artifact.key)
 

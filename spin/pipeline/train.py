@@ -23,7 +23,7 @@ from spin.runtime.checkpoints import Checkpoints, TrainState
 from spin.runtime.random import seed_of
 from spin.runtime.signals import deferred
 from spin.runtime.store import Artifact
-from spin.runtime.tables import fingerprint
+from spin.runtime.tables import Lazy, Rows
 
 # Parts of the random stream beside the iterations, which count from 0.
 SFT_STREAM, ADAPTER_STREAM = -1, -3
@@ -54,11 +54,16 @@ class Sft(Stage[Policy]):
         }
 
     def inputs(self, run: Run, start: Policy) -> dict:
-        examples = fingerprint(run.data.train)
+        examples = run.data.train.digest
         return {"start": start.id, "examples": examples, **self.settings(run), **training_inputs(run, start)}
 
     def build(self, run: Run, work: Work, start: Policy) -> dict:
-        items = [Continuations(example.prompt_ids, (example.real_ids,)) for example in run.data.train]
+        train_set = run.data.train
+
+        def make(row: int) -> Continuations:
+            return Continuations((example := train_set[row]).prompt_ids, (example.real_ids,))
+
+        items = Lazy(len(train_set), make)
         settings = self.settings(run)
 
         def train(engine, **common) -> TrainState:
@@ -82,7 +87,7 @@ class Train(Stage[Policy]):
     iteration: int
     opponent: Node[Policy]
     scores: Mapping[str, Node[Scores]]
-    first: Node[list[Answer]] | None = None
+    first: Node[Rows[Answer]] | None = None
 
     def objective(self, run: Run) -> Objective:
         return make_objective(run.config.loss, self.iteration, run.config.generation.num_answers)
@@ -106,9 +111,9 @@ class Train(Stage[Policy]):
             **self.settings(run),
             **training_inputs(run, opponent),
         }
-        return inputs if first is None else inputs | {"first": fingerprint(first)}
+        return inputs if first is None else inputs | {"first": first.digest}
 
-    def split(self, results: Sequence) -> tuple[dict[str, Scores], list[Answer] | None]:
+    def split(self, results: Sequence) -> tuple[dict[str, Scores], Rows[Answer] | None]:
         """The results of the nodes after the opponent, by what they are."""
         scores = dict(zip(self.scores, results, strict=False))
         return scores, results[len(scores)] if self.first else None
@@ -203,7 +208,7 @@ def train_policy(
     engine.close()
     if not run.ranks.is_main_process:
         return {}
-    prompts_seen = trained_on(start.folder_with(TRAINED_ON)) | {example.opening for example in run.data.train}
+    prompts_seen = trained_on(start.folder_with(TRAINED_ON)) | {*run.data.train.column("opening")}
     note_trained_on(folder, prompts_seen)
     return {"policy": content_id(folder, start.base), "skipped_steps": state.skipped}
 

@@ -1,7 +1,9 @@
 """Progress bars, and durations as text."""
 
 import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from typing import TypeVar
 
 from rich import progress as bars
 from rich.console import Console
@@ -9,6 +11,17 @@ from rich.table import Column
 from rich.text import Text
 
 LINE_EVERY = 10.0  # seconds between two progress lines where there is no terminal to draw a bar on
+Item = TypeVar("Item")
+
+
+def said_at_times(items: Iterable[Item], say: Callable[[str], None], text: str) -> Iterator[Item]:
+    """Yield the items, and `say` now and then how many there were: `text` with the number in it."""
+    shown = time.monotonic()
+    for number, item in enumerate(items, 1):
+        yield item
+        if time.monotonic() - shown >= LINE_EVERY:
+            shown = time.monotonic()
+            say(text.format(number))
 
 
 class Progress:

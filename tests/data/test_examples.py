@@ -449,7 +449,7 @@ def test_bad_lines(tmp_path):
     path.write_text(f"[\n{good},\n{good}\n{good}]")
     fails(r"list\.json: not JSON .*line 4", read, tmp_path, path)
     path.write_bytes(b'[\n"\xff"]')
-    fails(r"list\.json: not JSON .*0xff", read, tmp_path, path)
+    fails(r"list\.json: not UTF-8 .*0xff", read, tmp_path, path)
     path.write_text('{"a": 1}')
     fails("no list of records, but a dict", read, tmp_path, path)
     path.write_text("[1]")

@@ -192,7 +192,7 @@ ODD = {
     "crlf": (JSONL.replace(b"\n", b"\r\n"), 4),
     "no last line feed": (JSONL.rstrip(), 4),
     "line separators in a text": ('{"prompt": "a\u2028b\x85c", "response": "d"}\n'.encode(), 1),
-    "utf-16": (JSONL.decode().encode("utf-16"), ":1: not a line of JSON"),
+    "utf-16": (JSONL.decode().encode("utf-16"), ":1: not a line of UTF-8"),
     "zero bytes": (b"\0" * 100, ":1: not a line of JSON"),
     "nan": (b'{"prompt": NaN, "response": Infinity}\n' + JSONL, 4),
     "huge integer": (b'{"prompt": "a", "response": "b", "n": ' + b"9" * 4000 + b"}", 1),
@@ -200,7 +200,7 @@ ODD = {
     "half a surrogate pair": (b'{"prompt": "\\ud83d", "response": "b"}\n{"prompt": "a", "response": "b"}', 1),
     "deep": (b'{"prompt": "a", "response": "b", "x": ' + b"[" * DEEP + b"]" * DEEP + b"}", 1),
     "deep id": (b'{"id": ' + b"[" * DEEP + b"]" * DEEP + b', "conversations": []}', "no prompt: 1"),
-    "too deep": (b"[" * 200_000, "not a line of JSON"),
+    "too deep": (b"[" * 200_000, "nested too deep"),
     "too deep objects": (b'{"a":' * 100_000, "not a line of JSON"),
     "a very long line": (json.dumps({"prompt": "a", "response": "b " * 400_000}).encode(), "answer too long: 1"),
     "a very long broken line": (b'{"prompt": "' + b"x" * 8_000_000, "not a line of JSON"),
@@ -374,7 +374,7 @@ def test_folder_with_a_broken_file(check, tmp_path, suffix):
 
 def test_folder_error_names_the_cause(check, tmp_path):
     (tmp_path / "train.jsonl").write_text('{"prompt": "a"\n')
-    assert "JSON parse error" in check(tmp_path)
+    assert "train.jsonl:1: not a line of JSON" in check(tmp_path)
 
 
 def test_folder_is_read_anew(check, tmp_path, monkeypatch):

@@ -1,0 +1,159 @@
+"""Candidates: the exchanges of a data set whose texts are sound, read once and kept by content."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from spin.config.schema import DataConfig
+from spin.data.formats import exchanges
+from spin.data.messages import Exchange, Message
+from spin.data.prose import is_prose, is_prose_answer
+from spin.data.sources import find_source
+from spin.runtime.cache import cached_folder
+from spin.runtime.progress import said_at_times
+from spin.runtime.tables import Rows, schema_of, write_arrow
+
+# End tokens of common chat templates, which data sets carry over, whatever tokenizer is used here.
+END_MARKS = ("</s>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>")
+VERSION = 1  # raise it when equal sources come to give other candidates
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An exchange as JSON. `id` is a hash of its content, `prompt` one of its messages' texts."""
+
+    id: str
+    prompt: str
+    exchange: str
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """All candidates of a data set in the order of its records, and how many answers were read and dropped by reason.
+
+    `key` stands for what they were made from.
+    """
+
+    rows: Rows[Candidate]
+    counts: dict[str, int]
+    has_system: bool
+    key: str
+
+
+def read_candidates(
+    config: DataConfig, specials: Sequence[str], renders_tools: bool, cache: Path, say: Callable[[str], None]
+) -> Candidates:
+    """Read and check the data set, or map what an earlier run made of the same content.
+
+    `specials` are the texts that the tokenizer takes for special tokens. Raises UserError: the source cannot be read.
+    """
+    source = find_source(config, cache)
+    keep_blanks = config.template != "chat"  # a chat template strips texts, a text template takes them as they are
+    inputs = {
+        "version": VERSION,
+        "source": source.digest,
+        "settings": [config.splits, config.format, config.turns, config.filter, config.generated, config.path is None],
+        "tokenizer": [list(specials), keep_blanks, renders_tools],
+    }
+
+    def build(folder: Path) -> dict:
+        counts, notes = Counter[str](read=0), list[str]()
+        records = said_at_times(source.read(counts), say, "data: {} records read")
+        checker = _Checker(specials, config, keep_blanks, counts)
+        found = exchanges(records, config, counts, renders_tools, notes.append)
+        write_arrow(checker.check(found), schema_of(Candidate), folder / "candidates.arrow")
+        return {"counts": counts, "notes": notes, "has_system": checker.has_system}
+
+    folder, facts = cached_folder(cache, "records", inputs, build, say)
+    for note in facts["notes"]:
+        say(note)
+    rows = Rows.open(Candidate, folder / "candidates.arrow")
+    return Candidates(rows, facts["counts"], facts["has_system"], folder.name)
+
+
+class _Checker:
+    """Cleans exchanges, and drops and counts those that are not sound or came before."""
+
+    def __init__(self, specials: Sequence[str], config: DataConfig, keep_blanks: bool, counts: Counter[str]):
+        self.specials, self.config, self.keep_blanks, self.counts = specials, config, keep_blanks, counts
+        self.has_system = False
+
+    def check(self, found: Iterable[Exchange]) -> Iterator[dict]:
+        """Yield the rows of the sound exchanges."""
+        ids: set[str] = set()
+        for exchange in found:
+            exchange, reason = self._checked(exchange)
+            turns = exchange.messages
+            tools = [exchange.tools] if exchange.tools else []
+            identity = [[_identity(turn) for turn in turns], *_identity(exchange.answer)[1:], *tools]
+            id = hash_of(json.dumps(identity, default=str))
+            if reason is None and id in ids:
+                reason = "duplicate"
+            if reason is not None:
+                self.counts[reason] += 1
+                continue
+            ids.add(id)
+            self.has_system |= any(turn["role"] == "system" for turn in turns)
+            prompt = hash_of(json.dumps([turn["content"] for turn in turns]))
+            yield {"id": id, "prompt": prompt, "exchange": json.dumps(vars(exchange), default=str)}
+
+    def _checked(self, exchange: Exchange) -> tuple[Exchange, str | None]:
+        """The exchange with clean texts, and the reason why it is dropped, if it is."""
+        turns = [self._clean(turn) for turn in [*exchange.messages, exchange.answer]]
+        turns = [turn for turn in turns if turn["content"].strip() or turn["role"] != "system"]
+        exchange = replace(exchange, messages=turns[:-1], answer=turns[-1])
+        reason = self._why_dropped(exchange, self.config.filter)
+        if reason is None and self.config.generated == "file":
+            other = self._clean({"role": "assistant", "content": exchange.rejected or ""})
+            exchange = replace(exchange, rejected=other["content"])
+            reason = self._why_dropped(replace(exchange, answer=other), "none")
+            reason = reason and f"rejected answer: {reason}"
+        return exchange, reason
+
+    def _clean(self, message: Message) -> Message:
+        """Return the message without surrounding blanks and, if it is an assistant's, without end marks at its end."""
+        text = message["content"]
+        bare = text.strip()
+        marks = (*self.specials, *END_MARKS) if message["role"] == "assistant" else ()
+        while mark := next((mark for mark in marks if bare.endswith(mark)), None):
+            bare = bare.removesuffix(mark).rstrip()
+        if self.keep_blanks:
+            start = text[: len(text) - len(text.lstrip())]
+            bare = text if bare == text.strip() else start + bare
+        return {**message, "content": bare}
+
+    def _why_dropped(self, exchange: Exchange, filter: str) -> str | None:
+        turns = [*exchange.messages, exchange.answer]
+        if any(not turn["content"].strip() for turn in turns if turn["role"] != "tool" and "tool_calls" not in turn):
+            return "empty"
+        texts = [turn["content"] for turn in turns]
+        texts += [_json(_identity(turn)[2:]) for turn in turns if len(_identity(turn)) > 2]
+        texts += [_json(exchange.tools)] * bool(exchange.tools)
+        # JSON can hold half a surrogate pair ("\ud83d"), which no tokenizer accepts.
+        if any("\ud800" <= character <= "\udfff" for text in texts if not text.isascii() for character in text):
+            return "broken characters"
+        if any(special in text for text in texts for special in self.specials):
+            return "special token in text"
+        if filter == "prose" and not (
+            is_prose(texts[len(exchange.messages) - 1]) and is_prose_answer(turns[-1]["content"])
+        ):
+            return "not prose"
+        return None
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _identity(message: Message) -> list[Any]:
+    """What makes a message: its role, its text, and whatever else a template may render."""
+    rest = {key: value for key, value in message.items() if key not in ("role", "content", "learn")}
+    return [message["role"], message["content"].strip(), *([rest] if rest else [])]
+
+
+def hash_of(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,164 @@
+"""What was read and tokenised is found again by content: by any run, seed or size; and made again where it must be."""
+
+import json
+import os
+import shutil
+
+import pytest
+
+from spin.config.schema import DataConfig
+from spin.data.examples import Encoding, load_dataset
+from spin.models import tiny
+from spin.runtime.errors import UserError
+from tests.data.test_examples import write
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny.tokenizer()
+
+
+@pytest.fixture
+def load(tmp_path, tokenizer, monkeypatch):
+    """Load a data set; `load.encoded` has the number of candidates that each call tokenised."""
+    encode = Encoding.encode
+
+    def counting(self, rows):
+        load.encoded.append(len(rows))
+        return encode(self, rows)
+
+    monkeypatch.setattr(Encoding, "encode", counting)
+
+    def load(path, seed=0, tokenizer=tokenizer, say=lambda text: None, **changes):
+        load.encoded = []
+        config = DataConfig.from_defaults(**{"path": str(path), "template": "paper", **changes})
+        return load_dataset(config, tokenizer, {1}, seed, tmp_path / "cache", say=say)
+
+    return load
+
+
+def rows(count, word="number"):
+    return [{"prompt": f"What is {n}?", "response": f"It is {word} {n}."} for n in range(count)]
+
+
+def test_one_tokenisation_for_all_seeds(load, tmp_path):
+    path = write(tmp_path / "rows.jsonl", rows(300))
+    first = load(path, held_out=20)
+    assert load.encoded == [300]
+    again, other = load(path, held_out=20), load(path, seed=1, held_out=7, validation=30, size=100)
+    assert load.encoded == [] and again.train == first.train and again.counts == first.counts
+    assert {example.id for example in other.train} != {example.id for example in first.train}
+    shutil.copy(path, tmp_path / "copy.jsonl")
+    assert load(tmp_path / "copy.jsonl", held_out=20).held_out == first.held_out and load.encoded == []
+    changed = load(path, held_out=20, max_length=128, max_prompt_length=64)
+    assert load.encoded == [300] and changed.counts["kept"] == 300
+
+
+def test_few_of_many(load, tmp_path):
+    """Where few examples are needed only the first candidates are tokenised, with the same result."""
+    path = write(tmp_path / "rows.jsonl", rows(6000))
+    few = load(path, size=8, held_out=4, validation=4)
+    (count,) = load.encoded
+    assert count < 600
+    everything = load(path, held_out=4, validation=4)
+    assert load.encoded == [6000]
+    assert few.train == everything.train[:8] and few.held_out == everything.held_out
+    assert few.validation == everything.validation and few.counts["not needed"] == 6000 - 16
+    # More is tokenised if these were not enough.
+    long = [{"prompt": f"What is {n}?", "response": "x" * (400 if n % 100 else 10)} for n in range(6000)]
+    path = write(tmp_path / "long.jsonl", long)
+    found = load(path, size=20, held_out=4, max_length=128, max_prompt_length=64)
+    assert load.encoded == [560, 6000] and len(found.train) == 20 and len(found.held_out) == 4
+    assert found.counts["read"] == 6000 == sum(found.counts.values()) - 6000
+
+
+def test_replaced_file(load, tmp_path):
+    """A file of another content is read again, whatever its time and size."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    path = write(folder / "rows.jsonl", rows(30))
+    before, stat = load(folder), path.stat()
+    write(path, rows(30, word="figure"))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert path.stat().st_size == stat.st_size
+    assert {example.real for example in load(folder).train}.isdisjoint(example.real for example in before.train)
+
+
+def test_damaged_cache(load, tmp_path):
+    path = write(tmp_path / "rows.jsonl", rows(30))
+    expected = list(load(path).train)
+    for name in ("candidates.arrow", "examples.arrow"):
+        (file,) = (tmp_path / "cache").rglob(name)
+        raw = bytearray(file.read_bytes())
+        raw[len(raw) // 2] ^= 1
+        file.write_bytes(raw)
+        said = []
+        assert load(path, say=said.append).train == expected and "has changed" in said[0]
+        file.unlink()
+        assert load(path).train == expected
+        file.parent.joinpath("manifest.json").write_text("{")
+        assert load(path).train == expected
+
+
+def test_other_tokenizer(load, tmp_path, tokenizer):
+    path = write(tmp_path / "rows.jsonl", rows(30))
+    load(path)
+    other = tiny.tokenizer()
+    other.add_tokens(["number"])
+    assert load(path, tokenizer=other).train[0].real_ids != load(path).train[0].real_ids
+    other = tiny.tokenizer()
+    other.chat_template = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
+    changed = load(path, tokenizer=other, template="chat")
+    assert len(load.encoded) == 1 and other.decode(changed.train[0].prompt_ids).startswith("<What")
+
+
+def test_no_entry_of_a_failed_read(load, tmp_path):
+    path = write(tmp_path / "rows.jsonl", rows(30))
+    path.write_text(path.read_text() + "{\n")
+    with pytest.raises(UserError, match="31: not a line of JSON"):
+        load(path)
+    assert not [file for file in (tmp_path / "cache").rglob("*") if file.suffix != ".lock" and file.is_file()]
+
+
+def test_cache_that_cannot_be_written(load, tmp_path):
+    path = write(tmp_path / "rows.jsonl", rows(30))
+    (tmp_path / "cache").write_text("a file in its place")
+    said = []
+    assert len(load(path, say=said.append).train) == 30 and "can't be written to" in said[0]
+
+
+def test_notes_are_said_again(load, tmp_path):
+    path = write(tmp_path / "rows.jsonl", [{**row, "stars": 5} for row in rows(30)])
+    first, second = [], []
+    load(path, say=first.append)
+    load(path, say=second.append)
+    assert first == second and any("stars" in note for note in first)
+
+
+def test_configurations(load, tmp_path):
+    for name in ("short", "long"):
+        (tmp_path / "town" / name).mkdir(parents=True)
+        write(tmp_path / "town" / name / "train.jsonl", rows(3 if name == "short" else 9))
+    card = "---\nconfigs:\n" + "".join(
+        f"- config_name: {name}\n  data_files: {name}/train.jsonl\n" for name in ("short", "long")
+    )
+    (tmp_path / "town" / "README.md").write_text(card + "---\n")
+    assert len(load(tmp_path / "town", config="long").train) == 9
+    with pytest.raises(UserError, match=r"set data.config to one of its configurations: short, long$"):
+        load(tmp_path / "town")
+    with pytest.raises(UserError, match=r"data.config=tall: .* it has short, long$"):
+        load(tmp_path / "town", config="tall")
+    (tmp_path / "town" / "README.md").write_text(card.replace("long\n", "long\n  default: true\n", 1) + "---\n")
+    assert len(load(tmp_path / "town").train) == 9
+
+
+def test_columns_of_a_folder_need_not_agree(load, tmp_path):
+    """A column that is read by nobody may have one type in one file and another in the next."""
+    folder = tmp_path / "ids"
+    folder.mkdir()
+    write(folder / "a.jsonl", [{**row, "id": n, "tags": ["x"]} for n, row in enumerate(rows(3))])
+    write(folder / "b.jsonl", [{**row, "id": f"b{n}", "tags": {"x": 1}} for n, row in enumerate(rows(6)[3:])])
+    assert len(load(folder).train) == 6
+    (folder / "c.jsonl").write_text(json.dumps([1, 2]) + "\n")
+    with pytest.raises(UserError, match=r"c\.jsonl: record 1: a record is a JSON object, this is a int"):
+        load(folder)
