@@ -9,6 +9,7 @@ recipe allows. A real run, which knows its longest prompts and answers, needs le
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import MistralConfig
 
@@ -56,7 +57,7 @@ def needed(experiment: str, words: list[str], gpus: int) -> list[memory.Needed]:
     config = load(f"experiment={experiment}", *words)
     prompt = config.data.max_prompt_length
     longest = Example("longest", "", (0,) * prompt, "", (0,) * (config.data.max_length - prompt))
-    examples, none = Rows.of(Example, [longest] * EXAMPLES), Rows.of(Example, [])
+    examples, none = Rows.of(Example, [longest]).at(np.zeros(EXAMPLES, int)), Rows.of(Example, [])
     data = Dataset(examples, none, {}, 0, none)
     dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
     model = Policy("zephyr", Path(), "")
