@@ -17,14 +17,16 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from spin.config.hydra import hydra_error_line, rename
+from spin.config.hydra import hydra_error_line, quote, rename
 from spin.config.load import load_config
 from spin.runtime import signals
 from spin.runtime.errors import user_message
+from spin.runtime.output import open_streams
 
 SHOW_TRACEBACK = "SPIN_TRACEBACK"  # the user's HYDRA_FULL_ERROR, before this program sets it
 RANK = int(os.environ.get("RANK", 0))  # among the processes that torchrun started
 WAIT_FOR_RANK_0 = 30  # seconds
+NEW_FOLDERS: list[str] = []  # made by this process
 
 
 def joined_group() -> Any:
@@ -51,6 +53,7 @@ def end(status: int, line: str | None = None) -> NoReturn:
 
 def fail(error: Exception, line: str | None) -> NoReturn:
     """End with status 1 and `line`, for an error that the user can put right; without a line raise `error`."""
+    remove_empty_folders()
     if not speaks_for_all():
         if joined_group():
             end(1)
@@ -65,15 +68,23 @@ def fail(error: Exception, line: str | None) -> NoReturn:
     end(1, f"error: {line}")
 
 
-def remove_empty(folder: Path) -> None:
-    """Remove the run's folder, which Hydra makes, unless something was written to it."""
-    with contextlib.suppress(OSError):
-        folder.rmdir()
+def note_new_folder(event: str, arguments: tuple) -> None:
+    """An audit hook that notes every folder which this process makes: the run's, and its parents, are made by Hydra."""
+    if event == "os.mkdir" and isinstance(arguments[0], (str, Path)) and not os.path.lexists(arguments[0]):
+        NEW_FOLDERS.append(os.path.abspath(arguments[0]))
+
+
+def remove_empty_folders() -> None:
+    """Remove the folders that this process has made and written nothing to."""
+    while NEW_FOLDERS:
+        with contextlib.suppress(OSError):
+            os.rmdir(NEW_FOLDERS.pop())
 
 
 @hydra.main(config_path="conf", config_name="config", version_base="1.3")
 def main(composed: DictConfig) -> None:
     signals.install_handlers()  # again, for launchers that call this in another process
+    open_streams()
     settings = HydraConfig.get()
     folder = Path(settings.runtime.output_dir)
     try:
@@ -83,14 +94,14 @@ def main(composed: DictConfig) -> None:
                 from spin.game import show_plan
 
             show_plan(config, folder)
-            remove_empty(folder)
+            remove_empty_folders()
             return
         with signals.deferred():  # some libraries swallow exceptions while they are imported
             from spin.game import play
             from spin.pipeline import points
 
         command = shlex.join(["python", "run.py", *settings.overrides.task])
-        start = partial(play, config, folder, command, OmegaConf.to_yaml(composed, resolve=True))
+        start = partial(play, config, folder, command, OmegaConf.to_yaml(OmegaConf.create(config.shown)))
         if settings.mode == RunMode.MULTIRUN:
             points.play_point(config, folder, partial(start, group=Path(settings.sweep.dir).name))
         else:
@@ -99,18 +110,21 @@ def main(composed: DictConfig) -> None:
         signals.call_previous_handler(stop.signal)
         raise
     except Exception as error:  # here, because Hydra prints lines of its own before it raises
-        remove_empty(folder)
         fail(error, user_message(error))
 
 
 if __name__ == "__main__":
+    open_streams()
+    sys.addaudithook(note_new_folder)
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's needs the notebook
     # Hydra prints its errors over several lines, and a traceback for ours: make it raise, and print one line here.
     os.environ[SHOW_TRACEBACK] = os.environ.get("HYDRA_FULL_ERROR", "0")
     os.environ["HYDRA_FULL_ERROR"] = "1"
     signals.install_handlers()
     if RANK > 0:  # only rank 0 prints
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
-    words = [rename(word) for word in sys.argv[1:]]
+    is_sweep = not {"-m", "--multirun"}.isdisjoint(sys.argv)
+    words = [quote(rename(word), is_sweep) for word in sys.argv[1:]]
     sys.argv[1:] = sorted(words, key=lambda word: word not in ("-m", "--multirun"))  # argparse wants -m first
     try:
         main()

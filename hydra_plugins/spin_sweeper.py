@@ -20,7 +20,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from spin.config.hydra import hydra_error_line, rename
+from spin.config.hydra import hydra_error_line, quote, rename
 from spin.config.load import load_config
 from spin.config.schema import Config
 from spin.runtime.errors import UserError, brief, user_message
@@ -154,7 +154,7 @@ class SpinSweeper(BasicSweeper):
         """Every point, composed and checked; nothing heavy is loaded for it."""
         assert self.config is not None and self.hydra_context is not None
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
-        overrides = parser.parse_overrides([rename(word) for word in (*self._parse_config(), *arguments)])
+        overrides = parser.parse_overrides([quote(rename(word), True) for word in (*self._parse_config(), *arguments)])
         (points,) = self.split_arguments(overrides, None)
         values = [dict(word.split("=", 1) for word in point) for point in points]
         swept = [key for key in values[0] if len({one[key] for one in values}) > 1]

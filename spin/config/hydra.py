@@ -1,32 +1,32 @@
 """The resolvers that conf/ uses, composition from Python, and Hydra's errors in one line."""
 
 import hashlib
+import os
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from spin.config.load import RENAMED, load_config, note_renamed
+from spin.config.load import NO_RESULT, RENAMED, load_config, note_renamed
 from spin.config.schema import CONF, Config, did_you_mean, settings
 
 DATA_FILES = (".jsonl", ".json", ".parquet")
-# Settings that change no result, and those that a run's folder is named after already: they are not part of its name.
-NO_RESULT = re.compile(
-    r"name|iter|plan|stage|store\.path|cache\.path|(tracking|checkpoint|hydra)\b.*|engine\.(device|gradient_checkpointing"
-    r"|zero_stage|offload_optimizer)|generation\.(python|tensor_parallel|data_parallel|gpu_memory)|evaluation\.judge_timeout"
-)
-NAMED = ("experiment", "model", "data", "model.path", "data.path")
+NAMED = ("experiment", "model", "data", "model.path", "data.path")  # a run's folder is named after these already
+PATHS = re.compile(r"[+]*([\w.]+\.(path|dir)|evaluation\.(embedder|against|questions|judge))")
 
 
 def slug(text: str) -> str:
-    """`text` as a folder's name: short, and different for different texts."""
+    """`text` as a folder's name: below 100 characters, and different for different texts."""
     safe = re.sub(r"[^\w.,=+-]+", "_", text)
-    if safe == text and len(safe) <= 120:
+    if safe == text and len(safe) < 100:
         return safe
-    return f"{safe[:100]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return f"{safe[:90]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def basename(path: str | None, default: str) -> str:
@@ -57,6 +57,26 @@ for resolver in (slug, basename, run_folder):
     OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
 
 
+def quote(word: str, is_sweep: bool = False) -> str:
+    """The override `word` with its value in Hydra's quotes where the value is a text that Hydra's grammar would not read,
+    or a path that it would read as something else: a user quotes for the shell only. In a sweep, commas separate values."""
+    key, equals, value = word.partition("=")
+    if not equals or not re.fullmatch(r"[+~]*[\w.@/]+", key) or value[:1] + value[-1:] in ("''", '""'):
+        return word
+    is_file = PATHS.fullmatch(key) is not None and value != "null" and os.path.exists(os.path.expanduser(value))
+    try:
+        parsed = OverridesParser.create().parse_override(word)
+        if not is_file or parsed.value() == value:
+            return word
+    except HydraException:
+        if value.startswith("[") and not is_file:
+            return word  # a list, in which Hydra names what is wrong
+        if is_sweep and not is_file and "," in value:
+            return f"{key}=" + ",".join(quote(f"x={part}")[2:] for part in value.split(","))
+    escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + match[2].replace("'", "\\'"), value)
+    return f"{key}='{escaped}'"
+
+
 def rename(word: str) -> str:
     """The override `word` under its key's new name, with a printed note for an old one.
 
@@ -74,7 +94,7 @@ def rename(word: str) -> str:
 def compose(*overrides: str) -> DictConfig:
     """What `python run.py *overrides` composes."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra_compose("config", [rename(word) for word in overrides])
+        return hydra_compose("config", [quote(rename(word)) for word in overrides])
 
 
 def load(*overrides: str) -> Config:
@@ -105,5 +125,7 @@ def hydra_error_line(error: Exception) -> str:
         group, option, options = match[1], match[2], [name for name in match[3].split() if name != "base"]
         hint = did_you_mean(option, options)
         return f"{group}={option}: there is no such choice. There are: {', '.join(options)}.{hint}"
-    hint = " Quote a value with special characters: 'data.template=\"### {prompt}\"'." if "{" in text else ""
-    return " ".join(text.split()) + hint
+    if match := re.search(r"Ambiguous value for argument '([^=]+)=(.*)'\n", text):
+        as_list, as_text = (shlex.quote(f"{match[1]}={form.format(match[2])}") for form in ("[{}]", "'{}'"))
+        return f"{match[1]}={match[2]}: for a list type {as_list}, for one text {as_text}, and for a sweep add -m."
+    return " ".join(text.split())

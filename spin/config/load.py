@@ -1,14 +1,20 @@
 """From what Hydra composed to a checked `Config`."""
 
+import json
+import re
 from collections.abc import Iterator
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from omegaconf.resolvers import oc
 
 from spin.config.schema import Config, base_values, setting_line, validate
 from spin.runtime.errors import UserError, explaining
+from spin.runtime.output import note_secrets
 
 # Settings that only some choices read: elsewhere a value that is not the default is a mistake.
 READ_BY = {
@@ -17,6 +23,12 @@ READ_BY = {
     "engine.zero_stage": ("deepspeed",),
     "engine.offload_optimizer": ("deepspeed",),
 }
+# Settings that change no result of a game, except how far it is played.
+NO_RESULT = re.compile(
+    r"name|(model|data)\.name|iter|schedule\.(iterations|patience)|plan|stage|(store|cache)\.path|(tracking|checkpoint|hydra)\b.*"
+    r"|engine\.(device|gradient_checkpointing|zero_stage|offload_optimizer)|evaluation\.judge_timeout"
+    r"|generation\.(python|tensor_parallel|data_parallel|gpu_memory)"
+)
 RESERVED = {"add_generation_prompt", "messages", "tools"}  # variables of a chat template that are no options
 RENAMED = {"generation.answers": "generation.num_answers"}  # old key -> new key; both are accepted
 
@@ -32,18 +44,50 @@ def load_config(composed: DictConfig) -> Config:
     """
     with explaining("the configuration cannot be resolved", catch=OmegaConfBaseException):
         values: Any = OmegaConf.to_container(composed, resolve=True)
+    note_secrets(OmegaConf.to_yaml(composed))
     for old, new in RENAMED.items():  # in a user's YAML file; `spin.config.hydra.rename` does it for overrides
         group, key = old.split(".")
         if key in values.get(group, {}):
             note_renamed(old, new)
             values[group][new.split(".")[1]] = values[group].pop(key)
     config = validate(Config, values)
+    config._shown = _unresolved(composed)
     rules = (*_model_rules(config), *_data_rules(config), *_selection_rules(config), *_loss_rules(config))
     rules += (*_training_rules(config),)
     for holds, key, rule in rules:
         if not holds:
             raise UserError(setting_line(key, attrgetter(key)(config), rule))
     return config
+
+
+def _unresolved(composed: DictConfig) -> Any:
+    """The settings with everything resolved except what comes from the environment."""
+
+    def text_of(name: str, *default: Any) -> str:
+        return f"${{oc.env:{','.join([name, *map(json.dumps, default)])}}}"
+
+    OmegaConf.register_new_resolver("oc.env", text_of, replace=True)
+    try:
+        return OmegaConf.to_container(composed, resolve=True)
+    finally:
+        OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
+
+
+def changed_settings(path: Path, config: Config) -> list[str]:
+    """The settings that make the results of the game whose config.yaml is at `path` (none or a damaged one: no game)
+    others than those of `config`, as "loss.beta=0.1, not 0.2"."""
+    try:
+        old, new = (_flat(settings) for settings in (yaml.safe_load(path.read_bytes()), config.shown))
+    except (OSError, yaml.YAMLError, ValueError, AttributeError):
+        return []
+    keys = [key for key in old if key in new and old[key] != new[key]]
+    return [f"{key}={old[key]}, not {new[key]}" for key in keys if key == "stage" or not NO_RESULT.fullmatch(key)]
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings by their keys as typed, such as `loss.beta`."""
+    groups = [(name, group if isinstance(group, dict) else {"": group}) for name, group in settings.items()]
+    return {f"{name}.{key}".rstrip("."): value for name, group in groups for key, value in group.items()}
 
 
 # --- rules between settings -------------------------------------------------------------------------------------------

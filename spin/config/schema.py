@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from omegaconf import OmegaConf
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
 
 from spin.runtime.errors import UserError, brief
 
@@ -19,6 +19,7 @@ PositiveOrZero = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 StrictPositive = Annotated[float, Field(gt=0, strict=True)]
+Names = Annotated[list[str], BeforeValidator(lambda names: names if isinstance(names, list) else [names])]  # or one
 PerIteration = StrictPositive | list[StrictPositive]  # one number, or a list with one entry an iteration
 
 
@@ -57,7 +58,7 @@ class DataConfig(Section):
     path: str | None
     revision: str | None
     config: str | None
-    splits: list[str] | None
+    splits: Names | None
     package: str | None
     package_sha256: str | None
     file: str | None
@@ -151,7 +152,7 @@ class EvaluationConfig(Section):
     embedder: str | None
     select: str | None
     against: str | None
-    harness: list[str] | None
+    harness: Names | None
     harness_include: str | None
     harness_limit: Count | None
     harness_batch_size: Count
@@ -199,6 +200,12 @@ class Config(Section):
     checkpoint: CheckpointConfig
     cache: CacheConfig
     tracking: TrackingConfig
+    _shown: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @property
+    def shown(self) -> dict[str, Any]:
+        """All settings as files show them: what comes from the environment is not resolved."""
+        return self._shown or self.model_dump()
 
     @property
     def iterations(self) -> int:

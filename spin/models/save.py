@@ -3,7 +3,7 @@
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,10 @@ def save_model(model: PreTrainedModel, weights: Mapping[str, Tensor], source: Po
     copy_auxiliary_files(source, folder)
     if source.base is not None:
         (folder / "config.json").unlink(missing_ok=True)  # with it, transformers would expect a full model
+        adapters.write_base_record(source.base, {"path": str(source.base.folder.resolve())}, folder)
         for name in (ADAPTER_CONFIG, ADAPTER_BASE):
-            shutil.copyfile(source.folder / name, folder / name)
+            if (source.folder / name).is_file():  # an adapter that PEFT has saved has no ADAPTER_BASE
+                shutil.copyfile(source.folder / name, folder / name)
         return adapters.write_weights(weights, folder)
     with plain_saving():
         model.save_pretrained(folder, state_dict={name: weight.cpu() for name, weight in weights.items()})
@@ -50,6 +52,20 @@ def save_merged(policy: Policy, folder: Path) -> None:
     model = adapters.merge_adapter(model, policy.folder)
     weights = {**saved_buffers(model), **dict(model.named_parameters())}
     save_model(model, weights, replace(full, folder=policy.tokenizer), folder)
+
+
+def write_stop_ids(folder: Path, stop_ids: Collection[int]) -> None:
+    """Make `generate` on the policy in `folder` stop at `stop_ids`, through its generation_config.json. Sampling settings
+    that have no effect because the model's default is greedy, which transformers warns of, are removed."""
+    path = folder / "generation_config.json"
+    settings = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    stated = settings.get("eos_token_id")
+    own = [token for token in (stated if isinstance(stated, list) else [stated]) if token in stop_ids]
+    settings["eos_token_id"] = own + sorted(set(stop_ids) - set(own))
+    ignored = () if settings.get("do_sample") else ("temperature", "top_p", "top_k", "min_p", "typical_p")
+    for name in (*ignored, "_from_model_config"):  # with the last, settings of config.json would replace these
+        settings.pop(name, None)
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
 @contextlib.contextmanager

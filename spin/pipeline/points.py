@@ -1,6 +1,5 @@
 """Playing the points of a sweep, and finding those that are done."""
 
-import contextlib
 import functools
 import hashlib
 import json
@@ -40,8 +39,7 @@ def play_point(config: Config, folder: Path, play: Callable[[], object]) -> None
             reason = f"{type(error).__name__}: {brief(error)} (a bug in spin; {RECORD} in its folder has the traceback)"
             trace = {"traceback": traceback.format_exc()}
         record_status(folder, "failed", reason=reason, **trace)
-        with contextlib.suppress(OSError):  # the terminal may be gone
-            print(f"this point failed: {reason}", flush=True)
+        print(f"this point failed: {reason}", flush=True)
     else:
         record_status(folder, "done", made_of=made_of)
 

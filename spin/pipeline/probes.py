@@ -1,5 +1,7 @@
 """Checks that a run's settings, its start and the installed libraries go together, before any long work."""
 
+import re
+
 from spin.config.schema import Config, ModelConfig
 from spin.engines.routers import find_routers
 from spin.models import adapters
@@ -11,6 +13,8 @@ from spin.runtime.tracking import Tracker
 def lora_settings(model: ModelConfig) -> adapters.Lora:
     """The settings of a fresh adapter."""
     targets = model.lora_targets
+    if isinstance(targets, str) and targets != "all-linear" and re.fullmatch(r"[\w.]+", targets):
+        targets = [targets]  # a name; PEFT takes a text for a pattern of complete names
     names = targets if isinstance(targets, str) else sorted(set(targets))  # their order changes nothing
     return adapters.Lora(model.lora_rank, model.lora_alpha, names)
 

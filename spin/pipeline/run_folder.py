@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from spin.config.load import changed_settings
 from spin.config.schema import Config
 from spin.evaluation.measures import held_out_margins
 from spin.method.pairs import write_pairs
@@ -21,34 +22,40 @@ from spin.pipeline.score import format_counts
 from spin.pipeline.stage import Player, Stage
 from spin.pipeline.train import Train
 from spin.runtime import process_group, signals
-from spin.runtime.errors import UserError
+from spin.runtime.errors import UserError, brief
 from spin.runtime.files import hold_lock, link_file, link_tree, write_text
 from spin.runtime.process_group import ProcessGroup
 from spin.runtime.tracking import Tracker
 
 LOCK = ".lock"  # in the folder of every run
-WRITTEN = ("config.yaml", "metrics.jsonl", "game.json", "report.md", "figures")
+WRITTEN = ("config.yaml", "metrics.jsonl", "game.json", "report.md", "figures", "stages.json")
 
 
 @contextmanager
 def open_run(config: Config, folder: Path, group: str | None) -> Iterator[Tracker]:
-    """Join the other processes, lock the run's folder, and log to it until the game ends."""
+    """Join the other processes, lock the run's folder, and log to it until the game ends.
+
+    Raises UserError if the folder holds files of the user, or another game.
+    """
     ranks = process_group.join_group(config.engine.name, config.engine.device)
     with ExitStack() as stack:
         if ranks.size > 1:
             stack.enter_context(signals.deferred())  # ranks stop together, at `ProcessGroup.raise_if_stopped`
         if ranks.is_main_process:
             check_folder(folder)
-            if not group and not (folder / LOCK).exists():
-                stack.enter_context(remove_if_unused(folder))
+            if not (folder / LOCK).exists():
+                stack.callback(remove_unused, folder)
             folder.mkdir(parents=True, exist_ok=True)
             reason = f"another run is at work in {folder}"
             stack.enter_context(hold_lock(folder / LOCK, reason, partial(print, flush=True)))
+            if changed := changed_settings(folder / "config.yaml", config):
+                reason = f"{folder} holds another game ({brief('; '.join(changed))})"
+                raise UserError(f"{reason}, which is kept: give another hydra.run.dir.")
         ranks.barrier()
         tracker = Tracker(
             folder,
             name=folder.name if group else config.name,
-            config=config.model_dump(),
+            config=config.shown,
             wandb=config.tracking.wandb,
             project=config.tracking.project,
             entity=config.tracking.entity,
@@ -70,18 +77,12 @@ def check_folder(folder: Path) -> None:
         )
 
 
-@contextmanager
-def remove_if_unused(folder: Path) -> Iterator[None]:
-    """Remove the run's new folder if a user's error ends the run before it has written its settings there."""
-    try:
-        yield
-    except UserError:
-        if not (folder / "config.yaml").exists():
-            for name in (LOCK, "metrics.jsonl"):
-                (folder / name).unlink(missing_ok=True)
-            with suppress(OSError):  # not empty
-                folder.rmdir()
-        raise
+def remove_unused(folder: Path) -> None:
+    """Remove the lock, and the folder if nothing else is in it, of a run that has ended before it wrote anything there."""
+    if not any((folder / name).exists() for name in WRITTEN):
+        (folder / LOCK).unlink(missing_ok=True)
+        with suppress(OSError):  # not empty
+            folder.rmdir()
 
 
 def check_resources(run: Run, stages: Sequence[Stage]) -> None:
@@ -92,8 +93,6 @@ def check_resources(run: Run, stages: Sequence[Stage]) -> None:
     missing = [entry for entry in planned if entry.status != "reuse"]
     policies = sum(entry.stage in ("sft", "train") for entry in missing)
     run.store.check_free(bytes_to_write(run, planned), f"{policies} policies and checkpoints")
-    if config.stage == "evaluate" and (run.folder / "iter0").exists():
-        raise UserError(f"{run.folder} holds a game, which stage=evaluate would overwrite: give another hydra.run.dir.")
     if config.stage == "evaluate" and not data.held_out:
         raise UserError("stage=evaluate: no prompt is left to measure on, the model was trained on all of them.")
     run.say(
@@ -211,13 +210,13 @@ def _manifest(player: Player, record: IterationRecord) -> dict:
     score = record.scores["opponent"]
     return {
         "iteration": record.iteration,
-        "data": config.data.model_dump(),
-        "start_of_the_game": config.model.path or config.model.package,
+        "data": config.shown["data"],
+        "start_of_the_game": config.shown["model"]["path"] or config.model.package,
         "policy": {"label": policy.label, "weights": policy.id, "starts_as": opponent.label, **_base(policy)},
         "opponent": {"label": opponent.label, "weights": opponent.id},
-        "loss": config.loss.model_dump() | record.train.objective(player.run).settings,
+        "loss": config.shown["loss"] | record.train.objective(player.run).settings,
         "replay": [f"iter{k}" for k in score.answers if k != record.iteration],
-        "generation": config.generation.model_dump(),
+        "generation": config.shown["generation"],
         "stages": {stage.name: player.artifacts[stage].manifest for stage in (score, record.train)},
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
     }

@@ -13,7 +13,7 @@ from spin.method.pairs import group_by_prompt
 from spin.method.training import train_sft, train_spin
 from spin.models.find import fresh_adapter
 from spin.models.policy import TRAINED_ON, Policy, auxiliary_digest, content_id, note_trained_on, trained_on
-from spin.models.save import save_merged
+from spin.models.save import save_merged, write_stop_ids
 from spin.pipeline.context import Run
 from spin.pipeline.probes import lora_settings
 from spin.pipeline.score import Scores
@@ -156,6 +156,7 @@ class Merge(Stage[Artifact]):
         run.models.release()
         run.store.check_free(fp32_bytes(policy.base_or_self.folder), work.title)
         save_merged(policy, work.folder / "merged")
+        write_stop_ids(work.folder / "merged", run.stop_ids)
         return {}
 
     def read(self, run: Run, artifact: Artifact, policy: Policy) -> Artifact:
@@ -208,6 +209,7 @@ def train_policy(
     engine.close()
     if not run.ranks.is_main_process:
         return {}
+    write_stop_ids(folder, run.stop_ids)
     prompts_seen = trained_on(start.folder_with(TRAINED_ON)) | {*run.data.train.column("opening")}
     note_trained_on(folder, prompts_seen)
     return {"policy": content_id(folder, start.base), "skipped_steps": state.skipped}

@@ -10,6 +10,7 @@ import matplotlib
 from spin.evaluation.measure_table import COMPARED, MEASURES, is_known, known_measures, missing_prompts, show
 from spin.reporting.figures import STYLE, draw_lengths, draw_logps, draw_margins, draw_measures, save_figures
 from spin.reporting.text import code_block, escape, inline_code, markdown_table, plain_number
+from spin.runtime.files import write_text
 from spin.runtime.progress import format_seconds
 
 
@@ -38,7 +39,7 @@ def write_report(folder: Path, game: dict) -> Path:
         *_cost(game),
     ]
     page = folder / "report.md"
-    page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    write_text(page, "\n\n".join(parts) + "\n")
     return page
 
 

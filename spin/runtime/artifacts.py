@@ -15,6 +15,7 @@ from typing import Any
 import xxhash
 
 from spin.runtime.errors import brief
+from spin.runtime.output import hide
 
 MANIFEST = "manifest.json"
 
@@ -32,9 +33,9 @@ def commit_atomically(beside: Path, folder: Path, facts: dict) -> dict:
     files = {}
     for path in sorted(path for path in beside.rglob("*") if path.is_file() and path != beside / MANIFEST):
         files[path.relative_to(beside).as_posix()] = {"bytes": path.stat().st_size, "xxh3": file_digest(path)}
-        path.chmod(0o644)  # safetensors makes files that only their owner can read
+        path.chmod(beside.stat().st_mode & 0o666)  # as the umask allows: safetensors ignores it
         _flush(path)
-    manifest: dict[str, Any] = {**facts, "files": files}
+    manifest: dict[str, Any] = {**json.loads(hide(json.dumps(facts))), "files": files}
     manifest["xxh3"] = _digest_of(manifest)
     (beside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     for path in (beside / MANIFEST, *(path for path in beside.rglob("*") if path.is_dir()), beside):

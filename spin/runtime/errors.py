@@ -46,9 +46,13 @@ def user_message(error: BaseException) -> str | None:
     if number in (errno.EACCES, errno.EROFS, errno.EEXIST, errno.ENOTDIR) and getattr(error, "filename", None):
         reason = str(getattr(error, "strerror", "")).lower()
         return f"{getattr(error, 'filename', '')}: {reason}; set another store.path, cache.path or hydra.run.dir."
-    if number == errno.ENOSYS:
+    if number in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):
         return "the disk has no file locks (flock): set store.path, cache.path and hydra.run.dir to one that has."
     is_runtime_error = isinstance(error, RuntimeError)
+    if is_runtime_error and "home directory" in text:
+        return (
+            "there is no home directory for a path with ~: set HOME, or give full paths, such as cache.path=/tmp/spin."
+        )
     if isinstance(error, MemoryError) or (is_runtime_error and re.search(OUT_OF_MEMORY, text, re.IGNORECASE)):
         return (
             "memory is short: set engine.gradient_checkpointing=true, which keeps finished stages, or lower "

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from spin.runtime.output import hide
 from spin.runtime.signals import pending_signal, raise_signal
 
 
@@ -32,10 +33,10 @@ def hold_lock(path: Path, reason: str, say: Callable[[str], None]) -> Iterator[N
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file atomically: a reader sees the old text or the new one."""
+    """Write a file atomically: a reader sees the old text or the new one. Secrets are hidden."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
+        file.write(hide(text))
         file.flush()
         os.fsync(file.fileno())
     beside.replace(path)
@@ -50,8 +51,8 @@ def link_tree(source: Path | None, target: Path) -> None:
     """
     record = target.with_name(f".{target.name}.linked")
     earlier: list[str] = []
-    with contextlib.suppress(FileNotFoundError, ValueError):  # ValueError: damaged, and nothing is removed
-        earlier = json.loads(record.read_bytes())
+    with contextlib.suppress(FileNotFoundError, ValueError, TypeError):  # damaged: nothing is removed
+        earlier = [str(name) for name in json.loads(record.read_bytes())]
     files = [path for path in source.rglob("*") if path.is_file()] if source else []
     names = [str(path.relative_to(str(source))) for path in files]
     for stale in {*earlier} - {*names}:

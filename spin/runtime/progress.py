@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from typing import TypeVar
 
 from rich import progress as bars
@@ -67,8 +66,7 @@ class Progress:
 
     def __exit__(self, kind, error, trace) -> None:
         if self._bar:
-            with suppress(OSError):  # the terminal is gone
-                self._bar.stop()
+            self._bar.stop()
         if kind is not None:
             self._print(f"{self._state()}: stopped")
         else:

@@ -136,12 +136,15 @@ class Store:
 
     def refer(self, run: Path, stages: list[str], only: bool = False) -> None:
         """Record that the run folder `run` uses `stages` ("train/<key>"), and with `only` no others."""
-        used = {*stages} if only else stages_used_by(run, self.path) | {*stages}
+        used = {*stages}
+        if not only:
+            with contextlib.suppress(UserError, TypeError):  # damaged: written again
+                used |= stages_used_by(run, self.path)
         about = {"store": str(self.path.resolve()), "stages": sorted(used)}
         write_text(run / STAGES, json.dumps(about, indent=2) + "\n")
         folder = str(run.resolve())
         entry = self.path / RUNS / f"{hashlib.sha256(folder.encode()).hexdigest()[:16]}.json"
-        if not entry.is_file():
+        if not entry.is_file() and (os.access(self.path, os.W_OK) or not self.path.exists()):  # not another user's
             entry.parent.mkdir(parents=True, exist_ok=True)
             write_text(entry, json.dumps({"folder": folder}))
 
@@ -155,17 +158,18 @@ class Store:
 
     def runs(self) -> list[Path]:
         """Return all run folders that have used this store, existing or not. Raises UserError for a damaged entry."""
-        return [Path(_read_record(entry)["folder"]) for entry in sorted((self.path / RUNS).glob("*.json"))]
+        return [Path(_read_record(entry, "folder")[0]) for entry in sorted((self.path / RUNS).glob("*.json"))]
 
 
 def stages_used_by(run: Path, store: Path) -> set[str]:
     """Return the stages of `store` that a run folder uses. Raises UserError if its record is damaged."""
     if not (run / STAGES).is_file():
         return set()
-    record = _read_record(run / STAGES)
-    return set(record["stages"]) if Path(record["store"]).resolve() == store.resolve() else set()
+    stages, kept = _read_record(run / STAGES, "stages", "store")
+    return set(stages) if Path(kept).resolve() == store.resolve() else set()
 
 
-def _read_record(path: Path) -> dict:
+def _read_record(path: Path, *keys: str) -> list:
     with explaining(f"{path} can't be read", "remove it, and run its game once more to write it again"):
-        return json.loads(path.read_bytes())
+        record = json.loads(path.read_bytes())
+        return [record[key] for key in keys]

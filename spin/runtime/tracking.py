@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from spin.runtime.errors import UserError, brief
+from spin.runtime.output import hide
 from spin.runtime.progress import Progress
 
 TRAINING = ("sft", "train")  # stages whose rows are steps
@@ -32,9 +33,9 @@ class Tracker:
     ):
         self.folder, self.active = Path(folder), rank == 0
         # rich's width where there is no terminal, 80, is narrow for tables in a log file.
-        self.console = console or _Console(width=None if sys.stdout.isatty() else 100)
+        self.console = console or Console(width=None if sys.stdout.isatty() else 100)
         self._mode = wandb_mode(wandb) if self.active else "disabled"
-        self._about = to_json_types(about)
+        self._about = _shown(about) | {key: about[key] for key in ("project", "entity") if key in about}
         self._run: Any = None
         self._rows = self._steps = 0
         self._samples: list[list[str]] = []
@@ -49,7 +50,7 @@ class Tracker:
         """
         if not self.active:
             return
-        row = to_json_types(row)
+        row = _shown(row)
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "metrics.jsonl").open("a" if self._rows else "w", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -175,22 +176,14 @@ class Tracker:
         )
 
 
-class _Console(Console):
-    """A console that a closed pipe (`| head`) or a lost terminal silences, and does not end the run."""
-
-    def print(self, *objects: Any, **settings: Any) -> None:
-        try:
-            super().print(*objects, **settings)
-        except OSError:
-            self.quiet = True
-
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
-
-
 def to_json_types(value: Any) -> Any:
     """Convert `value` to JSON types: torch and numpy to numbers, NaN and infinity to null, paths to text."""
     return to_jsonable_python(value, inf_nan_mode="null", fallback=lambda array: array.tolist())
+
+
+def _shown(value: Any) -> Any:
+    """`value` in JSON types, without secrets."""
+    return json.loads(hide(json.dumps(to_json_types(value))))
 
 
 def wandb_mode(setting: str) -> str:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf, open_dict
 
 from spin.config import hydra, schema
-from spin.config.load import load_config
+from spin.config.load import changed_settings, load_config
 from spin.config.schema import CONF
 from spin.runtime.errors import UserError
 
@@ -45,7 +46,6 @@ composed, load = hydra.compose, hydra.load
         ("schedule.warmup_ratio=1", "schedule.warmup_ratio=1: must be less than 1"),
         ("optimizer.weight_decay=inf", "optimizer.weight_decay=inf: must be a finite number"),
         ("model.merge=x", "model.merge=x: must be a valid boolean"),
-        ("data.splits=train", "data.splits=train: must be a valid list"),
         ("model.lora_targets=[]", "model.lora_targets=[]: "),
         ("optimizer.betas=[0.9,0.99]", "optimizer.betas=[0.9, 0.99]: has no effect with optimizer=rmsprop"),
         ("engine.zero_stage=1", "engine.zero_stage=1: has no effect with engine=single"),
@@ -193,7 +193,8 @@ def test_old_key_in_a_yaml_file(capsys):
 
 def folder(*words: str) -> str:
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        settings = compose("config", [hydra.rename(word) for word in words], return_hydra_config=True)
+        words = [hydra.quote(hydra.rename(word)) for word in words]
+        settings = compose("config", words, return_hydra_config=True)
         return settings.hydra.run.dir
 
 
@@ -227,6 +228,8 @@ def test_folder_names_the_settings_in_a_stable_order():
         ["data=local", "data.path=x.jsonl"],
         ["data=local", "data.path=x.json"],
         ["evaluation.bootstrap=9"],
+        ["model.path=c/X-2"],
+        ["model.path=" + "c/" * 60 + "X"],
     ],
 )
 def test_another_configuration_has_another_folder(words):
@@ -236,7 +239,10 @@ def test_another_configuration_has_another_folder(words):
         ["optimizer.lr=[1e-6,1e-8]"],
         ["model.path=c/X"],
         ["data=local", "data.path=y.jsonl"],
+        ["data=local", "data.path=z/x.jsonl"],
+        ["model.path=" + "c/" * 61 + "X"],
     ]
+    assert len(folder(*words).removeprefix("outputs/")) < 100
     assert folder(*words) not in [folder(*other) for other in others]
 
 
@@ -287,7 +293,7 @@ def test_sweep_points_have_folders_of_their_own():
     names = {
         hydra.slug(text) for text in ("model.path=org/A", "model.path=org_A", "model.path=org/B", long, long + "1")
     }
-    assert len(names) == 5 and all(len(name) <= 120 and "/" not in name for name in names)
+    assert len(names) == 5 and all(len(name) < 100 and "/" not in name for name in names)
     assert hydra.slug("loss.beta=0.1,optimizer.lr=1e-06") == "loss.beta=0.1,optimizer.lr=1e-06"
 
 
@@ -331,3 +337,106 @@ def test_log_lines_of_a_library_are_shown_on_demand(tmp_path):
     here = f"cache.path={tmp_path}/c store.path={tmp_path}/s hydra.run.dir={tmp_path}/r tracking.wandb=disabled"
     shown = hydras(f"python run.py experiment=smoke plan=true 'hydra.verbose=[filelock]' {here} 2>&1")
     assert re.search(r"^\[.*\]\[filelock\]\[DEBUG\] Lock \d+ acquired", shown, re.M) and "0 stages to reuse" in shown
+
+
+# --- values as users type them ----------------------------------------------------------------------------------------
+
+TEXTS = (
+    """
+~/x|a b|é-modèle|日本|br[1]|pa(r)|cu{r}ly|$HOME|q'uote|d"quote|both'"|back\\slash|end\\|h#ash|semi;x|am&p|lt<x|^x|ex!c|b`t
+x=1,y=2|outputs/a-sweep/loss.beta=0.1,optimizer.lr=1e-06/iter0/policy|### {prompt}
+""".strip()
+    .replace("\n", "|")
+    .split("|")
+)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_needs_no_quotes_of_hydra(text):
+    for key in ("model.path", "evaluation.judge_model"):
+        assert OverridesParser.create().parse_override(hydra.quote(f"{key}={text}")).value() == text
+    if "=" in text or text[0] == "~":
+        assert load(f"model.path={text}").model.path == text
+
+
+def test_file_that_is_named_like_a_value(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("1e3", "007", "a,b", "[x]", "true", "0.1", " end "):
+        (tmp_path / name).mkdir()
+        assert load(f"model.path={name}").model.path == name
+    assert load("loss.beta=0.1").loss.beta == 0.1 and load("loss.mu=null").loss.mu is None
+
+
+def test_quoted_words_stay():
+    for word in (
+        "a='x y'",
+        'a="x y"',
+        "a=[1,2]",
+        "a={b: 1}",
+        "a=1,2",
+        "a=choice(1,2)",
+        "~a",
+        "-m",
+        "a=${b.c}",
+        "a=null",
+        "a=",
+    ):
+        assert hydra.quote(word) == hydra.quote(word, True) == word
+
+
+def test_values_of_a_sweep(tmp_path):
+    assert hydra.quote("a=~/x,é,3", True) == "a='~/x','é',3"
+    (tmp_path / "x=1,y=2").mkdir()
+    assert hydra.quote(f"model.path={tmp_path}/x=1,y=2", True) == f"model.path='{tmp_path}/x=1,y=2'"
+
+
+def test_commas_without_a_sweep(tmp_path):
+    """The line shows commands for a shell, and both work."""
+
+    def run(word: str) -> subprocess.CompletedProcess:
+        rest = f"seed=-1 hydra.run.dir={tmp_path}/r"  # ends each command that composes
+        command = f"{sys.executable} run.py {word} {rest}"
+        return subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+    line = run("data.splits=train,test").stderr
+    assert line.startswith("error: data.splits=train,test: for a list type ") and len(line.splitlines()) == 1
+    words = re.search("for a list type (.+), for one text (.+), and for a sweep add -m", line)
+    assert [run(word).stderr for word in words.groups()] == [
+        "error: seed=-1: must be greater than or equal to 0.\n"
+    ] * 2
+
+
+def test_one_value_for_a_list():
+    assert load("data.splits=train").data.splits == ["train"] and load().data.splits is None
+    assert load("evaluation.harness=arc", "evaluation=none").evaluation.harness == ["arc"]
+    assert load("optimizer.lr=1e-6").optimizer.lr == 1e-6
+
+
+# --- what is stored ---------------------------------------------------------------------------------------------------
+
+
+def test_environment_is_stored_unresolved(monkeypatch):
+    for name, value in {"RATIO": "0.25", "PLACE": "/data/x"}.items():
+        monkeypatch.setenv(name, value)
+    words = ["schedule.warmup_ratio=${oc.env:RATIO}", "evaluation.judge_model=${oc.env:NONE,x}"]
+    config = load("model.path=${oc.env:PLACE}/m", *words)
+    assert (config.schedule.warmup_ratio, config.model.path, config.evaluation.judge_model) == (0.25, "/data/x/m", "x")
+    shown = config.shown
+    assert (shown["schedule"]["warmup_ratio"], shown["model"]["path"]) == ("${oc.env:RATIO}", "${oc.env:PLACE}/m")
+    assert OmegaConf.create(shown).evaluation.judge_model == "x" and shown["data"]["name"] == config.data.name
+    assert load().shown["loss"] == load().loss.model_dump()
+
+
+def test_changed_settings(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(load("loss.beta=0.1", "optimizer.lr=1e-6").shown)))
+    same = load(
+        "loss.beta=0.1", "optimizer.lr=1e-6", "iter=7", "tracking.project=x", "store.path=y", "engine.device=cpu"
+    )
+    assert changed_settings(path, same) == []
+    assert changed_settings(path, load("loss.beta=0.2", "optimizer.lr=1e-6")) == ["loss.beta=0.1, not 0.2"]
+    assert len(changed_settings(path, load("seed=3"))) == 2
+    for text in ("", "{", "a: [", "- 1", "3", "\x00", "loss: 3"):
+        path.write_text(text)
+        assert changed_settings(path, load()) == []
+    assert changed_settings(tmp_path / "none", load()) == []

@@ -1,6 +1,7 @@
 """LoRA against PEFT's own forward pass and a naive training step; the opponent keeps the previous iteration's adapter."""
 
 import json
+import os
 import shutil
 
 import peft
@@ -17,7 +18,7 @@ from spin.engines.single import SingleEngine
 from spin.method.objectives import make_objective
 from spin.method.pairs import Pair, group_by_prompt, read_pairs, split_responses, to_continuations
 from spin.method.training import train_spin
-from spin.models import adapters
+from spin.models import adapters, tiny
 from spin.models.adapters import Lora
 from spin.models.find import find_model, fresh_adapter
 from spin.models.load import load_model, load_policy
@@ -25,7 +26,7 @@ from spin.models.policy import ADAPTER_BASE, ADAPTER_CONFIG, ADAPTER_WEIGHTS, Po
 from spin.models.save import save_merged
 from spin.runtime.errors import UserError
 from tests.conftest import CONFIGS, random_items, small_model
-from tests.games import Place
+from tests.games import ROOT, Place
 
 PACKED = Forward("packed", "chunked", 128, 16)
 CPU = torch.device("cpu")
@@ -370,6 +371,24 @@ def test_adapter_made_by_peft(tiny_folder, tmp_path):
     assert rows[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)
 
 
+@pytest.mark.parametrize("has_tokenizer", [False, True])
+def test_game_from_an_adapter_made_by_peft(played, place, tmp_path, has_tokenizer):
+    """As PEFT saves it, with or without a tokenizer beside; its base is named by a relative path."""
+    base = next((played.folder / "cache").glob("tiny-*[0-9]"))
+    config = peft.LoraConfig(r=2, use_rslora=has_tokenizer, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    model.peft_config["default"].base_model_name_or_path = os.path.relpath(base, ROOT)
+    model.save_pretrained(tmp_path / "theirs")
+    if has_tokenizer:
+        tiny.tokenizer().save_pretrained(tmp_path / "theirs")
+    words = ["iter=0", "model.adapter=lora", "schedule.sft_epochs=0", "evaluation=none"]
+    place.play(*words, f"model.path={tmp_path}/theirs")
+    policy = find_model(ModelConfig.from_defaults(path=str(tmp_path / "run" / "iter0" / "policy")), tmp_path)
+    assert policy.base.folder.resolve() == base.resolve()
+    assert json.loads((policy.folder / ADAPTER_BASE).read_text())["content"] == policy.base.id
+    place.play(*words, f"model.path={policy.folder}", run="continued")
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -378,6 +397,10 @@ def test_adapter_made_by_peft(tiny_folder, tmp_path):
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"bias": "all"}, "bias"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa"),
+        ({"target_modules": ["Wqkv"]}, "does not fit its base .*Wqkv"),
+        ({"target_modules": ["q_proj"]}, "differ in model.layers.0"),
+        ({"r": 8}, "does not fit its base .*size mismatch"),
+        ({"base_model_name_or_path": "org/base"}, None),
         ({"base_model_name_or_path": "/nowhere/at/all"}, None),
         ({"base_model_name_or_path": None}, None),
     ],
@@ -427,6 +450,7 @@ def test_broken_adapter_folders(tiny_folder, tmp_path):
             ["model.lora_targets=[q_prj]"],
             "model.lora_targets=['q_prj'] does not fit this model (Target modules {'q_prj'} not",
         ),
+        (["model.lora_targets=q_prj"], "model.lora_targets=['q_prj'] does not fit this model"),
         (["model.lora_targets=[lm_head]"], "embeddings and the output layer cannot be adapted"),
         (["model.lora_rank=0"], "model.lora_rank=0: must be greater than or equal to 1"),
         (["model.lora_alpha=0"], "model.lora_alpha=0: must be greater than or equal to 1"),

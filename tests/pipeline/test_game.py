@@ -400,6 +400,101 @@ def test_files_of_the_user_are_left_alone(played, tmp_path):
     assert sorted(path.name for path in (project / "iter7").iterdir()) == ["notes.txt", "pairs.parquet"]
 
 
+@pytest.mark.parametrize("name", ["report.md", "best/notes.txt", "stages.json", "config.yaml", "iter7/x", "wandb.txt"])
+def test_folder_of_a_user(played, tmp_path, name):
+    file = tmp_path / "project" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    played.play("iter=0", f"hydra.run.dir={tmp_path}/project", status=0 if name == "wandb.txt" else 1)
+    assert file.read_text() == "mine"
+
+
+def test_another_game_in_the_folder(played, tmp_path):
+    """A longer game of the same settings continues there; other settings are refused, and nothing is replaced."""
+
+    def content() -> dict:
+        return {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+    folder = f"hydra.run.dir={tmp_path}/run"
+    played.play("schedule.replay=previous", "iter=0", folder)
+    before = content()
+    for words in (["loss.beta=0.2"], ["model.path=/nowhere"], ["stage=evaluate"], ["seed=1", "plan=false"]):
+        done = played.play("schedule.replay=previous", "iter=0", *words, folder, status=1)
+        assert f"{tmp_path}/run holds another game (" in done.stderr and len(done.stderr.splitlines()) == 1
+        assert content() == before
+    (tmp_path / "run" / "stages.json").write_text("{")
+    played.play("schedule.replay=previous", "iter=1", "checkpoint.minutes=1", folder)
+    assert (tmp_path / "run" / "iter1").is_dir() and json.loads((tmp_path / "run" / "stages.json").read_text())
+
+
+PLANTED = {"PLANTED": "sk-planted-0123", "SPIN_JUDGE_KEY": "judge-key-0123", "WANDB_API_KEY": "0123456789abcdef" * 2}
+
+
+def test_secrets_are_in_no_file(played, tmp_path):
+    """In texts of several settings, in W&B's files, in the store, and in errors."""
+
+    def has_secret(data: bytes) -> bool:
+        return any(value.encode() in data for value in PLANTED.values())
+
+    words = ["iter=0", f"hydra.run.dir={tmp_path}/run", f"store.path={tmp_path}/store", "tracking.wandb=offline"]
+    keys = ("name", "model.name", "data.name", "generation.python", "evaluation.judge_model", "evaluation.name")
+    words += [f"{key}=${{oc.env:PLANTED}}" for key in keys]
+    done = played.games.play(*played.words(*words), env=PLANTED)
+    assert done.returncode == 0 and not has_secret((done.stdout + done.stderr).encode())
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert list(tmp_path.rglob("*.wandb")) and [path for path in files if has_secret(path.read_bytes())] == []
+    assert "judge_model: ${oc.env:PLANTED}\n" in (tmp_path / "run" / "config.yaml").read_text()
+    for word in ("loss.beta=${oc.env:PLANTED}", "model.path=${oc.env:PLANTED}"):
+        done = played.games.play(*played.words(word, "plan=true", run="new"), env=PLANTED)
+        assert done.returncode == 1 and "oc.env:PLANTED" in done.stderr
+        assert not has_secret((done.stdout + done.stderr).encode())
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import os, sys; os.close(0); os.close(1); sys.stdin = sys.__stdin__ = sys.stdout = sys.__stdout__ = None",
+        "import sys; sys.stdout.reconfigure(encoding='ascii')",
+        "import os; os.environ['MPLBACKEND'] = 'module://nowhere.backend'",
+        "import os; os.environ.pop('HOME', None); os.environ['TMPDIR'] = '/nowhere'",
+    ],
+    ids=["closed", "ascii", "notebook", "homeless"],
+)
+def test_surroundings(played, code):
+    done = played.games.start(*played.words("schedule.replay=previous"), code=code).wait()
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_read_only_store_of_another_user(played, tmp_path):
+    """A user without a name or a home, who may read everything and write to one folder."""
+    tmp_path.chmod(0o777)
+    capability = ["+dac_read_search"] * 2
+    user = ["setpriv", "--reuid", "12345", "--regid", "12345", "--clear-groups"]
+    user += [f"--{kind}-caps={value}" for kind, value in zip(("inh", "ambient"), capability, strict=True)]
+    env = {key: value for key, value in os.environ.items() if key not in ("HOME", "USER", "LOGNAME")}
+
+    def play(*words: str) -> subprocess.CompletedProcess:
+        words = played.words("schedule.replay=previous", f"hydra.run.dir={tmp_path}/run", *words)
+        command = [*user, sys.executable, "run.py", *words]
+        return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
+
+    done = play()
+    assert done.returncode == 0 and "nothing was computed again" in done.stdout, done.stderr
+    for word in ("cache.path=~/x", "seed=1"):
+        done = play(word, f"hydra.run.dir={tmp_path}/{word[:4]}")
+        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "there is no home directory" in play("cache.path=~/x").stderr
+
+
+def test_umask(played, tmp_path):
+    words = played.words("iter=0", f"hydra.run.dir={tmp_path}/run", f"store.path={tmp_path}/store")
+    assert played.games.start(*words, "evaluation=none", code="import os; os.umask(0o077)").wait().returncode == 0
+    files = [*(tmp_path / "store").rglob("*.safetensors"), *(tmp_path / "store").rglob("*.json")]
+    assert files and {path.stat().st_mode & 0o077 for path in files} == {0}
+
+
 def test_error_leaves_no_folder(played, tmp_path):
     for words in (
         ["model.path=/nowhere"],
@@ -407,8 +502,9 @@ def test_error_leaves_no_folder(played, tmp_path):
         ["loss.beta=-1"],
         ["evaluation.select=x"],
     ):
-        played.play(*words, f"hydra.run.dir={tmp_path}/new", status=1)
-        assert not (tmp_path / "new").exists(), words
+        for place in ("new", "parent/new"):
+            played.play(*words, f"hydra.run.dir={tmp_path}/{place}", status=1)
+        assert list(tmp_path.iterdir()) == [], words
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "notes.txt").write_text("mine")
     played.play("model.path=/nowhere/at/all", f"hydra.run.dir={tmp_path}/new", status=1)

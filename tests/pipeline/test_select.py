@@ -103,6 +103,7 @@ def test_stop_without_gain_and_resume(played):
 def test_without_selection_no_best(played):
     shutil.copytree(played.folder / "run", played.folder / "unselected")
     (played.folder / "unselected" / "best" / "mine.txt").write_text("mine")
+    (played.folder / "unselected" / "config.yaml").unlink()  # else it would be kept as another game
     done = played.play("iter=0", run="unselected")
     assert game_of(played, "unselected")["selected"] is None and "trained model: " in done.stdout
     assert [path.name for path in (played.folder / "unselected" / "best").iterdir()] == ["mine.txt"]

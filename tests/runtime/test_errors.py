@@ -1,12 +1,15 @@
 """Which errors become one line, and which do not."""
 
 import errno
+import fcntl
+import os
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from spin.runtime.errors import UserError, explaining, user_message
+from spin.runtime.files import hold_lock
 
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/"
 NCCL = "NCCL error in: ProcessGroupNCCL.cpp:3384, "
@@ -73,6 +76,23 @@ def test_permission_denied_names_the_file():
     error = PermissionError(errno.EACCES, "Permission denied", "/store")
     assert user_message(error).startswith("/store: permission denied; set")
     assert user_message(PermissionError(errno.EACCES, "Permission denied")) is None
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_disk_without_locks(number, tmp_path, monkeypatch):
+    """As on some NFS mounts: flock fails, and nobody waits for it."""
+
+    def flock(descriptor, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises((OSError, NotImplementedError)) as raised, hold_lock(tmp_path / "lock", "x", print):
+        pass
+    assert user_message(raised.value).startswith("the disk has no file locks (flock): set store.path")
+
+
+def test_no_home_directory():
+    assert "set HOME" in user_message(RuntimeError("Could not determine home directory."))
 
 
 def test_explaining_a_library_error():

@@ -95,9 +95,10 @@ def test_link_tree_copies_on_another_disk(source, tmp_path, monkeypatch):
     assert (target / "model.safetensors").stat().st_ino == node  # not copied again
 
 
-def test_link_tree_with_damaged_record(source, tmp_path):
+@pytest.mark.parametrize("text", ["{", "null", "3", "[1, null]"])
+def test_link_tree_with_damaged_record(source, tmp_path, text):
     link_tree(source, tmp_path / "target")
-    (tmp_path / ".target.linked").write_text("{")
+    (tmp_path / ".target.linked").write_text(text)
     link_tree(source, tmp_path / "target")
     assert content(tmp_path / "target") == content(source)
 

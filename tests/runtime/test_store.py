@@ -257,6 +257,15 @@ def entries_of(store: Store) -> list:
     return [path for path in (store.path / "train").iterdir() if path.is_dir()]
 
 
+@pytest.mark.parametrize("text", ["", "{", "{}", "[]", "null", '{"stages": 3, "store": "x"}'])
+def test_refer_replaces_a_damaged_record(tmp_path, text):
+    store, run = Store(tmp_path / "store"), tmp_path / "run"
+    run.mkdir()
+    (run / "stages.json").write_text(text)
+    store.refer(run, ["train/a"])
+    assert store.users() == {"train/a": [run]}
+
+
 def test_refer_only(tmp_path):
     store = Store(tmp_path / "store")
     run = tmp_path / "run"
