@@ -15,7 +15,7 @@ from scipy.stats import binomtest
 from spin.config.schema import GenerationConfig
 from spin.data.examples import Example
 from spin.data.messages import Message
-from spin.data.templates import render_chat, token_ids
+from spin.data.templates import QUESTION, render_chat, token_ids
 from spin.generation.sampling import generate_answers
 from spin.models.load import load_model, load_tokenizer, stop_ids
 from spin.models.policy import content_id
@@ -62,7 +62,9 @@ def open_judge(setting: str, model: str | None, timeout: float, dtype: torch.dty
         return ApiJudge(setting, str(model), timeout)
     folder = Path(setting).expanduser()
     check_folder(folder, f"evaluation.judge={setting}")
-    tokenizer, judge = load_tokenizer(folder), load_model(folder, dtype, device)
+    tokenizer = load_tokenizer(folder)
+    render_chat(tokenizer, [QUESTION])  # starts the template's process while this one is small
+    judge = load_model(folder, dtype, device)
     stops, greedy = stop_ids(folder, tokenizer), GenerationConfig.from_defaults(temperature=0.0, batch_size=1)
     context = getattr(judge.config, "max_position_embeddings", None) or 2**31
 
