@@ -7,6 +7,7 @@ each time: on a fixed date, and without random numbers and addresses of objects.
 import re
 from collections.abc import Sequence
 from datetime import datetime
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 from jinja2.defaults import DEFAULT_FILTERS, DEFAULT_NAMESPACE
@@ -20,12 +21,6 @@ TODAY = datetime(2026, 1, 1)
 LONGEST = 2**16  # characters beyond eight times what is given
 
 
-class _Today(datetime):
-    @classmethod
-    def now(cls, tz: Any = None) -> datetime:
-        return TODAY
-
-
 def render_programs(programs: Sequence[Program]) -> list[tuple[bool, str]]:
     """Return, for each, True and its text, or False and what it raises. Raises `Exceeded`."""
     return _child.map(programs)
@@ -33,12 +28,12 @@ def render_programs(programs: Sequence[Program]) -> list[tuple[bool, str]]:
 
 def _render(program: Program) -> str:
     """Render in the child, where libraries can be changed."""
-    chat_template_utils.datetime = _Today
+    chat_template_utils.datetime = SimpleNamespace(now=lambda: TODAY)  # type: ignore[assignment, misc]
     DEFAULT_FILTERS["random"] = DEFAULT_NAMESPACE["lipsum"] = _refuse_random
     source, messages, variables = program
     # As `apply_chat_template` does, which would need the tokenizer.
     messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
-    [text] = chat_template_utils.render_jinja_template([messages], chat_template=source, **variables)[0]
+    text = chat_template_utils.render_jinja_template([messages], chat_template=source, **variables)[0][0]
     if len(text) > LONGEST and len(text) > LONGEST + 8 * len(repr(program[1:])):
         raise TemplateError(f"it makes {len(text):,} characters of a short conversation")
     for address in re.findall(r" at (0x[0-9a-f]+)", text) if " at 0x" in text else ():

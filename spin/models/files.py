@@ -29,4 +29,4 @@ def safetensors_shapes(path: Path, name: str) -> dict[str, list[int]]:
     states."""
     problem = f"{name}: its {brief(path.name)} is broken"
     with explaining(problem, "download or copy it again"), safe_open(path, "pt") as file:
-        return {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118  # no mapping
+        return {key: file.get_slice(key).get_shape() for key in file.keys()}

@@ -44,12 +44,10 @@ def check_architecture(folder: Path, settings: Mapping[str, Any], shapes: Shapes
 
     Builds it without memory for weights. Sizes may be anything: run it with bounds on time and memory.
     """
-    for part in (settings, settings.get("text_config")):
-        for key in LAYERS if isinstance(part, dict) else ():
-            if isinstance(part.get(key), int) and part[key] > len(shapes):
-                raise UserError(
-                    f"{name}: its weights do not match its config.json: {len(shapes)} tensors for {key}={part[key]}."
-                )
+    for key in LAYERS:  # the most common one at once, without a try
+        if isinstance(settings.get(key), int) and settings[key] > len(shapes):
+            sizes = f"{len(shapes)} tensors for {key}={settings[key]}"
+            raise UserError(f"{name}: its weights do not match its config.json: {sizes}.")
     with explaining(f"{name}: its config.json cannot be used", "give an architecture that is built into transformers"):
         architecture = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         is_causal = type(architecture) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING

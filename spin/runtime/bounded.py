@@ -58,8 +58,7 @@ class Bounded:
         owner, self.owner = self.owner, 0
         if owner == os.getpid():
             self.pipe.close()
-            with suppress(ProcessLookupError, ChildProcessError):
-                # A child that ends by itself is a zombie until here, and keeps its status.
+            with suppress(ProcessLookupError, ChildProcessError):  # one that has ended keeps its status
                 os.kill(self.child, signal.SIGKILL)
                 return os.waitstatus_to_exitcode(os.waitpid(self.child, 0)[1])
         return 0
@@ -96,8 +95,8 @@ class Bounded:
         os.closerange(3, kept)
         os.closerange(kept + 1, os.sysconf("SC_OPEN_MAX"))
         nowhere = os.open(os.devnull, os.O_RDWR)
-        for number in range(3):
-            os.dup2(nowhere, number)
+        for standard in range(3):
+            os.dup2(nowhere, standard)
         with suppress(OSError, ValueError):  # /proc is Linux's
             pages = int(Path("/proc/self/statm").read_text().split()[0])
             limit = pages * resource.getpagesize() + self.memory

@@ -20,6 +20,7 @@ from spin.engines.logps import choose_forward
 from spin.engines.memory import shape_of
 from spin.engines.packing import Continuations
 from spin.generation.sampling import generate_answers
+from spin.models import validate
 from spin.models.find import find_model
 from spin.models.load import load_policy, load_tokenizer, stop_ids
 from spin.runtime.errors import UserError, user_message
@@ -78,19 +79,19 @@ def use(folder):
 
 
 def outcome(folder, change):
-    """"" for a game, or the one line. Fails for tracebacks, and above the bounds."""
+    """ "" for a game, or the one line. Fails for tracebacks, and above the bounds."""
     started, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    said: str | None = ""
     try:
         use(folder)
-        return ""
     except Exception as error:
         said = user_message(error)
-        assert said is not None, (change, repr(error))
-        assert said.isprintable() and len(said) < 1000, (change, said)
-        return said
-    finally:
-        assert time.process_time() - started < 20, change
-        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20, change  # KiB
+        if said is None:
+            raise AssertionError(f"{change}: a traceback") from error
+    assert said.isprintable() and len(said) < 1000, (change, said)
+    assert time.process_time() - started < 20, change
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20, change  # KiB
+    return said
 
 
 def explore(name, file, count, tmp_path, seed=0):
@@ -102,3 +103,92 @@ def explore(name, file, count, tmp_path, seed=0):
         (folder / file).write_text(json.dumps(changed(document, path, value)))
         lines.append(outcome(folder, (path, value)))
     return lines
+
+
+FILES = [("llama", file) for file in SMALL[1:4]] + [(name, "config.json") for name in ("llama", "mixtral", "mamba2")]
+EVERY = [(name, "config.json") for name in ("gpt2", "gemma3", "gpt_oss", "qwen3_next", "falcon_h1")] + FILES
+
+
+@pytest.mark.parametrize(("name", "file"), FILES)
+def test_changed_values(tmp_path, name, file):
+    lines = explore(name, file, 5, tmp_path)
+    assert any(lines) or file == "generation_config.json"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "file"), EVERY)
+def test_many_changed_values(tmp_path, name, file):
+    lines = explore(name, file, 150, tmp_path, seed=1)
+    assert len([line for line in lines if line]) > 20 or file == "generation_config.json"
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"num_hidden_layers": 10**9}, "39 tensors for num_hidden_layers=1000000000|20 tensors"),
+        ({"num_hidden_layers": -1}, "the model cannot compute|no model can be built"),
+        ({"hidden_size": 10**9}, "do not match its config.json"),
+        ({"hidden_size": -64}, "no model can be built"),
+        ({"vocab_size": 10**12}, r"embed_tokens\.weight is \[258, 64\], not \[1000000000000, 64\]"),
+        ({"intermediate_size": 10**9}, "do not match its config.json"),
+        ({"num_key_value_heads": 10**9}, "do not match its config.json"),
+        ({"head_dim": 10**9}, "do not match its config.json"),
+        ({"rope_parameters": {"rope_type": "evil"}}, "no model can be built"),
+        ({"attention_dropout": "x"}, "no model can be built|config.json cannot be used|cannot compute"),
+    ],
+)
+def test_sizes(tiny_folder, tmp_path, settings, says):
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    document = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**document, **settings}))
+    line = outcome(folder, settings)
+    assert re.search(says, line) and str(folder) in line
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("mixtral", {"num_local_experts": 10**9}),
+        ("gpt2", {"n_layer": 10**9}),
+        ("qwen3_next", {"num_hidden_layers": 10**9}),
+        ("mamba2", {"num_heads": 10**9}),
+    ],
+)
+def test_sizes_of_other_architectures(tmp_path, name, settings):
+    folder = model_folder(name, tmp_path / "model")
+    document = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**document, **settings}))
+    assert str(folder) in outcome(folder, settings)
+
+
+def test_endless_architecture(tiny_folder, tmp_path, monkeypatch):
+    """Sizes that no rule names: the child is ended."""
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    document = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**document, "num_hidden_layers": 10**9}))
+    monkeypatch.setattr(validate, "LAYERS", ())
+    monkeypatch.setattr(validate, "SECONDS", 2)
+    assert re.search("no model can be built.*(takes more than 2|needs more than 1536 MiB)", outcome(folder, "layers"))
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"{", b"null", b"{% for i in x %}", b"{{ 1 / 0 }}"])
+def test_other_small_files(tiny_folder, tmp_path, content):
+    for file in ("chat_template.jinja", "special_tokens_map.json", "added_tokens.json", "model.safetensors.index.json"):
+        folder = Path(shutil.copytree(tiny_folder, tmp_path / file))
+        (folder / file).write_bytes(content)
+        outcome(folder, (file, content))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "file"), [("llama", file) for file in SMALL[:4]] + [("mixtral", "config.json")])
+def test_games(place, name, file):
+    """Whole games: exit status 0, or 1 with one line."""
+    folder = model_folder(name, place.folder / "model")
+    document = json.loads((folder / file).read_text())
+    for number, (path, value) in enumerate(changes(document, random.Random(file), 12)):
+        (folder / file).write_text(json.dumps(changed(document, path, value)))
+        words = place.words(f"model.path={folder}", "iter=0", "schedule.sft_epochs=0", run=f"run{number}")
+        done = place.games.play(*words)
+        assert done.returncode in (0, 1) and "Traceback" not in done.stderr, (path, value, done.stderr)
+        if done.returncode == 1:
+            assert len([line for line in done.stderr.splitlines() if line.startswith("error: ")]) == 1, done.stderr

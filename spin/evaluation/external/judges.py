@@ -3,8 +3,8 @@
 import os
 import re
 import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -158,45 +158,30 @@ class ApiJudge:
 
 def bounded_client(timeout: float) -> Any:
     """An HTTP client that waits `timeout` seconds for a whole reply (httpx alone: for each part of it) of up to `MAX_REPLY`
-    bytes. It follows no redirect, which would send the answers and the key elsewhere."""
+    bytes, uncompressed. It follows no redirect, which would send the answers elsewhere."""
     import httpx
 
-    class Limited(httpx.SyncByteStream):
-        def __init__(self, stream: Any):
-            self.stream = stream
-
-        def __iter__(self) -> Iterator[bytes]:
-            size = 0
-            for part in self.stream:
-                size += len(part)
-                if size > MAX_REPLY:
-                    raise httpx.ReadError(f"a reply of more than {MAX_REPLY >> 10} KiB")
-                yield part
-
-        def close(self) -> None:
-            self.stream.close()
-
-    def limit(response: httpx.Response) -> None:
-        if response.headers.get("Content-Encoding", "identity") != "identity":
-            raise httpx.ReadError("a compressed reply, of unknown size")
-        response.stream = Limited(response.stream)
+    def ring(*_: object) -> None:
+        raise httpx.ReadTimeout("the reply does not end")
 
     class Client(httpx.Client):
-        def send(self, *arguments: Any, **options: Any) -> httpx.Response:
-            def ring(*_: object) -> None:
-                raise httpx.ReadTimeout("the reply does not end")
-
-            if threading.current_thread() is not threading.main_thread():  # gets no signals
-                return super().send(*arguments, **options)
-            before = signal.signal(signal.SIGALRM, ring)
+        def send(self, request: httpx.Request, **options: Any) -> httpx.Response:
+            body = b""
+            before = signal.signal(signal.SIGALRM, ring)  # judges are asked in the main thread
             signal.setitimer(signal.ITIMER_REAL, timeout)
             try:
-                return super().send(*arguments, **options)
+                with closing(super().send(request, **options | {"stream": True})) as response:
+                    for part in response.iter_raw(2**16):
+                        body += part
+                        if len(body) > MAX_REPLY:
+                            raise httpx.ReadError(f"a reply of more than {MAX_REPLY >> 10} KiB")
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
                 signal.signal(signal.SIGALRM, before)
+            headers = {name: value for name, value in response.headers.items() if not name.endswith("-encoding")}
+            return httpx.Response(response.status_code, headers=headers, content=body, request=request)
 
-    return Client(timeout=timeout, headers={"Accept-Encoding": "identity"}, event_hooks={"response": [limit]})
+    return Client(timeout=timeout, headers={"Accept-Encoding": "identity"})
 
 
 def compare(
