@@ -2,11 +2,16 @@
 
 import copy
 import json
+import os
 import random
 import re
 import resource
 import shutil
+import subprocess
+import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -26,6 +31,7 @@ from spin.models.load import load_policy, load_tokenizer, stop_ids
 from spin.runtime.errors import UserError, user_message
 from tests.conftest import model_folder
 
+ROOT = Path(__file__).parents[2]
 VALUES = [None, True, "x", "64", "", [], {}, [[-1]], {"a": 1}, 0, 1, -1, 1.5, 10**6, 10**9, 2**63, 10**30, 1e308, -1e-3]
 VALUES += [float("nan"), float("inf"), "a/b", "../../x", "\ud800", "x" * 10_000]
 REMOVED = object()
@@ -192,3 +198,42 @@ def test_games(place, name, file):
         assert done.returncode in (0, 1) and "Traceback" not in done.stderr, (path, value, done.stderr)
         if done.returncode == 1:
             assert len([line for line in done.stderr.splitlines() if line.startswith("error: ")]) == 1, done.stderr
+
+
+HUB = """
+import sys
+from pathlib import Path
+from spin.config.schema import ModelConfig
+from spin.models.find import find_model
+from spin.runtime.errors import UserError
+try:
+    find_model(ModelConfig.from_defaults(path="a/b"), Path(sys.argv[1]))
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("body", [b"[1, 2]", b'{"id": 3}', b'{"id": "a/b", "sha": "x", "siblings": ["y"]}'])
+def test_hub_that_misbehaves(tmp_path, body):
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        env = os.environ | {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path), "NO_PROXY": "*"}
+        command = [sys.executable, "-c", HUB, str(tmp_path)]
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=250)
+        server.shutdown()
+    assert done.returncode == 0, done.stderr
+    assert (
+        done.stdout.startswith("model.path=a/b: no such folder, and the Hugging Face hub")
+        and done.stdout.count("\n") == 1
+    )
