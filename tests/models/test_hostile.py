@@ -213,6 +213,7 @@ except UserError as error:
 """
 
 
+@pytest.mark.slow  # imports everything anew
 @pytest.mark.parametrize("body", [b"[1, 2]", b'{"id": 3}', b'{"id": "a/b", "sha": "x", "siblings": ["y"]}'])
 def test_hub_that_misbehaves(tmp_path, body):
     class Handler(BaseHTTPRequestHandler):
