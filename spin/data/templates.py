@@ -9,11 +9,13 @@ from os.path import commonprefix
 from typing import Any
 
 from spin.data.messages import Exchange, Message
+from spin.data.sandbox import TODAY, render_programs
 from spin.runtime.errors import UserError, brief, explaining
 
 PAPER_TEMPLATE = "### Instruction: {prompt}\n\n### Response: "
 ANCHOR = "\n"  # see encode_responses
 SENTINEL = "Sentinel"  # the text whose surroundings are looked up in a rendered conversation
+STAND_IN = {"role": "assistant", "content": SENTINEL}
 QUESTION = {"role": "user", "content": "Question"}
 NO_OPTIONS: Mapping[str, Any] = {}
 
@@ -91,16 +93,32 @@ def render_text(tokenizer: Any, messages: list[Message], template: str) -> str:
 
 def render_chat(tokenizer: Any, messages: Sequence[Message], **options: Any) -> str:
     """Return the conversation as the tokenizer's chat template renders it, on a fixed date if it prints one."""
+    [text] = render_chats(tokenizer, [(messages, options)])
+    if isinstance(text, UserError):
+        raise text
+    return text
+
+
+def render_chats(tokenizer: Any, requests: Sequence[tuple[Sequence[Message], dict[str, Any]]]) -> list[str | UserError]:
+    """Return, for messages with options each, what `render_chat` returns or raises.
+
+    Raises UserError: there is no chat template, or it takes too much time or memory.
+    """
     advice = "set data.template=paper or a text with {prompt} in it"
     if not tokenizer.chat_template:
         raise UserError(f"data.template=chat: the model's tokenizer has no chat template; {advice}")
-    roles = brief(", ".join(message["role"] for message in messages))
-    # A template is a program that comes with the model and may raise anything.
-    with explaining(f"data.template=chat: the tokenizer's chat template refuses messages of {roles}", advice):
-        source = tokenizer.get_chat_template(tools=options.get("tools"))
-        if "strftime_now" in source:
-            source = "{% macro strftime_now(format) %}01 Jan 2026{% endmacro %}" + source
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, chat_template=source, **options)
+    subject = "data.template=chat: the tokenizer's chat template"
+    with explaining(subject, advice):  # a template is a program that comes with the model
+        tokens = tokenizer.special_tokens_map
+        programs = [tokenizer.get_chat_template(tools=options.get("tools")) for _, options in requests]
+        rendered = render_programs(
+            [(p, messages, tokens | options) for p, (messages, options) in zip(programs, requests, strict=True)]
+        )
+    texts: list[str | UserError] = []
+    for (messages, _), (succeeded, text) in zip(requests, rendered, strict=True):
+        roles = brief(", ".join(message["role"] for message in messages))
+        texts.append(text if succeeded else UserError(f"{subject} refuses messages of {roles} ({text}); {advice}."))
+    return texts
 
 
 @dataclass(frozen=True)
@@ -150,24 +168,33 @@ class ChatTemplate:
         """Return the text up to the start of a plain answer. Raises UserError: the template refuses the messages."""
         return _cut(self._around(self.fit(messages), tools)[0])
 
-    def split(self, exchange: Exchange) -> Split | str:
-        """Return the exchange's two texts, or why there are none.
+    def splits(self, exchanges: Sequence[Exchange]) -> list[Split | str]:
+        """Return the two texts of each exchange, or why there are none.
 
         An answer that brings a thought of its own starts at the generation prompt, where others have an empty thought.
         """
-        messages, tools = self.fit(exchange.messages), _given(exchange.tools)
-        try:
-            opened = self._render(messages, add_generation_prompt=True, **tools)
-            head, tail = self._around(messages, exchange.tools)
-            whole = self._render([*messages, exchange.answer], **tools)
-        except UserError as error:
-            self.refusal = self.refusal or str(error)
-            return "refused by the template"
+        requests: list[tuple[Sequence[Message], dict[str, Any]]] = []
+        for exchange in exchanges:
+            messages, options = self.fit(exchange.messages), self.options | _given(exchange.tools)
+            requests.append((messages, options | {"add_generation_prompt": True}))
+            requests += [([*messages, answer], options) for answer in (STAND_IN, exchange.answer)]
+        texts = render_chats(self.tokenizer, requests)
+        return [self._split(e, *texts[3 * i : 3 * i + 3]) for i, e in enumerate(exchanges)]
+
+    def _split(self, exchange: Exchange, *texts: str | UserError) -> Split | str:
+        """`texts`: the conversation up to the generation prompt, with `STAND_IN`, and with the answer."""
+        for text in texts:
+            if isinstance(text, UserError):
+                self.refusal = self.refusal or str(text)
+                return "refused by the template"
+        opened, stand_in, whole = map(str, texts)
+        head, _, tail = stand_in.rpartition(SENTINEL)
         if not head or not whole.endswith(tail):
             return "not rendered by the template"
         body = whole.removesuffix(tail)
-        added = body.removeprefix(commonprefix([opened, body]))  # noqa: RUF071  # of texts, not of paths
-        lost = "</think>" in exchange.answer["content"] and "</think>" not in added
+        lost = "</think>" in exchange.answer["content"] and (
+            "</think>" not in body.removeprefix(commonprefix([opened, body]))  # noqa: RUF071  # of texts, not of paths
+        )
         for prompt in (_cut(head), _cut(opened)):
             if body.startswith(prompt) and not lost:
                 return Split(prompt, body.removeprefix(prompt) + self._closing(tail))
@@ -207,6 +234,8 @@ class ChatTemplate:
                 f"note: the chat template ends a prompt with {there}, where a whole conversation has {here} before an "
                 f"answer: prompts end as in the conversation here, for human and generated answers. To change it, set {helps}"
             )
+        if "strftime_now" in str(self.tokenizer.chat_template):
+            yield f"note: the chat template prints the date; it is {TODAY:%d %b %Y} here, so that a run can be repeated"
         if self.end is None and self.tail.strip():
             yield (
                 f"note: the chat template ends answers with {self.tail.strip()!r}, which is no token of the tokenizer: "
@@ -221,7 +250,7 @@ class ChatTemplate:
 
     def _around(self, messages: list[Message], tools: list[Any] | None = None) -> tuple[str, str]:
         """Return what stands before and after a plain answer to the messages, with all of them."""
-        text = self._render([*messages, {"role": "assistant", "content": SENTINEL}], **_given(tools))
+        text = self._render([*messages, STAND_IN], **_given(tools))
         head, _, tail = text.rpartition(SENTINEL)
         return head, tail
 
@@ -244,7 +273,7 @@ def encode_exchanges(
         texts = [exchange.answer["content"] for exchange in exchanges]
         responses = encode_responses(tokenizer, prompts, texts, template)
         return [(ids, response) for (_, ids), response in zip(prompts, responses, strict=True)]
-    splits = [chat.split(exchange) for exchange in exchanges]
+    splits = chat.splits(exchanges)
     rendered = [split for split in splits if isinstance(split, Split)]
     texts = [split.prompt for split in rendered]
     prompts = list(zip(texts, token_ids(tokenizer, texts), strict=True))

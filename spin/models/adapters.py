@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from spin.models.files import safetensors_keys
+from spin.models.files import safetensors_shapes
 from spin.models.policy import ADAPTER_BASE, ADAPTER_CONFIG, ADAPTER_WEIGHTS, FUNCTION_SETTINGS, Policy, content_id
 from spin.models.quantization import import_bitsandbytes
 from spin.runtime.errors import UserError, brief, explaining
@@ -67,7 +67,7 @@ def check_adapter(folder: Path, settings: dict[str, Any], name: str) -> None:
         )
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise UserError(f"{name}: an adapter without {ADAPTER_WEIGHTS} (pickled weights are not read).")
-    for key in safetensors_keys(folder / ADAPTER_WEIGHTS, name):
+    for key in safetensors_shapes(folder / ADAPTER_WEIGHTS, name):
         if not (key.startswith(PREFIX) and key.endswith((".lora_A.weight", ".lora_B.weight"))):
             raise UserError(f"{name}: its {ADAPTER_WEIGHTS} holds {brief(key)}, which is not a LoRA matrix.")
 

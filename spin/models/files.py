@@ -24,8 +24,9 @@ def read_json_object(path: Path, name: str) -> dict[str, Any]:
     return value
 
 
-def safetensors_keys(path: Path, name: str) -> list[str]:
-    """The tensor names in `path`. Reads only the header, and checks that the file has the length that it states."""
+def safetensors_shapes(path: Path, name: str) -> dict[str, list[int]]:
+    """The shapes of the tensors in `path`, by name. Reads only the header, and checks that the file has the length that it
+    states."""
     problem = f"{name}: its {brief(path.name)} is broken"
     with explaining(problem, "download or copy it again"), safe_open(path, "pt") as file:
-        return list(file.keys())
+        return {key: file.get_slice(key).get_shape() for key in file.keys()}

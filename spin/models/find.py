@@ -95,14 +95,12 @@ def _local_folder(path: str) -> Path | None:
 
 def _download(path: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
 
     if path.startswith((".", "/", "~")):
         raise UserError(f"model.path={path}: no such folder.")
     with explaining(
         f"model.path={path}: no such folder, and the Hugging Face hub does not have it or cannot be reached",
         "check the name, model.revision, the licence on its hub page, the network and HF_HUB_OFFLINE",
-        catch=(HFValidationError, OSError),  # OSError includes the hub's and the network's errors
     ):
         folder = snapshot_download(
             path,

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from spin.models import adapters
 from spin.models.files import read_json_object
 from spin.models.policy import Policy
 from spin.models.quantization import keep_gradients, quantized_loading
+from spin.runtime.bounded import try_out
 from spin.runtime.errors import UserError, brief, explaining
 
 # transformers imports DeepSpeed, if installed, to save a model; DeepSpeed then prints which accelerator it did not find.
@@ -64,9 +66,15 @@ def _check_loading(folder: Path, info: dict[str, Any]) -> None:
 
 
 def load_policy(policy: Policy, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The model of a policy, loaded as by `load_model`; for an adapter, its base with the adapter attached."""
+    """The model of a policy, loaded as by `load_model`; for an adapter, its base with the adapter attached.
+
+    Raises UserError as `load_model` does, and if the model cannot compute anything.
+    """
     full = policy.base_or_self
     model = load_model(full.folder, dtype, device, full.quantization)
+    problem = f"{full.folder}: the model cannot compute; its config.json may have a wrong value"
+    with explaining(problem), torch.no_grad():  # many settings are first read here
+        model(torch.zeros((1, 4), dtype=torch.long, device=device))
     return adapters.attach_adapter(model, policy.folder) if policy.base else model
 
 
@@ -91,8 +99,14 @@ def saved_buffers(model: PreTrainedModel) -> dict[str, Tensor]:
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in `folder`. Raises UserError if there is none, or if it needs code from the folder."""
-    with explaining(f"no tokenizer can be loaded from {folder}", "Python code in it is not run"):
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    load = partial(AutoTokenizer.from_pretrained, folder, trust_remote_code=False)
+
+    def use() -> None:
+        tokenizer = load()
+        tokenizer.decode(tokenizer(["Hello, world.", "a"])["input_ids"][0] + tokenizer.all_special_ids)
+
+    try_out(use, f"no tokenizer can be loaded from {folder}", "Python code in it is not run")
+    return load()
 
 
 def stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -1,17 +1,24 @@
 """Check a model folder before anything is loaded from it. No code in the folder is run."""
 
 from collections.abc import Mapping
+from contextlib import suppress
+from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from spin.models.files import read_json_object, safetensors_keys
+from spin.models.files import read_json_object, safetensors_shapes
 from spin.models.policy import ADAPTER_CONFIG, weight_files
+from spin.runtime.bounded import SECONDS, try_out
 from spin.runtime.errors import UserError, brief, explaining
 
 INDEX = "model.safetensors.index.json"
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # in a config.json
+Shapes = Mapping[str, list[int]]
 
 
 def check_folder(folder: Path, name: str) -> None:
@@ -25,7 +32,22 @@ def check_folder(folder: Path, name: str) -> None:
         raise UserError(
             f"{name}: its config.json names {brief(kernel)}, code from the hub, which is not run; remove *_implementation."
         )
-    check_weights(folder, settings, name)
+    shapes = check_weights(folder, settings, name)
+    with suppress(Exception):  # imports transformers' own code once, and not in each child
+        transformers.MODEL_FOR_CAUSAL_LM_MAPPING[transformers.CONFIG_MAPPING[settings["model_type"]]]
+    check = partial(check_architecture, folder, settings, shapes, name)
+    try_out(check, f"{name}: no model can be built from its config.json", seconds=SECONDS + len(shapes) / 1000)
+
+
+def check_architecture(folder: Path, settings: Mapping[str, Any], shapes: Shapes, name: str) -> None:
+    """Raise UserError unless a causal LM can be built from the configuration, and is no larger than the weights' `shapes`.
+
+    Builds it without memory for weights. Sizes may be anything: run it with bounds on time and memory.
+    """
+    for key in LAYERS:  # the most common one at once, without a try
+        if isinstance(settings.get(key), int) and settings[key] > len(shapes):
+            sizes = f"{len(shapes)} tensors for {key}={settings[key]}"
+            raise UserError(f"{name}: its weights do not match its config.json: {sizes}.")
     with explaining(f"{name}: its config.json cannot be used", "give an architecture that is built into transformers"):
         architecture = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         is_causal = type(architecture) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
@@ -33,6 +55,16 @@ def check_folder(folder: Path, name: str) -> None:
         raise UserError(f"{name}: its weights are quantized and cannot be trained; use the full-precision model.")
     if not is_causal:
         raise UserError(f"{name}: {brief(architecture.model_type)} is not a causal language model.")
+    torch.set_num_threads(1)  # the threads of the parent's pool are not in a forked child
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(architecture, trust_remote_code=False)
+    for key, weight in sorted(model.state_dict().items()):
+        if key in shapes and weight.numel() != prod(shapes[key]):  # loading may transpose
+            sizes = f"{brief(key)} is {shapes[key]}, not {list(weight.shape)}"
+            raise UserError(f"{name}: its weights do not match its config.json: {sizes}.")
+    needed, stored = sum(weight.numel() for weight in model.parameters()), sum(map(prod, shapes.values()))
+    if needed > 2 * stored:  # those that are missing are named on loading, with memory for them
+        raise UserError(f"{name}: its config.json needs {needed:,} weights, but its files hold {stored:,}.")
 
 
 def hub_kernel(settings: dict[str, Any]) -> str | None:
@@ -51,8 +83,9 @@ def hub_kernel(settings: dict[str, Any]) -> str | None:
     return None
 
 
-def check_weights(folder: Path, settings: Mapping[str, Any], name: str) -> None:
-    """Raise UserError unless all files that `from_pretrained` will read are present, complete and covered by `content_id`."""
+def check_weights(folder: Path, settings: Mapping[str, Any], name: str) -> dict[str, list[int]]:
+    """Return the shapes of all weights by name. Raises UserError unless all files that `from_pretrained` will read are
+    present, complete and covered by `content_id`."""
     files = {path.name: path for path in weight_files(folder)}
     default = "model.safetensors" if "model.safetensors" in files else INDEX
     entry = settings.get("transformers_weights") or default
@@ -63,5 +96,4 @@ def check_weights(folder: Path, settings: Mapping[str, Any], name: str) -> None:
             shards = sorted(set(map(str, index["weight_map"].values())))
     if missing := [shard for shard in shards if shard not in files]:
         raise UserError(f"{name}: its weights are incomplete: {brief(', '.join(missing))} is not in the folder.")
-    for path in files.values():
-        safetensors_keys(path, name)
+    return {key: shape for path in files.values() for key, shape in safetensors_shapes(path, name).items()}

@@ -66,7 +66,7 @@ def user_message(error: BaseException) -> str | None:
 
 @contextlib.contextmanager
 def explaining(
-    problem: str, advice: str = "", catch: type[Exception] | tuple[type[Exception], ...] = Exception
+    problem: str, advice: str = "", catch: type[BaseException] | tuple[type[BaseException], ...] = Exception
 ) -> Iterator[None]:
     """Raise what a library raises inside as UserError "<problem> (<the library's reason>); <advice>.".
 

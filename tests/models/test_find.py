@@ -164,10 +164,10 @@ def test_pickles_never_read(folder):
         ({"vocab_size": 300}, r"embed_tokens\.weight is \[258, 64\], not \[300, 64\]"),
         ({"intermediate_size": 100}, r"mlp\.down_proj\.weight is \[64, 128\], not \[64, 100\]"),
         ({"num_hidden_layers": 3}, r"weights lack model\.layers\.2"),
-        ({"hidden_act": "none"}, "no model can be loaded"),
-        ({"rope_parameters": {"rope_type": "none"}}, "no model can be loaded"),
-        ({"hidden_size": -4}, "no model can be loaded"),
-        ({"hidden_size": 10**30}, "no model can be loaded"),
+        ({"hidden_act": "none"}, "no model can be built"),
+        ({"rope_parameters": {"rope_type": "none"}}, "no model can be built"),
+        ({"hidden_size": -4}, "no model can be built"),
+        ({"hidden_size": 10**30}, "no model can be built"),
     ],
 )
 def test_weights_of_another_architecture(folder, capfd, settings, said):

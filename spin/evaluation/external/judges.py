@@ -2,7 +2,9 @@
 
 import os
 import re
+import signal
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from scipy.stats import binomtest
 from spin.config.schema import GenerationConfig
 from spin.data.examples import Example
 from spin.data.messages import Message
-from spin.data.templates import render_chat, token_ids
+from spin.data.templates import QUESTION, render_chat, token_ids
 from spin.generation.sampling import generate_answers
 from spin.models.load import load_model, load_tokenizer, stop_ids
 from spin.models.policy import content_id
@@ -26,6 +28,8 @@ from spin.runtime.shards import Shard, ShardDriver, compute_shards
 INSTALL = "pip install openai==3.57.0"
 KEY = "SPIN_JUDGE_KEY"  # an environment variable: the key stands in no configuration, log or shell history
 MAX_TOKENS = 2048  # of a judgment, as in FastChat
+MAX_REPLY = 2**20  # bytes
+BAD_REPLIES = 5
 SHARD = 8  # judgments that are stored together: each may cost money
 
 # A conversation -> the judge's reply at temperature 0; "" where it cannot answer this one (too long, say).
@@ -62,7 +66,9 @@ def open_judge(setting: str, model: str | None, timeout: float, dtype: torch.dty
         return ApiJudge(setting, str(model), timeout)
     folder = Path(setting).expanduser()
     check_folder(folder, f"evaluation.judge={setting}")
-    tokenizer, judge = load_tokenizer(folder), load_model(folder, dtype, device)
+    tokenizer = load_tokenizer(folder)
+    render_chat(tokenizer, [QUESTION])  # starts the template's process while this one is small
+    judge = load_model(folder, dtype, device)
     stops, greedy = stop_ids(folder, tokenizer), GenerationConfig.from_defaults(temperature=0.0, batch_size=1)
     context = getattr(judge.config, "max_position_embeddings", None) or 2**31
 
@@ -97,7 +103,10 @@ def identity(setting: str, model: str | None) -> str:
 
 
 class ApiJudge:
-    """`model` behind an OpenAI-compatible address. The openai client retries with growing pauses."""
+    """`model` behind an OpenAI-compatible address. The openai client retries with growing pauses.
+
+    A reply that cannot be used is no verdict ("") once the server has sent one that can, up to `BAD_REPLIES` in a row.
+    """
 
     def __init__(self, address: str, model: str, timeout: float, retries: int = 5):
         from openai import OpenAI
@@ -106,30 +115,73 @@ class ApiJudge:
         self.key = os.environ.get(KEY, "").strip()
         if not (self.key.isascii() and self.key.isprintable()):  # the client's own error would show it
             raise UserError(f"{KEY} holds characters that no key has: set it again.")
-        self.client: Any = OpenAI(base_url=address, api_key=self.key or "none", timeout=timeout, max_retries=retries)
-        self.has_replied = False
+        self.client: Any = OpenAI(
+            base_url=address,
+            api_key=self.key or "none",
+            timeout=timeout,
+            max_retries=retries,
+            http_client=bounded_client(timeout),
+        )
+        self.bad_replies = BAD_REPLIES  # in a row; none may be bad before the first good one
 
     def __call__(self, messages: list[Message]) -> str:
+        import httpx
         import openai
 
         options = {"model": self.model, "temperature": 0, "max_tokens": MAX_TOKENS}
+        is_bad_reply = True
         try:
             reply = self.client.chat.completions.create(messages=messages, **options).choices[0].message.content or ""
-            self.has_replied = True
-            return reply
+            text = reply.encode(errors="replace").decode()
+            self.bad_replies = 0
+            return text
         except openai.APITimeoutError:
             fault = f"no answer in {self.timeout:g} s (evaluation.judge_timeout); is the server up?"
         except openai.APIConnectionError as error:
+            is_bad_reply = not isinstance(error.__cause__, httpx.ConnectError)
             fault = f"{brief(error.__cause__ or error)}; is the server up?"
         except openai.APIStatusError as error:
-            if error.status_code in (400, 413, 422) and self.has_replied:
+            status = error.status_code
+            if status in (400, 413, 422) and self.bad_replies < BAD_REPLIES:
                 return ""  # the fault is in this conversation: too long, or filtered
-            fault = f"HTTP {error.status_code}, asked for {self.model} ({brief(error.response.text or error.message)})"
-            if error.status_code in (401, 403):  # without the server's words, which may repeat the key
-                fault = f"HTTP {error.status_code}, the server refuses the key; set {KEY} to one that it knows"
-        except (openai.OpenAIError, ValueError, AttributeError, LookupError, TypeError):
+            is_bad_reply = status < 400 or status >= 500
+            fault = f"HTTP {status}, asked for {self.model} ({brief(error.response.text or error.message)})"
+            if status in (401, 403):  # without the server's words, which may repeat the key
+                fault = f"HTTP {status}, the server refuses the key; set {KEY} to one that it knows"
+        except (openai.OpenAIError, ValueError, AttributeError, LookupError, TypeError, RecursionError):
             fault = "the reply is no chat completion; an OpenAI-compatible server has /v1 at the end of its address"
+        self.bad_replies += 1
+        if is_bad_reply and self.bad_replies < BAD_REPLIES:
+            return ""
         raise UserError(f"evaluation.judge={self.address}: {fault.replace(self.key or KEY, '…')}")
+
+
+def bounded_client(timeout: float) -> Any:
+    """An HTTP client that waits `timeout` seconds for a whole reply (httpx alone: for each part of it) of up to `MAX_REPLY`
+    bytes, uncompressed. It follows no redirect, which would send the answers elsewhere."""
+    import httpx
+
+    def ring(*_: object) -> None:
+        raise httpx.ReadTimeout("the reply does not end")
+
+    class Client(httpx.Client):
+        def send(self, request: httpx.Request, **options: Any) -> httpx.Response:
+            body = b""
+            before = signal.signal(signal.SIGALRM, ring)  # judges are asked in the main thread
+            signal.setitimer(signal.ITIMER_REAL, timeout)
+            try:
+                with closing(super().send(request, **options | {"stream": True})) as response:
+                    for part in response.iter_raw(2**16):
+                        body += part
+                        if len(body) > MAX_REPLY:
+                            raise httpx.ReadError(f"a reply of more than {MAX_REPLY >> 10} KiB")
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                signal.signal(signal.SIGALRM, before)
+            headers = {name: value for name, value in response.headers.items() if not name.endswith("-encoding")}
+            return httpx.Response(response.status_code, headers=headers, content=body, request=request)
+
+    return Client(timeout=timeout, headers={"Accept-Encoding": "identity"})
 
 
 def compare(

@@ -196,7 +196,8 @@ def _grading_messages(question: Question, answers: Sequence[str], turn: int, gra
 
 def parse_rating(judgment: str) -> float:
     """The first number in double brackets, else in single ones, as FastChat reads it; -1 unless it is from 1 to 10."""
-    found = re.search(r"\[\[(\d+\.?\d*)\]\]", judgment) or re.search(r"\[(\d+\.?\d*)\]", judgment)
+    number = r"(\d+(?:\.\d*)?)"  # `\d+\.?\d*` would take hours for a long row of digits
+    found = re.search(rf"\[\[{number}\]\]", judgment) or re.search(rf"\[{number}\]", judgment)
     return float(found[1]) if found and 1 <= float(found[1]) <= 10 else UNRATED
 
 

@@ -1,9 +1,12 @@
 """Judges behind a real server and in a folder; the comparison of two policies."""
 
 import contextlib
+import gzip
 import json
 import re
+import resource
 import shutil
+import socketserver
 import sys
 import threading
 import time
@@ -15,7 +18,7 @@ import torch
 import transformers as tf
 from scipy.stats import binomtest
 
-from spin.evaluation.external import judges
+from spin.evaluation.external import judges, mt_bench
 from spin.evaluation.external.judges import ApiJudge, compare, finding, open_judge
 from spin.models.load import load_model, load_tokenizer
 from spin.runtime.errors import UserError
@@ -408,3 +411,151 @@ def test_interval_coverage():
         low, high = judges.interval(lambda i, points=points: points[i].mean(), 60, 300, trial)
         covered += low <= 0.6 <= high
     assert 0.90 <= covered / 300 <= 0.98
+
+
+# --- replies from a server that misbehaves ----------------------------------------------------------------------------
+
+
+def completion(text) -> bytes:
+    return json.dumps({"choices": [{"index": 0, "message": {"role": "assistant", "content": text}}]}).encode()
+
+
+def reply_of(body: bytes, status="200 OK", headers=b"") -> bytes:
+    head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n".encode()
+    return head + headers + b"\r\n" + body
+
+
+def drip(connection, head: bytes, part: bytes):
+    connection.sendall(head)
+    while True:
+        connection.sendall(part)
+        time.sleep(0.05)
+
+
+def flood(connection, head: bytes):
+    connection.sendall(head)
+    while True:
+        connection.sendall(b"x" * 2**16)
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+ENDLESS = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 99999999999\r\n\r\n"
+BOMB = gzip.compress(completion("[[1]]" + " " * 10**8))
+MISBEHAVIOURS = {
+    "body never ends": lambda c: drip(c, ENDLESS, b" "),
+    "chunks never end": lambda c: drip(c, CHUNKED, b"1\r\n \r\n"),
+    "headers never end": lambda c: drip(c, b"HTTP/1.1 200 OK\r\nA: ", b"x"),
+    "lines of headers never end": lambda c: drip(c, b"HTTP/1.1 200 OK\r\n", b"A: x\r\n"),
+    "interim replies never end": lambda c: drip(c, b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+    "huge": lambda c: flood(c, ENDLESS),
+    "huge headers": lambda c: flood(c, b"HTTP/1.1 200 OK\r\nA: "),
+    "huge and of no length": lambda c: flood(c, b"HTTP/1.1 200 OK\r\n\r\n"),
+    "huge error": lambda c: flood(c, ENDLESS.replace(b"200 OK", b"418 Teapot")),
+    "compressed": lambda c: c.sendall(reply_of(BOMB, headers=b"Content-Encoding: gzip\r\n")),
+    "silent": lambda c: time.sleep(2),
+    "closed": lambda c: None,
+    "no HTTP": lambda c: c.sendall(b"SSH-2.0-OpenSSH_9.2\r\n"),
+    "cut": lambda c: c.sendall(reply_of(completion("[[1]]"))[:-9]),
+    "no JSON": lambda c: c.sendall(reply_of(b"<html>502</html>")),
+    "no text": lambda c: c.sendall(reply_of(b"\xff\xfe\x00")),
+    "deep": lambda c: c.sendall(reply_of(b"[" * 10**5)),
+    "a number of many digits": lambda c: c.sendall(reply_of(b'{"choices": ' + b"9" * 10**5 + b"}")),
+    "a string": lambda c: c.sendall(reply_of(b'"[[1]]"')),
+    "text of the wrong type": lambda c: c.sendall(reply_of(completion({"a": 1}))),
+    "text that is a list": lambda c: c.sendall(reply_of(completion([{"type": "text", "text": "[[1]]"}]))),
+    "text that is a number": lambda c: c.sendall(reply_of(completion(7))),
+    "server error": lambda c: c.sendall(reply_of(b"x", "500 Oh")),
+    "redirect": lambda c: c.sendall(reply_of(b"", "302 Found", b"Location: /v1/chat/completions\r\n")),
+    "redirect without a place": lambda c: c.sendall(reply_of(b"", "307 There")),
+}
+
+
+class RawServer:
+    """A server that answers well, except to the requests of which `misbehave` is told: `bad` of them, after the first."""
+
+    def __init__(self, misbehave, bad):
+        outer = self
+        self.requests = 0
+
+        class Handler(socketserver.BaseRequestHandler):
+            def handle(self):
+                data = b""
+                while b"\r\n\r\n" not in data:
+                    data += self.request.recv(2**16)
+                outer.requests += 1
+                with contextlib.suppress(OSError):
+                    if 1 < outer.requests <= 1 + bad:
+                        misbehave(self.request)
+                    else:
+                        self.request.sendall(reply_of(completion("[[1]]"), headers=b"Connection: close\r\n"))
+
+        self.server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def judge(self, retries):
+        return ApiJudge(f"http://127.0.0.1:{self.server.server_address[1]}/v1", "m", 0.5, retries)
+
+
+@pytest.fixture
+def misbehaving(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    servers = []
+
+    def start(name, bad):
+        servers.append(RawServer(MISBEHAVIOURS[name], bad))
+        return servers[-1]
+
+    yield start
+    for one in servers:
+        one.server.shutdown()
+        one.server.server_close()
+
+
+@pytest.mark.parametrize("name", MISBEHAVIOURS)
+def test_bad_reply_is_no_verdict(misbehaving, name):
+    server = misbehaving(name, bad=1)
+    judge = server.judge(retries=0)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert judge(QUESTION) == "[[1]]"
+    started = time.monotonic()
+    assert judge(QUESTION) == ""
+    assert time.monotonic() - started < 20  # 0.5 s on an idle machine
+    assert judge(QUESTION) == "[[1]]" and server.requests == 3
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 * 1024
+
+
+@pytest.mark.parametrize("name", ["body never ends", "huge", "silent", "headers never end", "cut"])
+def test_bad_reply_is_requested_again(misbehaving, name):
+    server = misbehaving(name, bad=1)
+    judge = server.judge(retries=2)
+    assert [judge(QUESTION), judge(QUESTION)] == ["[[1]]", "[[1]]"] and server.requests == 3
+
+
+@pytest.mark.parametrize("name", ["no JSON", "cut", "huge", "redirect"])
+def test_only_bad_replies_end_the_comparison(misbehaving, name):
+    server = misbehaving(name, bad=99)
+    judge = server.judge(retries=0)
+    assert judge(QUESTION) == "[[1]]"
+    assert [judge(QUESTION) for _ in range(4)] == [""] * 4
+    with pytest.raises(UserError, match=r"^evaluation\.judge=http://127") as caught:
+        judge(QUESTION)
+    assert one_line(caught.value)
+
+
+def test_comparison_goes_on(misbehaving):
+    server = misbehaving("huge", bad=2)
+    found = compare(["a", "b", "c"], ["x"] * 3, ["y"] * 3, server.judge(retries=0), 0)
+    assert found["outcomes"] == ["unparsed", "unparsed", "tie"] and found["n"] == 1 and found["unparsed"] == 2
+
+
+def test_texts_of_replies(serve, tmp_path):
+    """A lone surrogate can be stored, and the patterns take no time that grows with the square of the length."""
+    server = serve(lambda prompt: "\ud800[[1]]")
+    assert server.judge()(QUESTION) == "?[[1]]"
+    for text in ("[[" + "1" * 10**6, "[[" * 10**5, "[[1" + " " * 10**6, "[[answer" + " " * 10**6, "[" + "1." * 10**5):
+        started = time.process_time()
+        server = serve(lambda prompt, text=text: text)
+        assert judges._verdict(server.judge(30), "a", "b", "c") == "unparsed"
+        assert mt_bench.parse_rating(text) == mt_bench.UNRATED
+        assert time.process_time() - started < 5

@@ -1,0 +1,49 @@
+"""Render chat templates: programs from strangers, which run in a child process with bounds on time, memory and output.
+
+transformers already runs them in jinja's sandbox. Here they cannot take for ever, and render a conversation in the same way
+each time: on a fixed date, and without random numbers and addresses of objects.
+"""
+
+import re
+from collections.abc import Sequence
+from datetime import datetime
+from types import SimpleNamespace
+from typing import Any, NoReturn
+
+from jinja2.defaults import DEFAULT_FILTERS, DEFAULT_NAMESPACE
+from jinja2.exceptions import TemplateError
+from transformers.utils import chat_template_utils
+
+from spin.runtime.bounded import Bounded
+
+Program = tuple[str, Sequence[dict[str, Any]], dict[str, Any]]  # a template's source, messages, and its variables
+TODAY = datetime(2026, 1, 1)
+LONGEST = 2**16  # characters beyond eight times what is given
+
+
+def render_programs(programs: Sequence[Program]) -> list[tuple[bool, str]]:
+    """Return, for each, True and its text, or False and what it raises. Raises `Exceeded`."""
+    return _child.map(programs)
+
+
+def _render(program: Program) -> str:
+    """Render in the child, where libraries can be changed."""
+    chat_template_utils.datetime = SimpleNamespace(now=lambda: TODAY)  # type: ignore[assignment, misc]
+    DEFAULT_FILTERS["random"] = DEFAULT_NAMESPACE["lipsum"] = _refuse_random
+    source, messages, variables = program
+    # As `apply_chat_template` does, which would need the tokenizer.
+    messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    text = chat_template_utils.render_jinja_template([messages], chat_template=source, **variables)[0][0]
+    if len(text) > LONGEST and len(text) > LONGEST + 8 * len(repr(program[1:])):
+        raise TemplateError(f"it makes {len(text):,} characters of a short conversation")
+    for address in re.findall(r" at (0x[0-9a-f]+)", text) if " at 0x" in text else ():
+        if address not in repr(program[1:]):
+            raise TemplateError("it prints the address of an object, which is another one in each run")
+    return text
+
+
+def _refuse_random(*_: Any, **__: Any) -> NoReturn:
+    raise TemplateError("it uses random numbers, so that no run could be repeated")
+
+
+_child = Bounded(_render, seconds=5, each=0.02, memory=2**29)
