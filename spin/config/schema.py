@@ -179,6 +179,7 @@ class TrackingConfig(Section):
     wandb: Literal["auto", "online", "offline", "disabled"]
     project: str
     entity: str | None
+    policies: Literal["none", "best", "all"]
 
 
 class Config(Section):
