@@ -68,6 +68,13 @@ def fail(error: Exception, line: str | None) -> NoReturn:
     end(1, f"error: {line}")
 
 
+def end_stopped(stop: KeyboardInterrupt) -> NoReturn:
+    """End with 128 + the signal's number, and a line from rank 0: all stop together, and rank 0 may be gone first."""
+    number = getattr(stop, "signal", signal.SIGINT)
+    line = f"stopped by {number.name}: finished work is kept, run the same command to continue."
+    end(128 + number, line if RANK == 0 else None)
+
+
 def note_new_folder(event: str, arguments: tuple) -> None:
     """An audit hook that notes every folder which this process makes: the run's, and its parents, are made by Hydra."""
     if event == "os.mkdir" and isinstance(arguments[0], (str, Path)) and not os.path.lexists(arguments[0]):
@@ -108,6 +115,8 @@ def main(composed: DictConfig) -> None:
             start()
     except signals.Interrupted as stop:
         signals.call_previous_handler(stop.signal)
+        if "SUBMITIT_EXECUTOR" in os.environ:  # nothing above this would catch the exception
+            end_stopped(stop)
         raise
     except Exception as error:  # here, because Hydra prints lines of its own before it raises
         fail(error, user_message(error))
@@ -132,9 +141,7 @@ if __name__ == "__main__":
         is_hydras = isinstance(error, (HydraException, OmegaConfBaseException))
         fail(error, hydra_error_line(error) if is_hydras else user_message(error))
     except KeyboardInterrupt as stop:
-        number = getattr(stop, "signal", signal.SIGINT)
-        line = f"stopped by {number.name}: finished work is kept, run the same command to continue."
-        end(128 + number, line if speaks_for_all() else None)
+        end_stopped(stop)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # Threads of torch's collectives that still run abort an interpreter that ends in the usual way.
         sys.stdout.flush()

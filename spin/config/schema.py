@@ -180,6 +180,7 @@ class TrackingConfig(Section):
     wandb: Literal["auto", "online", "offline", "disabled"]
     project: str
     entity: str | None
+    policies: Literal["none", "best", "all"]
 
 
 class Config(Section):

@@ -8,6 +8,7 @@ from typing import Any
 
 from spin.config.schema import Config, value_at_iteration
 from spin.evaluation.measures import differences
+from spin.pipeline.context import Run
 from spin.pipeline.evaluate import Evaluation
 from spin.pipeline.record import IterationRecord
 from spin.pipeline.run_folder import remove_iterations
@@ -16,6 +17,7 @@ from spin.pipeline.stage import Player
 from spin.pipeline.train import Train
 from spin.reporting.report import describe_selection, write_report
 from spin.reporting.summary import print_summary
+from spin.reporting.sweep_rows import result
 from spin.runtime.files import write_text
 from spin.runtime.progress import format_seconds
 
@@ -37,8 +39,10 @@ def finish(
     else:
         took = format_seconds(player.elapsed)
         run.say(f"{player.built} stages played in {took}, peak memory {player.peak_memory_gib:.2f} GiB.")
-    selected = {f"selected/{name}": value for name, value in (summary["selected"] or {}).items()}
-    run.tracker.close({"peak_memory_gib": player.peak_memory_gib, **selected})
+    _send_policies(run, summary)
+    best = "selected" if selection else "last"
+    measures = {f"{best}/{name}": value for name, value in (result(summary) | (summary["selected"] or {})).items()}
+    run.tracker.close({"peak_memory_gib": player.peak_memory_gib, **measures})
     run.say(f"report: {page}")
     if selection:
         path = selection.path if Path(selection.path).is_absolute() else run.folder / "best" / "policy"
@@ -48,6 +52,16 @@ def finish(
         hint = " (the last policy; data.validation=64 selects the best one)" if run.config.evaluation.enabled else ""
         run.say(f"trained model: {last}{hint}")
     return summary
+
+
+def _send_policies(run: Run, summary: dict) -> None:
+    """Upload the policies that tracking.policies names, but not a start that is selected: it is the user's own."""
+    wanted, paths = run.config.tracking.policies, [iteration["policy"] for iteration in summary["iterations"]]
+    if wanted == "best":
+        paths = [summary["selected"]["path"]] if summary["selected"] else paths[-1:]
+    for path in map(Path, paths if wanted != "none" else ()):
+        if not path.is_absolute():
+            run.tracker.policy(path.parts[0], run.folder / path)
 
 
 def summarize(

@@ -99,6 +99,13 @@ def _point_row(point: Point, game: dict | None) -> dict:
         failed = point.problem or record.get("status") == "failed"
         reason = point.problem or record.get("reason") or "not played to its end: run the same command to continue"
         return row | {"status": "failed" if failed else "unfinished", "reason": reason} | place
+    return row | result(game) | place
+
+
+def result(game: dict) -> dict:
+    """The policy that game.json's content names as selected, or else the last one: its label, the value that it was
+    selected by, held-out measures and benchmarks."""
+    row: dict[str, Any] = {}
     evaluations, externals = game["evaluations"], game["external"]
     selected = game["selected"]
     if selected:
@@ -113,7 +120,7 @@ def _point_row(point: Point, game: dict | None) -> dict:
             row |= {task["task"]: task["value"], f"{task['task']}_se": task["stderr"]}
         if externals[-1]["mt_bench"]:
             row["mt_bench"] = externals[-1]["mt_bench"]["score"]
-    return row | place
+    return row
 
 
 def _without_iter(evaluation: dict) -> dict:

@@ -1,7 +1,9 @@
 """Raise one exception, at a safe moment, for SIGTERM, SIGUSR1, SIGUSR2 (cluster notices), SIGHUP and Ctrl-C."""
 
 import os
+import re
 import signal
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +14,7 @@ SCHEDULERS = (signal.SIGUSR1, signal.SIGUSR2)  # SLURM sends them shortly before
 _depth = 0
 _waiting = 0
 _raised = 0
-_previous: dict[int, Callable] = {}
+_previous: dict[signal.Signals, Callable] = {}
 
 
 class Interrupted(KeyboardInterrupt):
@@ -40,9 +42,25 @@ def install_handlers() -> None:
 
 
 def call_previous_handler(number: signal.Signals) -> None:
-    """Call the handler from before `install_handlers`, once all work is stored: submitit's requeues the job and exits."""
-    if number in _previous:
-        _previous[number](number, None)
+    """Call the handler from before `install_handlers`, once all work is stored: submitit's requeues the job and exits.
+
+    SLURM sends SIGTERM before it preempts a job, as it does when the job is cancelled: a preempted one is requeued.
+    """
+    handler = _previous.get(number)
+    if number == signal.SIGTERM and _previous and is_preempted():
+        number, handler = next(iter(_previous.items()))
+    if handler:
+        handler(number, None)
+
+
+def is_preempted() -> bool:
+    """Whether this is a SLURM job in its grace time before a preemption, or after it."""
+    command = ["scontrol", "show", "job", "--oneliner", os.environ.get("SLURM_JOB_ID", "none")]
+    try:
+        job = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError):  # not on a cluster
+        return False
+    return bool(re.search(r"JobState=(PREEMPTED|RUNNING .*PreemptTime=\d)", job))
 
 
 @contextmanager
@@ -67,6 +85,11 @@ def raise_if_stopped() -> None:
 def pending_signal() -> int:
     """Return the signal that waits for the end of `deferred`, 0 if none does."""
     return _waiting
+
+
+def received_signal() -> int:
+    """Return the stop signal that this process has received, 0 if none."""
+    return _raised or _waiting
 
 
 def raise_signal(number: int) -> None:

@@ -2,8 +2,11 @@
 
 import json
 import os
+import re
+import secrets
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +15,15 @@ from rich.console import Console
 from rich.text import Text
 
 from spin.runtime.errors import UserError, brief
+from spin.runtime.files import write_text
 from spin.runtime.output import hide
 from spin.runtime.progress import Progress
+from spin.runtime.signals import received_signal
 
 TRAINING = ("sft", "train")  # stages whose rows are steps
 START = -1  # `iter` in W&B, which cannot plot null, of policies before iteration 0
+SENT = "wandb/sent.jsonl"  # in the run's folder: what W&B's run is of and its id, then a line for each row that it has
+VOLATILE = ("plan", "iter", "store", "cache", "checkpoint", "tracking")  # settings with which W&B's run goes on
 
 
 class Tracker:
@@ -24,8 +31,8 @@ class Tracker:
 
     `wandb`: see `wandb_mode`, which may raise UserError; `about` is what W&B shows of the run: name, config, project,
     entity, group. W&B starts with the first new row. If it fails, one line says so and the run continues without it. The
-    first row empties metrics.jsonl: a run that is repeated writes all rows again. On ranks other than 0 nothing is
-    written, shown or sent.
+    first row empties metrics.jsonl: a run that is repeated writes all rows again. W&B's run is continued, with the rows
+    that it does not have, while settings stay the same. On ranks other than 0 nothing is written, shown or sent.
     """
 
     def __init__(
@@ -39,7 +46,9 @@ class Tracker:
         self._run: Any = None
         self._rows = self._steps = 0
         self._samples: list[list[str]] = []
-        self._waiting: list[Callable[[Any], None]] = []  # rows of reused stages, until W&B starts
+        self._waiting: list[tuple[str, Callable[[Any], Any]]] = []  # what is to be sent when W&B starts, by its name
+        self._earlier: set[str] = set()  # names of what W&B's run has from an earlier attempt
+        self._next = 0  # step of W&B's run
 
     def log(self, row: dict, reused: bool = False) -> None:
         """Write one row to metrics.jsonl, keys as they are (NaN and infinity become null), and send it to W&B.
@@ -55,7 +64,9 @@ class Tracker:
         with (self.folder / "metrics.jsonl").open("a" if self._rows else "w", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
         self._rows += 1
-        self._send(lambda run: run.log(self._wandb_row(row)), reused)
+        sent = self._wandb_row(row)
+        # Without floats: a repeated step takes other seconds.
+        self._send({k: v for k, v in row.items() if not isinstance(v, float | list)}, lambda wandb: sent, reused)
 
     def say(self, text: str) -> None:
         """Print one line; brackets in it are text, not markup."""
@@ -66,26 +77,32 @@ class Tracker:
         """Add `rows` of {"prompt", "real", "generated"} to the one W&B table of samples, under `iteration_label`."""
         self._samples += [[iteration_label, row["prompt"], row["real"], row["generated"]] for row in rows]
 
-        # The complete table each time: W&B shows the last one.
-        def send(run: Any) -> None:
-            import wandb
+        steps, table = self._steps, [*self._samples]  # the complete table each time: W&B shows the last one
+        columns = ["iteration", "prompt", "real", "generated"]
+        make = lambda wandb: {"samples": wandb.Table(columns, table), "global_step": steps}  # noqa: E731
+        self._send({"samples": iteration_label}, make, reused)
 
-            table = wandb.Table(["iteration", "prompt", "real", "generated"], self._samples)
-            run.log({"samples": table, "global_step": self._steps})
+    def policy(self, label: str, folder: Path) -> None:
+        """Upload a policy's folder as an artifact, `<name of the run>-<label>`."""
 
-        self._send(send, reused)
+        def make(wandb: Any) -> Any:
+            name = re.sub(r"[^\w.-]+", "-", f"{self._about['name']}-{label}")[-128:]
+            artifact = wandb.Artifact(name, "model", metadata=self._about["config"])
+            # Without a copy: offline, W&B reads the files when it uploads them.
+            artifact.add_dir(str(folder), skip_cache=True, policy="immutable")
+            return artifact
+
+        self._send({"policy": label}, make)
 
     def leaderboard(self, columns: list[str], rows: list[list], figures: list[Path]) -> None:
         """Send a sweep's table and figures to W&B."""
 
-        def send(run: Any) -> None:
-            import wandb
-
+        def make(wandb: Any) -> dict:
             # Mixed: some rows have null, or "mean of 3" for a seed.
             table = wandb.Table([*columns], to_json_types(rows), allow_mixed_types=True)
-            run.log({"leaderboard": table, **{path.stem: wandb.Image(str(path)) for path in figures}})
+            return {"leaderboard": table, **{path.stem: wandb.Image(str(path)) for path in figures}}
 
-        self._send(send, reused=False)
+        self._send({"leaderboard": to_json_types(rows)}, make)
 
     def progress(self, title: str, total: int, unit: str) -> "Progress":
         """Show the progress of a stage of `total` `unit` ("pairs"): `with tracker.progress(...) as bar`.
@@ -109,22 +126,53 @@ class Tracker:
             if mode == "offline":
                 self._print(f"W&B is offline; to upload this run: wandb sync {Path(run.dir).parent}")
 
-    def _send(self, action: Callable[[Any], None], reused: bool) -> None:
-        """Call `action(run)`, starting W&B if needed; a failure switches W&B off."""
+    def _send(self, name: dict, make: Callable[[Any], Any], reused: bool = False) -> None:
+        """Send what `make(wandb)` returns, a row or an artifact, unless an earlier attempt has sent it under that name.
+
+        Starts W&B if needed; a failure switches W&B off.
+        """
         if self._mode == "disabled":
             return
-        self._waiting.append(action)
+        self._waiting.append((json.dumps(name, ensure_ascii=False), make))
         if reused and self._run is None:
             return
         try:
+            import wandb
+
             if self._run is None:
                 self._run = self._start()
-            for waiting in self._waiting:
-                waiting(self._run)
+            for key, make_waiting in self._waiting:
+                if key not in self._earlier:
+                    self._send_now(key, make_waiting(wandb))
             self._waiting.clear()
         except Exception as error:  # whatever fails in W&B must not end the run
             self._mode, self._run = "disabled", None
             self._lost(error)
+
+    def _send_now(self, key: str, value: Any) -> None:
+        if isinstance(value, dict):
+            self._run.log(value, step=self._next, commit=True)
+        else:
+            sent = self._run.log_artifact(value)
+            if self._mode == "online":
+                sent.wait()  # `finish` would not wait for long
+        self._next += 1
+        if not received_signal():  # with which a batch system may have ended W&B's process
+            with (self.folder / SENT).open("a", encoding="utf-8") as file:
+                file.write(key + "\n")
+
+    def _id(self) -> str:
+        """The id of W&B's run: that of an earlier attempt with these settings, which has `_earlier`, or a new one."""
+        config = {key: value for key, value in self._about["config"].items() if key not in VOLATILE}
+        about = json.dumps([self._mode, self._about | {"config": config}], ensure_ascii=False)
+        path = self.folder / SENT
+        lines = path.read_text("utf-8").split("\n")[:-1] if path.exists() else []  # the last may be cut
+        if lines[:1] != [about]:
+            lines = [about, secrets.token_hex(4)]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, "".join(f"{line}\n" for line in lines))
+        self._earlier, self._next = set(lines[2:]), len(lines) - 2
+        return lines[1]
 
     def _start(self) -> Any:
         import wandb
@@ -135,6 +183,8 @@ class Tracker:
         run = wandb.init(
             dir=self.folder,
             mode=self._mode,  # type: ignore[arg-type]
+            id=self._id(),
+            resume="allow",
             reinit="create_new",  # leaves another open run of this process alone
             save_code=False,
             settings=wandb.Settings(
@@ -145,6 +195,7 @@ class Tracker:
                 x_disable_stats=True,
                 x_disable_machine_info=True,
                 x_save_requirements=False,
+                x_transaction_log_flush_interval=0.02,  # seconds; a kill or a batch system ends W&B's process
                 init_timeout=30,  # W&B's defaults, 90 s and no limit, would delay a run without network
                 finish_timeout=60,
             ),
@@ -171,6 +222,13 @@ class Tracker:
         self.console.print(Text(text), soft_wrap=True)
 
     def _lost(self, error: Exception) -> None:
+        if isinstance(error, OSError):  # W&B's process is gone: nothing is left to end at exit, which would raise
+            with suppress(Exception):
+                sys.modules["wandb"].teardown()
+        if received_signal():  # which a batch system sends to W&B's process too
+            return
+        with suppress(OSError):
+            (self.folder / SENT).unlink(missing_ok=True)  # the next attempt sends everything, as a new run
         self._print(
             f"Warning: W&B stopped working and is off for this run; metrics.jsonl has everything. ({brief(error)})"
         )

@@ -165,6 +165,7 @@ TABLE = {
     "tracking.wandb=offline": NOTHING,
     "tracking.project=other": NOTHING,
     "tracking.entity=other": NOTHING,
+    "tracking.policies=all": NOTHING,
 }
 
 

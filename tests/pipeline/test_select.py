@@ -9,6 +9,7 @@ import pytest
 
 from spin.models.policy import content_id
 from tests.games import Place
+from tests.wandb_log import runs
 
 
 @pytest.fixture(scope="module")
@@ -172,9 +173,17 @@ def test_sweep_ranks_by_validation(played):
     assert "on validation prompts, lowest first" in " ".join(done.stdout.split())
 
 
-def test_wandb_summary_names_the_best(played):
-    played.play("data.validation=8", "iter=0", "loss.beta=0.3", "tracking.wandb=offline", run="wandb")
-    (log,) = (played.folder / "wandb").glob("wandb/offline-run-*/run-*.wandb")
-    selected, written = game_of(played, "wandb")["selected"], log.read_bytes()
-    for text in ("selected/policy", "selected/value", selected["path"], "validate/nll_per_token"):
-        assert text.encode() in written
+def test_wandb_has_the_best(played):
+    words = ("data.validation=8", "iter=0", "loss.beta=0.3", "tracking.wandb=offline", "tracking.policies=best")
+    played.play(*words, run="wandb")
+    (log,) = runs(played.folder / "wandb")
+    game = game_of(played, "wandb")
+    selected, start = game["selected"], game["selected"]["policy"] == "start"
+    for key in ("policy", "value", "path"):
+        assert log.summary[f"selected/{key}"] == selected[key]
+    (held,) = [e for e in game["evaluations"] if e["policy"] == selected["policy"]]
+    assert log.summary["selected/nll_per_token"] == held["nll_per_token"]
+    assert any("validate/nll_per_token" in row for row in log.rows)
+    policies = {name: files for name, files in log.artifacts.items() if "samples" not in name}
+    assert start or [name.rpartition("-")[2] for name in policies] == [selected["policy"]]
+    assert all("model.safetensors" in files for files in policies.values())

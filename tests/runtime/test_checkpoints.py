@@ -372,6 +372,36 @@ def test_previous_handler_is_called_last(signals, monkeypatch):
     assert called == [signal.SIGUSR2]
 
 
+@pytest.mark.parametrize(
+    ("job", "requeued"),
+    [
+        ("JobState=RUNNING Reason=None PreemptEligibleTime=2026-11-27T15:13:24 PreemptTime=2026-11-27T15:13:45", True),
+        (
+            "JobState=PREEMPTED Reason=None PreemptEligibleTime=2026-11-27T15:13:24 PreemptTime=2026-11-27T15:13:45",
+            True,
+        ),
+        ("JobState=RUNNING Reason=None PreemptEligibleTime=2026-11-27T15:13:24 PreemptTime=None", False),
+        (
+            "JobState=CANCELLED Reason=None PreemptEligibleTime=2026-11-27T15:13:24 PreemptTime=2026-11-27T15:13:45",
+            False,
+        ),
+        ("slurm_load_jobs error: Invalid job id specified", False),
+        (None, False),  # no SLURM
+    ],
+)
+def test_preempted_job_is_requeued(job, requeued, signals, monkeypatch, tmp_path):
+    """What SLURM's `scontrol show job` says decides; with a real SLURM this is tests/pipeline/test_slurm.py."""
+    if job:
+        (tmp_path / "scontrol").write_text(f'#!/bin/sh\ntest "$*" = "show job --oneliner 7" && echo "JobId=7 {job}"\n')
+        (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    called = []
+    monkeypatch.setattr(interrupt, "_previous", {signal.SIGUSR2: lambda number, frame: called.append(number)})
+    interrupt.call_previous_handler(signal.SIGTERM)
+    assert called == [signal.SIGUSR2] * requeued
+
+
 def test_second_ctrl_c_ends_at_once():
     script = (
         "import os, signal, time; from spin.runtime import signals\n"

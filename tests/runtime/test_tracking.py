@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,9 @@ from rich.console import Console
 from spin.runtime import progress
 from spin.runtime.errors import UserError
 from spin.runtime.progress import format_seconds
-from spin.runtime.tracking import Tracker, wandb_mode
+from spin.runtime.tracking import SENT, Tracker, wandb_mode
+from tests.games import ROOT
+from tests.wandb_log import runs
 
 KEY = "0" * 40
 
@@ -104,9 +107,11 @@ one.say("after")
     assert done.stdout == f"W&B is offline; to upload this run: wandb sync {run}\nafter\n"
     assert len(rows(tmp_path)) == 6
 
-    (log,) = run.glob("run-*.wandb")
-    for key in (b"train/loss", b"evaluate/a_interval_low", b"global_step", b"peak_memory_gib", b"train/*"):
-        assert key in log.read_bytes()
+    (log,) = runs(tmp_path)
+    assert [row["global_step"] for row in log.rows] == [1, 2, 2, 2, 3, 4, 4, 4] and log.exit_code == 0
+    assert [row.get("train/loss") for row in log.rows] == [0.5, 0.5, None, None] * 2
+    assert [row["evaluate/a_interval_low"] for row in log.rows if "evaluate/a" in row] == [0.1, 0.1]
+    assert log.summary["peak_memory_gib"] == 1.0 and log.config["loss"] == {"beta": 0.1}
     tables = [json.loads(path.read_text()) for path in (run / "files/media/table").iterdir()]
     longest = max(tables, key=lambda table: len(table["data"]))
     assert longest["columns"] == ["iteration", "prompt", "real", "generated"]
@@ -159,28 +164,115 @@ def test_a_failing_wandb_costs_one_line(tmp_path, monkeypatch):
     assert "(no space left)" in shown.getvalue()
 
 
-class FakeRun:
-    def __init__(self):
-        self.summary, self.dir, self.exit_code = {}, "wandb/run/files", None
-
-    def log(self, row):
-        pass
-
-    def finish(self, exit_code):
-        self.exit_code = exit_code
-
-
-def test_a_run_that_fails_is_shown_as_failed(tmp_path, monkeypatch):
-    run = FakeRun()
-    monkeypatch.setattr(Tracker, "_start", lambda self: run)
+def test_a_run_that_fails_is_shown_as_failed(tmp_path):
     one, _ = tracker(tmp_path, wandb="offline")
     one.log({"loss": 1.0})
     try:
         raise KeyError
     except KeyError:
         one.close({"x": float("nan")})
-    assert run.exit_code == 1
-    assert run.summary == {"x": None}
+    (log,) = runs(tmp_path)
+    assert log.exit_code == 1 and log.summary["x"] is None
+
+
+def attempt(folder, steps, *, seconds=1.0, beta=0.1, **config):
+    """One attempt at a game: steps of training with samples after the second, and the last step in the summary."""
+    settings, console = {"loss": {"beta": beta}, **config}, Console(file=io.StringIO())
+    one = Tracker(folder, name="t", config=settings, wandb="offline", console=console)
+    for step in range(steps):
+        one.log({"iter": 0, "stage": "train", "step": step, "loss": beta + step, "pairs_per_second": seconds})
+        if step == 1:
+            one.samples("iter0", [{"prompt": "p", "real": "r", "generated": "g"}])
+    one.close({"last": steps})
+    time.sleep(1)  # W&B names folders by the second
+
+
+def test_continued_game_continues_its_run(tmp_path):
+    attempt(tmp_path, 3, iter=0)
+    with (tmp_path / SENT).open("a") as file:
+        file.write('{"iter": 0, "sta')  # cut by a kill
+    attempt(tmp_path, 5, iter=1, seconds=2.0)
+    first, second = runs(tmp_path)
+    assert first.id == second.id and second.summary["last"] == 5
+    sent = first.rows + second.rows
+    assert [row["_step"] for row in sent] == list(range(6))
+    assert [row.get("train/step") for row in sent] == [0, 1, None, 2, 3, 4]
+    assert [row["global_step"] for row in sent] == [1, 2, 2, 3, 4, 5]
+    assert len(rows(tmp_path)) == 5  # the file is complete
+    attempt(tmp_path, 2, iter=1, beta=0.2)  # another game in the same folder
+    attempt(tmp_path, 3, iter=1, beta=0.2)
+    third, fourth = runs(tmp_path)[2:]
+    assert third.id == fourth.id != first.id
+    assert [row.get("train/step") for row in third.rows + fourth.rows] == [0, 1, None, 2]
+
+
+STOPPED = """
+import os, pathlib, signal, sys, time
+from spin.runtime import signals
+from spin.runtime.tracking import Tracker
+signals.install_handlers()
+one = Tracker(pathlib.Path(sys.argv[1]), name="t", config={}, wandb="offline")
+def log(step):
+    one.log({"iter": 0, "stage": "train", "step": step, "loss": 0.5})
+def signal_wandb(number):
+    children = [pid for path in pathlib.Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()]
+    cores = [int(pid) for pid in children if b"wandb-core" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert len(cores) == 1
+    os.kill(cores[0], number)
+    time.sleep(0.5)
+try:
+    for step in range(4):
+        with signals.deferred():
+            if step == 2:
+                time.sleep(0.3)  # W&B writes its file
+                exec(sys.argv[2])
+            log(step)
+except KeyboardInterrupt:
+    pass
+finally:
+    one.close()
+"""
+STOPS = {
+    "batch system": "signal_wandb(signal.SIGTERM); os.kill(os.getpid(), signal.SIGTERM)",
+    "only W&B": "signal_wandb(signal.SIGKILL)",
+    "all killed": "signal_wandb(signal.SIGKILL); os.kill(os.getpid(), signal.SIGKILL)",
+    "notice": "signal_wandb(signal.SIGUSR2)",
+    "none": "pass",
+}
+
+
+@pytest.mark.parametrize("how", ["batch system", "only W&B", "all killed", "notice"])
+def test_stopped_processes(how, tmp_path):
+    """W&B's own process gets the signals of a batch system too. No row is lost or sent twice, and nothing is raised."""
+
+    def play(how):
+        command = [sys.executable, "-c", STOPPED, tmp_path, STOPS[how]]
+        env = {key: value for key, value in os.environ.items() if key != "WANDB_SERVICE"}  # of this process's own
+        return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+
+    done = play(how)
+    assert done.returncode == (-9 if how == "all killed" else 0) and not done.stderr, done.stderr
+    assert ("W&B stopped working" in done.stdout) == (how == "only W&B")
+    again = play("none")
+    assert again.returncode == 0 and not again.stderr, again.stderr
+    sent = [(log.id, row["train/step"]) for log in runs(tmp_path) for row in log.rows]
+    last = runs(tmp_path)[-1].id
+    assert [step for run, step in sent if run == last] == [0, 1, 2, 3]
+    assert len({run for run, _ in sent}) == 1 + (how == "only W&B")  # what it has is not known
+
+
+def test_policies_are_uploaded_once(tmp_path):
+    policy = tmp_path / "iter0" / "policy"
+    policy.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        (policy / name).write_text("{}")
+    for _ in range(2):
+        one, shown = tracker(tmp_path, wandb="offline")
+        one.policy("iter0", policy)
+        one.close()
+        assert "Warning" not in shown.getvalue()
+    first, second = runs(tmp_path)
+    assert first.artifacts == {"t-iter0": ["config.json", "model.safetensors"]} and not second.artifacts
 
 
 # --- which mode -------------------------------------------------------------------------------------------------------
