@@ -15,7 +15,7 @@ from spin.config.schema import CONF, Config, did_you_mean, settings
 DATA_FILES = (".jsonl", ".json", ".parquet")
 # Settings that change no result, and those that a run's folder is named after already: they are not part of its name.
 NO_RESULT = re.compile(
-    r"name|iter|plan|stage|store\.path|cache\.path|(tracking|checkpoint|hydra)\b.*|engine\.(device|gradient_checkpointing"
+    r"name|iter|plan|stage|store\.path|cache\.path|(tracking|checkpoint|publish|hydra)\b.*|engine\.(device|gradient_checkpointing"
     r"|zero_stage|offload_optimizer)|generation\.(python|tensor_parallel|data_parallel|gpu_memory)|evaluation\.judge_timeout"
 )
 NAMED = ("experiment", "model", "data", "model.path", "data.path")
@@ -71,10 +71,10 @@ def rename(word: str) -> str:
     return word
 
 
-def compose(*overrides: str) -> DictConfig:
+def compose(*overrides: str, return_hydra_config: bool = False) -> DictConfig:
     """What `python run.py *overrides` composes."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra_compose("config", [rename(word) for word in overrides])
+        return hydra_compose("config", [rename(word) for word in overrides], return_hydra_config)
 
 
 def load(*overrides: str) -> Config:

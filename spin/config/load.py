@@ -81,6 +81,7 @@ def _data_rules(config: Config) -> Iterator[Rule]:
     yield config.stage == "game" or can_measure, "stage", "needs evaluation.enabled=true and data.held_out of 1 or more"
     compares = config.evaluation.against is not None
     yield config.stage == "evaluate" or not compares, "evaluation.against", "goes with stage=evaluate"
+    yield config.stage == "game" or config.publish.hub is None, "publish.hub", "goes with stage=game"
 
 
 def _selection_rules(config: Config) -> Iterator[Rule]:

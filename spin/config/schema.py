@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from spin.runtime.errors import UserError, brief
 
-CONF = Path(__file__).parents[2] / "conf"
+# spin/conf/ in an installed package, conf/ beside spin/ in a checkout.
+CONF = next(path for path in (folder / "conf" for folder in Path(__file__).parents[1:3]) if path.is_dir())
 
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
@@ -181,6 +182,11 @@ class TrackingConfig(Section):
     entity: str | None
 
 
+class PublishConfig(Section):
+    hub: str | None
+    private: bool
+
+
 class Config(Section):
     name: str
     seed: CountOrZero
@@ -199,6 +205,7 @@ class Config(Section):
     checkpoint: CheckpointConfig
     cache: CacheConfig
     tracking: TrackingConfig
+    publish: PublishConfig
 
     @property
     def iterations(self) -> int:
