@@ -54,6 +54,7 @@ def shrink(command: str, folder: Path) -> list[str]:
         settings |= {"evaluation.questions": str(folder / "question.jsonl"), "generation.max_new_tokens": "16"}
     for key in ("evaluation.judge", "evaluation.judge_model"):  # a server that would have to be paid
         settings.pop(key, None)
+    settings.pop("publish.hub", None)  # needs an account
     if "evaluation.against" in settings:
         settings["evaluation.against"] = "builtin:tiny"
     if settings.get("hydra/launcher") == "cluster":  # the same jobs on this machine

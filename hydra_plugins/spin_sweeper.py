@@ -171,7 +171,10 @@ class SpinSweeper(BasicSweeper):
             folder = (Path(composed.hydra.sweep.dir) / composed.hydra.sweep.subdir).absolute()
             with open_dict(composed):
                 del composed["hydra"]
-            return replace(job, folder=folder, config=load_config(composed))
+            config = load_config(composed)
+            if config.publish.hub is not None:
+                raise UserError("publish.hub goes with one game: play the best point alone, which reuses its stages.")
+            return replace(job, folder=folder, config=config)
         except (HydraException, OmegaConfBaseException) as error:
             return replace(job, problem=hydra_error_line(error))
         except UserError as error:

@@ -1,3 +1,23 @@
-"""SPIN, self-play fine-tuning of language models (Chen et al., ICML 2024, arXiv 2401.01335)."""
+"""SPIN, self-play fine-tuning of language models (Chen et al., ICML 2024, arXiv 2401.01335).
 
+`spin.play(...)` plays a game and returns a `Result`; it raises `UserError` for what a user can put right.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from spin.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from spin.api import Result, play
+
+__all__ = ["Result", "UserError", "play"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Import `play` and `Result` when they are used: the command line imports parts of the package only."""
+    if name in ("play", "Result"):
+        from spin import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

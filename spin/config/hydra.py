@@ -91,10 +91,10 @@ def rename(word: str) -> str:
     return word
 
 
-def compose(*overrides: str) -> DictConfig:
+def compose(*overrides: str, return_hydra_config: bool = False) -> DictConfig:
     """What `python run.py *overrides` composes."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra_compose("config", [quote(rename(word)) for word in overrides])
+        return hydra_compose("config", [quote(rename(word)) for word in overrides], return_hydra_config)
 
 
 def load(*overrides: str) -> Config:

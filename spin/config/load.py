@@ -25,7 +25,7 @@ READ_BY = {
 }
 # Settings that change no result of a game, except how far it is played.
 NO_RESULT = re.compile(
-    r"name|(model|data)\.name|iter|schedule\.(iterations|patience)|plan|stage|(store|cache)\.path|(tracking|checkpoint|hydra)\b.*"
+    r"name|(model|data)\.name|iter|schedule\.(iterations|patience)|plan|stage|(store|cache)\.path|(tracking|checkpoint|publish|hydra)\b.*"
     r"|engine\.(device|gradient_checkpointing|zero_stage|offload_optimizer)|evaluation\.judge_timeout"
     r"|generation\.(python|tensor_parallel|data_parallel|gpu_memory)"
 )
@@ -125,6 +125,7 @@ def _data_rules(config: Config) -> Iterator[Rule]:
     yield config.stage == "game" or can_measure, "stage", "needs evaluation.enabled=true and data.held_out of 1 or more"
     compares = config.evaluation.against is not None
     yield config.stage == "evaluate" or not compares, "evaluation.against", "goes with stage=evaluate"
+    yield config.stage == "game" or config.publish.hub is None, "publish.hub", "goes with stage=game"
 
 
 def _selection_rules(config: Config) -> Iterator[Rule]:

@@ -10,7 +10,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr,
 
 from spin.runtime.errors import UserError, brief
 
-CONF = Path(__file__).parents[2] / "conf"
+# spin/conf/ in an installed package, conf/ beside spin/ in a checkout.
+CONF = next(path for path in (folder / "conf" for folder in Path(__file__).parents[1:3]) if path.is_dir())
 
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
@@ -183,6 +184,11 @@ class TrackingConfig(Section):
     policies: Literal["none", "best", "all"]
 
 
+class PublishConfig(Section):
+    hub: str | None
+    private: bool
+
+
 class Config(Section):
     name: str
     seed: CountOrZero
@@ -201,6 +207,7 @@ class Config(Section):
     checkpoint: CheckpointConfig
     cache: CacheConfig
     tracking: TrackingConfig
+    publish: PublishConfig
     _shown: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     @property

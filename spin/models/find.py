@@ -105,7 +105,7 @@ def _download(path: str, revision: str | None) -> Path:
         folder = snapshot_download(
             path,
             revision=revision,
-            allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"],
+            allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md"],
             ignore_patterns=["consolidated*", "original/*"],  # a second copy of the weights, in the maker's format
         )
     return Path(folder)

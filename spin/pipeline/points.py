@@ -8,13 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import spin
 from spin.config.schema import Config
 from spin.reporting.sweep_rows import RECORD, read_record
 from spin.runtime.errors import brief, user_message
 from spin.runtime.files import write_text
 from spin.runtime.signals import Interrupted
 from spin.runtime.store import STAGES, VERSION
+
+PACKAGE = Path(__file__).parents[1]
 
 
 def record_status(folder: Path, status: str, **more: Any) -> None:
@@ -74,8 +75,7 @@ def _stats_of_files(path: Path) -> list:
 
 @functools.cache
 def _program_hash() -> str:
-    package = Path(spin.__file__).parent
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(package.rglob("*.py")))).hexdigest()
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(PACKAGE.rglob("*.py")))).hexdigest()
 
 
 def is_done(folder: Path, config: Config) -> bool:

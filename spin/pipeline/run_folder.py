@@ -21,6 +21,8 @@ from spin.pipeline.record import IterationRecord
 from spin.pipeline.score import format_counts
 from spin.pipeline.stage import Player, Stage
 from spin.pipeline.train import Train
+from spin.reporting.model_card import CARD, is_own
+from spin.reporting.publish import check_hub
 from spin.runtime import process_group, signals
 from spin.runtime.errors import UserError, brief
 from spin.runtime.files import hold_lock, link_file, link_tree, write_text
@@ -88,6 +90,8 @@ def remove_unused(folder: Path) -> None:
 def check_resources(run: Run, stages: Sequence[Stage]) -> None:
     """Raise UserError if the run cannot finish on this disk and device, and say what it is about to do."""
     config, data = run.config, run.data
+    if run.ranks.is_main_process:
+        check_hub(config, run.start)
     planned = run.ranks.broadcast(look_up(run, stages) if run.ranks.is_main_process else None)
     check_shared_store(run.store.path, run.ranks)
     missing = [entry for entry in planned if entry.status != "reuse"]
@@ -165,11 +169,18 @@ def remove_shown(folder: Path) -> None:
     if not any((folder / name).exists() for name in (".policy.linked", ".merged.linked", "selection.json")):
         return
     for name in ("policy", "merged"):
-        link_tree(None, folder / name)
+        show_model(None, folder / name)
     for name in ("pairs.parquet", "manifest.json", "margins.json", "selection.json"):
         (folder / name).unlink(missing_ok=True)
     with suppress(OSError):  # not there, or not empty
         folder.rmdir()
+
+
+def show_model(source: Path | None, folder: Path) -> None:
+    """Show the model `source` in `folder`; with None remove what the game has shown there, the card included."""
+    if source is None and is_own(folder / CARD):
+        (folder / CARD).unlink(missing_ok=True)
+    link_tree(source, folder)
 
 
 def show_record(player: Player, record: IterationRecord) -> None:
@@ -187,7 +198,7 @@ def show_record(player: Player, record: IterationRecord) -> None:
     shown.mkdir(parents=True, exist_ok=True)
     link_tree(trained, shown / "policy")
     _show_pairs(player, record, shown / "pairs.parquet")
-    link_tree(None, shown / "merged")
+    show_model(None, shown / "merged")
     write_text(shown / "manifest.json", json.dumps(_manifest(player, record), indent=2) + "\n")
     if record.evaluation and record.evaluation.opponent:
         now, before = (player.result(node).held_out for node in (record.evaluation, record.evaluation.opponent))

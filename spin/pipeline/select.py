@@ -11,11 +11,11 @@ from spin.evaluation.selection import best_policy
 from spin.models.policy import Policy
 from spin.pipeline.context import Run
 from spin.pipeline.record import IterationRecord
-from spin.pipeline.run_folder import remove_shown
+from spin.pipeline.run_folder import remove_shown, show_model
 from spin.pipeline.stage import Node, Player, Stage
 from spin.pipeline.train import Merge
 from spin.runtime.errors import UserError
-from spin.runtime.files import link_tree, write_text
+from spin.runtime.files import write_text
 
 HARNESS = "harness"  # evaluation.select=harness: the mean over the benchmarks' tasks
 
@@ -131,20 +131,22 @@ def hand_over(player: Player, records: Sequence[IterationRecord]) -> Selection |
         player.play(merge := Merge(record.policy))
         merged = player.artifacts[merge].folder / "merged"
     if run.ranks.is_main_process and run.config.stage == "game":
-        show_selection(run.folder, selection, record, merged)
+        show_selection(run.folder, selection, record, player.result(record.policy).folder, merged)
     return selection
 
 
-def show_selection(folder: Path, selection: Selection | None, record: IterationRecord, merged: Path | None) -> None:
-    """Lay out `best/` for the selected `record`, and the `merged` model beside its policy."""
+def show_selection(
+    folder: Path, selection: Selection | None, record: IterationRecord, policy: Path, merged: Path | None
+) -> None:
+    """Lay out `best/` for the selected `record` and its `policy`, and the `merged` model beside its policy."""
     best = folder / "best"
     if record.train:
         shown = folder / ("sft" if record.iteration is None else f"iter{record.iteration}")
-        link_tree(merged, shown / "merged")
+        show_model(merged, shown / "merged")
     if selection is None:
         remove_shown(best)
         return
     best.mkdir(exist_ok=True)
-    link_tree(folder / selection.path if record.train else None, best / "policy")
-    link_tree(merged, best / "merged")
+    show_model(policy if record.train else None, best / "policy")
+    show_model(merged, best / "merged")
     write_text(best / "selection.json", json.dumps(asdict(selection), indent=2) + "\n")

@@ -15,6 +15,8 @@ from spin.pipeline.run_folder import remove_iterations
 from spin.pipeline.select import Selection
 from spin.pipeline.stage import Player
 from spin.pipeline.train import Train
+from spin.reporting.model_card import write_cards
+from spin.reporting.publish import publish
 from spin.reporting.report import describe_selection, write_report
 from spin.reporting.summary import print_summary
 from spin.reporting.sweep_rows import result
@@ -32,6 +34,7 @@ def finish(
         remove_iterations(run.folder, len(summary["iterations"]))
     write_text(run.folder / "game.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     page = write_report(run.folder, summary)
+    write_cards(run.folder, summary, run.config, run.start)
     run.store.refer(run.folder, player.references, only=True)
     print_summary(summary, run.tracker.console)
     if player.built == 0:
@@ -51,6 +54,8 @@ def finish(
         last = run.folder / summary["iterations"][-1]["policy"]
         hint = " (the last policy; data.validation=64 selects the best one)" if run.config.evaluation.enabled else ""
         run.say(f"trained model: {last}{hint}")
+    if run.config.publish.hub:
+        publish(run.folder, summary, run.config, run.say)
     return summary
 
 

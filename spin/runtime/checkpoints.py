@@ -13,7 +13,7 @@ from typing import Protocol
 from spin.runtime.artifacts import CorruptArtifact, commit_atomically, verify_artifact
 from spin.runtime.process_group import SINGLE_PROCESS, ProcessGroup
 from spin.runtime.shards import Say
-from spin.runtime.signals import Interrupted, deferred
+from spin.runtime.signals import deferred
 
 WRITING_SHARE = 0.03  # of the time between two checkpoints may go into writing one
 KEPT = 2  # checkpoints: the newest may turn out to be damaged
@@ -133,7 +133,7 @@ class Checkpoints:
         """Write `state` (a step of `steps`) if a stop signal arrives inside the block; `engine` must stay open in it."""
         try:
             yield
-        except Interrupted:
+        except KeyboardInterrupt:  # Interrupted, or from a notebook's kernel
             with deferred():
                 if self.write(engine, state):
                     self.say(f"saved the training state at step {state.step} of {steps}")

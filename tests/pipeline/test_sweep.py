@@ -208,7 +208,7 @@ def test_content_hash_of_hub_names():
 def test_program_hash_covers_all_packages(tmp_path, monkeypatch):
     module = tmp_path / "engines" / "head.py"
     module.parent.mkdir()
-    monkeypatch.setattr("spin.__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(points, "PACKAGE", tmp_path)
     hashes = set()
     for text in ("x = 1", "x = 2"):
         module.write_text(text)

@@ -1,0 +1,65 @@
+"""Games from Python, for notebooks and scripts: `spin.play(model=..., data=...)`."""
+
+import os
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from spin.config.compose import compose_run, to_words
+from spin.config.schema import Config
+from spin.runtime.errors import UserError, user_message
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished game, or with stage="evaluate" the measures of a model.
+
+    `policies` are model folders by label, in playing order ("sft", "iter0", ...); `best` is the selected one, or else the last.
+    `measures` has those of every policy on held-out prompts, the start included, by label and name ("nll_per_token", and
+    the ends of its interval as "nll_per_token_interval"); `pairs` the parquet file of every iteration's training pairs.
+    `summary` is the content of game.json; all files are in `folder`.
+    """
+
+    folder: Path
+    policies: dict[str, Path]
+    best: Path | None
+    pairs: dict[int, Path]
+    measures: dict[str, dict[str, Any]] = field(repr=False)
+    summary: dict[str, Any] = field(repr=False)
+    config: Config = field(repr=False)
+
+
+def play(*words: str, **settings: Any) -> Result:
+    """Play a game as `python run.py` does, in the same folder and with the same store: what was played before is reused.
+
+    `settings` are groups and keys: `model="zephyr"`, `loss={"beta": 0.1}`, `iter=2`; `words` are settings as on the command line,
+    such as "loss=hinge" or "experiment=smoke". `model` and `data` may also be a path or a hub name.
+
+    Raises UserError, with one line, for what a user can put right.
+    """
+    try:
+        given = [*words, *to_words(settings)]
+        config, folder, composed = compose_run(given)
+        if config.plan or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise UserError("spin.play plays one game in one process: use run.py for plan=true and with torchrun.")
+        from spin.game import play as play_game
+
+        summary = play_game(config, folder, shlex.join(["python", "run.py", *given]), composed)
+    except Exception as error:
+        if (line := user_message(error)) is None:
+            raise
+        raise UserError(line) from None
+    policies = {path.parent.name: path for path in (folder / "sft" / "policy",) if path.is_dir()}
+    policies |= {f"iter{played['iter']}": folder / played["policy"] for played in summary["iterations"]}
+    last = next(reversed(policies.values()), None)
+    selected = Path(summary["selected"]["path"]) if summary["selected"] else None  # absolute if it is the start
+    return Result(
+        folder,
+        policies,
+        selected if selected and selected.is_absolute() else folder / "best" / "policy" if selected else last,
+        {played["iter"]: folder / f"iter{played['iter']}" / "pairs.parquet" for played in summary["iterations"]},
+        {row["policy"]: row for row in summary["evaluations"]},
+        summary,
+        config,
+    )

@@ -1,0 +1,52 @@
+"""`publish.hub`: the selected policy and its card on the Hugging Face hub, once the game is finished."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.utils import validate_repo_id
+
+from spin.config.schema import Config
+from spin.models.policy import TRAINED_ON, Policy
+from spin.reporting.model_card import CARD, is_hub_name
+from spin.runtime.errors import UserError, explaining
+
+
+def check_hub(config: Config, start: Policy) -> None:
+    """Raise UserError, before anything is played, if the game's result could not be published."""
+    name = f"publish.hub={config.publish.hub}"
+    if config.publish.hub is None:
+        return
+    with explaining(name, "give it as me/my-model"):
+        validate_repo_id(config.publish.hub)
+    is_adapter = (config.model.adapter == "lora" or start.base is not None) and not config.model.merge
+    if is_adapter and not is_hub_name(config.model.path):
+        raise UserError(f"{name}: others can't load this adapter, its base is on no hub: set model.merge=true.")
+    if get_token() is None:
+        raise UserError(f"{name}: there is no token for the Hugging Face hub: run `hf auth login`, or set HF_TOKEN.")
+    with explaining(
+        f"{name}: the hub refuses the token, or can't be reached", "check it, the network and HF_HUB_OFFLINE"
+    ):
+        HfApi().whoami()
+
+
+def publish(folder: Path, game: dict, config: Config, say: Callable[[str], None]) -> None:
+    """Upload the selected, or else the last, policy of the run in `folder`, or its merged model if there is one.
+
+    What is sent are the files that the game made, without the hashes of training prompts, and the card. `game` is the
+    content of game.json. Raises UserError if the hub refuses; the next run publishes again.
+    """
+    selected, name = game["selected"], config.publish.hub
+    place = "best" if selected else f"iter{len(game['iterations']) - 1}"
+    model = folder / place / ("merged" if config.model.merge else "policy")
+    made = model.parent / f".{model.name}.linked"
+    if name is None or not made.is_file():
+        return say(f"publish.hub={name}: nothing is published, the game ends with the model that it started from.")
+    with explaining(f"publish.hub={name}: the game is finished, but not published", "run the same command again"):
+        api = HfApi(library_name="spin")
+        url = api.create_repo(name, private=config.publish.private, exist_ok=True)
+        files = [*(file for file in json.loads(made.read_bytes()) if file != TRAINED_ON), CARD]
+        message = f"{config.name}, {selected['policy'] if selected else place}"
+        api.upload_folder(repo_id=url.repo_id, folder_path=model, allow_patterns=files, commit_message=message)
+    say(f"published: {url}")

@@ -1,0 +1,152 @@
+"""The command line: `python run.py`, `python -m spin` or, installed, `spin`. Hydra entry: compose, validate, play."""
+
+import contextlib
+import os
+import shlex
+import signal
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from spin.config.hydra import hydra_error_line, quote, rename
+from spin.config.load import load_config
+from spin.config.schema import CONF
+from spin.runtime import signals
+from spin.runtime.errors import user_message
+from spin.runtime.output import open_streams
+
+SHOW_TRACEBACK = "SPIN_TRACEBACK"  # the user's HYDRA_FULL_ERROR, before this program sets it
+RANK = int(os.environ.get("RANK", 0))  # among the processes that torchrun started
+WAIT_FOR_RANK_0 = 30  # seconds
+NEW_FOLDERS: list[str] = []  # made by this process
+
+
+def joined_group() -> Any:
+    """The process group that this process has joined, None before that or where it is alone."""
+    module = sys.modules.get("spin.runtime.process_group")  # imported with the heavy parts
+    return module.current_group() if module is not None and module.current_group().size > 1 else None
+
+
+def speaks_for_all() -> bool:
+    """Whether this process prints the error: the first to fail, or rank 0 before the processes have joined."""
+    group = joined_group()
+    return group.is_first_to_fail() if group else RANK == 0
+
+
+def end(status: int, line: str | None = None) -> NoReturn:
+    """End this process, with one line on stderr if given. Once joined it exits at once: other processes may be gone."""
+    if line is not None:
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            print(line, file=sys.stderr, flush=True)
+    if joined_group():
+        os._exit(status)
+    sys.exit(status)
+
+
+def fail(error: Exception, line: str | None) -> NoReturn:
+    """End with status 1 and `line`, for an error that the user can put right; without a line raise `error`."""
+    remove_empty_folders()
+    if not speaks_for_all():
+        if joined_group():
+            end(1)
+        # Rank 0 most likely fails in the same way; if this process ended first, torchrun would stop rank 0 before it
+        # can print its line. torchrun ends this wait with a signal.
+        try:
+            time.sleep(WAIT_FOR_RANK_0)
+        except KeyboardInterrupt:
+            end(1)
+    if line is None or os.environ.get(SHOW_TRACEBACK) == "1":
+        raise error
+    end(1, f"error: {line}")
+
+
+def end_stopped(stop: KeyboardInterrupt) -> NoReturn:
+    """End with 128 + the signal's number, and a line from rank 0: all stop together, and rank 0 may be gone first."""
+    number = getattr(stop, "signal", signal.SIGINT)
+    line = f"stopped by {number.name}: finished work is kept, run the same command to continue."
+    end(128 + number, line if RANK == 0 else None)
+
+
+def note_new_folder(event: str, arguments: tuple) -> None:
+    """An audit hook that notes every folder which this process makes: the run's, and its parents, are made by Hydra."""
+    if event == "os.mkdir" and isinstance(arguments[0], (str, Path)) and not os.path.lexists(arguments[0]):
+        NEW_FOLDERS.append(os.path.abspath(arguments[0]))
+
+
+def remove_empty_folders() -> None:
+    """Remove the folders that this process has made and written nothing to."""
+    while NEW_FOLDERS:
+        with contextlib.suppress(OSError):
+            os.rmdir(NEW_FOLDERS.pop())
+
+
+@hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
+def play_composed(composed: DictConfig) -> None:
+    """Play one game, or a point of a sweep, that Hydra has composed."""
+    signals.install_handlers()  # again, for launchers that call this in another process
+    open_streams()
+    settings = HydraConfig.get()
+    folder = Path(settings.runtime.output_dir)
+    try:
+        config = load_config(composed)  # before the heavy imports, so that a typo is answered at once
+        if config.plan:
+            with signals.deferred():
+                from spin.game import show_plan
+
+            show_plan(config, folder)
+            remove_empty_folders()
+            return
+        with signals.deferred():  # some libraries swallow exceptions while they are imported
+            from spin.game import play
+            from spin.pipeline import points
+
+        program = ["spin"] if Path(sys.argv[0]).name == "spin" else ["python", "run.py"]
+        command = shlex.join([*program, *settings.overrides.task])
+        start = partial(play, config, folder, command, OmegaConf.to_yaml(OmegaConf.create(config.shown)))
+        if settings.mode == RunMode.MULTIRUN:
+            points.play_point(config, folder, partial(start, group=Path(settings.sweep.dir).name))
+        else:
+            start()
+    except signals.Interrupted as stop:
+        signals.call_previous_handler(stop.signal)
+        if "SUBMITIT_EXECUTOR" in os.environ:  # nothing above this would catch the exception
+            end_stopped(stop)
+        raise
+    except Exception as error:  # here, because Hydra prints lines of its own before it raises
+        fail(error, user_message(error))
+
+
+def main() -> None:
+    """Play what `sys.argv` asks for, and end the process with its exit status."""
+    open_streams()
+    sys.addaudithook(note_new_folder)
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's needs the notebook
+    # Hydra prints its errors over several lines, and a traceback for ours: make it raise, and print one line here.
+    os.environ[SHOW_TRACEBACK] = os.environ.get("HYDRA_FULL_ERROR", "0")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    signals.install_handlers()
+    if RANK > 0:  # only rank 0 prints
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
+    is_sweep = not {"-m", "--multirun"}.isdisjoint(sys.argv)
+    words = [quote(rename(word), is_sweep) for word in sys.argv[1:]]
+    sys.argv[1:] = sorted(words, key=lambda word: word not in ("-m", "--multirun"))  # argparse wants -m first
+    try:
+        play_composed()
+    except Exception as error:
+        is_hydras = isinstance(error, (HydraException, OmegaConfBaseException))
+        fail(error, hydra_error_line(error) if is_hydras else user_message(error))
+    except KeyboardInterrupt as stop:
+        end_stopped(stop)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Threads of torch's collectives that still run abort an interpreter that ends in the usual way.
+        sys.stdout.flush()
+        os._exit(0)
