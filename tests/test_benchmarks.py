@@ -122,7 +122,8 @@ def test_training_beside_other_tools(tmp_path):
 
 @pytest.mark.slow
 def test_generation_beside_other_tools(tmp_path):
-    rows = table(tmp_path, "generation.py", "--prompts", "4", "--batch-size", "2", "--new", "4", *tiny(tmp_path))
+    words = ["--prompts", "4", "--batch-size", "2", "--new", "4", "--vllm", "/nowhere", *tiny(tmp_path)]
+    rows = table(tmp_path, "generation.py", *words)
     assert list(rows) == ["spin", "plain", "continuous", "beams"]
     assert all(tokens > 0 and rate > 0 for _, tokens, rate, *_ in rows.values())
 

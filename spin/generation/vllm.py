@@ -1,4 +1,4 @@
-"""Answers by vLLM, which decodes many prompts together on GPUs. It is optional, and not imported here.
+"""Answers by vLLM, which decodes many prompts together. It is optional, and not imported here.
 
 vLLM pins versions of torch and transformers other than ours. It runs in separate processes (`vllm_worker.py`), with the
 interpreter of another environment if `generation.python` names one; GPU memory is free when they end. They load the policy
@@ -7,6 +7,7 @@ from its folder in the store. vLLM's log-probs differ from a forward pass's, so 
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import dropwhile, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -25,34 +27,24 @@ from spin.data.examples import Example
 from spin.generation.answers import Answer, Request, answer_in_shards, repeat_prompts
 from spin.models import adapters
 from spin.models.policy import Policy
-from spin.runtime.errors import UserError, brief
+from spin.runtime.errors import TRY_AGAIN, UserError, brief
 from spin.runtime.shards import ShardDriver, compute_shards
 from spin.runtime.signals import raise_if_stopped
 from spin.runtime.tables import Rows
 
-VERSION = "0.33.0"  # whose interface this module calls
-INSTALL = f"python -m venv .venv-vllm && .venv-vllm/bin/pip install vllm=={VERSION}"
+INSTALL = "python -m venv .venv-vllm && .venv-vllm/bin/pip install vllm==0.32.0"  # the version that was tried
 # torchrun's variables: with them vLLM's processes would join the wrong process group.
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
 WORKER = Path(__file__).with_name("vllm_worker.py")
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values that vLLM takes for `max_lora_rank`
+# A line of vLLM's log: the process; level, date, time and place; the text. Warnings have tracebacks, too.
+LINE = re.compile(r"^(?:\[rank\d+\]: |\(\S+ pid=\d+\) )?(?:([A-Z]+) \S+ \S+ \[\S+\] )?(.*)$", re.MULTILINE)
 
 
-def check_vllm(config: GenerationConfig, quantization: str | None, rank: int) -> None:
-    """Raise UserError if vLLM can't generate here, before any long work and without importing it."""
-    python = config.python or sys.executable
-    script = "import importlib.metadata as m; print(m.version('vllm'))"
-    try:
-        done = subprocess.run([python, "-P", "-c", script], capture_output=True, text=True, timeout=120)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise UserError(f"generation.python={python}: can't be run ({brief(error)}).") from error
-    if done.returncode:
-        raise UserError(
-            f"generation.engine=vllm: vLLM is not installed for {python}: {INSTALL}, then set "
-            "generation.python=.venv-vllm/bin/python"
-        )
-    if (version := done.stdout.strip()) != VERSION:
-        raise UserError(f"generation.engine=vllm: {python} has vLLM {brief(version)}, which may differ: {INSTALL}")
+def check_vllm(config: GenerationConfig, start: Policy, rank: int) -> None:
+    """Raise UserError if vLLM can't generate here, before any long work. It is imported in another process, which compares
+    its interface with our calls. `rank`: of the policies' adapters, 0 if there are none."""
+    python, quantization = config.python or sys.executable, start.base_or_self.quantization
     if quantization:
         raise UserError(
             f"generation.engine=vllm: set model.quantization=none: vLLM rounds to {quantization} in its own way, and the "
@@ -60,17 +52,38 @@ def check_vllm(config: GenerationConfig, quantization: str | None, rank: int) ->
         )
     if rank > RANKS[-1]:
         raise UserError(f"generation.engine=vllm: takes adapters up to rank {RANKS[-1]}, not {rank}.")
-    devices, needed = torch.cuda.device_count(), config.tensor_parallel * config.data_parallel
-    if devices < needed:
+    names = {
+        "LLM": [*llm_arguments(start, torch.float32, config, 1, rank), "enforce_eager", "use_tqdm", "lora_request"],
+        "SamplingParams": list(sampling_arguments(0, config, 1, ())),
+        "LoRARequest": list(lora_arguments(start)),
+    }
+    command = [python, "-P", str(WORKER), "check", json.dumps(names)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=_environment())
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UserError(f"generation.python={python}: can't be run ({brief(error)}).") from error
+    if "No module named 'vllm'" in done.stderr:
+        raise UserError(
+            f"generation.engine=vllm: vLLM is not installed for {python}: {INSTALL}, then set "
+            "generation.python=.venv-vllm/bin/python (without a GPU: `make vllm`)"
+        )
+    if done.returncode:
+        raise UserError(f"generation.engine=vllm: {python} can't import vLLM: {brief(first_error(done.stderr), 300)}")
+    facts = json.loads(done.stdout.splitlines()[-1])
+    if missing := ", ".join(facts["missing"]):
+        raise UserError(f"generation.engine=vllm: vLLM {brief(facts['version'])} has no {missing}: {INSTALL}")
+    devices, needed = facts["devices"], config.tensor_parallel * config.data_parallel
+    if devices is not None and devices < needed:
         raise UserError(
             f"generation.tensor_parallel={config.tensor_parallel} times generation.data_parallel={config.data_parallel} "
-            f"needs {needed} GPUs, but this machine has {devices}."
+            f"needs {needed} GPUs, but {python} finds {devices}."
         )
 
 
 def generate_with_vllm(
     policy: Policy,
     dtype: torch.dtype,
+    logs: Path,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     num_answers: int,
@@ -84,11 +97,13 @@ def generate_with_vllm(
 ) -> Rows[Answer]:
     """As `sampling.generate_answers`, by vLLM.
 
-    Its processes start when `keep` makes the first shard, and end after the last one. Raises UserError if one ends early.
+    Its processes run while `keep` makes shards and write to the folder `logs`. Raises UserError if one ends early.
     """
     longest = max(len(example.prompt_ids) for example in examples) + max_new_tokens
-    arguments = {"llm": llm_arguments(policy, dtype, settings, longest), "lora": lora_arguments(policy)}
-    with _workers(arguments, settings) as ask:
+    rank = adapters.largest_rank(policy.folder) if policy.base else 0
+    llm = llm_arguments(policy, dtype, settings, longest, rank)
+    arguments = {"llm": llm, "lora": lora_arguments(policy) if policy.base else None}
+    with run_workers(arguments, settings, logs) as ask:
 
         def decode(requests: Sequence[Request]) -> list[list[int]]:
             prompts = [list(request.example.prompt_ids) for request in requests]
@@ -101,8 +116,10 @@ def generate_with_vllm(
         return answer_in_shards(repeat_prompts(examples, num_answers), decode, tokenizer, stop_ids, keep, shard_size)
 
 
-def llm_arguments(policy: Policy, dtype: torch.dtype, config: GenerationConfig, longest: int) -> dict[str, Any]:
-    """The arguments of `vllm.LLM`."""
+def llm_arguments(
+    policy: Policy, dtype: torch.dtype, config: GenerationConfig, longest: int, rank: int = 0
+) -> dict[str, Any]:
+    """The arguments of `vllm.LLM` for sequences of up to `longest` tokens and adapters of up to `rank` (0: none)."""
     arguments = {
         "model": str(policy.base_or_self.folder.resolve()),
         "skip_tokenizer_init": True,  # token ids in and out: the stop tokens are the ones that each request names
@@ -114,16 +131,13 @@ def llm_arguments(policy: Policy, dtype: torch.dtype, config: GenerationConfig, 
         "gpu_memory_utilization": config.gpu_memory,
         "seed": 0,  # each request has its own
     }
-    if policy.base:
-        rank = next(rank for rank in RANKS if rank >= adapters.largest_rank(policy.folder))
-        arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
+    if rank:
+        arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": next(r for r in RANKS if r >= rank)}
     return arguments
 
 
-def lora_arguments(policy: Policy) -> dict[str, Any] | None:
-    """The arguments of `vllm.lora.request.LoRARequest`; None if the policy is not an adapter."""
-    if policy.base is None:
-        return None
+def lora_arguments(policy: Policy) -> dict[str, Any]:
+    """The arguments of `vllm.lora.request.LoRARequest` for a policy that is an adapter."""
     return {"lora_name": policy.id[:16], "lora_int_id": 1, "lora_path": str(policy.folder.resolve())}
 
 
@@ -137,6 +151,7 @@ def sampling_arguments(
         "max_tokens": max_new_tokens,
         "seed": seed,
         "stop_token_ids": sorted(stop_ids),
+        "ignore_eos": True,  # else the end tokens in the model's folder stop an answer, too
         "detokenize": False,
     }
 
@@ -158,10 +173,10 @@ def checked_ids(output: dict[str, Any], stop_ids: Collection[int]) -> list[int]:
 
 
 @contextmanager
-def _workers(arguments: dict, config: GenerationConfig) -> Iterator[Callable]:
+def run_workers(arguments: dict, config: GenerationConfig, logs: Path) -> Iterator[Callable]:
     """Give `ask(prompts, sampling)`, which spreads requests over `data_parallel` workers and returns their outputs in order.
 
-    The first call starts the workers, each with separate GPUs.
+    The first call starts the workers, each with separate GPUs. They end with this process, however it ends.
     """
     with tempfile.TemporaryDirectory(prefix="spin-vllm-") as name:
         folder, workers = Path(name), list[subprocess.Popen]()
@@ -169,17 +184,15 @@ def _workers(arguments: dict, config: GenerationConfig) -> Iterator[Callable]:
         def ask(prompts: list[list[int]], sampling: list[dict]) -> list[dict]:
             if not workers:
                 (folder / "engine.json").write_text(json.dumps(arguments))
-                workers.extend(_start(folder, number, config) for number in range(config.data_parallel))
+                workers.extend(_start(folder, number, config, logs) for number in range(config.data_parallel))
             count = min(len(workers), len(prompts))
-            for number, worker in enumerate(workers[:count]):
-                path = folder / f"{number}.json"
+            for number in range(count):
+                path = folder / f"{number}.tmp"
                 path.write_text(json.dumps({"prompts": prompts[number::count], "sampling": sampling[number::count]}))
-                assert worker.stdin
-                with suppress(BrokenPipeError):  # `_receive` finds that the worker has ended
-                    worker.stdin.write(f"{path}\n".encode())
+                path.rename(folder / f"{number}.json")
             outputs: list[dict] = [{}] * len(prompts)
             for number, worker in enumerate(workers[:count]):
-                outputs[number::count] = _receive(folder, number, worker)
+                outputs[number::count] = _receive(folder / f"{number}.json.out", worker, logs / f"vllm-{number}.log")
             return outputs
 
         try:
@@ -189,44 +202,54 @@ def _workers(arguments: dict, config: GenerationConfig) -> Iterator[Callable]:
                 _end(worker)
 
 
-def _start(folder: Path, number: int, config: GenerationConfig) -> subprocess.Popen:
+def _start(folder: Path, number: int, config: GenerationConfig, logs: Path) -> subprocess.Popen:
     width = config.tensor_parallel
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
     gpus = ",".join(visible.split(",")[number * width : (number + 1) * width])
-    with (folder / f"{number}.log").open("wb") as log:
+    paths = [str(folder / "engine.json"), str(folder / f"{number}.json")]
+    with (logs / f"vllm-{number}.log").open("wb") as log:
         return subprocess.Popen(
-            [config.python or sys.executable, str(WORKER), str(folder / "engine.json")],
-            bufsize=0,
-            stdin=subprocess.PIPE,
+            [config.python or sys.executable, str(WORKER), *paths],
+            stdin=subprocess.PIPE,  # tells the worker when this process has ended
             stdout=log,
             stderr=log,
-            env=_environment(gpus),
+            env=_environment(CUDA_VISIBLE_DEVICES=gpus),
             start_new_session=True,  # signals reach this process alone, which then ends the worker's process group
         )
 
 
-def _environment(gpus: str) -> dict[str, str]:
+def _environment(**more: str) -> dict[str, str]:
     """This process' environment without torchrun's variables. PYTHONSAFEPATH keeps our modules off the worker's path."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(TORCHRUN)}
-    return {**kept, "PYTHONSAFEPATH": "1", "CUDA_VISIBLE_DEVICES": gpus}
+    return {**kept, "PYTHONSAFEPATH": "1", "VLLM_NO_USAGE_STATS": "1", **more}
 
 
-def _receive(folder: Path, number: int, worker: subprocess.Popen) -> list[dict]:
-    """Wait for a worker's outputs. Raises UserError, with the worker's last error, if it ends first."""
-    path = folder / f"{number}.json.out"
+def _receive(path: Path, worker: subprocess.Popen, log: Path) -> list[dict]:
+    """Wait for a worker's outputs. Raises UserError, with the first error in its log, if it ends first."""
     while not path.exists():
         raise_if_stopped()
         if worker.poll() is not None and not path.exists():
-            lines = (folder / f"{number}.log").read_text(errors="replace").strip().splitlines()
-            errors = [line for line in lines if "Error" in line] or lines or ["no output"]
+            reason = (
+                f"ended with status {worker.returncode}: {brief(first_error(log.read_text(errors='replace')), 300)}"
+            )
+            if worker.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL):
+                reason = "was killed, as the system does when main memory is short."
             raise UserError(
-                f"generation.engine=vllm: vLLM ended with status {worker.returncode}: {brief(errors[-1], 300)} "
-                "If memory is short lower generation.gpu_memory, or raise generation.tensor_parallel."
+                f"generation.engine=vllm: vLLM {reason} Its log is {log}. If GPU memory is short lower "
+                f"generation.gpu_memory, or raise generation.tensor_parallel; {TRY_AGAIN}"
             )
         time.sleep(0.05)
     outputs = json.loads(path.read_text())
     path.unlink()
     return outputs
+
+
+def first_error(log: str) -> str:
+    """The error that ends the first traceback in a log: later ones follow from it. Without a traceback, the last line."""
+    lines = [text for level, text in LINE.findall(log.strip()) if level not in ("INFO", "WARNING")]
+    traceback = list(dropwhile(lambda text: not text.startswith("Traceback "), lines))
+    error = list(dropwhile(lambda text: text.startswith(" "), traceback[1:])) or lines[-1:]
+    return " ".join([*error[:1], *takewhile(lambda text: text.startswith(" "), error[1:])]) or "no output"
 
 
 def _end(worker: subprocess.Popen) -> None:

@@ -1,29 +1,80 @@
 """Run vLLM in a separate process, and often a separate environment: token ids in, token ids out. Imports nothing of spin.
 
-    python -P spin/generation/vllm_worker.py ENGINE.json < requests
+    python -P spin/generation/vllm_worker.py check NAMES       print as JSON: version, devices, names that vLLM lacks
+    python -P spin/generation/vllm_worker.py ENGINE.json PATH  answer the requests in PATH, again and again
 
-ENGINE.json holds the arguments of `LLM` ("llm") and of a `LoRARequest` ("lora", or null). Each line of the input names a
-file of requests ("prompts": token ids; "sampling": arguments of `SamplingParams`, one a prompt). The outputs are written
-to the same name plus ".out", atomically.
+NAMES: a JSON object of the argument names that are used, by class. ENGINE.json: the arguments of `LLM` ("llm") and of a
+`LoRARequest` ("lora", or null). PATH appears atomically and has "prompts" (token ids) and "sampling" (arguments of
+`SamplingParams`, one a prompt). It is removed, and the outputs are written to PATH.out, atomically. The process group ends
+when standard input is closed, which also happens if the process that holds it is killed.
 """
 
+import inspect
 import json
 import os
+import select
+import signal
 import sys
+import time
 
 
-def main(engine_path: str) -> None:
-    import vllm  # for the version that spin/generation/vllm.py names
+def check(names: dict[str, list[str]]) -> dict:
+    """vLLM's version, its number of devices (null for the CPU), and the arguments in `names` that it does not have."""
+    import torch
+    import vllm
+    from vllm.engine.arg_utils import EngineArgs
     from vllm.lora.request import LoRARequest
+    from vllm.platforms import current_platform
+
+    owners = {
+        "LLM": (vllm.LLM, vllm.LLM.generate, EngineArgs),  # LLM passes on what it does not know
+        "SamplingParams": (vllm.SamplingParams,),
+        "LoRARequest": (LoRARequest,),
+    }
+    known = {
+        owner: {n for part in parts for n in inspect.signature(part).parameters} for owner, parts in owners.items()
+    }
+    missing = [f"{owner}({name}=)" for owner, group in names.items() for name in group if name not in known[owner]]
+    devices = None if current_platform.is_cpu() else torch.accelerator.device_count()
+    return {"version": vllm.__version__, "devices": devices, "missing": missing}
+
+
+def watch(worker: int) -> None:
+    """Wait for the process `worker`, and end as it did. Kill the process group, vLLM's engine included, as soon as nobody
+    holds standard input any more."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # ends after the worker
+    while not (ended := os.waitpid(worker, os.WNOHANG))[0]:
+        if select.select([0], [], [], 0.1)[0] and not os.read(0, 1):
+            os.killpg(0, signal.SIGKILL)
+    status = os.waitstatus_to_exitcode(ended[1])
+    sys.exit(status if status >= 0 else 128 - status)  # as a shell reports a signal
+
+
+def settings_for_cpu(is_alone: bool) -> dict:
+    """Set vLLM's environment variables where the user has not, and return further arguments of `LLM`, for its CPU build."""
+    if is_alone:  # the engine runs in this process: starts in half the time
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else all engines of a machine get the same cores
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")  # GiB; else a share of all memory, which others use, too
+    return {"enforce_eager": True}  # compilation takes a minute a start, and a C++ compiler
+
+
+def main(engine_path: str, path: str) -> None:
+    import vllm
+    from vllm.lora.request import LoRARequest
+    from vllm.platforms import current_platform
 
     with open(engine_path) as file:
         arguments = json.load(file)
-    llm = vllm.LLM(**arguments["llm"])
+    is_alone = arguments["llm"]["tensor_parallel_size"] == 1
+    llm = vllm.LLM(**arguments["llm"], **(settings_for_cpu(is_alone) if current_platform.is_cpu() else {}))
     adapter = LoRARequest(**arguments["lora"]) if arguments["lora"] else None
-    for line in sys.stdin:
-        path = line.rstrip("\n")
+    while True:
+        while not os.path.exists(path):
+            time.sleep(0.02)
         with open(path) as file:
             request = json.load(file)
+        os.unlink(path)
         outputs = llm.generate(
             [vllm.TokensPrompt(prompt_token_ids=ids) for ids in request["prompts"]],
             [vllm.SamplingParams(**sampling) for sampling in request["sampling"]],
@@ -42,4 +93,9 @@ def read(output) -> dict:
 
 
 if __name__ == "__main__":  # vLLM's own processes import this file, too
-    main(sys.argv[1])
+    if sys.argv[1] == "check":
+        print(json.dumps(check(json.loads(sys.argv[2]))))
+    elif worker := os.fork():
+        watch(worker)
+    else:
+        main(*sys.argv[1:])

@@ -131,7 +131,7 @@ def answer_prompts(
         from spin.generation.vllm import generate_with_vllm
 
         run.models.release()  # vLLM's processes load the stored weights
-        generate = partial(generate_with_vllm, policy, run.dtype)
+        generate = partial(generate_with_vllm, policy, run.dtype, run.folder)
     else:
         generate = partial(generate_answers, run.models.load(policy))
     total = len(examples) * num_answers

@@ -76,8 +76,8 @@ def check_libraries(config: Config, start: Policy) -> None:
     if generation.engine == "vllm":
         from spin.generation.vllm import check_vllm
 
-        rank = adapters.largest_rank(start.folder) if start.base else config.model.lora_rank
-        check_vllm(generation, quantization, rank if config.model.adapter == "lora" else 0)
+        fresh = config.model.lora_rank if config.model.adapter == "lora" else 0
+        check_vllm(generation, start, adapters.largest_rank(start.folder) if start.base else fresh)
 
 
 def check_external(config: Config) -> None:

@@ -1,13 +1,9 @@
-"""Generation by vLLM, as far as it can be tested without a GPU: its arguments, its outputs, and failures.
+"""Generation by vLLM as far as it can be tested without it, which is not imitated: arguments, outputs, failures.
 
-vLLM does not run here and is not imitated. The argument names are checked against the interface of the pinned version
-(`vllm_interface.json`, read from its wheel by `vllm_interface.py`).
+tests/generation/test_vllm_cpu.py runs the real one.
 """
 
-import ast
-import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,61 +20,10 @@ from spin.pipeline.train import training_inputs
 from spin.runtime.errors import UserError
 from spin.runtime.tracking import Tracker
 from tests.config.test_schema import load
-from tests.generation import vllm_interface
 from tests.models.test_adapters import LORA, base_or_self
 
-RECORD = json.loads((Path(__file__).parent / "vllm_interface.json").read_text())
 CONFIG = GenerationConfig.from_defaults(temperature=0.7, top_p=0.9, engine="vllm", tensor_parallel=2)
 EXAMPLES = [Example(f"e{i}", "", tuple(range(2, 4 + i)), "", ()) for i in range(5)]
-
-
-def test_record_is_of_the_pinned_version():
-    assert f"vllm-{vllm_engine.VERSION}-" in RECORD["wheel"]
-    assert tuple(RECORD["LoRA ranks"]) == vllm_engine.RANKS
-    assert RECORD["exported"] == ["LLM", "SamplingParams", "TokensPrompt"]
-
-
-def test_argument_names(tiny_folder, tmp_path):
-    policy = fresh_adapter(
-        base_or_self(tiny_folder), LORA, 0, ModelConfig.from_defaults(path=str(tiny_folder)), tmp_path / "policy"
-    )
-    for model in (policy, base_or_self(tiny_folder)):
-        arguments = vllm_engine.llm_arguments(model, torch.bfloat16, CONFIG, 300)
-        assert arguments.keys() <= {*RECORD["LLM"], *RECORD["EngineArgs"]}
-    sampling = vllm_engine.sampling_arguments(0, CONFIG, 64, {1, 2})
-    assert sampling.keys() <= {*RECORD["SamplingParams"]}
-    assert vllm_engine.lora_arguments(policy).keys() <= {*RECORD["LoRARequest"]}
-
-
-def test_worker_calls():
-    """The keywords of `generate` and `TokensPrompt` in the worker's source, and the attributes that it reads."""
-    tree = ast.parse(vllm_engine.WORKER.read_text())
-    keywords = {
-        call.func.attr: {k.arg for k in call.keywords if k.arg}
-        for call in ast.walk(tree)
-        if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute)
-    }
-    assert keywords["generate"] <= {*RECORD["LLM.generate"]} and "lora_request" in keywords["generate"]
-    assert keywords["TokensPrompt"] == {"prompt_token_ids"} <= {*RECORD["TokensPrompt"]}
-    read = {
-        node.attr: node.value.id
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
-    }
-    assert read["outputs"] == "output" and "outputs" in RECORD["RequestOutput"]
-    assert {name for name, owner in read.items() if owner == "completion"} <= {*RECORD["CompletionOutput"]}
-
-
-@pytest.mark.skipif(not list(Path().glob("vllm-*.whl")), reason="needs the wheel: see vllm_interface.py")
-def test_record_matches_the_wheel():
-    assert vllm_interface.record(next(Path().glob("vllm-*.whl"))) == RECORD
-
-
-def test_signature_reader():
-    source = 'class A:\n  x: int = 1\n  y: str\n  def f(self, a, *, b=2): ...\nN = ("u", "v")\nL = Literal[1, 2]\n'
-    node = vllm_interface.classes(source)["A"]
-    assert vllm_interface.fields(node) == ["x", "y"] and vllm_interface.arguments(node, "f") == ["a", "b"]
-    assert vllm_interface.value(source, "N") == ["u", "v"] and vllm_interface.value(source, "L") == [1, 2]
 
 
 def test_policy_arguments(tiny_folder, tmp_path):
@@ -88,9 +33,8 @@ def test_policy_arguments(tiny_folder, tmp_path):
         arguments["model"] == str(tiny_folder) and arguments["dtype"] == "bfloat16" and "enable_lora" not in arguments
     )
     assert arguments["tensor_parallel_size"] == 2 and arguments["max_model_len"] == 300
-    assert vllm_engine.lora_arguments(start) is None
     policy = fresh_adapter(start, LORA, 0, ModelConfig.from_defaults(path=str(tiny_folder)), tmp_path / "policy")
-    arguments = vllm_engine.llm_arguments(policy, torch.float32, CONFIG, 300)
+    arguments = vllm_engine.llm_arguments(policy, torch.float32, CONFIG, 300, 4)
     assert arguments["model"] == str(tiny_folder)  # the adapter's base
     assert arguments["enable_lora"] and arguments["max_lora_rank"] == 8  # the smallest that holds rank 4
     assert vllm_engine.lora_arguments(policy)["lora_path"] == str(tmp_path / "policy")
@@ -105,6 +49,7 @@ def test_sampling_arguments():
         "max_tokens": 64,
         "seed": seeds[3],
         "stop_token_ids": [1, 7],
+        "ignore_eos": True,
         "detokenize": False,
     }
 
@@ -124,26 +69,80 @@ def test_output_is_checked():
 
 def test_missing_vllm(place):
     done = place.play("generation=vllm", status=1)
-    assert "vLLM is not installed" in done.stderr and f"pip install vllm=={vllm_engine.VERSION}" in done.stderr
+    assert "vLLM is not installed" in done.stderr and vllm_engine.INSTALL in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and not place.stages()
     done = place.play("generation=vllm", "generation.python=/nowhere/python", status=1)
     assert "generation.python=/nowhere/python: can't be run" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_worker_that_fails(tiny_folder):
+def test_worker_that_fails(tiny_folder, tmp_path):
     """The real worker, in an interpreter without vLLM."""
     config = CONFIG.model_copy(update={"python": sys.executable, "data_parallel": 2})
     with pytest.raises(
         UserError, match="vLLM ended with status 1: ModuleNotFoundError: No module named 'vllm'"
     ) as error:
         vllm_engine.generate_with_vllm(
-            base_or_self(tiny_folder), torch.float32, load_tokenizer(tiny_folder), EXAMPLES, 1, config, 8, {1}, 0
+            base_or_self(tiny_folder),
+            torch.float32,
+            tmp_path,
+            load_tokenizer(tiny_folder),
+            EXAMPLES,
+            1,
+            config,
+            8,
+            {1},
+            0,
         )
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and f"Its log is {tmp_path}/vllm-0.log" in str(error.value)
+    assert "ModuleNotFoundError" in (tmp_path / "vllm-0.log").read_text()
 
 
-def test_stored_answers_need_no_worker(tiny_folder):
+WORKER, CORE = (
+    "(Worker_TP0 pid=7) ERROR 11-27 15:33:23 [a.py:1063] ",
+    "(EngineCore pid=5) ERROR 11-27 15:33:23 [core.py:15] ",
+)
+WARNING = "(MainProcess pid=4) WARNING 11-27 15:33:20 [base.py:380] "
+HARMLESS = [
+    WARNING + line for line in ("warmup failed", "Traceback (most recent call last):", "  File", "ValueError: x")
+]
+
+
+@pytest.mark.parametrize(
+    ("lines", "error"),
+    [
+        ([], "no output"),
+        (["INFO 11-27 15:33:20 [a.py:1] start", "Segmentation fault"], "Segmentation fault"),
+        (["Traceback (most recent call last):", '  File "a.py"', "KeyError: 'a'", "Error: later"], "KeyError: 'a'"),
+        # The worker of an engine fails: engine and main process follow, with errors of their own.
+        (
+            [
+                *HARMLESS,
+                WORKER + "WorkerProc hit an exception.",
+                *(
+                    WORKER + line
+                    for line in ("Traceback (most recent call last):", "  File", "RuntimeError: head_dim=16")
+                ),
+                *(
+                    CORE + line
+                    for line in ("Traceback (most recent call last):", "  File", "RuntimeError: Worker failed")
+                ),
+                "vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue.",
+            ],
+            "RuntimeError: head_dim=16",
+        ),
+        (
+            ["[rank0]: Traceback (most recent call last):", "[rank0]:     a()", "[rank0]: ValueError: b"],
+            "ValueError: b",
+        ),
+        (["Traceback (most recent call last):", "a.ValidationError: 1 error", "  Value error, why", "x"], "why"),
+    ],
+)
+def test_first_error(lines, error):
+    assert vllm_engine.first_error("\n".join(lines)).endswith(error)
+
+
+def test_stored_answers_need_no_worker(tiny_folder, tmp_path):
     """A resumed run starts workers for the first missing shard; here none is missing."""
     config = CONFIG.model_copy(update={"python": "/nowhere/python"})
     shards = []
@@ -158,7 +157,18 @@ def test_stored_answers_need_no_worker(tiny_folder):
             ]
 
     answers = vllm_engine.generate_with_vllm(
-        base_or_self(tiny_folder), torch.float32, None, EXAMPLES, 2, config, 8, {1}, 0, keep=keep, shard_size=4
+        base_or_self(tiny_folder),
+        torch.float32,
+        tmp_path,
+        None,
+        EXAMPLES,
+        2,
+        config,
+        8,
+        {1},
+        0,
+        keep=keep,
+        shard_size=4,
     )
     assert shards == [["e0", "e0#1", "e1", "e1#1"], ["e2", "e2#1", "e3", "e3#1"], ["e4", "e4#1"]]
     assert answers == [Answer(example.id, k, (2, 1), "stop", "a") for example in EXAMPLES for k in (0, 1)]
@@ -192,6 +202,6 @@ def test_workers_do_not_inherit_torchrun(monkeypatch):
     for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE"):
         monkeypatch.setenv(key, "1")
     monkeypatch.setenv("HF_TOKEN", "kept")
-    environment = vllm_engine._environment("0,1")
+    environment = vllm_engine._environment(CUDA_VISIBLE_DEVICES="0,1")
     assert environment["HF_TOKEN"] == "kept" and environment["CUDA_VISIBLE_DEVICES"] == "0,1"
     assert not [key for key in environment if key.startswith(vllm_engine.TORCHRUN)]
