@@ -14,6 +14,7 @@ from spin.pipeline.context import Run, prepare_run
 from spin.pipeline.evaluate import Evaluate, Validate
 from spin.pipeline.external import declare_external
 from spin.pipeline.generate import Generate
+from spin.pipeline.live import live_report
 from spin.pipeline.plan import look_up, print_plan
 from spin.pipeline.record import IterationRecord, measurable, replayed
 from spin.pipeline.run_folder import check_resources, open_run, prepare_folder, show_record
@@ -102,14 +103,15 @@ def play(config: Config, folder: Path, command: str, composed: str | None = None
         check_resources(run, stages)
         prepare_folder(run, composed)
         player = Player(run)
-        for played, record in enumerate(records, 1):
-            for stage in record.stages:
-                player.play(stage)
-            if run.ranks.is_main_process:
-                show_record(player, record)
-            if gains_no_more(player, records[:played]):
-                break
-        selection = hand_over(player, records[:played])
+        with live_report(player, records, stages, command):
+            for played, record in enumerate(records, 1):
+                for stage in record.stages:
+                    player.play(stage)
+                if run.ranks.is_main_process:
+                    show_record(player, record)
+                if gains_no_more(player, records[:played]):
+                    break
+            selection = hand_over(player, records[:played])
         return finish(player, records[:played], selection, command) if run.ranks.is_main_process else {}
 
 

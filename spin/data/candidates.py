@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from spin.config.schema import DataConfig
+from spin.data.counts import Counts, drop
 from spin.data.formats import exchanges
 from spin.data.messages import Exchange, Message
 from spin.data.prose import is_prose, is_prose_answer
@@ -19,7 +20,7 @@ from spin.runtime.tables import Rows, schema_of, write_arrow
 
 # End tokens of common chat templates, which data sets carry over, whatever tokenizer is used here.
 END_MARKS = ("</s>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>")
-VERSION = 1  # raise it when equal sources come to give other candidates
+VERSION = 2  # raise it when equal sources come to give other candidates
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,14 @@ class Candidate:
 class Candidates:
     """All candidates of a data set in the order of its records, and how many answers were read and dropped by reason.
 
-    `key` stands for what they were made from.
+    `key` stands for what they were made from; `dropped` has the text of one answer, or record, for each reason.
     """
 
     rows: Rows[Candidate]
     counts: dict[str, int]
     has_system: bool
     key: str
+    dropped: dict[str, str]
 
 
 def read_candidates(
@@ -61,18 +63,18 @@ def read_candidates(
     }
 
     def build(folder: Path) -> dict:
-        counts, notes = Counter[str](read=0), list[str]()
+        counts, notes = Counts(read=0), list[str]()
         records = said_at_times(source.read(counts), say, "data: {} records read")
         checker = _Checker(specials, config, keep_blanks, counts)
         found = exchanges(records, config, counts, renders_tools, notes.append)
         write_arrow(checker.check(found), schema_of(Candidate), folder / "candidates.arrow")
-        return {"counts": counts, "notes": notes, "has_system": checker.has_system}
+        return {"counts": counts, "dropped": counts.examples, "notes": notes, "has_system": checker.has_system}
 
     folder, facts = cached_folder(cache, "records", inputs, build, say)
     for note in facts["notes"]:
         say(note)
     rows = Rows.open(Candidate, folder / "candidates.arrow")
-    return Candidates(rows, facts["counts"], facts["has_system"], folder.name)
+    return Candidates(rows, facts["counts"], facts["has_system"], folder.name, facts["dropped"])
 
 
 class _Checker:
@@ -94,7 +96,7 @@ class _Checker:
             if reason is None and id in ids:
                 reason = "duplicate"
             if reason is not None:
-                self.counts[reason] += 1
+                drop(self.counts, reason, exchange)
                 continue
             ids.add(id)
             self.has_system |= any(turn["role"] == "system" for turn in turns)

@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from spin.config.schema import DataConfig
 from spin.data.candidates import Candidate, Candidates, hash_of, read_candidates
+from spin.data.counts import text_of
 from spin.data.messages import Exchange, Message
 from spin.data.templates import ChatTemplate, encode_exchanges, end_of_turn, special_texts, tokenizer_digest
 from spin.runtime.cache import cached_folder
@@ -47,7 +48,8 @@ class Dataset:
     """The training, held-out and validation examples, and how many exchanges were kept or dropped for which reason.
 
     `counts["read"]` is the sum of all other counts; `counts["kept"]` is the number of examples in the three sets.
-    `seen` counts the prompts that could not be held out because the model was trained on them.
+    `seen` counts the prompts that could not be held out because the model was trained on them. `dropped` has the text of
+    one dropped answer, or record, for each reason.
     """
 
     train: Rows[Example]
@@ -55,6 +57,7 @@ class Dataset:
     counts: dict[str, int]
     seen: int
     validation: Rows[Example]
+    dropped: dict[str, str] = field(default_factory=dict)
 
     @property
     def all(self) -> Rows[Example]:
@@ -198,6 +201,8 @@ def _unique_prompts(order: list[int], candidates: Candidates, counts: Counter[st
     for row in order:
         first.setdefault(prompts[row], row)
     counts["repeated prompt"] += len(order) - len(first)
+    for row in [row for row in order if first[prompts[row]] != row][:1]:
+        candidates.dropped["repeated prompt"] = text_of(Exchange(**json.loads(candidates.rows[row].exchange)))
     return list(first.values())
 
 
@@ -227,20 +232,28 @@ def _encode_and_split(
         folder, facts = cached_folder(cache, "examples", inputs, build, say)
         examples = Rows.open(Example, folder / "examples.arrow")
         in_order = examples.at(order) if chosen is None else examples
-        dataset, is_full = _split(in_order, len(order), config, Counter(counts), seen)
+        first_rows: dict[str, int] = {}
+        dataset, is_full = _split(in_order, len(order), config, Counter(counts), seen, first_rows)
         if is_full:
             break
+    dropped = {reason: candidates.rows[int(order[row])].exchange for reason, row in first_rows.items()}
+    dataset.dropped = candidates.dropped | {why: text_of(Exchange(**json.loads(row))) for why, row in dropped.items()}
     if facts["refusal"]:
         say(f"note: dropped and counted: {facts['refusal']}")
     return dataset
 
 
 def _split(
-    examples: Rows[Example], available: int, config: DataConfig, counts: Counter[str], seen: Collection[str]
+    examples: Rows[Example],
+    available: int,
+    config: DataConfig,
+    counts: Counter[str],
+    seen: Collection[str],
+    first_rows: dict[str, int],
 ) -> tuple[Dataset, bool]:
     """Take examples in order until the held-out and the training set are full, and count the rest of those `available`.
 
-    Returns the data set, and whether all sets are full.
+    Returns the data set, and whether all sets are full; `first_rows` gets the first row that was dropped for each reason.
     """
     train: list[int] = []
     apart: list[int] = []  # held out, then validation
@@ -250,10 +263,11 @@ def _split(
     is_full = False
     for row, (dropped, opening) in enumerate(zip(examples.column("dropped"), examples.column("opening"), strict=True)):
         tried += 1
+        if dropped is None and opening in openings:
+            dropped = "of a held-out prompt"
         if dropped is not None:
             counts[dropped] += 1
-        elif opening in openings:
-            counts["of a held-out prompt"] += 1
+            first_rows.setdefault(dropped, row)
         elif len(apart) < needed and opening not in seen:
             openings.add(opening)
             apart.append(row)

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
+from spin.data.counts import drop
 from spin.runtime.errors import UserError, explaining
 
 FILE_TYPES = (".jsonl", ".json", ".parquet")
@@ -138,7 +139,8 @@ def _list_items(file: BinaryIO, name: str, cut_counts: Counter[str] | None) -> L
     except EOFError as error:
         if cut_counts is None:
             raise UserError(f"{name}: not JSON ({error}); {FIX}.") from error
-        cut_counts.update({"read": 1, "truncated record": 1})
+        cut_counts["read"] += 1
+        drop(cut_counts, "truncated record", {"file": name})
         return
     scanner.position += 1
     if scanner.mark():

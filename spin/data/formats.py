@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from spin.config.schema import DataConfig
+from spin.data.counts import drop
 from spin.data.messages import (
     BROKEN,
     Exchange,
@@ -110,7 +111,8 @@ def exchanges(
         first = record if first is None else first
         name = _detect(record) if config.format == "auto" else config.format
         if name is None or FORMATS[name].missing_columns(record):
-            counts.update({"read": 1, "unknown columns": 1})
+            counts["read"] += 1
+            drop(counts, "unknown columns", record)
             continue
         formats.add(name)
         unread |= dict.fromkeys(key for key in record if record[key] is not None and key not in FORMATS[name].read)
@@ -120,7 +122,7 @@ def exchanges(
         for item in found:
             counts["read"] += 1
             if isinstance(item, str):
-                counts[item] += 1
+                drop(counts, item, record)
             else:
                 yield item
     if first is not None and not formats:

@@ -83,7 +83,7 @@ def is_done(folder: Path, config: Config) -> bool:
     record = read_record(folder)
     if record.get("status") != "done" or record.get("made_of") is None or record["made_of"] != content_hash(config):
         return False
-    results = ["game.json", "report.md"]
+    results = ["game.json", "report.md", "report.html"]
     try:
         game = json.loads((folder / "game.json").read_bytes())
         results += [iteration["policy"] for iteration in game.get("iterations", [])[-1:]]

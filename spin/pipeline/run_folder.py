@@ -30,7 +30,7 @@ from spin.runtime.process_group import ProcessGroup
 from spin.runtime.tracking import Tracker
 
 LOCK = ".lock"  # in the folder of every run
-WRITTEN = ("config.yaml", "metrics.jsonl", "game.json", "report.md", "figures", "stages.json")
+WRITTEN = ("config.yaml", "metrics.jsonl", "game.json", "report.md", "report.html", "figures", "stages.json")
 
 
 @contextmanager

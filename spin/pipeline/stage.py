@@ -107,7 +107,8 @@ class Stage(Node[Result]):
 class Player:
     """Plays stages in order, each found in the store or built, and keeps their results and artifacts.
 
-    `seconds` sums by stage name what the stages took when they were built, in this run or an earlier one.
+    `seconds` sums by stage name what the stages took when they were built, in this run or an earlier one. `on_build` is
+    called with the title of a stage before it is built, on the main process.
     """
 
     def __init__(self, run: Run):
@@ -116,6 +117,7 @@ class Player:
         self.seconds: dict[str, float] = {}
         self.peak_memory_gib = 0.0
         self.built = 0
+        self.on_build: Callable[[str], object] = lambda title: None
         self._started = time.perf_counter()
         self._results: dict[Stage, Any] = {}
 
@@ -141,6 +143,8 @@ class Player:
             run.store.refer(run.folder, [f"{stage.name}/{key_of(inputs)}"])
 
         def build(folder: Path) -> dict:
+            if run.ranks.is_main_process:
+                self.on_build(title)
             with (folder / "metrics.jsonl").open("w") as file:
 
                 def log(row: dict) -> None:

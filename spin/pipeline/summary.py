@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from spin.config.schema import Config, value_at_iteration
-from spin.evaluation.measures import differences
+from spin.evaluation.measures import HeldOut, differences
 from spin.pipeline.context import Run
 from spin.pipeline.evaluate import Evaluation
 from spin.pipeline.record import IterationRecord
@@ -18,8 +18,10 @@ from spin.pipeline.train import Train
 from spin.reporting.model_card import write_cards
 from spin.reporting.publish import publish
 from spin.reporting.report import describe_selection, write_report
+from spin.reporting.samples import sample_set
 from spin.reporting.summary import print_summary
 from spin.reporting.sweep_rows import result
+from spin.reporting.text import printable
 from spin.runtime.files import write_text
 from spin.runtime.progress import format_seconds
 
@@ -33,7 +35,7 @@ def finish(
     if run.config.stage == "game":
         remove_iterations(run.folder, len(summary["iterations"]))
     write_text(run.folder / "game.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-    page = write_report(run.folder, summary)
+    page = write_report(run.folder, summary, sample_sets(player, records))
     write_cards(run.folder, summary, run.config, run.start)
     run.store.refer(run.folder, player.references, only=True)
     print_summary(summary, run.tracker.console)
@@ -46,7 +48,7 @@ def finish(
     best = "selected" if selection else "last"
     measures = {f"{best}/{name}": value for name, value in (result(summary) | (summary["selected"] or {})).items()}
     run.tracker.close({"peak_memory_gib": player.peak_memory_gib, **measures})
-    run.say(f"report: {page}")
+    run.say(f"report: {page} and {page.with_suffix('.html').name}")
     if selection:
         path = selection.path if Path(selection.path).is_absolute() else run.folder / "best" / "policy"
         run.say(f"selected model: {path}: {describe_selection(summary['selected'])}")
@@ -85,6 +87,7 @@ def summarize(
             "held_out": len(data.held_out),
             "validation": len(data.validation),
             "counts": data.counts,
+            "dropped": {reason: printable(text) for reason, text in data.dropped.items() if reason in data.counts},
         },
         "iterations": [_iteration(player, record) for record in records if record.iteration is not None],
         "selected": asdict(selection) if selection else None,
@@ -148,6 +151,22 @@ def _differences(evaluations: Sequence[Evaluation], selection: Selection | None,
         }
         for first, last in compared
     ]
+
+
+def sample_sets(player: Player, records: Sequence[IterationRecord]) -> list[dict]:
+    """The samples of report.html: the held-out answers of all policies, and the training pairs of each iteration."""
+    policies: list[tuple[str, HeldOut, HeldOut | None]] = []
+    pairs = []
+    for record in records:
+        if record.evaluation:
+            measured, opponent = player.result(record.evaluation), record.evaluation.opponent
+            before = player.result(opponent).held_out if opponent else None
+            policies.append((measured.policy.label, measured.held_out, before))
+        if record.opponent:
+            scores, label = player.result(record.scores["opponent"]), player.result(record.opponent).label
+            held_out = HeldOut(scores.pairs, {name: values.numpy() for name, values in scores.logps.items()})
+            pairs.append(sample_set(f"Training pairs of iteration {record.iteration}", [(label, held_out, None)]))
+    return [*([sample_set("Held-out prompts", policies)] if policies else []), *pairs]
 
 
 def _samples(evaluations: Sequence[Evaluation], count: int) -> list[dict]:

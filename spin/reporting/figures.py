@@ -17,7 +17,7 @@ from spin.evaluation.measure_table import Measure, is_known, known_measures
 from spin.reporting.text import plain_number
 
 # Okabe and Ito's colours, told apart with any colour vision; one meaning each, in every figure.
-REAL, GENERATED, NEUTRAL, REFERENCE = "#0072B2", "#D55E00", "#333333", "#777777"
+REAL, GENERATED, NEUTRAL, REFERENCE, PLAIN = "#0072B2", "#D55E00", "#333333", "#777777", "#56B4E9"
 WIDTH = 7.2  # inches: 1080 pixels at 150 dpi, so that 9 point type can be read at 900 pixels
 DASHES: Any = (0, (4, 3))
 STYLE: dict[Any, Any] = {
@@ -171,7 +171,7 @@ def draw_margins(folder: Path, iterations: Sequence[dict]) -> Figure | None:
     bins = width * np.arange(math.floor(low / width), math.ceil(high / width) + 2)
     figure, grid = _iteration_panels(len(margins), 2.2, "share of prompts", sharex=True)
     for axes, (iteration, values) in zip(grid, margins.items(), strict=True):
-        axes.hist(np.clip(values, low, high), bins=list(bins), weights=_shares(values), color="#56B4E9")
+        axes.stairs(_shares(np.clip(values, low, high), bins), bins, fill=True, color=PLAIN)
         axes.axvline(0, color=NEUTRAL, linewidth=1)
         axes.axvline(np.median(values), color=GENERATED, linewidth=1.4, linestyle=DASHES)
         share, median = f"{np.mean(values > 0):.0%} above 0", f"median {np.median(values):.2f} (dashed)"
@@ -196,11 +196,11 @@ def draw_lengths(folder: Path, iterations: Sequence[dict]) -> Figure | None:
     figure, grid = _iteration_panels(len(lengths), 2.4, "share of answers", sharex=True)
     for axes, (iteration, (real, generated)) in zip(grid, lengths.items(), strict=True):
         shapes: Any = (
-            (real, {"label": "real", "color": REAL, "histtype": "stepfilled", "alpha": 0.35}),
-            (generated, {"label": "generated", "color": GENERATED, "histtype": "step", "linewidth": 1.6}),
+            (real, {"label": "real", "color": REAL, "fill": True, "alpha": 0.35}),
+            (generated, {"label": "generated", "color": GENERATED, "linewidth": 1.6}),
         )
         for values, shape in shapes:
-            axes.hist(np.minimum(values, longest), bins=list(bins), weights=_shares(values), **shape)
+            axes.stairs(_shares(np.minimum(values, longest), bins), bins, **shape)
         medians = f"median {np.median(real):.0f} real, {np.median(generated):.0f} generated"
         axes.set(title=f"iteration {iteration}\n{medians}", xlabel="length (tokens)")
     add_legend(figure, grid[0])
@@ -212,5 +212,6 @@ def _num_bins(samples: Any) -> int:
     return min(40, max(10, round(1.2 * math.sqrt(min(map(len, samples))))))
 
 
-def _shares(values: np.ndarray) -> np.ndarray:
-    return np.full(len(values), 1 / len(values))
+def _shares(values: np.ndarray, bins: np.ndarray) -> np.ndarray:
+    """The share of the values in each bin."""
+    return np.histogram(values, bins)[0] / len(values)

@@ -1,5 +1,6 @@
-"""The leaderboard of a sweep: sweep.csv, sweep.md with a figure, the table on the console, and W&B."""
+"""The leaderboard of a sweep: sweep.csv, sweep.md and sweep.html with a figure, the table on the console, and W&B."""
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,32 +11,40 @@ from rich.text import Text
 
 from spin.evaluation.measure_table import MEASURES, missing_prompts
 from spin.reporting.figures import STYLE, save_figures
+from spin.reporting.html_page import html_page
+from spin.reporting.report import conclude
 from spin.reporting.summary import measure_table
 from spin.reporting.sweep_figures import CAPTIONS, draw
 from spin.reporting.sweep_rows import Point, ranking_measures, rows_of, settings_of, sorted_by
-from spin.reporting.text import escape, markdown_table
+from spin.reporting.text import escape, inline_code, markdown_table
 from spin.runtime.errors import brief
 from spin.runtime.files import write_text
 from spin.runtime.tracking import Tracker
 
 
 def write_leaderboard(folder: Path, points: Sequence[Point], tracker: Tracker, is_new: bool = True) -> int:
-    """Write `sweep.csv`, `sweep.md` and `figures/` into the sweep's `folder`, print the table, and send it to W&B if
+    """Write `sweep.csv`, `sweep.md`, `sweep.html` and `figures/` into the sweep's `folder`, print the table, and send it to W&B if
     something was played (`is_new`). Returns how many points have no result."""
     import pandas as pd
 
     rows = rows_of(points)
     with matplotlib.rc_context(STYLE):
-        drawn = list(save_figures(folder, dict.fromkeys(CAPTIONS) | draw(rows)).values())
+        figures = draw(rows)
+        drawn = list(save_figures(folder, dict.fromkeys(CAPTIONS) | figures).values())
     flat_rows = [_flatten(row) for row in rows]
     columns = _columns(rows, flat_rows)
     table = pd.DataFrame(flat_rows, columns=columns, dtype=object)
     write_text(folder / "sweep.csv", table.to_csv(index=False))
-    write_text(folder / "sweep.md", _page(folder, rows, drawn))
+    games = _games(rows)
+    write_text(folder / "sweep.md", "\n\n".join(_parts(folder, rows, games, drawn, "report.md")) + "\n")
+    sets = [_samples(label, game["samples"]) for label, game in games.items() if game["samples"]]
+    data = {"name": folder.name, "sets": sets, "compare": [], "sortable": True}
+    page = html_page(folder.name, _parts(folder, rows, games, drawn, "report.html"), [], figures, **data)
+    write_text(folder / "sweep.html", page)
     _print(rows, tracker.console)
     if is_new:
         tracker.leaderboard(columns, [[row.get(column) for column in columns] for row in flat_rows], drawn)
-    tracker.say(f"leaderboard: {folder / 'sweep.md'}")
+    tracker.say(f"leaderboard: {folder / 'sweep.md'} and sweep.html")
     return sum(row["status"] != "done" for row in rows)
 
 
@@ -73,7 +82,25 @@ def _title(row: dict) -> str:
     return {"point": "", "mean": "mean", "start": f"start ({row.get('policy')})"}[row["kind"]]
 
 
-def _page(folder: Path, rows: Sequence[dict], drawn: Sequence[Path]) -> str:
+def _games(rows: Sequence[dict]) -> dict[str, dict]:
+    """What game.json holds of each point that is done, by the point's settings, the best one first."""
+    done = [row for row in rows if row["kind"] == "point" and row["status"] == "done"]
+    labels = [", ".join(f"{key}={row[key]}" for key in settings_of(rows)) for row in done]
+    return {
+        label: json.loads((Path(row["folder"]) / "game.json").read_bytes())
+        for label, row in zip(labels, done, strict=True)
+    }
+
+
+def _samples(label: str, samples: Sequence[dict]) -> dict:
+    """The samples of a point's game.json as a set of sweep.html."""
+    answers = [[{"text": text} for text in (sample["real"], *sample["answers"].values())] for sample in samples]
+    rows = [{"id": s["prompt"], "prompt": s["prompt"], "answers": a} for s, a in zip(samples, answers, strict=True)]
+    return {"name": label, "labels": ["human", *samples[0]["answers"]], "total": len(rows), "rows": rows}
+
+
+def _parts(folder: Path, rows: Sequence[dict], games: dict[str, dict], drawn: Sequence[Path], page: str) -> list[str]:
+    """The sweep's page in Markdown; rows have a link to the `page` of their point."""
     settings, measures = settings_of(rows), ranking_measures(rows)
     cells = []
     for row in rows:
@@ -81,11 +108,11 @@ def _page(folder: Path, rows: Sequence[dict], drawn: Sequence[Path]) -> str:
         shown = [_title(row), *(str(row.get(key, "")) for key in settings)]
         shown.append("done" if is_done else f"{row['status']}: {row['reason']}")
         shown += [measure.cell(row, " [{}, {}]") if is_done else "" for measure in measures]
-        report = (
-            f"[report](<{os.path.relpath(row['folder'], folder)}/report.md>)" if is_done and row.get("folder") else ""
-        )
+        report = f"[report](<{os.path.relpath(row['folder'], folder)}/{page}>)" if is_done and row.get("folder") else ""
         cells.append([*map(escape, shown), report])
     parts = [f"# {escape(folder.name)}"]
+    for label, game in [*games.items()][:1]:
+        parts += [f"Best of {len(games)} points: {inline_code(label)}", *conclude(game), "## Points"]
     if measures:
         has_means = any(row["kind"] == "mean" for row in rows)
         parts.append(
@@ -100,7 +127,7 @@ def _page(folder: Path, rows: Sequence[dict], drawn: Sequence[Path]) -> str:
         parts.append("*start*: the policy that self-play started from, the same for all points.")
     for path in drawn:
         parts += [f"![Measures by setting](figures/{path.name})", CAPTIONS[path.stem]]
-    return "\n\n".join(parts) + "\n"
+    return parts
 
 
 def _print(rows: Sequence[dict], console: Console) -> None:

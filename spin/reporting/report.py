@@ -1,4 +1,4 @@
-"""The report page of a finished run: tables, figures and samples, from its folder and game.json."""
+"""The report of a run: tables, figures and samples, from its folder and game.json, as Markdown and for a browser."""
 
 import json
 from collections.abc import Collection, Sequence
@@ -9,18 +9,20 @@ import matplotlib
 
 from spin.evaluation.measure_table import COMPARED, MEASURES, is_known, known_measures, missing_prompts, show
 from spin.reporting.figures import STYLE, draw_lengths, draw_logps, draw_margins, draw_measures, save_figures
+from spin.reporting.html_page import html_page
 from spin.reporting.text import code_block, escape, inline_code, markdown_table, plain_number
 from spin.runtime.files import write_text
 from spin.runtime.progress import format_seconds
 
 
-def write_report(folder: Path, game: dict) -> Path:
-    """Write `folder/report.md` and `folder/figures/*.png` and return the page's path.
+def write_report(folder: Path, game: dict, sets: Sequence[dict] = (), status: str | None = None) -> Path:
+    """Write `folder/report.html` and, unless the run goes on, `report.md` with `figures/*.png`. Returns the path of report.md.
 
     `game` is the content of game.json; the rest is read from `folder`: metrics.jsonl, `iter<t>/pairs.parquet` and
-    `iter<t>/margins.json`. A figure whose data are missing is left out, and an older one of that name removed.
+    `iter<t>/margins.json`. A figure whose data are missing is left out, and an older one of that name removed. `sets` are
+    the samples of report.html (`spin.reporting.samples`). `status` says what a run that has not ended is doing.
     """
-    iterations = game["iterations"]
+    iterations, page = game["iterations"], folder / "report.md"
     with matplotlib.rc_context(STYLE):
         figures = {
             "measures": draw_measures(game["evaluations"]),
@@ -28,18 +30,31 @@ def write_report(folder: Path, game: dict) -> Path:
             "margins": draw_margins(folder, iterations),
             "lengths": draw_lengths(folder, iterations),
         }
-        drawn = save_figures(folder, figures)
-    parts = [
-        *_head(game),
-        *_selection(game),
+        if status is None:
+            save_figures(folder, figures)
+    drawn = {name for name, figure in figures.items() if figure is not None}
+    first = [
+        f"# {escape(game['name'])}",
+        f"Self-play fine-tuning of {inline_code(game['model'])}.",
+        *([f"> **{escape(status)}**"] if status else []),
+        *conclude(game, status is None),
+    ]
+    rest = [
         *_held_out(game, drawn),
+        *_selection(game),
         *_external(game["external"]),
         *_training(drawn),
-        *_samples(game["samples"]),
+        *_iterations(game["iterations"]),
+        *_data(game["data"]),
+        *["## Command", code_block(game["command"], "sh")],
         *_cost(game),
     ]
-    page = folder / "report.md"
-    write_text(page, "\n\n".join(parts) + "\n")
+    compared = [game["differences"][0][key] for key in ("against", "policy")] if game["differences"] else [None, None]
+    compared[1] = game["selected"]["policy"] if game["selected"] else compared[1]
+    data = {"name": game["name"], "sets": sets, "compare": compared, "live": status is not None}
+    write_text(folder / "report.html", html_page(game["name"], first, rest, figures, **data))
+    if status is None:
+        write_text(page, "\n\n".join([*first, *rest, *_samples(game["samples"])]) + "\n")
     return page
 
 
@@ -57,17 +72,49 @@ def _train_rows(folder: Path) -> dict[int, list[dict]]:
 # --- sections ---------------------------------------------------------------------------------------------------------
 
 
-def _head(game: dict) -> list[str]:
-    data = game["data"]
+def conclude(game: dict, ended: bool = True) -> list[str]:
+    """The first thing to read: whether self-play helped, which policy to take, by how much, on how many prompts."""
+    has_choice = ended and bool(game["iterations"])
+    if not game["differences"]:
+        why = "there is one policy" if game["evaluations"] else "nothing was measured on held-out prompts"
+        return ["## Result", f"**Not compared**: {why}. {_take(game, None) * has_choice}"]
+    first = game["differences"][0]
+    better, worse = (any(row["verdict"] == word for row in first["measures"].values()) for word in ("better", "worse"))
+    word = ("Mixed" if worse else "Better") if better else "Worse" if worse else "No difference seen"
+    take = None if better == worse else first["policy"] if better else first["against"]
+    headline = f"{word}{' so far' * (not ended)}: {escape(first['policy'])} against {escape(first['against'])}"
+    return [
+        "## Result",
+        f"**{headline}.** {_take(game, take) * has_choice}",
+        f"{escape(verdict(first))} In brackets: 95 % bootstrap intervals over the {first['n']:,} held-out prompts.",
+        _difference_table(first),
+    ]
+
+
+def _take(game: dict, better: str | None) -> str:
+    if (selected := game["selected"]) is None:
+        hint = "`data.validation=64` selects the best policy on prompts of their own"
+        return f"**Take {escape(better)}**; {hint}." if better else f"Which policy to take is open; {hint}."
+    place = "" if Path(selected["path"]).is_absolute() else " (`best/policy`)"
+    return (
+        f"**Take {escape(selected['policy'])}**{place}: selected by {describe_selection(selected).partition('; ')[2]}."
+    )
+
+
+def _data(data: dict) -> list[str]:
+    """What was read and dropped, with an example of each reason."""
     parts = [
-        f"# {escape(game['name'])}",
-        f"Self-play fine-tuning of {inline_code(game['model'])}.",
-        code_block(game["command"], "sh"),
         "## Data",
         f"{data['train']:,} training examples, {data['held_out']:,} held out, {data['validation']:,} for validation.",
     ]
     if data["counts"]:
         parts.append(markdown_table(["", "examples"], [[escape(why), f"{n:,}"] for why, n in data["counts"].items()]))
+    for reason, text in data.get("dropped", {}).items():
+        parts += [f"### Dropped: {escape(reason)}", code_block(text)]
+    return parts
+
+
+def _iterations(iterations: Sequence[dict]) -> list[str]:
     rows = [
         [
             str(played["iter"]),
@@ -78,10 +125,10 @@ def _head(game: dict) -> list[str]:
             escape(", ".join(f"{count:,} {reason}" for reason, count in played["dropped"].items() if count) or "none"),
             inline_code(played["policy"]),
         ]
-        for played in game["iterations"]
+        for played in iterations
     ]
     header = ["iteration", "opponent", "objective", "learning rate", "pairs", "dropped", "result"]
-    return [*parts, "## Iterations", markdown_table(header, rows)]
+    return ["## Iterations", markdown_table(header, rows)]
 
 
 def _held_out(game: dict, drawn: Collection[str]) -> list[str]:
@@ -96,9 +143,8 @@ def _held_out(game: dict, drawn: Collection[str]) -> list[str]:
     parts.append("\n".join(f"- {m.title}: {m.meaning}." for m in measures))
     if missing := missing_prompts(n):
         parts.append("Left out: " + "; ".join(missing) + ".")
-    parts += [f"**{text}**" if i == 0 else text for i, text in enumerate(map(verdict, game["differences"]))]
-    if game["differences"]:
-        parts.append(_differences_table(game["differences"]))
+    for difference in game["differences"][1:]:
+        parts += [f"**{escape(verdict(difference))}**", _difference_table(difference)]
     if "measures" in drawn:
         parts += ["![Held-out measures by iteration](figures/measures.png)", MEASURES_CAPTION]
     return parts
@@ -145,14 +191,16 @@ def verdict(difference: dict) -> str:
     return f"{pair}: " + "; ".join(labels[key] + ", ".join(titles) for key, titles in measures.items() if titles) + "."
 
 
-def _differences_table(differences: Sequence[dict]) -> str:
-    measures = [measure for measure in COMPARED if any(measure.name in row["measures"] for row in differences)]
+def _difference_table(difference: dict) -> str:
     rows = []
-    for row in differences:
-        changes = [row["measures"].get(measure.name, {}) for measure in measures]
-        cells = [show(change.get("change"), change.get("interval"), ".3f") for change in changes]
-        rows.append([escape(f"{row['policy']} − {row['against']}"), f"{row['n']:,}", *cells])
-    return markdown_table(["difference", "prompts", *(measure.title for measure in measures)], rows)
+    for measure in COMPARED:
+        if (found := difference["measures"].get(measure.name)) and is_known(found["change"]):
+            values = [show(found[key], None, ".3f") for key in ("first", "last")]
+            finding = "no difference seen" if found["verdict"] == "same" else found["verdict"]
+            change = show(found["change"], found["interval"], "+.3f", " [{}, {}]")
+            rows.append([measure.title, finding, *values, change, measure.goal])
+    labels = [escape(difference[key]) for key in ("against", "policy")]
+    return markdown_table(["measure", "finding", *labels, "change", "goal"], rows)
 
 
 def _external(evaluations: Sequence[dict]) -> list[str]:
@@ -236,7 +284,7 @@ def _cost(game: dict) -> list[str]:
 
 SELECTION_NOTE = (
     "Measures on the validation prompts. Policies within one standard error of the best value count as equal; of these the "
-    "one with the lowest NLL is selected. The held-out prompts below took no part in the choice."
+    "one with the lowest NLL is selected. The held-out prompts took no part in the choice."
 )
 MEASURES_CAPTION = (
     "*By policy: `start` is the model as it was given, `sft` after fine-tuning on the human answers, a number the policy "

@@ -321,6 +321,7 @@ def test_duplicates(load):
     rows = [pair("One?", "Uno."), pair(" One? ", "Uno.\n"), pair("One?", "Eins."), pair("Two?", "")]
     found = load(rows)
     assert found.counts == {"read": 4, "kept": 2, "duplicate": 1, "empty": 1}
+    assert found.dropped == {"duplicate": "User:  One? \n\nAssistant: Uno.\n", "empty": "User: Two?\n\nAssistant: "}
     assert len({example.id for example in found.train}) == 2
     assert all(len(example.id) == 16 for example in found.train)
 
@@ -398,7 +399,11 @@ def test_format_details(load):
 def test_broken_records(load):
     rows = [pair("P", "R"), pair(None, "R"), pair("P", 3), {"other": 1}, pair("P", "\ud83d"), pair({"a": 1}, ["x"])]
     counts = {"no prompt": 2, "no answer": 1, "unknown columns": 1, "broken characters": 1}
-    assert load(rows).counts == {"read": 6, "kept": 1, **counts}
+    found = load(rows)
+    assert found.counts == {"read": 6, "kept": 1, **counts}
+    assert found.dropped.keys() == counts.keys()  # the first of each reason
+    assert found.dropped["no prompt"] == '{"prompt": null, "response": "R"}'
+    assert found.dropped["unknown columns"] == '{"other": 1}'
 
 
 # -------------------------------------------------------------------------------------------------------- sources

@@ -180,7 +180,7 @@ def test_is_done(tmp_path):
     assert not is_done(folder, config)
     stage = tmp_path / "store" / "evaluate" / "0"
     stage.mkdir(parents=True)
-    for path in (folder / "game.json", folder / "report.md", stage / "manifest.json"):
+    for path in (folder / "game.json", folder / "report.md", folder / "report.html", stage / "manifest.json"):
         path.write_text("{}")
     (folder / "stages.json").write_text(json.dumps({"store": str(tmp_path / "store"), "stages": ["evaluate/0"]}))
     record_status(folder, "playing", made_of=content_hash(config))

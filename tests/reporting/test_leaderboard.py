@@ -26,6 +26,8 @@ def game(nll: float, start: float = 2.0, **more) -> dict:
         "iterations": [{"iter": 0}],
         "external": [],
         "selected": None,
+        "differences": [],
+        "samples": [],
     }
 
 

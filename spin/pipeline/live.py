@@ -1,0 +1,42 @@
+"""The report of a game that goes on: rewritten before every stage that has to be played, and where the game stops."""
+
+import contextlib
+import functools
+import time
+from collections.abc import Iterator, Sequence
+
+from spin.pipeline.record import IterationRecord
+from spin.pipeline.stage import Player, Stage
+from spin.pipeline.summary import sample_sets, summarize
+from spin.reporting.report import write_report
+from spin.runtime.errors import user_message
+from spin.runtime.signals import Interrupted
+
+
+@contextlib.contextmanager
+def live_report(
+    player: Player, records: Sequence[IterationRecord], stages: Sequence[Stage], command: str
+) -> Iterator[None]:
+    """Keep report.html up to date while the stages are played in here; a game that ends writes its own report."""
+
+    @functools.cache
+    def results(count: int) -> tuple[dict, list[dict]]:
+        return summarize(player, records[:count], None, command), sample_sets(player, records[:count])
+
+    def write(title: str, running: bool = False) -> None:
+        count = sum(all(stage in player.artifacts for stage in record.stages) for record in records)
+        left = [f"{stage.name} of {stage.subject()}" for stage in stages if stage not in player.artifacts]
+        later = ", ".join(left[running:]) or "nothing"
+        status = f"{title}, {time.strftime('%Y-%m-%d %H:%M:%S')}. Left{' after that' * running}: {later}."
+        with contextlib.suppress(OSError):  # a full disk: the stage itself says so
+            write_report(player.run.folder, *results(count), status)
+
+    player.on_build = lambda title: write(f"Running: {title}", running=True)
+    try:
+        yield
+    except BaseException as error:
+        if player.run.ranks.is_main_process:
+            signal = error.signal.name if isinstance(error, Interrupted) else None
+            with contextlib.suppress(Exception):
+                write(f"Stopped: {signal or user_message(error) or type(error).__name__}; the same command continues")
+        raise

@@ -1,0 +1,65 @@
+"""The page that opens in a browser: one file that loads nothing, of the other page's Markdown, and of data."""
+
+import base64
+import hashlib
+import html
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from markdown_it import MarkdownIt
+from matplotlib.figure import Figure
+
+from spin.reporting.charts import chart_data
+from spin.runtime.tracking import to_json_types
+
+ASSETS = Path(__file__).parent / "assets"
+
+
+def html_page(
+    title: str, first: Sequence[str], rest: Sequence[str], figures: Mapping[str, Figure | None], **data: Any
+) -> str:
+    """The page: the Markdown parts `first`, the samples of `data["sets"]`, then the parts `rest`.
+
+    The page's script draws the figures that the parts show, by the names of their files. What data and models say is
+    escaped: in Markdown as for report.md, in data as JSON without "<". The page may run its own script only.
+    """
+    script, style, page = ((ASSETS / f"page.{kind}").read_text(encoding="utf-8") for kind in ("js", "css", "html"))
+    data["charts"] = {name: chart_data(figure) for name, figure in figures.items() if figure is not None}
+    return Template(page).substitute(
+        title=html.escape(title),
+        policy=f"default-src 'none'; img-src data:; script-src {_hash(script)}; style-src {_hash(style)}",
+        first=_render(first),
+        rest=_render(rest),
+        data=json.dumps(to_json_types(data), separators=(",", ":")).replace("<", "\\u003c"),
+        script=script,
+        style=style,
+    )
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _render(parts: Sequence[str]) -> str:
+    """The parts as HTML. Every "<" in it is the renderer's: those in texts are escaped."""
+    page = MarkdownIt("commonmark", {"html": False}).enable("table").render("\n\n".join(parts))
+    heading = ""
+
+    def with_names(match: re.Match[str]) -> str:
+        nonlocal heading
+        if match[1]:
+            heading = match[2]
+            return f'<{match[1]} id="s-{re.sub(r"[^a-z0-9]+", "-", heading.lower())}">{heading}</{match[1]}>'
+        return (
+            f'<div class="table" role="region" tabindex="0" aria-label="{heading}"><table><caption>{heading}</caption>'
+        )
+
+    page = re.sub(r"<(h[23])>(.*?)</h[23]>|<table>", with_names, page).replace("</table>", "</table></div>")
+    page = re.sub(r"<tr>\n<td>(.*?)</td>", r'<tr>\n<th scope="row">\1</th>', page).replace("<th>", '<th scope="col">')
+    page = re.sub(r"<td>(better|worse)</td>", r'<td class="\1">\1</td>', page)
+    figure = r'<figure><div class="charts" data-figure="\1"></div><figcaption>\2</figcaption></figure>'
+    return re.sub(r'<p><img src="figures/(\w+)\.png"[^>]*></p>\n<p>(.*?)</p>', figure, page, flags=re.DOTALL)

@@ -1,0 +1,50 @@
+"""The report of a game that goes on, and of one that was stopped."""
+
+import json
+
+# Before iteration 0 is trained, keep the report as it is then, and do what the test asks for.
+SPY = """
+import shutil
+from spin.pipeline.train import Train
+from spin.runtime.errors import UserError
+
+build = Train.build
+
+def spied(self, run, *rest):
+    shutil.copy(run.folder / "report.html", run.folder / "seen.html")
+    {then}
+    return build(self, run, *rest)
+
+Train.build = spied
+"""
+
+
+def data_of(page: str) -> dict:
+    return json.loads(page.split('<script type="application/json" id="data">')[1].split("</script>")[0])
+
+
+def test_report_of_a_running_game(place):
+    done = place.games.play(*place.words("iter=0"), code=SPY.format(then=""))
+    assert done.returncode == 0, done.stderr
+    folder = place.folder / "run"
+    seen, page = (folder / "seen.html").read_text(), (folder / "report.html").read_text()
+    assert "Running: iter 0: train, " in seen and "Left after that: evaluate of iter 0." in seen
+    assert data_of(seen)["live"] and [s["labels"] for s in data_of(seen)["sets"]] == [["human", "start", "sft"]]
+    assert "Running" not in page and not data_of(page)["live"]
+    sets = {found["name"]: found["labels"] for found in data_of(page)["sets"]}
+    assert sets == {
+        "Held-out prompts": ["human", "start", "sft", "iter0"],
+        "Training pairs of iteration 0": ["human", "sft"],
+    }
+    game = json.loads((folder / "game.json").read_text())
+    assert game["data"]["dropped"].keys() <= game["data"]["counts"].keys()
+
+
+def test_report_of_a_stopped_game(place):
+    stop = "raise UserError('the disk is full of <b>cats</b>')"
+    done = place.games.play(*place.words("iter=0", run="stopped"), code=SPY.format(then=stop))
+    assert done.returncode == 1 and done.stderr.endswith("error: the disk is full of <b>cats</b>\n")
+    page = (place.folder / "stopped" / "report.html").read_text()
+    assert "Stopped: the disk is full of &lt;b&gt;cats&lt;/b&gt;; the same command continues" in page
+    assert "Left: train of iter 0, evaluate of iter 0." in page
+    assert not (place.folder / "stopped" / "report.md").exists()
