@@ -52,7 +52,6 @@ def declare_game(config: Config, start: Policy) -> Iterator[IterationRecord]:
         if "start" in objective.references:
             scores["start"] = Score(t, "start", first_opponent, pairs)
         policy = train = Train(t, opponent, scores, answers[0] if "first" in objective.responses else None)
-
         measured = declare_measures(config, t, policy, measured["evaluation"])
         yield IterationRecord(t, policy, generate, scores, train, **measured)
 
@@ -94,7 +93,6 @@ def play(config: Config, folder: Path, command: str, composed: str | None = None
     """Play the game in the run's folder. Returns the summary that game.json holds and the report shows.
 
     `composed` is the configuration as YAML, written to config.yaml; `group` is the name of the sweep, if any.
-
     Raises UserError for anything that a user can fix, before long work where that can be known.
     """
     with open_run(config, folder, group) as tracker:
