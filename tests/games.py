@@ -23,7 +23,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 # One thread, no network, and no background thread of pyarrow's allocator.
-FIXED = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
+FIXED = {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "HF_XET_HIGH_PERFORMANCE": "1",  # lm_eval sets it when a test imports it
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",
+}
 READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "TORCH", "OMP_", "MKL_", "PYTHON", "MPL")
 # What a game imports, including late imports of libraries. Not wandb: the temporary folders that it makes at import
 # would be removed by the first game that ends.

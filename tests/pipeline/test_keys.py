@@ -74,6 +74,7 @@ TABLE = {
     "data.path=COPY": NOTHING,  # the examples count, not their file's name
     "data.path=SHUFFLED": NOTHING,  # nor their order in it
     "data.revision=abc": NOTHING,  # of a hub name
+    "data.config=default": NOTHING,  # the only one
     "data.splits=[train]": NOTHING,  # the only one
     "data.package='a==1'": NOTHING,  # the path wins
     "data.package_sha256=a": NOTHING,
@@ -179,6 +180,7 @@ GIVEN = {
     "data.template_options": CHAT,
     "data.generated": ["data.path=PREFERENCES", "data.format=auto"],
     "model.adapter": ["model.lora_rank=5"],
+    "data.config": ["data.path=SPLITS"],
     "data.splits": ["data.path=SPLITS"],
     "optimizer.name": ["optimizer.eps=1e-7"],
     "optimizer.betas": ADAMW,
@@ -217,8 +219,8 @@ UNTESTED = {"stage", "evaluation.against"}  # declare other stages: tests/pipeli
 def played(tmp_path_factory, games):
     place = Place(tmp_path_factory.mktemp("keys"), games)
     experts = f"model.path={model_folder('qwen3_moe', place.folder / 'experts')}"
-    for words in ([], LORA, MIXTURE, ADAMW, SPACE, CHAT, [experts]):
-        place.play(*words)
+    for number, words in enumerate(([], LORA, MIXTURE, ADAMW, SPACE, CHAT, [experts])):
+        place.play(*words, run=f"run{number}")
     return place
 
 
