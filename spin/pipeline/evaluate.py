@@ -70,7 +70,7 @@ class Evaluate(Stage[Evaluation]):
             "check": run.config.data.check,
             "embedder": _embedder_id(run.config.evaluation.embedder),
             "numerics": run.numerics,
-            **generation_inputs(run),
+            **generation_inputs(run, len(self.examples(run))),
         }
 
     def build(self, run: Run, work: Work, policy: Policy, *opponent: Evaluation) -> dict:

@@ -47,7 +47,7 @@ class Generate(Stage[Rows[Answer]]):
             "seed": run.config.seed,
             "iter": self.iteration,
             "stop_ids": sorted(run.stop_ids),
-            **generation_inputs(run),
+            **generation_inputs(run, len(run.data.train) * run.config.generation.num_answers),
         }
 
     def build(self, run: Run, work: Work, opponent: Policy) -> dict:
@@ -112,11 +112,12 @@ def answers_in_file(run: Run) -> Rows[Answer]:
     return Rows.of(Answer, answers)
 
 
-def generation_inputs(run: Run) -> dict:
-    """What decides a policy's answers to given prompts."""
+def generation_inputs(run: Run, count: int) -> dict:
+    """What decides a policy's `count` answers to given prompts, but for rounding by threads and ranks."""
     settings = run.config.generation.model_dump() | {"max_new_tokens": run.config.max_new_tokens}
-    # vLLM chooses its own batches; ours change the rounding.
-    unused = ("batch_size", "tokens") if settings["engine"] == "vllm" else ("engine",)
+    settings["shard_size"] = min(run.config.checkpoint.shard_size, count)
+    # vLLM chooses its own batches; ours, which no shard exceeds, change the rounding.
+    unused = ("batch_size", "tokens", "shard_size") if settings["engine"] == "vllm" else ("engine",)
     settings = {key: value for key, value in settings.items() if key not in (*NOT_INPUTS, *unused)}
     return {"generation": settings, "precision": run.numerics["precision"], "device": run.device.type}
 
