@@ -204,11 +204,12 @@ def draw(rows: Sequence[Row]) -> Figure:
                 x, y, half = zip(*known, strict=True) if known else ((), (), ())
                 style: dict[str, Any] = {"color": COLOURS[i], "marker": MARKERS[i], "markersize": 4, "capsize": 2}
                 axis.errorbar(x, y, half, label=title, linewidth=1.2, **style)
-            axis.set_title(title_of(name), loc="left")
-            axis.set_xticks(range(LAST + 1))
+            axis.set_title(title_of(name).replace(": distance", ":\ndistance"), loc="left")
+            axis.set_xticks(range(LAST + 1), [f"iteration {t}" for t in range(LAST + 1)])
         handles, names = axis.get_legend_handles_labels()
-        figure.supxlabel("iteration (continued SFT: as many steps as both)", fontsize=8)
-        figure.legend(handles, names, loc="outside lower center", ncols=3)
+        figure.legend(
+            handles, names, loc="outside lower center", ncols=3, title="continued SFT: as many steps as both iterations"
+        )
     return figure
 
 
