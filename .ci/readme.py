@@ -21,9 +21,7 @@ SMALL = {
     "data.template": "paper",
     "evaluation.bootstrap": "50",
 }
-RECORD = (
-    '{"messages": [{"role": "user", "content": "Name number %d."}, {"role": "assistant", "content": "It is %d!"}]}\n'
-)
+RECORD = '{"prompt": "Name number %d.", "chosen": "It is %d!", "rejected": "Number %d."}\n'
 QUESTION = '{"question_id": 1, "category": "writing", "turns": ["Write a line.", "Shorter, please."]}\n'
 
 
@@ -76,7 +74,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             (folder / "question.jsonl").write_text(QUESTION)
-            (folder / "data.jsonl").write_text("".join(RECORD % (i, i) for i in range(40)))
+            (folder / "data.jsonl").write_text("".join(RECORD % (i, i, i) for i in range(40)))
             print(f"$ {command}", flush=True)
             done = subprocess.run(shrink(command, folder), cwd=ROOT, capture_output=True, text=True, timeout=600)
             if done.returncode:
