@@ -73,21 +73,16 @@ def measure(work: str, path: Path, cache: Path, model: Path) -> tuple[int, float
 
 
 def reading_table(records: int, folder: Path, model: Path) -> None:
-    print("| records | reader | first, s | µs a record | peak, GiB | second, s | first / second | peak, GiB |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    print("| reader, records | first, s | µs a record | peak, GiB | second, s | first / second | peak, GiB |")
+    print("|---|---|---|---|---|---|---|")
     for factor in (1, 2, 4):
         path = folder / f"{factor}.jsonl"
         write_records(path, factor * records)
         for name, work in (("spin", OURS), ("datasets", DATASETS)):
             first, second = (measure(work, path, folder / f"{name}-{factor}", model) for _ in range(2))
-            cells = [
-                f"{factor * records:,}",
-                name,
-                f"{first[1]:.1f}",
-                f"{first[1] / first[0] * 1e6:.0f}",
-                f"{first[2]:.2f}",
-            ]
-            cells += [f"{second[1]:.2f}", f"{first[1] / second[1]:.0f}", f"{second[2]:.2f}"]
+            per_record, ratio = first[1] / first[0] * 1e6, first[1] / second[1]
+            cells = [f"{name}, {factor * records:,}", f"{first[1]:.1f}", f"{per_record:.0f}", f"{first[2]:.2f}"]
+            cells += [f"{second[1]:.2f}", f"{ratio:.1f}", f"{second[2]:.2f}"]
             print(f"| {' | '.join(cells)} |", flush=True)
         path.unlink()
 
@@ -104,7 +99,7 @@ def game_table(pairs: int, folder: Path) -> None:
     words += f"iter=0 generation.max_new_tokens=8 generation.batch_size=512 generation.tokens=65536 schedule.epochs={64 / pairs} "
     words += f"schedule.sft_epochs=0 data.max_response_length=64 store.path={folder}/store cache.path={folder}/cache "
     words += f"hydra.run.dir={folder}/run checkpoint.shard_size=4096 tracking.wandb=disabled"
-    print("| game | seconds | peak, GiB |\n| --- | --- | --- |")
+    print("| game | seconds | peak, GiB |\n|---|---|---|")
     for name in ("played", "again, finished"):
         started = time.perf_counter()
         with subprocess.Popen([sys.executable, "run.py", *words.split()], cwd=ROOT, stdout=subprocess.DEVNULL) as game:

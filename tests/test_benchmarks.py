@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import broken_answers, overhead
+from spin.models.tiny import make_tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {path.name for path in (ROOT / "benchmarks").glob("*.py")} - {"__init__.py", "workload.py"}
@@ -110,6 +111,15 @@ def test_stopwatch_counts_each_moment_once():
 def test_broken_answers(tmp_path):
     rows = table(tmp_path, "broken_answers.py", *smoke(tmp_path), f"store.path={tmp_path}/store")
     assert list(rows) == ["the policy's answers", *broken_answers.break_answers(["a"], ["a"])]
+
+
+@pytest.mark.slow
+def test_data(tmp_path):
+    make_tiny_model(tmp_path / "tiny")
+    rows = table(tmp_path, "data.py", "--records", "20", "--tokenizer", str(tmp_path / "tiny"))
+    assert list(rows) == [f"{reader}, {count}" for count in (20, 40, 80) for reader in ("spin", "datasets")]
+    rows = table(tmp_path, "data.py", "--records", "0", "--pairs", "40")
+    assert list(rows) == ["played", "again, finished"] and rows["again, finished"][0] < rows["played"][0]
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ READ_BY = {
 }
 # Settings that change no result of a game, except how far it is played.
 NO_RESULT = re.compile(
-    r"name|(model|data)\.name|iter|schedule\.(iterations|patience)|plan|stage|(store|cache)\.path|(tracking|publish|hydra)\b.*|checkpoint\.(minutes|steps)"
+    r"name|(model|data)\.name|model\.merge|iter|schedule\.(iterations|patience)|plan|stage|(store|cache)\.path|(tracking|publish|hydra)\b.*|checkpoint\.(minutes|steps)"
     r"|engine\.(device|gradient_checkpointing|zero_stage|offload_optimizer)|evaluation\.judge_timeout"
     r"|generation\.(python|tensor_parallel|data_parallel|gpu_memory)"
 )

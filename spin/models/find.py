@@ -87,10 +87,11 @@ def fresh_adapter(start: Policy, lora: adapters.Lora, seed: int, config: ModelCo
 
 
 def _local_folder(path: str) -> Path | None:
-    # A name that is too long, or no such user's home.
-    with explaining(f"model.path={brief(path, 300)}: cannot be read", catch=(OSError, RuntimeError)):
+    try:
         folder = Path(path).expanduser()
         return folder if folder.is_dir() else None
+    except (OSError, RuntimeError) as error:  # a name that is too long, or no such user's home
+        raise UserError(f"model.path={brief(path, 300)}: cannot be read ({brief(error)}).") from error
 
 
 def _download(path: str, revision: str | None) -> Path:

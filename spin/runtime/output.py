@@ -32,6 +32,8 @@ class Printer(io.TextIOWrapper):
     """A standard stream that hides secrets, prints "?" for characters that its encoding lacks, and is silent where the
     terminal or the pipe's reader (`| head`) is gone."""
 
+    replaced: io.TextIOBase
+
     def write(self, text: str) -> int:
         self._attempt(super().write, hide(text))
         self.flush()
@@ -54,4 +56,6 @@ def open_streams() -> None:
             sys.__dict__[name] = sys.__dict__[f"__{name}__"] = open(os.devnull, mode)  # noqa: SIM115
         stream = getattr(sys, name)
         if mode == "w" and not isinstance(stream, Printer) and hasattr(stream, "buffer"):  # not a notebook's
-            setattr(sys, name, Printer(stream.buffer, stream.encoding, "replace"))
+            printer = Printer(stream.buffer, stream.encoding, "replace")
+            printer.replaced = stream  # which would close the buffer when nothing refers to it
+            setattr(sys, name, printer)

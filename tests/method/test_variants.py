@@ -142,7 +142,7 @@ def ragged(count: int, seed: int) -> list[Continuations]:
 def test_pairs_of_a_prompt_are_one_item():
     items = ragged(7, seed=3)
     pairs = answers_of(items)
-    assert to_continuations(pairs) == items
+    assert list(to_continuations(pairs)) == items
     counts = [len(group) for group in group_by_prompt(pairs)]
     assert counts == [1, 2, 3, 1, 2, 3, 1]
     values = torch.arange(float(sum(counts) + len(counts)))

@@ -306,7 +306,7 @@ def test_adamw_padded_checkpointing(played):
 def test_evaluate_a_policy(played):
     words = ["stage=evaluate", f"model.path={played.folder}/run/iter1/policy"]
     refused = played.play(*words, status=1)
-    assert "holds a game, which stage=evaluate would overwrite" in refused.stderr
+    assert "run holds another game (" in refused.stderr and "stage=game, not evaluate" in refused.stderr
     done = played.play(*words, run="measured")
     shown = json.loads((played.folder / "measured" / "game.json").read_text())
     game = json.loads((played.folder / "run" / "game.json").read_text())

@@ -78,7 +78,7 @@ def test_public_and_merged(place, hub):
 
 @pytest.mark.skipif(get_token() is not None, reason="this user is logged in")
 def test_without_a_token_nothing_is_played(place, tmp_path):
-    done = place.play("publish.hub=me/x", f"store.path={tmp_path}/store", status=1)
+    done = place.play("publish.hub=me/x", f"store.path={tmp_path}/store", run="none", status=1)
     assert done.stderr == (
         "error: publish.hub=me/x: there is no token for the Hugging Face hub: run `hf auth login`, or set HF_TOKEN.\n"
     )
