@@ -26,7 +26,7 @@ WORDS = "the a city tree story river market old new small why how what tell writ
 OURS = """
 from spin.config.schema import DataConfig
 from spin.data.examples import load_dataset
-config = DataConfig.from_defaults(path=str(path), held_out=64, max_length=4096, max_prompt_length=2048)
+config = DataConfig.from_defaults(path=str(path), held_out=8, max_length=4096, max_prompt_length=2048)
 data = load_dataset(config, tokenizer, {tokenizer.eos_token_id}, 0, cache)
 count, digest = len(data.train), data.train.digest
 """

@@ -494,7 +494,7 @@ class RawServer:
         threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
 
     def judge(self, retries):
-        return ApiJudge(f"http://127.0.0.1:{self.server.server_address[1]}/v1", "m", 0.5, retries)
+        return ApiJudge(f"http://127.0.0.1:{self.server.server_address[1]}/v1", "m", 2, retries)
 
 
 @pytest.fixture
@@ -520,7 +520,7 @@ def test_bad_reply_is_no_verdict(misbehaving, name):
     assert judge(QUESTION) == "[[1]]"
     started = time.monotonic()
     assert judge(QUESTION) == ""
-    assert time.monotonic() - started < 20  # 0.5 s on an idle machine
+    assert time.monotonic() - started < 20  # 2 s on an idle machine
     assert judge(QUESTION) == "[[1]]" and server.requests == 3
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 * 1024
 
