@@ -181,7 +181,9 @@ def bounded_client(timeout: float) -> Any:
             headers = {name: value for name, value in response.headers.items() if not name.endswith("-encoding")}
             return httpx.Response(response.status_code, headers=headers, content=body, request=request)
 
-    return Client(timeout=timeout, headers={"Accept-Encoding": "identity"})
+    # A kept connection, which the server may close at any time, would fail the next request.
+    limits = httpx.Limits(max_keepalive_connections=0)
+    return Client(timeout=timeout, headers={"Accept-Encoding": "identity"}, limits=limits)
 
 
 def compare(
