@@ -11,6 +11,7 @@ import os
 import random
 import shutil
 import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -30,7 +31,9 @@ from spin.runtime.store import Store
 from spin.runtime.tables import write_arrow
 from tests.games import Games, Place
 
-pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("cc") is None, reason="needs Linux and a C compiler"
+)
 ALL = ",write,fsync,truncate,rename,link,mkdir,remove,chmod,utime,close,open,"
 FAULTS = {  # kinds of calls, errno, whether all later calls fail as well
     "full": (",write,rename,link,mkdir,open,fsync,close,", errno.ENOSPC, True),
