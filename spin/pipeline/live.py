@@ -19,7 +19,7 @@ def live_report(
 ) -> Iterator[None]:
     """Keep report.html up to date while the stages are played in here; a game that ends writes its own report."""
 
-    @functools.cache
+    @functools.lru_cache(maxsize=1)
     def results(count: int) -> tuple[dict, list[dict]]:
         return summarize(player, records[:count], None, command), sample_sets(player, records[:count])
 

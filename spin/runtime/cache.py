@@ -35,7 +35,8 @@ def cached_folder(cache: Path, name: str, inputs: dict, build: Callable[[Path], 
         if folder.is_dir():
             try:
                 facts = verify_artifact(folder)["facts"]
-                os.utime(folder)  # time of last use
+                with suppress(OSError):  # another user's
+                    os.utime(folder)  # time of last use
                 return folder, facts
             except CorruptArtifact as damage:
                 say(f"{folder}: {damage}: it is made again")

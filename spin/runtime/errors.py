@@ -24,6 +24,7 @@ LOST_PEER = {
     "DistStoreError": r"wait timeout|timed out",
 }
 OUT_OF_MEMORY = r"can't allocate memory|cannot allocate memory|out of memory"
+DISK_ERRORS = (errno.EIO, errno.ESTALE, errno.EXDEV, errno.ENODEV, errno.EBUSY)
 TRY_AGAIN = "then run the same command again: it continues from what is finished."
 
 
@@ -46,6 +47,11 @@ def user_message(error: BaseException) -> str | None:
     if number in (errno.EACCES, errno.EROFS, errno.EEXIST, errno.ENOTDIR) and getattr(error, "filename", None):
         reason = str(getattr(error, "strerror", "")).lower()
         return f"{getattr(error, 'filename', '')}: {reason}; set another store.path, cache.path or hydra.run.dir."
+    if number in DISK_ERRORS or (isinstance(error, OSError) and text == "error closing file"):  # the text is Arrow's
+        reason = brief(text.partition("] ")[2] or text)
+        return (
+            f"the disk fails ({reason}): mend it, or set another store.path, cache.path or hydra.run.dir, {TRY_AGAIN}"
+        )
     if number in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):
         return "the disk has no file locks (flock): set store.path, cache.path and hydra.run.dir to one that has."
     is_runtime_error = isinstance(error, RuntimeError)

@@ -34,12 +34,10 @@ def hold_lock(path: Path, reason: str, say: Callable[[str], None]) -> Iterator[N
 
 def write_text(path: Path, text: str) -> None:
     """Write a file atomically: a reader sees the old text or the new one. Secrets are hidden."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with beside.open("w", encoding="utf-8") as file:
+    with _replacing(path) as beside, beside.open("w", encoding="utf-8") as file:
         file.write(hide(text))
         file.flush()
         os.fsync(file.fileno())
-    beside.replace(path)
 
 
 def link_tree(source: Path | None, target: Path) -> None:
@@ -85,7 +83,19 @@ def _replace(source: Path, target: Path, make: Callable[[Path, Path], object]) -
         old, new = target.stat(), source.stat()
         if (old.st_size, old.st_mtime_ns) == (new.st_size, new.st_mtime_ns):
             return
+    with _replacing(target) as beside:
+        make(source, beside)
+
+
+@contextlib.contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """Yield a path beside `target`. What the block writes there replaces `target`; if anything fails, it is removed."""
     beside = target.with_name(f".{target.name}.{os.getpid()}")
     beside.unlink(missing_ok=True)
-    make(source, beside)
-    beside.replace(target)
+    try:
+        yield beside
+        beside.replace(target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise

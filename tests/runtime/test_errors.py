@@ -78,6 +78,13 @@ def test_permission_denied_names_the_file():
     assert user_message(PermissionError(errno.EACCES, "Permission denied")) is None
 
 
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EXDEV])
+def test_failing_disk(number):
+    line = user_message(OSError(number, os.strerror(number), "/store/a"))
+    assert line.startswith(f"the disk fails ({os.strerror(number)}: '/store/a'): ")
+    assert user_message(OSError("error closing file")).startswith("the disk fails (error closing file)")
+
+
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
 def test_disk_without_locks(number, tmp_path, monkeypatch):
     """As on some NFS mounts: flock fails, and nobody waits for it."""
