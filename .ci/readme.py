@@ -1,10 +1,12 @@
 """Run every `run.py` command in the README and docs with the same groups and keys, on a tiny model and tiny data."""
 
+import os
 import re
 import shlex
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,20 +68,30 @@ def shrink(command: str, folder: Path) -> list[str]:
     return [*start, "run.py", *flags, *(f"{key}={value}" for key, value in settings.items())]
 
 
+def run(command: str) -> str:
+    """Run a command in a folder of its own, with one thread. Returns its line; ends the program if it fails."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "question.jsonl").write_text(QUESTION)
+        (folder / "data.jsonl").write_text("".join(RECORD % (i, i, i) for i in range(40)))
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        words = shrink(command, folder)
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=600, env=env)
+        if done.returncode:
+            sys.exit(f"{shlex.join(done.args)}\n{done.stdout}\n{done.stderr}\nexit status {done.returncode}")
+        return f"$ {command}\n  ok: " + (done.stdout.strip().splitlines() or ["(no output)"])[-1]
+
+
 def main() -> None:
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     unique = list(dict.fromkeys(command for page in pages for command in commands(page.read_text())))
     assert unique, "README and docs have no command"
-    for command in unique:
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            (folder / "question.jsonl").write_text(QUESTION)
-            (folder / "data.jsonl").write_text("".join(RECORD % (i, i, i) for i in range(40)))
-            print(f"$ {command}", flush=True)
-            done = subprocess.run(shrink(command, folder), cwd=ROOT, capture_output=True, text=True, timeout=600)
-            if done.returncode:
-                sys.exit(f"{shlex.join(done.args)}\n{done.stdout}\n{done.stderr}\nexit status {done.returncode}")
-            print("  ok: " + (done.stdout.strip().splitlines() or ["(no output)"])[-1], flush=True)
+    pool = ThreadPoolExecutor(2)
+    try:
+        for line in pool.map(run, unique):
+            print(line, flush=True)
+    finally:
+        pool.shutdown(cancel_futures=True)  # of those that wait when one has failed
     print(f"{len(unique)} passed, 0 failed")
 
 
