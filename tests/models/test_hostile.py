@@ -124,8 +124,8 @@ def test_changed_values(tmp_path, name, file):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "file"), EVERY)
 def test_many_changed_values(tmp_path, name, file):
-    lines = explore(name, file, 150, tmp_path, seed=1)
-    assert len([line for line in lines if line]) > 20 or file == "generation_config.json"
+    lines = explore(name, file, 40, tmp_path, seed=1)
+    assert len([line for line in lines if line]) > 5 or file == "generation_config.json"
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_games(place, name, file):
     """Whole games: exit status 0, or 1 with one line."""
     folder = model_folder(name, place.folder / "model")
     document = json.loads((folder / file).read_text())
-    for number, (path, value) in enumerate(changes(document, random.Random(file), 12)):
+    for number, (path, value) in enumerate(changes(document, random.Random(file), 4)):
         (folder / file).write_text(json.dumps(changed(document, path, value)))
         words = place.words(f"model.path={folder}", "iter=0", "schedule.sft_epochs=0", run=f"run{number}")
         done = place.games.play(*words)
