@@ -122,5 +122,5 @@ def test_interrupting_the_kernel_keeps_what_was_computed(tmp_path):
     game.send_signal(signal.SIGINT)
     out = game.communicate(timeout=250)[0].decode()
     assert game.returncode == 0 and "interrupted" in out, out
-    assert "saved the training state at step" in out and "resuming, training up to step" in out
+    assert "resuming, training up to step" in out, out
     assert out.strip().endswith("['sft', 'iter0']")
