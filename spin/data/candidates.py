@@ -15,7 +15,7 @@ from spin.data.messages import Exchange, Message
 from spin.data.prose import is_prose, is_prose_answer
 from spin.data.sources import find_source
 from spin.runtime.cache import cached_folder
-from spin.runtime.progress import said_at_times
+from spin.runtime.progress import with_progress_lines
 from spin.runtime.tables import Rows, schema_of, write_arrow
 
 # End tokens of common chat templates, which data sets carry over, whatever tokenizer is used here.
@@ -64,10 +64,10 @@ def read_candidates(
 
     def build(folder: Path) -> dict:
         counts, notes = Counts(read=0), list[str]()
-        records = said_at_times(source.read(counts), say, "data: {} records read")
+        records = with_progress_lines(source.read(counts), say, "data: {} records read")
         checker = _Checker(specials, config, keep_blanks, counts)
-        found = exchanges(records, config, counts, renders_tools, notes.append)
-        write_arrow(checker.check(found), schema_of(Candidate), folder / "candidates.arrow")
+        answers = exchanges(records, config, counts, renders_tools, notes.append)
+        write_arrow(checker.check(answers), schema_of(Candidate), folder / "candidates.arrow")
         return {"counts": counts, "dropped": counts.examples, "notes": notes, "has_system": checker.has_system}
 
     folder, facts = cached_folder(cache, "records", inputs, build, say)
@@ -84,10 +84,10 @@ class _Checker:
         self.specials, self.config, self.keep_blanks, self.counts = specials, config, keep_blanks, counts
         self.has_system = False
 
-    def check(self, found: Iterable[Exchange]) -> Iterator[dict]:
+    def check(self, answers: Iterable[Exchange]) -> Iterator[dict]:
         """Yield the rows of the sound exchanges."""
         ids: set[str] = set()
-        for exchange in found:
+        for exchange in answers:
             exchange, reason = self._checked(exchange)
             turns = exchange.messages
             tools = [exchange.tools] if exchange.tools else []

@@ -17,7 +17,7 @@ from spin.data.messages import Exchange, Message
 from spin.data.templates import ChatTemplate, encode_exchanges, end_of_turn, special_texts, tokenizer_digest
 from spin.runtime.cache import cached_folder
 from spin.runtime.errors import UserError
-from spin.runtime.progress import said_at_times
+from spin.runtime.progress import with_progress_lines
 from spin.runtime.random import seed_of
 from spin.runtime.tables import Rows, schema_of, write_arrow
 
@@ -218,23 +218,23 @@ def _encode_and_split(
 ) -> Dataset:
     """Encode all candidates, once for all seeds; or only the first ones in this order if far fewer are needed."""
     config = encoding.config
-    few = 2 * (config.held_out + config.validation + (config.size or len(order))) + BLOCK
+    needed = config.held_out + config.validation + (config.size or len(order))
+    few = 2 * needed + BLOCK
     for chosen in [order[:few], None] if 4 * few < len(order) else [None]:
         rows = candidates.rows if chosen is None else candidates.rows.at(chosen)
         subset = None if chosen is None else [seed, len(chosen), config.filter]
         inputs = {"candidates": candidates.key, "subset": subset, **encoding.inputs}
 
         def build(folder: Path, rows: Rows[Candidate] = rows) -> dict:
-            encoded = said_at_times(encoding.encode(rows), say, f"data: {{}} of {len(rows)} answers tokenised")
+            encoded = with_progress_lines(encoding.encode(rows), say, f"data: {{}} of {len(rows)} answers tokenised")
             write_arrow(encoded, ENCODED, folder / "examples.arrow")
             return {"refusal": encoding.chat.refusal if encoding.chat else ""}
 
         folder, facts = cached_folder(cache, "examples", inputs, build, say)
         examples = Rows.open(Example, folder / "examples.arrow")
         in_order = examples.at(order) if chosen is None else examples
-        first_rows: dict[str, int] = {}
-        dataset, is_full = _split(in_order, len(order), config, Counter(counts), seen, first_rows)
-        if is_full:
+        dataset, first_rows = _split(in_order, len(order), config, Counter(counts), seen)
+        if dataset.counts["kept"] == needed:
             break
     dropped = {reason: candidates.rows[int(order[row])].exchange for reason, row in first_rows.items()}
     dataset.dropped = candidates.dropped | {why: text_of(Exchange(**json.loads(row))) for why, row in dropped.items()}
@@ -244,23 +244,18 @@ def _encode_and_split(
 
 
 def _split(
-    examples: Rows[Example],
-    available: int,
-    config: DataConfig,
-    counts: Counter[str],
-    seen: Collection[str],
-    first_rows: dict[str, int],
-) -> tuple[Dataset, bool]:
+    examples: Rows[Example], available: int, config: DataConfig, counts: Counter[str], seen: Collection[str]
+) -> tuple[Dataset, dict[str, int]]:
     """Take examples in order until the held-out and the training set are full, and count the rest of those `available`.
 
-    Returns the data set, and whether all sets are full; `first_rows` gets the first row that was dropped for each reason.
+    Returns the data set, and the first row that was dropped for each reason.
     """
+    first_rows: dict[str, int] = {}
     train: list[int] = []
     apart: list[int] = []  # held out, then validation
     openings: set[str] = set()
     needed = config.held_out + config.validation
     tried = trained_before = 0
-    is_full = False
     for row, (dropped, opening) in enumerate(zip(examples.column("dropped"), examples.column("opening"), strict=True)):
         tried += 1
         if dropped is None and opening in openings:
@@ -277,11 +272,11 @@ def _split(
                 counts["trained on before"] += 1
             else:
                 train.append(row)
-        if is_full := len(train) == config.size and len(apart) == needed:
+        if len(train) == config.size and len(apart) == needed:
             break
     counts["not needed"] = available - tried
     counts["kept"] = len(train) + len(apart)
     kept_counts = {reason: count for reason, count in counts.items() if count or reason in ("read", "kept")}
     chosen = [np.array(rows, np.int64) for rows in (train, apart[: config.held_out], apart[config.held_out :])]
     taken, held_out, validation = map(examples.at, chosen)
-    return Dataset(taken, held_out, kept_counts, trained_before, validation), is_full
+    return Dataset(taken, held_out, kept_counts, trained_before, validation), first_rows

@@ -112,9 +112,9 @@ def _folder(path: Path, name: str, config: DataConfig) -> Source:
     with explaining(f"{name}: no data set that can be read", advice):
         configuration = _configuration(place, name, config, datasets.get_dataset_config_names(place))
         with tempfile.TemporaryDirectory() as unused:
-            found = datasets.load_dataset_builder(place, configuration, cache_dir=unused).config.data_files or {}
+            data_files = datasets.load_dataset_builder(place, configuration, cache_dir=unused).config.data_files or {}
     splits = _select(
-        {str(split): [Path(file) for file in files] for split, files in found.items()}, config.splits, name
+        {str(split): [Path(file) for file in files] for split, files in data_files.items()}, config.splits, name
     )
     files = [file for split in splits.values() for file in split]
     if all(file.suffix.lower() in FILE_TYPES for file in files):

@@ -13,8 +13,8 @@ LINE_EVERY = 10.0  # seconds between two progress lines where there is no termin
 Item = TypeVar("Item")
 
 
-def said_at_times(items: Iterable[Item], say: Callable[[str], None], text: str) -> Iterator[Item]:
-    """Yield the items, and `say` now and then how many there were: `text` with the number in it."""
+def with_progress_lines(items: Iterable[Item], say: Callable[[str], None], text: str) -> Iterator[Item]:
+    """Yield the items, and every LINE_EVERY seconds `say` the `text` with the number of items so far."""
     shown = time.monotonic()
     for number, item in enumerate(items, 1):
         yield item
