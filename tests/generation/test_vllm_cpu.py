@@ -86,6 +86,23 @@ def test_greedy(smollm2, tmp_path):
     assert len(answers) >= 32 and answers == ours(run.start, run.data.train, 24, run.stop_ids)
 
 
+def test_greedy_bf16(smollm2, tmp_path):
+    """Prints (pytest -s) how many answers are equal where both round, and where the others first differ."""
+    run = smollm2
+    arguments = (run.tokenizer, run.data.train, 1, GREEDY, 24, run.stop_ids, 0)
+    theirs = ids(generate_with_vllm(run.start, torch.bfloat16, tmp_path, *arguments))
+    own = ours(run.start, run.data.train, 24, run.stop_ids, torch.bfloat16)
+    first = sorted(
+        next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+        for one, other in zip(theirs, own, strict=True)
+        if one != other
+    )
+    print(
+        f"\nbf16: {len(own) - len(first)} of {len(own)} answers are equal; the others first differ after {first} tokens"
+    )
+    assert len(first) < len(own)
+
+
 def test_sampled(smollm2, tmp_path):
     """The negative log-prob of each token less its expectation, the entropy, has mean 0 and a known variance."""
     run, model = smollm2, load_policy(smollm2.start, torch.float32, CPU)
