@@ -181,7 +181,7 @@ def test_engine_decides_the_keys_of_answers_alone(tmp_path):
 
     def inputs(**settings):
         run.config = smoke.model_copy(update={"generation": GenerationConfig.from_defaults(**settings)})
-        return generation_inputs(run), training_inputs(run, run.start), run.numerics
+        return generation_inputs(run, 4), training_inputs(run, run.start), run.numerics
 
     ours, vllm = inputs(), inputs(engine="vllm")
     assert ours[1:] == vllm[1:]
