@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from spin.runtime.errors import OUT_OF_MEMORY, UserError, brief, explaining, user_message
-from spin.runtime.signals import SIGNALS
+from spin.runtime.signals import SIGNALS, deferred
 
 SECONDS, MEMORY = 10.0, 3 * 2**29  # of processor time, and bytes beyond those of this process
 WAIT = 60  # times `seconds`, for a child that waits instead of computing
@@ -72,9 +72,10 @@ class Bounded:
 
     def _start(self) -> None:
         self.pipe, there = Pipe()
-        self.owner, self.child = os.getpid(), os.fork()
-        if self.child == 0:
-            self._serve(there)
+        with deferred():  # an exception within a hook of fork could leave logging locked
+            self.owner, self.child = os.getpid(), os.fork()
+            if self.child == 0:
+                self._serve(there)
         there.close()
 
     def _serve(self, pipe: Connection) -> NoReturn:

@@ -4,9 +4,11 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 SCHEDULERS = (signal.SIGUSR1, signal.SIGUSR2)  # SLURM sends them shortly before the time limit
@@ -32,6 +34,7 @@ def install_handlers() -> None:
     """
     global _depth, _waiting, _raised
     _depth = _waiting = _raised = 0
+    sys.unraisablehook = _raise_again
     if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
         for number in SIGNALS:
             before = signal.getsignal(number)
@@ -110,3 +113,13 @@ def _handle(number: int, frame: object) -> None:
         _waiting = number
     else:
         raise_signal(number)
+
+
+def _raise_again(unraisable: Any) -> None:
+    """Repeat a signal whose `Interrupted` was raised within a finaliser or a hook of fork, where Python drops it."""
+    global _raised
+    if isinstance(unraisable.exc_value, Interrupted):
+        _raised = 0
+        threading.Timer(0.01, os.kill, (os.getpid(), unraisable.exc_value.signal)).start()
+    else:
+        sys.__unraisablehook__(unraisable)
