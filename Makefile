@@ -22,7 +22,7 @@ bench: .venv/dev.stamp
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/generation.py
 	$(BIN)/python benchmarks/growth.py
-	$(BIN)/python benchmarks/gpu.py
+	$(BIN)/python benchmarks/gpu.py --minutes 25
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/broken_answers.py
 	$(BIN)/python benchmarks/sweep.py

@@ -1,23 +1,28 @@
-"""The paper's step on one GPU: 64 pairs of UltraChat-like lengths through a Mistral-7B architecture with random weights.
+"""The paper's step on one GPU, in several ways: 64 pairs of UltraChat-like lengths, a Mistral-7B architecture with random weights.
 
-    python benchmarks/gpu.py                           on the GPU, or as with --small if there is none
+    python benchmarks/gpu.py --minutes 25              on the GPU, or as with --small if there is none
     python benchmarks/gpu.py --small                   a tiny model on the CPU: checks that the script runs
+    python benchmarks/gpu.py --only training compile   some of the parts; --list names all
 
 The paper reports 6.69 s to generate and 10 s to train for 64 examples on eight A100-80G (section 6.1). Here: full fine-tuning
 with fp32-exact master weights, RMSprop with bf16 states, gradient checkpointing, the whole batch in one packed pass. The
-targets on one 80 GB GPU are 10 s to train, at 45 % of the GPU's peak.
+targets on one 80 GB GPU are 8 s to train, at 45 % of the GPU's peak.
 
-Prints a markdown table: seconds, peak memory, and the useful FLOPs as a share of the peak rate of a large product,
-measured in the same run.
+Each part runs in a process of its own, with its output in <logs>/<part>.log; no part needs a network. A part that fails or
+finds no time left is skipped, and the reason is printed. Prints a markdown table: seconds, peak memory, and the useful FLOPs
+as a share of the peak rate of a large product, measured in the same process.
 """
 
 import argparse
+import functools
+import json
 import random
 import shlex
 import statistics
+import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,76 +34,232 @@ from benchmarks.training import useful_flops
 # Medians in tokens of UltraChat's first rounds: prompt, answer. The opponent's answers end at 256.
 PROMPT, ANSWER, NEW = 100, 300, 256
 SMALL_DIVISOR = 16  # of all lengths with --small
+# What each part measures, and the settings in which it differs from the first training.
+PARTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "device-tests": ("tests", {}),
+    "training": ("training", {}),
+    "generation": ("generation", {}),
+    "scoring": ("scoring", {}),
+    "compile": ("training", {"engine": {"compile": True}}),
+    "triton-attention": ("training", {"kernel": {"BACKEND": "TRITON"}}),
+    "fa4-attention": ("training", {"kernel": {"BACKEND": "FLASH"}}),
+    "full-blocks": ("training", {"full_blocks": True}),
+    "head-of-2048": ("training", {"engine": {"head_chunk": 2048}}),
+    "head-at-once": ("training", {"engine": {"head_chunk": 10**6}}),
+    "8-bit-states": ("training", {"optimizer": {"name": "rmsprop8bit", "states": "fp32"}}),
+    "no-checkpointing": ("training", {"engine": {"gradient_checkpointing": False, "tokens_per_batch": 8192}}),
+    "vllm": ("vllm", {}),
+    "default-game": ("game", {}),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=25, help="time for all parts")
+    parser.add_argument("--only", nargs="+", metavar="PART", choices=PARTS, default=list(PARTS), help="these parts")
+    parser.add_argument("--list", action="store_true", help="name the parts and end")
     parser.add_argument("--small", action="store_true", help="a tiny model and short answers")
     parser.add_argument("--pairs", type=int, default=64)
     parser.add_argument("--steps", type=int, default=4, help="training steps; the first is not counted")
+    parser.add_argument("--logs", type=Path, default=workload.ROOT / "outputs" / "benchmarks" / "gpu")
+    parser.add_argument("--vllm", default=sys.executable, help="a Python that has vLLM")
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.list:
+        print("\n".join(PARTS))
+        return
     import torch
 
-    small = options.small or not torch.cuda.is_available()
+    options.small = options.small or not torch.cuda.is_available()
+    device = torch.device("cpu" if options.small else "cuda")
+    if options.part:
+        print(json.dumps(measure(options, device)))
+        return
+    options.logs.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + 60 * options.minutes
     with tempfile.TemporaryDirectory() as folder:
-        rows = measure(Path(folder), torch.device("cpu" if small else "cuda"), options.pairs, options.steps, small)
-    name = "a tiny model on the CPU, which only checks that the script runs" if small else torch.cuda.get_device_name()
+        make_model(Path(folder) / "model", device, options.small)
+        results = {part: run_part(part, options, Path(folder), end) for part in options.only}
+    name = (
+        "a tiny model on the CPU, which only checks that the script runs"
+        if options.small
+        else torch.cuda.get_device_name()
+    )
     print(f"\n`{shlex.join(['python', *sys.argv])}`: {name}. {workload.describe_machine()}\n")
     print("| | seconds for the batch | peak memory, GiB | of the peak |\n|---|---|---|---|")
-    for part, seconds, memory, share in rows:
-        print(f"| {part} | {seconds:.3g} | {memory:.1f} | {share:.2f} |")
+    for part, result in results.items():
+        if isinstance(result, dict):
+            share = f"{result['share']:.2f}" if result["share"] else "–"
+            print(f"| {part}: {result['text']} | {result['seconds']:.3g} | {result['memory']:.1f} | {share} |")
+    for part, result in results.items():
+        if isinstance(result, str):
+            print(f"\n{part}: skipped, {result}; see {options.logs / part}.log")
 
 
-def measure(folder: Path, device: Any, count: int, steps: int, small: bool) -> list[tuple[str, float, float, float]]:
-    """Rows of the table: what was measured, seconds, peak memory in GiB, share of the peak rate."""
+def run_part(part: str, options: argparse.Namespace, folder: Path, end: float) -> dict | str:
+    """The numbers of a part, measured by another process, or the reason why there are none."""
+    left = end - time.monotonic()
+    if left < 20:
+        return f"no time is left of {options.minutes:g} minutes"
+    words = [f"--pairs={options.pairs}", f"--steps={options.steps}", f"--vllm={options.vllm}", f"--folder={folder}"]
+    command = [sys.executable, __file__, "--part", part, *words, *["--small"] * options.small]
+    with (options.logs / f"{part}.log").open("w") as log:
+        print(shlex.join(command), file=log, flush=True)
+        started = time.monotonic()
+        try:
+            done = subprocess.run(
+                command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=workload.ROOT, timeout=left
+            )
+        except subprocess.TimeoutExpired:
+            return f"it takes more than the {left:.0f} s left"
+        log.write(done.stdout)
+    print(f"{part}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+    lines = (options.logs / f"{part}.log").read_text().splitlines()
+    return json.loads(lines[-1]) if done.returncode == 0 else lines[-1][:200]
+
+
+def measure(options: argparse.Namespace, device: Any) -> dict[str, Any]:
+    """Measure one part in this process: `text`, `seconds`, `memory` in GiB, and `share` of the peak rate or 0."""
+    kind, changes = PARTS[options.part]
+    if kind == "tests":
+        words = ["tests/engines/test_device.py", "-m", "not slow" if options.small else "slow or not slow"]
+        return command_seconds([sys.executable, "-m", "pytest", "-q", *words], "the suite's tests of the device")
+    if kind == "game":
+        words = ["experiment=smoke"] if options.small else ["evaluation.bootstrap=200"]
+        words += [
+            f"store.path={options.folder}/store",
+            f"hydra.run.dir={options.folder}/run",
+            "tracking.wandb=disabled",
+        ]
+        return command_seconds([sys.executable, "run.py", *words], f"python run.py {words[0]}")
+    from spin.engines.device_memory import peak_memory_gib
+
+    pairs = make_pairs(options.pairs, SMALL_DIVISOR if options.small else 1)
+    dtype = "float32" if options.small else "bfloat16"
+    reset_peak(device)
+    text, seconds, flops = {
+        "training": measure_training,
+        "scoring": measure_scoring,
+        "generation": measure_generation,
+        "vllm": measure_vllm,
+    }[kind](options, device, dtype, pairs, changes)
+    memory = peak_memory_gib()
+    peak = workload.peak_rate(dtype, 256 if options.small else 8192, device=str(device))
+    return {"text": text, "seconds": seconds, "memory": memory, "share": flops / seconds / peak}
+
+
+def command_seconds(command: list[str], text: str) -> dict[str, Any]:
+    """The seconds of a command whose output goes to the log. Its failure is that of this process."""
+    done, seconds = workload.timed(lambda: subprocess.run(command, stdout=sys.stderr, cwd=workload.ROOT))
+    if done.returncode:
+        sys.exit(done.returncode)
+    return {"text": text, "seconds": seconds, "memory": workload.resident_peak_gib(), "share": 0}
+
+
+Measured = tuple[str, float, float]  # what was measured, seconds, useful FLOPs
+
+
+def measure_training(options: argparse.Namespace, device: Any, dtype: str, pairs: list, changes: dict) -> Measured:
     import torch
 
-    from spin.config.schema import EngineConfig, GenerationConfig, OptimizerConfig
-    from spin.data.examples import Example
-    from spin.engines.device_memory import peak_memory_gib
+    from spin.config.schema import OptimizerConfig
     from spin.engines.single import SingleEngine
-    from spin.generation.sampling import generate_answers
     from spin.method.pairs import to_continuations
-    from spin.models.load import load_model, load_tokenizer
+    from spin.models.load import load_model
     from spin.models.policy import Policy
 
-    make_model(folder, device, small)
-    divisor = SMALL_DIVISOR if small else 1
-    pairs, new = make_pairs(count, divisor), NEW // divisor
-    tokens = sum(len(p.prompt_ids) + len(p.real_ids) + len(p.generated_ids) for p in pairs)
-    settings = EngineConfig.from_defaults(gradient_checkpointing=True, tokens_per_batch=tokens, head_chunk=8192)
-    dtype = torch.float32 if small else torch.bfloat16
-    peak = workload.peak_rate(str(dtype).removeprefix("torch."), 256 if small else 8192, device=str(device))
-    rows = []
-
-    def measure_part(part: str, work: Callable[[], Any], flops: float) -> Any:
-        reset_peak(device)
-        result, seconds = workload.timed(lambda: (work(), synchronize(device))[0])
-        rows.append((part, seconds, peak_memory_gib(), flops / seconds / peak))
-        return result
-
-    model, tokenizer = load_model(folder, dtype, device), load_tokenizer(folder)
-    examples = [Example(pair.id, "", pair.prompt_ids, "", pair.real_ids) for pair in pairs]
-    sampling = GenerationConfig.from_defaults(batch_size=count)
-    generate_answers(model, tokenizer, examples[:2], 1, sampling, 4, [], 0)  # warm-up
-    parameters, flops = sum(p.numel() for p in model.parameters()), count * useful_flops(folder, pairs)
-    measure_part(
-        f"generation, {count} answers of {new} tokens",
-        lambda: generate_answers(model, tokenizer, examples, 1, sampling, new, [], 0),
-        2 * count * new * parameters,
-    )
+    folder, settings = options.folder / "model", engine_settings(pairs, **changes.get("engine", {}))
+    change_attention(changes)
+    model = load_model(folder, getattr(torch, dtype), device)
     forward = workload.find_forward(model, to_continuations(pairs), settings)
-    workload.score_pairs(model, pairs, forward)  # warm-up
-    references = measure_part("scoring", lambda: workload.score_pairs(model, pairs, forward), flops / 3)
-
+    references = workload.score_pairs(model, pairs, forward)
     model.to("meta")  # frees its memory
-    optimizer = OptimizerConfig.from_defaults(states="bf16")
-    engine = SingleEngine(Policy("start", folder, "start"), dtype, device, settings, optimizer)
+    optimizer = OptimizerConfig.from_defaults(**{"states": "bf16", **changes.get("optimizer", {})})
+    engine = SingleEngine(Policy("start", folder, "start"), getattr(torch, dtype), device, settings, optimizer)
     reset_peak(device)
-    metrics = workload.train_pairs(engine, pairs, references, forward, count, steps)
+    metrics = workload.train_pairs(engine, pairs, references, forward, len(pairs), options.steps)
+    print(json.dumps(metrics), file=sys.stderr)
     seconds = statistics.median(workload.step_seconds(row) for row in metrics[1:])
-    rows.append((f"training, {count} pairs, {tokens} tokens", seconds, peak_memory_gib(), flops / seconds / peak))
-    return rows
+    return f"{len(pairs)} pairs, {num_tokens(pairs)} tokens", seconds, len(pairs) * useful_flops(folder, pairs)
+
+
+def measure_scoring(options: argparse.Namespace, device: Any, dtype: str, pairs: list, changes: dict) -> Measured:
+    import torch
+
+    from spin.method.pairs import to_continuations
+    from spin.models.load import load_model
+
+    folder = options.folder / "model"
+    model = load_model(folder, getattr(torch, dtype), device)
+    forward = workload.find_forward(model, to_continuations(pairs), engine_settings(pairs))
+    workload.score_pairs(model, pairs, forward)  # warm-up
+    reset_peak(device)
+    _, seconds = workload.timed(lambda: workload.score_pairs(model, pairs, forward))
+    return f"{len(pairs)} pairs", seconds, len(pairs) * useful_flops(folder, pairs) / 3
+
+
+def measure_generation(options: argparse.Namespace, device: Any, dtype: str, pairs: list, changes: dict) -> Measured:
+    import torch
+
+    from spin.config.schema import GenerationConfig
+    from spin.data.examples import Example
+    from spin.generation.sampling import generate_answers
+    from spin.models.load import load_model, load_tokenizer
+
+    folder, new = options.folder / "model", NEW // (SMALL_DIVISOR if options.small else 1)
+    model, tokenizer = load_model(folder, getattr(torch, dtype), device), load_tokenizer(folder)
+    examples = [Example(pair.id, "", pair.prompt_ids, "", pair.real_ids) for pair in pairs]
+    sampling = GenerationConfig.from_defaults(batch_size=len(pairs))
+    generate_answers(model, tokenizer, examples[:2], 1, sampling, 4, [], 0)  # warm-up
+    reset_peak(device)
+    _, seconds = workload.timed(lambda: generate_answers(model, tokenizer, examples, 1, sampling, new, [], 0))
+    flops = 2 * len(pairs) * new * sum(weight.numel() for weight in model.parameters())
+    return f"{len(pairs)} answers of {new} tokens", seconds, flops
+
+
+def measure_vllm(options: argparse.Namespace, device: Any, dtype: str, pairs: list, changes: dict) -> Measured:
+    import torch
+
+    from benchmarks.generation import vllm
+
+    folder, new = options.folder / "model", NEW // (SMALL_DIVISOR if options.small else 1)
+    prompts = [list(pair.prompt_ids) for pair in pairs]
+    longest = max(map(len, prompts)) + new
+    with vllm(folder, getattr(torch, dtype), [], options.vllm, longest) as answer:
+        answer(prompts[:2], 4)  # warm-up
+        answers, seconds = workload.timed(lambda: answer(prompts, new))
+    return f"{len(pairs)} answers, {sum(map(len, answers))} tokens", seconds, 0
+
+
+def engine_settings(pairs: list, **changes: Any) -> Any:
+    from spin.config.schema import EngineConfig
+
+    ours = {"gradient_checkpointing": True, "tokens_per_batch": num_tokens(pairs), "head_chunk": 8192}
+    return EngineConfig.from_defaults(**{**ours, **changes})
+
+
+def change_attention(changes: dict) -> None:
+    """Have FlexAttention called with the options of `kernel`, or with the blocks named that need no mask."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    from spin.engines import attention, logps
+
+    if "kernel" in changes:
+        own = attention.flex_attention_forward
+        attention.flex_attention_forward = functools.partial(own, kernel_options=changes["kernel"])
+    if "full_blocks" in changes:
+        rule = logps.block_mask
+
+        def named(table: Any, length: int) -> Any:
+            mask = rule(table, length).mask_mod
+            return create_block_mask(mask, None, None, length, length, device=table.device, BLOCK_SIZE=logps.FLEX_BLOCK)
+
+        logps.block_mask = named
+
+
+def num_tokens(pairs: list) -> int:
+    return sum(len(p.prompt_ids) + len(p.real_ids) + len(p.generated_ids) for p in pairs)
 
 
 def make_model(folder: Path, device: Any, small: bool) -> None:
@@ -124,6 +285,8 @@ def make_model(folder: Path, device: Any, small: bool) -> None:
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32 if small else torch.bfloat16)
     model.save_pretrained(folder)
+    del model
+    reset_peak(device)
 
 
 def make_pairs(count: int, divisor: int) -> list:
@@ -142,18 +305,11 @@ def make_pairs(count: int, divisor: int) -> list:
     ]
 
 
-def synchronize(device: Any) -> None:
+def reset_peak(device: Any) -> None:
     import torch
 
     if device.type == "cuda":
         torch.cuda.synchronize()
-
-
-def reset_peak(device: Any) -> None:
-    import torch
-
-    synchronize(device)
-    if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 

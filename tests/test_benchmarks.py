@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import broken_answers, overhead
+from benchmarks import broken_answers, gpu, overhead
 from spin.models.tiny import make_tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,6 +28,7 @@ def table(folder, script, *words):
 
 
 NUMBER = re.compile(r"[\d.]+%?")
+GPU = ["--small", "--pairs", "4", "--steps", "2"]
 
 
 def tiny(folder):
@@ -53,9 +54,24 @@ def test_memory_table(tmp_path):
 
 
 def test_gpu_small(tmp_path):
-    rows = table(tmp_path, "gpu.py", "--small", "--pairs", "4", "--steps", "2")
-    assert [name.split(",")[0] for name in rows] == ["generation", "scoring", "training"]
+    rows = table(tmp_path, "gpu.py", *GPU, "--logs", f"{tmp_path}/logs", "--only", "training", "full-blocks")
+    assert [name.split(",")[0] for name in rows] == ["training: 4 pairs", "full-blocks: 4 pairs"]
     assert all(seconds > 0 and memory > 0 for seconds, memory, _ in rows.values())
+    assert "rewards/margins" in (tmp_path / "logs" / "full-blocks.log").read_text()
+
+
+@pytest.mark.slow  # each part imports everything anew
+def test_gpu_parts(tmp_path):
+    """All parts run on a CPU; what is not installed is skipped with its reason, and so is what finds no time."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), *GPU, f"--logs={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    measured = {line.strip("| ").partition(":")[0] for line in done.stdout.splitlines() if line.startswith("| ")}
+    skipped = dict(re.findall(r"^([\w-]+): skipped, (.*)$", done.stdout, re.M))
+    assert {*skipped} <= {"vllm", "8-bit-states"} and {*gpu.PARTS} - {*skipped} <= measured
+    assert all("vllm" in reason or "bitsandbytes" in reason for reason in skipped.values())
+    done = subprocess.run([*command, "--minutes=0"], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.count("skipped, no time is left") == len(gpu.PARTS)
 
 
 def test_training_of_this_project(tmp_path):

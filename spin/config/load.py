@@ -20,6 +20,7 @@ from spin.runtime.output import note_secrets
 READ_BY = {
     "optimizer.alpha": ("rmsprop", "rmsprop8bit"),
     "optimizer.betas": ("adamw", "adamw8bit"),
+    "engine.compile": ("single",),
     "engine.zero_stage": ("deepspeed",),
     "engine.offload_optimizer": ("deepspeed",),
 }

@@ -141,6 +141,7 @@ class EngineConfig(Section):
     tokens_per_batch: Count
     head_chunk: Count
     gradient_checkpointing: bool
+    compile: bool
     zero_stage: Annotated[int, Field(ge=0, le=3)]
     offload_optimizer: bool
 

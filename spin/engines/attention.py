@@ -56,8 +56,7 @@ def packed_attention(
     if dropout or kwargs.get("softcap") is not None or kwargs.get("position_bias") is not None:
         raise ValueError("a packed row supports no dropout, soft cap or position bias")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    lengths, sequences = _parts(attention_mask[0, 0].tolist())
-    return _Sequences.apply(query, key, value, lengths, sequences, kwargs.get("sliding_window"), scale), None
+    return _attend(query, key, value, attention_mask, kwargs.get("sliding_window"), scale), None
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)
@@ -80,6 +79,12 @@ def _parts(table: list[list[int]]) -> tuple[list[int], list[tuple[int, int, int]
             sequences.append((here, prompt, len(lengths)))
             lengths.append(answer)
     return lengths, sequences
+
+
+@torch.compiler.disable  # a row has other lengths each time
+def _attend(query, key, value, table: Tensor, window: int | None, scale: float) -> Tensor:
+    lengths, sequences = _parts(table[0, 0].tolist())
+    return _Sequences.apply(query, key, value, lengths, sequences, window, scale)
 
 
 class _Sequences(torch.autograd.Function):

@@ -61,7 +61,10 @@ class Engine(ABC):
         self.model = load_policy(policy, dtype, torch.device("cpu") if is_partitioned else device)
         if engine.gradient_checkpointing:
             checkpoint_activations(self.model)
-        save_less_for_backward(self.model, in_checkpoints=engine.gradient_checkpointing)
+        if engine.compile:
+            compile_layers(self.model)
+        else:
+            save_less_for_backward(self.model, in_checkpoints=engine.gradient_checkpointing)
         self.trained = trained_parameters(self.model, policy)
         self.buffers = saved_buffers(self.model)
 
@@ -110,6 +113,13 @@ class Engine(ABC):
     @abstractmethod
     def close(self) -> None:
         """Release the hooks and memory that would outlive the engine."""
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """Have each layer of `model` compiled at its first use, once for all lengths; the compiler chooses what it stores."""
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.compile(dynamic=True)
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:

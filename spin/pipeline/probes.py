@@ -1,6 +1,7 @@
 """Checks that a run's settings, its start and the installed libraries go together, before any long work."""
 
 import re
+import shutil
 
 from spin.config.schema import Config, ModelConfig
 from spin.engines.routers import find_routers
@@ -69,6 +70,8 @@ def check_libraries(config: Config, start: Policy) -> None:
             from spin.models.quantization import check_bitsandbytes
 
             check_bitsandbytes(setting)
+    if config.engine.compile and not (shutil.which("g++") or shutil.which("clang++")):
+        raise UserError("engine.compile=true needs a C++ compiler: install g++, or set it to false.")
     if config.engine.name == "deepspeed":
         from spin.engines.deepspeed import check_deepspeed
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from spin.config.schema import value_at_iteration
 from spin.engines.disk import fp32_bytes, training_bytes
@@ -167,11 +167,13 @@ def training_inputs(run: Run, start: Policy) -> dict:
     """What decides the weights beside the data and the schedule."""
     config = run.config
     # The files beside the weights (tokenizer, template, ...) are copied to every policy.
-    inputs = {
+    inputs: dict[str, Any] = {
         "optimizer": config.optimizer.model_dump() | {"lr": None},
         "numerics": run.numerics,
         "files": auxiliary_digest(run.start.tokenizer),
     }
+    if config.engine.compile:
+        inputs["compile"] = True
     if config.engine.name != "single":  # the number of ranks changes rounding only, as threads do
         inputs["engine"] = config.engine.name
     if config.model.adapter == "lora" and not start.base:  # a fresh adapter; a given one has its own settings

@@ -144,6 +144,7 @@ TABLE = {
     "engine.tokens_per_batch=1500": EVERYTHING,  # changes rounding, as the next
     "engine.head_chunk=20": EVERYTHING,
     "engine.gradient_checkpointing=true": NOTHING,  # the same bits
+    "engine.compile=true": SFT,
     "engine.zero_stage=1": SFT,  # by engine=deepspeed, as the next; neither decides a key itself
     "engine.offload_optimizer=true": SFT,
     "evaluation.name=other": NOTHING,
