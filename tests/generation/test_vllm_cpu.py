@@ -3,6 +3,7 @@
 A random Llama plays games; the embedded model's answers are compared with our own decoding, token by token.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -137,18 +138,23 @@ def test_adapter_and_stop_tokens(llama, smollm2, tmp_path):
     assert any(ends & set(answer) for answer in answers) and any(answer[-1] in stops for answer in answers)
 
 
-def words(llama) -> list[str]:
-    return [f"model.path={llama}", "schedule.sft_epochs=0", "engine.precision=fp32", "evaluation=none", "data.size=16"]
+def words(model) -> list[str]:
+    return [
+        model if isinstance(model, str) else f"model.path={model}",
+        "schedule.sft_epochs=0",
+        "engine.precision=fp32",
+        "data.size=16",
+    ]
 
 
-def vllm_words(llama) -> list[str]:
-    return [*words(llama), "generation=vllm", f"generation.python={PYTHON}", "generation.temperature=0"]
+def vllm_words(model) -> list[str]:
+    return [*words(model), "generation=vllm", f"generation.python={PYTHON}", "generation.temperature=0"]
 
 
-def play_both(games, folder, llama, *more) -> str:
+def play_both(games, folder, model, *more) -> str:
     """Play a game with vLLM and with our own decoding: all answers are equal. Returns what the first printed."""
     stored, printed = [], []
-    for name, chosen in (("vllm", vllm_words(llama)), ("own", [*words(llama), "generation=greedy"])):
+    for name, chosen in (("vllm", vllm_words(model)), ("own", [*words(model), "generation=greedy"])):
         place = Place(folder / name, games)
         place.folder.mkdir(exist_ok=True)
         done = place.start(*chosen, *more).wait(1200)
@@ -159,9 +165,16 @@ def play_both(games, folder, llama, *more) -> str:
     return printed[0]
 
 
+def test_game_of_the_embedded_model(games, tmp_path):
+    """A whole iteration: vLLM's answers are also those to the held-out prompts."""
+    play_both(games, tmp_path, "model=smollm2", "iter=0", "generation.max_new_tokens=24", "evaluation.bootstrap=50")
+    games = [json.loads((tmp_path / name / "run" / "game.json").read_text()) for name in ("vllm", "own")]
+    assert games[0]["evaluations"] == games[1]["evaluations"] and len(games[0]["evaluations"]) == 2
+
+
 def test_game_with_adapters(games, llama, tmp_path):
     """The opponent of the second iteration is an adapter, which vLLM loads on its base."""
-    play_both(games, tmp_path, llama, "model.adapter=lora", "optimizer.lr=0.01", "iter=1")
+    play_both(games, tmp_path, llama, "model.adapter=lora", "optimizer.lr=0.01", "iter=1", "evaluation=none")
 
 
 def group_of(pid: int, wait: float) -> list[int]:
@@ -191,7 +204,10 @@ def start_and_wait(place, llama, env=None):
     def stored() -> int:
         return len(list(place.folder.glob("store/generate/*/*/answers/0*")))
 
-    before, game = stored(), place.start(*vllm_words(llama), "checkpoint.shard_size=2", "iter=0", env=env)
+    before, game = (
+        stored(),
+        place.start(*vllm_words(llama), "checkpoint.shard_size=2", "iter=0", "evaluation=none", env=env),
+    )
     while stored() < before + 2:
         assert game.poll() is None, game.err.read_text()
         time.sleep(0.05)
@@ -216,7 +232,7 @@ def test_kills(games, llama, tmp_path):
     game.kill()
     assert group_of(group, wait=5) == []
 
-    assert "resuming, " in play_both(games, tmp_path, llama, "checkpoint.shard_size=2", "iter=0")
+    assert "resuming, " in play_both(games, tmp_path, llama, "checkpoint.shard_size=2", "iter=0", "evaluation=none")
 
 
 def test_interface_is_checked(llama, monkeypatch):
