@@ -68,6 +68,42 @@ TOOLS = [{"type": "function", "function": {"name": "f"}}]
         (chat(("system", "Mine."), ASK, TELL, system="Be kind."), [("system", "Mine."), ASK, TELL]),
         ({"id": "desk_7", "conversations": chat(ASK, TELL)["messages"]}, [ASK, TELL]),
         ({"prompt": "Name a tree.", "chosen": "Oak.", "rejected": "Pike."}, [ASK, TELL]),
+        ({"question": "Name a tree.", "system": "S", "chosen": "Oak.", "rejected": "Eel."}, [("system", "S"), ASK, TELL]),
+        ({"input": "Name a tree.", "chosen": "Oak.", "rejected": "Pike."}, [ASK, TELL]),
+        (
+            {"instruction": "Add.", "input": "1, 2", "chosen": "3", "rejected": "4"},
+            [("user", "Add.\n\n1, 2"), ("assistant", "3")],
+        ),
+        (
+            {
+                "conversations": [{"from": "human", "value": "Name a tree."}],
+                "chosen": {"from": "gpt", "value": "Oak."},
+                "rejected": {"from": "gpt", "value": "Pike."},
+            },
+            [ASK, TELL],
+        ),
+        (
+            {"chosen": "\n\nHuman: Name a tree.\n\nAssistant: Oak.", "rejected": "\n\nHuman: Name a tree.\n\nAssistant: Eel."},
+            [ASK, TELL],
+        ),
+        (
+            {"prompt": "\n\nHuman: A\n\nAssistant: B\n\nHuman: Name a tree.\n\nAssistant:", "completion": "Oak."},
+            [("user", "A"), ("assistant", "B"), ASK, TELL],
+        ),
+        ({"prompt": "Human: is one a kind of ape?", "completion": "Yes."}, [("user", "Human: is one a kind of ape?"), ("assistant", "Yes.")]),
+        ({"conversation": [{"input": "Name a tree.", "output": "Oak."}]}, [ASK, TELL]),
+        ({"conversation": [{"assistant": "Oak.", "human": "Name a tree."}]}, [ASK, TELL]),
+        ({"conversations": ["Name a tree.", "Oak."]}, [ASK, TELL]),
+        ({"contents": [{"role": "user", "parts": [{"text": "Name a tree."}]}, {"role": "model", "parts": [{"text": "Oak."}]}]}, [ASK, TELL]),
+        ({"messages": [{"sender": "user", "message": "Name a tree."}, {"sender": "agent", "message": "Oak."}]}, [ASK, TELL]),
+        ({"question": "Add 1 and 2.", "answer": 3}, [("user", "Add 1 and 2."), ("assistant", "3")]),
+        ({"query": "Name a tree.", "output": "Oak."}, [ASK, TELL]),
+        ({"question": "Name it.", "context": "A tree.", "answer": "Oak."}, [("user", "Name it.\n\nA tree."), TELL]),
+        ({"input": "Name a tree.", "output": "Oak."}, [ASK, TELL]),
+        ({"problem": "Name a tree.", "solution": "Oak.", "answer": "O"}, [ASK, TELL]),
+        ({"prompt": "Route?", "completion": '{"from": "Bonn", "to": "Ulm"}'}, [("user", "Route?"), ("assistant", '{"from": "Bonn", "to": "Ulm"}')]),
+        ({"prompt": "JSON?", "completion": '{"answer": 42}'}, [("user", "JSON?"), ("assistant", '{"answer": 42}')]),
+        ({"instruction": "A", "output": "B", "history": [{"user": "C", "assistant": "D"}]}, [("user", "C"), ("assistant", "D"), ("user", "A"), ("assistant", "B")]),
         ({"real": chat(ASK, TELL)["messages"], "generated": chat(ASK, ("assistant", "Pike."))["messages"]}, [ASK, TELL]),
     ],
 )  # fmt: skip
@@ -108,15 +144,33 @@ def test_answers_after_a_break():
     assert len(found) == 1 and counts == {"role narrator": 1}
     assert read(chat(("user", [{"type": "image"}]), TELL))[1] == {"content that is no text": 1}
     assert read(chat({"content": "Hi"}, TELL))[1] == {"message without a role": 1}
+    assert read(chat(ASK, ("system", "Be brief."), TELL))[1] == {"no user's message right before the answer": 1}
 
 
-@pytest.mark.parametrize("flag", [{"weight": 0}, {"train": False}])
+@pytest.mark.parametrize("flag", [{"weight": 0}, {"train": False}, {"loss_mask": 0}, {"training": False}])
 def test_answers_that_are_not_to_be_learnt(flag):
     turns = [ASK, {"role": "assistant", "content": "Pike.", **flag}, ("user", "No."), TELL]
     expected = [ASK, ("assistant", "Pike."), ("user", "No."), TELL]
     assert read(chat(*turns))[:2] == ([expected], {})
     assert read(chat(*turns), turns="all")[:2] == ([expected], {"not to be learnt": 1})
     assert read(chat(*turns[:2]))[:2] == ([], {"not to be learnt": 1})
+
+
+def test_answer_that_was_judged_bad():
+    rows = [{"prompt": "Name a tree.", "completion": text, "label": text == "Oak."} for text in ("Oak.", "Pike.")]
+    assert read(*rows) == ([[ASK, TELL]], {"not to be learnt": 1}, [])
+
+
+def test_rejected_answer_to_another_prompt():
+    pairs = {"Name a tree.": "Eel.", "Name a fish.": "Carp."}
+    rows = [
+        {"chosen": chat(ASK, TELL)["messages"], "rejected": chat(("user", ask), ("assistant", text))["messages"]}
+        for ask, text in pairs.items()
+    ]
+    rows.append({**rows[0], "rejected": [*rows[0]["rejected"], *rows[1]["rejected"]]})
+    rows.append({"prompt": "Name a tree.", "chosen": "Oak.", "rejected": rows[0]["rejected"]})
+    assert read(*rows, generated="file")[:2] == ([[ASK, TELL]] * 2, {"rejected answer: after another prompt": 2})
+    assert read(*rows)[:2] == ([[ASK, TELL]] * 4, {})
 
 
 @pytest.mark.parametrize("turns", ["first", "all"])

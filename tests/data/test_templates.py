@@ -140,6 +140,15 @@ def test_thoughts_are_learnt(family, tmp_path, inline):
     assert found.counts == {"read": 2, "kept": 1, "thought that the template has no place for": 1}
 
 
+@pytest.mark.parametrize("family", ["chatml", "qwen3"], indirect=True)
+def test_thought_without_a_place_is_said(family, tmp_path):
+    row = {"messages": [*talk(HUMAN[:1])[:1], {"role": "assistant", "content": HUMAN[0], "thinking": "Trees."}]}
+    found, said = load(tmp_path, *family, [row])
+    is_learnt = "Trees." in family[0].decode(found.train[0].real_ids)
+    assert is_learnt == ("<think>" in family[0].chat_template)
+    assert len([line for line in said if "no place for reasoning_content" in line]) == (not is_learnt)
+
+
 @pytest.mark.parametrize("family", ["r1"], indirect=True)
 def test_opened_thought(family, tmp_path):
     found, said = load(tmp_path, *family, [{"messages": talk(HUMAN[:1])}])
@@ -175,7 +184,7 @@ def test_refused_messages(family, tmp_path):
 
 @pytest.mark.parametrize("family", ["qwen3"], indirect=True)
 def test_tools_are_rendered(family, tmp_path):
-    call = {"type": "function", "function": {"name": "find", "arguments": '{"what": "tree"}'}}
+    call = {"id": "c1", "type": "function", "function": {"name": "find", "arguments": '{"what": "tree"}'}}
     messages = [
         {"role": "user", "content": USER[0]},
         {"role": "assistant", "content": None, "tool_calls": [call]},
@@ -188,6 +197,11 @@ def test_tools_are_rendered(family, tmp_path):
     text = family[0].decode(found.train[0].prompt_ids)
     for part in ('Tools:\n{"type"', '{"name": "find", "arguments": {"what": "tree"}}', "<tool_response>\noak"):
         assert part in text
+    # Mistral's and Kimi's templates need the calls' ids.
+    with_ids = copy.deepcopy(family[0])
+    with_ids.chat_template += "{% for m in messages %}{{ (m.tool_calls or [{'id': ''}])[0].id }}{% endfor %}"
+    found, _ = load(tmp_path, with_ids, {}, [{"messages": messages, "tools": tools}, {"messages": talk(HUMAN)}])
+    assert found.counts == {"read": 2, "kept": 2}
     # A template without tools: dropped and counted.
     plain = copy.deepcopy(family[0])
     plain.chat_template = (FOLDER / "chatml.jinja").read_text()
