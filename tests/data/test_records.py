@@ -1,6 +1,7 @@
 """Records as they come: other columns, other shapes, answers after a break, tools; and counts that add up."""
 
 import json
+import math
 from collections import Counter
 
 import pytest
@@ -202,16 +203,17 @@ TURN = st.fixed_dictionaries(
 )
 ROW = st.fixed_dictionaries(
     {}, optional={"messages": st.lists(TURN | st.none(), max_size=8), "prompt": st.lists(TURN, max_size=3) | st.just("P"),
-                  "response": st.lists(TURN, max_size=2) | st.just("R"), "tools": st.sampled_from([None, TOOLS]),
-                  "history": st.lists(st.just(["q", "a"]) | TURN, max_size=2), "rejected": st.just("N"), "chosen": st.just("Y")}
+                  "response": st.lists(TURN, max_size=2) | st.sampled_from(["R", 2, math.nan, "\n\nHuman: a\n\nAssistant: b"]), "tools": st.sampled_from([None, TOOLS]),
+                  "history": st.lists(st.just(["q", "a"]) | TURN, max_size=2), "rejected": st.just("N") | st.lists(TURN, max_size=3), "chosen": st.just("Y") | st.lists(TURN, max_size=3),
+                  "label": st.booleans(), "question": st.lists(st.just("Q") | st.just({"input": "a", "output": "b"}), max_size=2)}
 )  # fmt: skip
 
 
 @settings(max_examples=400, deadline=None, derandomize=True, database=None)
-@given(st.lists(ROW, max_size=4), st.sampled_from(["first", "all"]), st.booleans())
-def test_counts_add_up(rows, turns, tools):
+@given(st.lists(ROW, max_size=4), st.sampled_from(["first", "all"]), st.booleans(), st.sampled_from(["model", "file"]))
+def test_counts_add_up(rows, turns, tools, generated):
     try:
-        found, counts, _ = read(*rows, turns=turns, tools=tools)  # checks that they do
+        found, counts, _ = read(*rows, turns=turns, tools=tools, generated=generated)  # checks that they do
     except UserError:
         return
     if turns == "first":
