@@ -21,13 +21,10 @@ CHUNK = 2**20  # characters of a JSON list that are read together
 ROWS = 64  # of a Parquet file that are decoded together: a small file may hold the same long text many times
 FIX = "fix it, or save one record per line as .jsonl"
 UTF8 = "convert it to UTF-8, for example with iconv -f latin1 -t utf-8"
-# Files that are no text, by their first bytes, and what to do.
-OTHER_KINDS = {
-    **dict.fromkeys((b"\xff\xfe", b"\xfe\xff"), "UTF-16: convert it, for example with iconv -f utf-16 -t utf-8"),
-    **dict.fromkeys(
-        (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zX", b"PK\x03\x04"), "compressed: unpack it first"
-    ),
-}
+UTF16, COMPRESSED = (
+    (b"\xff\xfe", b"\xfe\xff"),
+    (b"\x1f\x8b", b"(\xb5/\xfd", b"BZh", b"\xfd7zX", b"PK\3\4"),
+)  # first bytes
 _BLANKS = re.compile(r"\s*")
 
 Located = Iterator[tuple[str, Any]]  # where a record stands, and the record
@@ -44,8 +41,9 @@ def read_file(path: Path, name: str, cut_counts: Counter[str] | None = None) -> 
     """
     with path.open("rb") as file:
         head = file.read(4)
-    if advice := next((advice for magic, advice in OTHER_KINDS.items() if head.startswith(magic)), None):
-        raise UserError(f"{name}: the file is {advice}")
+    if head.startswith(UTF16 + COMPRESSED):
+        advice = UTF8.replace("latin1", "utf-16") if head.startswith(UTF16) else "unpack it"
+        raise UserError(f"{name}: compressed, or not UTF-8; {advice}")
     is_parquet = head == b"PAR1" or (path.suffix.lower() == ".parquet" and head.lstrip()[:1] not in (b"{", b"["))
     read = _read_parquet if is_parquet else _read_json
     for where, record in read(path, name, cut_counts):

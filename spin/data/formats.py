@@ -38,7 +38,6 @@ class Format:
     answers: tuple[str, ...] = ()  # one of them holds the answer; none: the answers stand in the conversation
     others: tuple[str, ...] = ()  # columns that are read where they are there
     rejected: tuple[str, ...] = ()  # one of them holds the answer that is set against the human one
-    pinned: bool = False  # the pinned set has it, which is cut into records with the ids <name>_0, <name>_30, ...
 
     def missing_columns(self, names: Iterable[str]) -> str | None:
         needed = [group for group in (self.columns, self.answers, self.rejected) if group]
@@ -85,7 +84,7 @@ def _value(record: Record, names: Iterable[str]) -> Any:
 FORMATS = {
     "preference": Format(("chosen", "real"), others=(*ASKED, *INPUT), rejected=("rejected", "generated")),
     "messages": Format(("messages", "conversation", "dialogue", "dialog", "contents")),
-    "sharegpt": Format(("conversations",), pinned=True),
+    "sharegpt": Format(("conversations",)),
     "alpaca": Format(("instruction",), answers=("output", "response"), others=(*INPUT, "label")),
     "prompt": Format(QUESTIONS, answers=ANSWERS, others=(*INPUT, "label")),
     "chitchat": Format(("messages",)),
@@ -155,8 +154,8 @@ def _detect(record: Record) -> str | None:
 def _read(record: Record, name: str, config: DataConfig, renders_tools: bool) -> list[Exchange | str]:
     """The answers in a record, or the reason why each can't be read; one reason if there are none."""
     format, id = FORMATS[name], record.get("id")
-    # Rules of the pinned set alone: elsewhere a number in an id says nothing.
-    is_pinned = format.pinned and config.path is None
+    # The pinned set is cut into records with the ids <name>_0, <name>_30, ...; elsewhere a number in an id says nothing.
+    is_pinned = name == "sharegpt" and config.path is None
     if is_pinned and isinstance(id, str) and re.search(r"_0*[1-9][0-9]*$", id):
         return ["not a conversation's start"]
     tools = from_json(record.get(TOOLS)) if renders_tools else None
@@ -199,12 +198,9 @@ def _preferred(record: Record, format: Format, tools: list[Any] | None, generate
 def _with_context(record: Record, messages: list[Message], format: Format) -> list[Message]:
     """The messages after what the columns of earlier turns and of a system message hold."""
     history = from_json(_value(record, format.history))
-    earlier: list[Message] = []
-    for turn in _as_list(history):
-        if isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn):
-            earlier += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), turn, strict=True)]
-        else:
-            earlier += messages_of([turn])
+    turns = _as_list(history)
+    are_pairs = any(isinstance(turn, list) for turn in turns)
+    earlier = [message for turn in turns for message in messages_of(turn)] if are_pairs else messages_of(turns)
     if isinstance(history, str) and history.strip():
         earlier = [broken("history that is no list")]
     messages = join([*earlier, *messages])

@@ -11,17 +11,14 @@ from spin.runtime.errors import brief
 # also "reasoning_content" (a text), "tool_calls" (a list) and what names a tool. "learn" is False if the data says so.
 Message = dict[str, Any]
 BROKEN = "broken"
-ORDER = ("system", "user", "assistant", "tool")
-ROLES = {
-    **dict.fromkeys(("system", "developer", "system_prompt"), "system"),
-    **dict.fromkeys(("user", "human", "prompter", "usr", "customer", "client", "question", "instruction"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model", "bot", "chatbot", "ai"), "assistant"),
-    **dict.fromkeys(("claude", "gpt4", "gpt-4", "gemini", "answer", "response", "output", "agent"), "assistant"),
-    **dict.fromkeys(("query", "prompt", "input"), "user"),
-    **dict.fromkeys(("completion", "function_call", "tool_call"), "assistant"),
-    **dict.fromkeys(("tool", "function", "function_response", "observation", "ipython", "tool_response"), "tool"),
-    **dict.fromkeys(("tool_result", "tool_results", "tool_output", "function_result"), "tool"),
+NAMES = {
+    "system": "system developer system_prompt",
+    "user": "user human prompter usr customer client question instruction query prompt input",
+    "assistant": "assistant gpt chatgpt bing bard model bot chatbot ai claude gpt4 gpt-4 gemini agent answer response output "
+    "completion function_call tool_call",
+    "tool": "tool function function_response observation ipython tool_response tool_result tool_results tool_output",
 }
+ROLES = {name: role for role, names in NAMES.items() for name in names.split()}
 CALLS = ("function_call", "tool_call")  # roles whose content is the call
 SPEAKERS, CONTENTS, THOUGHTS = (
     ("role", "from", "speaker", "sender", "author"),
@@ -61,9 +58,7 @@ def messages_of(value: Any, role: str = "user") -> list[Message]:
     parsed = from_json(value)
     if isinstance(parsed, dict):
         parsed = [parsed]
-    if (
-        isinstance(value, int | float) and not isinstance(value, bool) and value == value
-    ):  # pandas writes NaN for nothing
+    if isinstance(value, int | float) and not isinstance(value, bool) and value == value:  # NaN is pandas' null
         value = str(value)
     if isinstance(value, str) and not (isinstance(parsed, list) and any(map(_has_role, parsed))):
         return _transcript(value) or [{"role": role, "content": value}]
@@ -84,7 +79,7 @@ def _turns(item: Any) -> list[dict[str, Any]]:
     """Return a message as a list of one, and a question and its answer under the names of roles as two messages."""
     if not isinstance(item, dict) or _first(item, SPEAKERS) is not None:
         return [item] if isinstance(item, dict) else []
-    roles = sorted((key for key in item if key in ROLES), key=lambda key: ORDER.index(ROLES[key]))
+    roles = sorted((key for key in item if key in ROLES), key=lambda key: list(NAMES).index(ROLES[key]))
     return [{"role": key, "content": item[key]} for key in roles]
 
 

@@ -128,6 +128,8 @@ def test_columns_that_are_not_read():
 def test_history_that_is_no_list():
     row = {"prompt": "Name a tree.", "response": "Oak.", "history": "They met at noon."}
     assert read(row)[:2] == ([], {"history that is no list": 1})
+    assert read({**row, "history": ["A", "B"]})[0] == [[("user", "A"), ("assistant", "B"), ASK, TELL]]
+    assert read({**row, "history": [["A", "B"], ["C", None]]})[:2] == ([], {"message without a role": 1})
     found, _, said = read(chat(ASK, TELL, history="of Rome"))  # a topic, for all we know
     assert found == [[ASK, TELL]] and said == ["note: columns of the data that are not read: history"]
 
