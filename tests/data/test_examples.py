@@ -22,7 +22,7 @@ from spin.config import hydra
 from spin.config.schema import DataConfig
 from spin.data import examples, templates
 from spin.data.formats import exchanges
-from spin.data.sources import ASSETS, read_records
+from spin.data.sources import ASSETS, find_source
 from spin.runtime.errors import UserError
 
 CORPUS = [
@@ -420,7 +420,7 @@ def test_broken_records(load):
 
 
 def read(tmp_path, path, **changes):
-    return list(read_records(config(path, **changes), tmp_path / "cache"))
+    return list(find_source(config(path, **changes), tmp_path / "cache").read(Counter()))
 
 
 def test_files_and_folders(tmp_path):
@@ -465,7 +465,7 @@ def test_folder_of_several_types(tmp_path, tokenizer):
     assert found.counts["read"] == 6  # `datasets` reads the files of one type
     assert said == ["note: data files of the folder that are not read: more.jsonl"]
     folder.rename(tmp_path / "mixed[1]")
-    fails("mixed.1.: the datasets library takes .*; rename the folder", read, tmp_path, tmp_path / "mixed[1]")
+    fails("mixed.1.: stand for patterns .*; rename the folder", read, tmp_path, tmp_path / "mixed[1]")
 
 
 def test_bad_lines(tmp_path):
@@ -509,7 +509,7 @@ def test_hub_name_offline():
         "from spin.config import schema as config\n"
         "from spin.data import sources as readers\n"
         "from spin.runtime import errors\n"
-        "try: list(readers.read_records(config.DataConfig.from_defaults(path='nobody/nothing-of-this-name'), '/nonexistent'))\n"
+        "try: readers.find_source(config.DataConfig.from_defaults(path='nobody/nothing-of-this-name'), '/nonexistent')\n"
         "except errors.UserError as error: print('said:', error)\n"
     )
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
@@ -610,7 +610,7 @@ def test_tiny_set(byte_level, tmp_path):
 
 def test_path_overrides_package(tmp_path):
     path = write(tmp_path / "mine.jsonl", pairs(3))
-    records = read_records(config(path, package="nothing==0", file="x.json"), tmp_path)
+    records = find_source(config(path, package="nothing==0", file="x.json"), tmp_path).read(Counter())
     assert [record["prompt"] for record in records] == [record["prompt"] for record in pairs(3)]
 
 

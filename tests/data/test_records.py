@@ -12,7 +12,7 @@ from spin.config.schema import DataConfig
 from spin.data.examples import load_dataset
 from spin.data.formats import exchanges
 from spin.data.messages import ROLES
-from spin.data.sources import read_records
+from spin.data.sources import find_source
 from spin.models import tiny
 from spin.runtime.errors import UserError
 
@@ -254,7 +254,7 @@ def test_json_records_by_id(tmp_path):
     record = {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}
     (tmp_path / "by_id.json").write_text(json.dumps({"a": record, "b": record}))
     config = DataConfig.from_defaults(path=str(tmp_path / "by_id.json"))
-    assert list(read_records(config, tmp_path)) == [record, record]
+    assert list(find_source(config, tmp_path).read(Counter())) == [record, record]
     (tmp_path / "by_id.json").write_text(json.dumps({"messages": record["messages"]}))
     with pytest.raises(UserError, match="holds no list of records"):
-        list(read_records(config, tmp_path))
+        list(find_source(config, tmp_path).read(Counter()))
