@@ -1,6 +1,7 @@
 """Messages: what stands in a conversation, under whatever names and in whatever shape."""
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -58,7 +59,7 @@ def messages_of(value: Any, role: str = "user") -> list[Message]:
     parsed = from_json(value)
     if isinstance(parsed, dict):
         parsed = [parsed]
-    if isinstance(value, int | float) and not isinstance(value, bool) and value == value:  # NaN is pandas' null
+    if type(value) is int or (isinstance(value, float) and math.isfinite(value)):  # NaN is pandas' null
         value = str(value)
     if isinstance(value, str) and not (isinstance(parsed, list) and any(map(_has_role, parsed))):
         return _transcript(value) or [{"role": role, "content": value}]

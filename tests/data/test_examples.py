@@ -465,7 +465,12 @@ def test_folder_of_several_types(tmp_path, tokenizer):
     assert found.counts["read"] == 6  # `datasets` reads the files of one type
     assert said == ["note: data files of the folder that are not read: more.jsonl"]
     folder.rename(tmp_path / "mixed[1]")
-    fails("mixed.1.: stand for patterns .*; rename the folder", read, tmp_path, tmp_path / "mixed[1]")
+    fails(
+        "mixed.1.: .* stand for patterns in the datasets library; rename the folder",
+        read,
+        tmp_path,
+        tmp_path / "mixed[1]",
+    )
 
 
 def test_bad_lines(tmp_path):

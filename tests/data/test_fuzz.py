@@ -197,7 +197,7 @@ ODD = {
     "crlf": (JSONL.replace(b"\n", b"\r\n"), 4),
     "no last line feed": (JSONL.rstrip(), 4),
     "line separators in a text": ('{"prompt": "a\u2028b\x85c", "response": "d"}\n'.encode(), 1),
-    "utf-16": (JSONL.decode().encode("utf-16"), ":1: not a line of UTF-8"),
+    "utf-16": (JSONL.decode().encode("utf-16"), "odd.jsonl: compressed, or not UTF-8; .* -f utf-16"),
     "zero bytes": (b"\0" * 100, ":1: not a line of JSON"),
     "nan": (b'{"prompt": NaN, "response": Infinity}\n' + JSONL, 4),
     "huge integer": (b'{"prompt": "a", "response": "b", "n": ' + b"9" * 4000 + b"}", 1),
