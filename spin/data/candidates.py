@@ -15,12 +15,13 @@ from spin.data.messages import Exchange, Message
 from spin.data.prose import is_prose, is_prose_answer
 from spin.data.sources import find_source
 from spin.runtime.cache import cached_folder
+from spin.runtime.errors import brief
 from spin.runtime.progress import with_progress_lines
 from spin.runtime.tables import Rows, schema_of, write_arrow
 
 # End tokens of common chat templates, which data sets carry over, whatever tokenizer is used here.
 END_MARKS = ("</s>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>")
-VERSION = 2  # raise it when equal sources come to give other candidates
+VERSION = 3  # raise it when equal sources come to give other candidates
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,12 @@ class Candidate:
 class Candidates:
     """All candidates of a data set in the order of its records, and how many answers were read and dropped by reason.
 
-    `key` stands for what they were made from; `dropped` has the text of one answer, or record, for each reason.
+    `met` has the roles and the keys of all messages; `key` stands for what they were made from; `dropped` has the text of one answer, or record, for each reason.
     """
 
     rows: Rows[Candidate]
     counts: dict[str, int]
-    has_system: bool
+    met: set[str]
     key: str
     dropped: dict[str, str]
 
@@ -68,13 +69,15 @@ def read_candidates(
         checker = _Checker(specials, config, keep_blanks, counts)
         answers = exchanges(records, config, counts, renders_tools, notes.append)
         write_arrow(checker.check(answers), schema_of(Candidate), folder / "candidates.arrow")
-        return {"counts": counts, "dropped": counts.examples, "notes": notes, "has_system": checker.has_system}
+        return {"counts": counts, "dropped": counts.examples, "notes": notes, "met": sorted(checker.met)}
 
+    if source.left_out:
+        say(f"note: data files of the folder that are not read: {brief(', '.join(source.left_out), 300)}")
     folder, facts = cached_folder(cache, "records", inputs, build, say)
     for note in facts["notes"]:
         say(note)
     rows = Rows.open(Candidate, folder / "candidates.arrow")
-    return Candidates(rows, facts["counts"], facts["has_system"], folder.name, facts["dropped"])
+    return Candidates(rows, facts["counts"], set(facts["met"]), folder.name, facts["dropped"])
 
 
 class _Checker:
@@ -82,7 +85,7 @@ class _Checker:
 
     def __init__(self, specials: Sequence[str], config: DataConfig, keep_blanks: bool, counts: Counter[str]):
         self.specials, self.config, self.keep_blanks, self.counts = specials, config, keep_blanks, counts
-        self.has_system = False
+        self.met: set[str] = set()
 
     def check(self, answers: Iterable[Exchange]) -> Iterator[dict]:
         """Yield the rows of the sound exchanges."""
@@ -99,7 +102,7 @@ class _Checker:
                 drop(self.counts, reason, exchange)
                 continue
             ids.add(id)
-            self.has_system |= any(turn["role"] == "system" for turn in turns)
+            self.met.update(*([turn["role"], *turn] for turn in [*turns, exchange.answer]))
             prompt = hash_of(json.dumps([turn["content"] for turn in turns]))
             yield {"id": id, "prompt": prompt, "exchange": json.dumps(vars(exchange), default=str)}
 

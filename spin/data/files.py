@@ -14,13 +14,17 @@ from typing import Any, BinaryIO, NoReturn
 from spin.data.counts import drop
 from spin.runtime.errors import UserError, explaining
 
-FILE_TYPES = (".jsonl", ".json", ".parquet")
+FILE_TYPES = (".jsonl", ".ndjson", ".json", ".parquet")
 MAX_RECORD = 2**26  # bytes of one record: a longer one is no conversation
 MAX_OBJECT = 2**30  # bytes of a file that is one JSON object, which has to be read at once
 CHUNK = 2**20  # characters of a JSON list that are read together
 ROWS = 64  # of a Parquet file that are decoded together: a small file may hold the same long text many times
 FIX = "fix it, or save one record per line as .jsonl"
 UTF8 = "convert it to UTF-8, for example with iconv -f latin1 -t utf-8"
+UTF16, COMPRESSED = (
+    (b"\xff\xfe", b"\xfe\xff"),
+    (b"\x1f\x8b", b"(\xb5/\xfd", b"BZh", b"\xfd7zX", b"PK\3\4"),
+)  # first bytes
 _BLANKS = re.compile(r"\s*")
 
 Located = Iterator[tuple[str, Any]]  # where a record stands, and the record
@@ -30,11 +34,18 @@ def read_file(path: Path, name: str, cut_counts: Counter[str] | None = None) -> 
     """Yield the records of a file; `name` stands for it in errors.
 
     A .json file holds a list of records, an object of records by id, or JSON lines; a .jsonl file JSON lines or a list.
+    Parquet is known by its content.
     With `cut_counts`, a list may be cut off, which is counted there.
 
     Raises UserError: unreadable content, with its line or the number of its record, or a record over MAX_RECORD.
     """
-    read = _read_parquet if path.suffix.lower() == ".parquet" else _read_json
+    with path.open("rb") as file:
+        head = file.read(4)
+    if head.startswith(UTF16 + COMPRESSED):
+        advice = UTF8.replace("latin1", "utf-16") if head.startswith(UTF16) else "unpack it"
+        raise UserError(f"{name}: compressed, or not UTF-8; {advice}")
+    is_parquet = head == b"PAR1" or (path.suffix.lower() == ".parquet" and head.lstrip()[:1] not in (b"{", b"["))
+    read = _read_parquet if is_parquet else _read_json
     for where, record in read(path, name, cut_counts):
         if not isinstance(record, dict):
             raise UserError(f"{where}: a record is a JSON object, this is a {type(record).__name__}")
@@ -42,7 +53,7 @@ def read_file(path: Path, name: str, cut_counts: Counter[str] | None = None) -> 
 
 
 def _read_json(path: Path, name: str, cut_counts: Counter[str] | None) -> Located:
-    has_lines = path.suffix.lower() == ".jsonl"
+    has_lines = path.suffix.lower() != ".json"
     with path.open("rb") as file:
         start = len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0
         file.seek(start)

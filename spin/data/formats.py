@@ -24,6 +24,9 @@ from spin.runtime.errors import UserError, brief
 
 Record = dict[str, Any]
 SYSTEM, HISTORY, TOOLS, INPUT = ("system", "system_prompt"), ("history",), "tools", ("input", "context")
+QUESTIONS = ("prompt", "question", "query", "problem", "input")
+ANSWERS = ("response", "completion", "output", "solution", "answer")
+ASKED = ("instruction", *QUESTIONS, "conversations", "conversation")  # before two answers
 CONTEXT = (*SYSTEM, TOOLS, "id")  # columns that are read with every format
 
 
@@ -33,10 +36,8 @@ class Format:
 
     columns: tuple[str, ...]  # one of them holds the conversation
     answers: tuple[str, ...] = ()  # one of them holds the answer; none: the answers stand in the conversation
-    parse: Callable[[Record], list[Message]] | None = None  # for another layout than `messages_of` reads
     others: tuple[str, ...] = ()  # columns that are read where they are there
     rejected: tuple[str, ...] = ()  # one of them holds the answer that is set against the human one
-    pinned: bool = False  # the pinned set has it, which is cut into records with the ids <name>_0, <name>_30, ...
 
     def missing_columns(self, names: Iterable[str]) -> str | None:
         needed = [group for group in (self.columns, self.answers, self.rejected) if group]
@@ -63,12 +64,12 @@ def _chitchat(record: Record) -> list[Message]:
     return messages
 
 
-def _instruction(record: Record) -> list[Message]:
-    """An Alpaca instruction, followed by its input if there is one."""
-    instruction, context = record.get("instruction"), _value(record, INPUT)
-    if isinstance(instruction, str) and isinstance(context, str) and context.strip():
-        instruction = f"{instruction.strip()}\n\n{context.strip()}"
-    return messages_of(instruction)
+def _asked(record: Record, names: Iterable[str]) -> list[Message]:
+    """What one of the columns holds; a text is followed by its input, as in Alpaca's records."""
+    asked, context = _value(record, names), _value(record, INPUT)
+    if isinstance(asked, str) and isinstance(context, str) and context.strip() and context is not asked:
+        asked = f"{asked.strip()}\n\n{context.strip()}"
+    return messages_of(asked)
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -81,12 +82,12 @@ def _value(record: Record, names: Iterable[str]) -> Any:
 
 
 FORMATS = {
-    "preference": Format(("chosen", "real"), others=("prompt",), rejected=("rejected", "generated")),
-    "messages": Format(("messages", "conversation", "dialogue")),
-    "sharegpt": Format(("conversations",), pinned=True),
-    "alpaca": Format(("instruction",), answers=("output", "response"), parse=_instruction, others=INPUT),
-    "prompt": Format(("prompt", "question"), answers=("response", "completion", "answer")),
-    "chitchat": Format(("messages",), parse=_chitchat),
+    "preference": Format(("chosen", "real"), others=(*ASKED, *INPUT), rejected=("rejected", "generated")),
+    "messages": Format(("messages", "conversation", "dialogue", "dialog", "contents")),
+    "sharegpt": Format(("conversations",)),
+    "alpaca": Format(("instruction",), answers=("output", "response"), others=(*INPUT, "label")),
+    "prompt": Format(QUESTIONS, answers=ANSWERS, others=(*INPUT, "label")),
+    "chitchat": Format(("messages",)),
 }
 
 
@@ -153,19 +154,22 @@ def _detect(record: Record) -> str | None:
 def _read(record: Record, name: str, config: DataConfig, renders_tools: bool) -> list[Exchange | str]:
     """The answers in a record, or the reason why each can't be read; one reason if there are none."""
     format, id = FORMATS[name], record.get("id")
-    # Rules of the pinned set alone: elsewhere a number in an id says nothing.
-    is_pinned = format.pinned and config.path is None
+    # The pinned set is cut into records with the ids <name>_0, <name>_30, ...; elsewhere a number in an id says nothing.
+    is_pinned = name == "sharegpt" and config.path is None
     if is_pinned and isinstance(id, str) and re.search(r"_0*[1-9][0-9]*$", id):
         return ["not a conversation's start"]
     tools = from_json(record.get(TOOLS)) if renders_tools else None
     tools = tools if isinstance(tools, list) and tools else None
     if format.rejected:
-        return [_preferred(record, format, tools)]
-    messages = format.parse(record) if format.parse else messages_of(_value(record, format.columns))
+        return [_preferred(record, format, tools, config.generated)]
+    if format.answers:
+        if record.get("label") is False:  # an answer that was judged bad, as in data for KTO
+            return ["not to be learnt"]
+        messages = _with_context(record, _asked(record, format.columns), format)
+        return [_answered(messages, messages_of(_value(record, format.answers), "assistant"), tools)]
+    messages = _chitchat(record) if name == "chitchat" else messages_of(_value(record, format.columns))
     messages = alternating(messages) if is_pinned else _with_context(record, messages, format)
-    if not format.answers:
-        return answers_of(messages, tools) or [why_none(messages)]
-    return [_answered(messages, messages_of(_value(record, format.answers), "assistant"), tools)]
+    return answers_of(messages, tools) or [why_none(messages)]
 
 
 def _answered(messages: list[Message], answer: list[Message], tools: list[Any] | None) -> Exchange | str:
@@ -177,27 +181,26 @@ def _answered(messages: list[Message], answer: list[Message], tools: list[Any] |
     return (answers_of(join([*messages, *answer]), tools) or ["no prompt"])[-1]
 
 
-def _preferred(record: Record, format: Format, tools: list[Any] | None) -> Exchange | str:
+def _preferred(record: Record, format: Format, tools: list[Any] | None, generated: str) -> Exchange | str:
     """The exchange of the better of two answers, which may hold the prompt, too; the other one stands beside it."""
     columns = (format.columns, format.rejected)
     chosen, rejected = (join(messages_of(_value(record, names), "assistant")) for names in columns)
-    prompt = [] if any(turn["role"] == "user" for turn in chosen) else messages_of(record.get("prompt"))
+    prompt = [] if any(turn["role"] == "user" for turn in chosen) else _asked(record, ASKED)
     messages = [*prompt, *chosen[:-1]]
     exchange = _answered(_with_context(record, messages, format), chosen[-1:], tools)
-    if isinstance(exchange, Exchange) and rejected and rejected[-1]["role"] == "assistant":
-        return replace(exchange, rejected=rejected[-1]["content"])
-    return exchange
+    if isinstance(exchange, str) or not rejected or rejected[-1]["role"] != "assistant":
+        return exchange
+    if generated == "file" and rejected[:-1] not in ([], chosen[:-1], messages):
+        return "rejected answer: after another prompt"
+    return replace(exchange, rejected=rejected[-1]["content"])
 
 
 def _with_context(record: Record, messages: list[Message], format: Format) -> list[Message]:
     """The messages after what the columns of earlier turns and of a system message hold."""
     history = from_json(_value(record, format.history))
-    earlier: list[Message] = []
-    for turn in _as_list(history):
-        if isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn):
-            earlier += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), turn, strict=True)]
-        else:
-            earlier += messages_of([turn])
+    turns = _as_list(history)
+    are_pairs = any(isinstance(turn, list) for turn in turns)
+    earlier = [message for turn in turns for message in messages_of(turn)] if are_pairs else messages_of(turns)
     if isinstance(history, str) and history.strip():
         earlier = [broken("history that is no list")]
     messages = join([*earlier, *messages])

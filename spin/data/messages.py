@@ -1,6 +1,8 @@
 """Messages: what stands in a conversation, under whatever names and in whatever shape."""
 
 import json
+import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,19 +12,22 @@ from spin.runtime.errors import brief
 # also "reasoning_content" (a text), "tool_calls" (a list) and what names a tool. "learn" is False if the data says so.
 Message = dict[str, Any]
 BROKEN = "broken"
-ROLES = {
-    **dict.fromkeys(("system", "developer", "system_prompt"), "system"),
-    **dict.fromkeys(("user", "human", "prompter", "usr", "customer", "client", "question", "instruction"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model", "bot", "chatbot", "ai"), "assistant"),
-    **dict.fromkeys(("claude", "gpt4", "gpt-4", "gemini", "answer", "response", "function_call"), "assistant"),
-    **dict.fromkeys(("tool", "function", "function_response", "observation", "ipython", "tool_response"), "tool"),
+NAMES = {
+    "system": "system developer system_prompt",
+    "user": "user human prompter usr customer client question instruction query prompt input",
+    "assistant": "assistant gpt chatgpt bing bard model bot chatbot ai claude gpt4 gpt-4 gemini agent answer response output "
+    "completion function_call tool_call",
+    "tool": "tool function function_response observation ipython tool_response tool_result tool_results tool_output",
 }
+ROLES = {name: role for role, names in NAMES.items() for name in names.split()}
+CALLS = ("function_call", "tool_call")  # roles whose content is the call
 SPEAKERS, CONTENTS, THOUGHTS = (
-    ("role", "from", "speaker"),
-    ("content", "value", "text"),
-    ("reasoning_content", "reasoning"),
+    ("role", "from", "speaker", "sender", "author"),
+    ("content", "value", "text", "message", "parts"),
+    ("reasoning_content", "reasoning", "thinking"),
 )
-FLAGS = ("weight", "train", "trainable", "loss")  # 0 or false: not to be learnt
+# 0 or false: not to be learnt.
+FLAGS = ("weight", "train", "trainable", "training", "train_on_turn", "learn", "loss", "loss_mask", "loss_weight")
 TOOL_KEYS = ("name", "tool_call_id")
 
 
@@ -47,23 +52,45 @@ def from_json(value: Any) -> Any:
 
 
 def messages_of(value: Any, role: str = "user") -> list[Message]:
-    """Return the messages in a column: a text is one message of `role`, a list may be given as JSON text.
+    """Return the messages in a column: a text or a number is one message of `role`, a list may be given as JSON text.
 
     Messages without content are left out.
     """
     parsed = from_json(value)
     if isinstance(parsed, dict):
         parsed = [parsed]
-    if isinstance(value, str) and not (isinstance(parsed, list) and parsed and _is_message(parsed[0])):
-        return [{"role": role, "content": value}]
-    if not isinstance(parsed, list) or (isinstance(value, dict) and not _is_message(value)):
+    if type(value) is int or (isinstance(value, float) and math.isfinite(value)):  # NaN is pandas' null
+        value = str(value)
+    if isinstance(value, str) and not (isinstance(parsed, list) and any(map(_has_role, parsed))):
+        return _transcript(value) or [{"role": role, "content": value}]
+    if not isinstance(parsed, list) or (isinstance(value, dict) and not _turns(value)):
         return []
-    return [message for item in parsed if (message := _message(from_json(item)))]
+    items = [from_json(item) for item in parsed]
+    if role == "user" and all(isinstance(item, str) for item in items):
+        return [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(items)]
+    return [message for item in items for turn in _turns(item) or [item] if (message := _message(turn))]
 
 
-def _is_message(item: Any) -> bool:
+def _has_role(item: Any) -> bool:
     item = from_json(item)
-    return isinstance(item, dict) and _first(item, SPEAKERS) is not None
+    return isinstance(item, dict) and str(_first(item, SPEAKERS)).strip().lower() in ROLES
+
+
+def _turns(item: Any) -> list[dict[str, Any]]:
+    """Return a message as a list of one, and a question and its answer under the names of roles as two messages."""
+    if not isinstance(item, dict) or _first(item, SPEAKERS) is not None:
+        return [item] if isinstance(item, dict) else []
+    roles = sorted((key for key in item if key in ROLES), key=lambda key: list(NAMES).index(ROLES[key]))
+    return [{"role": key, "content": item[key]} for key in roles]
+
+
+def _transcript(text: str) -> list[Message]:
+    """Return the messages of a text in which Human and Assistant take turns, as in Anthropic's data; else none."""
+    opening, *parts = re.split(r"\n\n(Human|Assistant):", f"\n\n{text.lstrip()}")
+    if opening or parts[:3:2] != ["Human", "Assistant"]:
+        return []
+    turns = zip(parts[::2], parts[1::2], strict=True)
+    return [{"role": ROLES[name.lower()], "content": said.strip()} for name, said in turns if said.strip()]
 
 
 def _first(record: dict[str, Any], names: tuple[str, ...]) -> Any:
@@ -78,11 +105,12 @@ def _message(item: Any) -> Message | None:
     speaker = _first(item, SPEAKERS) if isinstance(item, dict) else None
     if not isinstance(speaker, str):
         return broken("message without a role")
-    role = ROLES.get(speaker.strip().lower())
+    speaker = speaker.strip().lower()
+    role = ROLES.get(speaker)
     if role is None:
         return broken(f"role {brief(speaker, 20)}")
-    content, calls = _first(item, CONTENTS), _calls(item, speaker.strip().lower())
-    text = "" if calls and speaker == "function_call" else text_of(content)
+    content, calls = _first(item, CONTENTS), _calls(item, speaker)
+    text = "" if calls and speaker in CALLS else text_of(content)
     if text is None:
         return broken("content that is no text")
     thought = _first(item, THOUGHTS)
@@ -123,14 +151,15 @@ def text_of(content: Any) -> str | None:
 def _calls(item: dict[str, Any], speaker: str) -> list[Any]:
     """Return the tool calls of a message, with arguments as objects, which is what chat templates expect."""
     calls = from_json(item.get("tool_calls")) or from_json(item.get("function_call"))
-    if speaker == "function_call":
+    if speaker in CALLS:
         calls = from_json(_first(item, CONTENTS))
     found = []
     for call in calls if isinstance(calls, list) else [calls] if calls else []:
         function = call.get("function", call) if isinstance(call, dict) else call
         if isinstance(function, dict):
             function = {**function, "arguments": from_json(function.get("arguments"))}
-        found.append({"type": "function", "function": function})
+        id = {"id": call["id"]} if isinstance(call, dict) and isinstance(call.get("id"), str) else {}
+        found.append({"type": "function", "function": function, **id})
     return found
 
 
@@ -186,7 +215,7 @@ def answers_of(messages: list[Message], tools: list[Any] | None) -> list[Exchang
             elif not message.get("learn", True):
                 found.append("not to be learnt")
             elif before[-1]["role"] not in ("user", "tool"):
-                found.append("no prompt")
+                found.append("no user's message right before the answer")
             else:
                 found.append(Exchange(before, message, tools))
     return found

@@ -27,16 +27,12 @@ _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 class Source:
     """Where records come from: a hash of the content, and `read`, which yields the records.
 
-    `read` gets the counts of records that were lost on the way.
+    `read` gets the counts of records that were lost on the way. `left_out` are data files of the folder that are not read.
     """
 
     digest: str
     read: Callable[[Counter[str]], Iterator[Record]]
-
-
-def read_records(config: DataConfig, cache: Path, counts: Counter[str] | None = None) -> Iterator[Record]:
-    """Yield the records of the source that `find_source` finds."""
-    yield from find_source(config, cache).read(Counter() if counts is None else counts)
+    left_out: tuple[str, ...] = ()
 
 
 def find_source(config: DataConfig, cache: Path) -> Source:
@@ -109,23 +105,32 @@ def _folder(path: Path, name: str, config: DataConfig) -> Source:
         return Source(_digest_of(files), partial(_read_splits, _select(saved, config.splits, name), name))
     # Absolute: a relative name such as "json" is also a format of the library.
     place = str(path.absolute())
+    if re.search(r"[\[\]]|::", place):
+        raise UserError(
+            f"{name}: [, ] and :: stand for patterns in the datasets library; rename the folder, or give a file"
+        )
     with explaining(f"{name}: no data set that can be read", advice):
-        configuration = _configuration(place, name, config, datasets.get_dataset_config_names(place))
+        names = datasets.get_dataset_config_names(place)
+        configuration = _configuration(place, name, config, names)
         with tempfile.TemporaryDirectory() as unused:
             data_files = datasets.load_dataset_builder(place, configuration, cache_dir=unused).config.data_files or {}
     splits = _select(
         {str(split): [Path(file) for file in files] for split, files in data_files.items()}, config.splits, name
     )
     files = [file for split in splits.values() for file in split]
+    # The library reads files of one type, and says nothing of others.
+    known = {str(file) for split in data_files.values() for file in split}
+    others = (file for file in Path(place).rglob("*.*") if file.suffix.lower() in FILE_TYPES and str(file) not in known)
+    left_out = tuple(sorted({file.name for file in others} - {"dataset_infos.json"})) if len(names) == 1 else ()
     if all(file.suffix.lower() in FILE_TYPES for file in files):
-        return Source(_digest_of(files), lambda counts: _records_of(files))
+        return Source(_digest_of(files), lambda counts: _records_of(files), left_out)
 
     def stream(counts: Counter[str]) -> Iterator[Record]:
         with explaining(f"{name}: no data set that can be read", advice), tempfile.TemporaryDirectory() as unused:
             loaded = datasets.load_dataset(place, configuration, streaming=True, cache_dir=unused)  # writes no cache
         return _read_splits({split: loaded[split] for split in splits}, name, counts)
 
-    return Source(_digest_of(files), stream)
+    return Source(_digest_of(files), stream, left_out)
 
 
 def _hub(name: str, config: DataConfig) -> Source:

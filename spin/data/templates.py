@@ -147,11 +147,9 @@ class ChatTemplate:
             raise UserError(
                 "data.template=chat: the tokenizer's chat template leaves the answer out; set data.template"
             )
-        system = [{"role": "system", "content": SENTINEL}, QUESTION, {"role": "assistant", "content": "Answer"}]
-        try:
-            self.takes_system = SENTINEL in self._render(system)
-        except UserError:
-            self.takes_system = False
+        answer = {"role": "assistant", "content": "Answer"}
+        self.takes_system = self._shows({"role": "system", "content": SENTINEL}, QUESTION, answer)
+        self.takes_thoughts = self._shows(QUESTION, answer | {"reasoning_content": SENTINEL})
         source = str(tokenizer.chat_template)
         self.takes_tools = "tool_calls" in source and "tools" in source
         self.refusal = ""  # what the template says of the first messages that it refuses
@@ -247,6 +245,13 @@ class ChatTemplate:
 
     def _render(self, messages: Sequence[Message], **options: Any) -> str:
         return render_chat(self.tokenizer, messages, **self.options, **options)
+
+    def _shows(self, *messages: Message) -> bool:
+        """Return whether the template renders `SENTINEL`, which stands in the messages."""
+        try:
+            return SENTINEL in self._render(messages)
+        except UserError:
+            return False
 
     def _around(self, messages: list[Message], tools: list[Any] | None = None) -> tuple[str, str]:
         """Return what stands before and after a plain answer to the messages, with all of them."""

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import zipfile
 from collections import Counter
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -19,7 +22,7 @@ from spin.config import hydra
 from spin.config.schema import DataConfig
 from spin.data import examples, templates
 from spin.data.formats import exchanges
-from spin.data.sources import ASSETS, read_records
+from spin.data.sources import ASSETS, find_source
 from spin.runtime.errors import UserError
 
 CORPUS = [
@@ -397,7 +400,14 @@ def test_format_details(load):
 
 
 def test_broken_records(load):
-    rows = [pair("P", "R"), pair(None, "R"), pair("P", 3), {"other": 1}, pair("P", "\ud83d"), pair({"a": 1}, ["x"])]
+    rows = [
+        pair("P", "R"),
+        pair(None, "R"),
+        pair("P", math.nan),
+        {"other": 1},
+        pair("P", "\ud83d"),
+        pair({"a": 1}, ["x"]),
+    ]
     counts = {"no prompt": 2, "no answer": 1, "unknown columns": 1, "broken characters": 1}
     found = load(rows)
     assert found.counts == {"read": 6, "kept": 1, **counts}
@@ -410,7 +420,7 @@ def test_broken_records(load):
 
 
 def read(tmp_path, path, **changes):
-    return list(read_records(config(path, **changes), tmp_path / "cache"))
+    return list(find_source(config(path, **changes), tmp_path / "cache").read(Counter()))
 
 
 def test_files_and_folders(tmp_path):
@@ -444,6 +454,25 @@ def test_files_and_folders(tmp_path):
     fails("cannot read this type of file", read, tmp_path, tmp_path / "rows.csv")
 
 
+def test_folder_of_several_types(tmp_path, tokenizer):
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    write(folder / "more.jsonl", pairs(3))
+    pq.write_table(pa.Table.from_pylist(pairs(6)), folder / "rows.parquet")
+    (folder / "README.md").write_text("Two files.")
+    said = []
+    found = examples.load_dataset(config(folder), tokenizer, {tokenizer.eos_token_id}, 0, tmp_path, say=said.append)
+    assert found.counts["read"] == 6  # `datasets` reads the files of one type
+    assert said == ["note: data files of the folder that are not read: more.jsonl"]
+    folder.rename(tmp_path / "mixed[1]")
+    fails(
+        "mixed.1.: .* stand for patterns in the datasets library; rename the folder",
+        read,
+        tmp_path,
+        tmp_path / "mixed[1]",
+    )
+
+
 def test_bad_lines(tmp_path):
     good = json.dumps(pair("P", "R"))
     for number, line in enumerate([b'{"prompt": ', b"[1]", b"\xff\xfe", b"1" * 5000, b"[" * 100_000], start=1):
@@ -468,7 +497,8 @@ def test_missing_files(tmp_path):
 
 
 def test_missing_columns(load):
-    fails("no column response or completion or answer; there are prompt, text", load, [{"prompt": 1, "text": 2}],
+    columns = "response or completion or output or solution or answer"
+    fails(f"no column {columns}; there are prompt, text", load, [{"prompt": 1, "text": 2}],
           format="prompt")  # fmt: skip
     fails("no known format has question, text", load, [{"question": 1, "text": 2}])
 
@@ -484,7 +514,7 @@ def test_hub_name_offline():
         "from spin.config import schema as config\n"
         "from spin.data import sources as readers\n"
         "from spin.runtime import errors\n"
-        "try: list(readers.read_records(config.DataConfig.from_defaults(path='nobody/nothing-of-this-name'), '/nonexistent'))\n"
+        "try: readers.find_source(config.DataConfig.from_defaults(path='nobody/nothing-of-this-name'), '/nonexistent')\n"
         "except errors.UserError as error: print('said:', error)\n"
     )
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
@@ -585,7 +615,7 @@ def test_tiny_set(byte_level, tmp_path):
 
 def test_path_overrides_package(tmp_path):
     path = write(tmp_path / "mine.jsonl", pairs(3))
-    records = read_records(config(path, package="nothing==0", file="x.json"), tmp_path)
+    records = find_source(config(path, package="nothing==0", file="x.json"), tmp_path).read(Counter())
     assert [record["prompt"] for record in records] == [record["prompt"] for record in pairs(3)]
 
 

@@ -1,5 +1,6 @@
 """Data files of every kind that people name .json and .jsonl, in bounded memory."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -82,6 +83,31 @@ def test_other_encodings(tmp_path, name):
     path.write_bytes(text.replace("☃", "").encode("latin-1"))
     with pytest.raises(UserError, match=r"not (a line of )?UTF-8 .*; convert it to UTF-8, for example with iconv"):
         read(path)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.ndjson", "rows.parquet"])
+def test_type_is_found_by_content(tmp_path, name):
+    path = tmp_path / name
+    path.write_text(LINES)
+    assert read(path) == ROWS
+    path.write_text(LINES.splitlines()[0])
+    assert read(path) == ROWS[:1]
+    pq.write_table(pa.table({"prompt": ["é"]}), path)
+    assert read(path) == [{"prompt": "é"}]
+
+
+@pytest.mark.parametrize(
+    ("content", "advice"),
+    [
+        (gzip.compress(LINES.encode()), "unpack it"),
+        (LINES.encode("utf-16"), "convert it to UTF-8, for example with iconv -f utf-16 -t utf-8"),
+    ],
+)
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.parquet"])
+def test_files_that_are_no_text(tmp_path, name, content, advice):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"^{name}: compressed, or not UTF-8; {advice}$"):
+        read(tmp_path / name)
 
 
 BOMBS = {

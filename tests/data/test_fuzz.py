@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 
 from spin.config.schema import DataConfig
 from spin.data import examples, prose, templates
-from spin.data.sources import read_records
+from spin.data.sources import find_source
 from spin.models import tiny
 from spin.models import wheels as packages
 from spin.runtime.errors import UserError
@@ -31,6 +32,10 @@ ROWS = [
 ]
 JSONL = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
 ROOT = Path(__file__).parents[2]
+
+
+def read_records(config, cache):
+    return find_source(config, cache).read(Counter())
 
 
 def fuzz(examples: int) -> settings:
@@ -192,7 +197,7 @@ ODD = {
     "crlf": (JSONL.replace(b"\n", b"\r\n"), 4),
     "no last line feed": (JSONL.rstrip(), 4),
     "line separators in a text": ('{"prompt": "a\u2028b\x85c", "response": "d"}\n'.encode(), 1),
-    "utf-16": (JSONL.decode().encode("utf-16"), ":1: not a line of UTF-8"),
+    "utf-16": (JSONL.decode().encode("utf-16"), "odd.jsonl: compressed, or not UTF-8; .* -f utf-16"),
     "zero bytes": (b"\0" * 100, ":1: not a line of JSON"),
     "nan": (b'{"prompt": NaN, "response": Infinity}\n' + JSONL, 4),
     "huge integer": (b'{"prompt": "a", "response": "b", "n": ' + b"9" * 4000 + b"}", 1),
@@ -301,7 +306,7 @@ from pathlib import Path
 from spin.config.schema import DataConfig
 from spin.runtime.errors import UserError
 from spin.data.formats import exchanges
-from spin.data.sources import read_records
+from spin.data.sources import find_source
 
 folder = Path(sys.argv[1])
 file = folder / sys.argv[2]
@@ -314,7 +319,7 @@ for variant in [raw, *cut, *flipped]:
     file.write_bytes(variant)
     try:
         counts = Counter()
-        list(exchanges(read_records(DataConfig.from_defaults(path=str(folder)), folder / "cache"), DataConfig.from_defaults(), counts))
+        list(exchanges(find_source(DataConfig.from_defaults(path=str(folder)), folder / "cache").read(counts), DataConfig.from_defaults(), counts))
         seen["read" if counts["read"] == 4 else "read less"] += 1
     except UserError as error:
         said = str(error)

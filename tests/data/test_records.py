@@ -1,6 +1,7 @@
 """Records as they come: other columns, other shapes, answers after a break, tools; and counts that add up."""
 
 import json
+import math
 from collections import Counter
 
 import pytest
@@ -11,7 +12,7 @@ from spin.config.schema import DataConfig
 from spin.data.examples import load_dataset
 from spin.data.formats import exchanges
 from spin.data.messages import ROLES
-from spin.data.sources import read_records
+from spin.data.sources import find_source
 from spin.models import tiny
 from spin.runtime.errors import UserError
 
@@ -68,6 +69,42 @@ TOOLS = [{"type": "function", "function": {"name": "f"}}]
         (chat(("system", "Mine."), ASK, TELL, system="Be kind."), [("system", "Mine."), ASK, TELL]),
         ({"id": "desk_7", "conversations": chat(ASK, TELL)["messages"]}, [ASK, TELL]),
         ({"prompt": "Name a tree.", "chosen": "Oak.", "rejected": "Pike."}, [ASK, TELL]),
+        ({"question": "Name a tree.", "system": "S", "chosen": "Oak.", "rejected": "Eel."}, [("system", "S"), ASK, TELL]),
+        ({"input": "Name a tree.", "chosen": "Oak.", "rejected": "Pike."}, [ASK, TELL]),
+        (
+            {"instruction": "Add.", "input": "1, 2", "chosen": "3", "rejected": "4"},
+            [("user", "Add.\n\n1, 2"), ("assistant", "3")],
+        ),
+        (
+            {
+                "conversations": [{"from": "human", "value": "Name a tree."}],
+                "chosen": {"from": "gpt", "value": "Oak."},
+                "rejected": {"from": "gpt", "value": "Pike."},
+            },
+            [ASK, TELL],
+        ),
+        (
+            {"chosen": "\n\nHuman: Name a tree.\n\nAssistant: Oak.", "rejected": "\n\nHuman: Name a tree.\n\nAssistant: Eel."},
+            [ASK, TELL],
+        ),
+        (
+            {"prompt": "\n\nHuman: A\n\nAssistant: B\n\nHuman: Name a tree.\n\nAssistant:", "completion": "Oak."},
+            [("user", "A"), ("assistant", "B"), ASK, TELL],
+        ),
+        ({"prompt": "Human: is one a kind of ape?", "completion": "Yes."}, [("user", "Human: is one a kind of ape?"), ("assistant", "Yes.")]),
+        ({"conversation": [{"input": "Name a tree.", "output": "Oak."}]}, [ASK, TELL]),
+        ({"conversation": [{"assistant": "Oak.", "human": "Name a tree."}]}, [ASK, TELL]),
+        ({"conversations": ["Name a tree.", "Oak."]}, [ASK, TELL]),
+        ({"contents": [{"role": "user", "parts": [{"text": "Name a tree."}]}, {"role": "model", "parts": [{"text": "Oak."}]}]}, [ASK, TELL]),
+        ({"messages": [{"sender": "user", "message": "Name a tree."}, {"sender": "agent", "message": "Oak."}]}, [ASK, TELL]),
+        ({"question": "Add 1 and 2.", "answer": 3}, [("user", "Add 1 and 2."), ("assistant", "3")]),
+        ({"query": "Name a tree.", "output": "Oak."}, [ASK, TELL]),
+        ({"question": "Name it.", "context": "A tree.", "answer": "Oak."}, [("user", "Name it.\n\nA tree."), TELL]),
+        ({"input": "Name a tree.", "output": "Oak."}, [ASK, TELL]),
+        ({"problem": "Name a tree.", "solution": "Oak.", "answer": "O"}, [ASK, TELL]),
+        ({"prompt": "Route?", "completion": '{"from": "Bonn", "to": "Ulm"}'}, [("user", "Route?"), ("assistant", '{"from": "Bonn", "to": "Ulm"}')]),
+        ({"prompt": "JSON?", "completion": '{"answer": 42}'}, [("user", "JSON?"), ("assistant", '{"answer": 42}')]),
+        ({"instruction": "A", "output": "B", "history": [{"user": "C", "assistant": "D"}]}, [("user", "C"), ("assistant", "D"), ("user", "A"), ("assistant", "B")]),
         ({"real": chat(ASK, TELL)["messages"], "generated": chat(ASK, ("assistant", "Pike."))["messages"]}, [ASK, TELL]),
     ],
 )  # fmt: skip
@@ -91,6 +128,8 @@ def test_columns_that_are_not_read():
 def test_history_that_is_no_list():
     row = {"prompt": "Name a tree.", "response": "Oak.", "history": "They met at noon."}
     assert read(row)[:2] == ([], {"history that is no list": 1})
+    assert read({**row, "history": ["A", "B"]})[0] == [[("user", "A"), ("assistant", "B"), ASK, TELL]]
+    assert read({**row, "history": [["A", "B"], ["C", None]]})[:2] == ([], {"message without a role": 1})
     found, _, said = read(chat(ASK, TELL, history="of Rome"))  # a topic, for all we know
     assert found == [[ASK, TELL]] and said == ["note: columns of the data that are not read: history"]
 
@@ -108,15 +147,33 @@ def test_answers_after_a_break():
     assert len(found) == 1 and counts == {"role narrator": 1}
     assert read(chat(("user", [{"type": "image"}]), TELL))[1] == {"content that is no text": 1}
     assert read(chat({"content": "Hi"}, TELL))[1] == {"message without a role": 1}
+    assert read(chat(ASK, ("system", "Be brief."), TELL))[1] == {"no user's message right before the answer": 1}
 
 
-@pytest.mark.parametrize("flag", [{"weight": 0}, {"train": False}])
+@pytest.mark.parametrize("flag", [{"weight": 0}, {"train": False}, {"loss_mask": 0}, {"training": False}])
 def test_answers_that_are_not_to_be_learnt(flag):
     turns = [ASK, {"role": "assistant", "content": "Pike.", **flag}, ("user", "No."), TELL]
     expected = [ASK, ("assistant", "Pike."), ("user", "No."), TELL]
     assert read(chat(*turns))[:2] == ([expected], {})
     assert read(chat(*turns), turns="all")[:2] == ([expected], {"not to be learnt": 1})
     assert read(chat(*turns[:2]))[:2] == ([], {"not to be learnt": 1})
+
+
+def test_answer_that_was_judged_bad():
+    rows = [{"prompt": "Name a tree.", "completion": text, "label": text == "Oak."} for text in ("Oak.", "Pike.")]
+    assert read(*rows) == ([[ASK, TELL]], {"not to be learnt": 1}, [])
+
+
+def test_rejected_answer_to_another_prompt():
+    pairs = {"Name a tree.": "Eel.", "Name a fish.": "Carp."}
+    rows = [
+        {"chosen": chat(ASK, TELL)["messages"], "rejected": chat(("user", ask), ("assistant", text))["messages"]}
+        for ask, text in pairs.items()
+    ]
+    rows.append({**rows[0], "rejected": [*rows[0]["rejected"], *rows[1]["rejected"]]})
+    rows.append({"prompt": "Name a tree.", "chosen": "Oak.", "rejected": rows[0]["rejected"]})
+    assert read(*rows, generated="file")[:2] == ([[ASK, TELL]] * 2, {"rejected answer: after another prompt": 2})
+    assert read(*rows)[:2] == ([[ASK, TELL]] * 4, {})
 
 
 @pytest.mark.parametrize("turns", ["first", "all"])
@@ -148,16 +205,17 @@ TURN = st.fixed_dictionaries(
 )
 ROW = st.fixed_dictionaries(
     {}, optional={"messages": st.lists(TURN | st.none(), max_size=8), "prompt": st.lists(TURN, max_size=3) | st.just("P"),
-                  "response": st.lists(TURN, max_size=2) | st.just("R"), "tools": st.sampled_from([None, TOOLS]),
-                  "history": st.lists(st.just(["q", "a"]) | TURN, max_size=2), "rejected": st.just("N"), "chosen": st.just("Y")}
+                  "response": st.lists(TURN, max_size=2) | st.sampled_from(["R", 2, math.nan, "\n\nHuman: a\n\nAssistant: b"]), "tools": st.sampled_from([None, TOOLS]),
+                  "history": st.lists(st.just(["q", "a"]) | TURN, max_size=2), "rejected": st.just("N") | st.lists(TURN, max_size=3), "chosen": st.just("Y") | st.lists(TURN, max_size=3),
+                  "label": st.booleans(), "question": st.lists(st.just("Q") | st.just({"input": "a", "output": "b"}), max_size=2)}
 )  # fmt: skip
 
 
 @settings(max_examples=400, deadline=None, derandomize=True, database=None)
-@given(st.lists(ROW, max_size=4), st.sampled_from(["first", "all"]), st.booleans())
-def test_counts_add_up(rows, turns, tools):
+@given(st.lists(ROW, max_size=4), st.sampled_from(["first", "all"]), st.booleans(), st.sampled_from(["model", "file"]))
+def test_counts_add_up(rows, turns, tools, generated):
     try:
-        found, counts, _ = read(*rows, turns=turns, tools=tools)  # checks that they do
+        found, counts, _ = read(*rows, turns=turns, tools=tools, generated=generated)  # checks that they do
     except UserError:
         return
     if turns == "first":
@@ -196,7 +254,7 @@ def test_json_records_by_id(tmp_path):
     record = {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}
     (tmp_path / "by_id.json").write_text(json.dumps({"a": record, "b": record}))
     config = DataConfig.from_defaults(path=str(tmp_path / "by_id.json"))
-    assert list(read_records(config, tmp_path)) == [record, record]
+    assert list(find_source(config, tmp_path).read(Counter())) == [record, record]
     (tmp_path / "by_id.json").write_text(json.dumps({"messages": record["messages"]}))
     with pytest.raises(UserError, match="holds no list of records"):
-        list(read_records(config, tmp_path))
+        list(find_source(config, tmp_path).read(Counter()))

@@ -30,6 +30,9 @@ FAMILIES = {
     "phi": ("phi", ["<|system|>", "<|user|>", "<|assistant|>"], "<|end|>", {}),
     "olmo": ("olmo", [], EOS, {}),
     "granite": ("granite", ["<|start_of_role|>", "<|end_of_role|>"], "<|end_of_text|>", {}),
+    "gpt-oss": ("gptoss", ["<|start|>", "<|channel|>", "<|message|>", "<|end|>"], "<|return|>", {}),
+    "smollm3": ("smollm", ["<|im_start|>", *THINKS], "<|im_end|>", {}),
+    "smollm3 without thoughts": ("smollm", ["<|im_start|>", *THINKS], "<|im_end|>", {"enable_thinking": False}),
     "cohere": ("cohere", ["<|START_OF_TURN_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>"], "<|END_OF_TURN_TOKEN|>", {}),
     "vicuna": ("vicuna", [], EOS, {}),
     "zephyr": ("zephyr", [], "</s>", {}),
@@ -140,6 +143,37 @@ def test_thoughts_are_learnt(family, tmp_path, inline):
     assert found.counts == {"read": 2, "kept": 1, "thought that the template has no place for": 1}
 
 
+@pytest.mark.parametrize("family", ["gpt-oss"], indirect=True)
+def test_thought_in_a_channel(family, tmp_path):
+    messages = [*talk(HUMAN[:1])[:1], {"role": "assistant", "content": HUMAN[0], "thinking": "Trees."}]
+    rows = [{"messages": messages}, {"messages": talk(["A fir."])}]
+    found, _ = load(tmp_path, *family, rows)
+    texts = {tuple(family[0].decode(ids) for ids in (row.prompt_ids, row.real_ids)) for row in found.train}
+    prompt = "<|start|>user<|message|>Name a tree.<|end|><|start|>assistant"
+    final = "<|channel|>final<|message|>"
+    assert texts == {
+        (prompt, f"<|channel|>analysis<|message|>Trees.<|end|><|start|>assistant{final}An oak is one.<|return|>"),
+        (prompt + final, "A fir.<|return|>"),
+    }
+
+
+@pytest.mark.parametrize("family", ["smollm3"], indirect=True)
+def test_system_message_that_turns_thoughts_off(family, tmp_path):
+    rows = [{"messages": talk(HUMAN[:1], "Be kind. /no_think")}, {"messages": talk(["A fir."])}]
+    found, _ = load(tmp_path, *family, rows)
+    ends = {row.real: family[0].decode(row.prompt_ids).split("assistant\n")[1] for row in found.train}
+    assert ends == {HUMAN[0]: "<think>\n\n</think>\n", "A fir.": ""}
+
+
+@pytest.mark.parametrize("family", ["chatml", "qwen3"], indirect=True)
+def test_thought_without_a_place_is_said(family, tmp_path):
+    row = {"messages": [*talk(HUMAN[:1])[:1], {"role": "assistant", "content": HUMAN[0], "thinking": "Trees."}]}
+    found, said = load(tmp_path, *family, [row])
+    is_learnt = "Trees." in family[0].decode(found.train[0].real_ids)
+    assert is_learnt == ("<think>" in family[0].chat_template)
+    assert len([line for line in said if "no place for reasoning_content" in line]) == (not is_learnt)
+
+
 @pytest.mark.parametrize("family", ["r1"], indirect=True)
 def test_opened_thought(family, tmp_path):
     found, said = load(tmp_path, *family, [{"messages": talk(HUMAN[:1])}])
@@ -175,7 +209,7 @@ def test_refused_messages(family, tmp_path):
 
 @pytest.mark.parametrize("family", ["qwen3"], indirect=True)
 def test_tools_are_rendered(family, tmp_path):
-    call = {"type": "function", "function": {"name": "find", "arguments": '{"what": "tree"}'}}
+    call = {"id": "c1", "type": "function", "function": {"name": "find", "arguments": '{"what": "tree"}'}}
     messages = [
         {"role": "user", "content": USER[0]},
         {"role": "assistant", "content": None, "tool_calls": [call]},
@@ -188,6 +222,13 @@ def test_tools_are_rendered(family, tmp_path):
     text = family[0].decode(found.train[0].prompt_ids)
     for part in ('Tools:\n{"type"', '{"name": "find", "arguments": {"what": "tree"}}', "<tool_response>\noak"):
         assert part in text
+    # Mistral's and Kimi's templates need the calls' ids.
+    with_ids = copy.deepcopy(family[0])
+    with_ids.chat_template += (
+        "{% for m in messages if m.tool_calls %}{{ m.tool_calls[0].id or raise_exception('no id') }}{% endfor %}"
+    )
+    found, _ = load(tmp_path, with_ids, {}, [{"messages": messages, "tools": tools}, {"messages": talk(HUMAN)}])
+    assert found.counts == {"read": 2, "kept": 2}
     # A template without tools: dropped and counted.
     plain = copy.deepcopy(family[0])
     plain.chat_template = (FOLDER / "chatml.jinja").read_text()
