@@ -79,18 +79,11 @@ class Run:
         """Rows of `count` that are computed and kept together: small enough that every rank gets some."""
         return min(self.config.checkpoint.shard_size, -(-count // self.ranks.size))
 
-    def counting(self, bar: Progress) -> Callable[[int], None]:
-        """A function like `bar.advance` that counts the work of all ranks."""
-        if self.ranks.size == 1:
-            return bar.advance
-        add, shown = self.ranks.counter(), 0
-
-        def advance(count: int) -> None:
-            nonlocal shown
-            before, shown = shown, add(count)
-            bar.advance(shown - before)
-
-        return advance
+    def progress(self, title: str, total: int, unit: str) -> Progress:
+        """A bar like the tracker's that counts the work of all ranks. All must call this."""
+        bar = self.tracker.progress(title, total, unit)
+        bar.add_for_all = self.ranks.counter() if self.ranks.size > 1 else None
+        return bar
 
 
 class Models:

@@ -12,6 +12,7 @@ from spin.models.policy import Policy
 from spin.pipeline.context import Run
 from spin.pipeline.evaluate import Evaluate, Evaluation
 from spin.pipeline.stage import Node, Stage, Work
+from spin.runtime.errors import UserError
 from spin.runtime.store import Artifact
 
 MT_BENCH_TOKENS = 1024  # of an answer, as in FastChat
@@ -37,9 +38,9 @@ def declare_external(
 
 
 class External(Stage[Any]):
-    """An external evaluation of `policy`. The main process computes it alone."""
+    """An external evaluation of `policy`."""
 
-    main_process_only: ClassVar[bool] = True
+    may_fail: ClassVar[tuple[type[UserError], ...]] = (judges.JudgeError,)
     result_file: ClassVar[str]
     policy: Node[Policy]
 
@@ -97,6 +98,7 @@ class Benchmark(External):
             settings.harness_batch_size,
             run.config.seed,
             run.say,
+            run.ranks,
         )
         run.models.release()
         self.write(work, row)
@@ -140,7 +142,7 @@ class MtBench(External):
     def build(self, run: Run, work: Work, policy: Policy) -> dict:
         config, settings = run.config, run.config.evaluation
         questions = mt_bench.read_questions(settings.questions)
-        with run.tracker.progress(work.title, mt_bench.TURNS * len(questions), "answers") as bar:
+        with run.progress(work.title, mt_bench.TURNS * len(questions), "answers") as bar:
             answers = mt_bench.answer_questions(
                 run.models.load(policy),
                 run.tokenizer,
@@ -154,11 +156,12 @@ class MtBench(External):
                 run.say,
                 lambda turn: work.shards(f"answers/{turn}", bar),
                 config.data.template_options,
+                run.ranks.size,
             )
         result: dict[str, Any] = {"answers": answers, "verdicts": None, "score": None}
         if settings.judge:
             grading, judge = mt_bench.read_grading(str(settings.questions), questions), open_judge(run)
-            with run.tracker.progress(f"{work.title}: judge", mt_bench.TURNS * len(answers), "verdicts") as bar:
+            with run.progress(f"{work.title}: judge", mt_bench.TURNS * len(answers), "verdicts") as bar:
                 shards = work.shards("verdicts", bar)
                 result["verdicts"] = mt_bench.grade_answers(answers, questions, grading, judge, bar.advance, shards)
             result["score"] = score = mt_bench.mt_bench_score(result["verdicts"], settings.bootstrap, config.seed)
@@ -198,7 +201,7 @@ class Compare(External):
 
     def build(self, run: Run, work: Work, policy: Policy, now: Evaluation, before: Evaluation) -> dict:
         judge = open_judge(run)
-        with run.tracker.progress(work.title, len(now.held_out.pairs), "prompts") as bar:
+        with run.progress(work.title, len(now.held_out.pairs), "prompts") as bar:
             comparison = judges.compare(
                 [pair.prompt for pair in now.held_out.pairs],
                 [pair.generated for pair in now.held_out.pairs],

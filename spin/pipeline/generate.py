@@ -136,9 +136,8 @@ def answer_prompts(
     else:
         generate = partial(generate_answers, run.models.load(policy))
     total = len(examples) * num_answers
-    with run.tracker.progress(work.title, total, "answers") as bar:
-        advance = run.counting(bar)
-        answers = generate(
+    with run.progress(work.title, total, "answers") as bar:
+        return generate(
             run.tokenizer,
             examples,
             num_answers,
@@ -146,9 +145,7 @@ def answer_prompts(
             config.max_new_tokens,
             run.stop_ids,
             seed,
-            advance,
+            bar.advance,
             work.shards("answers", bar, main_process_only=use_vllm),
             run.shard_size(total),
         )
-        advance(0)
-    return answers

@@ -24,8 +24,8 @@ def live_report(
         return summarize(player, records[:count], None, command), sample_sets(player, records[:count])
 
     def write(title: str, running: bool = False) -> None:
-        count = sum(all(stage in player.artifacts for stage in record.stages) for record in records)
-        left = [f"{stage.name} of {stage.subject()}" for stage in stages if stage not in player.artifacts]
+        count = sum(all(stage in player.results for stage in record.stages) for record in records)
+        left = [f"{stage.name} of {stage.subject()}" for stage in stages if stage not in player.results]
         later = ", ".join(left[running:]) or "nothing"
         status = f"{title}, {time.strftime('%Y-%m-%d %H:%M:%S')}. Left{' after that' * running}: {later}."
         with contextlib.suppress(OSError):  # a full disk: the stage itself says so

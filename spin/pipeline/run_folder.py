@@ -107,6 +107,10 @@ def check_resources(run: Run, stages: Sequence[Stage]) -> None:
         run.say(f"{run.ranks.size} processes, ZeRO stage {config.engine.zero_stage}")
     if missing:
         check_memory(run)
+    if run.ranks.is_main_process and config.evaluation.judge and {"mt_bench", "compare"} & {e.stage for e in missing}:
+        from spin.evaluation.external.judges import check_judge
+
+        check_judge(config.evaluation.judge, config.evaluation.judge_model, config.evaluation.judge_timeout)
     if data.seen:
         run.say(f"{data.seen} prompts are not held out: the model was trained on them.")
 
@@ -187,7 +191,8 @@ def show_record(player: Player, record: IterationRecord) -> None:
     """Lay out a played record: `sft/policy`, or `iter<t>/` with pairs.parquet, policy/ and manifest.json."""
     folder = player.run.folder
     for stage in record.external:
-        stage.show(player.result(stage), player.result(record.policy), player.run)
+        if (result := player.result(stage)) is not None:
+            stage.show(result, player.result(record.policy), player.run)
     if record.train is None:
         return
     trained = player.artifacts[record.train].folder / "policy"

@@ -86,7 +86,7 @@ class Score(Stage[Scores]):
         started = time.perf_counter()
         pairs, dropped = self.pairs(run, answers)
         items = to_continuations(pairs)
-        with run.tracker.progress(work.title, len(items), "prompts") as bar:
+        with run.progress(work.title, len(items), "prompts") as bar:
             values = score_items(run, work, policy, items, bar)
         logps = split_responses(values, [len(group) for group in group_by_prompt(pairs)])
         write_pairs(work.folder / "pairs.parquet", pairs, {self.model: logps})
@@ -107,11 +107,9 @@ def score_items(
     """Log-probs of every response of every item under the policy, by all ranks, resumed by shards."""
     model = run.models.load(policy)
     shards = work.shards("scores", bar, len(items) / sum(len(item.responses) for item in items))  # a row per response
-    advance = run.counting(bar) if bar else lambda items: None
+    advance = bar.advance if bar else lambda items: None
     forward = run.models.forward(model, policy)
-    logps = compute_logps(model, items, forward, advance, shards, run.shard_size(len(items)))
-    advance(0)
-    return logps
+    return compute_logps(model, items, forward, advance, shards, run.shard_size(len(items)))
 
 
 def format_counts(counts: Mapping[str, int]) -> str:

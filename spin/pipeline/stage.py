@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from spin.engines.device_memory import peak_memory_gib
 from spin.pipeline.context import Run
 from spin.runtime.checkpoints import describe_progress
+from spin.runtime.errors import UserError
 from spin.runtime.process_group import SINGLE_PROCESS, ProcessGroup
 from spin.runtime.progress import Progress
 from spin.runtime.shards import ResumableShards
@@ -66,11 +67,13 @@ class Stage(Node[Result]):
     """A stage of a run, declared as a dataclass whose fields are its settings and the nodes that it needs.
 
     The results of these nodes are passed to `inputs`, `build` and `read` in the order of the fields. All ranks build a
-    stage together unless `main_process_only`.
+    stage together unless `main_process_only`. An error in `may_fail`, which all ranks must raise together, ends the stage and
+    not the game: the result is None.
     """
 
     name: ClassVar[str]  # the folder in the store
     main_process_only: ClassVar[bool] = False
+    may_fail: ClassVar[tuple[type[UserError], ...]] = ()
     iteration: int | None
 
     @property
@@ -107,40 +110,39 @@ class Stage(Node[Result]):
 class Player:
     """Plays stages in order, each found in the store or built, and keeps their results and artifacts.
 
-    `seconds` sums by stage name what the stages took when they were built, in this run or an earlier one. `on_build` is
-    called with the title of a stage before it is built, on the main process.
+    `references` are the store entries ("train/<key>") that this run uses. `given_up` has the reason for each stage that
+    failed, by title. `seconds` sums by stage name what the stages took when they were built, in this run or an earlier
+    one. `on_build` is called with the title of a stage before it is built, on the main process.
     """
 
     def __init__(self, run: Run):
         self.run = run
         self.artifacts: dict[Stage, Artifact] = {}
+        self.results: dict[Stage, Any] = {}
+        self.references: list[str] = []
+        self.given_up: dict[str, str] = {}
         self.seconds: dict[str, float] = {}
         self.peak_memory_gib = 0.0
         self.built = 0
         self.on_build: Callable[[str], object] = lambda title: None
         self._started = time.perf_counter()
-        self._results: dict[Stage, Any] = {}
 
     def result(self, node: Node[Result]) -> Result:
         """The result of a node that is given or was played."""
-        return node.value if isinstance(node, Given) else self._results[node]  # type: ignore[index]
+        return node.value if isinstance(node, Given) else self.results[node]  # type: ignore[index]
 
     @property
     def elapsed(self) -> float:
         """Seconds since the first stage could begin."""
         return time.perf_counter() - self._started
 
-    @property
-    def references(self) -> list[str]:
-        """The store entries ("train/<key>") that this run uses."""
-        return [f"{stage.name}/{artifact.key}" for stage, artifact in self.artifacts.items()]
-
     def play(self, stage: Stage) -> None:
         """Find the stage in the store or build it. Its metrics are logged either way, so that the run's record is complete."""
         run, results = self.run, [self.result(node) for node in stage.needs]
         inputs, title, labels = stage.inputs(run, *results), stage.title(*results), stage.labels(*results)
+        self.references.append(f"{stage.name}/{key_of(inputs)}")
         if run.ranks.is_main_process:
-            run.store.refer(run.folder, [f"{stage.name}/{key_of(inputs)}"])
+            run.store.refer(run.folder, self.references[-1:])
 
         def build(folder: Path) -> dict:
             if run.ranks.is_main_process:
@@ -160,7 +162,12 @@ class Player:
             peak = ranks.all_reduce_max(peak_memory_gib())
             return facts | {"peak_memory_gib": peak, "earlier_seconds": work.earlier_seconds}
 
-        artifact = self._find_or_build(stage, inputs, build)
+        try:
+            artifact = self._find_or_build(stage, inputs, build)
+        except stage.may_fail as error:
+            run.say(f"{title}: given up, the game goes on: {error}")
+            self.given_up[title], self.results[stage] = str(error), None
+            return
         if artifact.reused:
             run.say(f"{title}: reused")
             for row in artifact.rows():
@@ -170,7 +177,7 @@ class Player:
         self.seconds[stage.name] = self.seconds.get(stage.name, 0.0) + artifact.manifest["seconds"]
         self.peak_memory_gib = max(self.peak_memory_gib, artifact.manifest["facts"]["peak_memory_gib"])
         self.artifacts[stage] = artifact
-        self._results[stage] = stage.read(run, artifact, *results)
+        self.results[stage] = stage.read(run, artifact, *results)
 
     def _find_or_build(self, stage: Stage, inputs: dict, build: Callable[[Path], dict]) -> Artifact:
         """The main process keeps the store, and has the other ranks build with it if the stage is missing."""

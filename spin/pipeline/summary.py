@@ -22,6 +22,7 @@ from spin.reporting.samples import sample_set
 from spin.reporting.summary import print_summary
 from spin.reporting.sweep_rows import result
 from spin.reporting.text import printable
+from spin.runtime.errors import UserError, brief
 from spin.runtime.files import write_text
 from spin.runtime.progress import format_seconds
 
@@ -29,7 +30,10 @@ from spin.runtime.progress import format_seconds
 def finish(
     player: Player, records: Sequence[IterationRecord], selection: Selection | None, command: str
 ) -> dict[str, Any]:
-    """Write game.json and the report, print the summary, and note which store entries the run uses. Returns the summary."""
+    """Write game.json and the report, print the summary, and note which store entries the run uses. Returns the summary.
+
+    Raises UserError at the end, before anything is published, if a stage was given up.
+    """
     run = player.run
     summary = summarize(player, records, selection, command)
     if run.config.stage == "game":
@@ -39,7 +43,7 @@ def finish(
     write_cards(run.folder, summary, run.config, run.start)
     run.store.refer(run.folder, player.references, only=True)
     print_summary(summary, run.tracker.console)
-    if player.built == 0:
+    if player.built == 0 and not player.given_up:
         run.say("All stages were reused: nothing was computed again.")
     else:
         took = format_seconds(player.elapsed)
@@ -56,6 +60,9 @@ def finish(
         last = run.folder / summary["iterations"][-1]["policy"]
         hint = " (the last policy; data.validation=64 selects the best one)" if run.config.evaluation.enabled else ""
         run.say(f"trained model: {last}{hint}")
+    if player.given_up:
+        names, reason = brief(", ".join(player.given_up), 300), next(reversed(player.given_up.values()))
+        raise UserError(f"no result of {names}: {reason}; run the same command again, which asks for these alone.")
     if run.config.publish.hub:
         publish(run.folder, summary, run.config, run.say)
     return summary
@@ -95,6 +102,7 @@ def summarize(
         "validations": [{"policy": e.policy.label, "iter": e.iteration, **e.measures} for e in validations],
         "differences": _differences(evaluations, selection, config),
         "external": _external(player, records),
+        "given_up": player.given_up,
         "samples": _samples(evaluations, config.evaluation.samples),
         "seconds": {stage: round(seconds, 1) for stage, seconds in player.seconds.items()},
         "peak_memory_gib": round(player.peak_memory_gib, 2),
@@ -127,7 +135,7 @@ def _external(player: Player, records: Sequence[IterationRecord]) -> list[dict]:
             label = player.result(record.policy).label
             # The start of a game without an SFT stage is what the paper calls the SFT model.
             paper_label = "sft" if label == "start" and not has_sft else label
-            results = [(stage, player.result(stage)) for stage in record.external]
+            results = [(stage, player.result(stage)) for stage in record.external if stage in player.artifacts]
             rows.append({"policy": label, "iter": record.iteration} | summarize_external(results, paper_label))
     return rows
 

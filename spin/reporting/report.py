@@ -37,6 +37,7 @@ def write_report(folder: Path, game: dict, sets: Sequence[dict] = (), status: st
         f"# {escape(game['name'])}",
         f"Self-play fine-tuning of {inline_code(game['model'])}.",
         *([f"> **{escape(status)}**"] if status else []),
+        *(f"> **Missing: {escape(title)}**: {escape(reason)}" for title, reason in game["given_up"].items()),
         *conclude(game, status is None),
     ]
     rest = [

@@ -45,6 +45,13 @@ class ProcessGroup:
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
 
+    def gather(self, value: Any) -> list[Any]:
+        """Return the `value` of every rank, by rank, on all of them."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def all_reduce_max(self, value: float) -> float:
         """Return the maximum over all ranks."""
         return self._all_reduce([value], dist.ReduceOp.MAX)[0]
@@ -85,6 +92,12 @@ class ProcessGroup:
             raise_if_stopped()
         elif number := int(self.all_reduce_max(pending_signal())):
             raise_signal(number)
+
+    def raise_together(self, error: UserError | None) -> None:
+        """Raise on every rank the `error` of the first that has one. All ranks must call this."""
+        for found in self.gather(error):
+            if found:
+                raise found
 
     def is_first_to_fail(self) -> bool:
         """Return whether this rank, which has failed, was the first to: it prints the reason."""

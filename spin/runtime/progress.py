@@ -24,29 +24,39 @@ def with_progress_lines(items: Iterable[Item], say: Callable[[str], None], text:
 
 
 class Progress:
-    """The progress of one stage, from `Tracker.progress`. Without a console nothing is shown."""
+    """The progress of one stage, from `Tracker.progress`. Without a console nothing is shown.
+
+    `add_for_all`, if set, adds to a count that all ranks share, and returns it: `advance` then counts the work of all.
+    """
 
     def __init__(self, console: Console | None, title: str, total: int, unit: str):
         self.console, self.title, self.total, self.unit = console, title, total, unit
         self.done, self.fields = 0, dict[str, float]()
         self._started = self._shown = time.monotonic()
-        self._skipped = 0
+        self._skipped = self._counted = 0
+        self.add_for_all: Callable[[int], int] | None = None
         self._bar: bars.Progress | None = None
 
     def advance(self, n: int = 1, **fields: float) -> None:
         """Count `n` more units; show the last values of `fields` (loss=..., margin=...)."""
-        self.done += n
+        if self.add_for_all:
+            before, self._counted = self._counted, self.add_for_all(n)
+            n = self._counted - before
         self.fields |= fields
+        self._show(n)
+
+    def skip(self, n: int) -> None:
+        """Count `n` units that an earlier run has done, on each rank: they do not count for the rate."""
+        self._skipped += n
+        self._show(n)
+
+    def _show(self, n: int) -> None:
+        self.done += n
         if self._bar:
             self._bar.update(self._task, completed=self.done, state=self._state())
         elif time.monotonic() - self._shown >= LINE_EVERY:
             self._shown = time.monotonic()
             self._print(self._state())
-
-    def skip(self, n: int) -> None:
-        """Count `n` units that an earlier run has done: they do not count for the rate."""
-        self._skipped += n
-        self.advance(n)
 
     def __enter__(self) -> "Progress":
         self._started = self._shown = time.monotonic()
@@ -70,6 +80,7 @@ class Progress:
         if kind is not None:
             self._print(f"{self._state()}: stopped")
         else:
+            self.advance(0)
             took = format_seconds(time.monotonic() - self._started)
             self._print(f"{self.done:,} {self.unit} in {took}{self._rate()}{self._fields()}")
 

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spin.runtime.artifacts import CorruptArtifact, commit_atomically, verify_artifact
+from spin.runtime.errors import UserError
 from spin.runtime.process_group import SINGLE_PROCESS, ProcessGroup
 from spin.runtime.signals import deferred, pending_signal, raise_if_stopped
 
@@ -61,14 +62,19 @@ class ResumableShards:
             yield self._compute(number, shard) if rows is None else rows
 
     def _compute_missing(self, shards: Sequence[Shard]) -> None:
-        """Compute the shards that are not stored, all ranks together."""
+        """Compute the shards that are not stored, all ranks together. A UserError of one is raised on all."""
         self.ranks.barrier()  # until each rank knows which shards an earlier run has stored
         numbers = iter(range(len(shards))) if self.main_process_only else self.ranks.claim_indices()
+        failure = None
         if self.ranks.is_main_process or not self.main_process_only:
             while not pending_signal() and (number := next(numbers, len(shards))) < len(shards):
-                if self._read(number, shards[number]) is None:
-                    self._compute(number, shards[number])
+                try:
+                    if not failure and self._read(number, shards[number]) is None:
+                        self._compute(number, shards[number])
+                except UserError as error:
+                    failure = error  # and take the shards that are left, so that no other rank does
         self.ranks.raise_if_stopped()
+        self.ranks.raise_together(failure)
 
     def _folder(self, number: int) -> Path:
         return self.folder / f"{number:05d}"

@@ -1,11 +1,15 @@
 """Benchmarks, MT-Bench and a judge's preference within a game; names of two measured policies."""
 
 import json
+import shutil
+import threading
+from contextlib import suppress
 
 import pytest
 
 from spin.config.hydra import run_folder
 from spin.pipeline.context import distinct_labels
+from tests.engines.test_deepspeed import GAME, errors, play_ranks, torchrun
 from tests.evaluation.external.test_judges import longer, serve  # noqa: F401 (a fixture: a judge behind a real address)
 from tests.games import Place
 
@@ -41,26 +45,36 @@ def test_benchmarks(place):
     assert "harness   iter 0  reuse" in place.play(*words, "plan=true").stdout
 
 
-def test_judge(place, serve):  # noqa: F811
-    """A judge who likes longer answers, and gives everything a 7, behind an address that speaks the protocol."""
-    questions = place.folder / "data" / "mt_bench" / "question.jsonl"
+def question_file(folder, records=QUESTIONS):
+    """The path of a file with these questions, with what FastChat's judge needs beside it."""
+    questions = folder / "data" / "mt_bench" / "question.jsonl"
     (questions.parent / "reference_answer").mkdir(parents=True)
     reference = {"question_id": 101, "choices": [{"index": 0, "turns": ["4", "8"]}]}
     kinds = [f"single{math}-v1{turns}" for math in ("", "-math") for turns in ("", "-multi-turn")]
     prompts = [{"name": kind, "system_prompt": "Rate.", "prompt_template": "[[rating]]"} for kind in kinds]
     for path, rows in (
-        (questions, QUESTIONS),
+        (questions, records),
         (questions.parent / "reference_answer" / "gpt-4.jsonl", [reference]),
         (questions.parents[1] / "judge_prompts.jsonl", prompts),
     ):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return questions
 
-    def rule(prompt: str) -> str:
-        return longer(prompt) if "=== Answer 1 ===" in prompt else "Good. Rating: [[7]]"
 
-    server = serve(rule)
-    words = ["evaluation=mt_bench", f"evaluation.questions={questions}", f"evaluation.judge={server.address}", "iter=0"]
-    words += ["evaluation.judge_model=longer", "generation.max_new_tokens=24"]
+def judged(prompt: str) -> str:
+    """The words of a judge who likes longer answers, and gives everything a 7."""
+    return longer(prompt) if "=== Answer 1 ===" in prompt else "Good. Rating: [[7]]"
+
+
+def judge_words(server, questions, *words: str) -> list[str]:
+    """The settings of MT-Bench and of a judge behind this server."""
+    words = [*words, "evaluation=mt_bench", f"evaluation.questions={questions}", "evaluation.judge_model=longer"]
+    return [*words, f"evaluation.judge={server.address}", "generation.max_new_tokens=24"]
+
+
+def test_judge(place, serve):  # noqa: F811
+    server = serve(judged)
+    words = judge_words(server, question_file(place.folder), "iter=0")
     done = place.play(*words, run="judged")
     game = json.loads((place.folder / "judged" / "game.json").read_text())
     start, sft, last = game["external"]
@@ -79,6 +93,156 @@ def test_judge(place, serve):  # noqa: F811
     assert asked and not any(name in text for text in asked for name in ("sft", "iter0"))  # blind
     assert "nothing was computed again" in place.play(*words, run="judged").stdout
     assert len(server.seen) == len(asked)  # nobody is asked twice
+
+
+MORE = [*QUESTIONS, *({"question_id": i, "category": "writing", "turns": ["a", "b"]} for i in range(5))]
+JSON = {"Content-Type": "application/json"}
+ONCE = {"x-should-retry": "false"}  # the client asks no second time
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory, games):
+    """A played game without judges, and questions of which the verdicts fill more than one shard."""
+    place = Place(tmp_path_factory.mktemp("played"), games)
+    place.play("iter=0", "generation.max_new_tokens=24")
+    return place, question_file(place.folder, MORE)
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ((401, JSON, b"{}"), "set SPIN_JUDGE_KEY"),
+        ((404, JSON, {"error": {"message": "no such model"}}), "asked for longer"),
+        ((200, {}, b"<html>hello</html>"), "has /v1 at the end of its address"),
+        ((500, ONCE, b"oh"), "HTTP 500"),
+    ],
+)
+def test_judge_is_asked_before_long_work(played, serve, tmp_path, fault, says):  # noqa: F811
+    place, questions = played
+    server = serve(judged)
+    server.faults = [fault]
+    words = judge_words(server, questions, f"store.path={tmp_path}/store", f"hydra.run.dir={tmp_path}/run")
+    done = place.play(*words, status=1)
+    [line] = done.stderr.splitlines()
+    assert says in line and line.startswith(f"error: evaluation.judge={server.address}")
+    assert len(server.seen) == 1 and not list((tmp_path / "store").glob("*/*/manifest.json"))
+
+
+@pytest.mark.parametrize(
+    ("faults", "says"),
+    [
+        ([(200, JSON, b"{")] * 5, "no chat completion"),
+        pytest.param([(500, ONCE, b"oh")] * 5, "HTTP 500", marks=pytest.mark.slow),
+        pytest.param([(302, {"Location": "http://127.0.0.1:1/"}, b"")] * 5, "HTTP 302", marks=pytest.mark.slow),
+        pytest.param([(401, JSON, b"{}")], "set SPIN_JUDGE_KEY", marks=pytest.mark.slow),
+    ],
+)
+def test_game_goes_on_without_a_judge(played, serve, faults, says):  # noqa: F811
+    """The verdicts on the start's answers fail after the first shard; the SFT policy's and the comparison follow."""
+    place, questions = played
+
+    def rule(prompt: str) -> str:
+        if not server.faults:
+            pages.append((place.folder / run / "report.html").read_text())
+        return judged(prompt)
+
+    pages, server = [], serve(rule)
+    server.faults = [None] * (1 + 8) + faults
+    words = judge_words(server, questions, "iter=0")
+    run = f"judged-{server.server.server_port}"
+    done = place.play(*words, run=run, status=1)
+    [line] = done.stderr.splitlines()
+    assert line.startswith(f"error: no result of MT-Bench of start: evaluation.judge={server.address}: ")
+    assert says in line and "run the same command again" in line
+    assert "MT-Bench of start: given up, the game goes on" in done.stdout
+    assert sum("[[rating]]" in prompt for prompt in server.prompts) == 8 + len(faults) + 14 + 14
+    assert "Missing: MT-Bench of start" in pages[0] and "Left after that: generate of iter 0" in pages[0]  # meanwhile
+    game = json.loads((place.folder / run / "game.json").read_text())
+    assert list(game["given_up"]) == ["MT-Bench of start"]
+    start, sft, last = game["external"]
+    assert start["mt_bench"] is None and sft["mt_bench"]["score"] == last["mt_bench"]["score"] == 7
+    assert last["comparison"]["n"] == 8
+    for name in ("report.md", "report.html"):
+        assert "Missing: MT-Bench of start" in (place.folder / run / name).read_text(), name
+
+    asked = len(server.seen)
+    assert "mt_bench  start   resume" in place.play(*words, "plan=true", run=run).stdout
+    assert len(server.seen) == asked
+    done = place.play(*words, run=run)
+    assert len(server.seen) == asked + 1 + 6 and "1 stages played" in done.stdout
+    game = json.loads((place.folder / run / "game.json").read_text())
+    assert game["given_up"] == {} and game["external"][0]["mt_bench"]["score"] == 7
+    assert "Missing" not in (place.folder / run / "report.md").read_text()
+    place.play(*words, run=run)
+    assert len(server.seen) == asked + 1 + 6  # a finished game asks nobody
+
+
+def test_bad_first_replies_are_no_verdicts(played, serve):  # noqa: F811
+    place, questions = played
+    server = serve(judged)
+    server.faults = [None] + [(200, JSON, b"{")] * 4
+    place.play(*judge_words(server, questions, "iter=0"), run="judged4")
+    graded = json.loads((place.folder / "judged4" / "game.json").read_text())["external"][0]["mt_bench"]
+    assert graded["unparsed"] == 4 and graded["score"] == 7
+
+
+@pytest.mark.slow
+def test_server_that_goes_away(played, serve):  # noqa: F811
+    place, questions = played
+
+    def rule(prompt: str) -> str:
+        if len(server.seen) == 4:
+            server.server.shutdown()
+            server.server.server_close()
+        return judged(prompt)
+
+    server = serve(rule)
+    model = f"model.path={place.folder}/run/iter0/policy"
+    done = place.play(*judge_words(server, questions, model, "stage=evaluate"), run="gone", status=1)
+    [line] = done.stderr.splitlines()
+    assert "is the server up?; run the same command again" in line and len(server.seen) == 4
+
+
+@pytest.mark.slow
+def test_two_ranks(place, serve):  # noqa: F811
+    """Two processes without a judge, then with one, and one process give the same results. Both ranks ask the judge."""
+    meeting = threading.Barrier(2)
+
+    def rule(prompt: str) -> str:
+        if "[[rating]]" in prompt and not met:  # the first waits for another one
+            with suppress(threading.BrokenBarrierError):
+                meeting.wait(30)
+            met.append(meeting.broken)
+        return judged(prompt)
+
+    met, server = [], serve(rule)
+    words = [
+        *GAME,
+        *judge_words(server, question_file(place.folder / "ranks", MORE), "iter=0", "schedule.sft_epochs=0"),
+    ]
+    words += ["evaluation.harness=[spin_choice:1:acc_norm,spin_generate:0:exact_match:whole]"]
+    words += ["evaluation.harness_include=tests/tasks", f"store.path={place.folder}/ranks/store"]
+    server.faults = [None] + [(401, JSON, b"{}")] * 20
+    done = torchrun(2, "run.py", *place.words(*words, run="ranks/run"))
+    assert done.returncode == 1 and len(errors(done)) == 1, done.stdout + done.stderr
+    names = ["MT-Bench of start", "MT-Bench of iter0", "judge iter0 against start"]
+    assert f"no result of {', '.join(names)}: " in errors(done)[0]
+    assert [f"{name}: given up" in done.stdout for name in names] == [True] * 3
+    server.faults = []
+    done = play_ranks(place, *words, run="ranks/run")
+    assert "3 stages played" in done.stdout and met == [False, False]
+    stages = {path.parent.parent.name for path in (place.folder / "ranks" / "store").glob("*/*/manifest.json")}
+    assert stages >= {"train", "evaluate", "harness", "mt_bench", "compare"}
+
+    others = shutil.ignore_patterns("harness", "mt_bench", "compare")
+    shutil.copytree(place.folder / "ranks" / "store", place.folder / "alone" / "store", ignore=others)
+    words = [word.replace(f"{place.folder}/ranks/store", f"{place.folder}/alone/store") for word in words]
+    done = place.play(*words, run="alone/run")
+    assert "7 stages played" in done.stdout  # two tasks and MT-Bench for two policies, and the comparison
+    ranks, alone = (json.loads((place.folder / run / "run" / "game.json").read_text()) for run in ("ranks", "alone"))
+    assert ranks["external"] == alone["external"] and len(alone["external"]) == 2
+    rows = [sorted((place.folder / run / "run" / "mt_bench").rglob("*.jsonl")) for run in ("ranks", "alone")]
+    assert [path.read_text() for path in rows[0]] == [path.read_text() for path in rows[1]] and len(rows[1]) == 2
 
 
 @pytest.mark.parametrize(

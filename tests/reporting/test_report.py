@@ -71,6 +71,7 @@ def made_up(folder, iterations=2, steps=60, margins=True):
         "selected": None,
         "validations": [],
         "external": [],
+        "given_up": {},
         "differences": [difference("iter1", "sft", nll_per_token="better"), difference("iter1", "iter0")],
         "seconds": {"generate": 47.2, "train": 192.0},
         "peak_memory_gib": 1.234,

@@ -2,6 +2,7 @@
 
 import random
 import signal
+import zlib
 
 from spin.runtime.signals import Interrupted
 
@@ -21,3 +22,11 @@ def short_of_memory(doc, results):
 def stopped(doc, results):
     random.random()
     raise Interrupted(signal.SIGTERM)
+
+
+def logp_of_the_text(doc, results):
+    return {"logp": results[0]}
+
+
+def checksum(doc, results):
+    return {"crc": zlib.crc32(results[0].encode())}

@@ -9,6 +9,7 @@ import difflib
 import functools
 import hashlib
 import importlib.metadata
+import itertools
 import logging
 import random
 import sys
@@ -16,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -25,6 +27,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spin.runtime.errors import UserError, brief, user_message
+from spin.runtime.process_group import SINGLE_PROCESS, ProcessGroup
+from spin.runtime.signals import pending_signal
 
 VERSION = "0.4.13"  # scores differ between versions
 INSTALL = f"pip install lm-eval=={VERSION}"
@@ -199,6 +203,7 @@ def run_task(
     batch_size: int,
     seed: int,
     say: Callable[[str], None],
+    ranks: ProcessGroup = SINGLE_PROCESS,
 ) -> dict[str, Any]:
     """The model's result on a task: task, shots, metric, value, stderr, n (questions), version.
 
@@ -209,16 +214,43 @@ def run_task(
     Nothing is written but data from the hub, to its usual cache; random states are restored.
     Raises UserError: data are missing, memory is short, or the harness cannot run the task.
     """
-    from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    folder = _folder(include)
-    with _contained(task.task, batch_size) as log, tempfile.TemporaryDirectory(prefix="spin-") as cache:
-        manager = _task_manager(task.task, folder)
+    with _contained(task.task, batch_size) as log:
         # Sums of log-probs are never rounded to bf16, which would make choices tie.
         softmax_dtype = torch.promote_types(model.dtype, torch.float32)
-        results = simple_evaluate(
-            model=HFLM(model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype=softmax_dtype),
+        lm = HFLM(model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype=softmax_dtype)
+        if ranks.is_main_process:
+            result = ranks.broadcast(_evaluate(task, lm, _folder(include), limit, seed, ranks))
+        else:
+            while isinstance(result := ranks.broadcast(), tuple):
+                _answer_share(lm, ranks, *result)
+    if ranks.all_reduce_max(any("runcat" in record.getMessage() for record in log)):
+        say(f"note: {task.task}, {task.shots} shots: prompts were cut from the left to fit the model's context")
+    keys = {key.replace(",", ":", 1): key for key in result if "," in key and "_stderr," not in key}
+    if (value := _pick(task.metric, keys)) is None:
+        raise UserError(f"{KEY}: {task.task} reports no {task.metric}, but {brief(', '.join(keys), 300)}.")
+    stderr = result.get(keys[value].replace(",", "_stderr,", 1))
+    return {
+        **asdict(task),
+        "value": float(result[keys[value]]),
+        "stderr": None if stderr is None or isinstance(stderr, str) else float(stderr),  # "N/A"
+        "n": int(result["sample_len"]),
+        "version": str(result["version"]),
+    }
+
+
+def _evaluate(task: Task, lm: Any, folder: Path | None, limit: int | None, seed: int, ranks: ProcessGroup) -> dict:
+    """The harness's row for a task, and the task's version; all ranks answer the requests."""
+    from lm_eval import simple_evaluate
+
+    if ranks.size > 1:
+        for name in NOTHING:
+            setattr(lm, name, functools.partial(_answer_requests, lm, ranks, name))
+    manager = _task_manager(task.task, folder)
+    with tempfile.TemporaryDirectory(prefix="spin-") as cache:
+        found = simple_evaluate(
+            model=lm,
             tasks=[_load(task.task, manager, folder, cache)],
             num_fewshot=task.shots,
             limit=limit,
@@ -230,20 +262,7 @@ def run_task(
             torch_random_seed=seed,
             fewshot_random_seed=seed,
         )
-    if any("runcat" in record.getMessage() for record in log):
-        say(f"note: {task.task}, {task.shots} shots: prompts were cut from the left to fit the model's context")
-    result = results["results"][task.task]
-    keys = {key.replace(",", ":", 1): key for key in result if "," in key and "_stderr," not in key}
-    if (value := _pick(task.metric, keys)) is None:
-        raise UserError(f"{KEY}: {task.task} reports no {task.metric}, but {brief(', '.join(keys), 300)}.")
-    stderr = result.get(keys[value].replace(",", "_stderr,", 1))
-    return {
-        **asdict(task),
-        "value": float(result[keys[value]]),
-        "stderr": None if stderr is None or isinstance(stderr, str) else float(stderr),  # "N/A"
-        "n": int(result["sample_len"]),
-        "version": str(results["versions"].get(task.task)),
-    }
+    return {**found["results"][task.task], "version": found["versions"].get(task.task)}
 
 
 def _load(name: str, manager: Any, folder: Path | None, cache: str) -> Any:
@@ -254,6 +273,64 @@ def _load(name: str, manager: Any, folder: Path | None, cache: str) -> Any:
     with contextlib.chdir(folder or "."), cache_folder if is_local else contextlib.nullcontext():
         loaded = manager.load([name])
     return loaded["groups"].get(name) or loaded["tasks"][name]
+
+
+# --- requests that all ranks answer -----------------------------------------------------------------------------------
+
+# The kinds of requests, and what an answer has of a batch that another rank computes.
+NOTHING = {"loglikelihood": (0.0, False), "loglikelihood_rolling": (0.0, False), "generate_until": ""}
+
+
+def _answer_requests(lm: Any, ranks: ProcessGroup, name: str, requests: Sequence[Any]) -> list:
+    """The answers of all ranks to the harness's requests of the kind `name`. Called on the main process."""
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    arguments = [request.args for request in requests]
+    if name == "generate_until" and any(normalize_gen_kwargs(options).get("do_sample") for _, options in arguments):
+        return getattr(type(lm), name)(lm, requests)  # each batch goes on with the random numbers of the one before
+    ranks.broadcast((name, arguments))
+    return _answer_share(lm, ranks, name, arguments)
+
+
+def _answer_share(lm: Any, ranks: ProcessGroup, name: str, arguments: Sequence[tuple]) -> list:
+    """The answers of all ranks to requests with these arguments. Called on all ranks.
+
+    Batches are those of one process, and each is computed by one rank: the answers have the same bits. Only where the
+    context cuts a text of `loglikelihood_rolling` into several windows, their sum may be taken in another order.
+    """
+    from lm_eval.models import huggingface
+
+    numbers = itertools.count()
+
+    class Share(huggingface.Collator):
+        _reorder_indices: list[int]
+
+        def get_batched(self, *args: Any, **options: Any) -> Iterator[list]:
+            kept: list[int] = []
+            end = 0
+            for batch in super().get_batched(*args, **options):
+                start, end = end, end + len(batch)
+                if next(numbers) % ranks.size == ranks.rank and not pending_signal():
+                    kept += range(start, end)
+                    yield batch
+            if self._group_by != "contexts":  # else only the answers that were made are counted
+                self._reorder_indices = [self._reorder_indices[i] for i in kept]
+
+        def get_original(self, newarr: list) -> list:
+            made = dict(zip(self._reorder_indices, newarr, strict=True))
+            return [made.get(i, NOTHING[name]) for i in range(len(self))]
+
+    with mock.patch.object(huggingface, "Collator", Share):
+        share = getattr(type(lm), name)(lm, [SimpleNamespace(args=args) for args in arguments])
+    ranks.raise_if_stopped()
+    return [_add(parts) for parts in zip(*ranks.gather(share), strict=True)]
+
+
+def _add(parts: Sequence[Any]) -> Any:
+    """One answer from what each rank has of it."""
+    if isinstance(parts[0], tuple):
+        return sum(logp for logp, _ in parts), any(is_greedy for _, is_greedy in parts)
+    return "".join(parts) if isinstance(parts[0], str) else sum(parts)
 
 
 @contextlib.contextmanager

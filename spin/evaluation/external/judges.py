@@ -57,13 +57,13 @@ Explain your view in a few sentences first. Then end with your verdict in double
 
 
 def open_judge(setting: str, model: str | None, timeout: float, dtype: torch.dtype, device: torch.device) -> Judge:
-    """The judge that `evaluation.judge` names: `model` behind an address, or a chat model in a folder.
+    """The judge that `evaluation.judge` names: `model` behind an address (see `check_judge`), or a chat model in a folder.
 
     Raises UserError if it cannot be used.
     """
     identity(setting, model)
     if "://" in setting:
-        return ApiJudge(setting, str(model), timeout)
+        return ApiJudge(setting, str(model), timeout, is_checked=True)
     folder = Path(setting).expanduser()
     check_folder(folder, f"evaluation.judge={setting}")
     tokenizer = load_tokenizer(folder)
@@ -102,13 +102,24 @@ def identity(setting: str, model: str | None) -> str:
     return f"{setting.rstrip('/')} {model}"
 
 
+def check_judge(setting: str, model: str | None, timeout: float) -> None:
+    """Raise JudgeError unless the judge behind an address answers a short question; a folder is not loaded here."""
+    if "://" in setting:
+        ApiJudge(setting, str(model), timeout, retries=2)([{"role": "user", "content": "Say yes."}])
+
+
+class JudgeError(UserError):
+    """The judge behind an address gives no verdicts (any more)."""
+
+
 class ApiJudge:
     """`model` behind an OpenAI-compatible address. The openai client retries with growing pauses.
 
-    A reply that cannot be used is no verdict ("") once the server has sent one that can, up to `BAD_REPLIES` in a row.
+    A reply that cannot be used is no verdict (""), up to `BAD_REPLIES` in a row: then, and where it makes no sense to ask
+    again, JudgeError is raised. Unless the server `is_checked`, its first reply must be a good one.
     """
 
-    def __init__(self, address: str, model: str, timeout: float, retries: int = 5):
+    def __init__(self, address: str, model: str, timeout: float, retries: int = 5, is_checked: bool = False):
         from openai import OpenAI
 
         self.address, self.model, self.timeout = address, model, timeout
@@ -122,7 +133,7 @@ class ApiJudge:
             max_retries=retries,
             http_client=bounded_client(timeout),
         )
-        self.bad_replies = BAD_REPLIES  # in a row; none may be bad before the first good one
+        self.bad_replies = 0 if is_checked else BAD_REPLIES  # in a row
 
     def __call__(self, messages: list[Message]) -> str:
         import httpx
@@ -153,7 +164,9 @@ class ApiJudge:
         self.bad_replies += 1
         if is_bad_reply and self.bad_replies < BAD_REPLIES:
             return ""
-        raise UserError(f"evaluation.judge={self.address}: {fault.replace(self.key or KEY, '…')}")
+        if self.key:
+            fault = fault.replace(self.key, "…")
+        raise JudgeError(f"evaluation.judge={self.address}: {fault}")
 
 
 def bounded_client(timeout: float) -> Any:

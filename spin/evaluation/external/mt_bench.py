@@ -96,11 +96,12 @@ def answer_questions(
     say: Say = print,
     keep: Callable[[str], ShardDriver] = lambda part: compute_shards,
     template_options: Mapping[str, Any] = NO_OPTIONS,
+    ranks: int = 1,
 ) -> list[dict]:
     """The model's answers to both turns, as rows of FastChat's model_answer files; the second prompt holds the first turn.
 
     The benchmark sets the temperature, by category, and top_p 1; `generation` only decides the batch size. `keep(part)`
-    drives the shards of a part. Where the model's context leaves less than `max_new_tokens`, an answer is that much
+    drives the shards of a part, of which each of `ranks` processes gets some. Where the model's context leaves less than `max_new_tokens`, an answer is that much
     shorter, or "ERROR", and `say` names it. `answer_id` is a hash and `tstamp` 0: a seed gives the same bytes.
     """
     conversations: list[list[Message]] = [[] for _ in questions]
@@ -122,8 +123,9 @@ def answer_questions(
             if room > 0:
                 sampling = generation.model_copy(update={"temperature": temperature, "top_p": 1.0})
                 part = keep(f"{turn + 1}-{temperature:g}-{room}")
+                size = min(256, -(-len(examples) // ranks))
                 answers = generate_answers(
-                    model, tokenizer, examples, 1, sampling, room, stop_ids, part_seed, advance=advance, keep=part
+                    model, tokenizer, examples, 1, sampling, room, stop_ids, part_seed, advance, part, size
                 )
                 replies |= {answer.id: answer.text for answer in answers}
         for question, conversation in zip(questions, conversations, strict=True):

@@ -1,0 +1,88 @@
+"""Runs benchmarks in each of the processes that torchrun started: `torchrun -m tests.evaluation.external.ranks_worker FOLDER`.
+
+FOLDER/jobs.json lists policies' folders and tasks. Each rank writes rank-<i>.json: for each job the row, the batches that
+it has computed, and what was said; then how shards end that one rank cannot compute, and how the last job does if the second rank is
+asked to stop at its first batch.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from spin.evaluation.external import harness
+from spin.models.load import load_model, load_tokenizer
+from spin.runtime import signals
+from spin.runtime.errors import UserError
+from spin.runtime.process_group import ProcessGroup, join_group
+from spin.runtime.shards import ResumableShards, Shard
+from tests.games import ROOT
+
+
+def run(folder: str, entry: str, ranks: ProcessGroup, stop: bool = False) -> dict:
+    """The row of a task, how many batches this process has computed for it, and what was said. `stop`: after the first."""
+    from lm_eval.models.huggingface import HFLM
+
+    batches, said = [], []
+    [task] = harness.parse_tasks([entry])
+    model, tokenizer = load_model(Path(folder), torch.float32, torch.device("cpu")), load_tokenizer(Path(folder))
+    usual = {name: getattr(HFLM, name) for name in ("_model_call", "_model_generate")}
+
+    def counted(name: str):
+        def method(self, *args, **options):
+            batches.append(name)
+            if stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return usual[name](self, *args, **options)
+
+        return method
+
+    for name in usual:
+        setattr(HFLM, name, counted(name))
+    try:
+        row = harness.run_task(task, model, tokenizer, str(ROOT / "tests" / "tasks"), None, 5, 0, said.append, ranks)
+    except signals.Interrupted as stopped:
+        return {"stopped": stopped.signal.name, "batches": len(batches)}
+    finally:
+        for name, method in usual.items():
+            setattr(HFLM, name, method)
+    return {"row": row, "batches": len(batches), "said": said}
+
+
+def failed_shards(folder: Path, ranks: ProcessGroup) -> dict:
+    """The error of a hundred shards that the second rank cannot compute, and how many the first one has."""
+
+    def rows(number: int) -> list[dict]:
+        time.sleep(0.05)
+        if ranks.rank == 1:
+            raise UserError("rank 1 can't")
+        return [{"number": number}]
+
+    shards = [Shard([number], partial(rows, number)) for number in range(100)]
+    try:
+        list(ResumableShards(folder, print, ranks=ranks)(shards))
+    except UserError as error:
+        return {"error": str(error), "computed": len(list(folder.glob("0*")))}
+    return {}
+
+
+def main(folder: Path) -> None:
+    from lm_eval import evaluator
+
+    evaluator.add_env_info = lambda results: None  # a description of the machine, which takes seconds
+    ranks = join_group("deepspeed", "cpu")
+    signals.install_handlers()
+    jobs = json.loads((folder / "jobs.json").read_text())
+    with signals.deferred():
+        found = [run(*job, ranks) for job in jobs]
+        found += [failed_shards(folder / "shards", ranks), run(*jobs[0], ranks, stop=ranks.rank == 1)]
+    (folder / f"rank-{ranks.rank}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
