@@ -222,6 +222,7 @@ def tally(driver):
 def test_vote(opened, page, tmp_path):
     opened.find_element("id", "to-vote").click()
     assert opened.current_url == f"{page}?vote"
+    assert opened.find_element("class name", "skip").get_property("hidden")  # it leads to the report
     opened.find_element("id", "restart").click()
     choices = []  # which answer is the human one
     for _ in range(12):
