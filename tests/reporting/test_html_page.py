@@ -314,4 +314,7 @@ def test_sweep(browser, tmp_path):
     assert texts(browser, "#list h4") == ["human", "iter0"]
     assert texts(browser, "#set option") == ["a=2", "a=1", "a=10"]
     assert browser.title == "sweep"
+    assert (
+        browser.find_element("css selector", "#s-command-of-the-best-point ~ pre").text == "python run.py loss.beta=1.3"
+    )
     assert [entry for entry in browser.get_log("browser") if entry["level"] != "INFO"] == []
