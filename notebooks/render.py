@@ -4,6 +4,7 @@ The notebooks themselves are kept without outputs.
 """
 
 import base64
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,7 +50,10 @@ def page(notebook: nbformat.NotebookNode, name: str) -> str:
             elif "text/markdown" in data:
                 parts.append(data["text/markdown"])
             else:
-                parts.append(f"```text\n{data['text/plain'].rstrip()}\n```")
+                text = re.sub(r"\S*/tmp\w{8}/", "", data["text/plain"])  # folders of tempfile, others every time
+                if parts[-1].startswith("```text"):
+                    text = parts.pop().removeprefix("```text\n").removesuffix("```") + text
+                parts.append(f"```text\n{text.rstrip()}\n```")
     return "\n\n".join(parts) + "\n"
 
 

@@ -36,6 +36,14 @@ def test_has_no_training_code_of_its_own(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_plays_by_spin_play(name):
+    """As people's own scripts would: no stages of ours."""
+    code = "\n".join(cell.source for cell in stored(name).cells if cell.cell_type == "code")
+    assert ("spin.play(" in code) == (name != "02_ablation_beta_lr")  # which draws a study's results and plays nothing
+    assert not any(part in code for part in ("spin.pipeline", "spin.game", "spin.config", "spin.method.training"))
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_runs_and_draws(name):
     shown = render.figures(render.run(name))
     assert len(shown) == FIGURES[name]

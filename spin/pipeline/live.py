@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import html
 import time
 from collections.abc import Iterator, Sequence
 
@@ -10,7 +11,10 @@ from spin.pipeline.stage import Player, Stage
 from spin.pipeline.summary import sample_sets, summarize
 from spin.reporting.report import write_report
 from spin.runtime.errors import user_message
+from spin.runtime.files import write_text
 from spin.runtime.signals import Interrupted
+
+STATUS = "The run goes on."  # stands in the page for its status
 
 
 @contextlib.contextmanager
@@ -18,10 +22,13 @@ def live_report(
     player: Player, records: Sequence[IterationRecord], stages: Sequence[Stage], command: str
 ) -> Iterator[None]:
     """Keep report.html up to date while the stages are played in here; a game that ends writes its own report."""
+    report = player.run.folder / "report.html"
 
     @functools.lru_cache(maxsize=1)
-    def results(count: int) -> tuple[dict, list[dict]]:
-        return summarize(player, records[:count], None, command), sample_sets(player, records[:count])
+    def draw(count: int) -> str:  # takes as long as a tiny model's stage; between two results only the status changes
+        game, sets = summarize(player, records[:count], None, command), sample_sets(player, records[:count])
+        write_report(player.run.folder, game, sets, STATUS)
+        return report.read_text(encoding="utf-8")
 
     def write(title: str, running: bool = False) -> None:
         count = sum(all(stage in player.results for stage in record.stages) for record in records)
@@ -29,7 +36,7 @@ def live_report(
         later = ", ".join(left[running:]) or "nothing"
         status = f"{title}, {time.strftime('%Y-%m-%d %H:%M:%S')}. Left{' after that' * running}: {later}."
         with contextlib.suppress(OSError):  # a full disk: the stage itself says so
-            write_report(player.run.folder, *results(count), status)
+            write_text(report, draw(count).replace(STATUS, html.escape(status), 1))
 
     player.on_build = lambda title: write(f"Running: {title}", running=True)
     try:

@@ -16,7 +16,7 @@ from spin.reporting.report import conclude
 from spin.reporting.summary import measure_table
 from spin.reporting.sweep_figures import CAPTIONS, draw
 from spin.reporting.sweep_rows import Point, ranking_measures, rows_of, settings_of, sorted_by
-from spin.reporting.text import escape, inline_code, markdown_table
+from spin.reporting.text import code_block, escape, inline_code, markdown_table
 from spin.runtime.errors import brief
 from spin.runtime.files import write_text
 from spin.runtime.tracking import Tracker
@@ -112,7 +112,8 @@ def _parts(folder: Path, rows: Sequence[dict], games: dict[str, dict], drawn: Se
         cells.append([*map(escape, shown), report])
     parts = [f"# {escape(folder.name)}"]
     for label, game in [*games.items()][:1]:
-        parts += [f"Best of {len(games)} points: {inline_code(label)}", *conclude(game), "## Points"]
+        parts += [f"Best of {len(games)} points: {inline_code(label)}", *conclude(game)]
+        parts += ["## Command of the best point", code_block(game["command"], "sh"), "## Points"]
     if measures:
         has_means = any(row["kind"] == "mean" for row in rows)
         parts.append(

@@ -78,7 +78,7 @@ def conclude(game: dict, ended: bool = True) -> list[str]:
     has_choice = ended and bool(game["iterations"])
     if not game["differences"]:
         why = "there is one policy" if game["evaluations"] else "nothing was measured on held-out prompts"
-        return ["## Result", f"**Not compared**: {why}. {_take(game, None) * has_choice}"]
+        return ["## Result", f"**Not compared**: {why}{' so far' * (not ended)}. {_take(game, None) * has_choice}"]
     first = game["differences"][0]
     better, worse = (any(row["verdict"] == word for row in first["measures"].values()) for word in ("better", "worse"))
     word = ("Mixed" if worse else "Better") if better else "Worse" if worse else "No difference seen"

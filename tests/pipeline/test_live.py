@@ -2,13 +2,23 @@
 
 import json
 
-# Before iteration 0 is trained, keep the report as it is then, and do what the test asks for.
+from spin.pipeline import live
+
+# Before iteration 0 is trained, keep the report as it is then, and do what the test asks for. Count how often it was drawn.
 SPY = """
 import shutil
+from spin.pipeline import live
 from spin.pipeline.train import Train
 from spin.runtime.errors import UserError
 
-build = Train.build
+build, write_report, drawn = Train.build, live.write_report, []
+
+def spied_write(folder, *rest):
+    drawn.append(1)
+    (folder / "drawn").write_text(str(len(drawn)))
+    return write_report(folder, *rest)
+
+live.write_report = spied_write
 
 def spied(self, run, *rest):
     shutil.copy(run.folder / "report.html", run.folder / "seen.html")
@@ -30,6 +40,8 @@ def test_report_of_a_running_game(place):
     seen, page = (folder / "seen.html").read_text(), (folder / "report.html").read_text()
     assert "Running: iter 0: train, " in seen and "Left after that: evaluate of iter 0." in seen
     assert data_of(seen)["live"] and [s["labels"] for s in data_of(seen)["sets"]] == [["human", "start", "sft"]]
+    assert "there is one policy so far" in seen and seen.count("Running:") == 1 and live.STATUS not in seen
+    assert (folder / "drawn").read_text() == "3"  # before the first stage, and after each of start and sft was measured
     assert "Running" not in page and not data_of(page)["live"]
     sets = {found["name"]: found["labels"] for found in data_of(page)["sets"]}
     assert sets == {

@@ -222,6 +222,7 @@ def tally(driver):
 def test_vote(opened, page, tmp_path):
     opened.find_element("id", "to-vote").click()
     assert opened.current_url == f"{page}?vote"
+    assert opened.find_element("class name", "skip").get_property("hidden")  # it leads to the report
     opened.find_element("id", "restart").click()
     choices = []  # which answer is the human one
     for _ in range(12):
@@ -313,4 +314,7 @@ def test_sweep(browser, tmp_path):
     assert texts(browser, "#list h4") == ["human", "iter0"]
     assert texts(browser, "#set option") == ["a=2", "a=1", "a=10"]
     assert browser.title == "sweep"
+    assert (
+        browser.find_element("css selector", "#s-command-of-the-best-point ~ pre").text == "python run.py loss.beta=1.3"
+    )
     assert [entry for entry in browser.get_log("browser") if entry["level"] != "INFO"] == []

@@ -19,6 +19,7 @@ from spin.runtime.tracking import Tracker
 def game(nll: float, start: float = 2.0, **more) -> dict:
     row = {"n": 8, "nll_per_token": nll, "nll_per_token_interval": [nll - 0.1, nll + 0.1], "human_length": 9.0, **more}
     return {
+        "command": f"python run.py loss.beta={nll}",
         "evaluations": [
             {"policy": "sft", "iter": None, "n": 8, "nll_per_token": start},
             {"policy": "iter0", "iter": 0, **row},

@@ -381,7 +381,7 @@ function startVote() {
   if (!set) return;
   $("to-vote").hidden = false;
   if (!new URLSearchParams(location.search).has("vote")) return;
-  for (const node of [$("main"), document.querySelector("header")]) node.hidden = true;
+  for (const node of [$("main"), ...document.querySelectorAll("header, .skip")]) node.hidden = true;
   $("vote").hidden = false;
   const options = set.labels.map((label) => [label, label]), last = set.labels.at(-1);
   fill($("vote-a"), options, set.labels.includes(data.compare[1]) ? data.compare[1] : last);
