@@ -184,6 +184,8 @@ def _moments_of_rank(
     before = {**held, **passing, "gathered weights": gathered}
     if load.passes > 1:
         before["gradients"] = gradients
+    if stage in (1, 2) and not spread.on_cpu:  # allocated with the first gradient; a CPU takes memory as it is written
+        before["buckets"] = (4 if stage == 1 else width) * bucket
     # Gradients are moved into a bucket, flattened into a copy and, at stage 2, widened into another. At stage 1 the whole
     # gradients are the bucket, and a rank's part is added. Gloo copies what it scatters.
     buckets = (
