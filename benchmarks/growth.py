@@ -1,12 +1,17 @@
-"""How the cost of scoring, training and generation grows with the number and the length of answers: 1, 2 and 4 times as much.
+"""How the cost of scoring, training and generation grows with the number and the length of answers: 1, 2 and 4 times as much;
+and how a training step's rate grows from one process to two.
 
     python benchmarks/growth.py                        the embedded model, random tokens
     python benchmarks/growth.py --repeats 1 --words model=tiny
+    python benchmarks/growth.py --parts processes      the second table only
 
 Prints a markdown table of medians over processes: seconds of the part alone, and the process's peak resident memory. Training
 takes 8 pairs a step, generation 16 prompts at a time, all answered to the full length. A linear cost doubles with each
 column. Memory should not grow with the number of pairs or prompts, and with their length only up to a batch's budget
 (engine.tokens_per_batch).
+
+The second table has the rate of steps of 64 pairs, as in the paper, by engine=single in one process and by engine=deepspeed in
+two, with one thread each: medians over runs. Summing gradients and updating cost the same however many pairs a step has.
 """
 
 import argparse
@@ -33,6 +38,8 @@ AXES = {
     f"generation, by {LENGTH}": 32,
 }
 TIMES = (1, 2, 4)
+SHARED_STEP = 64  # pairs of a step that two processes share
+PROCESSES = {"1 process": None, **{f"2 processes, ZeRO {stage}": stage for stage in (0, 1, 2, 3)}}
 
 
 def main() -> None:
@@ -40,22 +47,35 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="processes for each number")
     parser.add_argument("--scale", type=float, default=1.0, help="factor for all amounts")
     parser.add_argument("--words", default="", help="settings of run.py for the model, in one string")
+    parser.add_argument("--parts", nargs="+", choices=("growth", "processes"), default=["growth", "processes"])
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--measure-steps", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
         axis, amount = options.measure
         print(json.dumps(measure(options.model, axis, int(amount))))
         return
+    if options.measure_steps:
+        name, pairs = options.measure_steps
+        measure_steps(options.model, PROCESSES[name], int(pairs))
+        return
     model = workload.find_start(shlex.split(options.words)).folder
-    axes = {axis: max(1, round(amount * options.scale)) for axis, amount in AXES.items()}
+    print(f"\n`{shlex.join(['python', *sys.argv])}`: {workload.describe_machine()}\n")
+    if "growth" in options.parts:
+        print_growth(model, options.scale, options.repeats)
+    if "processes" in options.parts:
+        print_processes(model, max(2, round(SHARED_STEP * options.scale)), options.repeats)
+
+
+def print_growth(model: Path, scale: float, repeats: int) -> None:
+    axes = {axis: max(1, round(amount * scale)) for axis, amount in AXES.items()}
     commands = {
         f"{axis} {times}": [sys.executable, __file__, "--model", str(model), "--measure", axis, str(times * amount)]
         for axis, amount in axes.items()
         for times in TIMES
     }
-    results = workload.run_in_turn(commands, options.repeats)
-    print(f"\n`{shlex.join(['python', *sys.argv])}`: {workload.describe_machine()}\n")
+    results = workload.run_in_turn(commands, repeats)
     print("| | 1x | seconds | 2x | 4x | peak memory, GiB | 2x | 4x |\n|---|---|---|---|---|---|---|---|")
     for axis, amount in axes.items():
         seconds, memory = (
@@ -63,6 +83,30 @@ def main() -> None:
         )
         growth = " | ".join(f"{value:.3g} ({value / seconds[0]:.2f}x)" for value in seconds[1:])
         print(f"| {axis} | {amount} | {seconds[0]:.3g} | {growth} | {' | '.join(f'{m:.2f}' for m in memory)} |")
+
+
+def print_processes(model: Path, pairs: int, repeats: int) -> None:
+    two = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    options = ["--model", str(model), "--measure-steps"]
+    commands = {
+        name: [
+            "env",
+            "OMP_NUM_THREADS=1",
+            sys.executable,
+            *([] if stage is None else two),
+            __file__,
+            *options,
+            name,
+            str(pairs),
+        ]
+        for name, stage in PROCESSES.items()
+    }
+    results = workload.run_in_turn(commands, repeats)
+    rates = {name: workload.median(rows, "pairs_per_second") for name, rows in results.items()}
+    print(f"\n| a step of {pairs} pairs | pairs/s | times one process | pairs/s of each run |\n|---|---|---|---|")
+    for name, rate in rates.items():
+        runs = ", ".join(f"{row['pairs_per_second']:.3g}" for row in results[name])
+        print(f"| {name} | {rate:.3g} | {rate / rates['1 process']:.2f} | {runs} |")
 
 
 def measure(folder: Path, axis: str, amount: int) -> dict:
@@ -81,6 +125,23 @@ def measure(folder: Path, axis: str, amount: int) -> dict:
         count, length = amount, (NEW if part == "generation" else ANSWER)
     seconds = PARTS[part](folder, dtype, device, count, length)
     return {"seconds": seconds, "memory": workload.resident_peak_gib()}
+
+
+def measure_steps(folder: Path, stage: int | None, pairs: int) -> None:
+    """Print the median rate of two steps after a first one, in this process or as a rank at a ZeRO `stage`."""
+    import torch
+
+    from spin.config.schema import EngineConfig
+    from spin.engines.base import select_dtype
+    from spin.runtime.process_group import join_group, leave_group
+
+    ranks = join_group("single" if stage is None else "deepspeed", "cpu")
+    options = EngineConfig.from_defaults(**({} if stage is None else {"name": "deepspeed", "zero_stage": stage}))
+    device = torch.device("cpu")
+    rows = train_steps(folder, select_dtype(options, device), device, 3 * pairs, ANSWER, pairs, options, ranks)
+    if ranks.is_main_process:
+        print(json.dumps({"pairs_per_second": workload.median(rows[1:], "pairs_per_second")}), flush=True)
+    leave_group()
 
 
 def random_pairs(count: int, answer: int) -> list:
@@ -109,20 +170,32 @@ def time_scoring(folder, dtype, device, count, length) -> float:
 
 def time_training(folder, dtype, device, count, length) -> float:
     """Seconds of all steps but the first, which warms up on as many pairs as each of the others."""
-    from spin.config.schema import EngineConfig, OptimizerConfig
+    from spin.config.schema import EngineConfig
+    from spin.runtime.process_group import SINGLE_PROCESS
+
+    options = EngineConfig.from_defaults()
+    rows = train_steps(folder, dtype, device, count + STEP, length, STEP, options, SINGLE_PROCESS)
+    return sum(workload.step_seconds(row) for row in rows[1:])
+
+
+def train_steps(folder, dtype, device, count, length, step, options, ranks) -> list[dict]:
+    """The metrics of each step of `step` pairs, trained in one process or as one of the `ranks`."""
+    from spin.config.schema import OptimizerConfig
+    from spin.engines.deepspeed import DeepSpeedEngine
     from spin.engines.single import SingleEngine
     from spin.method.pairs import to_continuations
     from spin.models.load import load_model
     from spin.models.policy import Policy
 
-    pairs, model = random_pairs(count + STEP, length), load_model(folder, dtype, device)
+    pairs, model = random_pairs(count, length), load_model(folder, dtype, device)
     forward = workload.find_forward(model, to_continuations(pairs))
     references = workload.score_pairs(model, pairs, forward)
     del model
-    policy = Policy("start", folder, "start")
-    engine = SingleEngine(policy, dtype, device, EngineConfig.from_defaults(), OptimizerConfig.from_defaults())
-    rows = workload.train_pairs(engine, pairs, references, forward, STEP)
-    return sum(workload.step_seconds(row) for row in rows[1:])
+    arguments = (Policy("start", folder, "start"), dtype, device, options, OptimizerConfig.from_defaults())
+    engine = DeepSpeedEngine(*arguments, ranks) if options.name == "deepspeed" else SingleEngine(*arguments)
+    rows = workload.train_pairs(engine, pairs, references, forward, step)
+    engine.close()
+    return rows
 
 
 def time_generation(folder, dtype, device, count, length) -> float:

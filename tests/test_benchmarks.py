@@ -157,9 +157,18 @@ def test_generation_beside_other_tools(tmp_path):
 @pytest.mark.slow
 def test_growth(tmp_path):
     words = ["--repeats", "1", "--scale", "0.1", "--words", f"model=tiny cache.path={tmp_path}/cache"]
-    rows = table(tmp_path, "growth.py", *words)
+    rows = table(tmp_path, "growth.py", "--parts", "growth", *words)
     assert {name.split(",")[0] for name in rows} == {"scoring", "training", "generation"}
     assert all(len(cells) == 5 and min(cells) > 0 for cells in rows.values())  # amount, seconds, memory three times
+
+
+@pytest.mark.slow
+def test_growth_with_processes(tmp_path):
+    words = ["--repeats", "1", "--scale", "0.1", "--words", f"model=tiny cache.path={tmp_path}/cache"]
+    rows = table(tmp_path, "growth.py", "--parts", "processes", *words)
+    assert list(rows) == ["1 process", *(f"2 processes, ZeRO {stage}" for stage in (0, 1, 2, 3))]
+    for rate, ratio, run in rows.values():
+        assert rate == run > 0 and ratio == pytest.approx(rate / rows["1 process"][0], abs=0.01)
 
 
 @pytest.mark.slow

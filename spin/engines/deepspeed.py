@@ -302,7 +302,9 @@ class DeepSpeedEngine(Engine):
         from deepspeed.runtime.zero import parameter_offload
 
         ds.destroy()
-        # Module stack and gradient hooks would hold the weights until the process ends.
+        # Its module stack, hooks and caches would hold weights, gradients and states until the process ends.
         parameter_offload.FWD_MODULE_STACK.clear()
+        for holder in (ds.optimizer, self.optimizer, *self.model.parameters()):
+            vars(holder).clear()
         for weight in self.model.parameters():
-            weight.data = weight.new_empty(0)
+            weight.data, weight.grad = weight.new_empty(0), None

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from spin.config.schema import OptimizerConfig
+from spin.engines.deepspeed import BUCKET
 from spin.engines.device_memory import GIB, DeviceMemory
 from spin.engines.optimizers import state_values_per_weight
 from spin.runtime.errors import UserError
@@ -19,7 +20,6 @@ BYTES = {"fp32": 4, "bf16": 2}
 NF4 = 0.5 + 0.127 / 8  # bytes a weight: 4 bits, and 0.127 bits for the 8-bit scales of blocks of 64 weights
 CONTEXT = 0.6 * GIB  # of a GPU, taken by CUDA before any allocation
 RESERVED = 0.05  # of a GPU, lost to the allocator's fragmentation
-BUCKET = 500_000_000  # numbers that DeepSpeed reduces together
 LIVE = 1_000_000_000  # weights that ZeRO 3 keeps gathered at most
 RANK = 16  # of the adapter that advice is computed for
 COUNTED = ("weights", "masters", "gradients", "optimiser states")
@@ -27,11 +27,13 @@ COUNTED = ("weights", "masters", "gradients", "optimiser states")
 
 @dataclass(frozen=True)
 class Spread:
-    """Training on `ranks` processes at a ZeRO `stage`, with masters and optimiser states on the device or in main memory."""
+    """Training on `ranks` processes at a ZeRO `stage`. `offload` keeps masters and optimiser states in main memory, and
+    `on_cpu` says that this is the device's."""
 
     ranks: int
     stage: int
     offload: bool = False
+    on_cpu: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def bytes_per_weight(
 
     In `SingleEngine` an fp32 weight is its own master, and a bf16 one is completed by 2 bytes. The gradients of one
     micro-batch have the model's type, sums of several are fp32. With `spread`, of a rank of `DeepSpeedEngine`: masters are
-    fp32 beside the weights, and gradients at stage 1 and above are summed in fp32.
+    fp32 beside the weights, and gradients at stage 1 and above are summed in fp32, whole ones at stage 1.
     """
     width, bf16 = BYTES[precision], precision == "bf16"
     state_bytes = 4 * state_values_per_weight(OptimizerConfig.from_defaults(name=optimizer, states=states))
@@ -129,13 +131,10 @@ def bytes_per_weight(
         sizes = (width, 2 * bf16, 4 if passes > 1 else width, state_bytes)
         return dict(zip(COUNTED, sizes, strict=True))
     part = 1 / spread.ranks if spread.stage else 1.0
-    on_device = not spread.offload
+    on_device = not spread.offload or spread.on_cpu
     weights = width * (part if spread.stage == 3 else 1)
     masters = on_device * 4 * part * (bf16 or spread.stage > 0)
-    # Stage 0 widens all gradients for the update; stage 1 keeps whole sums.
-    gradients = (
-        width + 4 * bf16 if spread.stage == 0 else 4 + width * bf16 if spread.stage == 1 else on_device * 4 * part
-    )
+    gradients = (width, 4, 4 * part, on_device * 4 * part)[spread.stage]
     return dict(zip(COUNTED, (weights, masters, gradients, on_device * part * state_bytes), strict=True))
 
 
@@ -143,31 +142,73 @@ def bytes_per_weight(
 
 
 def training(shape: Shape, load: Load) -> Needed:
-    """The larger of two moments: before the backward pass, with all activations (and no gradients yet, if a step has one
-    micro-batch), or in the update."""
-    spread, width, tokens = load.spread, BYTES[load.precision], load.training_tokens
-    per_weight = bytes_per_weight(load.precision, load.optimizer, load.states, load.passes, spread)
-    trained = shape.adapter or shape.weights
-    parts = {name: trained * size for name, size in per_weight.items()}
-    parts["weights"] = _weights(shape, load)
-    if spread and spread.stage == 3:
-        parts["weights"] /= spread.ranks
-        parts["gathered weights"] = min(shape.weights, LIVE) * width
-    if spread and spread.stage:
-        parts["buckets"] = min(trained, BUCKET) * (width + 4)
+    """The largest of the moments of a step. In one process: before the backward pass, with all activations (and no gradients
+    yet, if a step has one micro-batch), or in the update."""
+    width, tokens = BYTES[load.precision], load.training_tokens
+    per_weight = bytes_per_weight(load.precision, load.optimizer, load.states, load.passes, load.spread)
+    held = {name: (shape.adapter or shape.weights) * size for name, size in per_weight.items()}
+    held["weights"] = _weights(shape, load)
     layer = tokens * _kept_by_layer(shape, width, load.checkpointing)
     between_layers = tokens * shape.width * width
     activations = shape.layers * between_layers + layer if load.checkpointing else shape.layers * layer
     if load.quantization:  # a layer at a time is widened
         activations += shape.width * max(shape.inner, shape.queries) * width
     head = _head(shape, load, tokens, trained=not shape.adapter) + 3 * between_layers
-    before = {**parts, "activations": activations, "output layer": head}
-    if load.passes == 1 and spread is None:
-        del before["gradients"]
-    # The update's quotient and denominator, a tensor at a time; a rank's part of all weights is one tensor.
-    update = 2 * 4 * (trained / spread.ranks if spread and spread.stage else shape.largest)
-    after = {**parts, "update": max(0 if spread and spread.offload else update, layer)}
-    return max((Needed("training", moment) for moment in (before, after)), key=lambda needed: needed.total)
+    passing = {"activations": activations, "output layer": head}
+    if load.spread:
+        moments = _moments_of_rank(shape, load, load.spread, held, passing)
+    else:
+        update = max(2 * 4 * shape.largest, layer)  # the quotient and the denominator, a tensor at a time
+        moments = [{**held, **passing}, {**held, "update": update}]
+        if load.passes == 1:
+            del moments[0]["gradients"]
+    return max((Needed("training", moment) for moment in moments), key=lambda needed: needed.total)
+
+
+def _moments_of_rank(
+    shape: Shape, load: Load, spread: Spread, held: dict[str, float], passing: dict[str, float]
+) -> list[dict[str, float]]:
+    """What a rank holds before the backward pass, when gradients are summed over ranks, in the update, and on a CPU while
+    rank 0 gathers a checkpoint. Which copies DeepSpeed makes is told by its stage_1_and_2.py and stage3.py."""
+    stage, width, bf16 = spread.stage, BYTES[load.precision], load.precision == "bf16"
+    trained = shape.adapter or shape.weights
+    part = trained / spread.ranks if stage else trained
+    bucket, gathered = min(trained, BUCKET), 0.0
+    gradients, states = held.pop("gradients"), held["optimiser states"]
+    if stage == 3:
+        gathered = width * min(shape.weights, LIVE)
+        held["weights"] /= spread.ranks
+        held |= {"gradients": gradients, "buckets": 4 * bucket}  # allocated once
+    if spread.offload and spread.on_cpu:  # second copies: of gradients, and of weights on their way to the "device"
+        held["offload"] = 4 * part + (0 if stage == 3 else width * (part + 2 * shape.largest))
+    before = {**held, **passing, "gathered weights": gathered}
+    if load.passes > 1:
+        before["gradients"] = gradients
+    if stage in (1, 2) and not spread.on_cpu:  # allocated with the first gradient; a CPU takes memory as it is written
+        before["buckets"] = (4 if stage == 1 else width) * bucket
+    # Gradients are moved into a bucket, flattened into a copy and, at stage 2, widened into another. At stage 1 the whole
+    # gradients are the bucket, and a rank's part is added. Gloo copies what it scatters.
+    buckets = (
+        width * bucket,
+        4 * (bucket + part),
+        (2 * width + 4 * bf16) * bucket,
+        4 * bucket * (3 if spread.on_cpu else 2),
+    )[stage]
+    summing = {**held, "gradients": gradients, "buckets": buckets}
+    if stage > 1:  # which begins as soon as the first bucket is full
+        left = 1 - bucket / trained
+        summing["activations"] = left * passing["activations"]
+        summing["gathered weights"] = max(left * gathered, width * shape.largest if stage == 3 else 0)
+    # Stage 0 widens all gradients and updates a tensor at a time; a rank's part of all weights is one tensor. The update
+    # takes as many temporary values as there are states.
+    if stage == 0:
+        update = {"gradients": gradients, "update": 4 * trained * bf16 + states * shape.largest / trained}
+    else:
+        update = {"update": states + (0 if spread.offload and not spread.on_cpu else 4 * part)}
+    moments = [before, summing, {**held, **update}]
+    if spread.on_cpu:  # parts are put aside, and all states gathered
+        moments.append({**held, "checkpoint": 4 * part + states * trained / part})
+    return moments
 
 
 def scoring(shape: Shape, load: Load) -> Needed:

@@ -66,7 +66,7 @@ def load_of(
     answers = max(len(data.train) * generation.num_answers, len(measured))
     spread = None
     if engine.name == "deepspeed":
-        spread = memory.Spread(ranks.size, engine.zero_stage, engine.offload_optimizer and not is_on_cpu)
+        spread = memory.Spread(ranks.size, engine.zero_stage, engine.offload_optimizer, is_on_cpu)
     return memory.Load(
         precision="fp32" if dtype == torch.float32 else "bf16",
         optimizer=config.optimizer.name,

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from spin.engines.single import SingleEngine
 from spin.models import adapters
 from spin.models.adapters import Lora
 from spin.models.policy import Policy, content_id
+from spin.models.tiny import make_tiny_model
 from spin.pipeline.context import prepare_run
 from spin.runtime.errors import UserError
 from spin.runtime.tracking import Tracker
@@ -113,82 +115,46 @@ def test_activations_of_a_layer(dtype, checkpointing):
 
 # --- the peak ---------------------------------------------------------------------------------------------------------
 
-# Trains two steps and prints the process' peak in bytes above what it held before the model was loaded. A tiny model goes
-# first: what libraries allocate for themselves is not part of the estimate.
-MEASURE = """
-import json, sys, tempfile
-from pathlib import Path
-import torch
-from spin.models.tiny import make_tiny_model
-from spin.models.adapters import Lora
-from benchmarks import memory_table
-from spin.config.schema import EngineConfig, ModelConfig, OptimizerConfig
-from spin.engines.single import SingleEngine
-from spin.engines.logps import Forward, sequence_logps
-from spin.engines.device_memory import resident_bytes, release_free_memory
-from spin.models.policy import Policy, with_quantization
-from spin.models.find import fresh_adapter
-from spin.engines.packing import Continuations
-
-case = json.loads(sys.argv[1])
-forward = Forward("packed", "chunked", case["tokens"], case["chunk"])
-
-def train(folder, vocabulary):
-    policy = with_quantization(Policy("start", folder, "x"), case["quantization"])
-    if case["rank"]:
-        lora = Lora(case["rank"], 8, "all-linear")
-        policy = fresh_adapter(policy, lora, 0, ModelConfig.from_defaults(path=str(folder)), folder / "adapter")
-    engine = SingleEngine(policy, getattr(torch, case["dtype"]), torch.device("cpu"),
-        EngineConfig.from_defaults(gradient_checkpointing=case["checkpointing"]), OptimizerConfig.from_defaults(name=case["optimizer"]))
-    n = case["row"] // 4
-    ids = [tuple((7 * i + k) % (vocabulary - 5) + 3 for i in range(n)) for k in range(3)]
-    items = [Continuations(ids[0], (ids[1], ids[2]))] * (case["tokens"] // case["row"])
-    for _ in range(2):
-        for batch in forward.batches(items):
-            engine.backward(sequence_logps(engine.model, batch, forward).sum())
-        engine.step(1e-6)
-    engine.close()
-
-with tempfile.TemporaryDirectory() as name:
-    make_tiny_model(Path(name))
-    train(Path(name), 258)
-release_free_memory()
-before = resident_bytes()
-Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-train(Path(case["folder"]), case["vocabulary"])
-status = Path("/proc/self/status").read_text().splitlines()
-print(next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024 - before)
-"""
-
-
 # Return freed memory to the system at once. Otherwise glibc keeps holes between small tensors, by chance up to half of the
 # peak where weights are rounded to 4 bits while they are read (docs/memory.md).
 AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
 
 
-def measured(folder: Path, vocabulary: int, load: Load, rank: int) -> float:
-    case = {
-        "folder": str(folder),
-        "vocabulary": vocabulary,
-        "dtype": {"fp32": "float32", "bf16": "bfloat16"}[load.precision],
-        "rank": rank,
-        "quantization": load.quantization or "none",
-        "optimizer": load.optimizer,
-        "checkpointing": load.checkpointing,
-        "row": load.row,
-        "tokens": load.training_tokens,
-        "chunk": load.head_chunk,
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, json.dumps(case)],
-        cwd=ROOT,
-        env={**os.environ, **AT_ONCE},
-        capture_output=True,
-        text=True,
-        timeout=250,
-    )
+def measured(
+    folder: Path, vocabulary: int, load: Load, rank: int = 0, engine: dict | None = None
+) -> list[dict[str, float]]:
+    """Bytes that memory_worker.py measures in one process, or in each of the ranks of `load.spread`."""
+    ranks = load.spread.ranks if load.spread else 1
+    runner = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if load.spread else []
+    with tempfile.TemporaryDirectory() as tiny:
+        make_tiny_model(Path(tiny))
+        case = {
+            "folder": str(folder),
+            "tiny": tiny,
+            "vocabulary": vocabulary,
+            "dtype": {"fp32": "float32", "bf16": "bfloat16"}[load.precision],
+            "rank": rank,
+            "quantization": load.quantization or "none",
+            "optimizer": load.optimizer,
+            "checkpointing": load.checkpointing,
+            "row": load.row,
+            "tokens": load.training_tokens,
+            "chunk": load.head_chunk,
+            "passes": load.passes,
+            "engine": engine or {},
+        }
+        done = subprocess.run(
+            [sys.executable, *runner, "-m", "tests.engines.memory_worker", json.dumps(case)],
+            cwd=ROOT,
+            env={**os.environ, **AT_ONCE},
+            capture_output=True,
+            text=True,
+            timeout=250,
+        )
     assert done.returncode == 0, done.stderr
-    return float(done.stdout.split()[-1])
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(found) == ranks, done.stdout
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -223,9 +189,39 @@ def test_measured_peak(medium, change, rank):
     )
     shape = shape_of(MEDIUM, rank)
     expected = max(needed.total for needed in (memory.training(shape, load), memory.loading(shape, load)))
-    peak = measured(medium, MEDIUM.vocab_size, load, rank)
+    peak = measured(medium, MEDIUM.vocab_size, load, rank)[0]["peak"]
     off = 0.3 if load.precision == "fp32" or rank else 0.2
     assert expected == pytest.approx(peak, rel=off), f"{expected / 1e6:.0f} MB, measured {peak / 1e6:.0f} MB"
+
+
+RANKS = {
+    "0": {"stage": 0},
+    "0, fp32": {"stage": 0, "precision": "fp32"},
+    "1": {"stage": 1},
+    "1, offload, adamw": {"stage": 1, "offload": True, "optimizer": "adamw"},
+    "2": {"stage": 2},
+    "2, fp32, two passes": {"stage": 2, "precision": "fp32", "passes": 2},
+    "3": {"stage": 3},
+    "3, offload": {"stage": 3, "offload": True},
+    "3, fp32, adamw, checkpointing": {"stage": 3, "precision": "fp32", "optimizer": "adamw", "checkpointing": True},
+}
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux counts the peak")
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=name, marks=pytest.mark.slow if name != "3" else ()) for name, case in RANKS.items()]
+)
+def test_measured_peak_of_ranks(medium, case):
+    """Of each of two ranks, which keep next to nothing once the engine is closed."""
+    spread = Spread(2, case["stage"], case.get("offload", False), on_cpu=True)
+    changes = {key: value for key, value in case.items() if key not in ("stage", "offload")}
+    load = replace(LOAD, **{"passes": 1, **changes}, spread=spread)
+    shape = shape_of(MEDIUM)
+    expected = memory.training(shape, load).total
+    engine = {"zero_stage": spread.stage, "offload_optimizer": spread.offload}
+    for found in measured(medium, MEDIUM.vocab_size, load, engine=engine):
+        assert expected == pytest.approx(found["peak"], rel=0.2), f"{expected / 1e6:.0f} MB, measured {found}"
+        assert found["left"] < 2.5 * shape.weights, found
 
 
 @pytest.mark.slow
@@ -252,7 +248,7 @@ def test_measured_peak_of_the_embedded_model(change, rank, tmp_path):
     )
     shape = shape_of(architecture, rank)
     expected = max(needed.total for needed in (memory.training(shape, load), memory.loading(shape, load)))
-    peak = measured(here, architecture.vocab_size, load, rank)
+    peak = measured(here, architecture.vocab_size, load, rank)[0]["peak"]
     assert expected == pytest.approx(peak, rel=0.2), f"{expected / 1e6:.0f} MB, measured {peak / 1e6:.0f} MB"
 
 
