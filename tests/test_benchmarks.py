@@ -166,7 +166,7 @@ def test_growth(tmp_path):
 def test_growth_with_processes(tmp_path):
     words = ["--repeats", "1", "--scale", "0.1", "--words", f"model=tiny cache.path={tmp_path}/cache"]
     rows = table(tmp_path, "growth.py", "--parts", "processes", *words)
-    assert list(rows) == ["1 process", *(f"2 processes, ZeRO {stage}" for stage in (0, 1, 2, 3))]
+    assert list(rows) == ["1 process", *(f"2 processes, ZeRO {stage}" for stage in (0, 2))]
     for rate, ratio, run in rows.values():
         assert rate == run > 0 and ratio == pytest.approx(rate / rows["1 process"][0], abs=0.01)
 
