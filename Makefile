@@ -7,10 +7,9 @@ BIN := .venv/bin
 run: .venv/run.stamp
 	@$(BIN)/python run.py $(ARGS)
 
-# Two at a time, one thread each; the slow ones (ARGS="-m slow"), some of which measure, alone.
+# Two at a time, one thread each. ARGS="-m slow" runs the slow ones.
 test: .venv/dev.stamp
-	$(if $(findstring slow,$(ARGS)),,OMP_NUM_THREADS=1) $(BIN)/python -m pytest \
-		$(if $(findstring slow,$(ARGS)),,-n 2 --dist loadfile) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .
