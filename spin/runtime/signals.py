@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from spin.runtime.errors import user_message
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 SCHEDULERS = (signal.SIGUSR1, signal.SIGUSR2)  # SLURM sends them shortly before the time limit
 
@@ -34,7 +36,7 @@ def install_handlers() -> None:
     """
     global _depth, _waiting, _raised
     _depth = _waiting = _raised = 0
-    sys.unraisablehook = _raise_again
+    sys.unraisablehook = _on_unraisable
     if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
         for number in SIGNALS:
             before = signal.getsignal(number)
@@ -115,11 +117,15 @@ def _handle(number: int, frame: object) -> None:
         raise_signal(number)
 
 
-def _raise_again(unraisable: Any) -> None:
-    """Repeat a signal whose `Interrupted` was raised within a finaliser or a hook of fork, where Python drops it."""
+def _on_unraisable(unraisable: Any) -> None:
+    """Handle an exception in a finaliser, an exit callback or a hook of fork, which Python drops.
+
+    `Interrupted` is raised again soon. Others are printed, unless the machine has failed or this process stops on a signal:
+    the run says so in a line of its own.
+    """
     global _raised
     if isinstance(unraisable.exc_value, Interrupted):
         _raised = 0
         threading.Timer(0.01, os.kill, (os.getpid(), unraisable.exc_value.signal)).start()
-    else:
+    elif not _raised and user_message(unraisable.exc_value) is None:
         sys.__unraisablehook__(unraisable)

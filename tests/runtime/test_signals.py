@@ -35,6 +35,32 @@ with closing(child):
         print(stop.signal.name)
 """
 
+ERRORS = """
+import atexit, errno, signal
+from spin.runtime.signals import Interrupted, install_handlers
+
+class Freed:
+    def __init__(self, error):
+        self.error = error
+    def __del__(self):
+        raise self.error
+
+install_handlers()
+Freed(OSError("error closing file"))
+Freed(OSError(errno.ESTALE, "Stale file handle"))
+Freed(ValueError("a fault"))
+
+@atexit.register
+def teardown():
+    raise ConnectionResetError("Connection lost")
+
+if STOPPED:
+    try:
+        signal.raise_signal(signal.SIGTERM)
+    except Interrupted:
+        pass
+"""
+
 
 def run(code: str) -> tuple[str, str]:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
@@ -47,3 +73,11 @@ def test_signal_in_finaliser():
 
 def test_signal_while_forking():
     assert run(FORK) == ("SIGTERM\n", "")
+
+
+def test_errors_in_finalisers():
+    """Those of the machine are told by the run itself, as is a signal; after it, a library loses its helper processes."""
+    _, stopped = run(ERRORS.replace("STOPPED", "True"))
+    _, ended = run(ERRORS.replace("STOPPED", "False"))
+    assert "ValueError: a fault" in stopped and "Connection lost" not in stopped and "OSError" not in stopped
+    assert "ValueError: a fault" in ended and "Connection lost" in ended and "OSError" not in ended
