@@ -14,7 +14,7 @@ from torch import Tensor
 from spin.data.examples import Example
 from spin.engines.packing import Continuations
 from spin.generation.answers import Answer
-from spin.runtime.tables import BLOCK, Lazy, Rows, read_parquet, schema_of
+from spin.runtime.tables import BLOCK, Lazy, Rows, read_parquet, schema_of, write_parquet
 
 # Log-probs of each response by its name, "real" or "generated": [pairs], summed over tokens, in nats.
 Logps = Mapping[str, Tensor]
@@ -142,7 +142,7 @@ def write_pairs(path: Path, pairs: Sequence[Pair], logps: Mapping[str, Logps]) -
         for response, values in responses.items():
             table = table.append_column(f"{model}_logp_{response}", pa.array(values.tolist()))
     path.unlink(missing_ok=True)  # it may be a hard link to a file in the store
-    pq.write_table(table, path)
+    write_parquet(table, path)
 
 
 def read_pairs(path: Path) -> tuple[Rows[Pair], dict[str, Logps]]:

@@ -57,7 +57,7 @@ class Generate(Stage[Rows[Answer]]):
             answers = answers_in_file(run)
         else:
             answers = answer_prompts(run, work, opponent, run.data.train, run.config.generation.num_answers, seed)
-        write_parquet(answers, work.folder / "answers.parquet")
+        write_parquet(answers.table, work.folder / "answers.parquet")
         tokens = int(answers.lengths("ids").sum())
         row = {
             "answers": len(answers),

@@ -13,6 +13,7 @@ from spin.runtime.artifacts import CorruptArtifact, commit_atomically, verify_ar
 from spin.runtime.errors import UserError
 from spin.runtime.process_group import SINGLE_PROCESS, ProcessGroup
 from spin.runtime.signals import deferred, pending_signal, raise_if_stopped
+from spin.runtime.tables import write_parquet
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class ResumableShards:
             beside = self.folder / f"next-{self.ranks.rank}.tmp"
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir(parents=True)
-            pq.write_table(pa.Table.from_pylist(rows), beside / "rows.parquet")
+            write_parquet(pa.Table.from_pylist(rows), beside / "rows.parquet")
             facts = {"of": list(shard.of), "seconds": time.perf_counter() - started}
             commit_atomically(beside, self._folder(number), facts)
         return rows

@@ -195,7 +195,7 @@ def schema_of(type: type[Any]) -> pa.Schema:
 def write_arrow(rows: Iterable[dict], schema: pa.Schema, path: Path) -> int:
     """Write rows as they come, in memory of about BATCH_BYTES. Returns their number."""
     count = 0
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
+    with path.open("wb") as file, pa.ipc.new_file(file, schema) as writer:
 
         def flush(batch: list[dict]) -> None:
             writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
@@ -214,9 +214,10 @@ def write_arrow(rows: Iterable[dict], schema: pa.Schema, path: Path) -> int:
     return count
 
 
-def write_parquet(rows: Rows[Any], path: Path) -> None:
-    """Write rows as a Parquet file, one column per field."""
-    pq.write_table(rows.table, path)
+def write_parquet(table: pa.Table, path: Path) -> None:
+    """Write a table as a Parquet file, by Python's file: where the disk fails, Arrow's own prints a line itself."""
+    with path.open("wb") as file:
+        pq.write_table(table, file)
 
 
 def read_parquet(type: type[Row], path: Path) -> Rows[Row]:

@@ -109,7 +109,7 @@ def test_num_answers(tmp_path):
     assert [(a.id, a.index) for a in answers] == [(e.id, k) for e in chosen for k in range(3)]
     assert answers[::3] == first
     assert len({answer.ids for answer in answers}) > 0.9 * len(answers)
-    write_parquet(answers, tmp_path / "answers.parquet")
+    write_parquet(answers.table, tmp_path / "answers.parquet")
     assert read_answers(tmp_path / "answers.parquet") == answers
 
 

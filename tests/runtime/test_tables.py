@@ -28,7 +28,7 @@ def rows(request, tmp_path_factory):
     if request.param == "memory":
         return Rows.of(Line, expected)
     if request.param == "parquet":
-        write_parquet(Rows.of(Line, expected), folder / "rows.parquet")
+        write_parquet(Rows.of(Line, expected).table, folder / "rows.parquet")
         return read_parquet(Line, folder / "rows.parquet")
     assert write_arrow(map(asdict, expected), schema_of(Line), folder / "rows.arrow") == len(expected)
     return Rows.open(Line, folder / "rows.arrow")
