@@ -56,7 +56,10 @@ def settings_for_cpu(is_alone: bool) -> dict:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else all engines of a machine get the same cores
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")  # GiB; else a share of all memory, which others use, too
-    return {"enforce_eager": True}  # compilation takes a minute a start, and a C++ compiler
+    return {
+        "enforce_eager": True,  # compilation takes a minute a start, and a C++ compiler
+        "enable_chunked_prefill": False,  # a prompt read in parts would rewind its random numbers, which a CPU's can't
+    }
 
 
 def main(engine_path: str, path: str) -> None:

@@ -138,6 +138,19 @@ def test_adapter_and_stop_tokens(llama, smollm2, tmp_path):
     assert any(ends & set(answer) for answer in answers) and any(answer[-1] in stops for answer in answers)
 
 
+def test_more_prompts_than_fit_a_pass(llama, tmp_path):
+    """Sampled answers to more prompts than vLLM reads together: a prompt that was read in parts ended its engine."""
+    tokenizer, stops = load_tokenizer(llama), stop_ids(llama, load_tokenizer(llama))
+    examples = [Example(f"p{i}", "", tuple(3 + (i + k) % 200 for k in range(120)), "", ()) for i in range(80)]
+    sampled = SETTINGS.model_copy(update={"temperature": 1.0})
+    policy = base_or_self(llama)
+    first, again = (
+        ids(generate_with_vllm(policy, torch.float32, tmp_path, tokenizer, examples, 1, sampled, 8, stops, 0))
+        for _ in range(2)
+    )
+    assert len(first) == 80 and len({*first}) > 70 and first == again
+
+
 def words(model) -> list[str]:
     return [
         model if isinstance(model, str) else f"model.path={model}",
