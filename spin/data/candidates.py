@@ -21,7 +21,7 @@ from spin.runtime.tables import Rows, schema_of, write_arrow
 
 # End tokens of common chat templates, which data sets carry over, whatever tokenizer is used here.
 END_MARKS = ("</s>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>")
-VERSION = 3  # raise it when equal sources come to give other candidates
+VERSION = 4  # raise it when equal sources come to give other candidates
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,13 @@ class Candidate:
 class Candidates:
     """All candidates of a data set in the order of its records, and how many answers were read and dropped by reason.
 
-    `met` has the roles and the keys of all messages; `key` stands for what they were made from; `dropped` has the text of one answer, or record, for each reason.
+    `names` are the roles and keys of all messages; `key` stands for what the candidates were made from; `dropped` has the text
+    of one answer, or record, for each reason.
     """
 
     rows: Rows[Candidate]
     counts: dict[str, int]
-    met: set[str]
+    names: set[str]
     key: str
     dropped: dict[str, str]
 
@@ -69,7 +70,7 @@ def read_candidates(
         checker = _Checker(specials, config, keep_blanks, counts)
         answers = exchanges(records, config, counts, renders_tools, notes.append)
         write_arrow(checker.check(answers), schema_of(Candidate), folder / "candidates.arrow")
-        return {"counts": counts, "dropped": counts.examples, "notes": notes, "met": sorted(checker.met)}
+        return {"counts": counts, "dropped": counts.examples, "notes": notes, "names": sorted(checker.names)}
 
     if source.left_out:
         say(f"note: data files of the folder that are not read: {brief(', '.join(source.left_out), 300)}")
@@ -77,7 +78,7 @@ def read_candidates(
     for note in facts["notes"]:
         say(note)
     rows = Rows.open(Candidate, folder / "candidates.arrow")
-    return Candidates(rows, facts["counts"], set(facts["met"]), folder.name, facts["dropped"])
+    return Candidates(rows, facts["counts"], set(facts["names"]), folder.name, facts["dropped"])
 
 
 class _Checker:
@@ -85,7 +86,7 @@ class _Checker:
 
     def __init__(self, specials: Sequence[str], config: DataConfig, keep_blanks: bool, counts: Counter[str]):
         self.specials, self.config, self.keep_blanks, self.counts = specials, config, keep_blanks, counts
-        self.met: set[str] = set()
+        self.names: set[str] = set()
 
     def check(self, answers: Iterable[Exchange]) -> Iterator[dict]:
         """Yield the rows of the sound exchanges."""
@@ -102,7 +103,7 @@ class _Checker:
                 drop(self.counts, reason, exchange)
                 continue
             ids.add(id)
-            self.met.update(*([turn["role"], *turn] for turn in [*turns, exchange.answer]))
+            self.names.update(*([turn["role"], *turn] for turn in [*turns, exchange.answer]))
             prompt = hash_of(json.dumps([turn["content"] for turn in turns]))
             yield {"id": id, "prompt": prompt, "exchange": json.dumps(vars(exchange), default=str)}
 

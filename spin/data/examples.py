@@ -178,9 +178,9 @@ def load_dataset(
         say(note)
     takes_tools = chat is not None and chat.takes_tools
     candidates = read_candidates(config, special_texts(tokenizer), takes_tools, cache, say)
-    if chat and not chat.takes_system and "system" in candidates.met:
+    if chat and not chat.takes_system and "system" in candidates.names:
         say("note: the chat template takes no system message: its text goes before the next user message")
-    if "reasoning_content" in candidates.met and not (chat and chat.takes_thoughts):
+    if "reasoning_content" in candidates.names and not (chat and chat.takes_thoughts):
         say("note: the template has no place for reasoning_content: answers are learnt without these thoughts")
     ids, counts = candidates.rows.column("id"), Counter({"read": 0, "kept": 0} | candidates.counts)
     order = sorted(range(len(ids)), key=lambda row: seed_of(seed, ids[row]))

@@ -21,10 +21,9 @@ CHUNK = 2**20  # characters of a JSON list that are read together
 ROWS = 64  # of a Parquet file that are decoded together: a small file may hold the same long text many times
 FIX = "fix it, or save one record per line as .jsonl"
 UTF8 = "convert it to UTF-8, for example with iconv -f latin1 -t utf-8"
-UTF16, COMPRESSED = (
-    (b"\xff\xfe", b"\xfe\xff"),
-    (b"\x1f\x8b", b"(\xb5/\xfd", b"BZh", b"\xfd7zX", b"PK\3\4"),
-)  # first bytes
+# The first bytes of files.
+UTF16 = (b"\xff\xfe", b"\xfe\xff")
+COMPRESSED = (b"\x1f\x8b", b"(\xb5/\xfd", b"BZh", b"\xfd7zX", b"PK\3\4")
 _BLANKS = re.compile(r"\s*")
 
 Located = Iterator[tuple[str, Any]]  # where a record stands, and the record

@@ -26,7 +26,7 @@ Record = dict[str, Any]
 SYSTEM, HISTORY, TOOLS, INPUT = ("system", "system_prompt"), ("history",), "tools", ("input", "context")
 QUESTIONS = ("prompt", "question", "query", "problem", "input")
 ANSWERS = ("response", "completion", "output", "solution", "answer")
-ASKED = ("instruction", *QUESTIONS, "conversations", "conversation")  # before two answers
+PROMPTS = ("instruction", *QUESTIONS, "conversations", "conversation")  # where a prompt may stand before two answers
 CONTEXT = (*SYSTEM, TOOLS, "id")  # columns that are read with every format
 
 
@@ -64,12 +64,12 @@ def _chitchat(record: Record) -> list[Message]:
     return messages
 
 
-def _asked(record: Record, names: Iterable[str]) -> list[Message]:
-    """What one of the columns holds; a text is followed by its input, as in Alpaca's records."""
-    asked, context = _value(record, names), _value(record, INPUT)
-    if isinstance(asked, str) and isinstance(context, str) and context.strip() and context is not asked:
-        asked = f"{asked.strip()}\n\n{context.strip()}"
-    return messages_of(asked)
+def _prompt(record: Record, names: Iterable[str]) -> list[Message]:
+    """Return the messages in one of the columns; a text is followed by its input, as in Alpaca's records."""
+    value, context = _value(record, names), _value(record, INPUT)
+    if isinstance(value, str) and isinstance(context, str) and context.strip() and context is not value:
+        value = f"{value.strip()}\n\n{context.strip()}"
+    return messages_of(value)
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -82,7 +82,7 @@ def _value(record: Record, names: Iterable[str]) -> Any:
 
 
 FORMATS = {
-    "preference": Format(("chosen", "real"), others=(*ASKED, *INPUT), rejected=("rejected", "generated")),
+    "preference": Format(("chosen", "real"), others=(*PROMPTS, *INPUT), rejected=("rejected", "generated")),
     "messages": Format(("messages", "conversation", "dialogue", "dialog", "contents")),
     "sharegpt": Format(("conversations",)),
     "alpaca": Format(("instruction",), answers=("output", "response"), others=(*INPUT, "label")),
@@ -165,7 +165,7 @@ def _read(record: Record, name: str, config: DataConfig, renders_tools: bool) ->
     if format.answers:
         if record.get("label") is False:  # an answer that was judged bad, as in data for KTO
             return ["not to be learnt"]
-        messages = _with_context(record, _asked(record, format.columns), format)
+        messages = _with_context(record, _prompt(record, format.columns), format)
         return [_answered(messages, messages_of(_value(record, format.answers), "assistant"), tools)]
     messages = _chitchat(record) if name == "chitchat" else messages_of(_value(record, format.columns))
     messages = alternating(messages) if is_pinned else _with_context(record, messages, format)
@@ -185,7 +185,7 @@ def _preferred(record: Record, format: Format, tools: list[Any] | None, generate
     """The exchange of the better of two answers, which may hold the prompt, too; the other one stands beside it."""
     columns = (format.columns, format.rejected)
     chosen, rejected = (join(messages_of(_value(record, names), "assistant")) for names in columns)
-    prompt = [] if any(turn["role"] == "user" for turn in chosen) else _asked(record, ASKED)
+    prompt = [] if any(turn["role"] == "user" for turn in chosen) else _prompt(record, PROMPTS)
     messages = [*prompt, *chosen[:-1]]
     exchange = _answered(_with_context(record, messages, format), chosen[-1:], tools)
     if isinstance(exchange, str) or not rejected or rejected[-1]["role"] != "assistant":

@@ -90,7 +90,7 @@ def _transcript(text: str) -> list[Message]:
     if opening or parts[:3:2] != ["Human", "Assistant"]:
         return []
     turns = zip(parts[::2], parts[1::2], strict=True)
-    return [{"role": ROLES[name.lower()], "content": said.strip()} for name, said in turns if said.strip()]
+    return [{"role": ROLES[name.lower()], "content": text.strip()} for name, text in turns if text.strip()]
 
 
 def _first(record: dict[str, Any], names: tuple[str, ...]) -> Any:

@@ -169,7 +169,7 @@ def _moments_of_rank(
     shape: Shape, load: Load, spread: Spread, held: dict[str, float], passing: dict[str, float]
 ) -> list[dict[str, float]]:
     """What a rank holds before the backward pass, when gradients are summed over ranks, in the update, and on a CPU while
-    rank 0 gathers a checkpoint. Which copies DeepSpeed makes is told by its stage_1_and_2.py and stage3.py."""
+    rank 0 gathers a checkpoint. The copies are those that DeepSpeed's stage_1_and_2.py and stage3.py make."""
     stage, width, bf16 = spread.stage, BYTES[load.precision], load.precision == "bf16"
     trained = shape.adapter or shape.weights
     part = trained / spread.ranks if stage else trained

@@ -245,11 +245,11 @@ def _evaluate(task: Task, lm: Any, folder: Path | None, limit: int | None, seed:
     from lm_eval import simple_evaluate
 
     if ranks.size > 1:
-        for name in NOTHING:
+        for name in EMPTY_ANSWERS:
             setattr(lm, name, functools.partial(_answer_requests, lm, ranks, name))
     manager = _task_manager(task.task, folder)
     with tempfile.TemporaryDirectory(prefix="spin-") as cache:
-        found = simple_evaluate(
+        results = simple_evaluate(
             model=lm,
             tasks=[_load(task.task, manager, folder, cache)],
             num_fewshot=task.shots,
@@ -262,7 +262,7 @@ def _evaluate(task: Task, lm: Any, folder: Path | None, limit: int | None, seed:
             torch_random_seed=seed,
             fewshot_random_seed=seed,
         )
-    return {**found["results"][task.task], "version": found["versions"].get(task.task)}
+    return {**results["results"][task.task], "version": results["versions"].get(task.task)}
 
 
 def _load(name: str, manager: Any, folder: Path | None, cache: str) -> Any:
@@ -277,8 +277,8 @@ def _load(name: str, manager: Any, folder: Path | None, cache: str) -> Any:
 
 # --- requests that all ranks answer -----------------------------------------------------------------------------------
 
-# The kinds of requests, and what an answer has of a batch that another rank computes.
-NOTHING = {"loglikelihood": (0.0, False), "loglikelihood_rolling": (0.0, False), "generate_until": ""}
+# The kinds of requests, and the answer that a rank gives to those of other ranks: it adds nothing to theirs.
+EMPTY_ANSWERS = {"loglikelihood": (0.0, False), "loglikelihood_rolling": (0.0, False), "generate_until": ""}
 
 
 def _answer_requests(lm: Any, ranks: ProcessGroup, name: str, requests: Sequence[Any]) -> list:
@@ -318,7 +318,7 @@ def _answer_share(lm: Any, ranks: ProcessGroup, name: str, arguments: Sequence[t
 
         def get_original(self, newarr: list) -> list:
             made = dict(zip(self._reorder_indices, newarr, strict=True))
-            return [made.get(i, NOTHING[name]) for i in range(len(self))]
+            return [made.get(i, EMPTY_ANSWERS[name]) for i in range(len(self))]
 
     with mock.patch.object(huggingface, "Collator", Share):
         share = getattr(type(lm), name)(lm, [SimpleNamespace(args=args) for args in arguments])

@@ -101,7 +101,8 @@ def answer_questions(
     """The model's answers to both turns, as rows of FastChat's model_answer files; the second prompt holds the first turn.
 
     The benchmark sets the temperature, by category, and top_p 1; `generation` only decides the batch size. `keep(part)`
-    drives the shards of a part, of which each of `ranks` processes gets some. Where the model's context leaves less than `max_new_tokens`, an answer is that much
+    drives the shards of a part, of which each of `ranks` processes gets some. Where the model's context leaves less than
+    `max_new_tokens`, an answer is that much
     shorter, or "ERROR", and `say` names it. `answer_id` is a hash and `tstamp` 0: a seed gives the same bytes.
     """
     conversations: list[list[Message]] = [[] for _ in questions]
