@@ -9,10 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from spin.runtime.artifacts import CorruptArtifact, commit_atomically, verify_artifact
-from spin.runtime.files import hold_lock
-from spin.runtime.signals import deferred
-from spin.runtime.store import key_of
+from spin.runtime.store import Store
 
 UNUSED_DAYS = 30  # after which an entry is removed
 Say = Callable[[str], None]
@@ -21,37 +18,21 @@ Say = Callable[[str], None]
 def cached_folder(cache: Path, name: str, inputs: dict, build: Callable[[Path], dict], say: Say) -> tuple[Path, dict]:
     """Return the folder `<cache>/<name>/<key>` with what `build(folder)` puts there, and the facts that `build` returns.
 
-    It is built once by all processes, complete or absent, and verified when it is found. An entry that no run has used for
-    UNUSED_DAYS is removed. Where `cache` can't be written to, the folder lasts as long as the process.
+    The entries are kept as a `Store` keeps stages. One that no run has used for UNUSED_DAYS is removed. If `cache` is not
+    writable, the folder lasts as long as the process.
     """
-    parent = cache.expanduser() / name
-    if not _is_writable(parent):
-        parent = Path(tempfile.mkdtemp(prefix="spin-"))
-        atexit.register(shutil.rmtree, parent, ignore_errors=True)
-        say(f"note: {cache} can't be written to, so that the next run prepares the data again; set cache.path")
-    folder = parent / key_of(inputs)
-    parent.mkdir(parents=True, exist_ok=True)
-    with hold_lock(Path(f"{folder}.lock"), f"another run prepares the same {name}", say):
-        if folder.is_dir():
-            try:
-                facts = verify_artifact(folder)["facts"]
-                with suppress(OSError):  # another user's
-                    os.utime(folder)  # time of last use
-                return folder, facts
-            except CorruptArtifact as damage:
-                say(f"{folder}: {damage}: it is made again")
-                shutil.rmtree(folder)
-        _remove_unused(parent)
-        beside = Path(f"{folder}.tmp")
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir()
-        try:
-            facts = build(beside)
-            with deferred():
-                commit_atomically(beside, folder, {"made_from": inputs, "facts": facts})
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
-    return folder, facts
+    path = cache.expanduser()
+    if not _is_writable(path / name):
+        path = Path(tempfile.mkdtemp(prefix="spin-"))
+        atexit.register(shutil.rmtree, path, ignore_errors=True)
+        say(f"note: {cache} can't be written to, so the next run prepares the data again; set cache.path")
+
+    def build_entry(folder: Path) -> dict:
+        _remove_unused(path / name)
+        return build(folder)
+
+    entry = Store(path, say).get(name, inputs, build_entry)
+    return entry.folder, entry.manifest["facts"]
 
 
 def _is_writable(folder: Path) -> bool:

@@ -50,7 +50,7 @@ def user_message(error: BaseException) -> str | None:
     if number in DISK_ERRORS or (isinstance(error, OSError) and text == "error closing file"):  # the text is Arrow's
         reason = brief(text.partition("] ")[2] or text)
         return (
-            f"the disk fails ({reason}): mend it, or set another store.path, cache.path or hydra.run.dir, {TRY_AGAIN}"
+            f"the disk fails ({reason}): repair it, or set another store.path, cache.path or hydra.run.dir, {TRY_AGAIN}"
         )
     if number in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):
         return "the disk has no file locks (flock): set store.path, cache.path and hydra.run.dir to one that has."

@@ -39,11 +39,15 @@ class Progress:
 
     def advance(self, n: int = 1, **fields: float) -> None:
         """Count `n` more units; show the last values of `fields` (loss=..., margin=...)."""
-        if self.add_for_all:
-            before, self._counted = self._counted, self.add_for_all(n)
-            n = self._counted - before
         self.fields |= fields
-        self._show(n)
+        self._show(self._count_of_all_ranks(n) if n else 0)
+
+    def _count_of_all_ranks(self, n: int) -> int:
+        """Add `n` to the count that all ranks share, a round trip; return the growth since this rank's last call."""
+        if self.add_for_all is None:
+            return n
+        before, self._counted = self._counted, self.add_for_all(n)
+        return self._counted - before
 
     def skip(self, n: int) -> None:
         """Count `n` units that an earlier run has done, on each rank: they do not count for the rate."""
@@ -80,7 +84,7 @@ class Progress:
         if kind is not None:
             self._print(f"{self._state()}: stopped")
         else:
-            self.advance(0)
+            self._show(self._count_of_all_ranks(0))
             took = format_seconds(time.monotonic() - self._started)
             self._print(f"{self.done:,} {self.unit} in {took}{self._rate()}{self._fields()}")
 

@@ -108,18 +108,21 @@ class Store:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir()
         started = time.time()
-        facts = build(beside)
-        about = {
-            "stage": stage,
-            "key": folder.name,
-            "made_from": inputs,
-            "seconds": round(time.time() - started + facts.pop("earlier_seconds", 0.0), 1),
-            "facts": facts,
-            "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        }
-        with deferred():
-            manifest = commit_atomically(beside, folder, about)
-            shutil.rmtree(part, ignore_errors=True)  # only now: before the commit, `resume` is all that there is
+        try:
+            facts = build(beside)
+            about = {
+                "stage": stage,
+                "key": folder.name,
+                "made_from": inputs,
+                "seconds": round(time.time() - started + facts.pop("earlier_seconds", 0.0), 1),
+                "facts": facts,
+                "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            }
+            with deferred():
+                manifest = commit_atomically(beside, folder, about)
+                shutil.rmtree(part, ignore_errors=True)  # only after the commit, which `resume` can repeat
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
         return Artifact(folder, manifest, reused=False)
 
     def check_free(self, needed: int, purpose: str) -> None:

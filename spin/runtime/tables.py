@@ -22,7 +22,7 @@ BATCH_BYTES = 2**24  # of a file's record batches: a reader of one row maps litt
 
 
 class Lazy(Sequence[Item], Generic[Item]):
-    """A sequence of `size` items, each made by `make(index)` when it is read."""
+    """A sequence of `size` items, each computed by `make(index)` when it is read. It has no slices."""
 
     def __init__(self, size: int, make: Callable[[int], Item]):
         self.size, self.make = size, make
@@ -30,14 +30,7 @@ class Lazy(Sequence[Item], Generic[Item]):
     def __len__(self) -> int:
         return self.size
 
-    @overload
-    def __getitem__(self, index: int) -> Item: ...
-    @overload
-    def __getitem__(self, index: slice) -> "Lazy[Item]": ...
-    def __getitem__(self, index: int | slice) -> Any:
-        if isinstance(index, slice):
-            chosen = range(self.size)[index]
-            return Lazy(len(chosen), lambda i: self.make(chosen[i]))
+    def __getitem__(self, index: Any) -> Any:
         return self.make(range(self.size)[index])
 
 
@@ -56,9 +49,10 @@ class Rows(Sequence[Row], Generic[Row]):
         mapped: mmap.mmap | None = None,
         path: Path | None = None,
     ):
-        self.type, self.batches, self.indices, self.mapped, self.path = type, batches, indices, mapped, path
+        self.type, self.batches, self.mapped, self.path = type, batches, mapped, path
         self.names = [field.name for field in fields(cast(Any, type))]
         self._starts = np.cumsum([0, *(batch.num_rows for batch in batches)])
+        self.indices = np.arange(self._starts[-1]) if indices is None else indices
 
     @staticmethod
     def of(type: type[Any], rows: Sequence[Any]) -> "Rows[Any]":
@@ -83,7 +77,7 @@ class Rows(Sequence[Row], Generic[Row]):
         return Rows, (self.type, self.batches, self.indices)
 
     def __len__(self) -> int:
-        return int(self._starts[-1]) if self.indices is None else len(self.indices)
+        return len(self.indices)
 
     @overload
     def __getitem__(self, index: int) -> Row: ...
@@ -92,7 +86,7 @@ class Rows(Sequence[Row], Generic[Row]):
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
             return self.at(np.arange(len(self))[index])
-        row = range(len(self))[index] if self.indices is None else int(self.indices[index])
+        row = int(self.indices[index])
         number = int(np.searchsorted(self._starts, row, side="right")) - 1
         batch, row = self.batches[number], row - int(self._starts[number])
         return self.type(**{name: _value(batch.column(name)[row].as_py()) for name in self.names})
@@ -105,30 +99,26 @@ class Rows(Sequence[Row], Generic[Row]):
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sequence) or len(self) != len(other):
             return False
-        return all(mine == theirs for mine, theirs in zip(self, other, strict=True))
+        return all(row == other_row for row, other_row in zip(self, other, strict=True))
 
     def __add__(self, other: "Rows[Any]") -> "Rows[Row]":
         """Join two tables, or two choices of rows of one."""
         if self.batches is other.batches:
-            indices = np.concatenate([self._rows, other._rows])
+            indices = np.concatenate([self.indices, other.indices])
             return Rows(self.type, self.batches, indices, self.mapped, self.path)
         batches = [batch for rows in (self, other) for table in rows.blocks(self.names) for batch in table.to_batches()]
         return Rows(self.type, batches)
 
-    @property
-    def _rows(self) -> np.ndarray:
-        return np.arange(len(self)) if self.indices is None else self.indices
-
     def at(self, positions: np.ndarray) -> "Rows[Row]":
         """Return the rows at `positions`, in this order, without copying them."""
-        return Rows(self.type, self.batches, self._rows[positions], self.mapped, self.path)
+        return Rows(self.type, self.batches, self.indices[positions], self.mapped, self.path)
 
     def gather(self, positions: np.ndarray, names: Sequence[str] | None = None) -> pa.Table:
         """Copy the columns `names` of the rows at `positions` into one table.
 
         `Table.take` would first copy whole columns into one piece of memory.
         """
-        rows = self._rows[positions]
+        rows = self.indices[positions]
         numbers = np.searchsorted(self._starts, rows, side="right") - 1
         parts, places = [self.batches[0].slice(0, 0).select(names or self.names)] if self.batches else [], []
         for number in np.unique(numbers):
@@ -149,20 +139,17 @@ class Rows(Sequence[Row], Generic[Row]):
     @property
     def table(self) -> pa.Table:
         """All rows as one table."""
-        if self.indices is None:
-            return pa.Table.from_batches(self.batches, schema_of(self.type)).select(self.names)
         return pa.concat_tables([schema_of(self.type).empty_table(), *self.blocks(self.names)])
 
     def column(self, name: str) -> list[Any]:
         """Return a column of short values."""
         values = pa.chunked_array([batch.column(name) for batch in self.batches]).to_pylist() if self.batches else []
-        return values if self.indices is None else [values[i] for i in self.indices]
+        return [values[i] for i in self.indices]
 
     def lengths(self, name: str) -> np.ndarray:
         """Return the lengths of the lists in a column, int64."""
         parts = [pc.list_value_length(batch.column(name)).to_numpy() for batch in self.batches]
-        lengths = np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64)
-        return lengths if self.indices is None else lengths[self.indices]
+        return np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64)[self.indices]
 
     def first(self, name: str) -> list[int]:
         """Return the first item of every list in a column; none is empty."""
@@ -192,26 +179,18 @@ def schema_of(type: type[Any]) -> pa.Schema:
     return pa.schema([(field.name, TYPES[cast(Any, field.type)]) for field in fields(type)])
 
 
-def write_arrow(rows: Iterable[dict], schema: pa.Schema, path: Path) -> int:
-    """Write rows as they come, in memory of about BATCH_BYTES. Returns their number."""
-    count = 0
+def write_arrow(rows: Iterable[dict], schema: pa.Schema, path: Path) -> None:
+    """Write rows as they come, in memory of about BATCH_BYTES."""
     with path.open("wb") as file, pa.ipc.new_file(file, schema) as writer:
-
-        def flush(batch: list[dict]) -> None:
-            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
-
         batch: list[dict] = []
         size = 0
         for row in rows:
             batch.append(row)
-            count += 1
             size += sum(len(value) for value in row.values() if isinstance(value, str | tuple))
             if size >= BATCH_BYTES or len(batch) == 8 * BLOCK:
-                flush(batch)
+                writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
                 batch, size = [], 0
-        if batch:
-            flush(batch)
-    return count
+        writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
 
 
 def write_parquet(table: pa.Table, path: Path) -> None:

@@ -74,8 +74,8 @@ def test_damaged_manifest(sealed, text):
 # --- shards -----------------------------------------------------------------------------------------------------------
 
 
-def shards_of(folder, made, said=None):
-    keep = ResumableShards(folder, (said if said is not None else []).append)
+def shards_of(folder, made, messages=None):
+    keep = ResumableShards(folder, (messages if messages is not None else []).append)
 
     def part(number):
         def make():
@@ -98,15 +98,15 @@ def test_shard_is_computed_once(tmp_path):
 
 
 def test_damaged_shard(tmp_path):
-    made, said = [], []
-    rows = shards_of(tmp_path, made, said)
+    made, messages = [], []
+    rows = shards_of(tmp_path, made, messages)
     rows(0, 1)
     path = tmp_path / "00001" / "rows.parquet"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 4
     path.write_bytes(content)
     assert [shard[0]["id"] for shard in rows(0, 1)] == ["0", "1"]
-    assert made == [0, 1, 1] and len(said) == 1 and "00001" in said[0] and "made again" in said[0]
+    assert made == [0, 1, 1] and len(messages) == 1 and "00001" in messages[0] and "made again" in messages[0]
 
 
 def test_shard_of_other_prompts(tmp_path):
@@ -147,7 +147,7 @@ class Cut(Exception):
     """The process dies."""
 
 
-def train(folder, pairs, tiny_folder, optimizer="rmsprop", dtype=torch.float32, cut=None, every=1, said=None):
+def train(folder, pairs, tiny_folder, optimizer="rmsprop", dtype=torch.float32, cut=None, every=1, messages=None):
     """`STEPS` steps with a checkpoint after each, or up to `cut`; the masters, the rows and the engine's first step."""
     rows = []
     engine = engine_of(tiny_folder, dtype, name=optimizer)
@@ -157,7 +157,7 @@ def train(folder, pairs, tiny_folder, optimizer="rmsprop", dtype=torch.float32, 
         if row["step"] == cut:
             raise Cut
 
-    checkpoints = Checkpoints(folder, steps=every, say=(said if said is not None else []).append)
+    checkpoints = Checkpoints(folder, steps=every, say=(messages if messages is not None else []).append)
     try:
         train_engine(engine, pairs[0], references=pairs[1], log=log, checkpoints=checkpoints, **SETTINGS)
     except Cut:
@@ -165,10 +165,10 @@ def train(folder, pairs, tiny_folder, optimizer="rmsprop", dtype=torch.float32, 
     return engine.masters, rows, checkpoints.restored.step
 
 
-def same(one, other) -> bool:
+def same(first, second) -> bool:
     timings = ("tokens_per_second", "pairs_per_second")
-    rows = [[{k: v for k, v in row.items() if k not in timings} for row in result[1]] for result in (one, other)]
-    return rows[0] == rows[1] and all(torch.equal(one[0][name], other[0][name]) for name in one[0])
+    rows = [[{k: v for k, v in row.items() if k not in timings} for row in result[1]] for result in (first, second)]
+    return rows[0] == rows[1] and all(torch.equal(first[0][name], second[0][name]) for name in first[0])
 
 
 @pytest.mark.parametrize("optimizer", ["rmsprop", "adamw"])
@@ -192,7 +192,7 @@ def test_checkpoints_do_not_change_training(tiny_folder, tmp_path):
 @pytest.mark.parametrize("name", ["masters.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
 def test_newest_checkpoint_damaged(tiny_folder, tmp_path, name, damage):
-    pairs, said = scored_pairs(tiny_folder), []
+    pairs, messages = scored_pairs(tiny_folder), []
     train(tmp_path, pairs, tiny_folder, cut=5)
     newest = tmp_path / "step-00000005"
     content = (newest / name).read_bytes()
@@ -201,18 +201,18 @@ def test_newest_checkpoint_damaged(tiny_folder, tmp_path, name, damage):
         (newest / name).write_bytes(content[:-3])
     elif damage == "flipped":
         (newest / name).write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
-    again = train(tmp_path, pairs, tiny_folder, said=said)
+    again = train(tmp_path, pairs, tiny_folder, messages=messages)
     assert again[2] == 4 and same(again, train(None, pairs, tiny_folder))
-    assert len(said) == 1 and str(newest) in said[0] and name in said[0] and "not used" in said[0]
+    assert len(messages) == 1 and str(newest) in messages[0] and name in messages[0] and "not used" in messages[0]
 
 
 def test_all_checkpoints_damaged(tiny_folder, tmp_path):
-    pairs, said = scored_pairs(tiny_folder), []
+    pairs, messages = scored_pairs(tiny_folder), []
     train(tmp_path, pairs, tiny_folder, cut=5)
     for folder in tmp_path.glob("step-*"):
         (folder / "state.json").write_text("{}")
-    again = train(tmp_path, pairs, tiny_folder, said=said)
-    assert again[2] == 0 and len(said) == 2 and same(again, train(None, pairs, tiny_folder))
+    again = train(tmp_path, pairs, tiny_folder, messages=messages)
+    assert again[2] == 0 and len(messages) == 2 and same(again, train(None, pairs, tiny_folder))
 
 
 def test_checkpoint_due(monkeypatch, tmp_path):
@@ -293,13 +293,13 @@ def test_kill_during_write(tmp_path, point):
 
 
 def test_write_on_interrupt(tmp_path):
-    said = []
+    messages = []
     with (
         pytest.raises(Interrupted),
-        Checkpoints(tmp_path, say=said.append).write_on_interrupt(FakeEngine(), state_at(3), 8),
+        Checkpoints(tmp_path, say=messages.append).write_on_interrupt(FakeEngine(), state_at(3), 8),
     ):
         raise Interrupted(signal.SIGTERM)
-    assert said == ["saved the training state at step 3 of 8"]
+    assert messages == ["saved the training state at step 3 of 8"]
     assert Checkpoints(tmp_path).restore(FakeEngine()).step == 3
 
 
@@ -417,7 +417,7 @@ def test_second_ctrl_c_ends_at_once():
 def test_signal_in_training(tiny_folder, tmp_path, signals, inside, monkeypatch):
     """In the forward pass of step 4 the state after step 3 is kept; within the update of step 4 that after step 4."""
     pairs = scored_pairs(tiny_folder)
-    engine, said = engine_of(tiny_folder), []
+    engine, messages = engine_of(tiny_folder), []
     method = "backward" if inside == "forward" else "step"
     usual = getattr(engine, method)
 
@@ -428,11 +428,11 @@ def test_signal_in_training(tiny_folder, tmp_path, signals, inside, monkeypatch)
 
     rows = []
     monkeypatch.setattr(engine, method, strike)
-    checkpoints = Checkpoints(tmp_path, minutes=60, say=said.append)
+    checkpoints = Checkpoints(tmp_path, minutes=60, say=messages.append)
     with pytest.raises(Interrupted):
         train_engine(engine, pairs[0], references=pairs[1], log=rows.append, checkpoints=checkpoints, **SETTINGS)
     kept = 4 if inside == "forward" else 5
-    assert said == [f"saved the training state at step {kept} of 8"]
+    assert messages == [f"saved the training state at step {kept} of 8"]
     with pytest.raises(Interrupted):  # a library that swallows it only delays it
         interrupt.raise_if_stopped()
     interrupt.install_handlers()  # as the next process has it

@@ -112,12 +112,12 @@ def test_link_file_replaces(tmp_path):
 
 def test_signal_ends_wait_for_lock(tmp_path):
     """With several processes signals are deferred; a rank that waits for a lock has to look for them."""
-    before, said = {number: signal.getsignal(number) for number in signals_module.SIGNALS}, []
+    before, messages = {number: signal.getsignal(number) for number in signals_module.SIGNALS}, []
 
     def wait():
         with FileLock(tmp_path / "lock"), signals_module.deferred():
             os.kill(os.getpid(), signal.SIGTERM)
-            with hold_lock(tmp_path / "lock", "another run", said.append):
+            with hold_lock(tmp_path / "lock", "another run", messages.append):
                 raise AssertionError
 
     signals_module.install_handlers()
@@ -128,4 +128,4 @@ def test_signal_ends_wait_for_lock(tmp_path):
         signals_module.install_handlers()
         for number, handler in before.items():
             signal.signal(number, handler)
-    assert len(said) == 1
+    assert len(messages) == 1

@@ -82,15 +82,15 @@ def test_failed_build_keeps_resume(tmp_path):
 
 @pytest.mark.parametrize("name", ["result.txt", "metrics.jsonl", "manifest.json"])
 def test_damaged_stage_is_rebuilt(tmp_path, name):
-    said = []
-    store = Store(tmp_path, said.append)
+    messages = []
+    store = Store(tmp_path, messages.append)
     folder = store.get("score", {}, build).folder
     content = bytearray((folder / name).read_bytes())
     content[len(content) // 2] ^= 1
     (folder / name).write_bytes(content)
     again = store.get("score", {}, build)
     assert not again.reused and again.folder == folder and (folder / "result.txt").read_text() == "done"
-    assert len(said) == 1 and name in said[0] and str(folder) in said[0]
+    assert len(messages) == 1 and name in messages[0] and str(folder) in messages[0]
     assert store.get("score", {}, build).reused
 
 
@@ -130,9 +130,9 @@ def test_killed_process_releases_lock(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=60)
     assert done.returncode == -9
-    said = []
-    assert not Store(tmp_path, said.append).get("train", {}, build).reused
-    assert said == []
+    messages = []
+    assert not Store(tmp_path, messages.append).get("train", {}, build).reused
+    assert messages == []
 
 
 # --- room -------------------------------------------------------------------------------------------------------------
@@ -157,10 +157,10 @@ def used_store(tmp_path: Path) -> tuple[Store, list[str]]:
 
 def test_clean_removes_unused(tmp_path, capsys):
     store, names = used_store(tmp_path)
-    found = {entry.name: entry for entry in entries(store)}
-    assert set(found) == set(names)
-    assert [bool(found[name].used_by) for name in names] == [True, False, False, False]
-    assert [found[name].finished for name in names] == [True, True, True, False]
+    listed = {entry.name: entry for entry in entries(store)}
+    assert set(listed) == set(names)
+    assert [bool(listed[name].used_by) for name in names] == [True, False, False, False]
+    assert [listed[name].finished for name in names] == [True, True, True, False]
     main(["list", "--path", str(store.path)])
     listed = capsys.readouterr().out
     assert all(name in listed for name in names) and "4 stages" in listed and "(unfinished)" in listed

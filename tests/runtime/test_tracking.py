@@ -45,39 +45,39 @@ def rows(folder):
 
 
 def test_a_row_is_on_disk_at_once_with_its_keys_as_given(tmp_path):
-    one, _ = tracker(tmp_path)
+    run_tracker, _ = tracker(tmp_path)
     row = {"iter": 0, "step": 1, "stage": "train", "loss": 0.5, "rewards/real": -0.1}
-    one.log(row)
+    run_tracker.log(row)
     assert rows(tmp_path) == [row]
-    one.close()
+    run_tracker.close()
 
 
 def test_another_run_replaces_the_rows(tmp_path):
     for loss in (1.0, 2.0):
-        one, _ = tracker(tmp_path)
-        one.log({"loss": loss})
-        one.close()
+        run_tracker, _ = tracker(tmp_path)
+        run_tracker.log({"loss": loss})
+        run_tracker.close()
     assert rows(tmp_path) == [{"loss": 2.0}]
 
 
 def test_what_json_cannot_hold(tmp_path):
-    one, _ = tracker(tmp_path)
-    one.log(
+    run_tracker, _ = tracker(tmp_path)
+    run_tracker.log(
         {"nan": float("nan"), "inside": [np.float32("inf"), np.int64(3)], "path": Path("a/b"), "scalar": np.array(1.5)}
     )
-    one.close()
+    run_tracker.close()
     assert rows(tmp_path) == [{"nan": None, "inside": [None, 3], "path": "a/b", "scalar": 1.5}]
 
 
 def test_other_ranks_leave_no_trace(tmp_path):
     folder = tmp_path / "run"
-    one, shown = tracker(folder, wandb="online", rank=1)
-    one.log({"loss": 1.0})
-    one.say("hello")
-    one.samples("iter0", [{"prompt": "a", "real": "b", "generated": "c"}])
-    with one.progress("train", 3, "pairs") as bar:
+    run_tracker, shown = tracker(folder, wandb="online", rank=1)
+    run_tracker.log({"loss": 1.0})
+    run_tracker.say("hello")
+    run_tracker.samples("iter0", [{"prompt": "a", "real": "b", "generated": "c"}])
+    with run_tracker.progress("train", 3, "pairs") as bar:
         bar.advance(3, loss=1.0)
-    one.close({"a": 1})
+    run_tracker.close({"a": 1})
     assert not folder.exists()
     assert shown.getvalue() == ""
 
@@ -90,15 +90,15 @@ def test_offline_run_is_silent_and_needs_no_network(tmp_path):
     code = """
 import sys, pathlib
 from spin.runtime.tracking import Tracker
-one = Tracker(pathlib.Path(sys.argv[1]), name="t", config={"loss": {"beta": 0.1}}, wandb="auto")
+run_tracker = Tracker(pathlib.Path(sys.argv[1]), name="t", config={"loss": {"beta": 0.1}}, wandb="auto")
 for t in (0, 1):
     for step in (0, 1):
-        one.log({"iter": t, "step": step, "stage": "train", "loss": 0.5, "grad_norm": None})
-    one.log({"iter": t, "step": 0, "stage": "evaluate", "policy": f"iter{t}", "a": 0.2, "a_interval": [0.1, 0.3]})
-    one.samples(f"iter{t}", [{"prompt": "p", "real": "r", "generated": f"g{t}"}])
-one.close({"peak_memory_gib": 1.0})
-one.close()
-one.say("after")
+        run_tracker.log({"iter": t, "step": step, "stage": "train", "loss": 0.5, "grad_norm": None})
+    run_tracker.log({"iter": t, "step": 0, "stage": "evaluate", "policy": f"iter{t}", "a": 0.2, "a_interval": [0.1, 0.3]})
+    run_tracker.samples(f"iter{t}", [{"prompt": "p", "real": "r", "generated": f"g{t}"}])
+run_tracker.close({"peak_memory_gib": 1.0})
+run_tracker.close()
+run_tracker.say("after")
 """
     done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
@@ -122,27 +122,27 @@ one.say("after")
 
 
 def test_wandb_row_is_prefixed_and_counts_steps_through(tmp_path):
-    one, _ = tracker(tmp_path)
+    run_tracker, _ = tracker(tmp_path)
     sent = [
-        one._wandb_row({"stage": stage, "iter": t, "step": step, "loss": 0.5})
+        run_tracker._wandb_row({"stage": stage, "iter": t, "step": step, "loss": 0.5})
         for stage, t, step in [("sft", None, 0), ("sft", None, 1), ("train", 0, 0), ("train", 0, 1), ("train", 1, 0)]
     ]
     assert [row["global_step"] for row in sent] == [1, 2, 3, 4, 5]
     assert sent[0] == {"sft/step": 0, "sft/loss": 0.5, "iter": -1, "global_step": 1}
-    measured = one._wandb_row(
+    measured = run_tracker._wandb_row(
         {"stage": "evaluate", "iter": 1, "step": 0, "a": None, "b": 2.0, "b_interval": [1.0, 3.0]}
     )
     values = {"evaluate/a": None, "evaluate/b": 2.0, "evaluate/b_interval_low": 1.0, "evaluate/b_interval_high": 3.0}
     assert measured == {"evaluate/step": 0, **values, "iter": 1, "global_step": 5}
-    one.close()
+    run_tracker.close()
 
 
 def test_disabled_does_not_import_wandb(tmp_path):
     code = """
 import sys, pathlib
 from spin.runtime.tracking import Tracker
-one = Tracker(pathlib.Path(sys.argv[1]), name="t", config={}, wandb="disabled")
-one.log({"loss": 1.0}); one.samples("iter0", []); one.close()
+run_tracker = Tracker(pathlib.Path(sys.argv[1]), name="t", config={}, wandb="disabled")
+run_tracker.log({"loss": 1.0}); one.samples("iter0", []); one.close()
 assert "wandb" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code, tmp_path], check=True, timeout=60)
@@ -154,23 +154,23 @@ def test_a_failing_wandb_costs_one_line(tmp_path, monkeypatch):
         raise OSError("no space\nleft")
 
     monkeypatch.setattr(Tracker, "_start", fail)
-    one, shown = tracker(tmp_path, wandb="offline")
+    run_tracker, shown = tracker(tmp_path, wandb="offline")
     for _ in range(3):
-        one.log({"loss": 1.0})
-    one.samples("iter0", [{"prompt": "a", "real": "b", "generated": "c"}])
-    one.close()
+        run_tracker.log({"loss": 1.0})
+    run_tracker.samples("iter0", [{"prompt": "a", "real": "b", "generated": "c"}])
+    run_tracker.close()
     assert len(rows(tmp_path)) == 3
     assert len(shown.getvalue().splitlines()) == 1
     assert "(no space left)" in shown.getvalue()
 
 
 def test_a_run_that_fails_is_shown_as_failed(tmp_path):
-    one, _ = tracker(tmp_path, wandb="offline")
-    one.log({"loss": 1.0})
+    run_tracker, _ = tracker(tmp_path, wandb="offline")
+    run_tracker.log({"loss": 1.0})
     try:
         raise KeyError
     except KeyError:
-        one.close({"x": float("nan")})
+        run_tracker.close({"x": float("nan")})
     for _ in range(100):  # W&B's own process writes the end
         (log,) = runs(tmp_path)
         if log.exit_code is not None:
@@ -182,12 +182,12 @@ def test_a_run_that_fails_is_shown_as_failed(tmp_path):
 def attempt(folder, steps, *, seconds=1.0, beta=0.1, **config):
     """One attempt at a game: steps of training with samples after the second, and the last step in the summary."""
     settings, console = {"loss": {"beta": beta}, **config}, Console(file=io.StringIO())
-    one = Tracker(folder, name="t", config=settings, wandb="offline", console=console)
+    run_tracker = Tracker(folder, name="t", config=settings, wandb="offline", console=console)
     for step in range(steps):
-        one.log({"iter": 0, "stage": "train", "step": step, "loss": beta + step, "pairs_per_second": seconds})
+        run_tracker.log({"iter": 0, "stage": "train", "step": step, "loss": beta + step, "pairs_per_second": seconds})
         if step == 1:
-            one.samples("iter0", [{"prompt": "p", "real": "r", "generated": "g"}])
-    one.close({"last": steps})
+            run_tracker.samples("iter0", [{"prompt": "p", "real": "r", "generated": "g"}])
+    run_tracker.close({"last": steps})
     time.sleep(1)  # W&B names folders by the second
 
 
@@ -215,9 +215,9 @@ import os, pathlib, signal, sys, time
 from spin.runtime import signals
 from spin.runtime.tracking import Tracker
 signals.install_handlers()
-one = Tracker(pathlib.Path(sys.argv[1]), name="t", config={}, wandb="offline")
+run_tracker = Tracker(pathlib.Path(sys.argv[1]), name="t", config={}, wandb="offline")
 def log(step):
-    one.log({"iter": 0, "stage": "train", "step": step, "loss": 0.5})
+    run_tracker.log({"iter": 0, "stage": "train", "step": step, "loss": 0.5})
 def signal_wandb(number):
     children = [pid for path in pathlib.Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()]
     cores = [int(pid) for pid in children if b"wandb-core" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()]
@@ -234,7 +234,7 @@ try:
 except KeyboardInterrupt:
     pass
 finally:
-    one.close()
+    run_tracker.close()
 """
 STOPS = {
     "batch system": "signal_wandb(signal.SIGTERM); os.kill(os.getpid(), signal.SIGTERM)",
@@ -271,9 +271,9 @@ def test_policies_are_uploaded_once(tmp_path):
     for name in ("config.json", "model.safetensors"):
         (policy / name).write_text("{}")
     for _ in range(2):
-        one, shown = tracker(tmp_path, wandb="offline")
-        one.policy("iter0", policy)
-        one.close()
+        run_tracker, shown = tracker(tmp_path, wandb="offline")
+        run_tracker.policy("iter0", policy)
+        run_tracker.close()
         assert "Warning" not in shown.getvalue()
     first, second = runs(tmp_path)
     assert first.artifacts == {"t-iter0": ["config.json", "model.safetensors"]} and not second.artifacts
@@ -321,22 +321,22 @@ def test_online_without_login_fails_before_any_work(setting, variable, tmp_path,
 
 
 def test_say_shows_brackets_and_does_not_wrap(tmp_path):
-    one, shown = tracker(tmp_path)
-    one.say("loss.beta=[0.1, 5.0] [red]not red[/] " + "x" * 200)
-    one.close()
-    one.say("after")
+    run_tracker, shown = tracker(tmp_path)
+    run_tracker.say("loss.beta=[0.1, 5.0] [red]not red[/] " + "x" * 200)
+    run_tracker.close()
+    run_tracker.say("after")
     assert shown.getvalue() == "loss.beta=[0.1, 5.0] [red]not red[/] " + "x" * 200 + "\nafter\n"
 
 
 def test_progress_in_a_log_file_is_a_line_now_and_then(tmp_path, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
-    one, shown = tracker(tmp_path)
-    with one.progress("iter 0: train [x]", 100, "pairs") as bar:
+    run_tracker, shown = tracker(tmp_path)
+    with run_tracker.progress("iter 0: train [x]", 100, "pairs") as bar:
         for step in range(100):
             clock[0] += 0.25
             bar.advance(1, loss=0.5, margin=step * 0.01)
-    one.close()
+    run_tracker.close()
     assert shown.getvalue().splitlines() == [
         "iter 0: train [x]: 40/100 pairs, 4.00 pairs/s, 15 s left, loss 0.500, margin 0.390",
         "iter 0: train [x]: 80/100 pairs, 4.00 pairs/s, 5 s left, loss 0.500, margin 0.790",
@@ -345,26 +345,39 @@ def test_progress_in_a_log_file_is_a_line_now_and_then(tmp_path, monkeypatch):
 
 
 def test_progress_of_nothing_and_of_a_failure(tmp_path):
-    one, shown = tracker(tmp_path)
-    with one.progress("score", 0, "pairs"):
+    run_tracker, shown = tracker(tmp_path)
+    with run_tracker.progress("score", 0, "pairs"):
         pass
-    with contextlib.suppress(KeyError), one.progress("generate", 10, "answers") as bar:
+    with contextlib.suppress(KeyError), run_tracker.progress("generate", 10, "answers") as bar:
         bar.advance(4)
         raise KeyError
-    one.close()
+    run_tracker.close()
     first, second = shown.getvalue().splitlines()
     assert first == "score: 0 pairs in 0 s"
     assert second.startswith("generate: 4/10 answers, ")
     assert second.endswith(": stopped")
 
 
+def test_progress_of_ranks_counts_only_what_ended(tmp_path):
+    """Counting is a round trip between ranks: a decoding step in which no answer ended makes none."""
+    run_tracker, shown = tracker(tmp_path)
+    counted = []
+    with run_tracker.progress("generate", 10, "answers") as bar:
+        bar.add_for_all = lambda n: counted.append(n) or 3 + sum(counted)  # another rank has ended three
+        for ended in (0, 0, 4, 0, 3, 0):
+            bar.advance(ended)
+    run_tracker.close()
+    assert counted == [4, 3, 0]
+    assert shown.getvalue().startswith("generate: 10 answers in ")
+
+
 def test_progress_on_a_terminal_is_a_bar_and_then_one_line(tmp_path):
-    one, shown = tracker(tmp_path, force_terminal=True, force_interactive=True, _environ={})
-    with one.progress("train [bold]", 4, "pairs") as bar:
+    run_tracker, shown = tracker(tmp_path, force_terminal=True, force_interactive=True, _environ={})
+    with run_tracker.progress("train [bold]", 4, "pairs") as bar:
         bar.advance(2, loss=0.25)
-        one.say("a line above the bar")
+        run_tracker.say("a line above the bar")
         bar.advance(2, loss=0.125)
-    one.close()
+    run_tracker.close()
     text = shown.getvalue()
     assert "train [bold]" in text
     assert "━" in text
