@@ -142,7 +142,7 @@ def test_disabled_does_not_import_wandb(tmp_path):
 import sys, pathlib
 from spin.runtime.tracking import Tracker
 run_tracker = Tracker(pathlib.Path(sys.argv[1]), name="t", config={}, wandb="disabled")
-run_tracker.log({"loss": 1.0}); one.samples("iter0", []); one.close()
+run_tracker.log({"loss": 1.0}); run_tracker.samples("iter0", []); run_tracker.close()
 assert "wandb" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code, tmp_path], check=True, timeout=60)
