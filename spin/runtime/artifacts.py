@@ -1,4 +1,4 @@
-"""Folders that are complete or absent: filled under another name, checksummed, renamed, and verified on reading.
+"""Artifacts: folders that are either complete or absent, with a checksum of every file.
 
 The checksums detect damage (a truncated file, a flipped bit, a file edited by hand), not an attacker.
 """
@@ -21,19 +21,19 @@ MANIFEST = "manifest.json"
 
 
 class CorruptArtifact(Exception):
-    """A committed folder has changed; the message says how."""
+    """A committed folder has changed. The message says what differs."""
 
 
 def commit_atomically(beside: Path, folder: Path, facts: dict) -> dict:
-    """Rename the filled folder `beside` to `folder` (same disk, not there yet) and return its manifest.
+    """Rename the complete folder `beside` to `folder`, which must not exist, on the same disk. Return its manifest.
 
-    The manifest holds `facts` and a checksum of every file. Everything is flushed to the disk before the rename, so that a
-    power failure leaves a complete folder or none.
+    The manifest holds `facts` and a checksum of every file. Everything is flushed to disk before the rename, so a power
+    failure leaves a complete folder or none.
     """
     files = {}
     for path in sorted(path for path in beside.rglob("*") if path.is_file() and path != beside / MANIFEST):
         files[path.relative_to(beside).as_posix()] = {"bytes": path.stat().st_size, "xxh3": file_digest(path)}
-        path.chmod(beside.stat().st_mode & 0o666)  # as the umask allows: safetensors ignores it
+        path.chmod(beside.stat().st_mode & 0o666)  # safetensors ignores the umask
         _flush(path)
     manifest: dict[str, Any] = {**json.loads(hide(json.dumps(facts))), "files": files}
     manifest["xxh3"] = _digest_of(manifest)
@@ -46,7 +46,7 @@ def commit_atomically(beside: Path, folder: Path, facts: dict) -> dict:
 
 
 def verify_artifact(folder: Path) -> dict:
-    """Return the manifest of a committed folder after comparing every file with it. Raises CorruptArtifact."""
+    """Compare every file of a committed folder with its manifest, and return the manifest. Raises CorruptArtifact."""
     manifest = read_manifest(folder)
     for name, expected in manifest["files"].items():
         with _reading(name):
@@ -58,7 +58,7 @@ def verify_artifact(folder: Path) -> dict:
 
 
 def read_manifest(folder: Path) -> dict:
-    """Return the manifest, checked against its own checksum, without reading the files. Raises CorruptArtifact."""
+    """Return the manifest after verifying its own checksum, without reading the files. Raises CorruptArtifact."""
     with _reading(MANIFEST):
         manifest = json.loads((folder / MANIFEST).read_bytes())
         if manifest.pop("xxh3") != _digest_of(manifest):
@@ -68,7 +68,7 @@ def read_manifest(folder: Path) -> dict:
 
 @contextlib.contextmanager
 def _reading(name: str) -> Iterator[None]:
-    """Raise CorruptArtifact for what the file `name` makes a reader raise. A lack of permission is no sign of damage."""
+    """Convert errors from reading the file `name` to CorruptArtifact, except missing permissions."""
     try:
         yield
     except (CorruptArtifact, PermissionError):
@@ -78,13 +78,13 @@ def _reading(name: str) -> Iterator[None]:
 
 
 def file_digest(path: Path) -> str:
-    """Hash a file's content with xxh3, which is about as fast as memory."""
+    """Return the xxh3 hash of a file's content; computing it is about as fast as reading memory."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def folder_size(folder: Path) -> int:
-    """Return the bytes of all files under `folder`; files that vanish meanwhile count nothing."""
+    """Return the total size in bytes of all files under `folder`; files removed meanwhile count as 0."""
     total = 0
     for path, _, names in os.walk(folder):
         for name in names:
@@ -98,7 +98,7 @@ def _digest_of(manifest: dict) -> str:
 
 
 def _flush(path: Path) -> None:
-    """Flush a file or folder to the disk."""
+    """Flush a file or folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

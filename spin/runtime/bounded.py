@@ -1,4 +1,4 @@
-"""Run what a stranger's file decides in a child process, with bounds on time and memory."""
+"""Run code that depends on untrusted files in a child process with limits on time and memory."""
 
 import json
 import os
@@ -14,20 +14,20 @@ from typing import Any, NoReturn
 from spin.runtime.errors import OUT_OF_MEMORY, UserError, brief, explaining, user_message
 from spin.runtime.signals import SIGNALS, deferred
 
-SECONDS, MEMORY = 10.0, 3 * 2**29  # of processor time, and bytes beyond those of this process
-WAIT = 60  # times `seconds`, for a child that waits instead of computing
-SHORT_OF_MEMORY = 77  # exit status of a child
+SECONDS, MEMORY = 10.0, 3 * 2**29  # processor time, and bytes in addition to those of this process
+WAIT = 60  # limit on wall-clock time, as a multiple of the processor time
+SHORT_OF_MEMORY = 77  # exit status of a child that ran out of memory
 
 
 class Exceeded(Exception):
-    """The child needed more time or memory than it may take, or crashed."""
+    """The child exceeded its limit on time or memory, or crashed."""
 
 
 class Bounded:
-    """A child process, forked when first needed, that applies `function` to items; it ends with this process.
+    """A child process that applies `function` to items and returns text. Forked at first use, it ends with this process.
 
-    It may take `seconds` of processor time at once and `each` per item in the long run, and `memory` bytes more than this
-    process has. It keeps none of this process's files, sockets and locks open. What it returns is text.
+    Its limits are `seconds` of processor time, replenished by `each` seconds per item, and `memory` bytes more than
+    this process has. It holds none of this process's files, sockets and locks open.
     """
 
     def __init__(self, function: Callable[[Any], str], seconds: float = SECONDS, each: float = 0, memory: int = MEMORY):
@@ -36,7 +36,7 @@ class Bounded:
         self.pipe: Connection
 
     def map(self, items: Sequence[Any]) -> list[tuple[bool, str]]:
-        """Return, for each item, True and the function's result, or False and its error. Raises Exceeded."""
+        """Return for each item (True, result) or (False, error). Raises Exceeded."""
         if self.owner != os.getpid():
             self._start()
         is_complete = False
@@ -54,11 +54,11 @@ class Bounded:
                 self.close()
 
     def close(self) -> int:
-        """End the child and return its exit status, negative for a signal."""
+        """End the child and return its exit status, which is negative for a signal."""
         owner, self.owner = self.owner, 0
         if owner == os.getpid():
             self.pipe.close()
-            with suppress(ProcessLookupError, ChildProcessError):  # one that has ended keeps its status
+            with suppress(ProcessLookupError, ChildProcessError):  # it has already ended
                 os.kill(self.child, signal.SIGKILL)
                 return os.waitstatus_to_exitcode(os.waitpid(self.child, 0)[1])
         return 0
@@ -91,32 +91,32 @@ class Bounded:
 
     def _isolate(self, kept: int) -> None:
         for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)  # the parent decides, and closes the pipe
+            signal.signal(number, signal.SIG_IGN)  # the parent handles them and closes the pipe
         signal.signal(signal.SIGPROF, signal.SIG_DFL)
         os.closerange(3, kept)
         os.closerange(kept + 1, os.sysconf("SC_OPEN_MAX"))
         nowhere = os.open(os.devnull, os.O_RDWR)
         for standard in range(3):
             os.dup2(nowhere, standard)
-        with suppress(OSError, ValueError):  # /proc is Linux's
+        with suppress(OSError, ValueError):  # /proc exists on Linux only
             pages = int(Path("/proc/self/statm").read_text().split()[0])
             limit = pages * resource.getpagesize() + self.memory
             resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
-        signal.setitimer(signal.ITIMER_PROF, self.seconds)  # its signal ends even a call into C
+        signal.setitimer(signal.ITIMER_PROF, self.seconds)  # its signal also interrupts C code
 
     def _apply(self, item: Any) -> tuple[bool, str]:
-        left = signal.getitimer(signal.ITIMER_PROF)[0]
-        signal.setitimer(signal.ITIMER_PROF, min(self.seconds, left + self.each))
+        remaining = signal.getitimer(signal.ITIMER_PROF)[0]
+        signal.setitimer(signal.ITIMER_PROF, min(self.seconds, remaining + self.each))
         try:
             return True, self.function(item)
-        except BaseException as error:  # a panic in Rust is no Exception
+        except BaseException as error:  # a Rust panic is not an Exception
             if isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, str(error), re.IGNORECASE):
                 raise MemoryError from error
             return False, user_message(error) or brief(error, 600)
 
 
 def try_out(function: Callable[[], object], problem: str, advice: str = "", seconds: float = SECONDS) -> None:
-    """Call `function` in a child. Raises UserError, as within `explaining(problem, advice)`, if it fails or takes too much."""
+    """Call `function` in a child process. Raises UserError, as `explaining(problem, advice)` does, if it fails."""
 
     def attempt(_: None) -> str:
         with explaining(problem, advice, BaseException):

@@ -1,4 +1,4 @@
-"""Folders that are computed once and found again by what they are made from, whatever run needs them."""
+"""A cache of computed folders that all runs share, found by a hash of their inputs."""
 
 import atexit
 import os
@@ -16,10 +16,10 @@ Say = Callable[[str], None]
 
 
 def cached_folder(cache: Path, name: str, inputs: dict, build: Callable[[Path], dict], say: Say) -> tuple[Path, dict]:
-    """Return the folder `<cache>/<name>/<key>` with what `build(folder)` puts there, and the facts that `build` returns.
+    """Return the folder `<cache>/<name>/<key>`, which `build(folder)` fills if it is missing, and the facts from `build`.
 
-    The entries are kept as a `Store` keeps stages. One that no run has used for UNUSED_DAYS is removed. If `cache` is not
-    writable, the folder lasts as long as the process.
+    The cache is a `Store`. Entries that no run has used for UNUSED_DAYS are removed. If `cache` is not writable, the entry
+    goes to a temporary folder.
     """
     path = cache.expanduser()
     if not _is_writable(path / name):

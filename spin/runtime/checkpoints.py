@@ -1,4 +1,4 @@
-"""What an interrupted stage resumes from: the state of its training, and a description of what its folder holds."""
+"""Training checkpoints, from which an interrupted stage resumes."""
 
 import json
 import math
@@ -15,16 +15,16 @@ from spin.runtime.process_group import SINGLE_PROCESS, ProcessGroup
 from spin.runtime.shards import Say
 from spin.runtime.signals import deferred
 
-WRITING_SHARE = 0.03  # of the time between two checkpoints may go into writing one
-KEPT = 2  # checkpoints: the newest may turn out to be damaged
+WRITING_SHARE = 0.03  # largest share of the training time that is spent on writing checkpoints
+KEPT = 2  # number of checkpoints on disk, in case the newest is damaged
 
 
 @dataclass
 class TrainState:
-    """What a resume needs beside the engine's tensors: data order and learning rate follow from `step`.
+    """The state of a training beside the engine's tensors; data order and learning rate follow from `step`.
 
-    `step` counts finished steps, `skipped` those without an update (the last `skipped_in_a_row` of them without a break).
-    `rows` holds the metrics of each step, `seconds` the time that all took.
+    `step` counts finished steps, `skipped` the steps without an update, and `skipped_in_a_row` the latest in a row.
+    `rows` holds the metrics of each step, `seconds` the total time.
     """
 
     step: int = 0
@@ -34,7 +34,7 @@ class TrainState:
     rows: list[dict] = field(default_factory=list)
 
     def add(self, row: dict, seconds: float) -> None:
-        """Count one more step, which was skipped if its gradient norm is not finite."""
+        """Add a finished step. It was skipped if its gradient norm is not finite."""
         self.step += 1
         skipped = not math.isfinite(row["grad_norm"])
         self.skipped += skipped
@@ -44,17 +44,17 @@ class TrainState:
 
 
 class Engine(Protocol):
-    """What a checkpoint needs of an engine."""
+    """The part of an engine's interface that checkpoints use."""
 
     def save_state(self, folder: Path) -> None: ...
     def load_state(self, folder: Path) -> None: ...
 
 
 class Checkpoints:
-    """The checkpoints of one training in `folder`: `step-00000012/`, the last two of them (one during a write).
+    """The checkpoints of one training in `folder`: the last two as `step-00000012/` (one during a write).
 
-    One is due every `steps` steps, or else every `minutes`, later where writing would take more than 3 % of the time.
-    Without a folder nothing is written. `restored` is the state that `restore` returned.
+    One is due every `steps` steps if given, else every `minutes`, or less often if writing would take more than 3 % of the
+    time. Without a folder nothing is written. `restored` is the state that `restore` returned.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Checkpoints:
         self._closed = False
 
     def restore(self, engine: Engine) -> TrainState:
-        """Load the newest intact checkpoint into `engine` and return its state; a fresh state if there is none."""
+        """Load the newest intact checkpoint into `engine`. Return its state, or a fresh state if there is none."""
         folder = self.ranks.broadcast(self._newest() if self.ranks.is_main_process else None)
         if folder is not None:
             self.restored = TrainState(**json.loads((folder / "state.json").read_bytes()))
@@ -93,7 +93,7 @@ class Checkpoints:
         return None
 
     def due(self, state: TrainState) -> bool:
-        """Whether to write a checkpoint now; the main process decides for all ranks."""
+        """Return whether to write a checkpoint now. The main process decides for all ranks."""
         return self.ranks.broadcast(self._is_due(state))
 
     def _is_due(self, state: TrainState) -> bool:
@@ -105,11 +105,11 @@ class Checkpoints:
         return time.monotonic() - self._written_at >= wait
 
     def _is_new(self, state: TrainState) -> bool:
-        """Whether `state` is worth a checkpoint: skipped steps are no state to return to."""
+        """Return whether `state` needs a checkpoint: it is not stored yet and does not end with skipped steps."""
         return not (self.folder is None or self._closed or state.step == self._written_step or state.skipped_in_a_row)
 
     def write(self, engine: Engine, state: TrainState) -> bool:
-        """Write `state`, that of a finished step. Returns False without writing if it is written or not worth it."""
+        """Write `state`, that of a finished step. Return False if it needs no checkpoint."""
         if not self._is_new(state):
             return False
         assert self.folder is not None
@@ -117,7 +117,7 @@ class Checkpoints:
         beside = self.folder / "next.tmp"
         if self.ranks.is_main_process:
             shutil.rmtree(beside, ignore_errors=True)
-            for old in self._folders()[: 1 - KEPT]:  # before writing, so that no more than two take up space
+            for old in self._folders()[: 1 - KEPT]:  # before writing, so that at most two take up space
                 shutil.rmtree(old, ignore_errors=True)  # a network disk may keep a file that is open
             beside.mkdir(parents=True)
         engine.save_state(beside)
@@ -130,7 +130,7 @@ class Checkpoints:
 
     @contextmanager
     def write_on_interrupt(self, engine: Engine, state: TrainState, steps: int) -> Iterator[None]:
-        """Write `state` (a step of `steps`) if a stop signal arrives inside the block; `engine` must stay open in it."""
+        """Write `state`, of `steps` steps, if a stop signal arrives inside the block, in which `engine` must be open."""
         try:
             yield
         except KeyboardInterrupt:  # Interrupted, or from a notebook's kernel
@@ -140,7 +140,7 @@ class Checkpoints:
             raise
 
     def close(self) -> None:
-        """Write nothing from now on: the engine is about to close, and its state can no longer be read."""
+        """Stop writing: the state of a closed engine cannot be read."""
         self._closed = True
 
     def _folders(self) -> list[Path]:
@@ -148,7 +148,7 @@ class Checkpoints:
 
 
 def describe_progress(resume: Path) -> str | None:
-    """Say what an unfinished stage resumes from: "3 shards of answers, training up to step 40"; None if nothing."""
+    """Describe what an unfinished stage resumes from ("3 shards of answers, training up to step 40"); None if nothing."""
     parts = []
     for name in ("answers", "scores"):
         if count := len(list((resume / name).glob("[0-9]*"))):

@@ -1,8 +1,7 @@
-"""Turn errors that a user can put right into one line in place of a traceback.
+"""Report errors that a user can fix in one line instead of a traceback.
 
-Libraries report them in two ways. Errors of the machine (full disk, short memory, a lost process) can come from
-anywhere: `user_message` knows them. Errors about a user's file or setting come from one call, which stands in
-`with explaining("model.path=..."):`.
+Machine errors (full disk, out of memory, a lost process) can be raised anywhere; `user_message` recognises them. Errors
+about a user's file or setting are raised by a known call, which is wrapped in `with explaining("model.path=..."):`.
 """
 
 import contextlib
@@ -12,11 +11,11 @@ from collections.abc import Iterator
 
 
 class UserError(ValueError):
-    """An error that a user can put right. The message is one line: what is wrong and what to do."""
+    """An error that a user can fix. The message is one line: what is wrong and what to do."""
 
 
-# Messages of gloo, NCCL and torch's key-value store about a peer that has closed its connection or does not answer. A
-# plain "NCCL" would not do: it also stands in messages about memory and versions, and in users' paths.
+# Messages of gloo, NCCL and torch's key-value store about a peer that closed its connection or does not respond. Matching
+# "NCCL" alone would also match messages about memory and versions, and users' paths.
 LOST_PEER = {
     "RuntimeError": r"gloo/transport/\S+:\d+\] .*(closed by peer|reset by peer|broken pipe|refused|timed out|timeout)",
     "DistBackendError": r"ncclRemoteError|closed by remote peer|operation timeout|failed or timed out|was aborted",
@@ -29,10 +28,10 @@ TRY_AGAIN = "then run the same command again: it continues from what is finished
 
 
 def user_message(error: BaseException) -> str | None:
-    """Return the line to print for a `UserError` or an error of the machine; None for any other error.
+    """Return the line to print for a `UserError` or a machine error; None for any other error.
 
-    Libraries at times raise an error of their own: its cause counts as well. Errors out of Rust code carry the system's
-    error number in their text.
+    The error's cause is examined too, since libraries wrap errors. Errors from Rust code have the system's error number in
+    their text.
     """
     text = str(error)
     if isinstance(error, UserError):
@@ -74,9 +73,9 @@ def user_message(error: BaseException) -> str | None:
 def explaining(
     problem: str, advice: str = "", catch: type[BaseException] | tuple[type[BaseException], ...] = Exception
 ) -> Iterator[None]:
-    """Raise what a library raises inside as UserError "<problem> (<the library's reason>); <advice>.".
+    """Convert an error raised inside, of a type in `catch`, to UserError "<problem> (<the error's message>); <advice>.".
 
-    Errors that `user_message` knows pass unchanged: a full disk is not a broken file. `catch`: the types to explain.
+    Errors that `user_message` recognises pass unchanged: a full disk is not a broken file.
     """
     try:
         yield
@@ -88,9 +87,9 @@ def explaining(
 
 
 def brief(text: object, limit: int = 200) -> str:
-    """Return `text` (or an error's message) as one line of printable characters, cut to `limit`."""
+    """Return `text`, or an error's message, as one line of at most `limit` printable characters."""
     line = " ".join(str(text).split())
     if isinstance(text, KeyError) or (isinstance(text, BaseException) and not line):
-        line = f"{type(text).__name__} {line}".strip()  # a bare key or nothing would say too little
+        line = f"{type(text).__name__} {line}".strip()  # a bare key or an empty message is not informative
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line[: limit + 1])
     return line if len(line) <= limit else line[: limit - 1] + "…"

@@ -1,4 +1,4 @@
-"""Atomic file replacement, links, and locks that end with their process."""
+"""Atomic file replacement, links, and locks that are released when their process ends."""
 
 import contextlib
 import json
@@ -15,14 +15,14 @@ from spin.runtime.signals import pending_signal, raise_signal
 
 @contextlib.contextmanager
 def hold_lock(path: Path, reason: str, say: Callable[[str], None]) -> Iterator[None]:
-    """Hold the lock file `path`. If another process holds it, `say` the reason once and wait."""
-    lock = FileLock(path, fallback_to_soft=False)  # a soft lock would outlive its process
+    """Hold the lock file `path`. If another process holds it, print `reason` once with `say` and wait."""
+    lock = FileLock(path, fallback_to_soft=False)  # a soft lock would remain when its process is killed
     try:
         lock.acquire(timeout=0)
     except Timeout:
         say(f"{reason}: waiting for it to end ({path})")
         while not lock.is_locked:
-            if number := pending_signal():  # deferred signals must end the wait: the other ranks wait for this one
+            if number := pending_signal():  # end the wait even while signals are deferred
                 raise_signal(number)
             with contextlib.suppress(Timeout):
                 lock.acquire(timeout=1)
@@ -33,7 +33,7 @@ def hold_lock(path: Path, reason: str, say: Callable[[str], None]) -> Iterator[N
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file atomically: a reader sees the old text or the new one. Secrets are hidden."""
+    """Replace the content of a file atomically. Secrets in `text` are hidden."""
     with _replacing(path) as beside, beside.open("w", encoding="utf-8") as file:
         file.write(hide(text))
         file.flush()
@@ -41,15 +41,15 @@ def write_text(path: Path, text: str) -> None:
 
 
 def link_tree(source: Path | None, target: Path) -> None:
-    """Show the files of `source` in `target`, and leave the user's own files there alone.
+    """Mirror the files of `source` in `target`. Files in `target` that no earlier call created stay as they are.
 
-    Weights are hard links (copies on another disk), small files copies, so that editing them leaves `source` intact. Only
-    files that differ are replaced. Files that an earlier call made and that `source` does not have are removed; with
-    source=None all of these. `.<target's name>.linked` beside `target` lists what was made.
+    Weights are hard links (copies on another disk), small files are copies, so that editing them does not change `source`.
+    Only files that differ are replaced. Files of an earlier call that `source` does not have are removed; with source=None
+    all files of earlier calls. `.<target's name>.linked` beside `target` lists the created files.
     """
     record = target.with_name(f".{target.name}.linked")
     earlier: list[str] = []
-    with contextlib.suppress(FileNotFoundError, ValueError, TypeError):  # damaged: nothing is removed
+    with contextlib.suppress(FileNotFoundError, ValueError, TypeError):  # if damaged, nothing is removed
         earlier = [str(name) for name in json.loads(record.read_bytes())]
     files = [path for path in source.rglob("*") if path.is_file()] if source else []
     names = [str(path.relative_to(str(source))) for path in files]
@@ -65,12 +65,12 @@ def link_tree(source: Path | None, target: Path) -> None:
         write_text(record, json.dumps(names))
     else:
         record.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # not there, or with files of the user
+        with contextlib.suppress(OSError):  # does not exist, or has files of the user
             target.rmdir()
 
 
 def link_file(source: Path, target: Path) -> None:
-    """Make `target` a hard link to `source`, or a copy on another disk, replacing what is there."""
+    """Replace `target` by a hard link to `source`, or by a copy if it is on another disk."""
     try:
         _replace(source, target, os.link)
     except OSError:
@@ -78,7 +78,7 @@ def link_file(source: Path, target: Path) -> None:
 
 
 def _replace(source: Path, target: Path, make: Callable[[Path, Path], object]) -> None:
-    """Make `target` by `make`, atomically, unless it is the same file or has its size and its time of the last change."""
+    """Replace `target` atomically with `make(source, path)`, unless size and modification time are equal."""
     if target.is_file():
         old, new = target.stat(), source.stat()
         if (old.st_size, old.st_mtime_ns) == (new.st_size, new.st_mtime_ns):
@@ -89,7 +89,7 @@ def _replace(source: Path, target: Path, make: Callable[[Path, Path], object]) -
 
 @contextlib.contextmanager
 def _replacing(target: Path) -> Iterator[Path]:
-    """Yield a path beside `target`. What the block writes there replaces `target`; if anything fails, it is removed."""
+    """Yield a path beside `target`. The file written there replaces `target`, or is removed after an error."""
     beside = target.with_name(f".{target.name}.{os.getpid()}")
     beside.unlink(missing_ok=True)
     try:

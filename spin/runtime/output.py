@@ -1,4 +1,4 @@
-"""What is printed and written: without secrets, and whatever the standard streams are."""
+"""Hide secrets in printed and written text, and print to any kind of standard stream."""
 
 import io
 import json
@@ -8,12 +8,12 @@ import sys
 from collections.abc import Callable
 
 SECRET = re.compile("key|token|secret|passw|credential", re.IGNORECASE)  # in a variable's name
-_hidden: dict[str, str] = {}  # a value, and what is shown in its place
+_hidden: dict[str, str] = {}  # secret value -> replacement
 
 
 def note_secrets(settings: str) -> None:
-    """From now on `hide` the values of variables that are named like secrets, and of those that the `settings` (YAML, not
-    resolved) take from the environment, other than paths and numbers."""
+    """Register the values that `hide` replaces: environment variables with names like secrets, and those that the
+    `settings` (unresolved YAML) read from the environment, except paths and numbers."""
     for name in {*re.findall(r"oc\.env:\s*(\w+)", settings), *filter(SECRET.search, os.environ)}:
         value = os.environ.get(name, "")
         is_path = os.path.exists(value) or (not SECRET.search(name) and re.match(r"[~/.]", value))
@@ -22,15 +22,15 @@ def note_secrets(settings: str) -> None:
 
 
 def hide(text: str) -> str:
-    """`text` with the names of variables in place of secrets."""
+    """Return `text` with secrets replaced by the names of their variables."""
     for value in sorted(_hidden, key=len, reverse=True):
         text = text.replace(value, _hidden[value])
     return text
 
 
 class Printer(io.TextIOWrapper):
-    """A standard stream that hides secrets, prints "?" for characters that its encoding lacks, and is silent where the
-    terminal or the pipe's reader (`| head`) is gone."""
+    """A standard stream that hides secrets, prints "?" for characters missing from its encoding, and ignores a closed
+    terminal or pipe (`| head`)."""
 
     replaced: io.TextIOBase
 
@@ -50,12 +50,12 @@ class Printer(io.TextIOWrapper):
 
 
 def open_streams() -> None:
-    """Make stdout and stderr `Printer`s, and open closed standard streams on the null device."""
+    """Replace stdout and stderr by `Printer`s, and open closed standard streams on the null device."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed: the next file that is opened would get its number
+        if getattr(sys, name) is None:  # closed: the next opened file would get its descriptor
             sys.__dict__[name] = sys.__dict__[f"__{name}__"] = open(os.devnull, mode)  # noqa: SIM115
         stream = getattr(sys, name)
         if mode == "w" and not isinstance(stream, Printer) and hasattr(stream, "buffer"):  # not a notebook's
             printer = Printer(stream.buffer, stream.encoding, "replace")
-            printer.replaced = stream  # which would close the buffer when nothing refers to it
+            printer.replaced = stream  # keeps a reference: its finaliser would close the buffer
             setattr(sys, name, printer)

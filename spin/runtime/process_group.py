@@ -1,7 +1,7 @@
-"""The processes of one run: their ranks, and what they exchange.
+"""The process group of a run: ranks and collective operations.
 
-`torchrun` starts them, on one machine or several, and describes them in the environment. All ranks execute the same game;
-the main process alone writes to the store and prints.
+`torchrun` starts the processes, on one machine or several, and describes them in environment variables. All ranks execute
+the same game; only the main process writes to the store and prints.
 """
 
 import itertools
@@ -19,22 +19,22 @@ from torch import Tensor
 from spin.runtime.errors import UserError
 from spin.runtime.signals import pending_signal, raise_if_stopped, raise_signal
 
-# Ranks wait for the main process while it waits for another run or evaluates. A rank that dies is noticed at once.
+# Ranks may wait long for the main process, which waits for another run or evaluates. A dead rank is detected immediately.
 TIMEOUT = timedelta(days=30)
 
 
 class ProcessGroup:
-    """This process among `size` others: `rank` of all, `local` of the `here` on its machine. Alone, it exchanges nothing."""
+    """A group of `size` processes. This one has rank `rank`, and `local` among the `here` processes of its machine."""
 
     def __init__(self, rank: int = 0, size: int = 1, local: int = 0, here: int = 1, store: dist.Store | None = None):
         self.rank, self.size, self.local, self.here = rank, size, local, here
-        self._store = store or dist.HashStore()  # of keys and values, shared by all ranks
+        self._store = store or dist.HashStore()  # key-value store shared by all ranks
         self._counters = 0
         self._is_first: bool | None = None
 
     @property
     def is_main_process(self) -> bool:
-        """Rank 0, which writes and prints."""
+        """Whether this is rank 0, which writes and prints."""
         return self.rank == 0
 
     def broadcast(self, value: Any = None) -> Any:
@@ -46,7 +46,7 @@ class ProcessGroup:
         return box[0]
 
     def gather(self, value: Any) -> list[Any]:
-        """Return the `value` of every rank, by rank, on all of them."""
+        """Return the values of all ranks, in rank order, on every rank."""
         values = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(values, value)
@@ -61,7 +61,7 @@ class ProcessGroup:
         return self._all_reduce([value], dist.ReduceOp.SUM)[0]
 
     def mean(self, values: Tensor) -> float:
-        """Return the mean over all entries, [n], of all ranks; n may differ between them, and be 0."""
+        """Return the mean over the entries, [n], of all ranks; n may differ between ranks and be 0."""
         total, count = self._all_reduce([values.double().sum().item(), len(values)], dist.ReduceOp.SUM)
         return total / count
 
@@ -73,38 +73,38 @@ class ProcessGroup:
         return box.tolist()
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
+        """Wait until all ranks have called this."""
         self.all_reduce_max(0)  # `dist.barrier` would go through the GPUs
 
     def claim_indices(self) -> Iterator[int]:
-        """Yield 0, 1, 2, ..., each on the one rank that asks first. All ranks must call this in the same order."""
-        add = self.counter()  # now: also on a rank that takes none
+        """Yield 0, 1, 2, ..., each on the rank that requests it first. All ranks must call this in the same order."""
+        add = self.counter()  # immediately, also on a rank that requests no index
         return (add(1) - 1 for _ in itertools.count())
 
     def counter(self) -> Callable[[int], int]:
-        """Return a function that adds to a count and returns its sum over all ranks. All must call this in the same order."""
+        """Return a function that adds to a shared count and returns it. All ranks must call this in the same order."""
         self._counters += 1
         return partial(self._store.add, f"count/{self._counters}")
 
     def raise_if_stopped(self) -> None:
-        """Raise `Interrupted` on every rank if any received a stop signal. All ranks must call this."""
+        """Raise `Interrupted` on every rank if one has received a stop signal. All ranks must call this."""
         if self.size == 1:
             raise_if_stopped()
         elif number := int(self.all_reduce_max(pending_signal())):
             raise_signal(number)
 
     def raise_together(self, error: UserError | None) -> None:
-        """Raise on every rank the `error` of the first that has one. All ranks must call this."""
-        for found in self.gather(error):
-            if found:
-                raise found
+        """Raise on every rank the `error` of the lowest rank that has one. All ranks must call this."""
+        for rank_error in self.gather(error):
+            if rank_error:
+                raise rank_error
 
     def is_first_to_fail(self) -> bool:
-        """Return whether this rank, which has failed, was the first to: it prints the reason."""
+        """Return whether this rank failed first; it then prints the reason."""
         if self._is_first is None:
             try:
                 self._is_first = self._store.add("failed", 1) == 1
-            except RuntimeError:  # the process that keeps the store has ended
+            except RuntimeError:  # the process that hosts the store has ended
                 self._is_first = self.is_main_process
         return self._is_first
 
@@ -114,14 +114,14 @@ _current = SINGLE_PROCESS
 
 
 def current_group() -> ProcessGroup:
-    """Return the group that this process has joined."""
+    """Return the process group that this process has joined."""
     return _current
 
 
 def join_group(engine: str, device: str) -> ProcessGroup:
-    """Join the processes that torchrun started; without torchrun, a group of one.
+    """Join the process group that torchrun started; without torchrun, a group of one process.
 
-    Raises UserError: several processes for an engine of one process, or more processes than GPUs.
+    Raises UserError: several processes for a single-process engine, or more processes than GPUs.
     """
     global _current
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -144,7 +144,7 @@ def join_group(engine: str, device: str) -> ProcessGroup:
         torch_store = dist.PrefixStore("torch", store)
         dist.init_process_group(backend, store=torch_store, rank=rank, world_size=size, timeout=TIMEOUT)
         _current = ProcessGroup(rank, size, local, here, dist.PrefixStore("spin", store))
-        if on_gpu:  # after joining, so that one rank prints the error, on whatever machine
+        if on_gpu:  # after joining, so that only one rank prints the error
             if here > (gpus := torch.cuda.device_count()):
                 raise UserError(f"{here} processes on a machine with {gpus} GPUs: lower torchrun's --nproc-per-node.")
             torch.cuda.set_device(local)
@@ -152,7 +152,7 @@ def join_group(engine: str, device: str) -> ProcessGroup:
 
 
 def leave_group() -> None:
-    """Leave the group at the end of a successful run."""
+    """Leave the process group at the end of a successful run."""
     global _current
     if _current is not SINGLE_PROCESS:
         with suppress(RuntimeError):

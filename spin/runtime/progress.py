@@ -9,12 +9,12 @@ from rich.console import Console
 from rich.table import Column
 from rich.text import Text
 
-LINE_EVERY = 10.0  # seconds between two progress lines where there is no terminal to draw a bar on
+LINE_EVERY = 10.0  # seconds between progress lines if there is no terminal for a bar
 Item = TypeVar("Item")
 
 
 def with_progress_lines(items: Iterable[Item], say: Callable[[str], None], text: str) -> Iterator[Item]:
-    """Yield the items, and every LINE_EVERY seconds `say` the `text` with the number of items so far."""
+    """Yield the items. Every LINE_EVERY seconds print `text` with the number of items so far."""
     shown = time.monotonic()
     for number, item in enumerate(items, 1):
         yield item
@@ -24,9 +24,9 @@ def with_progress_lines(items: Iterable[Item], say: Callable[[str], None], text:
 
 
 class Progress:
-    """The progress of one stage, from `Tracker.progress`. Without a console nothing is shown.
+    """The progress of one stage, created by `Tracker.progress`. Without a console nothing is shown.
 
-    `add_for_all`, if set, adds to a count that all ranks share, and returns it: `advance` then counts the work of all.
+    `add_for_all`, if set, adds to a count shared by all ranks and returns it, so that the work of all ranks is shown.
     """
 
     def __init__(self, console: Console | None, title: str, total: int, unit: str):
@@ -38,19 +38,19 @@ class Progress:
         self._bar: bars.Progress | None = None
 
     def advance(self, n: int = 1, **fields: float) -> None:
-        """Count `n` more units; show the last values of `fields` (loss=..., margin=...)."""
+        """Count `n` more units and show the latest values of `fields` (loss=..., margin=...)."""
         self.fields |= fields
         self._show(self._count_of_all_ranks(n) if n else 0)
 
     def _count_of_all_ranks(self, n: int) -> int:
-        """Add `n` to the count that all ranks share, a round trip; return the growth since this rank's last call."""
+        """Add `n` to the count of all ranks (a round trip). Return its growth since this rank's last call."""
         if self.add_for_all is None:
             return n
         before, self._counted = self._counted, self.add_for_all(n)
         return self._counted - before
 
     def skip(self, n: int) -> None:
-        """Count `n` units that an earlier run has done, on each rank: they do not count for the rate."""
+        """Count `n` units of an earlier run, on every rank. They do not count for the rate."""
         self._skipped += n
         self._show(n)
 
@@ -69,7 +69,7 @@ class Progress:
             self._bar = bars.Progress(
                 bars.TextColumn("{task.description}:", markup=False, table_column=fixed),
                 bars.BarColumn(bar_width=10, table_column=fixed),
-                # Cut at the terminal's width: a bar that wraps flickers.
+                # Cut at the terminal's width, because a wrapped bar flickers.
                 bars.TextColumn("{task.fields[state]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
                 console=self.console,
                 transient=True,  # `__exit__` prints the line that stays, as in a log file
@@ -108,7 +108,7 @@ class Progress:
 
 
 def format_number(value: float) -> str:
-    """Format with three digits or all before the point: `0.512`, `4.00`, `1,234`."""
+    """Format with three significant digits, or as an integer from 100 on: `0.512`, `4.00`, `1,234`."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}"
 
 

@@ -4,10 +4,10 @@ import hashlib
 
 
 def seed_of(seed: int, *parts: object, bits: int = 56) -> int:
-    """Derive the seed of one random stream from the run's `seed` and `parts`, which name the stream.
+    """Return the seed of the random stream named by `parts`, derived from the run's `seed`.
 
-    Returns the first `bits` bits (32 or 56), big-endian, of sha256("seed:part:..."). Streams of different names are
-    independent, and none of them depends on the order in which they are drawn.
+    It is the first `bits` bits (32 or 56), big-endian, of sha256("seed:part:..."). Streams with different names are
+    independent and do not depend on the order of use.
     """
     assert bits in (32, 56)
     digest = hashlib.sha256(":".join(map(str, (seed, *parts))).encode()).digest()

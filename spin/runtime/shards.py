@@ -1,4 +1,4 @@
-"""Work that is split into shards, each computed once and stored."""
+"""Work that is divided into shards, each computed once and stored."""
 
 import shutil
 import time
@@ -18,7 +18,7 @@ from spin.runtime.tables import write_parquet
 
 @dataclass(frozen=True)
 class Shard:
-    """A part of some work: `make()` computes its rows, `of` (ids or hashes) identifies them."""
+    """A part of the work: `make()` computes its rows, `of` (ids or hashes) identifies them."""
 
     of: Sequence[object]
     make: Callable[[], list[dict]]
@@ -29,15 +29,15 @@ Say = Callable[[str], None]
 
 
 def compute_shards(shards: Sequence[Shard]) -> Iterator[list[dict]]:
-    """Compute the shards in memory: nothing is stored, nothing shared with other ranks."""
+    """Compute the shards in memory, without storing or sharing them."""
     return (shard.make() for shard in shards)
 
 
 class ResumableShards:
-    """A driver that stores each shard in `folder` as soon as it is computed, and reads stored ones instead.
+    """A driver that stores each computed shard in `folder`, and reads stored shards instead of computing them again.
 
-    Ranks share the work: each takes the next shard that is free and reads all at the end; with `main_process_only` the
-    others wait. `on_reused(rows, seconds)` is called for each shard of an earlier run: its rows and what it took.
+    Ranks share the work: each computes the next free shard, and at the end reads all of them. With `main_process_only` the
+    other ranks wait. `on_reused(rows, seconds)` is called with row count and time of each shard from an earlier run.
     """
 
     def __init__(
@@ -63,8 +63,8 @@ class ResumableShards:
             yield self._compute(number, shard) if rows is None else rows
 
     def _compute_missing(self, shards: Sequence[Shard]) -> None:
-        """Compute the shards that are not stored, all ranks together. A UserError of one is raised on all."""
-        self.ranks.barrier()  # until each rank knows which shards an earlier run has stored
+        """Compute the missing shards on all ranks. A UserError of one rank is raised on all."""
+        self.ranks.barrier()  # first let every rank see which shards an earlier run has stored
         numbers = iter(range(len(shards))) if self.main_process_only else self.ranks.claim_indices()
         failure = None
         if self.ranks.is_main_process or not self.main_process_only:
@@ -73,7 +73,7 @@ class ResumableShards:
                     if not failure and self._read(number, shards[number]) is None:
                         self._compute(number, shards[number])
                 except UserError as error:
-                    failure = error  # and take the shards that are left, so that no other rank does
+                    failure = error  # claim the remaining shards, so that no other rank computes them
         self.ranks.raise_if_stopped()
         self.ranks.raise_together(failure)
 
@@ -81,7 +81,7 @@ class ResumableShards:
         return self.folder / f"{number:05d}"
 
     def _read(self, number: int, shard: Shard) -> tuple[list[dict], float] | None:
-        """A stored shard's rows and seconds. A damaged shard, or one of another size, is removed: None."""
+        """Return a stored shard's rows and seconds. Remove a damaged or different shard and return None."""
         folder = self._folder(number)
         if not folder.is_dir():
             return None

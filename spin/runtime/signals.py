@@ -1,4 +1,4 @@
-"""Raise one exception, at a safe moment, for SIGTERM, SIGUSR1, SIGUSR2 (cluster notices), SIGHUP and Ctrl-C."""
+"""Convert SIGTERM, SIGUSR1, SIGUSR2 (cluster notices), SIGHUP and Ctrl-C to one exception, raised at a safe moment."""
 
 import os
 import re
@@ -22,7 +22,7 @@ _previous: dict[signal.Signals, Callable] = {}
 
 
 class Interrupted(KeyboardInterrupt):
-    """The process received the stop signal `signal`. A library's `except Exception` does not catch it."""
+    """The process received the stop signal `signal`. `except Exception` in a library does not catch it."""
 
     def __init__(self, number: signal.Signals):
         super().__init__(number)
@@ -30,14 +30,14 @@ class Interrupted(KeyboardInterrupt):
 
 
 def install_handlers() -> None:
-    """Make these signals raise `Interrupted` in the main thread, once; a second Ctrl-C ends the process immediately.
+    """Make the first of these signals raise `Interrupted` in the main thread; a second Ctrl-C ends the process.
 
-    Signals that the process inherited as ignored (nohup, background jobs of a shell) stay ignored.
+    Signals that are ignored at start (nohup, background jobs of a shell) stay ignored.
     """
     global _depth, _waiting, _raised
     _depth = _waiting = _raised = 0
     sys.unraisablehook = _on_unraisable
-    if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
+    if threading.current_thread() is threading.main_thread():  # required by Python
         for number in SIGNALS:
             before = signal.getsignal(number)
             if number in SCHEDULERS and callable(before) and before is not _handle:
@@ -47,9 +47,9 @@ def install_handlers() -> None:
 
 
 def call_previous_handler(number: signal.Signals) -> None:
-    """Call the handler from before `install_handlers`, once all work is stored: submitit's requeues the job and exits.
+    """Call the handler that `install_handlers` replaced, after all work is stored: submitit's requeues the job and exits.
 
-    SLURM sends SIGTERM before it preempts a job, as it does when the job is cancelled: a preempted one is requeued.
+    SLURM sends SIGTERM both before a preemption and on cancellation; a preempted job is requeued.
     """
     handler = _previous.get(number)
     if number == signal.SIGTERM and _previous and is_preempted():
@@ -59,7 +59,7 @@ def call_previous_handler(number: signal.Signals) -> None:
 
 
 def is_preempted() -> bool:
-    """Whether this is a SLURM job in its grace time before a preemption, or after it."""
+    """Return whether this is a SLURM job that is being preempted."""
     command = ["scontrol", "show", "job", "--oneliner", os.environ.get("SLURM_JOB_ID", "none")]
     try:
         job = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
@@ -70,7 +70,7 @@ def is_preempted() -> bool:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Delay signals that arrive inside to the end of the block, which thus runs completely."""
+    """Delay signals that arrive inside the block until its end."""
     global _depth
     _depth += 1
     try:
@@ -82,13 +82,13 @@ def deferred() -> Iterator[None]:
 
 
 def raise_if_stopped() -> None:
-    """Raise `Interrupted` again if the process received a stop signal and a library has swallowed the exception."""
+    """Raise `Interrupted` again if a library has swallowed it."""
     if _raised:
         raise_signal(_raised)
 
 
 def pending_signal() -> int:
-    """Return the signal that waits for the end of `deferred`, 0 if none does."""
+    """Return the signal that is delayed by `deferred`, 0 if there is none."""
     return _waiting
 
 
@@ -98,7 +98,7 @@ def received_signal() -> int:
 
 
 def raise_signal(number: int) -> None:
-    """Raise `Interrupted` now, even within `deferred`: for ranks that stop together."""
+    """Raise `Interrupted` now, even within `deferred`, so that ranks can stop together."""
     global _waiting, _raised
     _waiting, _raised = 0, number
     raise Interrupted(signal.Signals(number))
@@ -108,20 +108,20 @@ def _handle(number: int, frame: object) -> None:
     global _waiting
     if _raised or _waiting:
         if number == signal.SIGINT:  # stored work is complete at any moment
-            # `print` may be in use; the second part shows the cursor that a progress bar may have hidden.
+            # `print` is not reentrant. The escape sequence shows the cursor that a progress bar may have hidden.
             os.write(2, b"ended at once.\n" + (b"\x1b[?25h" if os.isatty(2) else b""))
             os._exit(128 + number)
-    elif _depth:  # schedulers repeat their notice: only the first counts
+    elif _depth:  # only the first counts, because schedulers repeat their notice
         _waiting = number
     else:
         raise_signal(number)
 
 
 def _on_unraisable(unraisable: Any) -> None:
-    """Handle an exception in a finaliser, an exit callback or a hook of fork, which Python drops.
+    """Handle an exception that Python drops, from a finaliser, an exit callback or a fork hook.
 
-    `Interrupted` is raised again soon. Others are printed, unless the machine has failed or this process stops on a signal:
-    the run says so in a line of its own.
+    `Interrupted` is raised again soon. Other exceptions are printed, unless the machine failed or the process is stopping:
+    the run prints a line about these.
     """
     global _raised
     if isinstance(unraisable.exc_value, Interrupted):

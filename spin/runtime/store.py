@@ -1,4 +1,4 @@
-"""Finished stages, found again by what made them. `python -m spin store` lists and cleans them."""
+"""The store of finished stages, found by a hash of their inputs. `python -m spin store` lists and cleans it."""
 
 import contextlib
 import hashlib
@@ -15,17 +15,17 @@ from spin.runtime.errors import UserError, explaining
 from spin.runtime.files import hold_lock, write_text
 from spin.runtime.signals import deferred, raise_if_stopped
 
-VERSION = 7  # part of every key: raise it when equal settings come to give other content
-PART = ".part"  # <key>.part: an unfinished stage
-RESUME = "resume"  # in it: what the next run resumes from
-BUILT = "stage"  # in it: what becomes the stage
-RUNS = "runs"  # the one folder of a store that is not a stage: which run folders use it
-STAGES = "stages.json"  # in a run's folder: which stages it uses
+VERSION = 7  # part of every key: raise it when equal settings give different content
+PART = ".part"  # <key>.part is the folder of an unfinished stage
+RESUME = "resume"  # its subfolder with the data that the next run resumes from
+BUILT = "stage"  # its subfolder that becomes the finished stage
+RUNS = "runs"  # in the store: records of the run folders that use it
+STAGES = "stages.json"  # in a run's folder: the stages that it uses
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A finished stage: its folder, its manifest, and whether it was there before this run."""
+    """A finished stage: its folder, its manifest, and whether an earlier run built it."""
 
     folder: Path
     manifest: dict
@@ -42,15 +42,15 @@ class Artifact:
 
 
 def key_of(inputs: dict) -> str:
-    """Hash the inputs that decide a stage's content; the order of dictionary keys does not count."""
+    """Return the hash of the inputs that determine a stage's content; the order of dictionary keys has no effect."""
     return hashlib.sha256(json.dumps([VERSION, inputs], sort_keys=True).encode()).hexdigest()[:16]
 
 
 class Store:
     """Finished stages in `<path>/<stage>/<key>/`, each complete or absent.
 
-    An unfinished stage is `<key>.part/`, of which only `resume/` outlives its process. `say` gets a line when a stage is
-    waited for or found damaged.
+    An unfinished stage is in `<key>.part/`; only its subfolder `resume/` is kept when the process ends. `say` gets a line
+    when a stage is locked by another run or damaged.
     """
 
     def __init__(self, path: Path, say: Callable[[str], None] = print):
@@ -60,7 +60,7 @@ class Store:
         return self.path / stage / key_of(inputs)
 
     def peek(self, stage: str, inputs: dict) -> Artifact | None:
-        """Return the finished stage without checking its files; None if there is none or its manifest is damaged."""
+        """Return the finished stage without verifying its files; None if it is missing or its manifest is damaged."""
         folder = self.folder(stage, inputs)
         try:
             return Artifact(folder, read_manifest(folder), reused=True)
@@ -68,15 +68,15 @@ class Store:
             return None
 
     def resume(self, stage: str, inputs: dict) -> Path:
-        """Return the folder (which may not exist) where an unfinished stage keeps what the next run resumes from."""
+        """Return the folder, which may not exist, with the data that an unfinished stage resumes from."""
         return Path(f"{self.folder(stage, inputs)}{PART}") / RESUME
 
     def get(self, stage: str, inputs: dict, build: Callable[[Path], dict]) -> Artifact:
-        """Return the stage made from `inputs`, verified; build it first if it is absent or damaged.
+        """Return the verified stage with these `inputs`; build it first if it is absent or damaged.
 
-        `build(folder)` fills a folder and returns facts for the manifest, among them `earlier_seconds`: what earlier runs
-        spent on the parts that it reused. A lock makes two runs build a stage once. `resume(stage, inputs)` outlives a
-        failed build. Raises Interrupted after a stop signal.
+        `build(folder)` fills the folder and returns facts for the manifest; their `earlier_seconds` is the time that earlier
+        runs spent on reused parts. A lock ensures that concurrent runs build a stage once. `resume(stage, inputs)` is kept
+        after a failed build. Raises Interrupted after a stop signal.
         """
         raise_if_stopped()
         folder = self.folder(stage, inputs)
@@ -98,7 +98,7 @@ class Store:
             return None
         with contextlib.suppress(OSError):  # the store may be read-only
             os.utime(folder)  # time of last use
-            shutil.rmtree(f"{folder}{PART}", ignore_errors=True)  # of a process that was killed right after the commit
+            shutil.rmtree(f"{folder}{PART}", ignore_errors=True)  # left by a process that was killed after the commit
         return Artifact(folder, manifest, reused=True)
 
     def _build(self, stage: str, inputs: dict, folder: Path, build: Callable[[Path], dict]) -> Artifact:
@@ -126,7 +126,7 @@ class Store:
         return Artifact(folder, manifest, reused=False)
 
     def check_free(self, needed: int, purpose: str) -> None:
-        """Raise UserError if the disk has fewer than `needed` bytes left for `purpose`."""
+        """Raise UserError if fewer than the `needed` bytes for `purpose` are free on the disk."""
         self.path.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.path).free
         if free < needed:
@@ -138,10 +138,10 @@ class Store:
     # --- which runs use which stages ----------------------------------------------------------------------------------
 
     def refer(self, run: Path, stages: list[str], only: bool = False) -> None:
-        """Record that the run folder `run` uses `stages` ("train/<key>"), and with `only` no others."""
+        """Record that the run folder `run` uses `stages` ("train/<key>"); with `only`, that it uses no others."""
         used = {*stages}
         if not only:
-            with contextlib.suppress(UserError, TypeError):  # damaged: written again
+            with contextlib.suppress(UserError, TypeError):  # a damaged record is rewritten
                 used |= stages_used_by(run, self.path)
         about = {"store": str(self.path.resolve()), "stages": sorted(used)}
         write_text(run / STAGES, json.dumps(about, indent=2) + "\n")
@@ -152,7 +152,7 @@ class Store:
             write_text(entry, json.dumps({"folder": folder}))
 
     def users(self) -> dict[str, list[Path]]:
-        """Return the run folders that use each stage; a run whose folder is gone uses none."""
+        """Return the run folders that use each stage. A run whose folder was removed uses none."""
         result: dict[str, list[Path]] = {}
         for run in self.runs():
             for stage in stages_used_by(run, self.path):

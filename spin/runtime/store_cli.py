@@ -1,4 +1,4 @@
-"""`python -m spin store`: list what a store holds, and remove what no run uses."""
+"""`python -m spin store`: list the stages in a store, and remove those that no run uses."""
 
 import argparse
 import contextlib
@@ -41,7 +41,7 @@ def entries(store: Store) -> list[Entry]:
         if folder.parent.name == RUNS or not KEY.fullmatch(key) or not folder.is_dir():
             continue  # not a stage
         name, finished = f"{folder.parent.name}/{key}", not folder.suffix
-        with contextlib.suppress(FileNotFoundError):  # finished, and renamed, meanwhile
+        with contextlib.suppress(FileNotFoundError):  # renamed meanwhile, because it was finished
             used = [folder.stat().st_mtime]
             used += [] if finished else [path.stat().st_mtime for path in folder.rglob("*")]
             age = max(0.0, time.time() - max(used))
@@ -50,7 +50,7 @@ def entries(store: Store) -> list[Entry]:
 
 
 def remove(store: Store, entry: Entry) -> bool:
-    """Remove a stage; False if a run works on it or has come to use it."""
+    """Remove a stage. Return False if a run is building it or uses it by now."""
     lock = FileLock(str(entry.folder).removesuffix(PART) + ".lock", fallback_to_soft=False)
     with contextlib.suppress(Timeout), lock.acquire(timeout=0):
         if entry.name not in store.users():
@@ -90,7 +90,7 @@ def _clean(store: Store, unused: list[Entry], yes: bool) -> None:
     _print_table(unused)
     for run in store.runs():
         if not run.is_dir():
-            print(f"no longer there, so that stages that it alone used count as unused: {run}")
+            print(f"removed run folder, whose stages count as unused: {run}")
     if yes:
         removed = [entry for entry in unused if remove(store, entry)]
         print(f"{len(removed)} stages removed, {_size(removed)}.")

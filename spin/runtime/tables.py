@@ -1,4 +1,4 @@
-"""Dataclass rows in Arrow tables: in memory or mapped from a file, each made when it is read."""
+"""Dataclass rows in Arrow tables, in memory or memory-mapped. A row is created when it is read."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ Row = TypeVar("Row", covariant=True)
 Item = TypeVar("Item", covariant=True)
 TYPES = {str: pa.string(), int: pa.int64(), tuple[int, ...]: pa.list_(pa.int32())}
 BLOCK = 1024  # rows that are read together
-BATCH_BYTES = 2**24  # of a file's record batches: a reader of one row maps little else
+BATCH_BYTES = 2**24  # size of a file's record batches: reading a row maps little else
 
 
 class Lazy(Sequence[Item], Generic[Item]):
@@ -35,10 +35,9 @@ class Lazy(Sequence[Item], Generic[Item]):
 
 
 class Rows(Sequence[Row], Generic[Row]):
-    """Rows of the dataclass `type` in record batches: all of them, or those at `indices`, in their order.
+    """Rows of the dataclass `type` in record batches: all rows, or those at `indices`, in that order.
 
-    Lists are read as tuples, as frozen dataclasses have them. `mapped` is the memory that the batches lie in, if that is a
-    file's; `path` that file.
+    Lists are read as tuples. For batches in a memory-mapped file, `mapped` is the mapping and `path` the file.
     """
 
     def __init__(
@@ -56,7 +55,7 @@ class Rows(Sequence[Row], Generic[Row]):
 
     @staticmethod
     def of(type: type[Any], rows: Sequence[Any]) -> "Rows[Any]":
-        """Return `rows` themselves if they are Rows, else as an Arrow table in memory."""
+        """Return `rows` unchanged if they are Rows, otherwise converted to Arrow in memory."""
         if isinstance(rows, Rows):
             return rows
         blocks = [rows[start : start + BLOCK] for start in range(0, len(rows), BLOCK)]
@@ -65,7 +64,7 @@ class Rows(Sequence[Row], Generic[Row]):
 
     @staticmethod
     def open(type: type[Any], path: Path, indices: np.ndarray | None = None) -> "Rows[Any]":
-        """Map a file of `write_arrow` into memory."""
+        """Memory-map a file that `write_arrow` wrote."""
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         reader = pa.ipc.open_file(pa.py_buffer(mapped))
@@ -102,7 +101,7 @@ class Rows(Sequence[Row], Generic[Row]):
         return all(row == other_row for row, other_row in zip(self, other, strict=True))
 
     def __add__(self, other: "Rows[Any]") -> "Rows[Row]":
-        """Join two tables, or two choices of rows of one."""
+        """Concatenate two tables, or two selections of rows from one table."""
         if self.batches is other.batches:
             indices = np.concatenate([self.indices, other.indices])
             return Rows(self.type, self.batches, indices, self.mapped, self.path)
@@ -110,13 +109,13 @@ class Rows(Sequence[Row], Generic[Row]):
         return Rows(self.type, batches)
 
     def at(self, positions: np.ndarray) -> "Rows[Row]":
-        """Return the rows at `positions`, in this order, without copying them."""
+        """Return the rows at `positions`, in this order, without a copy."""
         return Rows(self.type, self.batches, self.indices[positions], self.mapped, self.path)
 
     def gather(self, positions: np.ndarray, names: Sequence[str] | None = None) -> pa.Table:
         """Copy the columns `names` of the rows at `positions` into one table.
 
-        `Table.take` would first copy whole columns into one piece of memory.
+        `Table.take` would first copy whole columns.
         """
         rows = self.indices[positions]
         numbers = np.searchsorted(self._starts, rows, side="right") - 1
@@ -134,7 +133,7 @@ class Rows(Sequence[Row], Generic[Row]):
         for count, start in enumerate(range(0, len(self), size), 1):
             yield self.gather(np.arange(start, min(start + size, len(self))), names)
             if self.mapped and count % 64 == 0:
-                self.mapped.madvise(mmap.MADV_DONTNEED)  # pages that were read count as this process's memory
+                self.mapped.madvise(mmap.MADV_DONTNEED)  # pages that were read count as resident memory
 
     @property
     def table(self) -> pa.Table:
@@ -157,7 +156,7 @@ class Rows(Sequence[Row], Generic[Row]):
 
     @cached_property
     def digest(self) -> str:
-        """A hash of all ids and token ids, in order: text, template and tokenizer count."""
+        """A hash of all ids and token ids, in order, and thus of texts, template and tokenizer."""
         digest = hashlib.sha256()
         names = [name for name in self.names if name == "id" or name.endswith("ids")]
         for table in self.blocks(names):
@@ -175,12 +174,12 @@ def _value(value: Any) -> Any:
 
 
 def schema_of(type: type[Any]) -> pa.Schema:
-    """Return the Arrow columns of a dataclass."""
+    """Return the Arrow schema of a dataclass."""
     return pa.schema([(field.name, TYPES[cast(Any, field.type)]) for field in fields(type)])
 
 
 def write_arrow(rows: Iterable[dict], schema: pa.Schema, path: Path) -> None:
-    """Write rows as they come, in memory of about BATCH_BYTES."""
+    """Write rows one batch at a time, which takes memory of about BATCH_BYTES."""
     with path.open("wb") as file, pa.ipc.new_file(file, schema) as writer:
         batch: list[dict] = []
         size = 0
@@ -194,7 +193,7 @@ def write_arrow(rows: Iterable[dict], schema: pa.Schema, path: Path) -> None:
 
 
 def write_parquet(table: pa.Table, path: Path) -> None:
-    """Write a table as a Parquet file, by Python's file: where the disk fails, Arrow's own prints a line itself."""
+    """Write a table as a Parquet file, through a Python file: Arrow's own writer prints a line if the disk fails."""
     with path.open("wb") as file:
         pq.write_table(table, file)
 

@@ -1,4 +1,4 @@
-"""Metrics to metrics.jsonl and W&B, lines and progress bars to the console; silent except on the main process."""
+"""Log metrics to metrics.jsonl and W&B, and print lines and progress bars, on the main process only."""
 
 import json
 import os
@@ -21,41 +21,48 @@ from spin.runtime.progress import Progress
 from spin.runtime.signals import received_signal
 
 TRAINING = ("sft", "train")  # stages whose rows are steps
-START = -1  # `iter` in W&B, which cannot plot null, of policies before iteration 0
-SENT = "wandb/sent.jsonl"  # in the run's folder: what W&B's run is of and its id, then a line for each row that it has
-VOLATILE = ("plan", "iter", "store", "cache", "checkpoint", "tracking")  # settings with which W&B's run goes on
+START = -1  # `iter` of policies before iteration 0 in W&B, which cannot plot null
+SENT = "wandb/sent.jsonl"  # in the run's folder: settings and id of the W&B run, then a line for each row that was sent
+VOLATILE = (
+    "plan",
+    "iter",
+    "store",
+    "cache",
+    "checkpoint",
+    "tracking",
+)  # settings that may change in a continued W&B run
 
 
 class Tracker:
-    """Writes a run's metrics to `folder/metrics.jsonl` and, unless disabled, to Weights & Biases.
+    """Write a run's metrics to `folder/metrics.jsonl` and, unless disabled, to Weights & Biases.
 
-    `wandb`: see `wandb_mode`, which may raise UserError; `about` is what W&B shows of the run: name, config, project,
-    entity, group. W&B starts with the first new row. If it fails, one line says so and the run continues without it. The
-    first row empties metrics.jsonl: a run that is repeated writes all rows again. W&B's run is continued, with the rows
-    that it does not have, while settings stay the same. On ranks other than 0 nothing is written, shown or sent.
+    `wandb` is described at `wandb_mode`, which may raise UserError; `about` has the run's name, config, project, entity and
+    group for W&B. W&B starts with the first new row. If it fails, one line says so and the run continues without it. The
+    first row empties metrics.jsonl, since a repeated run logs all rows again. The W&B run is continued with the missing rows
+    as long as the settings are the same. On ranks other than 0 nothing is written, printed or sent.
     """
 
     def __init__(
         self, folder: Path, *, wandb: str = "auto", rank: int = 0, console: Console | None = None, **about: Any
     ):
         self.folder, self.active = Path(folder), rank == 0
-        # rich's width where there is no terminal, 80, is narrow for tables in a log file.
+        # Without a terminal rich assumes 80 columns, which is narrow for tables in a log file.
         self.console = console or Console(width=None if sys.stdout.isatty() else 100)
         self._mode = wandb_mode(wandb) if self.active else "disabled"
         self._about = _shown(about) | {key: about[key] for key in ("project", "entity") if key in about}
         self._run: Any = None
         self._rows = self._steps = 0
         self._samples: list[list[str]] = []
-        self._waiting: list[tuple[str, Callable[[Any], Any]]] = []  # what is to be sent when W&B starts, by its name
-        self._earlier: set[str] = set()  # names of what W&B's run has from an earlier attempt
-        self._next = 0  # step of W&B's run
+        self._waiting: list[tuple[str, Callable[[Any], Any]]] = []  # to be sent when W&B starts, with a name
+        self._earlier: set[str] = set()  # names that an earlier attempt has sent
+        self._next = 0  # step of the W&B run
 
     def log(self, row: dict, reused: bool = False) -> None:
-        """Write one row to metrics.jsonl, keys as they are (NaN and infinity become null), and send it to W&B.
+        """Write one row to metrics.jsonl with unchanged keys (NaN and infinity become null), and send it to W&B.
 
         `stage`, `iter` and `step` identify the row. In W&B other keys are prefixed with the stage (`train/loss`), an
-        interval becomes keys `_low` and `_high`, and `global_step` counts the steps of all iterations. Rows of `reused`
-        stages are sent with the first new row: a run that reuses everything leaves nothing in W&B.
+        interval becomes two keys, `_low` and `_high`, and `global_step` counts the steps of all iterations. Rows of `reused`
+        stages are sent with the first new row, so a run that reuses all stages sends nothing.
         """
         if not self.active:
             return
@@ -65,19 +72,19 @@ class Tracker:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
         self._rows += 1
         sent = self._wandb_row(row)
-        # Without floats: a repeated step takes other seconds.
+        # The name has no floats, because timings differ when a step is repeated.
         self._send({k: v for k, v in row.items() if not isinstance(v, float | list)}, lambda wandb: sent, reused)
 
     def say(self, text: str) -> None:
-        """Print one line; brackets in it are text, not markup."""
+        """Print one line without interpreting markup."""
         if self.active:
             self._print(text)
 
     def samples(self, iteration_label: str, rows: list[dict], reused: bool = False) -> None:
-        """Add `rows` of {"prompt", "real", "generated"} to the one W&B table of samples, under `iteration_label`."""
+        """Add `rows` of {"prompt", "real", "generated"} to the W&B table of samples, labelled `iteration_label`."""
         self._samples += [[iteration_label, row["prompt"], row["real"], row["generated"]] for row in rows]
 
-        steps, table = self._steps, [*self._samples]  # the complete table each time: W&B shows the last one
+        steps, table = self._steps, [*self._samples]  # always the complete table, because W&B shows the last one
         columns = ["iteration", "prompt", "real", "generated"]
         make = lambda wandb: {"samples": wandb.Table(columns, table), "global_step": steps}  # noqa: E731
         self._send({"samples": iteration_label}, make, reused)
@@ -88,7 +95,7 @@ class Tracker:
         def make(wandb: Any) -> Any:
             name = re.sub(r"[^\w.-]+", "-", f"{self._about['name']}-{label}")[-128:]
             artifact = wandb.Artifact(name, "model", metadata=self._about["config"])
-            # Without a copy: offline, W&B reads the files when it uploads them.
+            # No copy in the cache: offline, W&B reads the files when it uploads them.
             artifact.add_dir(str(folder), skip_cache=True, policy="immutable")
             return artifact
 
@@ -98,21 +105,21 @@ class Tracker:
         """Send a sweep's table and figures to W&B."""
 
         def make(wandb: Any) -> dict:
-            # Mixed: some rows have null, or "mean of 3" for a seed.
+            # Some rows have null, or "mean of 3" for a seed.
             table = wandb.Table([*columns], to_json_types(rows), allow_mixed_types=True)
             return {"leaderboard": table, **{path.stem: wandb.Image(str(path)) for path in figures}}
 
         self._send({"leaderboard": to_json_types(rows)}, make)
 
     def progress(self, title: str, total: int, unit: str) -> "Progress":
-        """Show the progress of a stage of `total` `unit` ("pairs"): `with tracker.progress(...) as bar`.
+        """Return the progress of a stage of `total` `unit` ("pairs"): `with tracker.progress(...) as bar`.
 
-        A bar on a terminal, elsewhere a line about every ten seconds; then one line that stays.
+        It is a bar on a terminal, elsewhere a line about every ten seconds, and at the end one line with the total.
         """
         return Progress(self.console if self.active else None, title, total, unit)
 
     def close(self, summary: dict | None = None) -> None:
-        """End the log with `summary` for W&B, which shows a failed run if an exception is passing. `say` still works."""
+        """End logging with `summary` for W&B, as failed if an exception is being handled. `say` still works."""
         run, mode = self._run, self._mode
         self._run, self._mode = None, "disabled"
         if run is None:
@@ -127,9 +134,9 @@ class Tracker:
                 self._print(f"W&B is offline; to upload this run: wandb sync {Path(run.dir).parent}")
 
     def _send(self, name: dict, make: Callable[[Any], Any], reused: bool = False) -> None:
-        """Send what `make(wandb)` returns, a row or an artifact, unless an earlier attempt has sent it under that name.
+        """Send the row or artifact that `make(wandb)` returns, unless an earlier attempt has sent it under this `name`.
 
-        Starts W&B if needed; a failure switches W&B off.
+        Start W&B if needed; a failure turns W&B off.
         """
         if self._mode == "disabled":
             return
@@ -145,7 +152,7 @@ class Tracker:
                 if key not in self._earlier:
                     self._send_now(key, make_waiting(wandb))
             self._waiting.clear()
-        except Exception as error:  # whatever fails in W&B must not end the run
+        except Exception as error:  # a failure of W&B must not end the run
             self._mode, self._run = "disabled", None
             self._lost(error)
 
@@ -155,18 +162,18 @@ class Tracker:
         else:
             sent = self._run.log_artifact(value)
             if self._mode == "online":
-                sent.wait()  # `finish` would not wait for long
+                sent.wait()  # `finish` has a short timeout
         self._next += 1
-        if not received_signal():  # with which a batch system may have ended W&B's process
+        if not received_signal():  # after a signal, a batch system may have ended W&B's process
             with (self.folder / SENT).open("a", encoding="utf-8") as file:
                 file.write(key + "\n")
 
     def _id(self) -> str:
-        """The id of W&B's run: that of an earlier attempt with these settings, which has `_earlier`, or a new one."""
+        """Return the id of the W&B run: that of an earlier attempt with these settings, or a new one. Set `_earlier`."""
         config = {key: value for key, value in self._about["config"].items() if key not in VOLATILE}
         about = json.dumps([self._mode, self._about | {"config": config}], ensure_ascii=False)
         path = self.folder / SENT
-        lines = path.read_text("utf-8").split("\n")[:-1] if path.exists() else []  # the last may be cut
+        lines = path.read_text("utf-8").split("\n")[:-1] if path.exists() else []  # the last line may be cut
         if lines[:1] != [about]:
             lines = [about, secrets.token_hex(4)]
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -179,7 +186,7 @@ class Tracker:
 
         if self._mode == "auto":
             self._mode = "online" if _logged_in() else "offline"
-        wandb.setup(wandb.Settings(silent=True))  # `init` applies its settings after the login's output
+        wandb.setup(wandb.Settings(silent=True))  # `init` applies its settings only after the login has printed
         run = wandb.init(
             dir=self.folder,
             mode=self._mode,  # type: ignore[arg-type]
@@ -195,8 +202,8 @@ class Tracker:
                 x_disable_stats=True,
                 x_disable_machine_info=True,
                 x_save_requirements=False,
-                x_transaction_log_flush_interval=0.02,  # seconds; a kill or a batch system ends W&B's process
-                init_timeout=30,  # W&B's defaults, 90 s and no limit, would delay a run without network
+                x_transaction_log_flush_interval=0.02,  # seconds; W&B's process may be killed at any time
+                init_timeout=30,  # W&B's defaults, 90 s and no limit, delay a run without network
                 finish_timeout=60,
             ),
             **self._about,
@@ -222,10 +229,10 @@ class Tracker:
         self.console.print(Text(text), soft_wrap=True)
 
     def _lost(self, error: Exception) -> None:
-        if isinstance(error, OSError):  # W&B's process is gone: nothing is left to end at exit, which would raise
+        if isinstance(error, OSError):  # W&B's process has ended; its exit hook would raise
             with suppress(Exception):
                 sys.modules["wandb"].teardown()
-        if received_signal():  # which a batch system sends to W&B's process too
+        if received_signal():  # a batch system sends signals to W&B's process, too
             return
         with suppress(OSError):
             (self.folder / SENT).unlink(missing_ok=True)  # the next attempt sends everything, as a new run
@@ -240,14 +247,14 @@ def to_json_types(value: Any) -> Any:
 
 
 def _shown(value: Any) -> Any:
-    """`value` in JSON types, without secrets."""
+    """Return `value` in JSON types, without secrets."""
     return json.loads(hide(json.dumps(to_json_types(value))))
 
 
 def wandb_mode(setting: str) -> str:
-    """Return the W&B mode of `tracking.wandb=setting`; `auto` is WANDB_MODE, or online if there is a login, else offline.
+    """Return the W&B mode of `tracking.wandb=setting`; `auto` means WANDB_MODE, or else online if there is a login.
 
-    The login is looked up when W&B starts; only for `online` here. Raises UserError if there is none.
+    The login is checked here for `online` only, otherwise when W&B starts. Raises UserError if there is none.
     """
     mode = os.environ.get("WANDB_MODE", "auto") if setting == "auto" else setting
     if mode == "online" and not _logged_in():

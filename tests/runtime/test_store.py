@@ -226,7 +226,7 @@ def test_clean_keeps_other_folders(tmp_path, capsys):
     main(["clean", "--yes", "--older-than", "0", "--path", str(store.path)])
     assert mine.is_dir() and len(list((store.path / "train").glob("[0-9a-f]*"))) >= 1
     assert (
-        f"no longer there, so that stages that it alone used count as unused: {tmp_path}/gone"
+        f"removed run folder, whose stages count as unused: {tmp_path}/gone"
         in capsys.readouterr().out
     )
 
