@@ -73,7 +73,7 @@ def measure(work: str, path: Path, cache: Path, model: Path) -> tuple[int, float
 
 
 def reading_table(records: int, folder: Path, model: Path) -> None:
-    print("| reader, records | first, s | µs a record | peak, GiB | second, s | first / second | peak, GiB |")
+    print("| reader, records | first, s | µs per record | peak, GiB | second, s | first / second | peak, GiB |")
     print("|---|---|---|---|---|---|---|")
     for factor in (1, 2, 4):
         path = folder / f"{factor}.jsonl"
