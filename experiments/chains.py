@@ -59,7 +59,7 @@ def distribution(first: str) -> dict[str, float]:
 
 
 def entropy(prompts: Sequence[str]) -> float:
-    """Mean entropy of the human answers, nats an answer: the NLL of a model that has their distribution."""
+    """Mean entropy of the human answers, nats per answer: the NLL of a model that has their distribution."""
     return -sum(p * math.log(p) for prompt in prompts for p in distribution(prompt[0]).values()) / len(prompts)
 
 
@@ -88,7 +88,7 @@ def answer_logps(policy: Path, prompts: Sequence[str], answers: Sequence[Sequenc
 def measure(policy: Path, prompts: Sequence[str] = TEST_PROMPTS) -> dict[str, float]:
     """How far the policy in a model folder is from the humans, computed from all right answers to `prompts`, no sampling.
 
-    kl: KL(human || policy), nats an answer, the held-out NLL above its entropy bound. tv: total variation, the most by
+    kl: KL(human || policy), nats per answer, the held-out NLL above its entropy bound. tv: total variation, the most by
     which the two can differ in the probability of any event. right: the policy's probability of a right answer. All means
     over prompts.
     """

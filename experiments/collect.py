@@ -26,7 +26,7 @@ from spin.reporting.figures import STYLE
 
 HERE = Path(__file__).parent
 MEASURES = {  # column: title of its panel, unit
-    "kl": ("distance to the data: KL(human || model)", "change, nats an answer"),
+    "kl": ("distance to the data: KL(human || model)", "change, nats per answer"),
     "right": ("right answers", "change, share of model answers"),
 }
 
@@ -159,7 +159,7 @@ def effects(study: str, rows: Sequence[Row]) -> list[tuple[str, dict[str, tuple[
 
 def table(study: str, rows: Sequence[Row]) -> str:
     """The study's effects as a Markdown table. Bold: the 95 % interval leaves 0 out."""
-    lines = ["| difference | KL, nats an answer | right answers | seeds |", "|---|---|---|---|"]
+    lines = ["| difference | KL, nats per answer | right answers | seeds |", "|---|---|---|---|"]
     for text, values in effects(study, rows):
         cells = [shown(*values[measure][:2]) for measure in MEASURES]
         lines.append(f"| {text} | {' | '.join(cells)} | {values['kl'][2]} |")
