@@ -1,9 +1,9 @@
-"""Do the held-out measures notice broken answers? Measures of a game's last policy, and of answers that are broken on purpose.
+"""Compare the held-out measures of a game's last policy with those of deliberately broken answers.
 
     python benchmarks/broken_answers.py            the default game, played first if necessary
     python benchmarks/broken_answers.py experiment=smoke
 
-Each kind of broken answers takes the place of the policy's answers: the policy scores them, and all measures are taken as usual.
+Each kind of broken answers replaces the policy's answers: the policy scores them, and all measures are computed as usual.
 Prints a markdown table.
 """
 
@@ -21,7 +21,7 @@ COLUMNS = ("human_likelier", "classifier_auc", "mauve", "length_auc", "rouge_l",
 
 
 def break_answers(answers: list[str], human: list[str]) -> dict[str, list[str]]:
-    """Broken answers of each kind, one for each of `answers`."""
+    """Return the broken answers of each kind, as many as there are `answers`."""
     rng = random.Random(0)
     return {
         "human answers to other prompts": human[1:] + human[:1],
@@ -32,7 +32,7 @@ def break_answers(answers: list[str], human: list[str]) -> dict[str, list[str]]:
 
 
 def measure_answers(words: list[str]) -> dict[str, dict]:
-    """Measures of the policy's answers and of each kind of broken ones, by kind; `words` are the game's settings."""
+    """Return the measures of the policy's answers and of each kind of broken answers. `words` are the game's settings."""
     from spin.data.templates import encode_responses
     from spin.engines.logps import compute_logps
     from spin.engines.packing import Continuations
@@ -72,7 +72,7 @@ def measure_answers(words: list[str]) -> dict[str, dict]:
 
 def show(results: dict[str, dict], words: list[str]) -> None:
     first = next(iter(results.values()))
-    columns = [key for key in COLUMNS if key in first]  # some measures need more prompts
+    columns = [key for key in COLUMNS if key in first]  # measures with too few prompts are missing
     print(f"\n`{shlex.join(['python', 'benchmarks/broken_answers.py', *words])}`, {first['n']} held-out prompts:\n")
     print("| answers | " + " | ".join(columns) + " |\n|---" + "|---" * len(columns) + "|")
     for kind, row in results.items():

@@ -1,11 +1,11 @@
-"""What reading a data set costs: seconds and peak resident memory, the first time and from the cache, beside plain `datasets`.
+"""Measure the seconds and peak resident memory of reading a data set, first and from the cache, and compare with `datasets`.
 
     python benchmarks/data.py                              25,000, 50,000 and 100,000 records of 1.2 kB
     python benchmarks/data.py --records 250000             up to a million records; half an hour on two cores
-    python benchmarks/data.py --pairs 50000                a finished game of so many pairs, too: played once, then again
+    python benchmarks/data.py --pairs 50000                also a game with this number of pairs, played and then repeated
 
-`datasets` maps the same file through the same tokenizer and chat template, in its two calls `load_dataset` and `map`. Each
-row is a process of its own. Prints markdown tables.
+`datasets` reads the same file with the same tokenizer and chat template, by its calls `load_dataset` and `map`. Each
+row is measured in its own process. Prints markdown tables.
 """
 
 import argparse
@@ -56,7 +56,7 @@ print(json.dumps([count, seconds, peak]))
 
 
 def write_records(path: Path, count: int) -> None:
-    """Chats of a question and an answer, 1.2 kB a record."""
+    """Write `count` chats of a question and an answer, 1.2 kB per record."""
     rng = random.Random(0)
     with path.open("w") as file:
         for n in range(count):
@@ -66,7 +66,7 @@ def write_records(path: Path, count: int) -> None:
 
 
 def measure(work: str, path: Path, cache: Path, model: Path) -> tuple[int, float, float]:
-    """The examples, the seconds and the peak resident memory (GiB) of a reading in a process of its own."""
+    """Read the data in a new process. Returns the number of examples, the seconds and the peak resident memory (GiB)."""
     command = [sys.executable, "-c", COMMON.format(work=work), path, cache, model]
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     return tuple(json.loads(done.stdout.splitlines()[-1]))
@@ -88,7 +88,7 @@ def reading_table(records: int, folder: Path, model: Path) -> None:
 
 
 def game_table(pairs: int, folder: Path) -> None:
-    """A game on a tiny model, whose training is cut to a step; what it reads and looks up is of full size."""
+    """Play a game with a tiny model and one training step on `pairs` pairs, then repeat it, and print both costs."""
     path = folder / "pairs.jsonl"
     with path.open("w") as file:
         for n in range(pairs):
@@ -111,9 +111,9 @@ def game_table(pairs: int, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--records", type=int, default=25_000, help="records of the smallest set; 0: no reading")
-    parser.add_argument("--pairs", type=int, default=0, help="pairs of a game to play; 0: none")
-    parser.add_argument("--tokenizer", help="a folder with a tokenizer; default: the embedded model's")
+    parser.add_argument("--records", type=int, default=25_000, help="records of the smallest data set; 0: skip reading")
+    parser.add_argument("--pairs", type=int, default=0, help="pairs of the game to play; 0: skip the game")
+    parser.add_argument("--tokenizer", help="folder with a tokenizer; default: the embedded model's")
     settings = parser.parse_args()
     print(describe_machine())
     with tempfile.TemporaryDirectory(prefix="spin-data-") as name:

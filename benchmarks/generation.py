@@ -1,19 +1,19 @@
-"""Generation by this project and by other tools.
+"""Measure the speed and memory of generation with spin and with other tools.
 
     python benchmarks/generation.py                    the embedded model, 128 prompts, answers of up to 128 tokens
     python benchmarks/generation.py --repeats 5 --only spin,plain
 
-Each contender runs in processes of its own, alternating with the others, on the same weights, prompts and precision, sampling
+Each tool runs in its own processes, alternating with the others, on the same weights, prompts and precision, sampling
 at temperature 1:
 
-- spin: this project: prompts sorted by length; a finished answer makes room for the next prompt.
-- plain: transformers' `generate`, prompts in the given order, padded, the same number at a time.
+- spin: prompts are sorted by length; when an answer ends, the next prompt takes its row.
+- plain: transformers' `generate` on padded prompts in the given order, with the same batch size.
 - continuous: transformers' continuous batching (`generate_batch`).
-- vllm: vLLM, with the interpreter that --vllm names (`make vllm`). Its start is not counted.
+- vllm: vLLM, with the interpreter given by --vllm (`make vllm`). Its start-up time is not counted.
 - beams: one prompt at a time with five beams, on the first prompts only.
 
-Prints a markdown table: answer tokens per second (stop token included, padding and what follows it not), and peak resident
-memory, of vLLM's process if it answers.
+Prints a markdown table with the answer tokens per second (up to and including the stop token) and the peak resident
+memory, for vLLM that of its own process.
 """
 
 import argparse
@@ -47,12 +47,14 @@ VLLM = ROOT / ".venv-vllm/bin/python"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=128)
-    parser.add_argument("--batch-size", type=int, default=64, help="prompts at a time")
-    parser.add_argument("--new", type=int, default=128, help="longest answer, in tokens")
-    parser.add_argument("--repeats", type=int, default=3, help="processes for each contender")
-    parser.add_argument("--only", default=",".join(CONTENDERS), help="contenders, by commas; the first is the baseline")
-    parser.add_argument("--vllm", default=str(VLLM), help="an interpreter that has vLLM; left out if it does not exist")
-    parser.add_argument("--words", default="", help="settings of run.py for the model and data, in one string")
+    parser.add_argument("--batch-size", type=int, default=64, help="prompts decoded at a time")
+    parser.add_argument("--new", type=int, default=128, help="maximum length of an answer in tokens")
+    parser.add_argument("--repeats", type=int, default=3, help="processes per tool")
+    parser.add_argument(
+        "--only", default=",".join(CONTENDERS), help="tools, separated by commas; the first is the baseline"
+    )
+    parser.add_argument("--vllm", default=str(VLLM), help="interpreter with vLLM; vllm is skipped if it does not exist")
+    parser.add_argument("--words", default="", help="settings of run.py for the model and data, as one string")
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
@@ -83,7 +85,7 @@ def main() -> None:
 
 
 def measure(name: str, workload: Workload, batch_size: int, new: int, python: str) -> dict:
-    """The rate and the peak memory of one contender, in this process or, for vLLM, in that of another interpreter."""
+    """Return the rate and the peak memory of one tool, measured in this process or, for vLLM, in that of its interpreter."""
     import torch
 
     from spin.config.schema import EngineConfig
@@ -122,7 +124,7 @@ def measure(name: str, workload: Workload, batch_size: int, new: int, python: st
 
 @contextmanager
 def vllm(folder, dtype, stops, python, longest):
-    """Start vLLM, and give the contender `answer(prompts, new)`."""
+    """Start vLLM and yield a function `answer(prompts, new)` that returns the answers' token ids."""
     from spin.config.schema import GenerationConfig
     from spin.generation.vllm import llm_arguments, run_workers, sampling_arguments
     from spin.models.policy import Policy
@@ -139,7 +141,7 @@ def vllm(folder, dtype, stops, python, longest):
 
 
 # --- contenders -------------------------------------------------------------------------------------------------------
-# Each returns the token ids of the answers to `prompts`, at most `batch_size` at a time, each of at most `new` tokens.
+# Each returns the token ids of the answers to `prompts`, decoded in batches of `batch_size`, each of at most `new` tokens.
 
 
 def spin(model, tokenizer, stops, batch_size, prompts, new):

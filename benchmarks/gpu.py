@@ -1,15 +1,15 @@
-"""The paper's step on one GPU, in several ways: 64 pairs of UltraChat-like lengths, a Mistral-7B architecture with random weights.
+"""Measure variants of the paper's step on one GPU: 64 pairs of UltraChat-like lengths, Mistral-7B with random weights.
 
-    python benchmarks/gpu.py --minutes 25              on the GPU, or as with --small if there is none
-    python benchmarks/gpu.py --small                   a tiny model on the CPU: checks that the script runs
+    python benchmarks/gpu.py --minutes 25              on the GPU; without a GPU, the same as --small
+    python benchmarks/gpu.py --small                   a tiny model on the CPU, to check that the script runs
     python benchmarks/gpu.py --only training compile   some of the parts; --list names all
 
-The paper reports 6.69 s to generate and 10 s to train for 64 examples on eight A100-80G (section 6.1). Here: full fine-tuning
-with fp32-exact master weights, RMSprop with bf16 states, gradient checkpointing, the whole batch in one packed pass. The
-targets on one 80 GB GPU are 8 s to train, at 45 % of the GPU's peak.
+The paper reports 6.69 s to generate and 10 s to train for 64 examples on eight A100-80G (section 6.1). This benchmark uses
+full fine-tuning with fp32-exact master weights, RMSprop with bf16 states, gradient checkpointing, and the whole batch in one
+packed pass. The target on one 80 GB GPU is to train in 8 s, at 45 % of the GPU's peak.
 
-Each part runs in a process of its own, with its output in <logs>/<part>.log; no part needs a network. A part that fails or
-finds no time left is skipped, and the reason is printed. Prints a markdown table: seconds, peak memory, and the useful FLOPs
+Each part runs in its own process, writes its output to <logs>/<part>.log, and needs no network. A part that fails or
+has no time left is skipped, and the reason is printed. Prints a markdown table: seconds, peak memory, and the useful FLOPs
 as a share of the peak rate of a large product, measured in the same process.
 """
 
@@ -31,10 +31,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import workload
 from benchmarks.training import useful_flops
 
-# Medians in tokens of UltraChat's first rounds: prompt, answer. The opponent's answers end at 256.
+# Median lengths in tokens of prompts and answers in UltraChat's first rounds, and the maximum length of generated answers.
 PROMPT, ANSWER, NEW = 100, 300, 256
-SMALL_DIVISOR = 16  # of all lengths with --small
-# What each part measures, and the settings in which it differs from the first training.
+SMALL_DIVISOR = 16  # all lengths are divided by this with --small
+# The kind of each part, and its changes from the settings of the part "training".
 PARTS: dict[str, tuple[str, dict[str, Any]]] = {
     "device-tests": ("tests", {}),
     "training": ("training", {}),
@@ -55,14 +55,14 @@ PARTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=25, help="time for all parts")
-    parser.add_argument("--only", nargs="+", metavar="PART", choices=PARTS, default=list(PARTS), help="these parts")
-    parser.add_argument("--list", action="store_true", help="name the parts and end")
-    parser.add_argument("--small", action="store_true", help="a tiny model and short answers")
+    parser.add_argument("--minutes", type=float, default=25, help="time limit for all parts")
+    parser.add_argument("--only", nargs="+", metavar="PART", choices=PARTS, default=list(PARTS), help="parts to run")
+    parser.add_argument("--list", action="store_true", help="list the parts and exit")
+    parser.add_argument("--small", action="store_true", help="use a tiny model and short answers")
     parser.add_argument("--pairs", type=int, default=64)
     parser.add_argument("--steps", type=int, default=4, help="training steps; the first is not counted")
     parser.add_argument("--logs", type=Path, default=workload.ROOT / "outputs" / "benchmarks" / "gpu")
-    parser.add_argument("--vllm", default=sys.executable, help="a Python that has vLLM")
+    parser.add_argument("--vllm", default=sys.executable, help="Python interpreter with vLLM")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -98,9 +98,9 @@ def main() -> None:
 
 
 def run_part(part: str, options: argparse.Namespace, folder: Path, end: float) -> dict | str:
-    """The numbers of a part, measured by another process, or the reason why there are none."""
-    left = end - time.monotonic()
-    if left < 20:
+    """Measure a part in a new process. Returns its numbers, or the reason why it was skipped."""
+    seconds_left = end - time.monotonic()
+    if seconds_left < 20:
         return f"no time is left of {options.minutes:g} minutes"
     words = [f"--pairs={options.pairs}", f"--steps={options.steps}", f"--vllm={options.vllm}", f"--folder={folder}"]
     command = [sys.executable, __file__, "--part", part, *words, *["--small"] * options.small]
@@ -109,10 +109,10 @@ def run_part(part: str, options: argparse.Namespace, folder: Path, end: float) -
         started = time.monotonic()
         try:
             done = subprocess.run(
-                command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=workload.ROOT, timeout=left
+                command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=workload.ROOT, timeout=seconds_left
             )
         except subprocess.TimeoutExpired:
-            return f"it takes more than the {left:.0f} s left"
+            return f"it takes more than the remaining {seconds_left:.0f} s"
         log.write(done.stdout)
     print(f"{part}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
     lines = (options.logs / f"{part}.log").read_text().splitlines()
@@ -120,11 +120,11 @@ def run_part(part: str, options: argparse.Namespace, folder: Path, end: float) -
 
 
 def measure(options: argparse.Namespace, device: Any) -> dict[str, Any]:
-    """Measure one part in this process: `text`, `seconds`, `memory` in GiB, and `share` of the peak rate or 0."""
+    """Measure one part in this process. Returns `text`, `seconds`, `memory` in GiB, and `share` of the peak rate or 0."""
     kind, changes = PARTS[options.part]
     if kind == "tests":
         words = ["tests/engines/test_device.py", "-m", "not slow" if options.small else "slow or not slow"]
-        return command_seconds([sys.executable, "-m", "pytest", "-q", *words], "the suite's tests of the device")
+        return command_seconds([sys.executable, "-m", "pytest", "-q", *words], "the tests that need the device")
     if kind == "game":
         words = ["experiment=smoke"] if options.small else ["evaluation.bootstrap=200"]
         words += [
@@ -150,14 +150,14 @@ def measure(options: argparse.Namespace, device: Any) -> dict[str, Any]:
 
 
 def command_seconds(command: list[str], text: str) -> dict[str, Any]:
-    """The seconds of a command whose output goes to the log. Its failure is that of this process."""
+    """Time a command and write its output to the log. If it fails, this process ends with its exit status."""
     done, seconds = workload.timed(lambda: subprocess.run(command, stdout=sys.stderr, cwd=workload.ROOT))
     if done.returncode:
         sys.exit(done.returncode)
     return {"text": text, "seconds": seconds, "memory": workload.resident_peak_gib(), "share": 0}
 
 
-Measured = tuple[str, float, float]  # what was measured, seconds, useful FLOPs
+Measured = tuple[str, float, float]  # description, seconds, useful FLOPs
 
 
 def measure_training(options: argparse.Namespace, device: Any, dtype: str, pairs: list, changes: dict) -> Measured:
@@ -235,27 +235,27 @@ def measure_vllm(options: argparse.Namespace, device: Any, dtype: str, pairs: li
 def engine_settings(pairs: list, **changes: Any) -> Any:
     from spin.config.schema import EngineConfig
 
-    ours = {"gradient_checkpointing": True, "tokens_per_batch": num_tokens(pairs), "head_chunk": 8192}
-    return EngineConfig.from_defaults(**{**ours, **changes})
+    settings = {"gradient_checkpointing": True, "tokens_per_batch": num_tokens(pairs), "head_chunk": 8192}
+    return EngineConfig.from_defaults(**{**settings, **changes})
 
 
 def change_attention(changes: dict) -> None:
-    """Have FlexAttention called with the options of `kernel`, or with the blocks named that need no mask."""
+    """Patch FlexAttention: `kernel` passes options to its kernel, `full_blocks` marks the blocks that need no mask."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     from spin.engines import attention, logps
 
     if "kernel" in changes:
-        own = attention.flex_attention_forward
-        attention.flex_attention_forward = functools.partial(own, kernel_options=changes["kernel"])
+        forward = attention.flex_attention_forward
+        attention.flex_attention_forward = functools.partial(forward, kernel_options=changes["kernel"])
     if "full_blocks" in changes:
-        rule = logps.block_mask
+        block_mask = logps.block_mask
 
-        def named(table: Any, length: int) -> Any:
-            mask = rule(table, length).mask_mod
+        def with_full_blocks(table: Any, length: int) -> Any:
+            mask = block_mask(table, length).mask_mod
             return create_block_mask(mask, None, None, length, length, device=table.device, BLOCK_SIZE=logps.FLEX_BLOCK)
 
-        logps.block_mask = named
+        logps.block_mask = with_full_blocks
 
 
 def num_tokens(pairs: list) -> int:
@@ -263,7 +263,7 @@ def num_tokens(pairs: list) -> int:
 
 
 def make_model(folder: Path, device: Any, small: bool) -> None:
-    """Write a model folder with random weights in Mistral-7B's shapes, or tiny ones, and a tokenizer."""
+    """Write a model folder with random weights of Mistral-7B's shapes, or tiny ones, and a tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, MistralConfig
 
@@ -290,7 +290,7 @@ def make_model(folder: Path, device: Any, small: bool) -> None:
 
 
 def make_pairs(count: int, divisor: int) -> list:
-    """Pairs of random tokens, their lengths spread as those of UltraChat and divided by `divisor`."""
+    """Return pairs of random tokens with the length distribution of UltraChat, divided by `divisor`."""
     from spin.method.pairs import Pair
 
     rng = random.Random(0)

@@ -1,17 +1,18 @@
-"""How the cost of scoring, training and generation grows with the number and the length of answers: 1, 2 and 4 times as much;
-and how a training step's rate grows from one process to two.
+"""Measure how costs grow: scoring, training and generation with 1, 2 and 4 times the number and length of answers, and the
+rate of a training step from one process to two.
 
     python benchmarks/growth.py                        the embedded model, random tokens
     python benchmarks/growth.py --repeats 1 --words model=tiny
     python benchmarks/growth.py --parts processes      the second table only
 
-Prints a markdown table of medians over processes: seconds of the part alone, and the process's peak resident memory. Training
-takes 8 pairs a step, generation 16 prompts at a time, all answered to the full length. A linear cost doubles with each
-column. Memory should not grow with the number of pairs or prompts, and with their length only up to a batch's budget
-(engine.tokens_per_batch).
+The first table shows medians over processes: the seconds of the part alone, and the peak resident memory of the process.
+Training uses 8 pairs per step, generation 16 prompts at a time, all answered to the full length. A linear cost doubles with
+each column. Memory should not grow with the number of pairs or prompts, and with their length only up to the budget of a
+batch (engine.tokens_per_batch).
 
-The second table has the rate of steps of 64 pairs, as in the paper, by engine=single in one process and by engine=deepspeed in
-two, with one thread each: medians over runs. Summing gradients and updating cost the same however many pairs a step has.
+The second table shows the rate of steps of 64 pairs, as in the paper, with engine=single in one process and engine=deepspeed
+in two, with one thread each: medians over runs. The cost of summing gradients and updating weights does not depend on the
+number of pairs per step.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from benchmarks import workload
 STEP, ROWS = 8, 16
 PROMPT, ANSWER, NEW = 48, 80, 32  # tokens
 LENGTH = "tokens of an answer"
-# What grows, and its smallest amount.
+# The quantities that grow, and their smallest values.
 AXES = {
     "scoring, by pairs": 16,
     "training, by pairs": 8,
@@ -38,15 +39,15 @@ AXES = {
     f"generation, by {LENGTH}": 32,
 }
 TIMES = (1, 2, 4)
-SHARED_STEP = 64  # pairs of a step that two processes share
+SHARED_STEP = 64  # pairs per step in the table of processes
 PROCESSES = {"1 process": None, **{f"2 processes, ZeRO {stage}": stage for stage in (0, 2)}}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=3, help="processes for each number")
+    parser.add_argument("--repeats", type=int, default=3, help="processes per number")
     parser.add_argument("--scale", type=float, default=1.0, help="factor for all amounts")
-    parser.add_argument("--words", default="", help="settings of run.py for the model, in one string")
+    parser.add_argument("--words", default="", help="settings of run.py for the model, as one string")
     parser.add_argument("--parts", nargs="+", choices=("growth", "processes"), default=["growth", "processes"])
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--measure-steps", nargs=2, help=argparse.SUPPRESS)
@@ -86,14 +87,14 @@ def print_growth(model: Path, scale: float, repeats: int) -> None:
 
 
 def print_processes(model: Path, pairs: int, repeats: int) -> None:
-    two = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     options = ["--model", str(model), "--measure-steps"]
     commands = {
         name: [
             "env",
             "OMP_NUM_THREADS=1",
             sys.executable,
-            *([] if stage is None else two),
+            *([] if stage is None else launcher),
             __file__,
             *options,
             name,
@@ -110,7 +111,7 @@ def print_processes(model: Path, pairs: int, repeats: int) -> None:
 
 
 def measure(folder: Path, axis: str, amount: int) -> dict:
-    """Seconds and peak memory of one part, in this process."""
+    """Return the seconds and peak memory of one part, measured in this process."""
     import torch
 
     from spin.config.schema import EngineConfig
@@ -128,7 +129,7 @@ def measure(folder: Path, axis: str, amount: int) -> dict:
 
 
 def measure_steps(folder: Path, stage: int | None, pairs: int) -> None:
-    """Print the median rate of two steps after a first one, in this process or as a rank at a ZeRO `stage`."""
+    """Train three steps in this process, or as a rank at a ZeRO `stage`, and print the median rate without the first."""
     import torch
 
     from spin.config.schema import EngineConfig
@@ -145,7 +146,7 @@ def measure_steps(folder: Path, stage: int | None, pairs: int) -> None:
 
 
 def random_pairs(count: int, answer: int) -> list:
-    """Pairs whose lengths spread by a quarter about their means, in the same way for every `count`."""
+    """Return pairs with lengths within a quarter of their means, the same for every `count`."""
     from spin.method.pairs import Pair
 
     rng = random.Random(0)
@@ -169,7 +170,7 @@ def time_scoring(folder, dtype, device, count, length) -> float:
 
 
 def time_training(folder, dtype, device, count, length) -> float:
-    """Seconds of all steps but the first, which warms up on as many pairs as each of the others."""
+    """Return the seconds of all steps except the first, which is a warm-up with the same number of pairs."""
     from spin.config.schema import EngineConfig
     from spin.runtime.process_group import SINGLE_PROCESS
 
@@ -179,7 +180,7 @@ def time_training(folder, dtype, device, count, length) -> float:
 
 
 def train_steps(folder, dtype, device, count, length, step, options, ranks) -> list[dict]:
-    """The metrics of each step of `step` pairs, trained in one process or as one of the `ranks`."""
+    """Train with `step` pairs per step, in one process or as one of the `ranks`. Returns the metrics of each step."""
     from spin.config.schema import OptimizerConfig
     from spin.engines.deepspeed import DeepSpeedEngine
     from spin.engines.single import SingleEngine

@@ -1,4 +1,4 @@
-"""Which settings fit on which GPU: `python benchmarks/memory_table.py`."""
+"""Print which settings fit on which GPU: `python benchmarks/memory_table.py`."""
 
 import argparse
 import sys
@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from spin.engines.device_memory import GIB
 from spin.engines.memory import CONTEXT, RANK, RESERVED, Load, Spread, format_gib, shape_of, stages
 
-SIZES = (12, 16, 24, 40, 80, 141)  # of GPUs, in GiB
+SIZES = (12, 16, 24, 40, 80, 141)  # GPU memory in GiB
 # From the models' published configs; the 135M model is the embedded one.
 MODELS: dict[str, dict[str, Any]] = {
     "135M (SmolLM2)": dict(vocab=49152, width=576, inner=1536, layers=30, heads=9, keys=3, tied=True),
@@ -25,7 +25,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "14B (Qwen2.5)": dict(vocab=152064, width=5120, inner=13824, layers=48, heads=40, keys=8, tied=False),
     "70B (Llama 3.1)": dict(vocab=128256, width=8192, inner=28672, layers=80, heads=64, keys=8, tied=False),
 }
-# The lengths of the authors' script: 1,024 tokens of prompt and human answer, of which 512 and 256 generated ones.
+# The lengths of the authors' script: prompts of 512 tokens, human answers of 512, and 256 generated tokens.
 LOAD = Load(
     precision="bf16",
     optimizer="rmsprop",
@@ -39,7 +39,7 @@ LOAD = Load(
     prompt=512,
     length=768,
 )
-# Settings in the order of preference: what they change in `LOAD`, and whether an adapter is trained.
+# Settings in the order of preference, as changes to `LOAD`, and whether an adapter is trained.
 WAYS: dict[str, dict[str, Any]] = {
     "full": {},
     "full, checkpointing": {"checkpointing": True},
@@ -51,7 +51,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def ways_of(ranks: int) -> dict[str, dict[str, Any]]:
-    """`WAYS`, or those of several GPUs. Generating and scoring need the whole policy on each GPU."""
+    """Return `WAYS`, or the settings for several GPUs. Generation and scoring need the whole policy on each GPU."""
     if ranks == 1:
         return WAYS
     two, three = Spread(ranks, 2), Spread(ranks, 3)
@@ -78,8 +78,8 @@ def architecture_of(vocab: int, width: int, inner: int, layers: int, heads: int,
 
 
 def table(models: Sequence[str], sizes: Sequence[int], ranks: int = 1) -> list[list[str]]:
-    """A header, and a row for each model: for each GPU size the first way that fits on `ranks` such GPUs, and its peak in
-    GiB on one of them."""
+    """Return a header, and a row for each model: for each GPU size, the first setting that fits on `ranks` such GPUs, and its
+    peak on one of them in GiB."""
     rows = [["model", *(f"{f'{ranks} × ' if ranks > 1 else ''}{size} GiB" for size in sizes)]]
     for name in models:
         architecture = architecture_of(**MODELS[name])
@@ -100,8 +100,8 @@ def main(arguments: list[str]) -> None:
     """`python benchmarks/memory_table.py [--sizes 24 80] [--ranks 8]`."""
     parser = argparse.ArgumentParser(
         prog="python benchmarks/memory_table.py",
-        description="Print which settings fit on which GPU: for each model the first that does, and its peak in GiB. bf16, "
-        "RMSprop, pairs of up to 1,280 tokens, 2,048 in a batch, 16 prompts decoded together.",
+        description="Print for each model and GPU size the first setting that fits, and its peak in GiB, for bf16, RMSprop, "
+        "pairs of up to 1,280 tokens, 2,048 tokens per batch, and batches of 16 prompts in generation.",
     )
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), metavar="GIB", help="GPU sizes in GiB")
     parser.add_argument(

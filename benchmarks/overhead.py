@@ -1,10 +1,10 @@
-"""What checkpoints, checksums and flushing to the disk cost, as a share of a game.
+"""Measure the cost of checkpoints, checksums and flushing to the disk as a share of a game.
 
     python benchmarks/overhead.py                          the default game, in a folder that is removed afterwards
     python benchmarks/overhead.py checkpoint.minutes=0     with a checkpoint after every step
 
-Each function that stores or checks something is timed within the game itself: the difference of two games would be smaller
-than the noise of a shared machine. Prints a markdown table.
+Each function that stores or checks something is timed within the game, because the difference between two games would be
+smaller than the noise of a shared machine. Prints a markdown table.
 """
 
 import functools
@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.workload import ROOT, describe_machine
 
 SHARDS = "shards: writing, checksums, flushing"
-# "module:name" of the functions that are timed, and their rows in the table. A call within another counts for the outer one.
+# "module:name" of the timed functions, and their rows in the table. A nested call counts for the outer function.
 WATCHED = {
     "spin.runtime.artifacts:commit_atomically": "stages: checksums, flushing",
     "spin.runtime.artifacts:verify_artifact": "stages: check before reuse",
@@ -32,7 +32,7 @@ WATCHED = {
     "spin.runtime.checkpoints:Checkpoints.write": "training checkpoints: writing, checksums, flushing",
     "spin.models.policy:content_id": "identity of policies",
 }
-# Rows that no game can do without: zero calls mean that the game no longer goes through the watched function.
+# Rows with calls in every game. Zero calls mean that the game no longer uses the timed function.
 ALWAYS = (
     WATCHED["spin.runtime.artifacts:commit_atomically"],
     SHARDS,
@@ -41,7 +41,7 @@ ALWAYS = (
 
 
 class Stopwatch:
-    """Seconds and calls by row of the table, each moment counted once."""
+    """Seconds and calls by row of the table; each moment is counted once."""
 
     def __init__(self) -> None:
         self.seconds: Counter[str] = Counter()
@@ -50,7 +50,7 @@ class Stopwatch:
 
     @contextmanager
     def switch(self, row: str | None) -> Iterator[None]:
-        """Count the time until the end for `row` in place of the current row; for none if `row` is None."""
+        """Count the time in the `with` block for `row` instead of the current row; for no row if `row` is None."""
         outer, self.current = self.current, row
         started = time.perf_counter()
         try:
@@ -63,7 +63,7 @@ class Stopwatch:
             self.current = outer
 
     def watch(self, function: Callable, row: str) -> Callable:
-        """`function`, with its outermost calls counted for `row`."""
+        """Return `function` with its outermost calls counted for `row`."""
 
         @functools.wraps(function)
         def wrapper(*arguments, **settings):
@@ -76,7 +76,7 @@ class Stopwatch:
         return wrapper
 
     def watch_shards(self, write: Callable) -> Callable:
-        """`ResumableShards._compute`, counted without the work that makes a shard's rows."""
+        """Return `ResumableShards._compute`, timed without the computation of a shard's rows."""
 
         def write_shard(shards, number, part):
             def make() -> list[dict]:
@@ -89,18 +89,18 @@ class Stopwatch:
 
 
 def resolve(path: str) -> tuple[object, str, Callable]:
-    """The module or class that holds the function "module:name", its name there, and the function."""
+    """Return the module or class with the function "module:name", the function's name in it, and the function."""
     module, _, name = path.partition(":")
     try:
         *holders, last = name.split(".")
         holder = functools.reduce(getattr, holders, import_module(module))
         return holder, last, getattr(holder, last)
     except (ImportError, AttributeError) as error:
-        raise SystemExit(f"benchmarks/overhead.py watches {path}, which does not exist: correct WATCHED") from error
+        raise SystemExit(f"benchmarks/overhead.py: {path} does not exist; correct WATCHED") from error
 
 
 def patch(stopwatch: Stopwatch) -> Callable[[], None]:
-    """Time all watched functions, wherever they were imported. Returns a function that undoes it."""
+    """Time all watched functions in every module that imported them. Returns a function that undoes this."""
     replaced: list[tuple[object, str, Callable]] = []
     for path, row in WATCHED.items():
         holder, name, function = resolve(path)
@@ -136,7 +136,7 @@ def main(words: list[str]) -> None:
     finally:
         undo()
     if missing := [row for row in ALWAYS if not stopwatch.calls[row]]:
-        raise SystemExit(f"benchmarks/overhead.py: the game never called what is watched for: {'; '.join(missing)}")
+        raise SystemExit(f"benchmarks/overhead.py: the game never called a function of: {'; '.join(missing)}")
 
     command = shlex.join(["python", "benchmarks/overhead.py", *words])
     print(f"\n`{command}`: {config.name}, {total:.0f} s, {size:.1f} GiB stored. {describe_machine()}\n")

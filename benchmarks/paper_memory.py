@@ -1,9 +1,9 @@
-"""The memory that the paper's run needs, and how the sizes in conf/experiment/paper*.yaml were found.
+"""Estimate the memory of the paper's run, for the sizes in conf/experiment/paper*.yaml.
 
     python benchmarks/paper_memory.py
 
-Nothing is downloaded or loaded: the 7B model is counted by its architecture, and prompts and answers are as long as the
-recipe allows. A real run, which knows its longest prompts and answers, needs less.
+Nothing is downloaded or loaded: the estimate uses the architecture of the 7B model, and the longest prompts and answers that
+the recipe allows. A real run uses its actual longest prompts and answers, so its estimate is lower.
 """
 
 import sys
@@ -25,10 +25,10 @@ from spin.runtime.tables import Rows
 
 GIB = 2**30
 USABLE = 80 * GIB * (1 - memory.RESERVED) - memory.CONTEXT
-ZEPHYR = MistralConfig()  # the defaults are those of its config.json
-EXAMPLES = 50_000  # of an iteration of the paper
+ZEPHYR = MistralConfig()  # the defaults equal Zephyr's config.json
+EXAMPLES = 50_000  # per iteration in the paper
 
-# Experiments: the number of GPUs, and changes to compare.
+# Experiments: the number of GPUs, and the changes to compare.
 CASES: dict[str, tuple[int, list[str]]] = {
     "paper": (
         8,
@@ -53,7 +53,7 @@ CASES: dict[str, tuple[int, list[str]]] = {
 
 
 def needed(experiment: str, words: list[str], gpus: int) -> list[memory.Needed]:
-    """The memory of training, scoring and generating on each GPU."""
+    """Return the memory of training, scoring and generation on each GPU."""
     config = load(f"experiment={experiment}", *words)
     prompt = config.data.max_prompt_length
     longest = Example("longest", "", (0,) * prompt, "", (0,) * (config.data.max_length - prompt))
@@ -67,7 +67,7 @@ def needed(experiment: str, words: list[str], gpus: int) -> list[memory.Needed]:
 
 
 def table() -> tuple[list[str], list[tuple[str, memory.Needed]]]:
-    """Markdown lines, one for each case, and the stages of each unchanged experiment."""
+    """Return one markdown line for each case, and the stages of each unchanged experiment."""
     lines, details = [], []
     for experiment, (gpus, changes) in CASES.items():
         for change in changes:
@@ -85,7 +85,7 @@ def main() -> None:
     lines, details = table()
     print("| run | changed | training | scoring | generating | fits |\n|---|---|---|---|---|---|")
     print("\n".join(lines))
-    print(f"\nGiB on each GPU, of which {USABLE / GIB:.1f} of 80 can be used. In detail:\n")
+    print(f"\nGiB on each GPU; {USABLE / GIB:.1f} of 80 are usable. In detail:\n")
     for experiment, stage in details:
         sizes = ", ".join(f"{name} {size / GIB:.1f}" for name, size in stage.parts.items())
         print(f"{experiment}, {stage.stage}: {sizes}")

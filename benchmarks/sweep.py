@@ -1,12 +1,12 @@
-"""What a sweep costs, by default 3 values of beta by 3 learning rates, against as many separate runs.
+"""Compare the cost of a sweep, by default of 3 values of beta and 3 learning rates, with the same number of separate runs.
 
     python benchmarks/sweep.py                       a tiny model: half a minute of sweep, two of separate runs
     python benchmarks/sweep.py --model smollm2       the default game, `experiment=beta_lr`: an hour or two on two cores
     python benchmarks/sweep.py --model smollm2 iter=0
 
-The sweep is one command; each separate run has a store of its own. Both start with model and data downloaded and converted.
-The policies of both are compared bit by bit. Then the sweep is started again, with nothing left to do. Everything is in a
-folder that is removed afterwards. Prints a markdown table.
+The sweep is one command; each separate run has its own store. Model and data are downloaded and converted first. The
+policies of both are compared bit by bit. Then the finished sweep is run again. All files are in a folder that is removed
+afterwards. Prints a markdown table.
 """
 
 import argparse
@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.workload import ROOT, describe_machine, timed
 
-# Learning rates that move a random model; the others are those of conf/experiment/beta_lr.yaml.
+# Settings and learning rates: for the tiny model, rates that change random weights; otherwise those of beta_lr.yaml.
 GAMES = {
     "tiny": (["experiment=smoke"], "1e-4,1e-3,5e-3"),
     "smollm2": ([], "1e-6,5e-6,2.5e-5"),
@@ -32,8 +32,10 @@ GAMES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=GAMES, default="tiny")
-    parser.add_argument("--betas", default="0.05,0.1,0.5", help="values of loss.beta, by commas")
-    parser.add_argument("--rates", help="values of optimizer.lr, by commas; by default three that suit the model")
+    parser.add_argument("--betas", default="0.05,0.1,0.5", help="values of loss.beta, separated by commas")
+    parser.add_argument(
+        "--rates", help="values of optimizer.lr, separated by commas; default: three that suit the model"
+    )
     parser.add_argument("settings", nargs="*", help="settings of the game, as for run.py")
     options = parser.parse_args()
     game, rates = GAMES[options.model]
@@ -68,7 +70,7 @@ def main() -> None:
 
 
 def play(*words: str) -> float:
-    """Seconds that `python run.py *words` takes."""
+    """Run `python run.py *words` and return its duration in seconds."""
     command = [sys.executable, "run.py", *words]
     done, seconds = timed(lambda: subprocess.run(command, cwd=ROOT, capture_output=True, text=True))
     if done.returncode:
@@ -85,13 +87,13 @@ def listed(stages: Counter[str]) -> str:
     return ", ".join(f"{stages[name]} {name}" for name in names if stages[name])
 
 
-def have_same_policies(run: Path, other: Path) -> bool:
-    """Whether both run folders hold the same policies, bit by bit."""
+def have_same_policies(run: Path, other_run: Path) -> bool:
+    """Return whether both run folders have the same policies, bit by bit."""
     from spin.runtime.artifacts import file_digest
 
     digests = [
         {path.relative_to(folder): file_digest(path) for path in folder.glob("iter*/policy/*.safetensors")}
-        for folder in (run, other)
+        for folder in (run, other_run)
     ]
     return bool(digests[0]) and digests[0] == digests[1]
 

@@ -1,20 +1,20 @@
-"""Training and scoring of pairs by this project and by other tools.
+"""Measure the speed and memory of training and scoring with spin and with other tools.
 
-    python benchmarks/training.py                      the embedded model, 16 pairs, 8 a step
+    python benchmarks/training.py                      the embedded model, 16 pairs, 8 per step
     python benchmarks/training.py --repeats 5 --only spin,trl
 
-Each contender runs in processes of its own, alternating with the others, on the same weights, token ids, steps and precision
+Each tool runs in its own processes, alternating with the others, on the same weights, token ids, steps and precision
 (bf16 products with fp32 master weights, or fp32 if the processor has no bf16):
 
 - spin: this project.
 - trl: TRL's DPOTrainer with precomputed reference log-probs and without gradient checkpointing, its best settings for a CPU.
-- trl-defaults: DPOTrainer with gradient checkpointing and a reference model's forward in each step.
-- official: as the paper's code does it: chosen and rejected padded into one batch, full logits, a reference model's forward in
-  each step.
+- trl-defaults: DPOTrainer with gradient checkpointing and a forward pass of the reference model in each step.
+- official: the method of the paper's code: chosen and rejected answers padded into one batch, full logits, a forward pass of
+  the reference model in each step.
 
 Prints a markdown table: pairs per second of training (each pair once, after a warm-up step) and of scoring, peak resident
-memory of the process, the loss of the first step (ln 2 if policy and reference agree), and the useful FLOPs (no padding, prompts
-shared) as a share of the peak rate of a large product, which is measured before and after.
+memory of the process, the loss of the first step (ln 2 if policy and reference agree), and the useful FLOPs (no padding,
+shared prompts) as a share of the peak rate of a large product, which is measured before and after.
 """
 
 import argparse
@@ -60,11 +60,13 @@ COLUMNS = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=16, help="pairs to train on, in whole steps")
-    parser.add_argument("--batch-size", type=int, default=8, help="pairs a step")
-    parser.add_argument("--repeats", type=int, default=3, help="processes for each contender")
-    parser.add_argument("--only", default=",".join(CONTENDERS), help="contenders, by commas; the first is the baseline")
-    parser.add_argument("--words", default="", help="settings of run.py for the model and data, in one string")
+    parser.add_argument("--pairs", type=int, default=16, help="pairs to train on, rounded down to full steps")
+    parser.add_argument("--batch-size", type=int, default=8, help="pairs per step")
+    parser.add_argument("--repeats", type=int, default=3, help="processes per tool")
+    parser.add_argument(
+        "--only", default=",".join(CONTENDERS), help="tools, separated by commas; the first is the baseline"
+    )
+    parser.add_argument("--words", default="", help="settings of run.py for the model and data, as one string")
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--scored", type=Path, help=argparse.SUPPRESS)
@@ -88,7 +90,7 @@ def main() -> None:
 
 
 def compute_dtype():
-    """The type that all contenders compute in on this processor."""
+    """Return the dtype in which all tools compute on this processor."""
     import torch
 
     from spin.config.schema import EngineConfig
@@ -98,7 +100,7 @@ def compute_dtype():
 
 
 def pairs_of(workload: Workload, batch_size: int) -> list:
-    """As many of the pairs as fill whole steps: some of the answers may have been dropped."""
+    """Return as many pairs as fill complete steps; some answers may have been dropped."""
     from spin.method.pairs import read_pairs
 
     pairs, _ = read_pairs(workload.pairs)
@@ -108,7 +110,7 @@ def pairs_of(workload: Workload, batch_size: int) -> list:
 def print_table(
     results: dict[str, list[dict]], workload: Workload, batch_size: int, precision: str, peak: float
 ) -> None:
-    """Print the command, the workload and a row for each contender; `peak` is the FLOP/s of a large product."""
+    """Print the command, the workload and a row for each tool. `peak` is the FLOP/s of a large product."""
     pairs = pairs_of(workload, batch_size)
     baseline = next(iter(results.values()))
     flops, command = useful_flops(workload.model, pairs), shlex.join(["python", *sys.argv])
@@ -136,8 +138,9 @@ def print_table(
 
 
 def useful_flops(model: Path, pairs: list) -> float:
-    """The fewest FLOPs that training on a pair takes, on average: each prompt and answer token once through the layers, forward
-    and backward (3 products of 2 FLOPs a weight), the head on response positions, attention within each sequence."""
+    """Return the minimum FLOPs of training on a pair, averaged over pairs: each prompt and answer token passes the layers
+    once, forward and backward (3 products of 2 FLOPs per weight), the head is computed at response positions, and attention
+    within each sequence."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(model).get_text_config()
@@ -148,18 +151,18 @@ def useful_flops(model: Path, pairs: list) -> float:
     total = 0.0
     for pair in pairs:
         p, r, g = len(pair.prompt_ids), len(pair.real_ids), len(pair.generated_ids)
-        seen = p * p / 2 + r * (p + r / 2) + g * (p + g / 2)
-        total += 6 * (weights * (p + r + g) + width * config.vocab_size * (r + g) + 2 * layers * queries * seen)
+        attended = p * p / 2 + r * (p + r / 2) + g * (p + g / 2)
+        total += 6 * (weights * (p + r + g) + width * config.vocab_size * (r + g) + 2 * layers * queries * attended)
     return total / len(pairs)
 
 
 # --- contenders -------------------------------------------------------------------------------------------------------
-# Each trains on the pairs in their order, `batch_size` a step, the first step twice. It returns the seconds of each step, the
-# loss of the first, and the seconds that scoring all pairs took (None if that is part of its steps).
+# Each trains on the pairs in their order, `batch_size` per step, the first step twice. It returns the seconds of each step,
+# the loss of the first, and the seconds for scoring all pairs (None if scoring is part of its steps).
 
 
 def measure(name: str, workload: Workload, batch_size: int) -> dict:
-    """The rates and the peak memory of one contender, in this process."""
+    """Return the rates and the peak memory of one tool, measured in this process."""
     pairs = pairs_of(workload, batch_size)
     seconds, loss, scoring = CONTENDERS[name](workload, pairs, batch_size, compute_dtype())
     assert len(seconds) == 1 + len(pairs) // batch_size
@@ -191,11 +194,11 @@ def spin(workload, pairs, batch_size, dtype):
     references, scoring = timed(partial(score_pairs, scored, pairs, forward))
     del scored
     engine = SingleEngine(policy, dtype, device, EngineConfig.from_defaults(), OptimizerConfig.from_defaults())
-    # Training shuffles: place the pairs so that they are taken in the same order as by the other contenders.
-    wanted = [*range(batch_size), *range(len(pairs))]
-    shuffled = [index for step in plan_steps(len(wanted), 1, batch_size, seed=0) for index in step]
-    source = dict(zip(shuffled, wanted, strict=True))
-    order = [source[index] for index in range(len(wanted))]
+    # Training shuffles the pairs. Reorder them so that they are trained on in the same order as with the other tools.
+    trained_order = [*range(batch_size), *range(len(pairs))]
+    shuffled = [index for step in plan_steps(len(trained_order), 1, batch_size, seed=0) for index in step]
+    source = dict(zip(shuffled, trained_order, strict=True))
+    order = [source[index] for index in range(len(trained_order))]
     placed = [replace(pairs[k], id=str(index)) for index, k in enumerate(order)]
     placed_references = {
         model: {name: values[order] for name, values in logps.items()} for model, logps in references.items()
@@ -215,29 +218,29 @@ def trl(workload, pairs, batch_size, dtype, **settings):
     scoring = None
 
     class SameTokens(DPOTrainer):
-        def _prepare_dataset(self, dataset, *rest):
+        def _prepare_dataset(self, dataset, *arguments):
             return dataset  # keep the token ids
 
-        def _get_train_sampler(self, *rest):
+        def _get_train_sampler(self, *arguments):
             return SequentialSampler(self.train_dataset)
 
         def _precompute_ref_logps(self, dataset, name, size):
             nonlocal scoring
-            first, others = range(batch_size), range(batch_size, len(dataset))
-            warm = super()._precompute_ref_logps(dataset.select(first), name, size)
+            warmup, measured = range(batch_size), range(batch_size, len(dataset))
+            warmup_rows = super()._precompute_ref_logps(dataset.select(warmup), name, size)
             started = time.perf_counter()
-            rest = super()._precompute_ref_logps(dataset.select(others), name, size)
+            measured_rows = super()._precompute_ref_logps(dataset.select(measured), name, size)
             scoring = time.perf_counter() - started
-            return concatenate_datasets([warm, rest])
+            return concatenate_datasets([warmup_rows, measured_rows])
 
     class Clock(TrainerCallback):
         def __init__(self):
             self.seconds: list[float] = []
 
-        def on_step_begin(self, *rest, **more):
+        def on_step_begin(self, *arguments, **settings):
             self.started = time.perf_counter()
 
-        def on_step_end(self, *rest, **more):
+        def on_step_end(self, *arguments, **settings):
             self.seconds.append(time.perf_counter() - self.started)
 
     transformers.utils.logging.set_verbosity_error()
@@ -281,7 +284,7 @@ def trl_defaults(workload, pairs, batch_size, dtype):
 
 
 def official(workload, pairs, batch_size, dtype):
-    """Padded chosen and rejected answers in one batch, full logits, a reference forward in each step."""
+    """Train on chosen and rejected answers padded into one batch, with full logits and a reference forward in each step."""
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -1,7 +1,7 @@
-"""What the benchmarks share: pairs to work on, the steps of the method, and processes that are measured in turn.
+"""Shared by the benchmarks: pairs to work on, the steps of the method, and processes that are measured in turn.
 
-Each contender runs in processes of its own, alternating with the others: so it has its own peak memory, and the noise of a
-shared machine falls on all alike.
+Each tool runs in its own processes, alternating with the others. This gives each its own peak memory, and the noise of a
+shared machine affects all of them equally.
 """
 
 import json
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 STORE = ROOT / "outputs" / "benchmarks" / "store"
 
 LR, BETA = 5e-7, 0.1
-# Answers of up to 128 tokens, as in a user's own data; those of the default game have up to 48.
+# Answers of up to 128 tokens, closer to real data than the 48 of the default game.
 LENGTHS = ["data.max_prompt_length=96", "data.max_response_length=128", "data.max_length=224"]
 
 
@@ -38,14 +38,14 @@ LENGTHS = ["data.max_prompt_length=96", "data.max_response_length=128", "data.ma
 
 @dataclass(frozen=True)
 class Workload:
-    """A model folder, and a file of pairs that this model answered and scored."""
+    """A model folder, and a file of pairs with answers and scores by this model."""
 
     model: Path
     pairs: Path
 
 
 def prepare_workload(pairs: int, words: Sequence[str] = ()) -> Workload:
-    """Generate and score `pairs` pairs, or find them in the store (outputs/benchmarks)."""
+    """Generate and score `pairs` pairs, or reuse them from the store (outputs/benchmarks)."""
     from spin.pipeline.generate import Generate
     from spin.pipeline.score import Score
     from spin.pipeline.stage import Given, Player
@@ -61,7 +61,7 @@ def prepare_workload(pairs: int, words: Sequence[str] = ()) -> Workload:
 
 
 def open_game(words: Sequence[str]) -> "Run":
-    """What the stages of `python run.py *words` share, with a run folder beside the store."""
+    """Return the run of `python run.py *words`, with a run folder next to the store."""
     from spin.config.hydra import load
     from spin.pipeline.context import prepare_run
     from spin.runtime.tracking import Tracker
@@ -73,7 +73,7 @@ def open_game(words: Sequence[str]) -> "Run":
 
 
 def find_start(words: Sequence[str] = ()) -> "Policy":
-    """The policy that `python run.py *words` starts from, downloaded if necessary."""
+    """Return the policy that `python run.py *words` starts from, downloaded if necessary."""
     from spin.config.hydra import load
     from spin.models.find import find_model
 
@@ -82,7 +82,7 @@ def find_start(words: Sequence[str] = ()) -> "Policy":
 
 
 def find_forward(model: Any, items: Sequence["Continuations"], engine: Any = None) -> "Forward":
-    """How the settings `engine`, by default the project's, compute log-probs of `items`."""
+    """Return the forward pass for log-probs of `items` under the settings `engine` (default: spin's defaults)."""
     from spin.config.schema import EngineConfig
     from spin.engines.logps import choose_forward
 
@@ -95,7 +95,7 @@ def find_forward(model: Any, items: Sequence["Continuations"], engine: Any = Non
 
 
 def score_pairs(model: Any, pairs: Sequence["Pair"], forward: "Forward") -> dict:
-    """The references that `train_pairs` needs: log-probs of the pairs under their opponent, `model`."""
+    """Return the references for `train_pairs`: log-probs of the pairs under their opponent, `model`."""
     from spin.engines.logps import compute_logps
     from spin.method.pairs import group_by_prompt, split_responses, to_continuations
 
@@ -118,7 +118,7 @@ def train_pairs(
 
 
 def step_seconds(row: dict) -> float:
-    """Seconds that a training step took, from its metrics."""
+    """Return the duration of a training step in seconds, from its metrics."""
     return row["pairs"] / row["pairs_per_second"]
 
 
@@ -126,7 +126,7 @@ def step_seconds(row: dict) -> float:
 
 
 def run_in_turn(commands: dict[str, list[str]], repeats: int) -> dict[str, list[dict]]:
-    """Run each command `repeats` times, in turn. Each prints one JSON object as its last line; returns these by name."""
+    """Run the commands in turn, `repeats` times. Returns the JSON objects that they print as their last lines, by name."""
     results: dict[str, list[dict]] = {name: [] for name in commands}
     for repeat in range(repeats):
         for name, command in commands.items():
@@ -141,7 +141,7 @@ def run_in_turn(commands: dict[str, list[str]], repeats: int) -> dict[str, list[
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float]:
-    """The result of `work()`, and the seconds that it took."""
+    """Return the result of `work()` and its duration in seconds."""
     started = time.perf_counter()
     return work(), time.perf_counter() - started
 
@@ -158,7 +158,7 @@ def median(rows: Sequence[dict], key: str) -> float:
 
 
 def describe_machine() -> str:
-    """Versions and processor, in one line."""
+    """Return versions and processor in one line."""
     import torch
     import transformers
 
@@ -169,7 +169,7 @@ def describe_machine() -> str:
 
 
 def _processor() -> str:
-    """The processor's name and its widest matrix instructions."""
+    """Return the processor's name and its widest vector or matrix instructions."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -180,7 +180,7 @@ def _processor() -> str:
 
 
 def peak_rate(precision: str, size: int = 2048, seconds: float = 3.0, device: str = "cpu") -> float:
-    """FLOP/s of a large matrix product in `precision`: the best of those that fit in `seconds`."""
+    """Return the FLOP/s of a large matrix product in `precision`: the best of those measured within `seconds`."""
     import torch
 
     a, b = (torch.randn(size, size, device=device).to(getattr(torch, precision)) for _ in range(2))
