@@ -1,11 +1,11 @@
-"""A task with many right answers whose distribution is known, so that the distance to it can be computed exactly.
+"""Generate a task with many right answers and a known distribution, so that the divergence from it can be computed exactly.
 
-A prompt is four letters out of ten, `hbfa`; an answer is a chain of one to three letters. Each letter has three successors,
-which follow it with probability 0.6, 0.3 and 0.1. There are two tables of successors: which one holds, and how soon chains
-end, is decided by the prompt's first letter, which is also where the chain begins (it is not said again). The other
-three letters mean nothing: a model that learns them by heart overfits. Every prompt has 39 right answers.
+A prompt is four letters out of ten, for example `hbfa`; an answer is a chain of one to three letters. Each letter has three
+successors with probabilities 0.6, 0.3 and 0.1. There are two tables of successors. The prompt's first letter determines the
+table and the probability that a chain ends, and it is the start of the chain (the answer does not repeat it). The other
+three letters carry no information: a model that memorises them overfits. Every prompt has 39 right answers.
 
-`python -m experiments.chains` writes the training files, one a seed, the answer of each prompt drawn from that
+`python -m experiments.chains` writes one training file per seed, with an answer to each prompt sampled from that
 distribution.
 """
 
@@ -37,15 +37,15 @@ _rng = random.Random("chains")
 TABLES = [{letter: _rng.sample(LETTERS, len(SHARES)) for letter in LETTERS} for _ in ENDS]
 PROMPTS = ["".join(letters) for letters in product(LETTERS, repeat=4)]
 _rng.shuffle(PROMPTS)
-TEST_PROMPTS = PROMPTS[:TEST]  # the same for all seeds, in no training file
+TEST_PROMPTS = PROMPTS[:TEST]  # the same for all seeds; no training file contains them
 
 
 @cache
 def distribution(first: str) -> dict[str, float]:
-    """The right answers to prompts that begin with the letter `first`, and their probabilities, which sum to 1."""
+    """Return the right answers to prompts that begin with the letter `first`, with their probabilities, which sum to 1."""
     number = LETTERS.index(first) % 2
     table, end = TABLES[number], ENDS[number]
-    found, open_chains = {}, {"": 1.0}
+    answers, open_chains = {}, {"": 1.0}
     for length in range(1, LONGEST + 1):
         longer = {
             chain + letter: probability * share
@@ -53,51 +53,54 @@ def distribution(first: str) -> dict[str, float]:
             for letter, share in zip(table[(first + chain)[-1]], SHARES, strict=True)
         }
         stop = end if length < LONGEST else 1.0
-        found |= {chain: probability * stop for chain, probability in longer.items()}
+        answers |= {chain: probability * stop for chain, probability in longer.items()}
         open_chains = {chain: probability * (1 - stop) for chain, probability in longer.items()}
-    return found
+    return answers
 
 
 def entropy(prompts: Sequence[str]) -> float:
-    """Mean entropy of the human answers, nats per answer: the NLL of a model that has their distribution."""
+    """Return the mean entropy of the human answers in nats per answer: the NLL of a model with their distribution."""
     return -sum(p * math.log(p) for prompt in prompts for p in distribution(prompt[0]).values()) / len(prompts)
 
 
 def records(seed: int) -> list[dict[str, str]]:
-    """`TRAIN` prompts with one human answer each, the same for the same seed."""
+    """Return `TRAIN` prompts with one human answer each, which are the same for the same seed."""
     rng = random.Random(f"chains:{seed}")
-    found = []
+    rows = []
     for prompt in rng.sample(PROMPTS[TEST:], TRAIN):
         answers = distribution(prompt[0])
-        found.append({"prompt": prompt, "response": rng.choices([*answers], [*answers.values()])[0]})
-    return found
+        rows.append({"prompt": prompt, "response": rng.choices([*answers], [*answers.values()])[0]})
+    return rows
 
 
 def answer_logps(policy: Path, prompts: Sequence[str], answers: Sequence[Sequence[str]]) -> np.ndarray:
-    """[prompts, answers]: log p of each of a prompt's answers, with its end, by the policy in a model folder, in nats."""
+    """Return log p of each answer to each prompt, including the end token, under the policy in a model folder.
+
+    [prompts, answers], in nats.
+    """
     tokenizer, model = load_tokenizer(policy), load_model(policy, torch.float32, torch.device("cpu"))
     encoded = encode_prompts(tokenizer, [[{"role": "user", "content": prompt}] for prompt in prompts], TEMPLATE)
     items = []
-    for prompt, said in zip(encoded, answers, strict=True):
-        responses = encode_responses(tokenizer, [prompt] * len(said), said, TEMPLATE)
+    for prompt, texts in zip(encoded, answers, strict=True):
+        responses = encode_responses(tokenizer, [prompt] * len(texts), texts, TEMPLATE)
         items.append(Continuations(prompt[1], tuple((*response, tokenizer.eos_token_id) for response in responses)))
     forward = Forward("padded", "chunked", 16384, 4096)
     return compute_logps(model, items, forward).view(len(prompts), -1).double().numpy()
 
 
 def measure(policy: Path, prompts: Sequence[str] = TEST_PROMPTS) -> dict[str, float]:
-    """How far the policy in a model folder is from the humans, computed from all right answers to `prompts`, no sampling.
+    """Return how far the policy in a model folder is from the humans, computed from all right answers without sampling.
 
-    kl: KL(human || policy), nats per answer, the held-out NLL above its entropy bound. tv: total variation, the most by
-    which the two can differ in the probability of any event. right: the policy's probability of a right answer. All means
-    over prompts.
+    kl: KL(human || policy) in nats per answer, the held-out NLL minus the entropy. tv: total variation, the maximum
+    difference between the two in the probability of any event. right: the policy's probability of a right answer. All are
+    means over prompts.
     """
     logps = answer_logps(policy, prompts, [[*distribution(prompt[0])] for prompt in prompts])
     human = np.array([[*distribution(prompt[0]).values()] for prompt in prompts])
-    own, right = np.exp(logps), np.exp(logps).sum(1)
+    policy_probs, right = np.exp(logps), np.exp(logps).sum(1)
     return {
         "kl": float((human * (np.log(human) - logps)).sum(1).mean()),
-        "tv": float(((np.abs(human - own).sum(1) + 1 - right) / 2).mean()),
+        "tv": float(((np.abs(human - policy_probs).sum(1) + 1 - right) / 2).mean()),
         "right": float(right.mean()),
     }
 
@@ -107,7 +110,7 @@ def main() -> None:
     for seed in range(SEEDS):
         lines = [json.dumps(record) + "\n" for record in records(seed)]
         (FOLDER / f"{seed}.jsonl").write_text("".join(lines))
-    print(f"{FOLDER}: {SEEDS} files of {TRAIN} prompts; answers have {entropy(TEST_PROMPTS):.3f} nats of entropy")
+    print(f"{FOLDER}: {SEEDS} files of {TRAIN} prompts; the entropy of answers is {entropy(TEST_PROMPTS):.3f} nats")
 
 
 if __name__ == "__main__":

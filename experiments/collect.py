@@ -1,8 +1,8 @@
-"""Collect and draw the studies: `python -m experiments.collect links`, or no name for all.
+"""Collect and plot the studies: `python -m experiments.collect links`, or without a name all of them.
 
-Reads the run folders that a study's commands left in outputs/studies/<study>/, measures their policies exactly
-(chains.py) and writes experiments/<study>/results.csv; then, from results.csv alone, figure.png and the table of effects,
-which it also prints. Without run folders only the latter: what is published can be drawn again from what is committed.
+Reads the run folders of a study in outputs/studies/<study>/, measures their policies exactly (chains.py) and writes
+experiments/<study>/results.csv. Then writes figure.png and prints the table of effects, both from results.csv alone.
+Without run folders only the second step is done, so published figures and tables can be reproduced from committed files.
 """
 
 import json
@@ -35,38 +35,38 @@ MEASURES = {  # column: title of its panel, unit
 
 
 def collect(study: str) -> list[Row]:
-    """One row for every policy that the study's runs made, and the measures of the policy that each run started from."""
-    kept = RUNS / "measured.json"
-    known = json.loads(kept.read_text()) if kept.exists() else {}
+    """Return one row for every policy of the study's runs, including the measures of the policy that its run started from."""
+    cache = RUNS / "measured.json"
+    known = json.loads(cache.read_text()) if cache.exists() else {}
 
     def measured(policy: Path) -> dict[str, float]:
         identity = content_id(policy)
         if identity not in known:
             known[identity] = chains.measure(policy)
-            kept.write_text(json.dumps(known))
+            cache.write_text(json.dumps(known))
         return known[identity]
 
     rows = []
     for page in sorted((RUNS / study).glob("*/*/game.json")):
         folder = page.parent
         config = yaml.safe_load((folder / "config.yaml").read_text())
-        begun = Path(config["model"]["path"])
-        continued = begun.is_dir() and config["schedule"]["sft_epochs"] > 0
-        start = measured(begun if begun.is_dir() else folder / "sft" / "policy")
+        model = Path(config["model"]["path"])
+        continued = model.is_dir() and config["schedule"]["sft_epochs"] > 0
+        start = measured(model if model.is_dir() else folder / "sft" / "policy")
         common = {"part": folder.parent.name, "seed": config["seed"], "start_epochs": _start_epochs(config)}
-        if continued:  # a control: its product is the SFT policy, and the iteration after it is not used
+        if continued:  # a control: its result is the SFT policy, and the iteration after it is not used
             passes, lr = config["schedule"]["sft_epochs"], config["schedule"]["sft_lr"]
-            found = [
+            policies = [
                 {"method": "sft", "policy": "sft", "passes": passes, "lr": lr} | measured(folder / "sft" / "policy")
             ]
         else:
-            found = [
+            policies = [
                 _played(config, folder, t) | measured(folder / f"iter{t}" / "policy") for t in range(_count(folder))
             ]
         shared = {"size": config["data"]["size"]}
-        rows += [common | shared | row | {f"{name}_start": start[name] for name in start} for row in found]
+        rows += [common | shared | row | {f"{name}_start": start[name] for name in start} for row in policies]
     if not rows:
-        raise SystemExit(f"{RUNS / study}: no finished run. The commands are in experiments/{study}/README.md.")
+        raise SystemExit(f"{RUNS / study}: no finished run; use the commands in experiments/{study}/README.md.")
     return rows
 
 
@@ -75,13 +75,13 @@ def _count(folder: Path) -> int:
 
 
 def _start_epochs(config: dict) -> int:
-    """Epochs of the SFT stage that made the start: this run's, or by the name of the start's folder, <seed>-<epochs>."""
+    """Return the SFT epochs of the start: those of this run, or from the name of the start's folder, <seed>-<epochs>."""
     path = Path(config["model"]["path"])
     return int(path.parts[-3].split("-")[1] if path.is_dir() else config["schedule"]["sft_epochs"])
 
 
 def _played(config: dict, folder: Path, t: int) -> Row:
-    """The settings of iteration t, and what its training ended with."""
+    """Return the settings of iteration t and the last metrics of its training."""
 
     def at(value: Any, k: int = t) -> float:
         return float(value[k] if isinstance(value, list) else value)
@@ -111,7 +111,7 @@ def _played(config: dict, folder: Path, t: int) -> Row:
 
 
 def _objective(loss: dict) -> str:
-    """A short name of what is minimised: "spin 0.1 sft 0.5", "space"."""
+    """Return a short name of the objective, for example "spin 0.1 sft 0.5" or "space"."""
     if loss.get("objective") == "space":
         words = ["space"]
     else:
@@ -125,27 +125,27 @@ def _objective(loss: dict) -> str:
 
 
 def by_seed(rows: Sequence[Row], where: Where, measure: str, tuned: str | None = None) -> dict[float, float]:
-    """The change of `measure` from the start, for each seed. `tuned` as in `Effect`, by the least KL."""
+    """Return the change of `measure` from the start for each seed. `tuned` is as in `Effect`; the lowest KL is best."""
     chosen = select(rows, where)
-    found: dict[float, float] = {}
+    changes: dict[float, float] = {}
     for seed in sorted({row["seed"] for row in chosen}):
-        mine = [row for row in chosen if row["seed"] == seed]
+        seed_rows = [row for row in chosen if row["seed"] == seed]
         if tuned:
-            others: dict[Any, list[float]] = {}
+            kl_changes: dict[Any, list[float]] = {}  # of the other seeds, by value of the tuned column
             for row in chosen:
                 if row["seed"] != seed:
-                    others.setdefault(row[tuned], []).append(row["kl"] - row["kl_start"])
-            best = min(others, key=lambda value: float(np.mean(others[value])))
-            mine = [row for row in mine if row[tuned] == best]
-        if len(mine) != 1:
-            raise ValueError(f"{where}, seed {seed:g}: {len(mine)} policies, not one")
-        found[seed] = mine[0][measure] - mine[0][f"{measure}_start"]
-    return found
+                    kl_changes.setdefault(row[tuned], []).append(row["kl"] - row["kl_start"])
+            best = min(kl_changes, key=lambda value: float(np.mean(kl_changes[value])))
+            seed_rows = [row for row in seed_rows if row[tuned] == best]
+        if len(seed_rows) != 1:
+            raise ValueError(f"{where}, seed {seed:g}: {len(seed_rows)} policies, not one")
+        changes[seed] = seed_rows[0][measure] - seed_rows[0][f"{measure}_start"]
+    return changes
 
 
 def effects(study: str, rows: Sequence[Row]) -> list[tuple[str, dict[str, tuple[float, float, int]]]]:
-    """For each effect of the study its text and by measure the mean over seeds, half its 95 % interval, and the seeds."""
-    found = []
+    """Return each effect's text and, by measure, the mean over seeds, half the 95 % interval, and the number of seeds."""
+    results = []
     for effect in STUDIES[study].effects:
         values = {}
         for measure in MEASURES:
@@ -153,12 +153,12 @@ def effects(study: str, rows: Sequence[Row]) -> list[tuple[str, dict[str, tuple[
             b = by_seed(rows, effect.b, measure, effect.tuned) if effect.b else dict.fromkeys(a, 0.0)
             seeds = sorted(a.keys() & b.keys())
             values[measure] = (*mean_interval([a[seed] - b[seed] for seed in seeds]), len(seeds))
-        found.append((effect.text, values))
-    return found
+        results.append((effect.text, values))
+    return results
 
 
 def table(study: str, rows: Sequence[Row]) -> str:
-    """The study's effects as a Markdown table. Bold: the 95 % interval leaves 0 out."""
+    """Return the study's effects as a Markdown table. Bold: the 95 % interval excludes 0."""
     lines = ["| difference | KL, nats per answer | right answers | seeds |", "|---|---|---|---|"]
     for text, values in effects(study, rows):
         cells = [shown(*values[measure][:2]) for measure in MEASURES]
@@ -175,10 +175,10 @@ def shown(mean: float, half: float) -> str:
 
 
 def draw(study: str, rows: Sequence[Row]) -> Figure:
-    """Change from the start against the study's x, mean over seeds with its 95 % interval; a row of panels a measure."""
-    how = STUDIES[study]
-    rows = select(rows, how.where)
-    facets: dict[Any, str] = how.facets or {None: ""}
+    """Plot the change from the start against the study's x: mean over seeds and 95 % interval, a row of panels per measure."""
+    layout = STUDIES[study]
+    rows = select(rows, layout.where)
+    facets: dict[Any, str] = layout.facets or {None: ""}
     several = len(facets) > 1
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 5.0 if several else 2.9), layout="constrained")
@@ -188,11 +188,11 @@ def draw(study: str, rows: Sequence[Row]) -> Figure:
         for axis, (measure, facet) in zip(axes.flat, panels, strict=True):
             title, unit = MEASURES[measure]
             first = facet == next(iter(facets))
-            _lines(axis, how, select(rows, {how.facet: facet}) if how.facet else rows, measure)
+            _lines(axis, layout, select(rows, {layout.facet: facet}) if layout.facet else rows, measure)
             axis.set_title("\n".join([title if first else "", facets[facet]] if several else [title]), loc="left")
-            axis.set_xlabel(how.label)
-            if measure in how.limits:
-                axis.set_ylim(how.limits[measure])
+            axis.set_xlabel(layout.label)
+            if measure in layout.limits:
+                axis.set_ylim(layout.limits[measure])
             if first:
                 axis.set_ylabel(unit)
         handles, names = axes.flat[0].get_legend_handles_labels()
@@ -200,20 +200,20 @@ def draw(study: str, rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def _lines(axis: Any, how: Study, rows: Sequence[Row], measure: str) -> None:
-    """One line a series; each a little aside of the others, so that all error bars are seen."""
+def _lines(axis: Any, layout: Study, rows: Sequence[Row], measure: str) -> None:
+    """Plot one line per series, with small horizontal offsets that keep all error bars visible."""
     axis.axhline(0, color="#333333", linewidth=0.8)
-    ticks = sorted({row[how.x] for row in rows})
-    for i, (key, name) in enumerate(how.names.items()):
-        inside = select(rows, {how.series: key})
-        x = [tick for tick in ticks if select(inside, {how.x: tick})]
-        changes = [[row[measure] - row[f"{measure}_start"] for row in select(inside, {how.x: tick})] for tick in x]
-        aside = i - (len(how.names) - 1) / 2
-        moved = [tick * 1.05**aside if how.log else tick + 0.015 * aside * (ticks[-1] - ticks[0]) for tick in x]
+    ticks = sorted({row[layout.x] for row in rows})
+    for i, (key, name) in enumerate(layout.names.items()):
+        series = select(rows, {layout.series: key})
+        x = [tick for tick in ticks if select(series, {layout.x: tick})]
+        changes = [[row[measure] - row[f"{measure}_start"] for row in select(series, {layout.x: tick})] for tick in x]
+        offset = i - (len(layout.names) - 1) / 2
+        shifted = [tick * 1.05**offset if layout.log else tick + 0.015 * offset * (ticks[-1] - ticks[0]) for tick in x]
         mean, half = zip(*map(mean_interval, changes), strict=True)
         style = {"color": COLOURS[i], "marker": MARKERS[i], "markersize": 4, "capsize": 2, "linewidth": 1.2}
-        axis.errorbar(moved, mean, half, label=name, **style)
-    if how.log:
+        axis.errorbar(shifted, mean, half, label=name, **style)
+    if layout.log:
         axis.set_xscale("log")
         axis.minorticks_off()
     axis.set_xticks(ticks, [plain(tick) for tick in ticks])
@@ -223,19 +223,19 @@ def _lines(axis: Any, how: Study, rows: Sequence[Row], measure: str) -> None:
 
 
 def main(names: Sequence[str]) -> None:
-    others = {"derivation": shares.redraw, "language_model": arms.redraw}  # of other kinds: no policies against a start
-    known = [*STUDIES, *others]
+    special = {"derivation": shares.redraw, "language_model": arms.redraw}  # studies with their own rows and figures
+    known = [*STUDIES, *special]
     if unknown := set(names) - set(known):
-        raise SystemExit(f"no such study: {', '.join(sorted(unknown))}. There are: {', '.join(known)}.")
+        raise SystemExit(f"no such study: {', '.join(sorted(unknown))}. The studies are {', '.join(known)}.")
     for study in names or known:
-        if study in others:
-            others[study]()
+        if study in special:
+            special[study]()
             continue
         folder = HERE / study
         if (RUNS / study).exists():
             write(collect(study), folder / "results.csv")
         if not (folder / "results.csv").exists():
-            print(f"{study}: not run. The commands are in experiments/{study}/README.md.\n")
+            print(f"{study}: not run; use the commands in experiments/{study}/README.md.\n")
             continue
         rows = read(folder / "results.csv")
         draw(study, rows).savefig(folder / "figure.png", dpi=150)

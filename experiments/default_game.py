@@ -1,7 +1,7 @@
-"""The default game over five seeds: what self-play changes in the policy that the run selects.
+"""Print the change from the SFT policy to the selected one in the default game, over five seeds.
 
 python run.py -m seed=0,1,2,3,4
-python -m experiments.default_game          # prints the table; another sweep's folder can be given
+python -m experiments.default_game          # prints the table; accepts the folder of another sweep
 """
 
 import json
@@ -17,7 +17,7 @@ FOLDER = Path("outputs/smollm2-sharegpt-sweep")
 
 
 def read_games(folder: Path) -> list[tuple[dict, dict, str]]:
-    """For each point the evaluations of the start of self-play and of the selected policy, and the seed."""
+    """Return for each point the evaluations of the start of self-play and of the selected policy, and the seed."""
     games = []
     for page in sorted(folder.glob("*/game.json")):
         game = json.loads(page.read_text())
@@ -28,7 +28,7 @@ def read_games(folder: Path) -> list[tuple[dict, dict, str]]:
 
 
 def table(games: list[tuple[dict, dict, str]]) -> str:
-    """A row per seed, "SFT → selected", and the mean change with its standard error over seeds."""
+    """Return a table with a row "SFT → selected" per seed, and the mean change with its standard error over seeds."""
     measures = [measure for measure in COMPARED if all(measure.name in row for row, _, _ in games)]
     rows = [
         [seed, selected["policy"], *(f"{m.show(before[m.name])} → {m.show(selected[m.name])}" for m in measures)]
@@ -41,7 +41,7 @@ def table(games: list[tuple[dict, dict, str]]) -> str:
 
 
 def mean_change(games: list[tuple[dict, dict, str]], measure: Measure) -> str:
-    """The mean change with its standard error, and whether it is for the better or the worse by more than that."""
+    """Return the mean change with its standard error, and a verdict: better or worse if it is larger than the error."""
     pairs = [(before[measure.name], selected[measure.name]) for before, selected, _ in games]
     changes = np.array([after - before for before, after in pairs])
     worse = np.array([measure.badness(after) - measure.badness(before) for before, after in pairs])

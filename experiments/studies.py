@@ -1,4 +1,4 @@
-"""The studies: what each compares, and how its rows are drawn."""
+"""Define the studies: the comparisons and the plot of each."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,10 +8,10 @@ from experiments.tables import Where, plain
 
 @dataclass(frozen=True)
 class Effect:
-    """A difference between two kinds of policies, seed by seed. `b` None: against the start of self-play.
+    """A paired difference between policies `a` and `b` over seeds. If `b` is None, `a` is compared with the start.
 
-    `tuned` names a column (the learning rate) that is left open in `a` and `b` and chosen for each: for every seed the
-    value that was best in the mean of the other seeds, so that no policy is chosen by its own result.
+    `tuned` is a column (the learning rate) that `a` and `b` do not fix. For each of them and every seed, the value with
+    the best mean over the other seeds is chosen, so that no policy is chosen by its own result.
     """
 
     text: str
@@ -22,7 +22,7 @@ class Effect:
 
 @dataclass(frozen=True)
 class Study:
-    """How a study's rows are drawn, a panel a measure: mean over seeds of the change from the start against `x`."""
+    """The effects of a study, and its plot: the mean change from the start against `x`, one panel per measure."""
 
     x: str
     label: str
@@ -35,7 +35,7 @@ class Study:
     log: bool = False
     limits: dict[str, tuple[float, float]] = field(
         default_factory=dict
-    )  # by measure, where one point would flatten all others
+    )  # of the y axis by measure, if outliers need them
 
 
 STARTS = {8: "SFT too short (8 epochs)", 16: "SFT at its best (16)", 32: "SFT too long (32)"}
@@ -110,7 +110,7 @@ STUDIES: dict[str, Study] = {
         label="prompts (the start was fine-tuned on 512)",
         log=True,
         series="method",
-        names={"spin": "SPIN, iteration 0", "sft": "continued SFT, as many passes"},
+        names={"spin": "SPIN, iteration 0", "sft": "continued SFT, same number of passes"},
         effects=(
             *(
                 Effect(f"SPIN on {size} prompts − start", {"method": "spin", "size": size})
@@ -158,7 +158,7 @@ STUDIES: dict[str, Study] = {
         label="β of the last iteration",
         log=True,
         series="lr",
-        names={3e-5: "learning rate as before (3e-5)", 6e-6: "a fifth of it (6e-6)"},
+        names={3e-5: "same learning rate (3e-5)", 6e-6: "a fifth of it (6e-6)"},
         where={"iter": 3},
         effects=(
             *(
@@ -245,7 +245,7 @@ STUDIES: dict[str, Study] = {
         x="iter",
         label="iteration",
         series="answers",
-        names={1: "one answer a prompt", 4: "four"},
+        names={1: "one answer per prompt", 4: "four"},
         effects=(
             *(
                 Effect(f"iteration {t}: four − one", {"iter": t, "answers": 4}, {"iter": t, "answers": 1})

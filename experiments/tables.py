@@ -1,4 +1,4 @@
-"""What all studies share: where runs lie, results.csv, intervals over seeds, and how series are drawn."""
+"""Shared by all studies: the folder of runs, results.csv, intervals over seeds, and the style of series."""
 
 import csv
 import math
@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 RUNS = Path("outputs/studies")
-# Okabe and Ito's colours, each with its own marker: told apart with any colour vision, and in grey.
+# Okabe and Ito's colours, each with its own marker: distinguishable with any colour vision, and in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 MARKERS = ("o", "s", "^", "D", "v", "P")
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # Student's t, two-sided, by seeds
+T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # Student's t, two-sided, by sample size
 
 Row = dict[str, Any]
 Where = dict[str, Any]
@@ -28,7 +28,7 @@ def write(rows: Sequence[Row], path: Path) -> None:
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a results.csv: numbers as numbers, what is empty as None."""
+    """Return the rows of a results.csv, with numbers as float and empty cells as None."""
 
     def value(text: str) -> Any:
         try:
@@ -45,12 +45,12 @@ def select(rows: Sequence[Row], where: Where) -> list[Row]:
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean over seeds, and half the width of its 95 % interval by Student's t. NaN width for a single seed."""
+    """Return the mean over seeds and half the width of its 95 % interval (Student's t), which is NaN for a single seed."""
     n = len(values)
     half = T95[n] * float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else math.nan
     return float(np.mean(values)), half
 
 
 def plain(number: float) -> str:
-    """3e-5, 0.1, 512: as people write settings."""
+    """Return a number in the usual notation of settings: 3e-5, 0.1, 512."""
     return f"{number:.0e}".replace("e-0", "e-") if 0 < number < 1e-2 else f"{number:g}"

@@ -1,6 +1,6 @@
-"""Run the notebooks and write what they show to docs/notebooks/: `python -m notebooks.render`, or with names of some.
+"""Run the notebooks and write them with their outputs to docs/notebooks/: `python -m notebooks.render [names]`.
 
-The notebooks themselves are kept without outputs.
+The notebooks themselves are stored without outputs.
 """
 
 import base64
@@ -17,19 +17,19 @@ PAGES = HERE.parent / "docs" / "notebooks"
 
 
 def run(name: str) -> nbformat.NotebookNode:
-    """The notebook with its outputs, run by a kernel of its own that starts where Jupyter would."""
+    """Run the notebook in a new kernel that starts in its folder, as Jupyter's would. Returns it with its outputs."""
     notebook = nbformat.read(HERE / f"{name}.ipynb", as_version=4)
     NotebookClient(notebook, timeout=280, kernel_name="python3", resources={"metadata": {"path": str(HERE)}}).execute()
     return notebook
 
 
 def figures(notebook: nbformat.NotebookNode) -> list[bytes]:
-    """The PNG images that the notebook shows, in order."""
+    """Return the PNG images in the notebook's outputs, in order."""
     return [base64.b64decode(data["image/png"]) for data in _shown(notebook) if "image/png" in data]
 
 
 def sources(notebook: nbformat.NotebookNode) -> list[str]:
-    """What of each cell stands on its page, in order."""
+    """Return the Markdown of each cell on the notebook's page, without outputs, in order."""
     return [
         cell.source if cell.cell_type == "markdown" else f"```python\n{cell.source}\n```"
         for cell in notebook.cells
@@ -38,7 +38,7 @@ def sources(notebook: nbformat.NotebookNode) -> list[str]:
 
 
 def page(notebook: nbformat.NotebookNode, name: str) -> str:
-    """The executed notebook as Markdown, its figures beside it."""
+    """Return the executed notebook as Markdown, with links to its figures."""
     parts, count = [f"<!-- written by `python -m notebooks.render` from notebooks/{name}.ipynb -->"], 0
     for cell in notebook.cells:
         if not cell.source.startswith("%cd"):
@@ -50,7 +50,7 @@ def page(notebook: nbformat.NotebookNode, name: str) -> str:
             elif "text/markdown" in data:
                 parts.append(data["text/markdown"])
             else:
-                text = re.sub(r"\S*/tmp\w{8}/", "", data["text/plain"])  # folders of tempfile, others every time
+                text = re.sub(r"\S*/tmp\w{8}/", "", data["text/plain"])  # tempfile's folders, which change every time
                 if parts[-1].startswith("```text"):
                     text = parts.pop().removeprefix("```text\n").removesuffix("```") + text
                 parts.append(f"```text\n{text.rstrip()}\n```")
@@ -71,8 +71,8 @@ def main(names: list[str]) -> None:
     PAGES.mkdir(parents=True, exist_ok=True)
     for name in names or sorted(path.stem for path in HERE.glob("*.ipynb")):
         notebook = run(name)
-        for old in PAGES.glob(f"{name}-*.png"):
-            old.unlink()
+        for figure in PAGES.glob(f"{name}-*.png"):
+            figure.unlink()
         for i, image in enumerate(figures(notebook)):
             (PAGES / f"{name}-{i + 1}.png").write_bytes(image)
         (PAGES / f"{name}.md").write_text(page(notebook, name))

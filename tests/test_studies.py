@@ -1,4 +1,4 @@
-"""The studies: the task's distribution, what is measured of a policy, the statistics, and that what is published is what was found."""
+"""The studies: the task's distribution, the measures of a policy, the statistics, and the published tables."""
 
 import csv
 import json
@@ -30,22 +30,23 @@ PLAYED = [name for name in studies.STUDIES if (LAB / name / "results.csv").exist
 # --- the task -----------------------------------------------------------------------------------------------------------
 
 
-def test_answers_are_drawn_from_the_distribution_that_is_claimed():
-    drawn = [record for seed in range(chains.SEEDS) for record in chains.records(seed)]
-    of_c = [record["response"] for record in drawn if record["prompt"][0] == "c"]
+def test_answers_follow_the_distribution():
+    records = [record for seed in range(chains.SEEDS) for record in chains.records(seed)]
+    answers_to_c = [record["response"] for record in records if record["prompt"][0] == "c"]
     expected = chains.distribution("c")
     assert len(expected) == 39 and sum(expected.values()) == pytest.approx(1)
-    assert set(of_c) <= set(expected)
-    likely = [answer for answer, p in expected.items() if p * len(of_c) >= 5]
-    counts = Counter(of_c)
-    seen = [counts[answer] for answer in likely] + [len(of_c) - sum(counts[answer] for answer in likely)]
-    shares_ = [expected[answer] for answer in likely]
-    expected_counts = len(of_c) * np.array([*shares_, 1 - sum(shares_)])
-    assert stats.chisquare(seen, expected_counts).pvalue > 1e-3
-    # ... and not from another letter's, which the same test would tell.
-    other = np.array([chains.distribution("d").get(answer, 1e-3) for answer in likely])
-    wrong = len(of_c) * np.array([*other, max(1e-3, 1 - other.sum())])
-    assert stats.chisquare(seen, wrong * sum(seen) / wrong.sum()).pvalue < 1e-6
+    assert set(answers_to_c) <= set(expected)
+    likely = [answer for answer, p in expected.items() if p * len(answers_to_c) >= 5]
+    counts = Counter(answers_to_c)
+    observed = [counts[answer] for answer in likely]
+    observed.append(len(answers_to_c) - sum(observed))
+    likely_shares = [expected[answer] for answer in likely]
+    expected_counts = len(answers_to_c) * np.array([*likely_shares, 1 - sum(likely_shares)])
+    assert stats.chisquare(observed, expected_counts).pvalue > 1e-3
+    # The same test rejects the distribution of another letter.
+    shares_of_d = np.array([chains.distribution("d").get(answer, 1e-3) for answer in likely])
+    wrong_counts = len(answers_to_c) * np.array([*shares_of_d, max(1e-3, 1 - shares_of_d.sum())])
+    assert stats.chisquare(observed, wrong_counts * sum(observed) / wrong_counts.sum()).pvalue < 1e-6
 
 
 def test_test_prompts_are_in_no_training_file():
@@ -55,51 +56,51 @@ def test_test_prompts_are_in_no_training_file():
         assert not set(prompts) & set(chains.TEST_PROMPTS)
 
 
-def test_distance_to_the_data_against_a_naive_computation(tiny_folder):
+def test_measures_equal_a_naive_computation(tiny_folder):
     prompts = chains.TEST_PROMPTS[:3]
     tokenizer = load_tokenizer(tiny_folder)
     model = load_model(tiny_folder, torch.float64, torch.device("cpu"))
     kl, tv, right = [], [], []
     for prompt in prompts:
         human = chains.distribution(prompt[0])
-        own = {}
+        policy = {}
         for answer in human:
             head = tokenizer(f"{prompt}=", add_special_tokens=False)["input_ids"]
             ids = [*head, *tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
             logps = model(torch.tensor([ids])).logits[0].log_softmax(-1)
-            own[answer] = math.exp(sum(logps[i - 1, ids[i]].item() for i in range(len(head), len(ids))))
-        kl.append(sum(p * math.log(p / own[answer]) for answer, p in human.items()))
-        right.append(sum(own.values()))
-        tv.append(0.5 * (sum(abs(p - own[a]) for a, p in human.items()) + 1 - right[-1]))
-    found = chains.measure(tiny_folder, prompts)
-    assert found["kl"] == pytest.approx(np.mean(kl), rel=1e-4)
-    assert found["tv"] == pytest.approx(np.mean(tv), rel=1e-4)
-    assert found["right"] == pytest.approx(np.mean(right), rel=1e-3, abs=1e-9)
+            policy[answer] = math.exp(sum(logps[i - 1, ids[i]].item() for i in range(len(head), len(ids))))
+        kl.append(sum(p * math.log(p / policy[answer]) for answer, p in human.items()))
+        right.append(sum(policy.values()))
+        tv.append(0.5 * (sum(abs(p - policy[a]) for a, p in human.items()) + 1 - right[-1]))
+    measures = chains.measure(tiny_folder, prompts)
+    assert measures["kl"] == pytest.approx(np.mean(kl), rel=1e-4)
+    assert measures["tv"] == pytest.approx(np.mean(tv), rel=1e-4)
+    assert measures["right"] == pytest.approx(np.mean(right), rel=1e-3, abs=1e-9)
 
 
 # --- the derivation -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("beta", shares.LAMBDAS)
-def test_table_game_is_theorem_5_4_and_shrinks_by_one_minus_one_over_lambda(beta):
-    human, own = torch.tensor(shares.HUMAN).double(), torch.tensor(shares.START).double()
-    trained = shares.train_table(own.log(), human, beta).exp()
-    expected = own * (human / own) ** (1 / beta)
+def test_table_game_follows_theorem_5_4(beta):
+    human, opponent = torch.tensor(shares.HUMAN).double(), torch.tensor(shares.START).double()
+    trained = shares.train_table(opponent.log(), human, beta).exp()
+    expected = opponent * (human / opponent) ** (1 / beta)
     assert torch.allclose(trained, expected / expected.sum(), atol=1e-6)
     ratios = shares.play_table(beta)
     assert shares.factor(ratios[0], ratios[1]) == pytest.approx(1 - 1 / beta, abs=1e-4)
 
 
 def test_first_gradient_of_spin_is_that_of_sft():
-    """In expectation: the opponent's answers add nothing at the start but noise (experiments/continued_sft)."""
-    human, own = torch.tensor(shares.HUMAN).double(), torch.tensor([0.1, 0.5, 0.15, 0.25]).double()
-    logits = own.log().requires_grad_()
+    """In expectation: at the start, the opponent's answers only add noise (experiments/continued_sft)."""
+    human, start = torch.tensor(shares.HUMAN).double(), torch.tensor([0.1, 0.5, 0.15, 0.25]).double()
+    logits = start.log().requires_grad_()
     logps = logits.log_softmax(0)
     real, generated = torch.cartesian_prod(torch.arange(4), torch.arange(4)).T
     policy = {"real": logps[real], "generated": logps[generated]}
     opponent = {name: values.detach() for name, values in policy.items()}
     losses, _ = spin_loss(policy, opponent, 0.7, "logistic")
-    (spin,) = torch.autograd.grad((human[real] * own[generated] * losses).sum(), logits, retain_graph=True)
+    (spin,) = torch.autograd.grad((human[real] * start[generated] * losses).sum(), logits, retain_graph=True)
     (sft,) = torch.autograd.grad(-(human * logps).sum(), logits)
     assert torch.allclose(spin, 0.7 / 2 * sft) and sft.abs().max() > 0.1
 
@@ -107,7 +108,7 @@ def test_first_gradient_of_spin_is_that_of_sft():
 # --- statistics and collection --------------------------------------------------------------------------------------------
 
 
-def test_interval_is_students():
+def test_interval_is_that_of_students_t():
     values = [0.3, -0.1, 0.25, 0.4, 0.05]
     mean, half = tables.mean_interval(values)
     low, high = stats.t.interval(0.95, 4, np.mean(values), stats.sem(values))
@@ -115,20 +116,20 @@ def test_interval_is_students():
     assert all(t == pytest.approx(stats.t.ppf(0.975, n - 1), abs=1e-3) for n, t in tables.T95.items())
 
 
-def test_tuned_learning_rate_is_chosen_on_the_other_seeds():
+def test_learning_rate_is_tuned_on_the_other_seeds():
     changes = {0: {1e-5: 0.0, 1e-3: -9.0}, 1: {1e-5: -1.0, 1e-3: 0.0}, 2: {1e-5: -1.0, 1e-3: 0.5}}
     rows = [
         {"seed": seed, "lr": lr, "kl": 2 + change, "kl_start": 2.0}
-        for seed, of in changes.items()
-        for lr, change in of.items()
+        for seed, changes_by_lr in changes.items()
+        for lr, change in changes_by_lr.items()
     ]
-    # Seed 0's own best is 1e-3, but seeds 1 and 2 are better with 1e-5; for them seed 0 speaks for 1e-3.
+    # Seed 0 is best with 1e-3, but its rate is chosen on seeds 1 and 2, which are better with 1e-5. Their rate is 1e-3.
     assert collect.by_seed(rows, {}, "kl", tuned="lr") == pytest.approx({0: 0.0, 1: 0.0, 2: 0.5})
     with pytest.raises(ValueError, match="not one"):
         collect.by_seed(rows, {}, "kl")
 
 
-def test_collects_what_a_run_played(tmp_path, place, monkeypatch):
+def test_collect_run_folder(tmp_path, place, monkeypatch):
     data = tmp_path / "chains.jsonl"
     data.write_text("".join(json.dumps(record) + "\n" for record in chains.records(3)))
     game = place.games.play(
@@ -151,11 +152,11 @@ def test_collects_what_a_run_played(tmp_path, place, monkeypatch):
     assert (again[0]["link"], again[0]["iter"]) == ("logistic", 0)
 
 
-# --- what is published ----------------------------------------------------------------------------------------------------
+# --- published pages ------------------------------------------------------------------------------------------------------
 
 
 def commands(page: Path) -> list[list[str]]:
-    """The words behind `python run.py` in a page's code blocks."""
+    """Return the arguments of the `python run.py` commands in a page's code blocks."""
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", page.read_text(), re.S)).replace("\\\n", " ")
     lines = (line.split("  #")[0].strip() for line in blocks.splitlines())
     return [shlex.split(line)[2:] for line in lines if line.startswith("python run.py")]
@@ -163,9 +164,9 @@ def commands(page: Path) -> list[list[str]]:
 
 @pytest.mark.parametrize("name", ["", *FOLDERS])
 def test_commands_compose(name):
-    found = commands(LAB / name / "README.md")
-    assert found
-    for words in found:
+    page_commands = commands(LAB / name / "README.md")
+    assert page_commands
+    for words in page_commands:
         overrides = OverridesParser.create().parse_overrides(
             [w for w in words if "=" in w and not w.startswith("hydra.")]
         )
@@ -175,26 +176,26 @@ def test_commands_compose(name):
             else [override.input_line]
             for override in overrides
         ]
-        for k in range(max(map(len, choices))):  # every value once, seed by seed
+        for k in range(max(map(len, choices))):  # every value of every setting at least once
             load(*(values[k % len(values)] for values in choices))
 
 
-def test_every_study_has_its_folder():
+def test_every_study_has_a_folder():
     assert set(studies.STUDIES) <= set(FOLDERS)
 
 
 @pytest.mark.parametrize("name", PLAYED)
-def test_published_table_is_what_results_say(name):
+def test_published_table_agrees_with_results(name):
     rows = tables.read(LAB / name / "results.csv")
     assert len({row["seed"] for row in rows}) >= 3
     page = (LAB / name / "README.md").read_text()
     assert collect.table(name, rows) in page, f"run `python -m experiments.collect {name}` and copy its table"
     assert (LAB / name / "figure.png").stat().st_size > 10_000
-    drawn = collect.draw(name, rows)
-    assert all(axis.lines for axis in drawn.axes)
+    figure = collect.draw(name, rows)
+    assert all(axis.lines for axis in figure.axes)
 
 
-def test_derivation_table_is_what_results_say():
+def test_derivation_table_agrees_with_results():
     rows = tables.read(LAB / "derivation" / "results.csv")
     assert shares.table(rows) in (LAB / "derivation" / "README.md").read_text()
 
@@ -235,19 +236,19 @@ def test_arms_of_the_language_model_study(tmp_path, place, monkeypatch):
     rows, held_out = arms.collect()
     keys = {(row["arm"], row["lr"], row["iter"]) for row in rows}
     assert keys == {("start", 1, 0), ("sft", 1e-4, 1), *((arm, 1e-3, t) for arm in ("spin", "space") for t in (0, 1))}
-    found = arms.effects(rows, held_out)
+    effects = arms.effects(rows, held_out)
     games = {
         part: json.loads((tmp_path / f"studies/language_model/{part}/game.json").read_text())["evaluations"]
         for part in ("spin/a", "sft/a")
     }
     (change,) = [
         r["change"]
-        for r in found
+        for r in effects
         if (r["arm"], r["iter"], r["against"], r["measure"]) == ("spin", 1, "start", "nll_per_token")
     ]
     assert change == pytest.approx(games["spin/a"][-1]["nll_per_token"] - games["spin/a"][1]["nll_per_token"])
     (change,) = [
-        r["change"] for r in found if (r["arm"], r["against"], r["measure"]) == ("spin", "sft", "nll_per_token")
+        r["change"] for r in effects if (r["arm"], r["against"], r["measure"]) == ("spin", "sft", "nll_per_token")
     ]
     assert change == pytest.approx(games["spin/a"][-1]["nll_per_token"] - games["sft/a"][-1]["nll_per_token"])
-    assert arms.table(found, "start").count("\n") == 4 and arms.draw(found).axes
+    assert arms.table(effects, "start").count("\n") == 4 and arms.draw(effects).axes

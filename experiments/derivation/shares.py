@@ -1,11 +1,11 @@
-"""Does the log-ratio to the data shrink by 1 - 1/lambda an iteration? Exactly on a table, then with a language model.
+"""Measure the factor of the log-ratio to the data per iteration, exactly on a table of logits and with a language model.
 
-Theorem 5.4 of the paper: with the logistic link and no limit on the function class, training to the end gives
-p_{t+1} ~ p_t (p_data / p_t)^(1/lambda). So r_t = log p_data - log p_t, less its mean over answers (the normaliser), is
-multiplied by 1 - 1/lambda. The answers here are one of four letters, whatever the prompt says.
+Theorem 5.4 of the paper: with the logistic link and an unlimited function class, training to convergence gives
+p_{t+1} ~ p_t (p_data / p_t)^(1/lambda). So r_t = log p_data - log p_t, minus its mean over answers (the normaliser), is
+multiplied by 1 - 1/lambda. An answer is one of four letters and does not depend on the prompt.
 
-    python -m experiments.derivation.shares data      # the files that the README's games are played on
-    python -m experiments.collect derivation          # results.csv, figure.png and the table
+    python -m experiments.derivation.shares data      # writes the data of the games in the README
+    python -m experiments.collect derivation          # writes results.csv and figure.png, prints the table
 """
 
 import json
@@ -28,7 +28,7 @@ from spin.reporting.figures import STYLE
 
 LETTERS = "abcd"
 HUMAN = (0.4, 0.3, 0.2, 0.1)
-START = (0.25, 0.25, 0.25, 0.25)  # the SFT data of the model that the game starts from
+START = (0.25, 0.25, 0.25, 0.25)  # shares of the answers in the start's SFT data
 LAMBDAS = (0.3, 0.5, 0.75, 1.0, 2.0, 5.0)
 ITERATIONS = 4
 TRAIN, TEST, SEEDS = 2048, 64, 3
@@ -41,22 +41,22 @@ def centred(logs: Sequence[float]) -> np.ndarray:
     return values - values.mean()
 
 
-# --- a table: one logit an answer -------------------------------------------------------------------------------------
+# --- a table: one logit per answer ------------------------------------------------------------------------------------
 
 
 def play_table(beta: float) -> list[np.ndarray]:
-    """r_0, r_1, ... of the game on a table of logits, every iteration trained to the end on the expected loss."""
+    """Return r_0, r_1, ... of the game on a table of logits, each iteration trained to convergence on the expected loss."""
     human = torch.tensor(HUMAN, dtype=torch.float64)
-    own = torch.tensor(START, dtype=torch.float64).log()
-    found = [centred((human.log() - own).tolist())]
+    policy = torch.tensor(START, dtype=torch.float64).log()
+    ratios = [centred((human.log() - policy).tolist())]
     for _ in range(ITERATIONS):
-        own = train_table(own, human, beta)
-        found.append(centred((human.log() - own).tolist()))
-    return found
+        policy = train_table(policy, human, beta)
+        ratios.append(centred((human.log() - policy).tolist()))
+    return ratios
 
 
 def train_table(opponent: torch.Tensor, human: torch.Tensor, beta: float) -> torch.Tensor:
-    """The log-probs that minimise the expected logistic loss over all pairs (y ~ human, y' ~ opponent)."""
+    """Return the log-probs that minimise the expected logistic loss over all pairs (y ~ human, y' ~ opponent)."""
     logits = opponent.clone().requires_grad_()
     real, generated = torch.cartesian_prod(torch.arange(len(human)), torch.arange(len(human))).T
     weight = human[real] * opponent.exp()[generated]
@@ -78,7 +78,7 @@ def train_table(opponent: torch.Tensor, human: torch.Tensor, beta: float) -> tor
 
 
 def factor(before: np.ndarray, after: np.ndarray) -> float:
-    """By what `before` was multiplied, by least squares."""
+    """Return the least-squares factor c of `after` = c `before`."""
     return float(before @ after / (before @ before))
 
 
@@ -87,10 +87,10 @@ def factor(before: np.ndarray, after: np.ndarray) -> float:
 
 def prompts() -> list[str]:
     rng = random.Random("shares")
-    found: dict[str, None] = {}
-    while len(found) < TRAIN + TEST:
-        found["".join(rng.choices("efghijklmnopqrstuvwxyz", k=4))] = None
-    return list(found)
+    unique: dict[str, None] = {}
+    while len(unique) < TRAIN + TEST:
+        unique["".join(rng.choices("efghijklmnopqrstuvwxyz", k=4))] = None
+    return list(unique)
 
 
 def write_data() -> None:
@@ -105,19 +105,19 @@ def write_data() -> None:
 
 
 def log_ratio(policy: Path) -> np.ndarray:
-    """r of the policy in a model folder: the mean over test prompts, from its probabilities of all answers."""
-    asked = prompts()[TRAIN:]
-    logps = answer_logps(policy, asked, [LETTERS] * len(asked)).mean(0)
+    """Return r of the policy in a model folder, from its log-probs of all answers averaged over test prompts."""
+    test_prompts = prompts()[TRAIN:]
+    logps = answer_logps(policy, test_prompts, [LETTERS] * len(test_prompts)).mean(0)
     return centred(np.log(HUMAN) - logps)
 
 
 def collect() -> list[Row]:
-    """For table and model, each lambda, seed and iteration: size of r, and what it was multiplied by."""
+    """Return rows with the norm of r and its factor, for table and model, each lambda, seed and iteration."""
     played = [("table", beta, 0, play_table(beta)) for beta in LAMBDAS]
     for page in sorted((RUNS / "derivation").glob("*/*/game.json")):
         folder, config = page.parent, yaml.safe_load((page.parent / "config.yaml").read_text())
         if config["schedule"]["sft_epochs"] > 0:
-            continue  # the run that made the start
+            continue  # the run that trained the start
         policies = [Path(config["model"]["path"]), *sorted(folder.glob("iter*/policy"))]
         played.append(("model", float(config["loss"]["beta"]), config["seed"], [log_ratio(p) for p in policies]))
     return [
@@ -137,7 +137,7 @@ def collect() -> list[Row]:
 
 
 def draw(rows: Sequence[Row]) -> Figure:
-    """Left: predicted against found factors. Right: how far from the data, by iteration."""
+    """Plot predicted and measured factors (left), and the distance from the data by iteration (right)."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 3.3), layout="constrained")
         left, right = figure.subplots(1, 2)
@@ -216,7 +216,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def redraw() -> None:
-    """results.csv from the run folders, where there are any; figure and table from results.csv."""
+    """Write results.csv from the run folders, if there are any, then the figure, and print the table."""
     if (RUNS / "derivation").exists():
         write(collect(), HERE / "results.csv")
     rows = read(HERE / "results.csv")
@@ -227,6 +227,6 @@ def redraw() -> None:
 if __name__ == "__main__":
     if sys.argv[1:] != ["data"]:
         raise SystemExit(
-            "python -m experiments.derivation.shares data; then the games, then python -m experiments.collect derivation"
+            "usage: python -m experiments.derivation.shares data; the next commands are in experiments/derivation/README.md"
         )
     write_data()

@@ -1,10 +1,10 @@
-"""The study on a real language model: how far each objective brings a model's answers to the human ones, and at what cost.
+"""Collect the study on a real language model: how similar each objective makes answers to the human ones, and at what cost.
 
-    bash experiments/language_model/play.sh        # hours; finished stages are found again
-    python -m experiments.collect language_model   # results.csv, effects.csv, figure.png and the table
+    bash experiments/language_model/play.sh        # takes hours; finished stages are reused
+    python -m experiments.collect language_model   # writes results.csv, effects.csv and figure.png, prints the tables
 
 Every arm of a seed starts from the same SFT policy and takes the same number of steps. Its learning rate is chosen on the
-validation prompts of seed 0, and it is compared on the held-out prompts.
+validation prompts of seed 0; the comparison uses the held-out prompts.
 """
 
 import json
@@ -35,11 +35,11 @@ ARMS = {
 }
 COMPARED = ("classifier_auc", "human_likelier", "mauve", "nll_per_token", "rouge_l", "length_auc")
 RESAMPLES = 1000
-LAST = 1  # the iteration that ends an arm
+LAST = 1  # the last iteration of an arm
 
 
 def arm_of(config: dict) -> str:
-    """The key in ARMS of a run by its config.yaml."""
+    """Return the key in ARMS of a run, from its config.yaml."""
     loss = config["loss"]
     if config["schedule"]["iterations"] == 0:
         return "sft"
@@ -54,7 +54,7 @@ def arm_of(config: dict) -> str:
 
 
 def collect() -> tuple[list[Row], dict[tuple, HeldOut]]:
-    """A row of measures for every policy that the arms made, and the held-out answers behind it."""
+    """Return a row of measures for every policy of the arms, and the held-out answers by (arm, seed, lr, iteration)."""
     rows, held_out = [], {}
     for page in sorted(FOLDER.glob("*/*/game.json")):
         folder = page.parent
@@ -79,26 +79,26 @@ def collect() -> tuple[list[Row], dict[tuple, HeldOut]]:
             rows.append(dict(zip(("arm", "seed", "lr", "iter"), key, strict=True)) | measured)
             held_out[key] = stored[number]
     if not rows:
-        raise SystemExit(f"{FOLDER}: no finished run. The commands are in experiments/language_model/play.sh.")
+        raise SystemExit(f"{FOLDER}: no finished run; use the commands in experiments/language_model/play.sh.")
     return rows, held_out
 
 
 def stored_evaluations(folder: Path, evaluations: Sequence[dict]) -> list[HeldOut]:
-    """The held-out answers behind the `evaluations` of a run's game.json."""
+    """Return the held-out answers of the `evaluations` in a run's game.json."""
     stages = json.loads((folder / STAGES).read_text())
     artifacts = [Path(stages["store"]) / stage for stage in stages["stages"] if stage.startswith("evaluate/")]
-    facts = [json.loads((artifact / "evaluation.json").read_text()) for artifact in artifacts]
-    found = []
+    stored = [json.loads((artifact / "evaluation.json").read_text()) for artifact in artifacts]
+    held_out = []
     for evaluation in evaluations:
-        number = next(i for i, fact in enumerate(facts) if fact["measures"].items() <= evaluation.items())
+        number = next(i for i, record in enumerate(stored) if record["measures"].items() <= evaluation.items())
         pairs, _ = read_pairs(artifacts[number] / "held_out.parquet")
-        found.append(held_out_of(pairs, facts[number]["per_prompt"]))
-    return found
+        held_out.append(held_out_of(pairs, stored[number]["per_prompt"]))
+    return held_out
 
 
 def chosen_rates(rows: Sequence[Row]) -> dict[str, float]:
-    """For each arm the learning rate whose seed 0 policy is nearest to the human answers on the validation prompts, by the
-    classifier, among those tried at the same iteration."""
+    """Return the learning rate of each arm: that of the seed 0 policy that the classifier distinguishes least from human
+    answers on the validation prompts, among the policies of the first iteration that was played."""
     rates = {}
     for arm in ARMS:
         tried = [row for row in rows if row["arm"] == arm and row["seed"] == 0]
@@ -111,14 +111,17 @@ def chosen_rates(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def chosen_epochs(rows: Sequence[Row]) -> float:
-    """The epochs of SFT with the lowest validation NLL of seed 0: the start of every arm."""
+    """Return the epochs of SFT with the lowest validation NLL of seed 0, which define the start of every arm."""
     tried = [row for row in rows if row["arm"] == "start" and row["seed"] == 0]
     return min(tried, key=lambda row: row["validation_nll_per_token"])["lr"]
 
 
 def effects(rows: Sequence[Row], held_out: dict[tuple, HeldOut]) -> list[Row]:
-    """The difference of each arm at its chosen rate from the start, and from continued SFT, by seed, iteration and measure."""
-    rates, epochs, found = chosen_rates(rows), chosen_epochs(rows), []
+    """Return the differences of each arm, at its chosen rate, from the start and from continued SFT.
+
+    One row per arm, seed, iteration, base and measure.
+    """
+    rates, epochs, changes = chosen_rates(rows), chosen_epochs(rows), []
     for arm, seed, lr, t in held_out:
         if rates.get(arm) == lr:
             bases = {"start": ("start", seed, epochs, 0)}
@@ -128,14 +131,14 @@ def effects(rows: Sequence[Row], held_out: dict[tuple, HeldOut]) -> list[Row]:
                 if base in held_out:
                     labels = {"arm": arm, "lr": lr, "seed": seed, "iter": t, "against": against}
                     pair = held_out[arm, seed, lr, t], held_out[base]
-                    found += [labels | row for row in differences(*pair)]
-    return found
+                    changes += [labels | row for row in differences(*pair)]
+    return changes
 
 
 def differences(a: HeldOut, b: HeldOut) -> list[Row]:
-    """By measure: a - b on the same prompts, and its bootstrap standard error over prompts.
+    """Return a - b on the same prompts and its bootstrap standard error over prompts, for each measure.
 
-    Of measures with an ideal value the distances from it are compared, so that less is better.
+    For measures with an ideal value, the distances from it are compared, so that lower is better.
     """
     rng, n = np.random.default_rng(0), len(a.pairs)
     draws = [np.arange(n), *rng.integers(0, n, size=(RESAMPLES, n))]
@@ -149,34 +152,34 @@ def differences(a: HeldOut, b: HeldOut) -> list[Row]:
 
 
 def merge(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
-    """The rows of this machine's seeds, and the earlier rows of all others."""
-    played = {row["seed"] for row in new}
-    return [*(row for row in old if row["seed"] not in played), *new]
+    """Return the `new` rows, and the `old` rows of all other seeds."""
+    new_seeds = {row["seed"] for row in new}
+    return [*(row for row in old if row["seed"] not in new_seeds), *new]
 
 
 # --- the table and the figure -----------------------------------------------------------------------------------------
 
 
 def summarize(rows: Sequence[Row], where: Where) -> tuple[float, float, float, int] | None:
-    """Over the seeds of `where`: the mean change, half its 95 % interval over prompts, half that over seeds, and how many."""
-    mine = select(rows, where)
-    if not mine:
+    """Return the mean change of the rows `where`, half its 95 % intervals over prompts and seeds, and the number of rows."""
+    selected = select(rows, where)
+    if not selected:
         return None
-    mean, half = mean_interval([row["change"] for row in mine])
-    prompts = 1.96 * float(np.sqrt(sum(row["error"] ** 2 for row in mine))) / len(mine)
-    return mean, prompts, half, len(mine)
+    mean, half = mean_interval([row["change"] for row in selected])
+    prompts = 1.96 * float(np.sqrt(sum(row["error"] ** 2 for row in selected))) / len(selected)
+    return mean, prompts, half, len(selected)
 
 
 def table(rows: Sequence[Row], against: str) -> str:
-    """A line an arm after its last iteration. Bold: the interval over prompts leaves 0 out."""
+    """Return a Markdown table with one row per arm after its last iteration. Bold: the interval over prompts excludes 0."""
     header = ["arm", "learning rate", *map(title_of, COMPARED), "seeds"]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for arm, title in ARMS.items():
         where = {"arm": arm, "iter": LAST, "against": against}
-        found = [summarize(rows, where | {"measure": name}) for name in COMPARED]
-        if found[0]:
-            cells = [cell(*values) for values in found if values]
-            lines.append(f"| {title} | {select(rows, where)[0]['lr']:g} | {' | '.join(cells)} | {found[0][3]} |")
+        summaries = [summarize(rows, where | {"measure": name}) for name in COMPARED]
+        if summaries[0]:
+            cells = [cell(*values) for values in summaries if values]
+            lines.append(f"| {title} | {select(rows, where)[0]['lr']:g} | {' | '.join(cells)} | {summaries[0][3]} |")
     return "\n".join(lines)
 
 
@@ -186,35 +189,39 @@ def title_of(name: str) -> str:
 
 
 def cell(mean: float, prompts: float, seeds: float, count: int) -> str:
-    """ "+0.012 ± 0.010 (0.021)": the mean, and half its 95 % intervals over prompts and over seeds."""
+    """Return "+0.012 ± 0.010 (0.021)": the mean, and half its 95 % intervals over prompts and over seeds."""
     text = f"{mean:+.3f} ± {prompts:.3f}"
     return (f"**{text}**" if abs(mean) > prompts else text) + (f" ({seeds:.3f})" if count > 1 else "")
 
 
 def draw(rows: Sequence[Row]) -> Figure:
-    """The change from the start after each iteration, with its interval over prompts; a panel a measure."""
+    """Plot the change from the start after each iteration with its interval over prompts, one panel per measure."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 4.6), layout="constrained")
         for axis, name in zip(figure.subplots(2, 3).flat, COMPARED, strict=True):
             axis.axhline(0, color="#333333", linewidth=0.8)
             for i, (arm, title) in enumerate(ARMS.items()):
                 where = {"arm": arm, "against": "start", "measure": name}
-                found = [(t, summarize(rows, where | {"iter": t})) for t in range(LAST + 1)]
-                known = [(t + 0.07 * (i - 2), *values[:2]) for t, values in found if values]
-                x, y, half = zip(*known, strict=True) if known else ((), (), ())
+                summaries = [(t, summarize(rows, where | {"iter": t})) for t in range(LAST + 1)]
+                points = [(t + 0.07 * (i - 2), *values[:2]) for t, values in summaries if values]
+                x, y, half = zip(*points, strict=True) if points else ((), (), ())
                 style: dict[str, Any] = {"color": COLOURS[i], "marker": MARKERS[i], "markersize": 4, "capsize": 2}
                 axis.errorbar(x, y, half, label=title, linewidth=1.2, **style)
             axis.set_title(title_of(name).replace(": distance", ":\ndistance"), loc="left")
             axis.set_xticks(range(LAST + 1), [f"iteration {t}" for t in range(LAST + 1)])
         handles, names = axis.get_legend_handles_labels()
         figure.legend(
-            handles, names, loc="outside lower center", ncols=3, title="continued SFT: as many steps as both iterations"
+            handles,
+            names,
+            loc="outside lower center",
+            ncols=3,
+            title="continued SFT: the same number of steps as both iterations",
         )
     return figure
 
 
 def redraw() -> None:
-    """Collect if there are runs, and write and print what follows from results.csv and effects.csv."""
+    """Write results.csv and effects.csv from the run folders, if there are any, then the figure, and print the tables."""
     old = {name: read(HERE / name) if (HERE / name).exists() else [] for name in ("results.csv", "effects.csv")}
     if FOLDER.exists():
         rows, held_out = collect()
@@ -222,10 +229,10 @@ def redraw() -> None:
         write(rows, HERE / "results.csv")
         write(merge(old["effects.csv"], effects(rows, held_out)), HERE / "effects.csv")
     if not (HERE / "effects.csv").exists():
-        print("language_model: not run. The commands are in experiments/language_model/play.sh.\n")
+        print("language_model: not run; use the commands in experiments/language_model/play.sh.\n")
         return
-    found = read(HERE / "effects.csv")
-    draw(found).savefig(HERE / "figure.png", dpi=150)
+    rows = read(HERE / "effects.csv")
+    draw(rows).savefig(HERE / "figure.png", dpi=150)
     print(
-        f"language_model\n\nfrom the start:\n\n{table(found, 'start')}\n\nfrom continued SFT:\n\n{table(found, 'sft')}\n"
+        f"language_model\n\nfrom the start:\n\n{table(rows, 'start')}\n\nfrom continued SFT:\n\n{table(rows, 'sft')}\n"
     )

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Plays the study, two points at a time with one thread each: about an hour and a half on two cores. A second call plays only
+# Play the study, two points at a time with one thread each: about an hour and a half on two cores. A second call plays only
 # what is missing. `bash experiments/language_model/play.sh 1 2` plays these seeds at the learning rates chosen on seed 0.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -11,15 +11,15 @@ continue_sft() { # seed, learning rates
 }
 
 if [ $# -eq 0 ]; then
-    # How long should SFT be? The best number of epochs stands in conf/experiment/language_model.yaml.
+    # Choose the epochs of SFT. The best number is set in conf/experiment/language_model.yaml.
     play seed=0 schedule.iterations=0 schedule.sft_epochs=1,2,3 hydra.sweep.dir=$out/start 'hydra.sweep.subdir=${seed}-${schedule.sft_epochs}'
-    # Two learning rates an arm.
+    # Try two learning rates per arm.
     play seed=0 iter=0 optimizer.lr=2e-6,8e-6 loss=logistic,space,tspin hydra.sweep.dir=$out/rates
     play seed=0 iter=0 optimizer.lr=2e-6,8e-6 loss.sft_weight=0.5 hydra.sweep.dir=$out/rates-anchor
     continue_sft 0 5e-6,2e-5
 fi
 
-# The game of every arm at its learning rate, and for further seeds their own start.
+# Play the game of every arm at its learning rate; further seeds get their own start.
 for seed in ${*:-0}; do
     play seed="$seed" schedule.iterations=0 hydra.sweep.dir=$out/start "hydra.sweep.subdir=$seed-3"
     play seed="$seed" loss=logistic optimizer.lr=2e-6 loss.sft_weight=0,0.5 hydra.sweep.dir=$out/spin-"$seed"
