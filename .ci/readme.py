@@ -1,4 +1,4 @@
-"""Run every `run.py` command in the README and docs with the same groups and keys, on a tiny model and tiny data."""
+"""Run every `run.py` command in the README and docs with its groups and keys, but with a tiny model and tiny data."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# Settings that make any game small. They override the command's own.
+# Settings that make any game small. They override those of the command.
 SMALL = {
     "model.path": "builtin:tiny",
     "data.size": "12",
@@ -28,14 +28,14 @@ QUESTION = '{"question_id": 1, "category": "writing", "turns": ["Write a line.",
 
 
 def commands(text: str) -> list[str]:
-    """Return the `python run.py ...` and `torchrun ... run.py ...` commands in a page's code blocks, continued lines joined."""
+    """Return the `python run.py ...` and `torchrun ... run.py ...` commands in a page's code blocks, on one line each."""
     blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.S)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [line.split("  #")[0].strip() for line in lines if re.match(r"\s*(python|torchrun .*) run\.py", line)]
 
 
 def shrink(command: str, folder: Path) -> list[str]:
-    """Return the arguments that run a command on a tiny model, with its data, questions and results in `folder`."""
+    """Return the command that runs with a tiny model, and with data, questions and results in `folder`."""
     launcher, *words = shlex.split(command)
     words = words[words.index("run.py") + 1 :]
     flags = [word for word in words if "=" not in word]  # -m, --cfg job
@@ -48,28 +48,28 @@ def shrink(command: str, folder: Path) -> list[str]:
             settings["data.path"] = str(folder / "data.jsonl")
         settings |= SMALL
     if settings.get("evaluation") == "open_llm_leaderboard":
-        # The same harness with a local task: the benchmarks' data would have to be downloaded.
+        # Use a local task, because the benchmarks' data would have to be downloaded.
         settings |= {"evaluation.harness": "[spin_choice:2:acc_norm]", "evaluation.harness_include": "tests/tasks"}
     if "evaluation.questions" in settings:
         settings |= {"evaluation.questions": str(folder / "question.jsonl"), "generation.max_new_tokens": "16"}
-    for key in ("evaluation.judge", "evaluation.judge_model"):  # a server that would have to be paid
+    for key in ("evaluation.judge", "evaluation.judge_model"):  # these servers are not free
         settings.pop(key, None)
-    settings.pop("publish.hub", None)  # needs an account
+    settings.pop("publish.hub", None)  # uploads need an account
     if "evaluation.against" in settings:
         settings["evaluation.against"] = "builtin:tiny"
-    if settings.get("hydra/launcher") == "cluster":  # the same jobs on this machine
+    if settings.get("hydra/launcher") == "cluster":  # run the jobs on this machine
         settings = {key: value for key, value in settings.items() if not key.startswith("hydra.launcher.")}
         settings["hydra/launcher"] = "submitit_local"
     settings |= {"store.path": str(folder / "store"), "tracking.wandb": "offline"}
     settings |= {"hydra.run.dir": str(folder / "run"), "hydra.sweep.dir": str(folder / "sweep")}
-    start = [sys.executable]
+    program = [sys.executable]
     if launcher == "torchrun":  # two processes for any number of GPUs
-        start += "-m torch.distributed.run --standalone --nproc-per-node 2".split()
-    return [*start, "run.py", *flags, *(f"{key}={value}" for key, value in settings.items())]
+        program += "-m torch.distributed.run --standalone --nproc-per-node 2".split()
+    return [*program, "run.py", *flags, *(f"{key}={value}" for key, value in settings.items())]
 
 
 def run(command: str) -> str:
-    """Run a command in a folder of its own, with one thread. Returns its line; ends the program if it fails."""
+    """Run a command in its own folder with one thread. Returns the command and its last line; exits if it fails."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "question.jsonl").write_text(QUESTION)
@@ -91,7 +91,7 @@ def main() -> None:
         for line in pool.map(run, unique):
             print(line, flush=True)
     finally:
-        pool.shutdown(cancel_futures=True)  # of those that wait when one has failed
+        pool.shutdown(cancel_futures=True)  # after a failure, cancel the waiting commands
     print(f"{len(unique)} passed, 0 failed")
 
 

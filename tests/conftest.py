@@ -1,4 +1,4 @@
-"""What all tests share: no network, small models of several architectures, and games in forked processes."""
+"""Shared by all tests: no network, small models of several architectures, and games in forked processes."""
 
 import os
 

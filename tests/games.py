@@ -1,9 +1,9 @@
-"""Plays games in forked processes, which saves the time of importing torch.
+"""Play games in forked processes, which saves the time of importing torch.
 
 A server, `python -m tests.games`, imports everything once and forks a process for each game, with its own signals, process
-group and exit status, as if `python run.py ...` had been started. The server computes nothing and starts no thread, so a
-game sees what a fresh interpreter would have imported. Games share the seed of `hash`, and what libraries read from the
-environment at import.
+group and exit status, as if `python run.py ...` had been started. The server computes nothing and starts no threads, so the
+state of a game is that of a new interpreter after the imports. Games share the seed of `hash`, and the environment variables
+that libraries read at import.
 """
 
 import gc
@@ -30,8 +30,8 @@ FIXED = {
     "JE_ARROW_MALLOC_CONF": "background_thread:false",
 }
 READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "TORCH", "OMP_", "MKL_", "PYTHON", "MPL")
-# What a game imports, including late imports of libraries. Not wandb: the temporary folders that it makes at import
-# would be removed by the first game that ends.
+# The modules that a game imports, including late imports of libraries. wandb is not preloaded, because the first game that
+# ends would remove the temporary folders that wandb creates at import.
 IMPORTS = """
     hydra spin.game spin.models.tiny datasets pandas pyarrow.dataset pyarrow.parquet
     matplotlib.backends.backend_agg transformers.generation.utils transformers.models.llama.modeling_llama
@@ -39,7 +39,7 @@ IMPORTS = """
 
 
 class Game:
-    """A running or ended game. `returncode` is its exit status, or minus the signal that killed it."""
+    """A running or finished game. `returncode` is its exit status, or the negative number of the signal that killed it."""
 
     def __init__(self, games: "Games", words: tuple[str, ...], out: Path, err: Path):
         self.games, self.args, self.out, self.err = games, ["python", "run.py", *words], out, err
@@ -51,7 +51,7 @@ class Game:
         return self.returncode
 
     def wait(self, timeout: float = 280) -> subprocess.CompletedProcess:
-        """Wait for the game to end. Raises TimeoutExpired and leaves the game running if it does not."""
+        """Wait for the game to end. If it does not, raise TimeoutExpired and leave the game running."""
         end = time.monotonic() + timeout
         while self.returncode is None:
             if not self.games.listen(max(0, end - time.monotonic())):
@@ -59,13 +59,13 @@ class Game:
         return subprocess.CompletedProcess(self.args, self.returncode, self.out.read_text(), self.err.read_text())
 
     def kill(self, number: int = signal.SIGKILL) -> None:
-        """Send a signal to the game's process, if it still runs."""
+        """Send a signal to the game's process if it is still running."""
         if self.poll() is None:
             os.kill(self.pid, number)
 
 
 class Games:
-    """The server, started with the first game. Output of games and server goes to `folder`."""
+    """The server, which starts with the first game. Games and server write their output to `folder`."""
 
     def __init__(self, folder: Path):
         self.folder, self.count = folder, 0
@@ -75,24 +75,24 @@ class Games:
 
     def start(self, *words: str, env: dict[str, str] | None = None, code: str = "") -> Game:
         """Start `python run.py *words` in this process's environment updated by `env`, after running `code`."""
-        here = {**os.environ, **FIXED}
+        test_env = {**os.environ, **FIXED}
         if self.server is None:
-            self.env = here
+            self.env = test_env
             with (self.folder / "server.err").open("w") as err:
                 self.server = subprocess.Popen(
                     [sys.executable, "-m", "tests.games"],
                     cwd=ROOT,
-                    env=here,
+                    env=test_env,
                     bufsize=0,
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=err,
-                    start_new_session=True,  # Ctrl-C is for the tests, which then end the server
+                    start_new_session=True,  # Ctrl-C goes to the tests, which then end the server
                 )
-        env = here | (env or {})
-        late = [key for key in env.keys() | self.env.keys() if env.get(key) != self.env.get(key)]
-        if late := [key for key in late if key.startswith(READ_AT_IMPORT)]:
-            raise ValueError(f"{', '.join(late)}: libraries read this at import, which a forked game has behind it")
+        env = test_env | (env or {})
+        changed = [key for key in env.keys() | self.env.keys() if env.get(key) != self.env.get(key)]
+        if too_late := [key for key in changed if key.startswith(READ_AT_IMPORT)]:
+            raise ValueError(f"{', '.join(too_late)}: libraries read this at import, before a game is forked")
         self.count += 1
         out, err = (self.folder / f"{self.count}.{end}" for end in ("out", "err"))
         for path in (out, err):
@@ -110,10 +110,10 @@ class Games:
         try:
             return game.wait()
         finally:
-            game.kill()  # after a timeout, as `subprocess.run` does
+            game.kill()  # after a timeout, like `subprocess.run`
 
     def listen(self, timeout: float | None) -> bool:
-        """Read the server's next message, within `timeout` seconds. Returns False if there is none."""
+        """Read the server's next message within `timeout` seconds. Returns False if there is none."""
         if not select.select([self.server.stdout], [], [], timeout)[0]:
             return False
         line = self.server.stdout.readline()
@@ -130,7 +130,7 @@ class Games:
         return True
 
     def close(self) -> None:
-        """Stop the server and the games that still run."""
+        """Stop the server and the games that are still running."""
         if self.server:
             self.server.stdin.close()
             self.server.wait(timeout=60)
@@ -144,7 +144,7 @@ class Place:
         self.folder, self.games = folder, games
 
     def words(self, *words: str, run: str = "run") -> list[str]:
-        """The arguments of run.py that play the smoke game in this folder with the settings `words`."""
+        """Return the arguments of run.py that play the smoke game in this folder with the settings `words`."""
         settings = {
             "cache.path": self.folder / "cache",
             "store.path": self.folder / "store",
@@ -173,13 +173,13 @@ class Place:
 
 
 def serve() -> list[str]:
-    """Fork a process for every request. Returns in the forked processes: the arguments of the game to play."""
+    """Fork a process for every request. Returns only in the forked processes, with the arguments of the game to play."""
     for name in IMPORTS:
         importlib.import_module(name)
-    tasks = Path("/proc/self/task")  # threads that Python knows nothing of; Linux only
+    tasks = Path("/proc/self/task")  # includes threads that Python does not list; Linux only
     if (threads := len(list(tasks.iterdir())) if tasks.exists() else threading.active_count()) > 1:
         sys.exit(f"{threads} threads run after the imports; a fork would lose them and the locks that they hold")
-    gc.freeze()  # spares each game a second for collecting half a million objects at exit
+    gc.freeze()  # saves each game a second of collecting half a million objects at exit
     running: set[int] = set()
 
     def send(**message: int) -> None:  # one write, which a signal handler cannot interrupt
@@ -204,7 +204,7 @@ def serve() -> list[str]:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for pid in running:
-        for kill in (os.kill, os.killpg):  # the group has its children, but may not exist yet
+        for kill in (os.kill, os.killpg):  # the group includes children, but may not exist yet
             with suppress(ProcessLookupError):
                 kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
@@ -214,7 +214,7 @@ def serve() -> list[str]:
 def become(request: dict) -> None:
     """Give this forked process the signals, files, environment and folder of a newly started program."""
     os.setsid()
-    for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP):  # the last is ignored where nohup started the tests
+    for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP):  # SIGHUP is ignored if nohup started the tests
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])

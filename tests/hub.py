@@ -1,9 +1,9 @@
 """Write small versions of the paper's hub repositories, UltraChat-200k and Zephyr-7B-SFT, with the same files and formats.
 
 The data set has four splits in eight parquet files, and a dataset card that names them. `prompt` is the content of the first
-message, `prompt_id` its sha256, `messages` a conversation of several rounds; those of the `gen` splits end with a user message. The
-model is a random Mistral with bf16 weights in two shards and an index, and a tokenizer of Mistral's kind with Zephyr's settings
-and chat template.
+message, `prompt_id` its sha256, and `messages` a conversation of several rounds, which ends with a user message in the `gen`
+splits. The model is a random Mistral with bf16 weights in two shards and an index, and a tokenizer of Mistral's type with
+Zephyr's settings and chat template.
 """
 
 import hashlib
@@ -47,7 +47,7 @@ SCHEMA = pa.schema(
 
 
 def conversations() -> dict[str, list[list[str]]]:
-    """Return the conversations of each split: texts that alternate between user and assistant."""
+    """Return the conversations of each split as texts with alternating roles, user first."""
     rng = random.Random(0)
     splits: dict[str, list[list[str]]] = {}
     number = 0
@@ -75,7 +75,7 @@ LONG_ANSWER = "A very long list. " + " ".join(f"{n}. The market and the bridge."
 
 
 def write_ultrachat(folder: Path) -> dict[str, list[list[str]]]:
-    """Write the data set as on the hub, and return its `conversations`."""
+    """Write the data set in the hub's layout and return its `conversations`."""
     splits = conversations()
     (folder / "data").mkdir(parents=True)
     counts = []
@@ -179,7 +179,7 @@ def _write_tokenizer(folder: Path) -> int:
 
 
 def write_zephyr(folder: Path) -> None:
-    """Write the model as on the hub."""
+    """Write the model in the hub's layout."""
     folder.mkdir(parents=True)
     sizes = {
         "vocab_size": _write_tokenizer(folder),

@@ -1,7 +1,7 @@
-"""A stand-in for the part of the Hugging Face hub's HTTP interface that uploads use, without Xet (HF_HUB_DISABLE_XET=1).
+"""A local server with the part of the Hugging Face hub's HTTP interface that uploads use, without Xet (HF_HUB_DISABLE_XET=1).
 
-It takes one token, and keeps what it was sent: `created` are the requests to create a repository, `files` the committed
-contents by path, `commits` the messages.
+It accepts one token and records the requests: `created` has those to create a repository, `files` the committed
+contents by path, and `commits` the commit messages.
 """
 
 import base64
@@ -80,7 +80,7 @@ class Hub:
         if "/commit/" in path and not self.refuse_commits:
             name = path.removeprefix("/api/models/").partition("/commit/")[0]
             for line in body.splitlines():
-                self.take(**json.loads(line))
+                self.record(**json.loads(line))
             return 200, {
                 "commitUrl": f"{self.url}/{name}/commit/1",
                 "commitOid": "1",
@@ -88,8 +88,8 @@ class Hub:
             }
         return 503, {"error": "out of order"}
 
-    def take(self, key: str, value: dict) -> None:
-        """Take one line of a commit: its header, a small file, or the name of a large one."""
+    def record(self, key: str, value: dict) -> None:
+        """Record one line of a commit: its header, a small file, or the name of a large one."""
         if key == "header":
             self.commits.append(value["summary"])
         elif key == "file":

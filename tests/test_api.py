@@ -1,4 +1,4 @@
-"""`spin.play`: a game from Python, its result, and one kind of error."""
+"""`spin.play`: a game from Python, its result, and its errors."""
 
 import inspect
 import json
@@ -18,9 +18,9 @@ import spin
 from tests.games import ROOT
 
 
-def settings(folder: Path, **more) -> dict:
-    places = {"store": {"path": folder / "store"}, "cache.path": folder / "cache", "hydra.run.dir": folder / "run"}
-    return {**places, "tracking": {"wandb": "disabled"}, "evaluation.bootstrap": 50, "iter": 0, **more}
+def settings(folder: Path, **overrides) -> dict:
+    paths = {"store": {"path": folder / "store"}, "cache.path": folder / "cache", "hydra.run.dir": folder / "run"}
+    return {**paths, "tracking": {"wandb": "disabled"}, "evaluation.bootstrap": 50, "iter": 0, **overrides}
 
 
 @pytest.fixture(scope="module")
@@ -46,25 +46,25 @@ def test_result(result, folder):
     assert len(repr(result)) < 1500
 
 
-def test_played_once_and_a_policy_measured_again(result, folder, capsys):
-    again = spin.play("experiment=smoke", **settings(folder, schedule={"sft_epochs": 1}))
-    assert "nothing was computed again" in capsys.readouterr().out and again.measures == result.measures
-    more = settings(folder, stage="evaluate", model=result.best, **{"hydra.run.dir": folder / "measured"})
-    measured = spin.play("experiment=smoke", **more)
+def test_second_call_reuses_stages_and_evaluate_measures_a_policy(result, folder, capsys):
+    repeated = spin.play("experiment=smoke", **settings(folder, schedule={"sft_epochs": 1}))
+    assert "nothing was computed again" in capsys.readouterr().out and repeated.measures == result.measures
+    evaluate = settings(folder, stage="evaluate", model=result.best, **{"hydra.run.dir": folder / "measured"})
+    measured = spin.play("experiment=smoke", **evaluate)
     assert measured.policies == {} and measured.best is None and measured.pairs == {}
     (row,) = measured.measures.values()
     assert row["nll_per_token"] == result.measures["iter0"]["nll_per_token"]
 
 
 def test_best_is_the_selected_policy(folder):
-    more = settings(folder, **{"data.validation": 8, "schedule.sft_epochs": 1, "hydra.run.dir": folder / "selected"})
-    selected = spin.play("experiment=smoke", **more)
+    selecting = {"data.validation": 8, "schedule.sft_epochs": 1, "hydra.run.dir": folder / "selected"}
+    selected = spin.play("experiment=smoke", **settings(folder, **selecting))
     assert selected.best == folder / "selected" / "best" / "policy" or selected.summary["selected"]["policy"] == "start"
     assert selected.best and (selected.best / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(
-    ("words", "given", "line"),
+    ("words", "overrides", "line"),
     [
         ([], {"loss": {"betta": 1}}, "loss.betta: there is no such setting. Did you mean loss.beta?"),
         ([], {"optimizer": "sgdd"}, "optimizer=sgdd: there is no such choice. There are: adamw, "),
@@ -77,20 +77,20 @@ def test_best_is_the_selected_policy(folder):
         (["loss.beta=1,2"], {}, "loss.beta"),
     ],
 )
-def test_errors_are_one_line(words, given, line, tmp_path):
+def test_errors_are_one_line(words, overrides, line, tmp_path):
     with pytest.raises(spin.UserError) as error:
-        spin.play(*words, **settings(tmp_path, **given))
+        spin.play(*words, **settings(tmp_path, **overrides))
     assert line in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "run").exists() and not GlobalHydra.instance().is_initialized()
 
 
-def test_our_own_faults_keep_their_traceback(tmp_path, monkeypatch):
+def test_internal_errors_keep_their_traceback(tmp_path, monkeypatch):
     monkeypatch.setattr("spin.game.play", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         spin.play("experiment=smoke", **settings(tmp_path))
 
 
-def test_importing_is_cheap_and_help_says_how():
+def test_import_is_lazy_and_documented():
     code = "import sys, spin; assert spin.UserError; print('hydra' in sys.modules or 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "False\n", done.stderr
@@ -111,9 +111,9 @@ print(list(spin.play("experiment=smoke", **settings).policies))
 
 
 @pytest.mark.slow
-def test_interrupting_the_kernel_keeps_what_was_computed(tmp_path):
-    more = settings(tmp_path, **{"schedule.sft_epochs": 60, "checkpoint": {"steps": 2}})
-    text = {key: str(value) if isinstance(value, Path) else value for key, value in more.items()}
+def test_interrupted_kernel_resumes(tmp_path):
+    slow_game = settings(tmp_path, **{"schedule.sft_epochs": 60, "checkpoint": {"steps": 2}})
+    text = {key: str(value) if isinstance(value, Path) else value for key, value in slow_game.items()}
     text["store"] = {"path": str(tmp_path / "store")}
     command = [sys.executable, "-c", INTERRUPTED.format(settings=text)]
     game = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE)

@@ -1,4 +1,4 @@
-"""Every benchmark runs in its smallest form: a table comes out. The numbers in it are not checked."""
+"""Every benchmark runs with small settings and prints a table. Most of its numbers are not checked."""
 
 import os
 import re
@@ -17,7 +17,7 @@ SCRIPTS = {path.name for path in (ROOT / "benchmarks").glob("*.py")} - {"__init_
 
 
 def table(folder, script, *words):
-    """Run a script and return its markdown table: the numbers of each row by the row's name."""
+    """Run a script and return its markdown table as the numbers of each row by the row's name."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "benchmarks" / script), *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=folder, env=environment)
@@ -46,7 +46,7 @@ def test_every_benchmark_has_a_test():
 
 
 def test_memory_table(tmp_path):
-    """Its numbers are compared with a measurement in tests/engines/test_memory.py."""
+    """Check the output only; tests/engines/test_memory.py compares the numbers with a measurement."""
     command = [sys.executable, str(ROOT / "benchmarks" / "memory_table.py"), "--sizes", "24", "80"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -60,9 +60,9 @@ def test_gpu_small(tmp_path):
     assert "rewards/margins" in (tmp_path / "logs" / "full-blocks.log").read_text()
 
 
-@pytest.mark.slow  # each part imports everything anew
+@pytest.mark.slow  # each part is a process that imports everything
 def test_gpu_parts(tmp_path):
-    """Parts of each kind run on a CPU; what is not installed is skipped with its reason, and so is what finds no time."""
+    """Parts of each kind run on a CPU. A part is skipped with a reason if its library is missing or no time is left."""
     parts = ["device-tests", "generation", "scoring", "compile", "8-bit-states", "vllm", "default-game"]
     assert {kind for kind, _ in gpu.PARTS.values()} == {gpu.PARTS[part][0] for part in parts}
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), *GPU, f"--logs={tmp_path}", "--only", *parts]
@@ -76,12 +76,12 @@ def test_gpu_parts(tmp_path):
     assert done.returncode == 0 and done.stdout.count("skipped, no time is left") == len(parts)
 
 
-def test_training_of_this_project(tmp_path):
+def test_training_with_spin(tmp_path):
     rows = table(tmp_path, "training.py", "--pairs", "4", "--batch-size", "2", "--only", "spin", *tiny(tmp_path))
     assert rows["spin"][6] == pytest.approx(0.693, abs=0.02)  # the first loss
 
 
-def test_generation_of_this_project(tmp_path):
+def test_generation_with_spin(tmp_path):
     words = ["--prompts", "4", "--batch-size", "2", "--new", "4", "--only", "spin"]
     prompts, tokens, rate, *_ = table(tmp_path, "generation.py", *words, *tiny(tmp_path))["spin"]
     assert prompts == 4 and tokens > 0 and rate > 0
@@ -141,15 +141,15 @@ def test_data(tmp_path):
 
 
 @pytest.mark.slow
-def test_training_beside_other_tools(tmp_path):
+def test_training_with_all_tools(tmp_path):
     rows = table(tmp_path, "training.py", "--pairs", "4", "--batch-size", "2", *tiny(tmp_path))
     assert list(rows) == ["spin", "trl", "trl-defaults", "official"]
     for name, (*_, loss, _share) in rows.items():
-        assert loss == pytest.approx(0.693, abs=0.02), name  # every contender minimises the same loss
+        assert loss == pytest.approx(0.693, abs=0.02), name  # all tools minimise the same loss
 
 
 @pytest.mark.slow
-def test_generation_beside_other_tools(tmp_path):
+def test_generation_with_all_tools(tmp_path):
     words = ["--prompts", "4", "--batch-size", "2", "--new", "4", "--vllm", "/nowhere", *tiny(tmp_path)]
     rows = table(tmp_path, "generation.py", *words)
     assert list(rows) == ["spin", "plain", "continuous", "beams"]
@@ -161,7 +161,7 @@ def test_growth(tmp_path):
     words = ["--repeats", "1", "--scale", "0.1", "--words", f"model=tiny cache.path={tmp_path}/cache"]
     rows = table(tmp_path, "growth.py", "--parts", "growth", *words)
     assert {name.split(",")[0] for name in rows} == {"scoring", "training", "generation"}
-    assert all(len(cells) == 5 and min(cells) > 0 for cells in rows.values())  # amount, seconds, memory three times
+    assert all(len(cells) == 5 and min(cells) > 0 for cells in rows.values())  # amount, seconds, three times memory
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The pages: settings, files and links that they name exist, and every page can be reached."""
+"""The docs: all settings, files and links on a page exist, and every page can be reached by links."""
 
 import functools
 import re
@@ -24,10 +24,10 @@ PAGES = [
 ]
 GROUPS = {path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra"}
 FOLDERS = "spin conf docs tests experiments notebooks benchmarks hydra_plugins .ci".split()
-OTHERS = {"coming_from.md"}  # names settings of other projects too
+OTHER_SETTINGS = {"coming_from.md"}  # pages that also name settings of other projects
 # Files of the authors' repository and of llama.cpp.
-NOT_OURS = {"spin/convert_data.py", "generate_vllm.sh", "reformat.py", "convert_hf_to_gguf.py"}
-NEW = re.compile(r"conf/[\w/]+/(mine|squared_hinge)\.yaml")  # what the reader writes
+OTHER_FILES = {"spin/convert_data.py", "generate_vllm.sh", "reformat.py", "convert_hf_to_gguf.py"}
+NEW = re.compile(r"conf/[\w/]+/(mine|squared_hinge)\.yaml")  # files that the reader is told to write
 
 
 def name_of(page: Path) -> str:
@@ -35,17 +35,17 @@ def name_of(page: Path) -> str:
 
 
 def codes(text: str) -> Iterator[str]:
-    """The code of a page: blocks, with continued lines joined, and spans."""
+    """Yield the lines of a page's code blocks, with continuation lines joined, and its code spans."""
     for kind, block in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
         yield from () if kind == "python" else block.replace("\\\n", " ").splitlines()
     yield from re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE))
 
 
-def given(code: str) -> Iterator[tuple[str, str]]:
-    """The `key=value` words of a command, or of a span that names settings, as keys and values."""
+def assignments(code: str) -> Iterator[tuple[str, str]]:
+    """Yield the keys and values of the `key=value` words in a command or in a span that names settings."""
     try:
         words = shlex.split(code, comments=True)
-    except ValueError:  # prose in a span
+    except ValueError:  # the span is prose
         return
     for word in words:
         if match := re.fullmatch(r"[+]*([a-z_0-9]+(?:[./][a-z_0-9]+)*)=(?!=)(.*)", word):
@@ -61,7 +61,7 @@ def defaults() -> dict:
 
 @functools.cache
 def hydra_keys(launcher: str) -> set[str]:
-    """Hydra's own settings that can be given with a launcher."""
+    """Return Hydra's own settings that exist with a launcher."""
     choice = [f"hydra/launcher={launcher}"] if launcher else []
     return set(flat(OmegaConf.to_container(compose(*choice, return_hydra_config=True).hydra, resolve=False), "hydra"))
 
@@ -73,22 +73,22 @@ def flat(values: object, key: str) -> Iterator[str]:
 
 
 def problem(key: str, value: str, code: str, page: str) -> str | None:
-    """What is wrong with a setting that a page names, if anything. A value of "", "...", or in capitals stands for the reader's."""
-    is_open = not value or value == "..." or value.isupper()
+    """Return what is wrong with a setting on a page, or None. "", "..." and capitals are placeholders for a value."""
+    is_placeholder = not value or value == "..." or value.isupper()
     if key == "hydra/launcher" or key in GROUPS:
         for option in value.split(","):
             file = f"conf/{key}/{option}.yaml"
-            if not (is_open or (CONF.parent / file).is_file() or file in page or option in LAUNCHERS):
+            if not (is_placeholder or (CONF.parent / file).is_file() or file in page or option in LAUNCHERS):
                 return f"{key}={option}: no such choice"
         return None
     if key.startswith("hydra."):
-        launcher = dict(given(code)).get("hydra/launcher", "")
+        launcher = dict(assignments(code)).get("hydra/launcher", "")
         return None if key in hydra_keys(launcher) else f"{key}: no such setting of Hydra"
     if key not in settings() and not key.startswith("data.template_options"):
         return f"{key}: no such setting"
     for part in value.split(",") if value[:1] != "[" else [value]:
         try:
-            if not is_open:
+            if not is_placeholder:
                 ((group, new),) = OmegaConf.to_container(OmegaConf.from_dotlist([f"{key}={part}"])).items()
                 validate(Config, defaults() | {group: defaults()[group] | new if isinstance(new, dict) else new})
         except UserError as error:
@@ -102,12 +102,13 @@ def test_settings_exist(page):
     problems = []
     for code in codes(text):
         is_command = re.search(r"\brun\.py\b", code)
-        for key, value in given(code):
-            if is_command or "." in key or "/" in key or key in GROUPS | defaults().keys() or page.name not in OTHERS:
+        for key, value in assignments(code):
+            is_ours = is_command or "." in key or "/" in key or key in GROUPS | defaults().keys()
+            if is_ours or page.name not in OTHER_SETTINGS:
                 problems.append(problem(key, value, code, text))
         if re.fullmatch(rf"({'|'.join(GROUPS)})\.[a-z_0-9]+", code):
             problems.append(problem(code, "", code, text))
-    assert [found for found in problems if found] == []
+    assert [text for text in problems if text] == []
 
 
 @pytest.mark.parametrize("page", GUIDES, ids=name_of)
@@ -122,12 +123,12 @@ def test_files_exist(page):
             if not file.with_suffix(".py").is_file() and not (file / "__main__.py").is_file():
                 missing.append(module)
         for path, test in re.findall(r"([\w/]+\.py)(?:::(test_\w+))?", code) if "test_" in code else ():
-            file = next((found for found in (ROOT / path, ROOT / "tests" / path) if found.is_file()), None)
+            file = next((file for file in (ROOT / path, ROOT / "tests" / path) if file.is_file()), None)
             if file is None or (test and f"def {test}(" not in file.read_text()):
                 missing.append(f"{path}::{test}")
         if re.fullmatch(r"[\w.-]+\.(py|toml|txt|lock|cff|sh)", code) and not (ROOT / code).is_file():
             missing.append(code)
-    assert set(missing) <= NOT_OURS
+    assert set(missing) <= OTHER_FILES
 
 
 def links(page: Path) -> list[str]:
@@ -138,7 +139,7 @@ def links(page: Path) -> list[str]:
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors that GitHub gives to a page's headings."""
+    """Return the anchors that GitHub generates for a page's headings."""
     text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
@@ -156,19 +157,19 @@ def test_links_resolve(page):
 
 
 def test_every_page_is_reached_from_the_docs_page():
-    seen, left = set(), [DOCS / "README.md"]
-    while left:
-        page = left.pop().resolve()
+    reached, queue = set(), [DOCS / "README.md"]
+    while queue:
+        page = queue.pop().resolve()
         if page.is_dir():
             page = page / "README.md"
-        if page not in seen and page.suffix == ".md":
-            seen.add(page)
-            left += [page.parent / link.partition("#")[0] for link in links(page) if link[:1] != "#"]
-    assert sorted(set(PAGES) - seen) == []
+        if page not in reached and page.suffix == ".md":
+            reached.add(page)
+            queue += [page.parent / link.partition("#")[0] for link in links(page) if link[:1] != "#"]
+    assert sorted(set(PAGES) - reached) == []
 
 
 @pytest.mark.parametrize(
-    ("code", "page", "found"),
+    ("code", "page", "expected"),
     [
         ("loss.betta=1", "", "loss.betta: no such setting"),
         ("loss=hinges", "", "loss=hinges: no such choice"),
@@ -183,6 +184,6 @@ def test_every_page_is_reached_from_the_docs_page():
         ("'optimizer.lr=[5e-7,1e-7]' optimizer.lr=1e-7,5e-7 model.path=PATH iter= data.size=null", "", None),
     ],
 )
-def test_a_wrong_setting_is_found(code, page, found):
-    problems = [line for key, value in given(code) if (line := problem(key, value, code, page))]
-    assert (found is None and problems == []) or (problems and str(found) in problems[0])
+def test_wrong_setting_is_reported(code, page, expected):
+    problems = [line for key, value in assignments(code) if (line := problem(key, value, code, page))]
+    assert (expected is None and problems == []) or (problems and str(expected) in problems[0])

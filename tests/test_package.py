@@ -1,4 +1,4 @@
-"""The wheel: complete, and its command `spin` plays in an empty folder without a checkout."""
+"""The wheel is complete, and its command `spin` plays a game in an empty folder without a checkout."""
 
 import os
 import re
@@ -18,7 +18,7 @@ FOLDERS = ("spin", "conf", "hydra_plugins")
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """Built from a copy, so that the checkout gets no build folders."""
+    """Build the wheel from a copy, so that no build folders are left in the checkout."""
     source = tmp_path_factory.mktemp("source")
     for name in FOLDERS:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -33,24 +33,24 @@ def wheel(tmp_path_factory) -> Path:
 
 def test_wheel_has_every_file_of_the_packages(wheel):
     files = {path.relative_to(ROOT) for name in FOLDERS for path in (ROOT / name).rglob("*") if path.is_file()}
-    wanted = {path.as_posix() for path in files if "__pycache__" not in path.parts}
-    wanted = {f"spin/{name}" if name.startswith("conf/") else name for name in wanted}
+    expected = {path.as_posix() for path in files if "__pycache__" not in path.parts}
+    expected = {f"spin/{name}" if name.startswith("conf/") else name for name in expected}
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    assert names == wanted
+    assert names == expected
 
 
-def test_wheel_names_what_it_needs(wheel):
+def test_wheel_lists_its_requirements(wheel):
     archive = zipfile.ZipFile(wheel)
     metadata = archive.read(next(name for name in archive.namelist() if name.endswith("/METADATA"))).decode()
-    needed = {line.removeprefix("Requires-Dist: ") for line in metadata.splitlines() if line.startswith("Requires-")}
-    stated = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
-    assert needed == {*stated, "Requires-Python: >=3.11"}
+    required = {line.removeprefix("Requires-Dist: ") for line in metadata.splitlines() if line.startswith("Requires-")}
+    pinned = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    assert required == {*pinned, "Requires-Python: >=3.11"}
     assert "License-Expression: Apache-2.0" in metadata and "License-File: NOTICE" in metadata
 
 
 @pytest.fixture(scope="module")
 def command(wheel, tmp_path_factory) -> Path:
-    """`spin`, installed in an environment that sees the libraries of this one."""
+    """Install `spin` in an environment that can import the libraries of this one, and return the path of the command."""
     folder = tmp_path_factory.mktemp("installed")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     (packages,) = folder.glob("lib/python*/site-packages")
@@ -100,13 +100,13 @@ def test_game_sweep_store_and_python(command, tmp_path):
 
 
 def pins(name: str) -> dict[str, str]:
-    """The pinned versions in a file of requirements, by package."""
+    """Return the pinned versions in a requirements file by package."""
     lines = [line.split("#")[0].split(";")[0].strip(" \\") for line in (ROOT / name).read_text().splitlines()]
     return dict(line.lower().replace("_", "-").split("==") for line in lines if "==" in line)
 
 
 @pytest.mark.parametrize("name", ["requirements", "requirements-dev"])
-def test_lock_file_pins_the_requirements_with_hashes_of_public_files(name):
+def test_lock_file_pins_requirements_with_hashes(name):
     locked, text = pins(f"{name}.lock"), (ROOT / f"{name}.lock").read_text()
     assert pins(f"{name}.txt").items() | pins("requirements.txt").items() <= locked.items()
     assert len(locked) > 60 and "://" not in text and "file:" not in text

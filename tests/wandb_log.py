@@ -1,7 +1,7 @@
-"""Reads what W&B's client wrote offline: `run-<id>.wandb`, a LevelDB log of protobuf records.
+"""Read the offline files of W&B's client: `run-<id>.wandb`, a LevelDB log of protobuf records.
 
-After a header of 7 bytes, blocks of 32 KiB hold chunks: checksum (4 bytes), length (2), kind (1: whole record, 2: its
-first part, 3: a middle part, 4: the last).
+After a header of 7 bytes, blocks of 32 KiB contain chunks: checksum (4 bytes), length (2), kind (1: a whole record, 2: its
+first part, 3: a middle part, 4: the last part).
 """
 
 import json
@@ -13,22 +13,22 @@ BLOCK, HEADER = 32768, 7
 def records(path: Path) -> list:
     from wandb.proto.wandb_internal_pb2 import Record
 
-    data, at, parts, read = path.read_bytes(), HEADER, b"", []
-    while at + HEADER <= len(data):
-        if BLOCK - at % BLOCK < HEADER:  # padding
-            at += BLOCK - at % BLOCK
+    data, offset, parts, result = path.read_bytes(), HEADER, b"", []
+    while offset + HEADER <= len(data):
+        if BLOCK - offset % BLOCK < HEADER:  # padding
+            offset += BLOCK - offset % BLOCK
             continue
-        size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
-        parts += data[at + HEADER : at + HEADER + size]
-        at += HEADER + size
+        size, kind = int.from_bytes(data[offset + 4 : offset + 6], "little"), data[offset + 6]
+        parts += data[offset + HEADER : offset + HEADER + size]
+        offset += HEADER + size
         if kind in (1, 4):
-            read.append(Record.FromString(parts))
+            result.append(Record.FromString(parts))
             parts = b""
-    return read
+    return result
 
 
 class Log:
-    """One offline run: its id, group, rows of history in order, summary, exit code and artifacts."""
+    """An offline run: its id, group, rows of history in order, summary, exit code and artifacts."""
 
     def __init__(self, folder: Path):
         (path,) = folder.glob("run-*.wandb")
@@ -56,7 +56,7 @@ def items(entries) -> dict:
 
 
 def runs(folder: Path) -> list[Log]:
-    """The offline runs in a run's folder, oldest first."""
+    """Return the offline runs in a run's folder, oldest first."""
     return [
         Log(path) for path in sorted((folder / "wandb").glob("offline-run-*"), key=lambda path: path.stat().st_ctime)
     ]
