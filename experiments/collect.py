@@ -37,14 +37,14 @@ MEASURES = {  # column: title of its panel, unit
 def collect(study: str) -> list[Row]:
     """Return one row for every policy of the study's runs, including the measures of the policy that its run started from."""
     cache = RUNS / "measured.json"
-    known = json.loads(cache.read_text()) if cache.exists() else {}
+    measures_by_id = json.loads(cache.read_text()) if cache.exists() else {}
 
     def measured(policy: Path) -> dict[str, float]:
         identity = content_id(policy)
-        if identity not in known:
-            known[identity] = chains.measure(policy)
-            cache.write_text(json.dumps(known))
-        return known[identity]
+        if identity not in measures_by_id:
+            measures_by_id[identity] = chains.measure(policy)
+            cache.write_text(json.dumps(measures_by_id))
+        return measures_by_id[identity]
 
     rows = []
     for page in sorted((RUNS / study).glob("*/*/game.json")):
@@ -224,10 +224,10 @@ def _lines(axis: Any, layout: Study, rows: Sequence[Row], measure: str) -> None:
 
 def main(names: Sequence[str]) -> None:
     special = {"derivation": shares.redraw, "language_model": arms.redraw}  # studies with their own rows and figures
-    known = [*STUDIES, *special]
-    if unknown := set(names) - set(known):
-        raise SystemExit(f"no such study: {', '.join(sorted(unknown))}. The studies are {', '.join(known)}.")
-    for study in names or known:
+    studies = [*STUDIES, *special]
+    if unknown := set(names) - set(studies):
+        raise SystemExit(f"no such study: {', '.join(sorted(unknown))}. The studies are {', '.join(studies)}.")
+    for study in names or studies:
         if study in special:
             special[study]()
             continue
