@@ -225,10 +225,7 @@ def test_clean_keeps_other_folders(tmp_path, capsys):
     mine.mkdir()
     main(["clean", "--yes", "--older-than", "0", "--path", str(store.path)])
     assert mine.is_dir() and len(list((store.path / "train").glob("[0-9a-f]*"))) >= 1
-    assert (
-        f"removed run folder, whose stages count as unused: {tmp_path}/gone"
-        in capsys.readouterr().out
-    )
+    assert f"removed run folder, whose stages count as unused: {tmp_path}/gone" in capsys.readouterr().out
 
 
 def test_store_by_another_path(tmp_path):
