@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 
 from spin.evaluation.measure_table import COMPARED, Measure
-from spin.reporting.text import markdown_table
 
 FOLDER = Path("outputs/smollm2-sharegpt-sweep")
 
@@ -30,14 +29,13 @@ def read_games(folder: Path) -> list[tuple[dict, dict, str]]:
 def table(games: list[tuple[dict, dict, str]]) -> str:
     """Return a table with a row "SFT → selected" per seed, and the mean change with its standard error over seeds."""
     measures = [measure for measure in COMPARED if all(measure.name in row for row, _, _ in games)]
+    header = ["seed", "selected", *(measure.title for measure in measures)]
     rows = [
         [seed, selected["policy"], *(f"{m.show(before[m.name])} → {m.show(selected[m.name])}" for m in measures)]
         for before, selected, seed in games
     ]
-    return markdown_table(
-        ["seed", "selected", *(measure.title for measure in measures)],
-        [*rows, ["mean change", "", *(mean_change(games, measure) for measure in measures)]],
-    )
+    changes = ["mean change", "", *(mean_change(games, measure) for measure in measures)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows, changes])
 
 
 def mean_change(games: list[tuple[dict, dict, str]], measure: Measure) -> str:

@@ -34,7 +34,7 @@ class Measure:
     def show(self, value: float | None) -> str:
         return show(value, None, self.format)
 
-    def cell(self, row: Mapping[str, Any], template: str) -> str:
+    def cell(self, row: Mapping[str, Any], template: str = " [{}, {}]") -> str:
         """The measure's value in a row, with the ends of its interval in `template`, or ± its standard error."""
         if f"{self.name}_se" in row:
             return f"{self.show(row[self.name])} ± {self.show(row[f'{self.name}_se'])}"

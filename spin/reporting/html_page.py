@@ -5,8 +5,7 @@ import hashlib
 import html
 import json
 import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from string import Template
 from typing import Any
 
@@ -14,17 +13,14 @@ from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
 
 from spin.reporting.charts import chart_data
+from spin.reporting.pages import ASSETS
 from spin.runtime.tracking import to_json_types
 
-ASSETS = Path(__file__).parent / "assets"
 
+def html_page(title: str, head: str, body: str, figures: Mapping[str, Figure | None], **data: Any) -> str:
+    """The page: `head` in Markdown, the samples of `data["sets"]`, then `body`.
 
-def html_page(
-    title: str, first: Sequence[str], rest: Sequence[str], figures: Mapping[str, Figure | None], **data: Any
-) -> str:
-    """The page: the Markdown parts `first`, the samples of `data["sets"]`, then the parts `rest`.
-
-    The page's script draws the figures that the parts show, by the names of their files. What data and models say is
+    The page's script draws the figures that the Markdown shows, by the names of their files. What data and models say is
     escaped: in Markdown as for report.md, in data as JSON without "<". The page may run its own script only.
     """
     script, style, page = ((ASSETS / f"page.{kind}").read_text(encoding="utf-8") for kind in ("js", "css", "html"))
@@ -32,8 +28,8 @@ def html_page(
     return Template(page).substitute(
         title=html.escape(title),
         policy=f"default-src 'none'; img-src data:; script-src {_hash(script)}; style-src {_hash(style)}",
-        first=_render(first),
-        rest=_render(rest),
+        head=_render(head),
+        body=_render(body),
         data=json.dumps(to_json_types(data), separators=(",", ":")).replace("<", "\\u003c"),
         script=script,
         style=style,
@@ -44,9 +40,9 @@ def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-def _render(parts: Sequence[str]) -> str:
-    """The parts as HTML. Every "<" in it is the renderer's: those in texts are escaped."""
-    page = MarkdownIt("commonmark", {"html": False}).enable("table").render("\n\n".join(parts))
+def _render(text: str) -> str:
+    """Markdown as HTML. Every "<" in it is the renderer's: those in texts are escaped."""
+    page = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
     heading = ""
 
     def with_names(match: re.Match[str]) -> str:

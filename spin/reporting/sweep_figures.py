@@ -13,12 +13,6 @@ from spin.reporting.sweep_rows import ranking_measures, settings_of
 
 # Okabe and Ito's colours, for as many lines as can be told apart.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333")
-CAPTIONS = {
-    "heatmap": "*The selected, or else the last, policy of each point on the held-out prompts. Lighter: better; grey: no result.*",
-    "lines": "*The selected, or else the last, policy of each point on the held-out prompts. Bars: 95 % intervals over prompts, or the "
-    "standard error where means over seeds are drawn. Grey dashes: the value at which human and model answers can't be "
-    "told apart.*",
-}
 
 
 def draw(rows: Sequence[dict]) -> dict[str, Figure]:

@@ -1,7 +1,6 @@
 """Texts of users and models in Markdown and on a terminal, shown as they are and without harm."""
 
 import textwrap
-from collections.abc import Sequence
 
 
 def escape(text: str) -> str:
@@ -26,11 +25,6 @@ def code_block(text: str, language: str = "text") -> str:
     return f"{fence}{language}\n" + "\n".join(lines) + f"\n{fence}"
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
 def printable(text: str) -> str:
     """`text` without control characters: a model's answer must not be able to control a terminal."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
@@ -45,3 +39,7 @@ def shorten(text: str, length: int) -> str:
 def plain_number(value: float) -> str:
     """3e-5, 0.1, 512: as settings are written."""
     return f"{value:g}".replace("e-0", "e-")
+
+
+def thousands(value: int) -> str:
+    return f"{value:,}"

@@ -1,0 +1,31 @@
+"""Pages of Markdown from the templates in `assets`."""
+
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import jinja2
+
+from spin.evaluation.measure_table import is_known, known_measures, missing_prompts, show
+from spin.reporting.text import code_block, escape, inline_code, plain_number, thousands
+from spin.runtime.progress import format_seconds
+
+ASSETS = Path(__file__).parent / "assets"
+PAGES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(ASSETS, "utf-8"), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+)
+PAGES.filters.update(
+    block=code_block,
+    code=inline_code,
+    duration=format_seconds,
+    escape=escape,
+    mean=mean,
+    number=plain_number,
+    thousands=thousands,
+)
+PAGES.globals.update(is_known=is_known, known_measures=known_measures, missing_prompts=missing_prompts, show=show)
+
+
+def render(template: str, **values: Any) -> str:
+    """Return the page of a template in `assets`; texts of users and models are escaped in the template."""
+    return PAGES.get_template(template).render(values)
