@@ -87,15 +87,12 @@ class Benchmark(External):
         }
 
     def build(self, run: Run, work: Work, policy: Policy) -> dict:
-        settings = run.config.evaluation
         run.models.release()  # the model may have been given another attention, which rounds differently
         row = harness.run_task(
             self.task,
             run.models.load(policy),
             load_tokenizer(policy.tokenizer),
-            settings.harness_include,
-            settings.harness_limit,
-            settings.harness_batch_size,
+            run.config.evaluation,
             run.config.seed,
             run.say,
             run.ranks,

@@ -9,15 +9,15 @@ import difflib
 import functools
 import hashlib
 import importlib.metadata
-import itertools
+import json
 import logging
 import random
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -26,27 +26,18 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spin.runtime.errors import UserError, brief, user_message
+from spin.config.schema import EvaluationConfig
+from spin.runtime.errors import UserError, brief, explaining
 from spin.runtime.process_group import SINGLE_PROCESS, ProcessGroup
 from spin.runtime.signals import pending_signal
 
 VERSION = "0.4.13"  # scores differ between versions
-INSTALL = f"pip install lm-eval=={VERSION}"
 KEY = "evaluation.harness"
 LOCAL_FORMATS = ("json", "csv", "parquet", "text", "arrow")
+REQUESTS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
 
 # Percent; arXiv 2401.01335, the table of Open LLM Leaderboard results by iteration. "sft" is zephyr-7b-sft-full.
-LEADERBOARD = ("arc_challenge", "truthfulqa_mc2", "winogrande", "gsm8k", "hellaswag", "mmlu")
-PAPER: dict[str, dict[str, float]] = {
-    label: dict(zip((*LEADERBOARD, "average"), row, strict=True))
-    for label, row in {
-        "sft": (60.41, 43.73, 74.19, 26.76, 82.85, 60.92, 58.14),
-        "iter0": (63.40, 49.18, 72.69, 35.10, 84.38, 60.03, 60.80),
-        "iter1": (65.19, 55.17, 72.30, 35.78, 84.96, 59.34, 62.12),
-        "iter2": (65.96, 54.91, 73.56, 38.06, 85.41, 59.93, 62.97),
-        "iter3": (65.87, 54.90, 73.72, 38.97, 85.54, 59.99, 63.16),
-    }.items()
-}
+PAPER: dict[str, dict[str, float]] = json.loads((Path(__file__).parent / "assets" / "paper.json").read_text())
 
 
 @dataclass(frozen=True)
@@ -62,13 +53,13 @@ def parse_tasks(entries: Sequence[str]) -> list[Task]:
     """Tasks from `name:shots:metric` or `name:shots:metric:filter`. Raises UserError for malformed and repeated ones."""
     tasks: list[Task] = []
     for entry in entries:
-        parts = str(entry).split(":")
-        if not (3 <= len(parts) <= 4 and all(parts) and parts[1].isascii() and parts[1].isdigit()):
+        parts = re.fullmatch(r"([^:]+):([0-9]+):([^:]+(?::[^:]+)?)", str(entry))
+        if parts is None:
             raise UserError(
                 f"{KEY}: {brief(repr(entry))} must be task:shots:metric, as arc_challenge:25:acc_norm, or with a "
                 "filter behind it, as gsm8k:5:exact_match:strict-match."
             )
-        task = Task(parts[0], int(parts[1]), ":".join(parts[2:]))
+        task = Task(parts[1], int(parts[2]), parts[3])
         if task in tasks:
             raise UserError(f"{KEY}: {entry} is named twice.")
         tasks.append(task)
@@ -106,10 +97,9 @@ def check_tasks(tasks: Sequence[Task], include: str | None) -> None:
             near = difflib.get_close_matches(task.task, index, 3)
             hint = f"near it: {', '.join(near)}" if near else "`lm_eval ls tasks` lists all that can be read"
             raise UserError(f"{KEY}: the harness knows no task {brief(task.task)}; {hint}.")
-        try:
+        wrong_types = (LookupError, TypeError, AttributeError, RecursionError)
+        with explaining(f"{KEY}: {task.task}: its file does not define a task", catch=wrong_types):
             _check_task(task, index)
-        except (LookupError, TypeError, AttributeError, RecursionError) as error:  # in what a user wrote
-            raise UserError(f"{KEY}: {task.task}: its file does not define a task ({brief(error)}).") from error
 
 
 def _check_task(task: Task, index: dict[str, Any]) -> None:
@@ -122,9 +112,8 @@ def _check_task(task: Task, index: dict[str, Any]) -> None:
     config = index[task.task].cfg or {}  # a tag has none
     values = _listed_values(config, leaves)
     if (values or config not in leaves) and _pick(task.metric, values) is None:
-        names = (
-            ", ".join(values) or f"none of its own, name its tasks: {', '.join(str(leaf['task']) for leaf in leaves)}"
-        )
+        members = ", ".join(str(leaf["task"]) for leaf in leaves)
+        names = ", ".join(values) or f"none of its own, name its tasks: {members}"
         raise UserError(f"{KEY}: {task.task} has no metric {brief(task.metric)}; it has {brief(names, 300)}.")
 
 
@@ -154,17 +143,19 @@ def _listed_values(config: dict, leaves: Iterable[dict]) -> list[str]:
 
 def _pick(metric: str, values: Iterable[str]) -> str | None:
     """The one of `values` (`metric:filter`) that `metric`, with or without a filter, means; None if it is not exactly one."""
-    found = [value for value in values if metric in (value, value.partition(":")[0])]
-    return found[0] if len(found) == 1 else None
+    matches = [value for value in values if metric in (value, value.partition(":")[0])]
+    return matches[0] if len(matches) == 1 else None
 
 
 def _installed_version() -> str:
+    """Return the harness's version; raise UserError unless it is `VERSION`."""
     try:
         version = importlib.metadata.version("lm_eval")
-    except importlib.metadata.PackageNotFoundError as error:
-        raise UserError(f"{KEY}: lm-evaluation-harness is not installed: {INSTALL}") from error
+    except importlib.metadata.PackageNotFoundError:
+        version = "not installed"
     if version != VERSION:
-        raise UserError(f"{KEY}: lm-evaluation-harness {version} is installed; scores differ by version: {INSTALL}")
+        install = f"pip install lm-eval=={VERSION}"
+        raise UserError(f"{KEY}: lm-evaluation-harness: {version}; scores differ by version: {install}")
     return version
 
 
@@ -198,9 +189,7 @@ def run_task(
     task: Task,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    include: str | None,
-    limit: int | None,
-    batch_size: int,
+    settings: EvaluationConfig,
     seed: int,
     say: Callable[[str], None],
     ranks: ProcessGroup = SINGLE_PROCESS,
@@ -208,20 +197,23 @@ def run_task(
     """The model's result on a task: task, shots, metric, value, stderr, n (questions), version.
 
     Value and stderr are in the harness's unit (a share in [0, 1] for acc and exact_match); stderr is None where the
-    harness has none. `limit`: only the first questions of each task. `seed` draws the few-shot examples. Relative data
-    files of tasks in `include` are relative to that folder. The tokenizer may get a padding token.
+    harness has none. `seed` draws the few-shot examples. Relative data files of tasks in `harness_include` are relative
+    to that folder. The tokenizer may get a padding token.
 
     Nothing is written but data from the hub, to its usual cache; random states are restored.
     Raises UserError: data are missing, memory is short, or the harness cannot run the task.
     """
     from lm_eval.models.huggingface import HFLM
 
-    with _contained(task.task, batch_size) as log:
+    batch_size = settings.harness_batch_size
+    with model.register_forward_pre_hook(_stop_if_pending), _contained(task.task, batch_size) as log:
         # Sums of log-probs are never rounded to bf16, which would make choices tie.
         softmax_dtype = torch.promote_types(model.dtype, torch.float32)
-        lm = HFLM(model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype=softmax_dtype)
+        lm: Any = HFLM(model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype=softmax_dtype)
         if ranks.is_main_process:
-            result = ranks.broadcast(_evaluate(task, lm, _folder(include), limit, seed, ranks))
+            for name in REQUESTS:
+                setattr(lm, name, functools.partial(_answer_requests, lm, ranks, name))
+            result = ranks.broadcast(_evaluate(task, lm, settings, seed))
         else:
             while isinstance(result := ranks.broadcast(), tuple):
                 _answer_share(lm, ranks, *result)
@@ -240,20 +232,18 @@ def run_task(
     }
 
 
-def _evaluate(task: Task, lm: Any, folder: Path | None, limit: int | None, seed: int, ranks: ProcessGroup) -> dict:
-    """The harness's row for a task, and the task's version; all ranks answer the requests."""
+def _evaluate(task: Task, lm: Any, settings: EvaluationConfig, seed: int) -> dict:
+    """The harness's row for a task, and the task's version."""
     from lm_eval import simple_evaluate
 
-    if ranks.size > 1:
-        for name in EMPTY_ANSWERS:
-            setattr(lm, name, functools.partial(_answer_requests, lm, ranks, name))
+    folder = _folder(settings.harness_include)
     manager = _task_manager(task.task, folder)
     with tempfile.TemporaryDirectory(prefix="spin-") as cache:
         results = simple_evaluate(
             model=lm,
             tasks=[_load(task.task, manager, folder, cache)],
             num_fewshot=task.shots,
-            limit=limit,
+            limit=settings.harness_limit,
             bootstrap_iters=1000,
             log_samples=False,
             task_manager=manager,
@@ -275,62 +265,31 @@ def _load(name: str, manager: Any, folder: Path | None, cache: str) -> Any:
     return loaded["groups"].get(name) or loaded["tasks"][name]
 
 
-# --- requests that all ranks answer -----------------------------------------------------------------------------------
-
-# The kinds of requests, and the answer that a rank gives to those of other ranks: it adds nothing to theirs.
-EMPTY_ANSWERS = {"loglikelihood": (0.0, False), "loglikelihood_rolling": (0.0, False), "generate_until": ""}
-
-
 def _answer_requests(lm: Any, ranks: ProcessGroup, name: str, requests: Sequence[Any]) -> list:
     """The answers of all ranks to the harness's requests of the kind `name`. Called on the main process."""
     from lm_eval.models.utils import normalize_gen_kwargs
 
-    arguments = [request.args for request in requests]
-    if name == "generate_until" and any(normalize_gen_kwargs(options).get("do_sample") for _, options in arguments):
+    if name == "generate_until" and any(normalize_gen_kwargs(request.args[1]).get("do_sample") for request in requests):
         return getattr(type(lm), name)(lm, requests)  # each batch goes on with the random numbers of the one before
-    ranks.broadcast((name, arguments))
-    return _answer_share(lm, ranks, name, arguments)
+    ranks.broadcast((name, requests))
+    return _answer_share(lm, ranks, name, requests)
 
 
-def _answer_share(lm: Any, ranks: ProcessGroup, name: str, arguments: Sequence[tuple]) -> list:
-    """The answers of all ranks to requests with these arguments. Called on all ranks.
-
-    Batches are those of one process, and each is computed by one rank: the answers have the same bits. Only where the
-    context cuts a text of `loglikelihood_rolling` into several windows, their sum may be taken in another order.
-    """
-    from lm_eval.models import huggingface
-
-    numbers = itertools.count()
-
-    class Share(huggingface.Collator):
-        _reorder_indices: list[int]
-
-        def get_batched(self, *args: Any, **options: Any) -> Iterator[list]:
-            kept: list[int] = []
-            end = 0
-            for batch in super().get_batched(*args, **options):
-                start, end = end, end + len(batch)
-                if next(numbers) % ranks.size == ranks.rank and not pending_signal():
-                    kept += range(start, end)
-                    yield batch
-            if self._group_by != "contexts":  # else only the answers that were made are counted
-                self._reorder_indices = [self._reorder_indices[i] for i in kept]
-
-        def get_original(self, newarr: list) -> list:
-            made = dict(zip(self._reorder_indices, newarr, strict=True))
-            return [made.get(i, EMPTY_ANSWERS[name]) for i in range(len(self))]
-
-    with mock.patch.object(huggingface, "Collator", Share):
-        share = getattr(type(lm), name)(lm, [SimpleNamespace(args=args) for args in arguments])
+def _answer_share(lm: Any, ranks: ProcessGroup, name: str, requests: Sequence[Any]) -> list:
+    """The answers of all ranks, of which each answers every n-th question. Called on all ranks."""
+    share = [request for request in requests if request.doc_id % ranks.size == ranks.rank]
+    answers = []
+    with contextlib.suppress(InterruptedError):
+        answers = getattr(type(lm), name)(lm, share)
     ranks.raise_if_stopped()
-    return [_add(parts) for parts in zip(*ranks.gather(share), strict=True)]
+    parts = [iter(part) for part in ranks.gather(answers)]
+    return [next(parts[request.doc_id % ranks.size]) for request in requests]
 
 
-def _add(parts: Sequence[Any]) -> Any:
-    """One answer from what each rank has of it."""
-    if isinstance(parts[0], tuple):
-        return sum(logp for logp, _ in parts), any(is_greedy for _, is_greedy in parts)
-    return "".join(parts) if isinstance(parts[0], str) else sum(parts)
+def _stop_if_pending(*_: object) -> None:
+    """Raise InterruptedError before a batch if a stop signal waits: ranks stop together, after their shares."""
+    if pending_signal():
+        raise InterruptedError
 
 
 @contextlib.contextmanager
@@ -338,23 +297,21 @@ def _contained(name: str, batch_size: int) -> Iterator[list[logging.LogRecord]]:
     """Collect the harness's log and show none of it, restore random states and settings, and give errors one line."""
     log, handler, records = logging.getLogger("lm_eval"), logging.Handler(), list[logging.LogRecord]()
     handler.emit = records.append  # type: ignore[method-assign, assignment]
-    before = random.getstate(), np.random.get_state(), sys.dont_write_bytecode, log.propagate
-    log.addHandler(handler)
-    log.propagate = False
-    sys.dont_write_bytecode = True  # of tasks' functions, in the user's folder
-    try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    states = random.getstate(), np.random.get_state()
+    with (
+        mock.patch.multiple(log, handlers=[handler], propagate=False),
+        mock.patch.object(sys, "dont_write_bytecode", True),  # of tasks' functions, in the user's folder
+        torch.random.fork_rng(devices=range(torch.cuda.device_count())),
+    ):
+        try:
             yield records
-    except Exception as error:  # a library computes with a user's task and data
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            raise UserError(f"{KEY}: {name}: memory is short: lower {KEY}_batch_size={batch_size}.") from error
-        if user_message(error) is not None:  # a full disk, say
-            raise
-        is_about_data = isinstance(error, OSError) or "Couldn't find cache" in str(error)
-        hint = "; for data of the hub run once without HF_HUB_OFFLINE and HF_DATASETS_OFFLINE" if is_about_data else ""
-        raise UserError(f"{KEY}: {name}: the harness can't run it ({brief(error, 300)}){hint}.") from error
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        sys.dont_write_bytecode, log.propagate = before[2:]
-        log.removeHandler(handler)
+        except Exception as error:  # a library computes with a user's task and data
+            if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+                raise UserError(f"{KEY}: {name}: memory is short: lower {KEY}_batch_size={batch_size}.") from error
+            is_about_data = isinstance(error, OSError) or "Couldn't find cache" in str(error)
+            advice = "for data of the hub run once without HF_HUB_OFFLINE and HF_DATASETS_OFFLINE" * is_about_data
+            with explaining(f"{KEY}: {name}: the harness can't run it", advice):
+                raise
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])

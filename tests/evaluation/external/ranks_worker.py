@@ -1,8 +1,8 @@
 """Runs benchmarks in each of the processes that torchrun started: `torchrun -m tests.evaluation.external.ranks_worker FOLDER`.
 
-FOLDER/jobs.json lists policies' folders and tasks. Each rank writes rank-<i>.json: for each job the row, the batches that
-it has computed, and what was said; then how shards end that one rank cannot compute, and how the last job does if the second rank is
-asked to stop at its first batch.
+FOLDER/jobs.json lists policies' folders and tasks. Each rank writes rank-<i>.json: for each job the row, the number of its
+batches and the messages; then how shards end that one rank cannot compute, and how the first job ends if the second rank
+receives SIGTERM in its first batch.
 """
 
 import json
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from spin.config.hydra import load
 from spin.evaluation.external import harness
 from spin.models.load import load_model, load_tokenizer
 from spin.runtime import signals
@@ -25,10 +26,10 @@ from tests.games import ROOT
 
 
 def run(folder: str, entry: str, ranks: ProcessGroup, stop: bool = False) -> dict:
-    """The row of a task, how many batches this process has computed for it, and what was said. `stop`: after the first."""
+    """The row of a task, the number of this process's batches, and the messages. `stop`: SIGTERM in the first batch."""
     from lm_eval.models.huggingface import HFLM
 
-    batches, said = [], []
+    batches, messages = [], []
     [task] = harness.parse_tasks([entry])
     model, tokenizer = load_model(Path(folder), torch.float32, torch.device("cpu")), load_tokenizer(Path(folder))
     usual = {name: getattr(HFLM, name) for name in ("_model_call", "_model_generate")}
@@ -44,14 +45,17 @@ def run(folder: str, entry: str, ranks: ProcessGroup, stop: bool = False) -> dic
 
     for name in usual:
         setattr(HFLM, name, counted(name))
+    settings = load(
+        f"evaluation.harness_include={ROOT / 'tests' / 'tasks'}", "evaluation.harness_batch_size=5"
+    ).evaluation
     try:
-        row = harness.run_task(task, model, tokenizer, str(ROOT / "tests" / "tasks"), None, 5, 0, said.append, ranks)
+        row = harness.run_task(task, model, tokenizer, settings, 0, messages.append, ranks)
     except signals.Interrupted as stopped:
         return {"stopped": stopped.signal.name, "batches": len(batches)}
     finally:
         for name, method in usual.items():
             setattr(HFLM, name, method)
-    return {"row": row, "batches": len(batches), "said": said}
+    return {"row": row, "batches": len(batches), "messages": messages}
 
 
 def failed_shards(folder: Path, ranks: ProcessGroup) -> dict:
@@ -79,9 +83,9 @@ def main(folder: Path) -> None:
     signals.install_handlers()
     jobs = json.loads((folder / "jobs.json").read_text())
     with signals.deferred():
-        found = [run(*job, ranks) for job in jobs]
-        found += [failed_shards(folder / "shards", ranks), run(*jobs[0], ranks, stop=ranks.rank == 1)]
-    (folder / f"rank-{ranks.rank}.json").write_text(json.dumps(found))
+        results = [run(*job, ranks) for job in jobs]
+        results += [failed_shards(folder / "shards", ranks), run(*jobs[0], ranks, stop=ranks.rank == 1)]
+    (folder / f"rank-{ranks.rank}.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from spin.config.hydra import load
 from spin.evaluation.external import harness
-from spin.evaluation.external.harness import LEADERBOARD, PAPER, Task, check_tasks, identity, parse_tasks
+from spin.evaluation.external.harness import PAPER, Task, check_tasks, identity, parse_tasks
 from spin.models.load import load_model, load_tokenizer
 from spin.runtime.errors import UserError
 from spin.runtime.signals import Interrupted
@@ -27,6 +27,7 @@ from tests.games import ROOT
 TASKS = ROOT / "tests" / "tasks"
 LEADERBOARD_CONFIG = load("evaluation=open_llm_leaderboard").evaluation
 LEADERBOARD_TASKS = LEADERBOARD_CONFIG.harness
+LEADERBOARD = ("arc_challenge", "truthfulqa_mc2", "winogrande", "gsm8k", "hellaswag", "mmlu")
 evaluator = pytest.importorskip("lm_eval.evaluator")
 
 
@@ -36,11 +37,16 @@ def _fast(monkeypatch):
     monkeypatch.setattr(evaluator, "add_env_info", lambda results: None)
 
 
-def run_tasks(folder, entries, include=TASKS, limit=None, batch_size=5, dtype=torch.float32, seed=0, said=None):
-    say = (lambda line: None) if said is None else said.append
+def settings(include=TASKS, limit=None, batch_size=5):
+    changes = {"harness_include": str(include), "harness_limit": limit, "harness_batch_size": batch_size}
+    return LEADERBOARD_CONFIG.model_copy(update=changes)
+
+
+def run_tasks(folder, entries, include=TASKS, limit=None, batch_size=5, dtype=torch.float32, seed=0, lines=None):
+    say = (lambda line: None) if lines is None else lines.append
     model, tokenizer = load_model(folder, dtype, torch.device("cpu")), load_tokenizer(folder)
-    tasks = parse_tasks(entries)
-    return [harness.run_task(t, model, tokenizer, str(include), limit, batch_size, seed, say) for t in tasks]
+    options = settings(include, limit, batch_size)
+    return [harness.run_task(task, model, tokenizer, options, seed, say) for task in parse_tasks(entries)]
 
 
 def records(name: str, folder: Path = TASKS) -> list[dict]:
@@ -164,15 +170,15 @@ def test_bf16_sums_are_not_rounded(tiny_folder, tmp_path):
 def test_generated_answers(policy, reference, tmp_path):
     include = shutil.copytree(TASKS, tmp_path / "tasks")
     docs = records("generate")
-    said = [reference.greedy(question(doc), 8) for doc in docs]
-    letters = [found[0] if (found := re.findall("[A-Za-z]", text)) else "" for text in said]
-    # Half of the true answers are what the model says, a quarter its first letter, a quarter neither.
-    true = [(said[i], said[i], letters[i], "neither")[i % 4] for i in range(len(docs))]
+    answers = [reference.greedy(question(doc), 8) for doc in docs]
+    letters = [(re.findall("[A-Za-z]", text) or [""])[0] for text in answers]
+    # Half of the true answers are the model's, a quarter its first letter, a quarter neither.
+    true = [(answers[i], answers[i], letters[i], "neither")[i % 4] for i in range(len(docs))]
     lines = [json.dumps({**doc, "answer": answer}) for doc, answer in zip(docs, true, strict=True)]
     (include / "data" / "generate.jsonl").write_text("\n".join(lines) + "\n")
     entries = ["spin_generate:0:exact_match:whole", "spin_generate:0:exact_match:letter"]
     whole, letter = run_tasks(policy, entries, include)
-    assert whole["value"] == np.mean([a == b for a, b in zip(said, true, strict=True)]) >= 0.5
+    assert whole["value"] == np.mean([a == b for a, b in zip(answers, true, strict=True)]) >= 0.5
     assert letter["value"] == np.mean([a == b for a, b in zip(letters, true, strict=True)]) > 0
     assert whole["version"] == "0" and whole["metric"] == "exact_match:whole"
     assert whole["value"] != letter["value"]
@@ -201,14 +207,14 @@ def test_repeatable(policy):
 
 
 def test_truncated_prompts(policy, tmp_path, caplog):
-    said: list[str] = []
-    run_tasks(policy, ["spin_choice:0:acc", "spin_choice:7:acc"], said=said)
-    assert said == []  # 7 examples and a question are below 1024 bytes
+    messages: list[str] = []
+    run_tasks(policy, ["spin_choice:0:acc", "spin_choice:7:acc"], lines=messages)
+    assert messages == []  # 7 examples and a question are below 1024 bytes
     short = shutil.copytree(policy, tmp_path / "short")
     settings = json.loads((short / "config.json").read_text()) | {"max_position_embeddings": 128}
     (short / "config.json").write_text(json.dumps(settings))
-    run_tasks(short, ["spin_choice:0:acc", "spin_choice:5:acc"], said=said)
-    assert [line for line in said if "cut" in line] == [
+    run_tasks(short, ["spin_choice:0:acc", "spin_choice:5:acc"], lines=messages)
+    assert [line for line in messages if "cut" in line] == [
         "note: spin_choice, 5 shots: prompts were cut from the left to fit the model's context"
     ]
     assert not [record for record in caplog.records if record.name.startswith("lm_eval")]  # told once, and by `say`
@@ -241,14 +247,17 @@ def test_writes_and_logs_nothing(policy, tmp_path):
     script = f"""
 import torch
 from pathlib import Path
+from spin.config.hydra import load
 from spin.evaluation.external.harness import check_tasks, parse_tasks, run_task
 from spin.models.load import load_model, load_tokenizer
+words = ["evaluation.harness_include=tasks", "evaluation.harness_limit=3", "evaluation.harness_batch_size=2"]
+settings = load(*words).evaluation
 tasks = parse_tasks(["spin_choice:0:acc", "spin_swapped:0:acc", "spin_generate:0:exact_match:whole"])
 check_tasks(tasks, "tasks")
 folder = Path({str(policy)!r})
 model = load_model(folder, torch.float32, torch.device("cpu"))
 for task in tasks:
-    row = run_task(task, model, load_tokenizer(folder), "tasks", 3, 2, 0, print)
+    row = run_task(task, model, load_tokenizer(folder), settings, 0, print)
     print(row["task"], row["n"])
 """
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -301,7 +310,7 @@ def test_repeated_entry():
 
 
 @pytest.mark.parametrize(
-    ("entry", "told"),
+    ("entry", "part"),
     [
         ("arc_chalenge:25:acc_norm", "arc_challenge"),
         ("xqzkwv" * 5 + ":0:acc", "lm_eval ls tasks"),
@@ -316,10 +325,10 @@ def test_repeated_entry():
         ("humaneval:0:pass_at_k", "runs code"),
     ],
 )
-def test_check_refuses(entry, told):
+def test_check_refuses(entry, part):
     with pytest.raises(UserError) as error:
         check_tasks(parse_tasks([entry]), str(TASKS))
-    assert told in one_line(error)
+    assert part in one_line(error)
 
 
 def test_known_tasks_pass():
@@ -360,7 +369,7 @@ def test_broken_task_file(policy, tmp_path, text):
 
 
 @pytest.mark.parametrize(
-    ("entry", "told"),
+    ("entry", "parts"),
     [
         ("arc_challenge:25:acc_norm", ("arc_challenge", "allenai/ai2_arc", "HF_HUB_OFFLINE")),
         ("mmlu:5:acc", ("mmlu", "cais/mmlu")),
@@ -369,12 +378,12 @@ def test_broken_task_file(policy, tmp_path, text):
         ("spin_memory:0:acc", ("spin_memory", "evaluation.harness_batch_size=5")),
     ],
 )
-def test_run_refuses(policy, entry, told):
+def test_run_refuses(policy, entry, parts):
     check_tasks(parse_tasks([entry]), str(TASKS))
     with pytest.raises(UserError) as error:
         run_tasks(policy, [entry], limit=1)
     text = one_line(error)
-    assert all(part in text for part in told), text
+    assert all(part in text for part in parts), text
 
 
 def test_missing_or_other_version(tmp_path):
@@ -422,7 +431,7 @@ def test_identity(tmp_path):
     assert identity(task, str(include)) == first
 
     others = [first, identity(task, None)]
-    others += [identity(Task("spin_choice", *rest), str(include)) for rest in ((1, "acc"), (0, "acc_norm"))]
+    others += [identity(Task("spin_choice", *changed), str(include)) for changed in ((1, "acc"), (0, "acc_norm"))]
     with (include / "data" / "choice_test.jsonl").open("a") as file:
         file.write("\n")
     others.append(identity(task, str(include)))
