@@ -66,7 +66,7 @@ def measures(now: HeldOut, before: HeldOut | None, resamples: int, seed: int) ->
     result: dict = {"n": n}
     for name, statistic in statistics(now, before).items():
         result[name] = float(statistic(np.arange(n)))
-        result[f"{name}_interval"] = _interval([statistic(draw) for draw in draws])
+        result[f"{name}_interval"] = interval([statistic(draw) for draw in draws])
     if "mauve" in result and now.clusters is not None:
         result["mauve_if_equal"] = mauve_if_equal(now.clusters, seed)
     return result
@@ -89,12 +89,12 @@ def differences(last: HeldOut, first: HeldOut, resamples: int, seed: int) -> dic
         if name in of_first and name in of_last:
             values = np.array([[of_first[name](draw), of_last[name](draw)] for draw in draws])
             a, b = map(float, values[0])
-            worse = _interval([measure.badness(b) - measure.badness(a) for a, b in values[1:]])
+            worse = interval([measure.badness(b) - measure.badness(a) for a, b in values[1:]])
             result[name] = {
                 "first": a,
                 "last": b,
                 "change": b - a,
-                "interval": _interval(values[1:, 1] - values[1:, 0]),
+                "interval": interval(values[1:, 1] - values[1:, 0]),
                 "verdict": "better" if worse[1] < 0 else "worse" if worse[0] > 0 else "same",
             }
     return result
@@ -143,7 +143,8 @@ def bootstrap_draws(prompts: int, resamples: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, prompts, size=(resamples, prompts))
 
 
-def _interval(values: Sequence[float] | np.ndarray) -> list[float]:
+def interval(values: Sequence[float] | np.ndarray) -> list[float]:
+    """2.5 and 97.5 % of the values."""
     return np.quantile(values, [0.025, 0.975]).tolist()
 
 

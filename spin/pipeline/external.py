@@ -15,8 +15,6 @@ from spin.pipeline.stage import Node, Stage, Work
 from spin.runtime.errors import UserError
 from spin.runtime.store import Artifact
 
-MT_BENCH_TOKENS = 1024  # of an answer, as in FastChat
-
 
 def declare_external(
     config: Config,
@@ -128,7 +126,7 @@ class MtBench(External):
             "template": config.data.template,
             **({"template_options": config.data.template_options} if config.data.template_options else {}),
             "stop_ids": sorted(run.stop_ids),
-            "max_new_tokens": config.generation.max_new_tokens or MT_BENCH_TOKENS,
+            "max_new_tokens": config.generation.max_new_tokens or mt_bench.MAX_TOKENS,
             "batch_size": config.generation.batch_size,  # changes rounding
             "seed": config.seed,
             **device_inputs(run),
@@ -144,15 +142,11 @@ class MtBench(External):
                 run.models.load(policy),
                 run.tokenizer,
                 questions,
-                config.data.template,
+                config,
                 run.stop_ids,
-                config.generation,
-                config.generation.max_new_tokens or MT_BENCH_TOKENS,
-                config.seed,
                 bar.advance,
                 run.say,
-                lambda turn: work.shards(f"answers/{turn}", bar),
-                config.data.template_options,
+                lambda part: work.shards(f"answers/{part}", bar),
                 run.ranks.size,
             )
         result: dict[str, Any] = {"answers": answers, "verdicts": None, "score": None}

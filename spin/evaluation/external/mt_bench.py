@@ -6,28 +6,30 @@ openai < 1, accepts only its own list of judges, and its wheel lacks these files
 
 import hashlib
 import json
+import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spin.config.schema import GenerationConfig
+from spin.config.schema import Config
 from spin.data.examples import Example
 from spin.data.messages import Message
-from spin.data.templates import NO_OPTIONS, encode_prompts, special_texts
-from spin.evaluation.external.judges import Judge, in_shards, interval
+from spin.data.templates import encode_prompts, special_texts
+from spin.evaluation.external.judges import Judge, in_shards
+from spin.evaluation.measures import bootstrap_draws, interval
 from spin.generation.sampling import generate_answers
-from spin.runtime.errors import UserError, brief
+from spin.runtime.errors import UserError, brief, explaining
 from spin.runtime.random import seed_of
 from spin.runtime.shards import Say, ShardDriver, compute_shards
 
 SOURCE = "take the folder fastchat/llm_judge/data of github.com/lm-sys/FastChat and its mt_bench/question.jsonl"
 TURNS = 2
+MAX_TOKENS = 1024  # of an answer, as in FastChat, unless generation.max_new_tokens is set
 # FastChat's, by category; 0.7 for others.
 TEMPERATURES = {"extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0, "stem": 0.1, "humanities": 0.1}
 WITH_REFERENCE = ("math", "reasoning", "coding")
@@ -47,14 +49,14 @@ class Question:
 def read_questions(path: str | None) -> list[Question]:
     """The questions in a file like FastChat's question.jsonl. Raises UserError."""
     questions: list[Question] = []
-    for where, record in _read_lines(Path(path or "question.jsonl")):
-        try:
+    for number, record in enumerate(_read_records(Path(path or "question.jsonl")), 1):
+        with explaining(
+            f"evaluation.questions={brief(path, 300)}: record {number} is no question of two turns", SOURCE
+        ):
             first, second = (text.strip() for text in record["turns"])
             questions.append(Question(record["question_id"], str(record["category"]), (first, second)))
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{where}: is no question of two turns ({brief(error)}); {SOURCE}.") from error
-    if len({str(question.id) for question in questions}) < len(questions):
-        raise UserError(f"evaluation.questions={path}: two questions have the same question_id; {SOURCE}.")
+    if len({str(question.id) for question in questions}) < max(1, len(questions)):
+        raise UserError(f"evaluation.questions={path}: no question, or two have the same question_id; {SOURCE}.")
     return questions
 
 
@@ -64,76 +66,65 @@ def read_grading(path: str, questions: Sequence[Question]) -> dict[str, dict]:
     folder = Path(path).expanduser().parent
     names = [f"single{math}-v1{turns}" for math in ("", "-math") for turns in ("", "-multi-turn")]
     ids = [str(question.id) for question in questions if question.category in WITH_REFERENCE]
-    try:
-        prompts = {record["name"]: record for _, record in _read_lines(folder.parent / "judge_prompts.jsonl")}
-        answers = _read_lines(folder / "reference_answer" / "gpt-4.jsonl") if ids else []
-        references = {str(record["question_id"]): record["choices"][0]["turns"] for _, record in answers}
+    with explaining(f"{folder}: a judge prompt or reference answer is missing", SOURCE, (LookupError, TypeError)):
+        prompts = {record["name"]: record for record in _read_records(folder.parent / "judge_prompts.jsonl")}
+        answers = _read_records(folder / "reference_answer" / "gpt-4.jsonl") if ids else []
+        references = {str(record["question_id"]): record["choices"][0]["turns"] for record in answers}
         return {"prompts": {name: prompts[name] for name in names}, "references": {id: references[id] for id in ids}}
-    except (LookupError, TypeError) as error:
-        raise UserError(f"{folder}: a judge prompt or reference answer lacks {brief(error)}; {SOURCE}.") from error
 
 
-def _read_lines(path: Path) -> list[tuple[str, dict]]:
-    """The objects in a file of JSON lines, each after its place. Raises UserError."""
-    where = f"evaluation.questions: {brief(path, 300)}"
-    try:
-        lines = path.expanduser().read_text("utf-8-sig").splitlines()
-        return [(f"{where}:{number}", json.loads(line)) for number, line in enumerate(lines, 1) if line.strip()]
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{where}: can't be read ({brief(error, 100)}); {SOURCE}.") from error
+def _read_records(path: Path) -> list[dict]:
+    """The objects in a file of JSON lines. Raises UserError."""
+    with explaining(f"evaluation.questions: {brief(path, 300)}: can't be read", SOURCE):
+        lines = Path(os.path.expanduser(path)).read_text("utf-8-sig").splitlines()
+        return [json.loads(line) for line in lines if line.strip()]
 
 
 def answer_questions(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[Question],
-    template: str,
+    config: Config,
     stop_ids: Collection[int],
-    generation: GenerationConfig,
-    max_new_tokens: int,
-    seed: int,
     advance: Callable[[int], None] = lambda answers: None,
     say: Say = print,
     keep: Callable[[str], ShardDriver] = lambda part: compute_shards,
-    template_options: Mapping[str, Any] = NO_OPTIONS,
     ranks: int = 1,
 ) -> list[dict]:
     """The model's answers to both turns, as rows of FastChat's model_answer files; the second prompt holds the first turn.
 
-    The benchmark sets the temperature, by category, and top_p 1; `generation` only decides the batch size. `keep(part)`
-    drives the shards of a part, of which each of `ranks` processes gets some. Where the model's context leaves less than
-    `max_new_tokens`, an answer is that much
-    shorter, or "ERROR", and `say` names it. `answer_id` is a hash and `tstamp` 0: a seed gives the same bytes.
+    The benchmark sets the temperature, by category, and top_p 1. `keep(part)` drives the shards of a part, of which each of
+    `ranks` processes gets some. Where the model's context leaves less than the tokens of an answer, it is that much shorter,
+    or "ERROR", and `say` names it. `answer_id` is a hash and `tstamp` 0: a seed gives the same bytes.
     """
     conversations: list[list[Message]] = [[] for _ in questions]
     context = getattr(model.config, "max_position_embeddings", None) or 2**31
-    part_seed = seed_of(seed, "mt_bench", bits=32)
+    max_new_tokens, seed = config.generation.max_new_tokens or MAX_TOKENS, seed_of(config.seed, "mt_bench", bits=32)
     short: list[str] = []
     for turn in range(TURNS):
         for question, conversation in zip(questions, conversations, strict=True):
             conversation.append({"role": "user", "content": question.turns[turn]})
         groups: dict[tuple[float, int], list[Example]] = defaultdict(list)
-        encoded = encode_prompts(tokenizer, conversations, template, template_options)
+        encoded = encode_prompts(tokenizer, conversations, config.data.template, config.data.template_options)
         for question, (text, ids) in zip(questions, encoded, strict=True):
             room = max(0, min(max_new_tokens, context - len(ids)))
             example = Example(f"{question.id}/{turn + 1}", text, tuple(ids), "", ())
             groups[TEMPERATURES.get(question.category, 0.7), room].append(example)
             short += [example.id] if room < max_new_tokens else []
-        replies: dict[str, str] = {example.id: NO_ANSWER for examples in groups.values() for example in examples}
-        for (temperature, room), examples in sorted(groups.items(), key=lambda group: group[0]):
-            if room > 0:
-                sampling = generation.model_copy(update={"temperature": temperature, "top_p": 1.0})
-                part = keep(f"{turn + 1}-{temperature:g}-{room}")
-                size = min(256, -(-len(examples) // ranks))
-                answers = generate_answers(
-                    model, tokenizer, examples, 1, sampling, room, stop_ids, part_seed, advance, part, size
-                )
-                replies |= {answer.id: answer.text for answer in answers}
+        replies: dict[str, str] = {}
+        for temperature, room in sorted(group for group in groups if group[1] > 0):
+            examples = groups[temperature, room]
+            sampling = config.generation.model_copy(update={"temperature": temperature, "top_p": 1.0})
+            part, size = keep(f"{turn + 1}-{temperature:g}-{room}"), min(256, -(-len(examples) // ranks))
+            answers = generate_answers(
+                model, tokenizer, examples, 1, sampling, room, stop_ids, seed, advance, part, size
+            )
+            replies |= {answer.id: answer.text for answer in answers}
         for question, conversation in zip(questions, conversations, strict=True):
-            answered = replies[f"{question.id}/{turn + 1}"]
+            reply = replies.get(f"{question.id}/{turn + 1}", NO_ANSWER)
             for special in special_texts(tokenizer):  # a spelt one would be a control token in the second prompt
-                answered = answered.replace(special, "")
-            conversation.append({"role": "assistant", "content": answered.strip()})
+                reply = reply.replace(special, "")
+            conversation.append({"role": "assistant", "content": reply.strip()})
     if short:
         short_ids = brief(", ".join(short), 300)
         say(
@@ -167,23 +158,21 @@ def grade_answers(
     advance: Callable[[int], None] = lambda judgments: None,
     keep: ShardDriver = compute_shards,
 ) -> list[dict]:
-    """The judge's rating of both turns of every answer (single-answer grading, section 3.1 of the paper).
+    """The judge's rating of both turns of each question's answers (single-answer grading, section 3.1 of the paper).
 
     `grading` is what `read_grading` returns. The rows have FastChat's names: question_id, turn, score (-1 where there is
     no rating), judgment; and category. Raises UserError as the judge does.
     """
-    by_id = {question.id: question for question in questions}
 
-    def graded(task: tuple[dict, int]) -> dict:
-        row, turn = task
-        question = by_id[row["question_id"]]
+    def graded(task: tuple[Question, dict, int]) -> dict:
+        question, row, turn = task
         judgment = judge(_grading_messages(question, row["choices"][0]["turns"], turn, grading))
-        advance(1)
         facts = {"question_id": str(question.id), "category": question.category, "turn": turn}
         return {**facts, "score": parse_rating(judgment), "judgment": judgment}
 
-    tasks = [(row, turn) for row in rows for turn in range(1, TURNS + 1)]
-    return in_shards(tasks, graded, [f"{row['answer_id']}/{turn}" for row, turn in tasks], keep)
+    answered = zip(questions, rows, strict=True)
+    tasks = [(question, row, turn) for question, row in answered for turn in range(1, TURNS + 1)]
+    return in_shards(graded, tasks, [f"{row['answer_id']}/{turn}" for _, row, turn in tasks], keep, advance)
 
 
 def _grading_messages(question: Question, answers: Sequence[str], turn: int, grading: dict[str, dict]) -> list[Message]:
@@ -200,30 +189,32 @@ def _grading_messages(question: Question, answers: Sequence[str], turn: int, gra
 def parse_rating(judgment: str) -> float:
     """The first number in double brackets, else in single ones, as FastChat reads it; -1 unless it is from 1 to 10."""
     number = r"(\d+(?:\.\d*)?)"  # `\d+\.?\d*` would take hours for a long row of digits
-    found = re.search(rf"\[\[{number}\]\]", judgment) or re.search(rf"\[{number}\]", judgment)
-    return float(found[1]) if found and 1 <= float(found[1]) <= 10 else UNRATED
+    match = re.search(rf"\[\[{number}\]\]", judgment) or re.search(rf"\[{number}\]", judgment)
+    return float(match[1]) if match and 1 <= float(match[1]) <= 10 else UNRATED
 
 
 def mt_bench_score(judgments: Sequence[dict], resamples: int = 1000, seed: int = 0) -> dict:
     """Mean ratings, 1 to 10: `score` over both turns, `first_turn`, `second_turn`, each with `<name>_interval`, 95 % of
-    bootstrap resamples over questions; `by_category`. None where nothing is rated; `unparsed` counts the unrated."""
-    rated = [judgment for judgment in judgments if judgment["score"] != UNRATED]
-    ids = list(dict.fromkeys(judgment["question_id"] for judgment in judgments))
-    sums, counts = np.zeros((len(ids), TURNS)), np.zeros((len(ids), TURNS))
-    by_category: dict[str, list[float]] = {judgment["category"]: [] for judgment in judgments}
-    for judgment in rated:
-        sums[ids.index(judgment["question_id"]), judgment["turn"] - 1] = judgment["score"]
-        counts[ids.index(judgment["question_id"]), judgment["turn"] - 1] = 1
-        by_category[judgment["category"]].append(judgment["score"])
-    result: dict = {"n": len(ids), "verdicts": len(judgments), "unparsed": len(judgments) - len(rated)}
+    bootstrap resamples over questions; `by_category`. None where nothing is rated; `unparsed` counts the unrated.
+
+    `judgments` are those of `grade_answers`: both turns of a question are neighbours.
+    """
+    ratings = np.array([judgment["score"] for judgment in judgments], dtype=float).reshape(-1, TURNS)
+    ratings[ratings == UNRATED] = np.nan
+    n, unparsed = len(ratings), int(np.isnan(ratings).sum())
+    draws = [np.arange(n), *bootstrap_draws(n, resamples, seed)]
+    result: dict = {"n": n, "verdicts": len(judgments), "unparsed": unparsed}
     for name, columns in {"score": slice(0, 2), "first_turn": slice(0, 1), "second_turn": slice(1, 2)}.items():
-
-        def mean(rows, columns=columns) -> float:
-            count = counts[rows, columns].sum()
-            return float(sums[rows, columns].sum() / count) if count else float("nan")
-
-        is_rated = bool(counts[:, columns].any())
-        result[name] = mean(np.arange(len(ids))) if is_rated else None
-        result[f"{name}_interval"] = interval(mean, len(ids), resamples, seed) if is_rated else None
-    result["by_category"] = {name: sum(kept) / len(kept) if kept else None for name, kept in by_category.items()}
+        means = [mean for draw in draws if (mean := _mean(ratings[draw, columns])) is not None]
+        result[name] = means[0] if means else None
+        result[f"{name}_interval"] = interval(means[1:]) if means else None
+    result["by_category"] = {}
+    for category in dict.fromkeys(judgment["category"] for judgment in judgments):
+        rated = [row["score"] for row in judgments if row["category"] == category and row["score"] != UNRATED]
+        result["by_category"][category] = sum(rated) / len(rated) if rated else None
     return result
+
+
+def _mean(ratings: np.ndarray) -> float | None:
+    """The mean of the known ratings; None if there is none."""
+    return float(np.nanmean(ratings)) if np.isfinite(ratings).any() else None

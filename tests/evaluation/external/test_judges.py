@@ -20,6 +20,7 @@ from scipy.stats import binomtest
 
 from spin.evaluation.external import judges, mt_bench
 from spin.evaluation.external.judges import ApiJudge, compare, finding, open_judge
+from spin.evaluation.measures import bootstrap_draws, interval
 from spin.models.load import load_model, load_tokenizer
 from spin.runtime.errors import UserError
 from spin.runtime.shards import ResumableShards
@@ -408,7 +409,7 @@ def test_interval_coverage():
     covered = 0
     for trial in range(300):
         points = rng.choice([0, 0.5, 1], size=60, p=[0.3, 0.2, 0.5])
-        low, high = judges.interval(lambda i, points=points: points[i].mean(), 60, 300, trial)
+        low, high = interval(points[bootstrap_draws(60, 300, trial)].mean(1))
         covered += low <= 0.6 <= high
     assert 0.90 <= covered / 300 <= 0.98
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from spin.config.hydra import load
 from spin.config.schema import GenerationConfig
 from spin.data.templates import encode_prompts
 from spin.evaluation.external.mt_bench import (
@@ -29,6 +30,7 @@ from spin.runtime.errors import UserError
 from spin.runtime.shards import ResumableShards
 from tests.evaluation.external.test_judges import one_line, serve  # noqa: F401
 
+CONFIG = load()
 CATEGORIES = "writing roleplay extraction math coding reasoning stem humanities".split()
 RECORDS = [
     {"question_id": 81 + i, "category": category, "turns": [f"First of {category}?", f"Second, as to {category}?"]}
@@ -89,10 +91,14 @@ def player(tiny_folder):
     return model, tokenizer, stop_ids(tiny_folder, tokenizer)
 
 
-def played(player, questions=QUESTIONS, template="chat", seed=0, tokens=12, **options) -> list[dict]:
+def played(player, questions=QUESTIONS, template="chat", seed=0, tokens=12, batch_size=4, **options) -> list[dict]:
     model, tokenizer, stops = player
-    generation = options.pop("generation", GenerationConfig.from_defaults(batch_size=4))
-    return answer_questions(model, tokenizer, questions, template, stops, generation, tokens, seed, **options)
+    # What self-play samples with does not count, but for the size of a batch.
+    generation = {"temperature": 3.0, "top_p": 0.1, "batch_size": batch_size, "max_new_tokens": tokens}
+    changes = {"data": {"template": template}, "generation": generation}
+    sections = {name: getattr(CONFIG, name).model_copy(update=changed) for name, changed in changes.items()}
+    config = CONFIG.model_copy(update={**sections, "seed": seed})
+    return answer_questions(model, tokenizer, questions, config, stops, **options)
 
 
 def turns(rows) -> list[list[str]]:
@@ -113,10 +119,10 @@ def test_read_questions(question_file):
     [
         (b"{", "can't be read"),
         (b"\xff\xfe", "can't be read"),
-        (b"[]", ":3: is no question"),
-        (b"{}", ":3: is no question"),
-        ({"turns": ["What?"]}, ":3: is no question"),
-        ({"turns": ["a", None]}, ":3: is no question"),
+        (b"[]", "record 3 is no question"),
+        (b"{}", "record 3 is no question"),
+        ({"turns": ["What?"]}, "record 3 is no question"),
+        ({"turns": ["a", None]}, "record 3 is no question"),
         ({"question_id": "82"}, "same question_id"),
     ],
 )
@@ -209,9 +215,7 @@ def test_turns_and_temperatures(player, template):
         "humanities": 0.1,
     }
     questions = [*QUESTIONS, replace(QUESTIONS[0], id="own", category="of my own")]
-    # What self-play samples with does not count, but for the size of a batch.
-    generation = GenerationConfig.from_defaults(temperature=3.0, top_p=0.1, batch_size=3)
-    rows = played(player, questions, template, generation=generation)
+    rows = played(player, questions, template, batch_size=3)
     for question, (first, second) in zip(questions, turns(rows), strict=True):
         history = [{"role": "user", "content": question.turns[0]}]
         for number, found in ((1, first), (2, second)):
