@@ -43,7 +43,7 @@ class Measure:
 
 # At these counts human answers to other prompts are caught in at least 80 % of samples (docs/evaluation.md).
 CLASSIFIER_PROMPTS, MAUVE_PROMPTS = 40, 25
-# In the order in which they are shown. The first known one of those that rank policies sorts a sweep.
+# In the order in which they are shown.
 _MEASURES = (
     Measure("exact_match", "right answers", "share of prompts", "pass@1", "right\nanswers", "higher"),
     Measure(
@@ -93,6 +93,11 @@ def known_measures(rows: Iterable[Mapping[str, Any]]) -> list[Measure]:
     """The measures that at least one of the evaluations `rows` has."""
     rows = list(rows)
     return [measure for measure in _MEASURES if any(is_known(row.get(measure.name)) for row in rows)]
+
+
+def ranking_measures(rows: Iterable[Mapping[str, Any]]) -> list[Measure]:
+    """The known measures that rank policies and fit a console. A sweep is sorted by the first."""
+    return [measure for measure in known_measures(rows) if measure.better and measure.heading]
 
 
 def missing_prompts(n: int) -> list[str]:

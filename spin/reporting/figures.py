@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from matplotlib import rc_params_from_file
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -20,22 +21,7 @@ from spin.reporting.text import plain_number
 REAL, GENERATED, NEUTRAL, REFERENCE, PLAIN = "#0072B2", "#D55E00", "#333333", "#777777", "#56B4E9"
 WIDTH = 7.2  # inches: 1080 pixels at 150 dpi, so that 9 point type can be read at 900 pixels
 DASHES: Any = (0, (4, 3))
-STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.titlelocation": "left",
-    "axes.labelsize": 9,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "legend.fontsize": 9,
-    "legend.frameon": False,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#E6E6E6",
-    "grid.linewidth": 0.6,
-}
+STYLE: Any = rc_params_from_file(Path(__file__).parent / "assets" / "figures.mplstyle", use_default_template=False)
 # Measures that are drawn as dashes in the panel of another.
 DASHED = {"model_length": "human_length", "mauve": "mauve_if_equal"}
 

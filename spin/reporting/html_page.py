@@ -6,14 +6,13 @@ import html
 import json
 import re
 from collections.abc import Mapping
-from string import Template
 from typing import Any
 
 from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
 
 from spin.reporting.charts import chart_data
-from spin.reporting.pages import ASSETS
+from spin.reporting.pages import ASSETS, render
 from spin.runtime.tracking import to_json_types
 
 
@@ -23,9 +22,10 @@ def html_page(title: str, head: str, body: str, figures: Mapping[str, Figure | N
     The page's script draws the figures that the Markdown shows, by the names of their files. What data and models say is
     escaped: in Markdown as for report.md, in data as JSON without "<". The page may run its own script only.
     """
-    script, style, page = ((ASSETS / f"page.{kind}").read_text(encoding="utf-8") for kind in ("js", "css", "html"))
+    script, style = ((ASSETS / f"page.{kind}").read_text(encoding="utf-8") for kind in ("js", "css"))
     data["charts"] = {name: chart_data(figure) for name, figure in figures.items() if figure is not None}
-    return Template(page).substitute(
+    return render(
+        "page.html",
         title=html.escape(title),
         policy=f"default-src 'none'; img-src data:; script-src {_hash(script)}; style-src {_hash(style)}",
         head=_render(head),

@@ -3,20 +3,21 @@
 import json
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import matplotlib
 from rich.console import Console
 from rich.text import Text
 
-from spin.evaluation.measure_table import MEASURES, missing_prompts
+from spin.evaluation.measure_table import MEASURES, missing_prompts, ranking_measures
 from spin.reporting.figures import STYLE, save_figures
 from spin.reporting.html_page import html_page
 from spin.reporting.pages import render
 from spin.reporting.report import conclude
 from spin.reporting.summary import measure_table
 from spin.reporting.sweep_figures import draw
-from spin.reporting.sweep_rows import Point, ranking_measures, rows_of, settings_of, sorted_by
+from spin.reporting.sweep_rows import Point, rows_of, settings_of, sorted_by
 from spin.runtime.errors import brief
 from spin.runtime.files import write_text
 from spin.runtime.tracking import Tracker
@@ -31,17 +32,33 @@ def write_leaderboard(folder: Path, points: Sequence[Point], tracker: Tracker, i
     with matplotlib.rc_context(STYLE):
         figures = draw(rows)
         drawn = list(save_figures(folder, {"heatmap": None, "lines": None, **figures}).values())
-    flat_rows = [_flatten(row) for row in rows]
-    columns = _columns(rows, flat_rows)
+    settings, flat_rows = settings_of(rows), [_flatten(row) for row in rows]
+    first = ("kind", *settings, "status", "reason", "policy", "n", "seeds")
+    keys = {key for row in flat_rows for key in row}
+    others = dict.fromkeys(key for row in flat_rows for key in row if key not in (*first, "folder"))
+    columns = [*(key for key in first if key in keys), *others, "folder"]
     table = pd.DataFrame(flat_rows, columns=columns, dtype=object)
     write_text(folder / "sweep.csv", table.to_csv(index=False))
-    games = _games(rows)
-    write_text(folder / "sweep.md", _page(folder, rows, games, list(figures), "report.md").rstrip("\n") + "\n")
+    games = _games(rows, settings)
+    page = partial(
+        render,
+        "sweep.md",
+        folder=folder,
+        rows=rows,
+        games=games,
+        conclude=conclude,
+        settings=settings,
+        order=_order(rows),
+        notes=_notes(rows),
+        drawn=figures,
+        title=_title,
+        relpath=os.path.relpath,
+    )
+    write_text(folder / "sweep.md", page(report="report.md").rstrip("\n") + "\n")
     sets = [_samples(label, game["samples"]) for label, game in games.items() if game["samples"]]
     data = {"name": folder.name, "sets": sets, "compare": [], "sortable": True}
-    page = html_page(folder.name, _page(folder, rows, games, list(figures), "report.html"), "", figures, **data)
-    write_text(folder / "sweep.html", page)
-    _print(rows, tracker.console)
+    write_text(folder / "sweep.html", html_page(folder.name, page(report="report.html"), "", figures, **data))
+    _print(rows, settings, tracker.console)
     if is_new:
         tracker.leaderboard(columns, [[row.get(column) for column in columns] for row in flat_rows], drawn)
     tracker.say(f"leaderboard: {folder / 'sweep.md'} and sweep.html")
@@ -55,12 +72,6 @@ def _flatten(row: dict) -> dict:
         name = key.removesuffix("_interval")
         flat |= {key: value} if name == key else {f"{name}_low": value[0], f"{name}_high": value[1]}
     return flat
-
-
-def _columns(rows: Sequence[dict], flat_rows: Sequence[dict]) -> list[str]:
-    first = ["kind", *settings_of(rows), "status", "reason", "policy", "n", "seeds"]
-    keys = dict.fromkeys(key for row in flat_rows for key in row)
-    return [*(key for key in first if key in keys), *(key for key in keys if key not in (*first, "folder")), "folder"]
 
 
 def _order(rows: Sequence[dict]) -> str | None:
@@ -82,45 +93,27 @@ def _title(row: dict) -> str:
     return {"point": "", "mean": "mean", "start": f"start ({row.get('policy')})"}[row["kind"]]
 
 
-def _games(rows: Sequence[dict]) -> dict[str, dict]:
+def _label(row: dict, settings: Sequence[str]) -> str:
+    return ", ".join(f"{key}={row[key]}" for key in settings)
+
+
+def _games(rows: Sequence[dict], settings: Sequence[str]) -> dict[str, dict]:
     """What game.json holds of each point that is done, by the point's settings, the best one first."""
     done = [row for row in rows if row["kind"] == "point" and row["status"] == "done"]
-    labels = [", ".join(f"{key}={row[key]}" for key in settings_of(rows)) for row in done]
-    return {
-        label: json.loads((Path(row["folder"]) / "game.json").read_bytes())
-        for label, row in zip(labels, done, strict=True)
-    }
+    return {_label(row, settings): json.loads((Path(row["folder"]) / "game.json").read_bytes()) for row in done}
 
 
 def _samples(label: str, samples: Sequence[dict]) -> dict:
     """The samples of a point's game.json as a set of sweep.html."""
-    answers = [[{"text": text} for text in (sample["real"], *sample["answers"].values())] for sample in samples]
-    rows = [{"id": s["prompt"], "prompt": s["prompt"], "answers": a} for s, a in zip(samples, answers, strict=True)]
+    rows = []
+    for sample in samples:
+        answers = [{"text": text} for text in (sample["real"], *sample["answers"].values())]
+        rows.append({"id": sample["prompt"], "prompt": sample["prompt"], "answers": answers})
     return {"name": label, "labels": ["human", *samples[0]["answers"]], "total": len(rows), "rows": rows}
 
 
-def _page(folder: Path, rows: Sequence[dict], games: dict[str, dict], drawn: Sequence[str], report: str) -> str:
-    """The sweep's page in Markdown; rows have a link to the `report` of their point."""
-    return render(
-        "sweep.md",
-        name=folder.name,
-        folder=folder,
-        rows=rows,
-        games=games,
-        conclude=conclude,
-        settings=settings_of(rows),
-        measures=ranking_measures(rows),
-        order=_order(rows),
-        notes=_notes(rows),
-        drawn=drawn,
-        report=report,
-        title=_title,
-        relpath=os.path.relpath,
-    )
-
-
-def _print(rows: Sequence[dict], console: Console) -> None:
-    settings, measures = settings_of(rows), ranking_measures(rows)
+def _print(rows: Sequence[dict], settings: Sequence[str], console: Console) -> None:
+    measures = ranking_measures(rows)
     title = f"Sweep, {sum(row['kind'] == 'point' for row in rows)} points"
     table = measure_table(title + (f" ({order})" if (order := _order(rows)) else ""))
     for key in settings:
@@ -136,7 +129,7 @@ def _print(rows: Sequence[dict], console: Console) -> None:
             values = [measure.cell(row, "\n{}, {}") for measure in measures] or ["done"]
         else:
             values = [row["status"], *[""] * (len(measures) - 1)]
-            point = ", ".join(f"{key}={row[key]}" for key in settings) or "the point"
+            point = _label(row, settings) or "the point"
             lines.append(f"{point}: {row['status']}: {brief(row['reason'], 400)}")
         table.add_row(*map(Text, (*cells, *values)))
     console.print(table)

@@ -6,7 +6,7 @@ from typing import Any
 
 import jinja2
 
-from spin.evaluation.measure_table import is_known, known_measures, missing_prompts, show
+from spin.evaluation.measure_table import is_known, known_measures, missing_prompts, ranking_measures, show
 from spin.reporting.text import code_block, escape, inline_code, plain_number, thousands
 from spin.runtime.progress import format_seconds
 
@@ -23,7 +23,8 @@ PAGES.filters.update(
     number=plain_number,
     thousands=thousands,
 )
-PAGES.globals.update(is_known=is_known, known_measures=known_measures, missing_prompts=missing_prompts, show=show)
+FUNCTIONS = (is_known, known_measures, missing_prompts, ranking_measures, show)
+PAGES.globals.update({function.__name__: function for function in FUNCTIONS})
 
 
 def render(template: str, **values: Any) -> str:

@@ -7,9 +7,9 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from spin.evaluation.measure_table import Measure, is_known
+from spin.evaluation.measure_table import Measure, is_known, ranking_measures
 from spin.reporting.figures import add_legend, label_measure, panels, plot_measure
-from spin.reporting.sweep_rows import ranking_measures, settings_of
+from spin.reporting.sweep_rows import settings_of
 
 # Okabe and Ito's colours, for as many lines as can be told apart.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333")

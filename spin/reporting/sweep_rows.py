@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from spin.evaluation.measure_table import COMPARED, MEASURES, Measure, is_known
+from spin.evaluation.measure_table import MEASURES, Measure, is_known, ranking_measures
 
 VALIDATION = "validation_"  # prefix of the column that points are sorted by
 RECORD = "point.json"  # in a point's folder: its status, and a hash of what it was made of
@@ -43,33 +43,24 @@ def rows_of(points: Sequence[Point]) -> list[dict]:
     and standard errors `<measure>_se`. The start's row is there where all points share the policy that self-play
     started from.
     """
-    games = [_read_game(point) for point in points]
-    rows = [_point_row(point, game) for point, game in zip(points, games, strict=True)]
-    starts = [start for game in games if game and (start := _start(game))]
-    is_common = len({json.dumps(start) for start in starts}) == 1
+    played = [_read_point(point) for point in points]
+    rows = [row for row, _ in played]
     order = sorted_by(rows)
 
     def badness(row: dict) -> float:
         value = row.get(order[0]) if order else None
         return order[1].badness(value) if order and is_known(value) else math.inf
 
-    return [
-        *sorted(rows, key=badness),
-        *sorted(_means_over_seeds(rows), key=badness),
-        *([{"kind": "start", "status": "done", **starts[0]}] if is_common else []),
-    ]
+    table = sorted(rows, key=badness) + sorted(_means_over_seeds(rows), key=badness)
+    starts = [start for _, game in played if game and (start := _start(game))]
+    if len({json.dumps(start) for start in starts}) == 1:
+        table.append({"kind": "start", "status": "done", **starts[0]})
+    return table
 
 
-def ranking_measures(rows: Iterable[dict]) -> list[Measure]:
-    """The known measures that rank policies and fit a console. Rows are sorted by the first."""
-    rows = list(rows)
-    return [m for m in COMPARED if m.heading and any(is_known(row.get(m.name)) for row in rows)]
-
-
-def sorted_by(rows: Iterable[dict]) -> tuple[str, Measure] | None:
+def sorted_by(rows: Sequence[dict]) -> tuple[str, Measure] | None:
     """The column that the rows are sorted by, and its measure; None if there is none."""
-    rows = list(rows)
-    for key in dict.fromkeys(key for row in rows for key in row if key.startswith(VALIDATION)):
+    for key in (key for row in rows for key in row if key.startswith(VALIDATION)):
         name = key.removeprefix(VALIDATION)
         return key, MEASURES.get(name, Measure(name, name, "share", "", better="higher"))
     ranking = ranking_measures(rows)
@@ -82,44 +73,40 @@ def settings_of(rows: Iterable[dict]) -> list[str]:
     return keys[1 : keys.index("status")]
 
 
-def _read_game(point: Point) -> dict | None:
-    if point.folder is None or point.problem or read_record(point.folder).get("status") != "done":
-        return None
-    return json.loads((point.folder / "game.json").read_bytes())
-
-
-def _point_row(point: Point, game: dict | None) -> dict:
-    folder = point.folder
+def _read_point(point: Point) -> tuple[dict, dict | None]:
+    """The row of a point, and its game.json where it is done."""
+    folder, game = point.folder, None
+    record = read_record(folder) if folder and not point.problem else {}
+    row: dict[str, Any] = {"kind": "point", **point.swept, "status": "done", "reason": None}
+    if folder and record.get("status") == "done":
+        game = json.loads((folder / "game.json").read_bytes())
+        row |= result(game)
+    else:
+        is_failed = point.problem or record.get("status") == "failed"
+        reason = point.problem or record.get("reason") or "not played to its end: run the same command to continue"
+        row |= {"status": "failed" if is_failed else "unfinished", "reason": reason}
     if folder and folder.is_relative_to(Path.cwd()):
         folder = folder.relative_to(Path.cwd())
-    row: dict[str, Any] = {"kind": "point", **point.swept, "status": "done", "reason": None}
-    place = {"folder": folder and str(folder)}
-    if game is None:
-        record = read_record(point.folder) if point.folder else {}
-        failed = point.problem or record.get("status") == "failed"
-        reason = point.problem or record.get("reason") or "not played to its end: run the same command to continue"
-        return row | {"status": "failed" if failed else "unfinished", "reason": reason} | place
-    return row | result(game) | place
+    return row | {"folder": folder and str(folder)}, game
 
 
 def result(game: dict) -> dict:
     """The policy that game.json's content names as selected, or else the last one: its label, the value that it was
     selected by, held-out measures and benchmarks."""
     row: dict[str, Any] = {}
-    evaluations, externals = game["evaluations"], game["external"]
-    selected = game["selected"]
+    evaluations, selected = game["evaluations"], game["selected"]
     if selected:
-        evaluations = [evaluation for evaluation in evaluations if evaluation["policy"] == selected["policy"]]
         row |= {"policy": selected["policy"], f"{VALIDATION}{selected['measure']}": selected["value"]}
+        evaluations = [evaluation for evaluation in evaluations if evaluation["policy"] == selected["policy"]]
     if evaluations:
         row |= _without_iter(evaluations[-1])
-    if "policy" in row:
-        externals = [external for external in externals if external["policy"] == row["policy"]]
-    if externals:
-        for task in externals[-1]["harness"] or []:
-            row |= {task["task"]: task["value"], f"{task['task']}_se": task["stderr"]}
-        if externals[-1]["mt_bench"]:
-            row["mt_bench"] = externals[-1]["mt_bench"]["score"]
+    for external in game["external"][::-1]:
+        if external["policy"] == row.get("policy", external["policy"]):
+            for task in external["harness"] or []:
+                row |= {task["task"]: task["value"], f"{task['task']}_se": task["stderr"]}
+            if external["mt_bench"]:
+                row["mt_bench"] = external["mt_bench"]["score"]
+            break
     return row
 
 
@@ -134,6 +121,7 @@ def _start(game: dict) -> dict | None:
 
 
 def _means_over_seeds(rows: Sequence[dict]) -> list[dict]:
+    """The means of points that are done and differ in their seed alone."""
     settings = [key for key in settings_of(rows) if key != "seed"]
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
@@ -143,14 +131,12 @@ def _means_over_seeds(rows: Sequence[dict]) -> list[dict]:
 
 
 def _mean_row(group: Sequence[dict], settings: Sequence[str]) -> dict:
-    """The mean of points that differ in their seed alone."""
     first, count = group[0], len(group)
     row = {"kind": "mean", **{key: first[key] for key in settings}, "seed": f"mean of {count}", "status": "done"}
     row["seeds"] = count
     for key in first:
-        values: list[Any] = [other.get(key) for other in group]
-        if (key in MEASURES or key.startswith(VALIDATION) or f"{key}_se" in first or key == "mt_bench") and all(
-            map(is_known, values)
-        ):
+        values: list[Any] = [point.get(key) for point in group]
+        is_result = key in MEASURES or key.startswith(VALIDATION) or f"{key}_se" in first or key == "mt_bench"
+        if is_result and all(map(is_known, values)):
             row |= {key: mean(values), f"{key}_se": stdev(values) / math.sqrt(count)}
     return row
