@@ -1,9 +1,10 @@
-"""Is it better? Measures on held-out prompts, from the method itself, each with an interval over prompts."""
+"""Measures on held-out prompts, each with an interval over prompts."""
 
 import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -18,10 +19,10 @@ ARRAYS = ("scores", "clusters", "correct")  # of a HeldOut, where there are any
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A policy on the held-out prompts: `pairs` of the human answer and the policy's own.
+    """A policy on the held-out prompts: `pairs` of the human and the model answer.
 
     `policy_logps`: summed log-probs under this policy (nats), [prompts] each, of the "real" answers, the "generated"
-    ones and, but for the first policy, of the answers that its opponent gave ("opponent_generated").
+    ones and, except for the first policy, its opponent's answers ("opponent_generated").
     `scores`, `clusters`: [2, prompts], of human (row 0) and model answers, from `two_sample`. `correct`: [prompts], where
     answers can be checked.
     """
@@ -34,7 +35,7 @@ class HeldOut:
 
     @property
     def per_prompt(self) -> dict:
-        """All but the pairs, as JSON holds it; the inverse is `held_out_of`."""
+        """All but the pairs, as JSON; the inverse is `held_out_of`."""
         arrays = {name: getattr(self, name) for name in ARRAYS}
         logps = {name: logps.tolist() for name, logps in self.policy_logps.items()}
         return {"policy_logps": logps} | {name: a if a is None else a.tolist() for name, a in arrays.items()}
@@ -58,7 +59,7 @@ def measures(now: HeldOut, before: HeldOut | None, resamples: int, seed: int) ->
     """Held-out measures of a policy, and against its opponent `before` where there is one; described in `measure_table`.
 
     Keys: the number of prompts `n`, each measure's name, and `<name>_interval`: 2.5 and 97.5 % of `resamples` bootstrap
-    resamples over prompts. `mauve_if_equal` (what MAUVE comes to with so few prompts where the distributions are equal)
+    resamples over prompts. `mauve_if_equal` (the value of MAUVE with so few prompts if the distributions are equal)
     has no interval. Measures that need more prompts than there are (`Measure.min_prompts`) are left out.
     """
     n = len(now.pairs)
@@ -108,17 +109,17 @@ def statistics(now: HeldOut, before: HeldOut | None) -> dict[str, Statistic]:
     model_length = np.array([len(p.generated_ids) for p in pairs], dtype=float)
     likelier = _wins(real / real_length - generated / model_length)
 
-    found: dict[str, Statistic] = {
+    available: dict[str, Statistic] = {
         "nll_per_token": lambda i: -real[i].sum() / real_length[i].sum(),
         "human_likelier": _mean_of(likelier),
     }
     if (scores := now.scores) is not None:
-        found["classifier_auc"] = lambda i: _wins(scores[0][i][:, None] - scores[1][i][None, :]).mean()
+        available["classifier_auc"] = lambda i: _wins(scores[0][i][:, None] - scores[1][i][None, :]).mean()
     if (clusters := now.clusters) is not None:
-        found["mauve"] = lambda i: mauve(clusters[0][i], clusters[1][i])
+        available["mauve"] = lambda i: mauve(clusters[0][i], clusters[1][i])
     if now.correct is not None:
-        found["exact_match"] = _mean_of(now.correct)
-    found |= {
+        available["exact_match"] = _mean_of(now.correct)
+    available |= {
         "length_auc": lambda i: _wins(real_length[i][:, None] - model_length[i][None, :]).mean(),
         "rouge_l": _mean_of([rouge_l(p.generated, p.real) for p in pairs]),
         "model_length": _mean_of(model_length),
@@ -129,8 +130,8 @@ def statistics(now: HeldOut, before: HeldOut | None) -> dict[str, Statistic]:
     }
     if before is not None:
         margins = held_out_margins(now, before)
-        found |= {"margin": _mean_of(margins), "accuracy": _mean_of(_wins(margins))}
-    return {name: statistic for name, statistic in found.items() if len(pairs) >= MEASURES[name].min_prompts}
+        available |= {"margin": _mean_of(margins), "accuracy": _mean_of(_wins(margins))}
+    return {name: statistic for name, statistic in available.items() if len(pairs) >= MEASURES[name].min_prompts}
 
 
 def _mean_of(values: Sequence[float] | np.ndarray) -> Statistic:
@@ -169,14 +170,13 @@ def rouge_l(candidate: str, reference: str) -> float:
     row = [0] * (len(b) + 1)
     for word in a:
         diagonal = 0
-        for j, other in enumerate(b, 1):
-            diagonal, row[j] = row[j], diagonal + 1 if word == other else max(row[j], row[j - 1])
+        for j, reference_word in enumerate(b, 1):
+            diagonal, row[j] = row[j], diagonal + 1 if word == reference_word else max(row[j], row[j - 1])
     return 2 * row[-1] / (len(a) + len(b)) if row[-1] else 0.0
 
 
 def word_pairs(text: str) -> list[tuple[str, str]]:
-    words = text.lower().split()
-    return list(zip(words, words[1:], strict=False))
+    return list(pairwise(text.lower().split()))
 
 
 def distinct_2(text: str) -> float:

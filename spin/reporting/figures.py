@@ -174,7 +174,7 @@ def draw_lengths(folder: Path, iterations: Sequence[dict]) -> Figure | None:
             lengths[iteration["iter"]] = [pc.list_value_length(column).to_numpy() for column in table.columns]
     if not lengths:
         return None
-    every_length = np.concatenate([array for both in lengths.values() for array in both])
+    every_length = np.concatenate([array for columns in lengths.values() for array in columns])
     longest = max(2, math.ceil(np.quantile(every_length, 0.99)))
     # Whole tokens a bin, or some bins hold more lengths than others.
     width = max(1, math.ceil((longest + 1) / _num_bins(real for real, _ in lengths.values())))

@@ -35,8 +35,8 @@ def write_leaderboard(folder: Path, points: Sequence[Point], tracker: Tracker, i
     settings, flat_rows = settings_of(rows), [_flatten(row) for row in rows]
     first = ("kind", *settings, "status", "reason", "policy", "n", "seeds")
     keys = {key for row in flat_rows for key in row}
-    others = dict.fromkeys(key for row in flat_rows for key in row if key not in (*first, "folder"))
-    columns = [*(key for key in first if key in keys), *others, "folder"]
+    more = dict.fromkeys(key for row in flat_rows for key in row if key not in (*first, "folder"))
+    columns = [*(key for key in first if key in keys), *more, "folder"]
     table = pd.DataFrame(flat_rows, columns=columns, dtype=object)
     write_text(folder / "sweep.csv", table.to_csv(index=False))
     games = _games(rows, settings)

@@ -34,19 +34,19 @@ def check_hub(config: Config, start: Policy) -> None:
 def publish(folder: Path, game: dict, config: Config, say: Callable[[str], None]) -> None:
     """Upload the selected, or else the last, policy of the run in `folder`, or its merged model if there is one.
 
-    What is sent are the files that the game made, without the hashes of training prompts, and the card. `game` is the
+    The upload has the files that the game made, without the hashes of training prompts, and the card. `game` is the
     content of game.json. Raises UserError if the hub refuses; the next run publishes again.
     """
     selected, name = game["selected"], config.publish.hub
     place = "best" if selected else f"iter{len(game['iterations']) - 1}"
     model = folder / place / ("merged" if config.model.merge else "policy")
-    made = model.parent / f".{model.name}.linked"
-    if name is None or not made.is_file():
+    linked = model.parent / f".{model.name}.linked"
+    if name is None or not linked.is_file():
         return say(f"publish.hub={name}: nothing is published, the game ends with the model that it started from.")
     with explaining(f"publish.hub={name}: the game is finished, but not published", "run the same command again"):
         api = HfApi(library_name="spin")
         url = api.create_repo(name, private=config.publish.private, exist_ok=True)
-        files = [*(file for file in json.loads(made.read_bytes()) if file != TRAINED_ON), CARD]
+        files = [*(file for file in json.loads(linked.read_bytes()) if file != TRAINED_ON), CARD]
         message = f"{config.name}, {selected['policy'] if selected else place}"
         api.upload_folder(repo_id=url.repo_id, folder_path=model, allow_patterns=files, commit_message=message)
     say(f"published: {url}")

@@ -1,4 +1,4 @@
-"""Answers side by side, with the numbers that they are sorted by: what report.html searches, and has votes on."""
+"""The answers that report.html shows side by side, searches and sorts by the numbers here."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,9 +24,9 @@ def sample_set(name: str, policies: Sequence[tuple[str, HeldOut, HeldOut | None]
     for i, pair in enumerate(pairs[:MOST_PROMPTS]):
         answers: list[dict[str, Any]] = [{"text": _cut(pair.real), "tokens": len(pair.real_ids)}]
         for (_, held_out, _), numbers in zip(policies, columns, strict=True):
-            own, logps = held_out.pairs[i], {name: values[i] for name, values in held_out.policy_logps.items()}
-            gap = logps["real"] / len(own.real_ids) - logps["generated"] / len(own.generated_ids)
-            answer = {"text": _cut(own.generated), "tokens": len(own.generated_ids), "gap": gap}
+            answered, logps = held_out.pairs[i], {name: values[i] for name, values in held_out.policy_logps.items()}
+            gap = logps["real"] / len(answered.real_ids) - logps["generated"] / len(answered.generated_ids)
+            answer = {"text": _cut(answered.generated), "tokens": len(answered.generated_ids), "gap": gap}
             answers.append(answer | {name: values[i] for name, values in numbers.items()})
         budget -= len(pair.prompt) + sum(len(answer["text"]) for answer in answers)
         if budget < 0 and rows:

@@ -1,4 +1,4 @@
-"""What the console shows at a run's end: the measures of every policy, what they say, and answers side by side."""
+"""The console's summary of a run: the measures of every policy, their differences, and answers side by side."""
 
 import math
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ def print_summary(game: dict, console: Console) -> None:
             console.print(Text(sentence))
     for row in game["external"]:
         if row["harness"]:
-            shown = ", ".join(f"{found['task']} {found['value'] * 100:.1f}" for found in row["harness"])
+            shown = ", ".join(f"{task['task']} {task['value'] * 100:.1f}" for task in row["harness"])
             console.print(Text(f"{row['policy']}: {shown} (percent)"))
         if row["mt_bench"]:
             console.print(Text(f"{row['policy']}: MT-Bench {show(row['mt_bench']['score'], None, '.2f')}"))

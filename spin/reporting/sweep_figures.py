@@ -61,13 +61,13 @@ def _heat_map(rows: Sequence[dict], settings: Sequence[str], measures: Sequence[
     return figure
 
 
-def _lines(rows: Sequence[dict], setting: str, others: Sequence[str], measures: Sequence[Measure]) -> Figure:
-    """Each measure over `setting`, a line for each combination of the `others`."""
+def _lines(rows: Sequence[dict], setting: str, line_settings: Sequence[str], measures: Sequence[Measure]) -> Figure:
+    """Each measure over `setting`, a line for each combination of `line_settings`."""
     figure, grid = panels(len(measures), min(2, len(measures)), 2.2)
     groups: dict[str, list[dict]] = {}
     ticks: dict[float, str] = {}
     for row in sorted(rows, key=lambda row: float(row[setting])):
-        groups.setdefault(", ".join(f"{key}={row[key]}" for key in others), []).append(row)
+        groups.setdefault(", ".join(f"{key}={row[key]}" for key in line_settings), []).append(row)
         ticks[float(row[setting])] = row[setting]
     for axes, measure in zip(grid, measures, strict=True):
         label_measure(axes, measure)
@@ -80,6 +80,6 @@ def _lines(rows: Sequence[dict], setting: str, others: Sequence[str], measures: 
             axes.set_xscale("log")
         axes.set_xticks(list(ticks), list(ticks.values()))
         axes.minorticks_off()
-    if others:
+    if line_settings:
         add_legend(figure, grid[0], min(3, len(groups)))
     return figure

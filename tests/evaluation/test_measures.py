@@ -104,13 +104,11 @@ def test_json_round_trip():
     }
     first = held_out(pairs, rng.normal(size=30), -12)
     last = held_out(pairs, rng.normal(size=30), -12.5, rng.normal(size=30), **arrays)
-    again = [held_out_of(pairs, json.loads(json.dumps(one.per_prompt))) for one in (first, last)]
+    again = [held_out_of(pairs, json.loads(json.dumps(policy.per_prompt))) for policy in (first, last)]
     assert measures(again[0], None, 50, 0) == measures(first, None, 50, 0)
     assert measures(again[1], again[0], 50, 0) == measures(last, first, 50, 0)
-    assert "opponent_generated" not in again[0].policy_logps and [one.digest for one in again] == [
-        first.digest,
-        last.digest,
-    ]
+    assert "opponent_generated" not in again[0].policy_logps
+    assert [policy.digest for policy in again] == [first.digest, last.digest]
     assert first.digest != last.digest
 
 
@@ -140,17 +138,17 @@ def policies(n: int, shift: float):
 
 def test_paired_difference_is_seen_though_intervals_overlap():
     first, last = policies(60, 2.0)
-    found = differences(last, first, 400, 0)["nll_per_token"]
-    assert found["verdict"] == "better" and found["interval"][1] < 0
-    assert found["change"] == pytest.approx(-0.2, abs=0.05)
-    alone = [measures(one, None, 400, 0)["nll_per_token_interval"] for one in (first, last)]
+    change = differences(last, first, 400, 0)["nll_per_token"]
+    assert change["verdict"] == "better" and change["interval"][1] < 0
+    assert change["change"] == pytest.approx(-0.2, abs=0.05)
+    alone = [measures(policy, None, 400, 0)["nll_per_token_interval"] for policy in (first, last)]
     assert alone[0][0] < alone[1][1] and alone[1][0] < alone[0][1]
 
 
 def test_no_difference():
     first, last = policies(60, 0.0)
-    assert {one["verdict"] for one in differences(last, first, 400, 0).values()} == {"same"}
-    assert all(one["change"] == 0 for one in differences(first, first, 100, 0).values())
+    assert {change["verdict"] for change in differences(last, first, 400, 0).values()} == {"same"}
+    assert all(change["change"] == 0 for change in differences(first, first, 100, 0).values())
 
 
 def test_false_verdicts_are_rare():
@@ -187,6 +185,6 @@ def test_checks(check, answer, real, right):
 
 def test_exact_match():
     pairs = [pair(i, generated=text) for i, text in enumerate(("a b c d", "wrong", "A b  c D", ""))]
-    found = measures(held_out(pairs, -1, -1, correct=correct(pairs, "exact")), None, 100, 0)
-    assert found["exact_match"] == 0.5 and found["exact_match_interval"][0] < 0.5 < found["exact_match_interval"][1]
+    result = measures(held_out(pairs, -1, -1, correct=correct(pairs, "exact")), None, 100, 0)
+    assert result["exact_match"] == 0.5 and result["exact_match_interval"][0] < 0.5 < result["exact_match_interval"][1]
     assert correct(pairs, "none") is None and "exact_match" not in measures(held_out(pairs, -1, -1), None, 10, 0)

@@ -54,9 +54,9 @@ def two_sample(prompts, real, generated) -> tuple[float, float, float]:
 @pytest.mark.parametrize("n", [48, 300])
 def test_answers_of_one_distribution_cannot_be_two_sample(n):
     values = [two_sample(*human_answers(n, seed)) for seed in range(6)]
-    aucs, found, equal = np.array(values).T
+    aucs, likeness, equal = np.array(values).T
     assert abs(aucs.mean() - 0.5) < 0.06 and np.all(abs(aucs - 0.5) < 0.2 if n == 48 else abs(aucs - 0.5) < 0.1)
-    assert abs(found.mean() - equal.mean()) < 0.05
+    assert abs(likeness.mean() - equal.mean()) < 0.05
     assert equal.mean() > 0.85
 
 
@@ -88,9 +88,9 @@ KINDS = [
 @pytest.mark.parametrize("kind", KINDS)
 def test_broken_answers_are_caught(kind):
     prompts, real, generated = human_answers(100)
-    value, found, equal = two_sample(prompts, real, broken(kind, prompts, real, generated, random.Random(0)))
+    value, likeness, equal = two_sample(prompts, real, broken(kind, prompts, real, generated, random.Random(0)))
     assert value > 0.65, kind
-    assert found < 0.75 * equal, kind
+    assert likeness < 0.75 * equal, kind
 
 
 def test_classifier_sees_word_order():
@@ -112,15 +112,15 @@ def test_scores_are_cross_validated():
 def test_swapped_labels():
     prompts, real, generated = human_answers(60)
     generated = generated[1:] + generated[:1]
-    one, other = (classifier_scores(features(prompts, *both)) for both in ((real, generated), (generated, real)))
-    assert auc(one) == pytest.approx(auc(other), abs=0.02)
+    scores, swapped = (classifier_scores(features(prompts, *sides)) for sides in ((real, generated), (generated, real)))
+    assert auc(scores) == pytest.approx(auc(swapped), abs=0.02)
 
 
 def test_few_prompts_and_odd_texts():
     for n in (1, 2, 3):
         prompts, real, generated = human_answers(n)
-        value, found, equal = two_sample(prompts, real, generated)
-        assert 0 <= value <= 1 and 0 <= found <= 1 and 0 <= equal <= 1
+        value, likeness, equal = two_sample(prompts, real, generated)
+        assert 0 <= value <= 1 and 0 <= likeness <= 1 and 0 <= equal <= 1
     assert all(np.isfinite(two_sample(["", "\n"], ["", "!!"], ["�", "\x00 a"])))
 
 
@@ -131,7 +131,7 @@ def test_mauve_is_the_area_under_its_curve():
     points = [(0.0, 1.0)]
     for weight in MIXTURES[::-1]:  # from R near P to R near Q: x, which measures the way from Q to R, rises
         r = [weight * a + (1 - weight) * b for a, b in zip(p, q, strict=True)]
-        to = [sum(a * np.log(a / c) for a, c in zip(one, r, strict=True) if a > 0) for one in (q, p)]
+        to = [sum(a * np.log(a / c) for a, c in zip(shares, r, strict=True) if a > 0) for shares in (q, p)]
         points.append((np.exp(-SCALE * to[0]), np.exp(-SCALE * to[1])))
     points.append((1.0, 0.0))
     area = sum((x2 - x1) * (y1 + y2) / 2 for (x1, y1), (x2, y2) in zip(points, points[1:], strict=False))
@@ -142,15 +142,15 @@ def test_mauve_is_the_area_under_its_curve():
 
 
 def test_embeddings_join_the_features(tiny_folder):
-    """Its states are those of transformers' generated forward, and join the features."""
+    """The states are those of transformers' own forward, and join the features."""
     prompts, real, generated = human_answers(20)
-    found = embed(str(tiny_folder), [*prompts, *prompts], [*real, *generated], torch.device("cpu"))
+    states = embed(str(tiny_folder), [*prompts, *prompts], [*real, *generated], torch.device("cpu"))
     model, tokenizer = AutoModel.from_pretrained(tiny_folder), AutoTokenizer.from_pretrained(tiny_folder)
     with torch.no_grad():
         ids = torch.tensor([tokenizer(f"{prompts[3]}\n\n{real[3]}")["input_ids"]])
         expected = model(input_ids=ids).last_hidden_state[0].mean(0)
-    assert np.allclose(found[3], expected.numpy(), atol=1e-5)
+    assert np.allclose(states[3], expected.numpy(), atol=1e-5)
     x = features(prompts, real, generated)
-    joined = with_embeddings(x, found)
-    assert joined.shape == (40, x.shape[1] + found.shape[1])
+    joined = with_embeddings(x, states)
+    assert joined.shape == (40, x.shape[1] + states.shape[1])
     assert classifier_scores(joined).shape == clusters(joined, 0).shape == (2, 20)

@@ -142,10 +142,10 @@ def test_sort(opened, policies, order, key, sign):
     choose(opened, "of", "iter0")
     choose(opened, "sort", order)
     _, held_out, before = policies[1]
-    logps, theirs = held_out.policy_logps, before.policy_logps
+    logps, opponent = held_out.policy_logps, before.policy_logps
     values = {
         "tokens": [len(pair.generated_ids) for pair in held_out.pairs],
-        "margin": logps["real"] - theirs["real"] - logps["opponent_generated"] + theirs["generated"],
+        "margin": logps["real"] - opponent["real"] - logps["opponent_generated"] + opponent["generated"],
         "score": held_out.scores[1],
     }
     assert numbers_shown(opened) == np.argsort(sign * np.array(values[key]), kind="stable")[:20].tolist()
@@ -232,9 +232,9 @@ def test_vote(opened, page, tmp_path):
         press(opened, choices[-1])
     assert set(choices) == {"1", "2"}
     press(opened, "0", "u")
-    other = {"1": "2", "2": "1"}
+    swapped = {"1": "2", "2": "1"}
     human = "1" if texts(opened, "#ballot .answers .text")[0].startswith("the human") else "2"
-    press(opened, other[human], "0")
+    press(opened, swapped[human], "0")
     low, high = binomtest(1, 13).proportion_ci(method="wilson")
     assert tally(opened) == (
         f"iter1 1, human 12, ties 1. iter1 is better in 8 % of the decided votes [{low:.0%}, {high:.0%}], a 95 % "

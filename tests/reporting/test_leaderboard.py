@@ -34,10 +34,10 @@ def game(nll: float, start: float = 2.0, **more) -> dict:
 
 def points_of(tmp_path: Path, games: dict) -> list[Point]:
     points = []
-    for number, (settings, found) in enumerate(games.items()):
+    for number, (settings, content) in enumerate(games.items()):
         folder = tmp_path / str(number)
         record_status(folder, "done")
-        (folder / "game.json").write_text(json.dumps(found))
+        (folder / "game.json").write_text(json.dumps(content))
         points.append(Point(dict(settings), folder))
     return points
 
@@ -48,10 +48,10 @@ def test_means_and_standard_errors_over_seeds(tmp_path):
     points = [*points_of(tmp_path, games), Point({"loss.beta": "1", "seed": "2"}, tmp_path / "x", "it broke")]
     rows = rows_of(points)
     assert [row["kind"] for row in rows] == ["point"] * 6 + ["mean"] * 2
-    best, other = rows[6:]
-    assert best["loss.beta"] == "1" and best["seeds"] == 2 and other["seeds"] == 3
-    assert other["nll_per_token"] == pytest.approx(mean([1.5, 1.7, 1.3]))
-    assert other["nll_per_token_se"] == pytest.approx(stdev([1.5, 1.7, 1.3]) / 3**0.5)
+    best, second = rows[6:]
+    assert best["loss.beta"] == "1" and best["seeds"] == 2 and second["seeds"] == 3
+    assert second["nll_per_token"] == pytest.approx(mean([1.5, 1.7, 1.3]))
+    assert second["nll_per_token_se"] == pytest.approx(stdev([1.5, 1.7, 1.3]) / 3**0.5)
     assert best["nll_per_token_se"] == pytest.approx(0.05)
     assert [row["nll_per_token"] for row in rows[:5]] == sorted(values.values())
     assert rows[5]["status"] == "failed" and rows[5]["reason"] == "it broke"
@@ -92,22 +92,22 @@ def test_what_is_not_drawn(tmp_path):
 
 
 def test_benchmarks_in_rows(tmp_path):
-    one = game(1.0)
+    played = game(1.0)
     harness = [{"task": "gsm8k", "value": 0.4, "stderr": 0.01}]
-    one["external"] = [{"policy": "iter0", "harness": harness, "mt_bench": {"score": 6.5}}]
-    (row, _) = rows_of(points_of(tmp_path, {(): one}))
+    played["external"] = [{"policy": "iter0", "harness": harness, "mt_bench": {"score": 6.5}}]
+    (row, _) = rows_of(points_of(tmp_path, {(): played}))
     assert row["gsm8k"] == 0.4 and row["gsm8k_se"] == 0.01 and row["mt_bench"] == 6.5
 
 
 def test_benchmarks_of_the_selected_policy(tmp_path):
     """Also where nothing was measured on held-out prompts."""
-    one = game(1.0) | {"evaluations": []}
-    one["external"] = [
+    played = game(1.0) | {"evaluations": []}
+    played["external"] = [
         {"policy": f"iter{t}", "harness": [{"task": "gsm8k", "value": value, "stderr": 0.01}], "mt_bench": None}
         for t, value in enumerate((0.4, 0.3))
     ]
-    one["selected"] = {"policy": "iter0", "measure": "gsm8k", "value": 0.4}
-    (row,) = rows_of(points_of(tmp_path, {(): one}))
+    played["selected"] = {"policy": "iter0", "measure": "gsm8k", "value": 0.4}
+    (row,) = rows_of(points_of(tmp_path, {(): played}))
     assert row["policy"] == "iter0" and row["gsm8k"] == row["validation_gsm8k"] == 0.4
 
 

@@ -58,15 +58,15 @@ def test_the_store_has_none(played):
 
 def test_a_card_of_the_user_stays_and_ours_go_with_their_policy(played):
     run = played.folder / "run"
-    mine, best, last = (run / place / "policy" / "README.md" for place in ("iter0", "best", "iter1"))
-    mine.write_text("My own words.")
+    own_card, best, last = (run / place / "policy" / "README.md" for place in ("iter0", "best", "iter1"))
+    own_card.write_text("My own words.")
     best.write_text(best.read_text().replace(MARK, "<!-- mine"))
     text = best.read_text()
     last.write_text("truncat" + MARK)
     played.play(*GAME)
-    assert mine.read_text() == "My own words." and best.read_text() == text and "# smoke, iter1" in last.read_text()
+    assert own_card.read_text() == "My own words." and best.read_text() == text and "# smoke, iter1" in last.read_text()
     played.play(*GAME, "iter=0")
-    assert not last.parent.parent.exists() and mine.read_text() == "My own words."
+    assert not last.parent.parent.exists() and own_card.read_text() == "My own words."
 
 
 def test_adapter_and_merged_model(played):

@@ -57,9 +57,9 @@ def test_best_policy_is_published(place, hub, tmp_path):
     assert hub.created[-1]["name"] == "mine" and hub.created[-1]["visibility"] == "private"
     selected = json.loads((place.folder / "run" / "best" / "selection.json").read_text())["policy"]
     assert hub.commits == [f"smoke, {selected}"]
-    made = {path.name: path.read_bytes() for path in policy.iterdir()}
-    del made["diary.txt"], made["trained_on.json"]
-    assert hub.files == made
+    uploaded = {path.name: path.read_bytes() for path in policy.iterdir()}
+    del uploaded["diary.txt"], uploaded["trained_on.json"]
+    assert hub.files == uploaded
     for name, content in hub.files.items():
         (tmp_path / name).write_bytes(content)
     assert AutoModelForCausalLM.from_pretrained(tmp_path) and content_id(tmp_path) == content_id(policy)

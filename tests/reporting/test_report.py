@@ -51,8 +51,8 @@ def evaluation(policy, iteration, better, interval=0.01):
 def difference(policy, against, **verdicts):
     """A comparison of two policies in all measures, with the given verdicts and "same" for the others."""
     names = [measure.name for measure in COMPARED if measure.name != "exact_match"]
-    found = {"first": 2.0, "last": 1.9, "change": -0.1, "interval": [-0.15, 0.02], "verdict": "same"}
-    rows = {name: {**found, "verdict": verdicts.get(name, "same")} for name in names}
+    change = {"first": 2.0, "last": 1.9, "change": -0.1, "interval": [-0.15, 0.02], "verdict": "same"}
+    rows = {name: {**change, "verdict": verdicts.get(name, "same")} for name in names}
     return {"policy": policy, "against": against, "n": 50, "measures": rows}
 
 
@@ -119,7 +119,7 @@ def made_up(folder, iterations=2, steps=60, margins=True):
 
 def outside_fences(page):
     """The page's Markdown without its code blocks, found the way that CommonMark does."""
-    kept, fence = [], None
+    prose, fence = [], None
     for line in page.splitlines():
         opening = re.match(r"(`{3,})", line)
         if fence is None and opening:
@@ -127,9 +127,9 @@ def outside_fences(page):
         elif fence is not None and line.strip() and set(line) == {"`"} and len(line) >= len(fence):
             fence = None
         elif fence is None:
-            kept.append(line)
+            prose.append(line)
     assert fence is None
-    return "\n".join(kept)
+    return "\n".join(prose)
 
 
 def figures(folder):

@@ -393,14 +393,14 @@ def test_missing_or_other_version(tmp_path):
     for path in Path(torch.__file__).parents[1].iterdir():
         if not path.name.lower().startswith("lm_eval"):
             (packages / path.name).symlink_to(path)
-    other = tmp_path / "other" / "lm_eval-0.4.0.dist-info"
-    other.mkdir(parents=True)
-    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: lm_eval\nVersion: 0.4.0\n")
+    old_version = tmp_path / "other" / "lm_eval-0.4.0.dist-info"
+    old_version.mkdir(parents=True)
+    (old_version / "METADATA").write_text("Metadata-Version: 2.1\nName: lm_eval\nVersion: 0.4.0\n")
     script = f"""
 import sys
 from spin.evaluation.external.harness import check_tasks, identity, parse_tasks
 tasks = parse_tasks(["arc_easy:0:acc"])
-for more in ([], [{str(other.parent)!r}]):
+for more in ([], [{str(old_version.parent)!r}]):
     sys.path += more
     for refuse in (lambda: check_tasks(tasks, None), lambda: identity(tasks[0], None)):
         try:
@@ -430,14 +430,14 @@ def test_identity(tmp_path):
     (include / "__pycache__" / "functions.pyc").write_bytes(b"anything")
     assert identity(task, str(include)) == first
 
-    others = [first, identity(task, None)]
-    others += [identity(Task("spin_choice", *changed), str(include)) for changed in ((1, "acc"), (0, "acc_norm"))]
+    identities = [first, identity(task, None)]
+    identities += [identity(Task("spin_choice", *changed), str(include)) for changed in ((1, "acc"), (0, "acc_norm"))]
     with (include / "data" / "choice_test.jsonl").open("a") as file:
         file.write("\n")
-    others.append(identity(task, str(include)))
+    identities.append(identity(task, str(include)))
     (include / "spin_choice.yaml").rename(include / "other.yaml")
-    others.append(identity(task, str(include)))
-    assert len({json.dumps(other) for other in others}) == len(others)
+    identities.append(identity(task, str(include)))
+    assert len({json.dumps(content) for content in identities}) == len(identities)
 
 
 def test_paper_averages():

@@ -93,9 +93,9 @@ def serve(monkeypatch):
         return servers[-1]
 
     yield start
-    for one in servers:
-        one.server.shutdown()
-        one.server.server_close()
+    for server in servers:
+        server.server.shutdown()
+        server.server.server_close()
 
 
 def shown(prompt: str) -> tuple[str, str]:
@@ -220,11 +220,11 @@ def test_refused_conversation(serve):
 @pytest.mark.parametrize("status", [302, 307])
 def test_redirect_without_the_key(serve, monkeypatch, status):
     monkeypatch.setenv("SPIN_JUDGE_KEY", SECRET)
-    server, other = serve(), serve()
-    server.faults = [(status, {"Location": f"{other.address}/chat/completions"}, b"")]
+    server, target = serve(), serve()
+    server.faults = [(status, {"Location": f"{target.address}/chat/completions"}, b"")]
     with contextlib.suppress(UserError):
         server.judge(retries=0)(QUESTION)
-    assert not any(SECRET in json.dumps(request) for request in other.seen)
+    assert not any(SECRET in json.dumps(request) for request in target.seen)
 
 
 @pytest.mark.parametrize("key", [f"{SECRET}\nX: 1", f"{SECRET}é", f"{SECRET}\x7f"])
@@ -283,8 +283,8 @@ def test_local_judge_is_greedy(tiny_folder, tmp_path, monkeypatch):
     ids = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_tensors="pt")["input_ids"]
     model.generation_config = tf.GenerationConfig()
     options = {"do_sample": False, "max_new_tokens": 20, "eos_token_id": 1, "pad_token_id": 1}
-    theirs = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
-    assert reply == tokenizer.decode(theirs[0, ids.shape[1] :], skip_special_tokens=True) and reply
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    assert reply == tokenizer.decode(expected[0, ids.shape[1] :], skip_special_tokens=True) and reply
 
 
 def test_conversation_too_long_for_local_judge(tiny_folder):
@@ -303,14 +303,19 @@ SHORT = [f"short {i}" for i in range(40)]
 def test_better_policy_wins(serve):
     server = serve(longer)
     mixed = [LONG[i] if i % 4 else "no" for i in range(40)]  # longer than SHORT in 30 of 40
-    found = compare(PROMPTS, mixed, SHORT, server.judge(), 0)
-    assert found["outcomes"] == ["win" if i % 4 else "loss" for i in range(40)]
-    assert (found["n"], found["unparsed"], found["inconsistent"]) == (40, 0, 0)
-    assert (found["wins"], found["ties"], found["losses"], found["win_rate"]) == (0.75, 0, 0.25, 0.75)
-    assert found["p_value"] == pytest.approx(binomtest(30, 40).pvalue)
-    low, high = found["win_rate_interval"]
+    comparison = compare(PROMPTS, mixed, SHORT, server.judge(), 0)
+    assert comparison["outcomes"] == ["win" if i % 4 else "loss" for i in range(40)]
+    assert (comparison["n"], comparison["unparsed"], comparison["inconsistent"]) == (40, 0, 0)
+    assert (comparison["wins"], comparison["ties"], comparison["losses"], comparison["win_rate"]) == (
+        0.75,
+        0,
+        0.25,
+        0.75,
+    )
+    assert comparison["p_value"] == pytest.approx(binomtest(30, 40).pvalue)
+    low, high = comparison["win_rate_interval"]
     assert 0.55 < low < 0.7 < 0.8 < high < 0.95
-    assert finding(found, "iter1", "sft").startswith("iter1 is preferred to sft: win rate 0.75 [0.")
+    assert finding(comparison, "iter1", "sft").startswith("iter1 is preferred to sft: win rate 0.75 [0.")
     first_two = [shown(prompt) for prompt in server.prompts[:2]]
     assert first_two == [("no", "short 0"), ("short 0", "no")]  # both orders
     assert len(server.seen) == 80
@@ -325,24 +330,31 @@ def test_better_policy_wins(serve):
 @pytest.mark.parametrize("place", ["1", "2"])
 def test_position_bias_is_a_tie(serve, place):
     server = serve(lambda prompt: f"It is [[{place}]]")
-    found = compare(PROMPTS, LONG, SHORT, server.judge(), 0)
-    assert set(found["outcomes"]) == {"tie"} and found["inconsistent"] == 1 and found["p_value"] == 1
-    assert finding(found, "a", "b").startswith("no difference seen") and found["win_rate_interval"] == [0.5, 0.5]
+    comparison = compare(PROMPTS, LONG, SHORT, server.judge(), 0)
+    assert set(comparison["outcomes"]) == {"tie"} and comparison["inconsistent"] == 1 and comparison["p_value"] == 1
+    assert finding(comparison, "a", "b").startswith("no difference seen") and comparison["win_rate_interval"] == [
+        0.5,
+        0.5,
+    ]
 
 
 def test_equal_answers_are_not_judged(serve):
     server = serve(longer)
-    found = compare(PROMPTS, LONG, LONG, server.judge(), 0)
-    assert server.seen == [] and found["ties"] == 1 and found["inconsistent"] is None
-    assert finding(found, "a", "b").startswith("no difference seen between a and b")
+    comparison = compare(PROMPTS, LONG, LONG, server.judge(), 0)
+    assert server.seen == [] and comparison["ties"] == 1 and comparison["inconsistent"] is None
+    assert finding(comparison, "a", "b").startswith("no difference seen between a and b")
 
 
 def test_no_difference(serve):
     rng = np.random.default_rng(0)
     a, b = (["x" * int(length) for length in rng.integers(1, 50, 40)] for _ in range(2))
-    found = compare(PROMPTS, a, b, serve(longer).judge(), 0)
-    low, high = found["win_rate_interval"]
-    assert low < 0.5 < high and finding(found, "a", "b").startswith("no difference seen") and found["p_value"] > 0.05
+    comparison = compare(PROMPTS, a, b, serve(longer).judge(), 0)
+    low, high = comparison["win_rate_interval"]
+    assert (
+        low < 0.5 < high
+        and finding(comparison, "a", "b").startswith("no difference seen")
+        and comparison["p_value"] > 0.05
+    )
 
 
 def test_unparsed_verdicts(serve):
@@ -350,24 +362,24 @@ def test_unparsed_verdicts(serve):
         i = int(re.search(r"Question (\d+)", prompt)[1])
         return "Hard to say." if i % 3 == 0 and shown(prompt)[0] == LONG[i] else longer(prompt)
 
-    found = compare(PROMPTS, LONG, SHORT, serve(rule).judge(), 0)
-    assert found["outcomes"] == ["unparsed" if i % 3 == 0 else "win" for i in range(40)]
-    assert (found["n"], found["unparsed"], found["wins"], found["inconsistent"]) == (26, 14, 1, 0)
+    comparison = compare(PROMPTS, LONG, SHORT, serve(rule).judge(), 0)
+    assert comparison["outcomes"] == ["unparsed" if i % 3 == 0 else "win" for i in range(40)]
+    assert (comparison["n"], comparison["unparsed"], comparison["wins"], comparison["inconsistent"]) == (26, 14, 1, 0)
     none = compare(PROMPTS, LONG, SHORT, serve(lambda prompt: "Hm.").judge(), 0)
     assert (none["n"], none["unparsed"], none["win_rate"], none["win_rate_interval"]) == (0, 40, None, None)
     assert finding(none, "a", "b") == "no verdict between a and b: none of 40 can be read."
 
 
 def test_few_prompts(serve):
-    found = compare(PROMPTS[:4], LONG[:4], SHORT[:4], serve(longer).judge(), 0)
-    assert found["win_rate_interval"] == [1, 1] and found["p_value"] == 0.125
-    assert finding(found, "a", "b").startswith("no difference seen")
+    comparison = compare(PROMPTS[:4], LONG[:4], SHORT[:4], serve(longer).judge(), 0)
+    assert comparison["win_rate_interval"] == [1, 1] and comparison["p_value"] == 0.125
+    assert finding(comparison, "a", "b").startswith("no difference seen")
 
 
 def test_inconsistent_tie(serve):
     server = serve(lambda prompt: "[[tie]]" if shown(prompt)[0].startswith("short") else "[[1]]")
-    found = compare(PROMPTS, LONG, SHORT, server.judge(), 0)
-    assert found["ties"] == 1 and found["inconsistent"] == 1
+    comparison = compare(PROMPTS, LONG, SHORT, server.judge(), 0)
+    assert comparison["ties"] == 1 and comparison["inconsistent"] == 1
 
 
 def test_resume_after_failure(serve, tmp_path):
@@ -375,12 +387,12 @@ def test_resume_after_failure(serve, tmp_path):
     whole = compare(PROMPTS, LONG, SHORT, server.judge(), 0)
     server.seen.clear()
     server.faults = [None] * 37 + [(404, {}, b"gone")]
-    kept, done = ResumableShards(tmp_path / "verdicts", print), []
+    shards, done = ResumableShards(tmp_path / "verdicts", print), []
     with pytest.raises(UserError):
-        compare(PROMPTS, LONG, SHORT, server.judge(), 0, keep=kept, advance=done.append)
+        compare(PROMPTS, LONG, SHORT, server.judge(), 0, keep=shards, advance=done.append)
     assert len(server.seen) == 38 and sum(done) == 18
-    found = compare(PROMPTS, LONG, SHORT, server.judge(), 0, keep=kept, advance=done.append)
-    assert found == whole and len(server.seen) == 38 + 80 - 32  # two shards of eight prompts were kept
+    comparison = compare(PROMPTS, LONG, SHORT, server.judge(), 0, keep=shards, advance=done.append)
+    assert comparison == whole and len(server.seen) == 38 + 80 - 32  # two shards of eight prompts were kept
     assert sum(done) == 18 + 24
 
 
@@ -510,9 +522,9 @@ def misbehaving(monkeypatch):
         return servers[-1]
 
     yield start
-    for one in servers:
-        one.server.shutdown()
-        one.server.server_close()
+    for server in servers:
+        server.server.shutdown()
+        server.server.server_close()
 
 
 @pytest.mark.parametrize("name", MISBEHAVIOURS)
@@ -548,8 +560,12 @@ def test_only_bad_replies_end_the_comparison(misbehaving, name):
 
 def test_comparison_goes_on(misbehaving):
     server = misbehaving("huge", bad=2)
-    found = compare(["a", "b", "c"], ["x"] * 3, ["y"] * 3, server.judge(retries=0), 0)
-    assert found["outcomes"] == ["unparsed", "unparsed", "tie"] and found["n"] == 1 and found["unparsed"] == 2
+    comparison = compare(["a", "b", "c"], ["x"] * 3, ["y"] * 3, server.judge(retries=0), 0)
+    assert (
+        comparison["outcomes"] == ["unparsed", "unparsed", "tie"]
+        and comparison["n"] == 1
+        and comparison["unparsed"] == 2
+    )
 
 
 def test_texts_of_replies(serve, tmp_path):

@@ -182,13 +182,13 @@ def test_model_id_is_a_file_name(tmp_path, name):
 
 
 def test_seed(player):
-    first, again, other = played(player), played(player), played(player, seed=1)
+    first, again, reseeded = played(player), played(player), played(player, seed=1)
     assert first == again
-    for question, one, two in zip(QUESTIONS, turns(first), turns(other), strict=True):
-        assert all(one), question.category  # no empty answers, which would all be the same
+    for question, answers, others in zip(QUESTIONS, turns(first), turns(reseeded), strict=True):
+        assert all(answers), question.category  # no empty answers, which would all be the same
         if TEMPERATURES.get(question.category) != 0.1:  # greedy or nearly so
-            assert (one == two) == (TEMPERATURES.get(question.category) == 0), question.category
-    assert all(a["answer_id"] != b["answer_id"] for a, b in zip(first[:2], other[:2], strict=True))
+            assert (answers == others) == (TEMPERATURES.get(question.category) == 0), question.category
+    assert all(a["answer_id"] != b["answer_id"] for a, b in zip(first[:2], reseeded[:2], strict=True))
 
 
 def test_answers_do_not_depend_on_other_questions(player):
@@ -218,10 +218,10 @@ def test_turns_and_temperatures(player, template):
     rows = played(player, questions, template, batch_size=3)
     for question, (first, second) in zip(questions, turns(rows), strict=True):
         history = [{"role": "user", "content": question.turns[0]}]
-        for number, found in ((1, first), (2, second)):
+        for number, reply in ((1, first), (2, second)):
             [(text, ids)] = encode_prompts(tokenizer, [history], template)
             assert number == 1 or (first in text and question.turns[1] in text)
-            one = {
+            example = {
                 "id": f"{question.id}/{number}",
                 "prompt": text,
                 "prompt_ids": tuple(ids),
@@ -229,16 +229,16 @@ def test_turns_and_temperatures(player, template):
                 "real_ids": (),
             }
             temperature = expected.get(question.category, 0.7)
-            again = again_of(model, tokenizer, one, temperature, stops)
-            assert found == again.replace("<|start|>", "").replace("<|end|>", "").strip(), (question, number)
-            history += [{"role": "assistant", "content": found}, {"role": "user", "content": question.turns[1]}]
+            again = again_of(model, tokenizer, example, temperature, stops)
+            assert reply == again.replace("<|start|>", "").replace("<|end|>", "").strip(), (question, number)
+            history += [{"role": "assistant", "content": reply}, {"role": "user", "content": question.turns[1]}]
 
 
 def again_of(model, tokenizer, example, temperature, stops) -> str:
     from spin.data.examples import Example
 
     config = GenerationConfig.from_defaults(temperature=temperature, batch_size=1)
-    [found] = generate_answers(
+    [reply] = generate_answers(
         model,
         tokenizer,
         [Example(**example)],
@@ -248,7 +248,7 @@ def again_of(model, tokenizer, example, temperature, stops) -> str:
         stops,
         int.from_bytes(hashlib.sha256(b"0:mt_bench").digest()[:4], "big"),
     )
-    return found.text
+    return reply.text
 
 
 def test_spelt_control_token(player, tiny_folder):
@@ -263,16 +263,16 @@ def test_spelt_control_token(player, tiny_folder):
 
 
 def test_short_context(player):
-    said, done = [], []
+    messages, done = [], []
     long = replace(QUESTIONS[4], id="long", turns=("x" * 1100, "And?"))
     tight = replace(QUESTIONS[5], id="tight", turns=("y" * 970, "And what then, what then, what then?"))
-    rows = played(player, [long, tight, QUESTIONS[0]], tokens=100, say=said.append, advance=done.append)
-    (a, b), (c, d), other = turns(rows)
-    assert (a, b, d) == ("ERROR", "ERROR", "ERROR") and c not in ("", "ERROR") and "ERROR" not in other
-    [line] = said
+    rows = played(player, [long, tight, QUESTIONS[0]], tokens=100, say=messages.append, advance=done.append)
+    (a, b), (c, d), normal = turns(rows)
+    assert (a, b, d) == ("ERROR", "ERROR", "ERROR") and c not in ("", "ERROR") and "ERROR" not in normal
+    [line] = messages
     assert "context of 1024 tokens" in line and line.endswith("question/turn long/1, tight/1, long/2, tight/2")
-    said.clear()
-    assert played(player, say=said.append) and said == []
+    messages.clear()
+    assert played(player, say=messages.append) and messages == []
 
 
 def test_resume_answers(player, tmp_path):
@@ -318,68 +318,68 @@ def graded(judge, **options) -> list[dict]:
 def test_grades(serve):  # noqa: F811
     server, done = serve(by_length), []
     judgments = graded(server.judge(), advance=done.append)
-    assert [(one["question_id"], one["turn"]) for one in judgments] == [
+    assert [(judgment["question_id"], judgment["turn"]) for judgment in judgments] == [
         (str(81 + i), t) for i in range(8) for t in (1, 2)
     ]
-    for one in judgments:
-        i = int(one["question_id"]) - 81
-        assert one["score"] == (-1 if (i, one["turn"]) == (6, 2) else 10 - i)
-        assert one["category"] == CATEGORIES[i] and one["judgment"].strip()
+    for judgment in judgments:
+        i = int(judgment["question_id"]) - 81
+        assert judgment["score"] == (-1 if (i, judgment["turn"]) == (6, 2) else 10 - i)
+        assert judgment["category"] == CATEGORIES[i] and judgment["judgment"].strip()
     assert sum(done) == 16 and len(server.seen) == 16
 
 
 def test_grading_prompts(serve):  # noqa: F811
     server = serve(by_length)
     graded(server.judge())
-    asked = [body["messages"] for _, _, _, body in server.seen]
+    requests = [body["messages"] for _, _, _, body in server.seen]
     for (q, row), pair in zip(
-        zip(QUESTIONS, ROWS, strict=True), zip(asked[::2], asked[1::2], strict=True), strict=True
+        zip(QUESTIONS, ROWS, strict=True), zip(requests[::2], requests[1::2], strict=True), strict=True
     ):
         (first, second), answers = q.turns, row["choices"][0]["turns"]
         math = "-math" if q.category in ("math", "reasoning", "coding") else ""
         r = GRADING["references"].get(str(q.id))
-        one = f"Q={first} A=\n{answers[0]}\n" + (f" R1={r[0]}" if math else "")
-        two = f"{first}\n{answers[0]}\n{second}\n{answers[1]}\n" + (f" R1={r[0]} R2={r[1]}" if math else "")
-        for messages, content, turns in zip(pair, (one, two), ("", "-multi-turn"), strict=True):
+        single = f"Q={first} A=\n{answers[0]}\n" + (f" R1={r[0]}" if math else "")
+        multi = f"{first}\n{answers[0]}\n{second}\n{answers[1]}\n" + (f" R1={r[0]} R2={r[1]}" if math else "")
+        for messages, content, turns in zip(pair, (single, multi), ("", "-multi-turn"), strict=True):
             system = {"role": "system", "content": f"system{math}{turns}"}
             assert messages == [system, {"role": "user", "content": content}]
 
 
 def test_score(serve):  # noqa: F811
     judgments = graded(serve(by_length).judge())
-    found = mt_bench_score(judgments, 500, 0)
+    score = mt_bench_score(judgments, 500, 0)
     first, second = [10 - i for i in range(8)], [10 - i for i in range(8) if i != 6]
-    assert found["first_turn"] == np.mean(first) and found["second_turn"] == pytest.approx(np.mean(second))
-    assert found["score"] == pytest.approx(np.mean([*first, *second]))
-    assert found["by_category"] == {category: 10 - i for i, category in enumerate(CATEGORIES)}
-    assert (found["n"], found["verdicts"], found["unparsed"]) == (8, 16, 1)
+    assert score["first_turn"] == np.mean(first) and score["second_turn"] == pytest.approx(np.mean(second))
+    assert score["score"] == pytest.approx(np.mean([*first, *second]))
+    assert score["by_category"] == {category: 10 - i for i, category in enumerate(CATEGORIES)}
+    assert (score["n"], score["verdicts"], score["unparsed"]) == (8, 16, 1)
     for name in ("score", "first_turn", "second_turn"):
-        low, high = found[f"{name}_interval"]
-        assert 3 <= low < found[name] < high <= 10
-    assert found == mt_bench_score(judgments, 500, 0) and json.loads(json.dumps(found)) == found
+        low, high = score[f"{name}_interval"]
+        assert 3 <= low < score[name] < high <= 10
+    assert score == mt_bench_score(judgments, 500, 0) and json.loads(json.dumps(score)) == score
 
 
 def test_interval_over_questions():
     """Two turns that always agree are no more to go by than one."""
     rng = np.random.default_rng(0)
     scores = rng.integers(1, 11, 50)
-    both = [
+    judgments = [
         {"question_id": i, "category": "x", "turn": turn, "score": float(score)}
         for i, score in enumerate(scores)
         for turn in (1, 2)
     ]
-    found = mt_bench_score(both, 500, 0)
-    assert found["score_interval"] == found["first_turn_interval"] == found["second_turn_interval"]
-    low, high = found["score_interval"]
+    score = mt_bench_score(judgments, 500, 0)
+    assert score["score_interval"] == score["first_turn_interval"] == score["second_turn_interval"]
+    low, high = score["score_interval"]
     assert high - low == pytest.approx(2 * 1.96 * scores.std() / 50**0.5, rel=0.15)
 
 
 def test_no_rating():
-    found = mt_bench_score(graded(lambda messages: "Good."))
-    assert found["unparsed"] == 16
+    score = mt_bench_score(graded(lambda messages: "Good."))
+    assert score["unparsed"] == 16
     for name in ("score", "score_interval", "first_turn", "second_turn"):
-        assert found[name] is None
-    assert found["by_category"] == dict.fromkeys(CATEGORIES)
+        assert score[name] is None
+    assert score["by_category"] == dict.fromkeys(CATEGORIES)
 
 
 def test_resume_grading(serve, tmp_path):  # noqa: F811
@@ -387,10 +387,10 @@ def test_resume_grading(serve, tmp_path):  # noqa: F811
     whole = graded(server.judge())
     server.seen.clear()
     server.faults = [None] * 11 + [(401, {}, b"")]
-    kept = ResumableShards(tmp_path / "verdicts", print)
+    shards = ResumableShards(tmp_path / "verdicts", print)
     with pytest.raises(UserError):
-        graded(server.judge(), keep=kept)
-    assert graded(server.judge(), keep=kept) == whole
+        graded(server.judge(), keep=shards)
+    assert graded(server.judge(), keep=shards) == whole
     assert len(server.seen) == 12 + 8
 
 

@@ -30,25 +30,25 @@ def test_benchmarks_of_two_ranks_match_one(policy, tmp_path):  # noqa: F811
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     done = torchrun(2, "-m", "tests.evaluation.external.ranks_worker", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
-    zero, one = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1))
-    for results in (zero, one):
+    main, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1))
+    for results in (main, second):
         assert results[-2]["error"] == "rank 1 can't" and 1 <= results[-2]["computed"] < 20
         assert results[-1]["stopped"] == "SIGTERM"
-    assert one[-1]["batches"] == 1  # though more were to come
+    assert second[-1]["batches"] == 1  # though more were to come
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # as each rank has
     alone = [run(*job, SINGLE_PROCESS) for job in jobs]
     torch.set_num_threads(before)
-    for (_, entry), first, second, single in zip(jobs, zero[:-2], one[:-2], alone, strict=True):
-        assert first["row"] == second["row"], entry
-        assert first["messages"] == second["messages"] == single["messages"], entry
+    for (_, entry), of_main, of_second, single in zip(jobs, main[:-2], second[:-2], alone, strict=True):
+        assert of_main["row"] == of_second["row"], entry
+        assert of_main["messages"] == of_second["messages"] == single["messages"], entry
         if entry.startswith("spin_sampled"):  # answered by the main process
-            assert first["batches"] == single["batches"] and second["batches"] == 0
+            assert of_main["batches"] == single["batches"] and of_second["batches"] == 0
         else:
-            assert max(first["batches"], second["batches"]) <= 0.8 * single["batches"], entry
-        numbers = [[result["row"].pop(key) for key in ("value", "stderr")] for result in (first, single)]
+            assert max(of_main["batches"], of_second["batches"]) <= 0.8 * single["batches"], entry
+        numbers = [[result["row"].pop(key) for key in ("value", "stderr")] for result in (of_main, single)]
         assert numbers[0] == pytest.approx(numbers[1], rel=1e-6), entry
-        assert first["row"] == single["row"], entry
+        assert of_main["row"] == single["row"], entry
     assert any("cut from the left" in line for line in alone[-1]["messages"])
 
 
