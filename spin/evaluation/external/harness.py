@@ -71,13 +71,15 @@ def identity(task: Task, include: str | None) -> dict[str, Any]:
 
     Data from the hub are taken to be constant. Raises UserError: no such version of the harness, no such folder.
     """
-    folder = _folder(include)
-    content = hashlib.sha256()
-    for path in sorted(folder.rglob("*")) if folder else []:
-        if folder and path.is_file() and "__pycache__" not in path.parts:
-            content.update(f"{path.relative_to(folder)}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\0".encode())
-    tasks = [[task.task, task.shots, task.metric]]
-    return {"lm_eval": _installed_version(), "tasks": tasks, "include": content.hexdigest() if folder else None}
+    result = {"lm_eval": _installed_version(), "tasks": [[task.task, task.shots, task.metric]], "include": None}
+    if folder := _folder(include):
+        content = hashlib.sha256()
+        for path in sorted(folder.rglob("*")):
+            if path.is_file() and "__pycache__" not in path.parts:
+                digest = hashlib.sha256(path.read_bytes()).hexdigest()
+                content.update(f"{path.relative_to(folder)}\0{digest}\0".encode())
+        result["include"] = content.hexdigest()
+    return result
 
 
 # --- checks before anything is computed -------------------------------------------------------------------------------
@@ -87,18 +89,16 @@ def check_tasks(tasks: Sequence[Task], include: str | None) -> None:
     """Raise UserError if a task cannot be run; needs neither the model nor the task's data.
 
     Reasons: the harness is missing or of another version; no folder `include`; an unknown task, metric or filter; shots
-    for a task that is defined without; a task that executes what the model writes.
+    for a task that is defined without; a task that runs code of the model.
     """
     _installed_version()
-    folder = _folder(include)
     for task in tasks:
-        index = _task_manager(task.task, folder).task_index
+        index = _task_manager(task.task, _folder(include)).task_index
         if task.task not in index:
             near = difflib.get_close_matches(task.task, index, 3)
             hint = f"near it: {', '.join(near)}" if near else "`lm_eval ls tasks` lists all that can be read"
             raise UserError(f"{KEY}: the harness knows no task {brief(task.task)}; {hint}.")
-        wrong_types = (LookupError, TypeError, AttributeError, RecursionError)
-        with explaining(f"{KEY}: {task.task}: its file does not define a task", catch=wrong_types):
+        with explaining(f"{KEY}: {task.task}: its file does not define a task"):
             _check_task(task, index)
 
 
@@ -142,7 +142,7 @@ def _listed_values(config: dict, leaves: Iterable[dict]) -> list[str]:
 
 
 def _pick(metric: str, values: Iterable[str]) -> str | None:
-    """The one of `values` (`metric:filter`) that `metric`, with or without a filter, means; None if it is not exactly one."""
+    """The only one of `values` (`metric:filter`) that `metric`, with or without a filter, names; None if there is none."""
     matches = [value for value in values if metric in (value, value.partition(":")[0])]
     return matches[0] if len(matches) == 1 else None
 
@@ -196,11 +196,10 @@ def run_task(
 ) -> dict[str, Any]:
     """The model's result on a task: task, shots, metric, value, stderr, n (questions), version.
 
-    Value and stderr are in the harness's unit (a share in [0, 1] for acc and exact_match); stderr is None where the
-    harness has none. `seed` draws the few-shot examples. Relative data files of tasks in `harness_include` are relative
-    to that folder. The tokenizer may get a padding token.
+    Value and stderr are in the harness's unit (a share in [0, 1] for acc and exact_match); stderr may be None. `seed` draws
+    the few-shot examples. Data files of tasks in `harness_include` are relative to that folder. Only data from the hub are
+    written, to its usual cache; the tokenizer may get a padding token.
 
-    Nothing is written but data from the hub, to its usual cache; random states are restored.
     Raises UserError: data are missing, memory is short, or the harness cannot run the task.
     """
     from lm_eval.models.huggingface import HFLM
@@ -294,7 +293,7 @@ def _stop_if_pending(*_: object) -> None:
 
 @contextlib.contextmanager
 def _contained(name: str, batch_size: int) -> Iterator[list[logging.LogRecord]]:
-    """Collect the harness's log and show none of it, restore random states and settings, and give errors one line."""
+    """Collect the harness's log silently, restore random states and settings, and raise errors as one line."""
     log, handler, records = logging.getLogger("lm_eval"), logging.Handler(), list[logging.LogRecord]()
     handler.emit = records.append  # type: ignore[method-assign, assignment]
     states = random.getstate(), np.random.get_state()

@@ -42,10 +42,7 @@ Judge = Callable[[list[Message]], str]
 
 
 def open_judge(setting: str, model: str | None, timeout: float, dtype: torch.dtype, device: torch.device) -> Judge:
-    """The judge that `evaluation.judge` names: `model` behind an address (see `check_judge`), or a chat model in a folder.
-
-    Raises UserError if it cannot be used.
-    """
+    """The judge that `evaluation.judge` names: `model` behind an address, or a chat model in a folder. Raises UserError."""
     identity(setting, model)
     if "://" in setting:
         return ApiJudge(setting, str(model), timeout, is_checked=True)
@@ -191,15 +188,15 @@ def compare(
     advance: Callable[[int], None] = lambda prompts: None,
     keep: ShardDriver = compute_shards,
 ) -> dict[str, Any]:
-    """How a judge likes a policy's answers beside its opponent's to the same prompts, not knowing which is which.
+    """A judge's preference between a policy's answers and its opponent's to the same prompts, blind.
 
-    Each pair is judged in both orders: a win is a verdict that both give, all else a tie, so that a preference for a
+    Each pair is judged in both orders: a win is a verdict that both give, all else is a tie, so that a preference for a
     position wins nothing (Zheng et al. 2023, arXiv 2306.05685, section 3.4). Equal answers are ties and not judged.
 
     Returns `outcomes` ("win", "tie", "loss", or "unparsed", which counts nowhere else), `n` and the shares `wins`,
-    `ties`, `losses` of the prompts with an outcome, `win_rate` (a tie is half a win) with 95 % of bootstrap resamples
-    over prompts, `p_value` of the exact sign test, and `inconsistent`, the share of judged prompts whose verdict changed
-    with the order. Shares of nothing are None.
+    `ties`, `losses` of the prompts with an outcome, `win_rate` (a tie is half a win) with its 95 % bootstrap interval over
+    prompts, `p_value` of the exact sign test, and `inconsistent`, the share of judged prompts whose verdict changed with
+    the order. Shares of nothing are None.
     """
 
     def judged(i: int) -> dict:
@@ -238,7 +235,7 @@ def _verdict(judge: Judge, prompt: str, first: str, second: str) -> str:
 
 
 def finding(comparison: dict[str, Any], policy: str, opponent: str) -> str:
-    """A comparison in one sentence; a preference is one that both the interval and the sign test (at 5 %) show."""
+    """A comparison in one sentence; a preference needs both the interval and the sign test (at 5 %)."""
     if comparison["win_rate"] is None:
         return f"no verdict between {policy} and {opponent}: none of {comparison['unparsed']} can be read."
     rate, (low, high), p_value = (comparison[key] for key in ("win_rate", "win_rate_interval", "p_value"))

@@ -61,8 +61,8 @@ def read_questions(path: str | None) -> list[Question]:
 
 
 def read_grading(path: str, questions: Sequence[Question]) -> dict[str, dict]:
-    """What FastChat grades with, found from its question.jsonl at `path`: the judge `prompts` by name, and `references`,
-    GPT-4's answers by question. Raises UserError if any is missing."""
+    """The files beside FastChat's question.jsonl at `path`: the judge `prompts` by name, and `references`, GPT-4's answers
+    by question. Raises UserError if any is missing."""
     folder = Path(path).expanduser().parent
     names = [f"single{math}-v1{turns}" for math in ("", "-math") for turns in ("", "-multi-turn")]
     ids = [str(question.id) for question in questions if question.category in WITH_REFERENCE]
@@ -130,15 +130,15 @@ def answer_questions(
         say(
             f"MT-Bench: the context of {context} tokens cuts answers, or leaves none ({NO_ANSWER}): question/turn {short_ids}"
         )
-    return [
-        _row(question, c[1]["content"], c[3]["content"]) for question, c in zip(questions, conversations, strict=True)
-    ]
-
-
-def _row(question: Question, *turns: str) -> dict:
-    answer_id = hashlib.sha256(json.dumps([question.id, turns]).encode()).hexdigest()[:22]  # as long as FastChat's
-    choices = [{"index": 0, "turns": turns}]
-    return {"question_id": question.id, "answer_id": answer_id, "model_id": "", "choices": choices, "tstamp": 0.0}
+    rows = []
+    for question, conversation in zip(questions, conversations, strict=True):
+        turns = [message["content"] for message in conversation[1::2]]
+        answer_id = hashlib.sha256(json.dumps([question.id, turns]).encode()).hexdigest()[:22]  # as long as FastChat's
+        choices = [{"index": 0, "turns": turns}]
+        rows.append(
+            {"question_id": question.id, "answer_id": answer_id, "model_id": "", "choices": choices, "tstamp": 0.0}
+        )
+    return rows
 
 
 def write_answers(rows: Sequence[dict], model_id: str, folder: Path) -> Path:
