@@ -1,7 +1,7 @@
-"""Can model answers be told from human ones? A classifier two-sample test, and a divergence of the MAUVE kind.
+"""How far model answers differ from human ones: a classifier two-sample test, and a divergence of the MAUVE kind.
 
-The fixed point of SPIN is a policy whose answers have the human distribution (Theorem 5.2 of the paper). Both look at an
-answer together with its prompt: good answers to the wrong prompts do not pass.
+The fixed point of SPIN is a policy whose answers have the human distribution (Theorem 5.2 of the paper). Both measures see
+each answer with its prompt, so that good answers to the wrong prompts differ as well.
 """
 
 import contextlib

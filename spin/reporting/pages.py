@@ -7,7 +7,7 @@ from typing import Any
 import jinja2
 
 from spin.evaluation.measure_table import is_known, known_measures, missing_prompts, ranking_measures, show
-from spin.reporting.text import code_block, escape, inline_code, plain_number, thousands
+from spin.reporting.text import code_block, escape, inline_code, plain_number
 from spin.runtime.progress import format_seconds
 
 ASSETS = Path(__file__).parent / "assets"
@@ -21,7 +21,7 @@ PAGES.filters.update(
     escape=escape,
     mean=mean,
     number=plain_number,
-    thousands=thousands,
+    thousands="{:,}".format,
 )
 FUNCTIONS = (is_known, known_measures, missing_prompts, ranking_measures, show)
 PAGES.globals.update({function.__name__: function for function in FUNCTIONS})

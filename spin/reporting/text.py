@@ -39,7 +39,3 @@ def shorten(text: str, length: int) -> str:
 def plain_number(value: float) -> str:
     """3e-5, 0.1, 512: as settings are written."""
     return f"{value:g}".replace("e-0", "e-")
-
-
-def thousands(value: int) -> str:
-    return f"{value:,}"

@@ -34,7 +34,6 @@ from spin.runtime.signals import pending_signal
 VERSION = "0.4.13"  # scores differ between versions
 KEY = "evaluation.harness"
 LOCAL_FORMATS = ("json", "csv", "parquet", "text", "arrow")
-REQUESTS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
 
 # Percent; arXiv 2401.01335, the table of Open LLM Leaderboard results by iteration. "sft" is zephyr-7b-sft-full.
 PAPER: dict[str, dict[str, float]] = json.loads((Path(__file__).parent / "assets" / "paper.json").read_text())
@@ -149,10 +148,9 @@ def _pick(metric: str, values: Iterable[str]) -> str | None:
 
 def _installed_version() -> str:
     """Return the harness's version; raise UserError unless it is `VERSION`."""
-    try:
+    version = "not installed"
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         version = importlib.metadata.version("lm_eval")
-    except importlib.metadata.PackageNotFoundError:
-        version = "not installed"
     if version != VERSION:
         install = f"pip install lm-eval=={VERSION}"
         raise UserError(f"{KEY}: lm-evaluation-harness: {version}; scores differ by version: {install}")
@@ -210,7 +208,7 @@ def run_task(
         softmax_dtype = torch.promote_types(model.dtype, torch.float32)
         lm: Any = HFLM(model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype=softmax_dtype)
         if ranks.is_main_process:
-            for name in REQUESTS:
+            for name in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
                 setattr(lm, name, functools.partial(_answer_requests, lm, ranks, name))
             result = ranks.broadcast(_evaluate(task, lm, settings, seed))
         else:

@@ -3,7 +3,7 @@
 import os
 import re
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from spin.generation.sampling import generate_answers
 from spin.models.load import load_model, load_tokenizer, stop_ids
 from spin.models.policy import content_id
 from spin.models.validate import check_folder
-from spin.runtime.errors import UserError, brief
+from spin.runtime.errors import UserError, brief, explaining
 from spin.runtime.shards import Shard, ShardDriver, compute_shards
 
 INSTALL = "pip install openai==3.57.0"
@@ -76,10 +76,8 @@ def identity(setting: str, model: str | None) -> str:
         raise UserError(f"evaluation.judge: an address is http://host:port/v1; a key goes into the variable {KEY}.")
     if not model:
         raise UserError(f"evaluation.judge={setting}: evaluation.judge_model must name the model to ask there.")
-    try:
+    with explaining(f"evaluation.judge={setting}: an address needs the openai client", INSTALL, ImportError):
         import openai  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"evaluation.judge={setting}: an address needs the openai client: {INSTALL}") from error
     return f"{setting.rstrip('/')} {model}"
 
 
@@ -209,8 +207,7 @@ def compare(
         outcome = "unparsed" if "unparsed" in (first, second) else first if first == second else "tie"
         return {"outcome": outcome, "is_consistent": first == second, "is_judged": answers[i] != opponents[i]}
 
-    indices = range(len(prompts))
-    rows = in_shards(judged, indices, [str(i) for i in indices], keep, advance)
+    rows = in_shards(judged, {str(i): i for i in range(len(prompts))}, keep, advance)
     outcomes = [row["outcome"] for row in rows]
     points = np.array([POINTS[outcome] for outcome in outcomes if outcome in POINTS])
     consistent = [row["is_consistent"] for row in rows if row["is_judged"] and row["outcome"] in POINTS]
@@ -247,17 +244,16 @@ def finding(comparison: dict[str, Any], policy: str, opponent: str) -> str:
 
 
 def in_shards(
-    make: Callable[[Any], dict], items: Sequence, ids: Sequence[str], keep: ShardDriver, advance: Callable[[int], None]
+    make: Callable[[Any], dict], tasks: Mapping[str, Any], keep: ShardDriver, advance: Callable[[int], None]
 ) -> list[dict]:
-    """A row of `make` for every item, through `keep` in shards of `SHARD`: a resumed run makes no shard twice."""
+    """A row of `make` for every task, through `keep` in shards of `SHARD`: a resumed run makes no shard twice."""
 
-    def rows_of(shard: Sequence) -> list[dict]:
+    def rows_of(ids: Sequence[str]) -> list[dict]:
         rows = []
-        for item in shard:
-            rows.append(make(item))
+        for id in ids:
+            rows.append(make(tasks[id]))
             advance(1)
         return rows
 
-    parts = [slice(start, start + SHARD) for start in range(0, len(items), SHARD)]
-    shards = [Shard(ids[part], partial(rows_of, items[part])) for part in parts]
-    return [row for rows in keep(shards) for row in rows]
+    parts = [list(tasks)[start : start + SHARD] for start in range(0, len(tasks), SHARD)]
+    return [row for rows in keep([Shard(ids, partial(rows_of, ids)) for ids in parts]) for row in rows]

@@ -164,15 +164,17 @@ def grade_answers(
     no rating), judgment; and category. Raises UserError as the judge does.
     """
 
-    def graded(task: tuple[Question, dict, int]) -> dict:
-        question, row, turn = task
-        judgment = judge(_grading_messages(question, row["choices"][0]["turns"], turn, grading))
+    def graded(task: tuple[Question, list[str], int]) -> dict:
+        question, answers, turn = task
+        judgment = judge(_grading_messages(question, answers, turn, grading))
         facts = {"question_id": str(question.id), "category": question.category, "turn": turn}
         return {**facts, "score": parse_rating(judgment), "judgment": judgment}
 
-    answered = zip(questions, rows, strict=True)
-    tasks = [(question, row, turn) for question, row in answered for turn in range(1, TURNS + 1)]
-    return in_shards(graded, tasks, [f"{row['answer_id']}/{turn}" for _, row, turn in tasks], keep, advance)
+    tasks = {}
+    for question, row in zip(questions, rows, strict=True):
+        for turn in range(1, TURNS + 1):
+            tasks[f"{row['answer_id']}/{turn}"] = question, row["choices"][0]["turns"], turn
+    return in_shards(graded, tasks, keep, advance)
 
 
 def _grading_messages(question: Question, answers: Sequence[str], turn: int, grading: dict[str, dict]) -> list[Message]:
