@@ -68,7 +68,7 @@ def test_equal_and_broken_policies():
     assert caught["distinct_2"] == 0.25 and fair["distinct_2"] > 0.95 and caught["rouge_l"] == 0
 
 
-def test_intervals_narrow_with_more_prompts():
+def test_interval_width():
     def width(n):
         rng = np.random.default_rng(1)
         result = measures(held_out([pair(i) for i in range(n)], -10 - 9 * rng.random(n), -15), None, 500, 0)
@@ -113,7 +113,7 @@ def test_json_round_trip():
 
 
 @pytest.mark.parametrize("name", ["mauve", "classifier_auc"])
-def test_measure_needs_enough_prompts(name):
+def test_min_prompts(name):
     def of(n: int) -> HeldOut:
         scores, labels = np.array([[1.0] * n, [0.0] * n]), np.zeros((2, n), int)
         return held_out([pair(i) for i in range(n)], -10, -12, scores=scores, clusters=labels)
@@ -136,7 +136,7 @@ def policies(n: int, shift: float):
     return held_out(pairs, hard, -30), held_out(pairs, hard + shift + rng.normal(0, 1, n), -30)
 
 
-def test_paired_difference_is_seen_though_intervals_overlap():
+def test_paired_difference():
     first, last = policies(60, 2.0)
     change = differences(last, first, 400, 0)["nll_per_token"]
     assert change["verdict"] == "better" and change["interval"][1] < 0
@@ -159,7 +159,7 @@ def test_false_verdicts_are_rare():
     assert wrong <= 0.12 * 150
 
 
-def test_diversity_of_one_answer_to_all():
+def test_diversity():
     real = [f"word{i} another{i} third{i}" for i in range(30)]
     everything = np.arange(30)
     assert diversity(real, real)(everything) == 1

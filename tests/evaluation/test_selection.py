@@ -24,7 +24,7 @@ def test_nearest_to_one_half():
     assert select("nll_per_token", held_out(1.0, 3.0), held_out(2.0, 0.3)) == 0
 
 
-def test_equal_values_leave_the_choice_to_the_likelihood():
+def test_equal_values():
     best, near, far = held_out(2.0, 0.30, seed=5), held_out(1.0, 0.0, seed=6), held_out(0.5, 3.0, seed=7)
     gap = measures(near, None, 50, 0)["classifier_auc"] - measures(best, None, 50, 0)["classifier_auc"]
     assert 0 < gap < badness_error(near, best, "classifier_auc", 200, 0)

@@ -52,7 +52,7 @@ def two_sample(prompts, real, generated) -> tuple[float, float, float]:
 
 
 @pytest.mark.parametrize("n", [48, 300])
-def test_answers_of_one_distribution_cannot_be_two_sample(n):
+def test_equal_distributions(n):
     values = [two_sample(*human_answers(n, seed)) for seed in range(6)]
     aucs, likeness, equal = np.array(values).T
     assert abs(aucs.mean() - 0.5) < 0.06 and np.all(abs(aucs - 0.5) < 0.2 if n == 48 else abs(aucs - 0.5) < 0.1)
@@ -94,7 +94,7 @@ def test_broken_answers_are_caught(kind):
 
 
 def test_classifier_sees_word_order():
-    """Not by MAUVE of so few answers: its few clusters are of subjects and lengths."""
+    """MAUVE of so few answers does not: its few clusters are of subjects and lengths."""
     rng = random.Random(0)
     prompts, _, _ = human_answers(100)
     real = [" ".join(f"{a} {a}s" for a in rng.choices("cat dog cow hen owl fox ant bee".split(), k=6)) for _ in prompts]
@@ -103,7 +103,7 @@ def test_classifier_sees_word_order():
 
 
 def test_scores_are_cross_validated():
-    """Answers of pure noise: a classifier that had seen them would tell all apart."""
+    """Answers of pure noise: a classifier that had seen them would separate them all."""
     rng = random.Random(1)
     noise = [[" ".join(f"w{rng.randrange(40)}" for _ in range(12)) for _ in range(120)] for _ in range(3)]
     assert abs(auc(classifier_scores(features(*noise))) - 0.5) < 0.12
@@ -124,7 +124,7 @@ def test_few_prompts_and_odd_texts():
     assert all(np.isfinite(two_sample(["", "\n"], ["", "!!"], ["�", "\x00 a"])))
 
 
-def test_mauve_is_the_area_under_its_curve():
+def test_mauve():
     rng = np.random.default_rng(0)
     real, generated = rng.integers(0, 5, 400), np.minimum(rng.integers(0, 7, 400), 4)
     p, q = ([float((sample == k).mean()) for k in range(5)] for sample in (real, generated))
@@ -141,7 +141,7 @@ def test_mauve_is_the_area_under_its_curve():
     assert mauve(real, generated) == pytest.approx(mauve(generated, real), abs=1e-6)
 
 
-def test_embeddings_join_the_features(tiny_folder):
+def test_embeddings(tiny_folder):
     """The states are those of transformers' own forward, and join the features."""
     prompts, real, generated = human_answers(20)
     states = embed(str(tiny_folder), [*prompts, *prompts], [*real, *generated], torch.device("cpu"))

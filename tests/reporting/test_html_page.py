@@ -171,7 +171,7 @@ def test_differences_are_marked(opened):
     assert not opened.find_elements("css selector", "#list mark")
 
 
-def test_values_of_curves_by_pointer_and_keys(opened):
+def test_values_of_curves(opened):
     from selenium.webdriver import ActionChains, Keys
 
     panel = opened.find_element("css selector", "[data-figure=measures] .panel")

@@ -42,7 +42,7 @@ def points_of(tmp_path: Path, games: dict) -> list[Point]:
     return points
 
 
-def test_means_and_standard_errors_over_seeds(tmp_path):
+def test_means_over_seeds(tmp_path):
     values = {("0.1", "0"): 1.5, ("0.1", "1"): 1.7, ("0.1", "2"): 1.3, ("1", "0"): 1.1, ("1", "1"): 1.2}
     games = {(("loss.beta", b), ("seed", s)): game(v, start=float(s)) for (b, s), v in values.items()}
     points = [*points_of(tmp_path, games), Point({"loss.beta": "1", "seed": "2"}, tmp_path / "x", "it broke")]
@@ -62,7 +62,7 @@ def test_means_and_standard_errors_over_seeds(tmp_path):
     assert bars.get_segments()[1][:, 1].tolist() == pytest.approx([1.10, 1.20])
 
 
-def test_bar_need_not_contain_its_value(tmp_path):
+def test_interval_without_its_value(tmp_path):
     """A bootstrap interval of MAUVE may lie below its value."""
     games = {(("beta", str(beta)),): game(1.0, nll_per_token_interval=[0.5, 0.9]) for beta in (1, 2)}
     figure = draw(rows_of(points_of(tmp_path, games)))["lines"]
@@ -83,7 +83,7 @@ def test_heat_map_cells(tmp_path):
     assert cells == {(0, 0): "1.500", (1, 0): "1.700", (0, 1): "1.250", (1, 1): "–"}
 
 
-def test_what_is_not_drawn(tmp_path):
+def test_not_drawn(tmp_path):
     words = {(("loss", name), ("data", "x")): game(1.0) for name in ("hinge", "logistic")}
     assert not draw(rows_of(points_of(tmp_path, words)))
     three = {(("a", "1"), ("b", str(b)), ("c", "3")): game(1.0) for b in range(2)}
@@ -111,7 +111,7 @@ def test_benchmarks_of_the_selected_policy(tmp_path):
     assert row["policy"] == "iter0" and row["gsm8k"] == row["validation_gsm8k"] == 0.4
 
 
-def test_leaderboard_notes_too_few_prompts(tmp_path):
+def test_notes_on_few_prompts(tmp_path):
     points = points_of(tmp_path, {(("a", str(a)),): game(1.0 + a) for a in range(2)})
     shown = io.StringIO()
     tracker = Tracker(tmp_path, name="", config={}, wandb="disabled", console=Console(file=shown, width=100))

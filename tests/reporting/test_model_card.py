@@ -50,13 +50,13 @@ def test_every_policy_has_its_card(played):
     assert str(played.folder) not in "".join(path.read_text() for path in run.glob("*/policy/README.md"))
 
 
-def test_the_store_has_none(played):
+def test_no_cards_in_the_store(played):
     folders = [path.parent for path in (played.folder / "store").glob("*/*/manifest.json")]
     assert folders and all(verify_artifact(folder) for folder in folders)
     assert not list((played.folder / "store").rglob("README.md"))
 
 
-def test_a_card_of_the_user_stays_and_ours_go_with_their_policy(played):
+def test_cards_of_the_user(played):
     run = played.folder / "run"
     own_card, best, last = (run / place / "policy" / "README.md" for place in ("iter0", "best", "iter1"))
     own_card.write_text("My own words.")
@@ -93,7 +93,7 @@ HUB = "alignment-handbook/zephyr-7b-sft-full"
         (["model.path=HERE", "data=local", "data.path=HERE"], "no metadata", (None, None, None, None)),
     ],
 )
-def test_base_data_and_licence_as_far_as_known(words, start, expected, tmp_path):
+def test_base_data_and_licence(words, start, expected, tmp_path):
     if start:
         (tmp_path / "README.md").write_text(start)
     config = load(*(word.replace("HERE", str(tmp_path)) for word in words))
@@ -105,5 +105,5 @@ def test_base_data_and_licence_as_far_as_known(words, start, expected, tmp_path)
 
 
 @pytest.mark.parametrize("path", [None, "builtin:tiny", "/a/b", "a/b/c", "tests/games.py", "name"])
-def test_what_is_no_hub_name(path):
+def test_no_hub_name(path):
     assert not is_hub_name(path) and is_hub_name("org/Model-7b.v1")

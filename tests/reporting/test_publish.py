@@ -77,7 +77,7 @@ def test_public_and_merged(place, hub):
 
 
 @pytest.mark.skipif(get_token() is not None, reason="this user is logged in")
-def test_without_a_token_nothing_is_played(place, tmp_path):
+def test_no_token(place, tmp_path):
     done = place.play("publish.hub=me/x", f"store.path={tmp_path}/store", run="none", status=1)
     assert done.stderr == (
         "error: publish.hub=me/x: there is no token for the Hugging Face hub: run `hf auth login`, or set HF_TOKEN.\n"
@@ -94,7 +94,7 @@ def test_without_a_token_nothing_is_played(place, tmp_path):
         (["publish.hub=me/x", "model.adapter=lora"], TOKEN, "is on no hub: set model.merge=true"),
     ],
 )
-def test_what_would_fail_fails_before_the_game(place, hub, words, token, says, tmp_path):
+def test_errors_before_the_game(place, hub, words, token, says, tmp_path):
     sent = len(hub.created)
     done = play(place, hub, *words, f"store.path={tmp_path}/store", f"hydra.run.dir={tmp_path}/run", token=token)
     assert done.returncode == 1 and says in done.stderr
@@ -102,7 +102,7 @@ def test_what_would_fail_fails_before_the_game(place, hub, words, token, says, t
     assert not list(tmp_path.glob("store/*/*/manifest.json")) and len(hub.created) == sent
 
 
-def test_not_in_a_sweep_nor_without_a_game(place):
+def test_only_with_one_game(place):
     done = place.play("-m", "iter=0,1", "publish.hub=me/x", f"hydra.sweep.dir={place.folder}/sweep", status=1)
     assert "publish.hub goes with one game: play the best point alone" in done.stderr
     with pytest.raises(UserError, match=r"publish\.hub=me/x: goes with stage=game"):

@@ -138,7 +138,7 @@ def test_request(serve, monkeypatch, capfd):
     assert SECRET not in repr(server.judge()) and capfd.readouterr() == ("", "")
 
 
-def test_another_services_key_is_not_sent(serve, monkeypatch):
+def test_openai_key_is_not_sent(serve, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
     server = serve()
     assert server.judge()(QUESTION) == "[[1]]"
@@ -548,7 +548,7 @@ def test_bad_reply_is_requested_again(misbehaving, name):
 
 
 @pytest.mark.parametrize("name", ["no JSON", "cut", "huge", "redirect"])
-def test_only_bad_replies_end_the_comparison(misbehaving, name):
+def test_only_bad_replies(misbehaving, name):
     server = misbehaving(name, bad=99)
     judge = server.judge(retries=0)
     assert judge(QUESTION) == "[[1]]"

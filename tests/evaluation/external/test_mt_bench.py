@@ -191,7 +191,7 @@ def test_seed(player):
     assert all(a["answer_id"] != b["answer_id"] for a, b in zip(first[:2], reseeded[:2], strict=True))
 
 
-def test_answers_do_not_depend_on_other_questions(player):
+def test_independence_of_questions(player):
     whole = played(player)
     assert played(player, QUESTIONS[::-1]) == whole[::-1]
     assert [played(player, [question])[0] for question in QUESTIONS] == whole

@@ -54,7 +54,7 @@ def test_benchmarks_of_two_ranks_match_one(policy, tmp_path):  # noqa: F811
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("task", "reason"), [("spin_lost", "nowhere.jsonl"), ("spin_memory", "memory is short")])
-def test_failure_of_the_main_process_ends_all(place, task, reason):
+def test_failure_of_the_main_process(place, task, reason):
     words = [*GAME, "stage=evaluate", f"evaluation.harness=[{task}:0:acc]", "evaluation.harness_include=tests/tasks"]
     done = torchrun(2, "run.py", *place.words(*words))
     assert done.returncode == 1 and len(errors(done)) == 1 and reason in errors(done)[0], done.stderr
