@@ -1,4 +1,4 @@
-"""A matplotlib figure as plain data: the page in the browser draws it again, with values to point at."""
+"""A matplotlib figure as plain data, which the page in the browser draws again with values to point at."""
 
 import base64
 import io
@@ -15,8 +15,8 @@ MOST_POINTS = 400  # of a line; of longer ones every second, third, ... point
 
 
 def chart_data(figure: Figure) -> list[dict[str, Any]] | str:
-    """The panels of a figure: titles, axes with their ticks, and what our figures consist of, which is `lines`, `rules`
-    (straight lines over the whole panel), `bars` (intervals) and `steps` (histograms). A heat map as it is, as a data URL."""
+    """The panels of a figure: titles, axes with ticks, `lines`, `rules` (straight lines over the whole panel), `bars`
+    (intervals) and `steps` (histograms); a heat map as a data URL."""
     if any(axes.images for axes in figure.axes):
         figure.savefig(image := io.BytesIO(), dpi=150)
         return f"data:image/png;base64,{base64.b64encode(image.getvalue()).decode()}"

@@ -1,4 +1,4 @@
-"""The page that opens in a browser: one file that loads nothing, of the other page's Markdown, and of data."""
+"""report.html and sweep.html: one file that loads nothing, from the page's Markdown and data."""
 
 import base64
 import hashlib
@@ -19,8 +19,8 @@ from spin.runtime.tracking import to_json_types
 def html_page(title: str, head: str, body: str, figures: Mapping[str, Figure | None], **data: Any) -> str:
     """The page: `head` in Markdown, the samples of `data["sets"]`, then `body`.
 
-    The page's script draws the figures that the Markdown shows, by the names of their files. What data and models say is
-    escaped: in Markdown as for report.md, in data as JSON without "<". The page may run its own script only.
+    The page's script draws the figures that the Markdown shows, by the names of their files. Texts are escaped: in Markdown
+    as for report.md, in data as JSON without "<". The page may run its own script only.
     """
     script, style = ((ASSETS / f"page.{kind}").read_text(encoding="utf-8") for kind in ("js", "css"))
     data["charts"] = {name: chart_data(figure) for name, figure in figures.items() if figure is not None}
@@ -50,9 +50,8 @@ def _render(text: str) -> str:
         if match[1]:
             heading = match[2]
             return f'<{match[1]} id="s-{re.sub(r"[^a-z0-9]+", "-", heading.lower())}">{heading}</{match[1]}>'
-        return (
-            f'<div class="table" role="region" tabindex="0" aria-label="{heading}"><table><caption>{heading}</caption>'
-        )
+        region = f'<div class="table" role="region" tabindex="0" aria-label="{heading}">'
+        return f"{region}<table><caption>{heading}</caption>"
 
     page = re.sub(r"<(h[23])>(.*?)</h[23]>|<table>", with_names, page).replace("</table>", "</table></div>")
     page = re.sub(r"<tr>\n<td>(.*?)</td>", r'<tr>\n<th scope="row">\1</th>', page).replace("<th>", '<th scope="col">')

@@ -24,8 +24,8 @@ from spin.runtime.tracking import Tracker
 
 
 def write_leaderboard(folder: Path, points: Sequence[Point], tracker: Tracker, is_new: bool = True) -> int:
-    """Write `sweep.csv`, `sweep.md`, `sweep.html` and `figures/` into the sweep's `folder`, print the table, and send it to W&B if
-    something was played (`is_new`). Returns how many points have no result."""
+    """Write `sweep.csv`, `sweep.md`, `sweep.html` and `figures/` into the sweep's `folder`, print the table, and send it to
+    W&B if something was played (`is_new`). Return the number of points without a result."""
     import pandas as pd
 
     rows = rows_of(points)

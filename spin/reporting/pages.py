@@ -14,15 +14,8 @@ ASSETS = Path(__file__).parent / "assets"
 PAGES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(ASSETS, "utf-8"), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
 )
-PAGES.filters.update(
-    block=code_block,
-    code=inline_code,
-    duration=format_seconds,
-    escape=escape,
-    mean=mean,
-    number=plain_number,
-    thousands="{:,}".format,
-)
+PAGES.filters.update(escape=escape, code=inline_code, block=code_block)
+PAGES.filters.update(number=plain_number, thousands="{:,}".format, duration=format_seconds, mean=mean)
 FUNCTIONS = (is_known, known_measures, missing_prompts, ranking_measures, show)
 PAGES.globals.update({function.__name__: function for function in FUNCTIONS})
 

@@ -15,11 +15,11 @@ from spin.runtime.files import write_text
 
 
 def write_report(folder: Path, game: dict, sets: Sequence[dict] = (), status: str | None = None) -> Path:
-    """Write `folder/report.html` and, unless the run goes on, `report.md` with `figures/*.png`. Returns the path of report.md.
+    """Write `folder/report.html` and, once the run has ended, `report.md` with `figures/*.png`. Return the path of report.md.
 
-    `game` is the content of game.json; the rest is read from `folder`: metrics.jsonl, `iter<t>/pairs.parquet` and
-    `iter<t>/margins.json`. A figure whose data are missing is left out, and an older one of that name removed. `sets` are
-    the samples of report.html (`spin.reporting.samples`). `status` says what a run that has not ended is doing.
+    `game` is the content of game.json; figures are drawn from metrics.jsonl, `iter<t>/pairs.parquet` and
+    `iter<t>/margins.json` in `folder`, and left out where these are missing. `sets` are the samples of report.html
+    (`spin.reporting.samples`). `status` says what a run that has not ended is doing.
     """
     iterations, page = game["iterations"], folder / "report.md"
     with matplotlib.rc_context(STYLE):
@@ -56,7 +56,7 @@ def _train_rows(folder: Path) -> dict[int, list[dict]]:
 
 
 def conclude(game: dict, ended: bool = True) -> str:
-    """The first thing to read: whether self-play helped, which policy to take, by how much, on how many prompts."""
+    """The section "Result": whether self-play helped, by how much, on how many prompts, and which policy to take."""
     first = game["differences"][0] if game["differences"] else None
     verdicts = {row["verdict"] for row in first["measures"].values()} if first else set()
     return _render("result.md", game, ended=ended, first=first, better="better" in verdicts, worse="worse" in verdicts)

@@ -1,4 +1,4 @@
-"""The points of a sweep, read from their folders: wherever a point was played, its row is the same."""
+"""The rows of a sweep's table, read from the folders of its points."""
 
 import json
 import math
@@ -16,8 +16,8 @@ RECORD = "point.json"  # in a point's folder: its status, and a hash of what it 
 
 @dataclass(frozen=True)
 class Point:
-    """One point of a sweep: the values of the swept settings, its folder (None: it could not be composed), and why there
-    can be no result, where that is known without its folder."""
+    """One point of a sweep: the values of the swept settings, its folder (None: it could not be composed), and the reason
+    why it has no result, if that is known without its folder."""
 
     swept: dict[str, str]
     folder: Path | None
@@ -36,12 +36,11 @@ def read_record(folder: Path) -> dict:
 def rows_of(points: Sequence[Point]) -> list[dict]:
     """The table, best point first: rows of kind "point", "mean" (over seeds, where `seed` is swept) and "start".
 
-    A point's row has its swept settings, status (done, failed, unfinished), reason, and of its selected policy, or of its
-    last one where none is selected, the held-out measures with their intervals. Points are sorted by the value that their
-    policies were selected by (`validation_<measure>`), which the held-out measures do not depend on, or else by the first
-    held-out measure. A mean's row has the means over seeds with equal other settings, their number `seeds`,
-    and standard errors `<measure>_se`. The start's row is there where all points share the policy that self-play
-    started from.
+    A point's row has its swept settings, status (done, failed, unfinished), reason, and the held-out measures of its
+    selected, or else its last, policy with their intervals. Points are sorted by the value that selected their policies
+    (`validation_<measure>`), which is independent of the held-out measures, or else by the first held-out measure. A mean's
+    row has the means over seeds with equal other settings, their number `seeds`, and standard errors `<measure>_se`. There
+    is a start's row if all points share the policy that self-play started from.
     """
     played = [_read_point(point) for point in points]
     rows = [row for row, _ in played]
