@@ -147,11 +147,13 @@ def vllm(folder, dtype, stops, python, longest):
 def spin(model, tokenizer, stops, batch_size, prompts, new):
     from spin.config.schema import GenerationConfig
     from spin.data.examples import Example
+    from spin.generation.answers import AnswerRequest
     from spin.generation.sampling import generate_answers
 
     examples = [Example(str(i), "", tuple(ids), "", ()) for i, ids in enumerate(prompts)]
     settings = GenerationConfig.from_defaults(batch_size=batch_size)
-    return [answer.ids for answer in generate_answers(model, tokenizer, examples, 1, settings, new, stops, seed=0)]
+    request = AnswerRequest(tokenizer, examples, settings, new, stops, seed=0)
+    return [answer.ids for answer in generate_answers(model, request)]
 
 
 def plain(model, tokenizer, stops, batch_size, prompts, new):

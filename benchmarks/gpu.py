@@ -204,6 +204,7 @@ def measure_generation(options: argparse.Namespace, device: Any, dtype: str, pai
 
     from spin.config.schema import GenerationConfig
     from spin.data.examples import Example
+    from spin.generation.answers import AnswerRequest
     from spin.generation.sampling import generate_answers
     from spin.models.load import load_model, load_tokenizer
 
@@ -211,9 +212,10 @@ def measure_generation(options: argparse.Namespace, device: Any, dtype: str, pai
     model, tokenizer = load_model(folder, getattr(torch, dtype), device), load_tokenizer(folder)
     examples = [Example(pair.id, "", pair.prompt_ids, "", pair.real_ids) for pair in pairs]
     sampling = GenerationConfig.from_defaults(batch_size=len(pairs))
-    generate_answers(model, tokenizer, examples[:2], 1, sampling, 4, [], 0)  # warm-up
+    generate_answers(model, AnswerRequest(tokenizer, examples[:2], sampling, 4, [], 0))  # warm-up
     reset_peak(device)
-    _, seconds = workload.timed(lambda: generate_answers(model, tokenizer, examples, 1, sampling, new, [], 0))
+    request = AnswerRequest(tokenizer, examples, sampling, new, [], 0)
+    _, seconds = workload.timed(lambda: generate_answers(model, request))
     flops = 2 * len(pairs) * new * sum(weight.numel() for weight in model.parameters())
     return f"{len(pairs)} answers of {new} tokens", seconds, flops
 

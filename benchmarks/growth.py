@@ -202,14 +202,16 @@ def train_steps(folder, dtype, device, count, length, step, options, ranks) -> l
 def time_generation(folder, dtype, device, count, length) -> float:
     from spin.config.schema import GenerationConfig
     from spin.data.examples import Example
+    from spin.generation.answers import AnswerRequest
     from spin.generation.sampling import generate_answers
     from spin.models.load import load_model, load_tokenizer
 
     model, tokenizer = load_model(folder, dtype, device), load_tokenizer(folder)
     examples = [Example(pair.id, "", pair.prompt_ids, "", ()) for pair in random_pairs(count, 1)]
     settings = GenerationConfig.from_defaults(batch_size=ROWS)
-    generate_answers(model, tokenizer, examples[:2], 1, settings, 2, [], seed=0)  # warm-up
-    return workload.timed(lambda: generate_answers(model, tokenizer, examples, 1, settings, length, [], seed=0))[1]
+    generate_answers(model, AnswerRequest(tokenizer, examples[:2], settings, 2, [], seed=0))  # warm-up
+    request = AnswerRequest(tokenizer, examples, settings, length, [], seed=0)
+    return workload.timed(lambda: generate_answers(model, request))[1]
 
 
 PARTS = {"scoring": time_scoring, "training": time_training, "generation": time_generation}

@@ -9,10 +9,13 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
+from spin.config.schema import GenerationConfig
 from spin.data.examples import Example
 from spin.runtime.random import seed_of
-from spin.runtime.shards import Shard, ShardDriver
+from spin.runtime.shards import Shard, ShardDriver, compute_shards
 from spin.runtime.tables import Rows, read_parquet, schema_of
+
+Ids = Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -27,65 +30,53 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Request:
-    """The prompt of the example at `row` of `examples`, to be answered for the `index`-th time (from 0)."""
+class AnswerRequest:
+    """A request for `num_answers` answers to each example, of up to `max_new_tokens` or up to one of `stop_ids`.
 
-    id: str
-    index: int
-    row: int
-    examples: Sequence[Example]
-
-    @property
-    def example(self) -> Example:
-        return self.examples[self.row]
-
-    @property
-    def stream(self) -> str:
-        """The name of the request's stream of random numbers. A first answer does not depend on how many follow."""
-        return f"{self.id}#{self.index}" if self.index else self.id
-
-    def seed(self, seed: int) -> int:
-        """The seed of this request's stream in a run with `seed`: 56 bits."""
-        return seed_of(seed, self.stream)
-
-
-def repeat_prompts(examples: Sequence[Example], num_answers: int) -> list[Request]:
-    """`num_answers` requests for each example, one after another."""
-    rows = Rows.of(Example, examples)
-    ids = enumerate(rows.column("id"))
-    return [Request(id, index, row, rows) for row, id in ids for index in range(num_answers)]
-
-
-def answer_in_shards(
-    requests: Sequence[Request],
-    decode: Callable[[Sequence[Request]], list[list[int]]],
-    tokenizer: PreTrainedTokenizerBase,
-    stop_ids: Collection[int],
-    keep: ShardDriver,
-    shard_size: int,
-) -> Rows[Answer]:
-    """Answer `requests` by `decode`, which returns the token ids of each answer, and return the answers in their order.
-
-    Requests are sorted by the length of their prompts, and `keep` gets them in shards of `shard_size`.
+    `keep` drives the shards, of `shard_size` answers; `advance` gets the number of answers that ended since its last call.
     """
 
-    def answer(shard: Sequence[Request]) -> list[dict]:
-        rows = []
-        for request, ids in zip(shard, decode(shard), strict=True):
-            reason = "stop" if ids[-1] in stop_ids else "length"
-            text = str(tokenizer.decode(ids, skip_special_tokens=True))
-            rows.append(vars(Answer(request.id, request.index, tuple(ids), reason, text)))
-        return rows
+    tokenizer: PreTrainedTokenizerBase
+    examples: Sequence[Example]
+    settings: GenerationConfig
+    max_new_tokens: int
+    stop_ids: Collection[int]
+    seed: int
+    num_answers: int = 1
+    advance: Callable[[int], None] = lambda answers: None
+    keep: ShardDriver = compute_shards
+    shard_size: int = 256
 
-    lengths = Rows.of(Example, requests[0].examples if requests else []).lengths("prompt_ids")
-    order = sorted(range(len(requests)), key=lambda n: (lengths[requests[n].row], requests[n].stream))
-    by_length = [requests[n] for n in order]
-    shards = [by_length[start : start + shard_size] for start in range(0, len(by_length), shard_size)]
-    stored = keep([Shard([request.stream for request in shard], partial(answer, shard)) for shard in shards])
-    batches = [pa.RecordBatch.from_pylist(rows, schema=schema_of(Answer)) for rows in stored]
+
+def answer_in_shards(request: AnswerRequest, decode: Callable[[list[Ids], list[int]], list[list[int]]]) -> Rows[Answer]:
+    """Return the answers in the examples' order; prompts are sorted by length before they are divided into shards.
+
+    `decode(prompts, seeds)` returns the token ids of each answer; each has its own stream of random numbers. A first answer
+    does not depend on how many follow.
+    """
+    examples = Rows.of(Example, request.examples)
+    ids, lengths = examples.column("id"), examples.lengths("prompt_ids")
+    tasks = [(row, index) for row in range(len(examples)) for index in range(request.num_answers)]
+    streams = [f"{ids[row]}#{index}" if index else ids[row] for row, index in tasks]
+
+    def answer(shard: Sequence[int]) -> list[dict]:
+        prompts = [examples[tasks[n][0]].prompt_ids for n in shard]
+        seeds = [seed_of(request.seed, streams[n]) for n in shard]
+        answers = []
+        for n, answer_ids in zip(shard, decode(prompts, seeds), strict=True):
+            row, index = tasks[n]
+            reason = "stop" if answer_ids[-1] in request.stop_ids else "length"
+            text = str(request.tokenizer.decode(answer_ids, skip_special_tokens=True))
+            answers.append(vars(Answer(ids[row], index, tuple(answer_ids), reason, text)))
+        return answers
+
+    order = sorted(range(len(tasks)), key=lambda n: (lengths[tasks[n][0]], streams[n]))
+    shards = [order[start : start + request.shard_size] for start in range(0, len(order), request.shard_size)]
+    stored = request.keep([Shard([streams[n] for n in shard], partial(answer, shard)) for shard in shards])
+    batches = [pa.RecordBatch.from_pylist(answers, schema=schema_of(Answer)) for answers in stored]
     return Rows(Answer, batches).at(np.argsort(order))
 
 
 def read_answers(path: Path) -> Rows[Answer]:
-    """The answers in a Parquet file."""
+    """Return the answers in a Parquet file."""
     return read_parquet(Answer, path)

@@ -13,10 +13,10 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from spin.engines.attention import PACKED_ATTENTION, attention_window, use_packed_attention
 from spin.runtime.errors import UserError
 
-# Rows are removed, and prompts join, once this share of the rows is free. A row that has ended costs as much as one that
-# runs, and a prefill of few prompts costs more a prompt than one of many.
+# Rows are removed, and prompts join, once this share of the rows is free: a row that has ended costs as much as one that
+# runs, but a prefill of few prompts costs more per prompt than one of many.
 FREE = 0.125
-# Rounding's part of the difference between two log-probs, in nats, weighted by probability. A wrong mask gives more.
+# The difference that rounding makes to log-probs, in nats, weighted by probability. A wrong mask gives more.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 Ids = Sequence[int]
@@ -36,12 +36,11 @@ def decode(
 ) -> list[list[int]]:
     """Return the token ids that follow each prompt, up to and including a stop id, at most `max_new_tokens`.
 
-    At most `rows` prompts are decoded at a time. `advance` gets the number of answers that ended, after each step.
+    At most `rows` prompts are decoded at a time. `advance` gets the number of answers that ended in each step.
     """
     batch = make_batch(model, prompts, min(rows, len(prompts)), max(map(len, prompts)) + max_new_tokens)
     answers: list[list[int]] = [[] for _ in prompts]
-    order = range(len(prompts)) if batch.pads else sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    waiting = deque(order)
+    waiting = deque(range(len(prompts)) if batch.pads else sorted(range(len(prompts)), key=lambda i: len(prompts[i])))
     prompt_of: list[int] = []  # of each row
     tokens = torch.empty(0, dtype=torch.long, device=model.device)
 
@@ -60,10 +59,10 @@ def decode(
         return chosen
 
     while waiting or prompt_of:
-        kept = _compact([is_running(i) for i in prompt_of])
-        if prompt_of and len(kept) <= (1 - FREE) * len(prompt_of):
-            batch.keep(kept)
-            tokens, prompt_of = tokens[kept], [prompt_of[row] for row in kept]
+        running = _compact([is_running(i) for i in prompt_of])
+        if prompt_of and len(running) <= (1 - FREE) * len(prompt_of):
+            batch.keep(running)
+            tokens, prompt_of = tokens[running], [prompt_of[row] for row in running]
         if waiting and (len(prompt_of) <= (1 - FREE) * rows if batch.joins else not prompt_of):
             first = len(prompt_of)
             joining = [waiting.popleft()]
@@ -78,11 +77,11 @@ def decode(
     return answers
 
 
-def _compact(running: Sequence[bool]) -> list[int]:
-    """The rows that run on, in an order in which most keep their place: the last ones fill the places that become free."""
-    kept = [row for row, alive in enumerate(running) if alive]
-    movers = iter(row for row in kept if row >= len(kept))
-    return [row if running[row] else next(movers) for row in range(len(kept))]
+def _compact(is_running: Sequence[bool]) -> list[int]:
+    """Return the running rows; the last ones fill the places of ended rows, and the others keep theirs."""
+    rows = [row for row, running in enumerate(is_running) if running]
+    movers = iter(row for row in rows if row >= len(rows))
+    return [row if is_running[row] else next(movers) for row in range(len(rows))]
 
 
 def make_batch(
@@ -90,10 +89,10 @@ def make_batch(
 ) -> "ContinuousBatch | StaticBatch":
     """Return a `ContinuousBatch` if the model allows it, else a `StaticBatch`, for `rows` rows of `longest` tokens.
 
-    Each is tried before: a wrong mask, position or cache is silent. A trial gives the log-probs of the model's own forward.
-    A `ContinuousBatch` needs layers that cache plain keys and values of all tokens; on a CPU prompts are packed, if that
-    passes the trial. A `StaticBatch` pads, or where a state space sees the padding, takes prompts of one length. Raises
-    UserError if none passes.
+    Each is compared with the model's own forward: a wrong mask, position or cache raises no error. A `ContinuousBatch`
+    needs layers that cache plain keys and values of all tokens; on a CPU its prompts are packed if possible. A
+    `StaticBatch` pads; for a state space that reads the padding it takes prompts of one length. Raises UserError if no
+    batch agrees.
     """
     window = attention_window(model)
     if _caches_all_tokens(model) and (not window or window >= longest):
@@ -112,39 +111,32 @@ def make_batch(
 
 
 def _caches_all_tokens(model: PreTrainedModel) -> bool:
-    """Whether each layer caches plain keys and values, those of all tokens while they fit its window."""
+    """Return whether each layer caches plain keys and values, of all tokens that fit its window."""
     layers = DynamicCache(config=model.config).layers
     return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 
 @torch.inference_mode()
 def _agrees_with_forward(batch: "ContinuousBatch | StaticBatch", prompts: Sequence[Ids]) -> bool:
-    """Whether a batch gives the log-probs of the model's own forward in a few steps, in which a row leaves.
-
-    In a `ContinuousBatch` another one then joins.
-    """
+    """Return whether a batch gives the log-probs of the model's own forward after a row has left, and one joined."""
     model, token = batch.model, prompts[0][0]
     longest = max(prompts, key=len)
-    other = min(prompts, key=len) if batch.pads else longest[::-1]
+    second = min(prompts, key=len) if batch.pads else longest[::-1]
     tokens = torch.tensor([token] * 3, device=model.device)
+    sequences = [[*longest, token, token], [*second, token, token]]
     try:
+        batch.start([longest, longest, second])
+        batch.step(tokens)
+        batch.keep([0, 2])
         if batch.joins:
-            batch.start([longest, other])
-            batch.step(tokens[:2])
-            batch.keep([0])
-            batch.start([other])
-            after = ([*longest, token, token], [*other, token])
-        else:
-            batch.start([longest, longest, other])
-            batch.step(tokens)
-            batch.keep([0, 2])
-            after = ([*longest, token, token], [*other, token, token])
-        logits = batch.step(tokens[:2])
+            batch.start([second])
+            sequences.append([*second, token])
+        logits = batch.step(tokens[: len(sequences)])
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
         return False
-    for row, ids in zip(logits, after, strict=True):
+    for row, ids in zip(logits, sequences, strict=True):
         expected = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0, -1].float()
-        if not expected.isfinite().all():  # nothing to compare; scoring will name the weights
+        if not expected.isfinite().all():  # nothing to compare; sampling and scoring report it
             return True
         difference = (row.float().log_softmax(-1) - expected.log_softmax(-1)).abs()
         if not (expected.softmax(-1) * difference).sum() <= TOLERANCE.get(model.dtype, 0.1):
@@ -155,7 +147,7 @@ def _agrees_with_forward(batch: "ContinuousBatch | StaticBatch", prompts: Sequen
 class StaticBatch:
     """A batch in the model's own cache, for any architecture: rows leave, but none joins.
 
-    `pads`: whether prompts may differ in length, and are padded on the left. Without padding there is no mask.
+    With `pads` prompts may differ in length, and are padded on the left; without it there is no mask.
     """
 
     joins = False
@@ -164,13 +156,13 @@ class StaticBatch:
         self.model, self.pads = model, pads
 
     def start(self, prompts: Sequence[Ids]) -> Tensor:
-        """Read the prompts, a row each. Returns the next token's logits, [rows, vocabulary], as `step` does."""
+        """Read the prompts, a row each. Returns the logits of the next token, [rows, vocabulary]."""
         self.cache = DynamicCache(config=self.model.config)
         ids, self.mask = _pad(prompts, self.model.device)
         return self._forward(ids)
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Read the last token of each row. tokens: [rows]."""
+        """Read the last token of each row, [rows]. Returns the logits of the next one."""
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
         return self._forward(tokens[:, None])
 
@@ -179,7 +171,7 @@ class StaticBatch:
         return _forward(self.model, ids, positions, self.mask if self.pads else None, self.cache)
 
     def keep(self, rows: list[int]) -> None:
-        """Go on with these rows, in this order; with none, `start` comes next."""
+        """Continue with these rows, in this order; if there is none, `start` comes next."""
         if rows:
             index = torch.tensor(rows, device=self.mask.device)
             self.cache.reorder_cache(cast(torch.LongTensor, index))  # state spaces have no `batch_select_indices`
@@ -189,7 +181,7 @@ class StaticBatch:
 class ContinuousBatch:
     """As `StaticBatch`, but prompts can join: the keys and values of each row start at column 0.
 
-    Memory for `rows` rows of `longest` tokens is allocated once. With `packed`, prompts are read as one row without padding.
+    The cache is allocated once. With `packed`, prompts are read as one row without padding.
     """
 
     joins = pads = True
@@ -221,7 +213,7 @@ class ContinuousBatch:
         mask = (torch.arange(width, device=tokens.device) <= self.lengths[:, None])[:, None, None]
         self._write_to(torch.arange(len(tokens), device=tokens.device), self.lengths, (slice(None), 0), width)
         logits = _forward(self.model, tokens[:, None], self.lengths[:, None], mask, self.cache)
-        # Rows whose answer has ended stay for some steps: they overwrite their last column.
+        # Rows whose answer has ended stay for some steps, and overwrite their last column.
         self.lengths = (self.lengths + 1).clamp(max=self.longest - 1)
         return logits
 
@@ -240,8 +232,8 @@ class ContinuousBatch:
 class _RowsLayer(DynamicLayer):
     """keys, values: [rows, heads, columns, width], written in place at `rows` and `columns`, an entry for each token.
 
-    `tokens` selects the tokens in [rows, length] of a forward pass. Attention reads the first `width` columns of all
-    `rows`, or the pass's keys and values alone where `width` is None.
+    `tokens` selects the tokens in [rows, length] of a forward pass. Attention reads the first `width` columns of `rows`,
+    or only the pass's keys and values if `width` is None.
     """
 
     keys: Tensor
@@ -269,11 +261,11 @@ class _RowsLayer(DynamicLayer):
         return self.keys[: len(self.rows), :, : self.width], self.values[: len(self.rows), :, : self.width]
 
     def get_seq_length(self) -> int:
-        return 0  # for the mask of prompts, which see nothing before them; a step has its own mask
+        return 0  # for the mask of prompts, which have nothing before them; `step` makes its own mask
 
 
 def _pad(prompts: Sequence[Ids], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids and mask, [prompts, length], padded on the left."""
+    """Return token ids and mask, [prompts, length], padded on the left."""
     length = max(map(len, prompts))
     ids = torch.tensor([[0] * (length - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
@@ -287,8 +279,8 @@ def _positions(mask: Tensor) -> Tensor:
 def _forward(
     model: PreTrainedModel, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: Cache, at: Tensor | None = None
 ) -> Tensor:
-    """Logits [rows * positions, vocabulary] at the positions `at`, by default the last one."""
-    # An index, as a slice of the last position is not contiguous, and the output layer would copy its weights for each row.
+    """Return the logits, [rows * positions, vocabulary], at the positions `at`, by default the last one."""
+    # An index: a slice of the last position is not contiguous, and the output layer would copy its weights for each row.
     at = torch.tensor([ids.shape[1] - 1], device=ids.device) if at is None else at
     # Mamba's name for the cache; it ignores the other one silently.
     name = "cache_params" if "cache_params" in inspect.signature(model.forward).parameters else "past_key_values"

@@ -1,47 +1,29 @@
 """Answers by the model itself, sampled from its distribution."""
 
-from collections.abc import Callable, Collection, Sequence
-
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from spin.config.schema import GenerationConfig
-from spin.data.examples import Example
-from spin.generation.answers import Answer, Request, answer_in_shards, repeat_prompts
+from spin.generation.answers import Answer, AnswerRequest, Ids, answer_in_shards
 from spin.generation.decoding import decode
 from spin.runtime.errors import UserError
-from spin.runtime.shards import ShardDriver, compute_shards
 from spin.runtime.tables import Rows
 
 CHUNK = 2**18  # logits that are sampled from at once on a CPU: they fit its cache
 
 
-def generate_answers(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    num_answers: int,
-    settings: GenerationConfig,
-    max_new_tokens: int,
-    stop_ids: Collection[int],
-    seed: int,
-    advance: Callable[[int], None] = lambda answers: None,
-    keep: ShardDriver = compute_shards,
-    shard_size: int = 256,
-) -> Rows[Answer]:
-    """Generate `num_answers` answers to each example and return them in the examples' order.
+def generate_answers(model: PreTrainedModel, request: AnswerRequest) -> Rows[Answer]:
+    """Generate the answers that `request` describes, in the examples' order.
 
     Tokens are drawn from the model's distribution (temperature, then top_p; the model's generation_config is ignored), or
-    greedily at temperature 0. Each answer has its own stream of random numbers, so it depends on the other rows of its
-    batch by rounding only. At most `settings.batch_size` answers are decoded at a time, and fewer where their tokens could
-    exceed `settings.tokens`. `advance` gets the number of answers that ended, after each decoding step. `keep` gets shards
-    of `shard_size` answers. Raises UserError if the model's logits are not finite.
+    greedily at temperature 0. An answer depends on the other rows of its batch by rounding only. At most `batch_size`
+    answers are decoded at a time, and fewer where their tokens could exceed `settings.tokens`. Raises UserError if the
+    model's logits are not finite.
     """
+    settings, max_new_tokens = request.settings, request.max_new_tokens
 
-    def decode_shard(requests: Sequence[Request]) -> list[list[int]]:
-        prompts = [request.example.prompt_ids for request in requests]
-        streams = [torch.Generator().manual_seed(request.seed(seed)) for request in requests]
+    def decode_shard(prompts: list[Ids], seeds: list[int]) -> list[list[int]]:
+        streams = [torch.Generator().manual_seed(seed) for seed in seeds]
         uniforms = torch.stack([torch.rand(max_new_tokens, generator=stream) for stream in streams])
 
         def choose(logits: Tensor, prompt_of: list[int], lengths: list[int]) -> Tensor:
@@ -55,10 +37,9 @@ def generate_answers(
 
         longest = max(map(len, prompts)) + max_new_tokens
         rows = max(1, min(settings.batch_size, settings.tokens // longest))
-        return decode(model, prompts, choose, stop_ids, max_new_tokens, rows, advance)
+        return decode(model, prompts, choose, request.stop_ids, max_new_tokens, rows, request.advance)
 
-    requests = repeat_prompts(examples, num_answers)
-    return answer_in_shards(requests, decode_shard, tokenizer, stop_ids, keep, shard_size)
+    return answer_in_shards(request, decode_shard)
 
 
 def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_p: float = 1.0) -> Tensor:

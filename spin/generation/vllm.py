@@ -13,22 +13,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from itertools import dropwhile, takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from spin.config.schema import GenerationConfig
-from spin.data.examples import Example
-from spin.generation.answers import Answer, Request, answer_in_shards, repeat_prompts
+from spin.generation.answers import Answer, AnswerRequest, Ids, answer_in_shards
 from spin.models import adapters
 from spin.models.policy import Policy
 from spin.runtime.errors import TRY_AGAIN, UserError, brief
-from spin.runtime.shards import ShardDriver, compute_shards
 from spin.runtime.signals import raise_if_stopped
 from spin.runtime.tables import Rows
 
@@ -80,40 +77,26 @@ def check_vllm(config: GenerationConfig, start: Policy, rank: int) -> None:
         )
 
 
-def generate_with_vllm(
-    policy: Policy,
-    dtype: torch.dtype,
-    logs: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    num_answers: int,
-    settings: GenerationConfig,
-    max_new_tokens: int,
-    stop_ids: Collection[int],
-    seed: int,
-    advance: Callable[[int], None] = lambda answers: None,
-    keep: ShardDriver = compute_shards,
-    shard_size: int = 256,
-) -> Rows[Answer]:
+def generate_with_vllm(policy: Policy, dtype: torch.dtype, logs: Path, request: AnswerRequest) -> Rows[Answer]:
     """As `sampling.generate_answers`, by vLLM.
 
-    Its processes run while `keep` makes shards and write to the folder `logs`. Raises UserError if one ends early.
+    Its processes start with the first shard that is not stored, and write to the folder `logs`. Raises UserError if one
+    ends early.
     """
-    longest = max(len(example.prompt_ids) for example in examples) + max_new_tokens
+    settings, max_new_tokens, stop_ids = request.settings, request.max_new_tokens, request.stop_ids
+    longest = max(len(example.prompt_ids) for example in request.examples) + max_new_tokens
     rank = adapters.largest_rank(policy.folder) if policy.base else 0
     llm = llm_arguments(policy, dtype, settings, longest, rank)
     arguments = {"llm": llm, "lora": lora_arguments(policy) if policy.base else None}
     with run_workers(arguments, settings, logs) as ask:
 
-        def decode(requests: Sequence[Request]) -> list[list[int]]:
-            prompts = [list(request.example.prompt_ids) for request in requests]
-            seeds = [request.seed(seed) for request in requests]
-            outputs = ask(prompts, [sampling_arguments(s, settings, max_new_tokens, stop_ids) for s in seeds])
-            answers = [checked_ids(output, stop_ids) for output in outputs]
-            advance(len(answers))
+        def decode(prompts: list[Ids], seeds: list[int]) -> list[list[int]]:
+            sampling = [sampling_arguments(seed, settings, max_new_tokens, stop_ids) for seed in seeds]
+            answers = [checked_ids(output, stop_ids) for output in ask(prompts, sampling)]
+            request.advance(len(answers))
             return answers
 
-        return answer_in_shards(repeat_prompts(examples, num_answers), decode, tokenizer, stop_ids, keep, shard_size)
+        return answer_in_shards(request, decode)
 
 
 def llm_arguments(
@@ -181,7 +164,7 @@ def run_workers(arguments: dict, config: GenerationConfig, logs: Path) -> Iterat
     with tempfile.TemporaryDirectory(prefix="spin-vllm-") as name:
         folder, workers = Path(name), list[subprocess.Popen]()
 
-        def ask(prompts: list[list[int]], sampling: list[dict]) -> list[dict]:
+        def ask(prompts: list[Ids], sampling: list[dict]) -> list[dict]:
             if not workers:
                 (folder / "engine.json").write_text(json.dumps(arguments))
                 workers.extend(_start(folder, number, config, logs) for number in range(config.data_parallel))

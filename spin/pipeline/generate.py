@@ -8,7 +8,7 @@ from functools import partial
 from typing import ClassVar
 
 from spin.data.examples import Example
-from spin.generation.answers import Answer, read_answers
+from spin.generation.answers import Answer, AnswerRequest, read_answers
 from spin.generation.sampling import generate_answers
 from spin.models.policy import Policy
 from spin.pipeline.context import Run
@@ -126,8 +126,8 @@ def answer_prompts(
     run: Run, work: Work, policy: Policy, examples: Sequence[Example], num_answers: int, seed: int
 ) -> Rows[Answer]:
     """`num_answers` answers of the policy to each example, by all ranks, resumed by shards."""
-    config, use_vllm = run.config, run.config.generation.engine == "vllm"
-    generate: Callable[..., Rows[Answer]]
+    use_vllm = run.config.generation.engine == "vllm"
+    generate: Callable[[AnswerRequest], Rows[Answer]]
     if use_vllm:
         from spin.generation.vllm import generate_with_vllm
 
@@ -137,15 +137,16 @@ def answer_prompts(
         generate = partial(generate_answers, run.models.load(policy))
     total = len(examples) * num_answers
     with run.progress(work.title, total, "answers") as bar:
-        return generate(
+        request = AnswerRequest(
             run.tokenizer,
             examples,
-            num_answers,
-            config.generation,
-            config.max_new_tokens,
+            run.config.generation,
+            run.config.max_new_tokens,
             run.stop_ids,
             seed,
+            num_answers,
             bar.advance,
             work.shards("answers", bar, main_process_only=use_vllm),
             run.shard_size(total),
         )
+        return generate(request)

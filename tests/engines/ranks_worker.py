@@ -16,6 +16,7 @@ from spin.data.examples import Example
 from spin.engines.deepspeed import DeepSpeedEngine
 from spin.engines.logps import Forward, compute_logps, sequence_logps
 from spin.engines.single import SingleEngine
+from spin.generation.answers import AnswerRequest
 from spin.generation.sampling import generate_answers
 from spin.method.objectives import make_objective
 from spin.method.pairs import Pair, group_by_prompt, split_responses, to_continuations
@@ -198,9 +199,8 @@ def answered(model_folder: Path, keep, size: int) -> tuple[list[dict], list[floa
     model = load_model(model_folder, torch.float32, CPU)
     settings = GenerationConfig.from_defaults(batch_size=3, temperature=1.0)
     tokenizer = load_tokenizer(model_folder)
-    answers = generate_answers(
-        model, tokenizer, examples(), 1, settings, 12, {1}, 0, keep=keep("answers"), shard_size=size
-    )
+    request = AnswerRequest(tokenizer, examples(), settings, 12, {1}, 0, keep=keep("answers"), shard_size=size)
+    answers = generate_answers(model, request)
     forward = Forward("packed", "chunked", 64, 16)
     logps = compute_logps(model, random_items(13, seed=9), forward, keep=keep("scores"), shard_size=size)
     return [asdict(answer) for answer in answers], logps.tolist()

@@ -10,6 +10,7 @@ from spin.config.schema import EngineConfig, GenerationConfig, OptimizerConfig
 from spin.data.examples import Example
 from spin.engines.logps import choose_forward, compute_logps
 from spin.engines.single import SingleEngine
+from spin.generation.answers import AnswerRequest
 from spin.generation.sampling import generate_answers
 from spin.models.load import load_model, load_tokenizer
 from tests.conftest import random_items, small_model
@@ -72,8 +73,8 @@ def test_compiled_training(tiny_folder, checkpointing):
 def test_greedy_answers_match_cpu(tiny_folder):
     tokenizer, greedy = load_tokenizer(tiny_folder), GenerationConfig.from_defaults(temperature=0.0, batch_size=4)
     examples = [Example(f"p{i}", "", item.prompt_ids, "", ()) for i, item in enumerate(random_items(9, seed=3))]
-    here, on_cpu = (
-        generate_answers(load_model(tiny_folder, torch.float32, device), tokenizer, examples, 1, greedy, 12, [], 0)
-        for device in (DEVICE, CPU)
+    request = AnswerRequest(tokenizer, examples, greedy, 12, [], 0)
+    on_device, on_cpu = (
+        generate_answers(load_model(tiny_folder, torch.float32, device), request) for device in (DEVICE, CPU)
     )
-    assert [answer.ids for answer in here] == [answer.ids for answer in on_cpu]
+    assert [answer.ids for answer in on_device] == [answer.ids for answer in on_cpu]

@@ -8,7 +8,7 @@ import torch
 from spin.config.schema import GenerationConfig
 from spin.data.examples import Example
 from spin.generation import decoding
-from spin.generation.answers import Answer, read_answers, repeat_prompts
+from spin.generation.answers import Answer, AnswerRequest, answer_in_shards, read_answers
 from spin.generation.decoding import ContinuousBatch, StaticBatch, make_batch
 from spin.generation.sampling import generate_answers, sample_tokens
 from spin.models.load import load_model, load_tokenizer
@@ -31,8 +31,8 @@ def examples(count: int, longest: int = 12) -> list[Example]:
     ]
 
 
-def generate(model, chosen, settings, max_new_tokens, stop_ids, seed=0, num_answers=1, **rest) -> list[Answer]:
-    return generate_answers(model, Ids(), chosen, num_answers, settings, max_new_tokens, stop_ids, seed, **rest)
+def generate(model, chosen, settings, max_new_tokens, stop_ids, seed=0, **options) -> list[Answer]:
+    return generate_answers(model, AnswerRequest(Ids(), chosen, settings, max_new_tokens, stop_ids, seed, **options))
 
 
 def greedy(**settings):
@@ -90,14 +90,21 @@ def test_answers_are_independent_of_batch_and_order(temperature):
 # --- several answers to a prompt --------------------------------------------------------------------------------------
 
 
-def test_requests_number_the_answers():
+def test_seeds_of_answers():
     chosen = [Example(id, "p", (2, 3), "r", (5, 1)) for id in ("a", "b#1")]
-    requests = repeat_prompts(chosen, 3)
-    assert [(r.example.id, r.index) for r in requests] == [(id, k) for id in ("a", "b#1") for k in range(3)]
+    seeds = []
+
+    def decode(prompts, shard_seeds):
+        seeds.extend(shard_seeds)
+        return [[seed % 90, 1] for seed in shard_seeds]
+
+    answers = answer_in_shards(AnswerRequest(Ids(), chosen, greedy(), 5, {1}, seed=7, num_answers=3), decode)
+    assert [(a.id, a.index) for a in answers] == [(id, k) for id in ("a", "b#1") for k in range(3)]
     # The streams of random numbers that earlier results were drawn from: by id, then "#k".
     expected = [f"7:{name}" for name in ("a", "a#1", "a#2", "b#1", "b#1#1", "b#1#2")]
     digests = [hashlib.sha256(text.encode()).digest()[:7] for text in expected]
-    assert [r.seed(7) for r in requests] == [int.from_bytes(digest, "big") for digest in digests]
+    assert seeds == [int.from_bytes(digest, "big") for digest in digests]
+    assert [a.ids for a in answers] == [(seed % 90, 1) for seed in seeds]
 
 
 def test_num_answers(tmp_path):
@@ -142,7 +149,8 @@ def test_extreme_uniforms_give_possible_tokens(uniform):
 def test_global_random_state_is_untouched(tiny_folder):
     model, tokenizer = load_model(tiny_folder, torch.float32, torch.device("cpu")), load_tokenizer(tiny_folder)
     before = torch.get_rng_state()
-    answers = generate_answers(model, tokenizer, examples(3), 1, GenerationConfig.from_defaults(), 5, {1}, 0)
+    request = AnswerRequest(tokenizer, examples(3), GenerationConfig.from_defaults(), 5, {1}, 0)
+    answers = generate_answers(model, request)
     assert torch.equal(torch.get_rng_state(), before)
     assert all(answer.text == tokenizer.decode(answer.ids, skip_special_tokens=True) for answer in answers)
 

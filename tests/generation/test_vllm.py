@@ -11,13 +11,14 @@ import torch
 from spin.config.schema import GenerationConfig, ModelConfig
 from spin.data.examples import Example
 from spin.generation import vllm as vllm_engine
-from spin.generation.answers import Answer, repeat_prompts
+from spin.generation.answers import Answer, AnswerRequest
 from spin.models.find import fresh_adapter
 from spin.models.load import load_tokenizer
 from spin.pipeline.context import prepare_run
 from spin.pipeline.generate import generation_inputs
 from spin.pipeline.train import training_inputs
 from spin.runtime.errors import UserError
+from spin.runtime.random import seed_of
 from spin.runtime.tracking import Tracker
 from tests.config.test_schema import load
 from tests.models.test_adapters import LORA, base_or_self
@@ -41,13 +42,13 @@ def test_policy_arguments(tiny_folder, tmp_path):
 
 
 def test_sampling_arguments():
-    seeds = [request.seed(seed) for seed in (0, 1) for request in repeat_prompts(EXAMPLES, 2)]
-    assert len(set(seeds)) == 20 and all(0 <= seed < 2**63 for seed in seeds)
-    assert vllm_engine.sampling_arguments(seeds[3], CONFIG, 64, {7, 1}) == {
+    seed = seed_of(0, "e3")
+    assert 0 <= seed < 2**63
+    assert vllm_engine.sampling_arguments(seed, CONFIG, 64, {7, 1}) == {
         "temperature": 0.7,
         "top_p": 0.9,
         "max_tokens": 64,
-        "seed": seeds[3],
+        "seed": seed,
         "stop_token_ids": [1, 7],
         "ignore_eos": True,
         "detokenize": False,
@@ -79,21 +80,11 @@ def test_missing_vllm(place):
 def test_worker_that_fails(tiny_folder, tmp_path):
     """The real worker, in an interpreter without vLLM."""
     config = CONFIG.model_copy(update={"python": sys.executable, "data_parallel": 2})
+    request = AnswerRequest(load_tokenizer(tiny_folder), EXAMPLES, config, 8, {1}, 0)
     with pytest.raises(
         UserError, match="vLLM ended with status 1: ModuleNotFoundError: No module named 'vllm'"
     ) as error:
-        vllm_engine.generate_with_vllm(
-            base_or_self(tiny_folder),
-            torch.float32,
-            tmp_path,
-            load_tokenizer(tiny_folder),
-            EXAMPLES,
-            1,
-            config,
-            8,
-            {1},
-            0,
-        )
+        vllm_engine.generate_with_vllm(base_or_self(tiny_folder), torch.float32, tmp_path, request)
     assert "\n" not in str(error.value) and f"Its log is {tmp_path}/vllm-0.log" in str(error.value)
     assert "ModuleNotFoundError" in (tmp_path / "vllm-0.log").read_text()
 
@@ -156,20 +147,8 @@ def test_stored_answers_need_no_worker(tiny_folder, tmp_path):
                 for id, _, index in names
             ]
 
-    answers = vllm_engine.generate_with_vllm(
-        base_or_self(tiny_folder),
-        torch.float32,
-        tmp_path,
-        None,
-        EXAMPLES,
-        2,
-        config,
-        8,
-        {1},
-        0,
-        keep=keep,
-        shard_size=4,
-    )
+    request = AnswerRequest(None, EXAMPLES, config, 8, {1}, 0, num_answers=2, keep=keep, shard_size=4)
+    answers = vllm_engine.generate_with_vllm(base_or_self(tiny_folder), torch.float32, tmp_path, request)
     assert shards == [["e0", "e0#1", "e1", "e1#1"], ["e2", "e2#1", "e3", "e3#1"], ["e4", "e4#1"]]
     assert answers == [Answer(example.id, k, (2, 1), "stop", "a") for example in EXAMPLES for k in (0, 1)]
 

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from spin.config.schema import GenerationConfig
 from spin.data.examples import Example
-from spin.generation.answers import read_answers
+from spin.generation.answers import AnswerRequest, read_answers
 from spin.generation.sampling import generate_answers
 from spin.generation.vllm import WORKER, check_vllm, generate_with_vllm
 from spin.models import tiny
@@ -70,7 +70,7 @@ def ids(answers) -> list[tuple[int, ...]]:
 def ours(policy, examples, new, stops, dtype=torch.float32) -> list[tuple[int, ...]]:
     """Our own greedy answers."""
     model, tokenizer = load_policy(policy, dtype, CPU), load_tokenizer(policy.tokenizer)
-    return ids(generate_answers(model, tokenizer, examples, 1, GREEDY, new, stops, 0))
+    return ids(generate_answers(model, AnswerRequest(tokenizer, examples, GREEDY, new, stops, 0)))
 
 
 def next_logps(model, example, answer) -> torch.Tensor:
@@ -82,16 +82,16 @@ def next_logps(model, example, answer) -> torch.Tensor:
 
 def test_greedy(smollm2, tmp_path):
     run = smollm2
-    arguments = (run.tokenizer, run.data.train, 1, GREEDY, 24, run.stop_ids, 0)
-    answers = ids(generate_with_vllm(run.start, torch.float32, tmp_path, *arguments))
+    request = AnswerRequest(run.tokenizer, run.data.train, GREEDY, 24, run.stop_ids, 0)
+    answers = ids(generate_with_vllm(run.start, torch.float32, tmp_path, request))
     assert len(answers) >= 32 and answers == ours(run.start, run.data.train, 24, run.stop_ids)
 
 
 def test_greedy_bf16(smollm2, tmp_path):
     """Prints (pytest -s) how many answers are equal where both round, and where the others first differ."""
     run = smollm2
-    arguments = (run.tokenizer, run.data.train, 1, GREEDY, 24, run.stop_ids, 0)
-    theirs = ids(generate_with_vllm(run.start, torch.bfloat16, tmp_path, *arguments))
+    request = AnswerRequest(run.tokenizer, run.data.train, GREEDY, 24, run.stop_ids, 0)
+    theirs = ids(generate_with_vllm(run.start, torch.bfloat16, tmp_path, request))
     own = ours(run.start, run.data.train, 24, run.stop_ids, torch.bfloat16)
     first = sorted(
         next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
@@ -107,9 +107,8 @@ def test_greedy_bf16(smollm2, tmp_path):
 def test_sampled(smollm2, tmp_path):
     """The negative log-prob of each token less its expectation, the entropy, has mean 0 and a known variance."""
     run, model = smollm2, load_policy(smollm2.start, torch.float32, CPU)
-    answers = generate_with_vllm(
-        run.start, torch.float32, tmp_path, run.tokenizer, run.data.train, 1, SETTINGS, 24, run.stop_ids, 0
-    )
+    request = AnswerRequest(run.tokenizer, run.data.train, SETTINGS, 24, run.stop_ids, 0)
+    answers = generate_with_vllm(run.start, torch.float32, tmp_path, request)
     excess = variance = 0.0
     for example, answer in zip(run.data.train, answers, strict=True):
         logps = next_logps(model, example, answer.ids)
@@ -130,9 +129,8 @@ def test_adapter_and_stop_tokens(llama, smollm2, tmp_path):
         for example in smollm2.data.train
     ]
     stops = {7, 30, 60}
-    answers = ids(
-        generate_with_vllm(policy, torch.float32, tmp_path, tokenizer, examples, 1, GREEDY, 40, stops, 0, shard_size=9)
-    )
+    request = AnswerRequest(tokenizer, examples, GREEDY, 40, stops, 0, shard_size=9)
+    answers = ids(generate_with_vllm(policy, torch.float32, tmp_path, request))
     assert answers == ours(policy, examples, 40, stops)
     assert answers != ours(base_or_self(llama), examples, 40, stops)
     assert any(ends & set(answer) for answer in answers) and any(answer[-1] in stops for answer in answers)
@@ -144,10 +142,8 @@ def test_more_prompts_than_fit_a_pass(llama, tmp_path):
     examples = [Example(f"p{i}", "", tuple(3 + (i + k) % 200 for k in range(120)), "", ()) for i in range(80)]
     sampled = SETTINGS.model_copy(update={"temperature": 1.0})
     policy = base_or_self(llama)
-    first, again = (
-        ids(generate_with_vllm(policy, torch.float32, tmp_path, tokenizer, examples, 1, sampled, 8, stops, 0))
-        for _ in range(2)
-    )
+    request = AnswerRequest(tokenizer, examples, sampled, 8, stops, 0)
+    first, again = (ids(generate_with_vllm(policy, torch.float32, tmp_path, request)) for _ in range(2))
     assert len(first) == 80 and len({*first}) > 70 and first == again
 
 
@@ -260,8 +256,7 @@ def test_interface_is_checked(llama, monkeypatch):
 def test_error_is_the_first(tiny_folder, llama, smollm2, tmp_path):
     """Two engine processes and ours fail after the one that met the error."""
     settings = SETTINGS.model_copy(update={"tensor_parallel": 2})
+    request = AnswerRequest(None, smollm2.data.train[:1], settings, 8, {1}, 0)
     with pytest.raises(UserError, match="RuntimeError: Unsupported CPU attention configuration: head_dim=16") as error:
-        generate_with_vllm(
-            base_or_self(tiny_folder), torch.float32, tmp_path, None, smollm2.data.train[:1], 1, settings, 8, {1}, 0
-        )
+        generate_with_vllm(base_or_self(tiny_folder), torch.float32, tmp_path, request)
     assert "\n" not in str(error.value) and str(tmp_path / "vllm-0.log") in str(error.value)

@@ -14,7 +14,7 @@ from spin.config.schema import GenerationConfig, LossConfig
 from spin.data.examples import Example
 from spin.engines.logps import Forward, reference_logps
 from spin.engines.packing import Continuations
-from spin.generation.answers import Answer, read_answers
+from spin.generation.answers import Answer, AnswerRequest, read_answers
 from spin.generation.sampling import generate_answers
 from spin.method.objectives import LINKS, Objective, make_objective, mix_references, spin_loss
 from spin.method.pairs import Pair, group_by_prompt, make_pairs, read_pairs, split_responses, to_continuations
@@ -170,8 +170,8 @@ def test_answers_join_their_example():
 def test_first_answer_does_not_depend_on_how_many_follow():
     model, chosen = small_model("llama"), examples(20)
     config = GenerationConfig.from_defaults(batch_size=64)
-    alone = generate_answers(model, Ids(), chosen, 1, config, 10, {1}, 0)
-    several = generate_answers(model, Ids(), chosen, 3, config, 10, {1}, 0)
+    alone = generate_answers(model, AnswerRequest(Ids(), chosen, config, 10, {1}, 0))
+    several = generate_answers(model, AnswerRequest(Ids(), chosen, config, 10, {1}, 0, num_answers=3))
     assert [answer for answer in several if answer.index == 0] == alone
     assert len({answer.ids for answer in several}) > 0.9 * len(several) == 0.9 * 60
 

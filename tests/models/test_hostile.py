@@ -24,6 +24,7 @@ from spin.data.templates import ChatTemplate, encode_prompts, end_of_turn
 from spin.engines.logps import choose_forward
 from spin.engines.memory import shape_of
 from spin.engines.packing import Continuations
+from spin.generation.answers import AnswerRequest
 from spin.generation.sampling import generate_answers
 from spin.models import validate
 from spin.models.find import find_model
@@ -81,7 +82,8 @@ def use(folder):
     items = [Continuations(tuple(ids), ((3, 4), (5,))) for _ in range(2)]
     choose_forward(model, items, "auto", 64, 64, 64)
     generation = GenerationConfig.from_defaults()
-    generate_answers(model, tokenizer, [Example("a", text, tuple(ids), "", ())], 1, generation, 3, stops, 0)
+    examples = [Example("a", text, tuple(ids), "", ())]
+    generate_answers(model, AnswerRequest(tokenizer, examples, generation, 3, stops, 0))
 
 
 def outcome(folder, change):

@@ -10,6 +10,7 @@ import transformers
 
 from spin.config.schema import GenerationConfig
 from spin.data.examples import Example
+from spin.generation.answers import AnswerRequest
 from spin.generation.sampling import generate_answers
 from spin.models.load import load_tokenizer
 from spin.models.save import write_stop_ids
@@ -39,10 +40,10 @@ def test_generate_stops_where_decoding_does(tiny_folder, tmp_path, stated, kept,
                 weight.data.normal_(0, 0.3)
     model.save_pretrained(folder)
     example = Example("0", "", tuple(tokenizer("Hello there")["input_ids"]), "", ())
-    [free] = generate_answers(model, tokenizer, [example], 1, greedy, 12, {1}, 0)
+    [free] = generate_answers(model, AnswerRequest(tokenizer, [example], greedy, 12, {1}, 0))
     end = next(token for token in free.ids[2:] if token not in free.ids[:2])
     stops = {1, 7, end} if stated and isinstance(stated["eos_token_id"], list) else {1, end}
-    [answer] = generate_answers(model, tokenizer, [example], 1, greedy, 12, stops, 0)
+    [answer] = generate_answers(model, AnswerRequest(tokenizer, [example], greedy, 12, stops, 0))
     assert answer.ids[-1] == end and len(answer.ids) < 12
 
     path = folder / "generation_config.json"

@@ -20,6 +20,7 @@ from spin.data.examples import Example
 from spin.data.messages import Message
 from spin.data.templates import QUESTION, render_chat, token_ids
 from spin.evaluation.measures import bootstrap_draws, interval
+from spin.generation.answers import AnswerRequest
 from spin.generation.sampling import generate_answers
 from spin.models.load import load_model, load_tokenizer, stop_ids
 from spin.models.policy import content_id
@@ -57,7 +58,9 @@ def open_judge(setting: str, model: str | None, timeout: float, dtype: torch.dty
         [ids] = token_ids(tokenizer, [render_chat(tokenizer, messages, add_generation_prompt=True)])
         room = min(MAX_TOKENS, context - len(ids))
         example = Example("question", "", tuple(ids), "", ())
-        return generate_answers(judge, tokenizer, [example], 1, greedy, room, stops, 0)[0].text if room > 0 else ""
+        if room <= 0:
+            return ""
+        return generate_answers(judge, AnswerRequest(tokenizer, [example], greedy, room, stops, seed=0))[0].text
 
     return reply
 

@@ -22,6 +22,7 @@ from spin.data.messages import Message
 from spin.data.templates import encode_prompts, special_texts
 from spin.evaluation.external.judges import Judge, in_shards
 from spin.evaluation.measures import bootstrap_draws, interval
+from spin.generation.answers import AnswerRequest
 from spin.generation.sampling import generate_answers
 from spin.runtime.errors import UserError, brief, explaining
 from spin.runtime.random import seed_of
@@ -116,10 +117,8 @@ def answer_questions(
             examples = groups[temperature, room]
             sampling = config.generation.model_copy(update={"temperature": temperature, "top_p": 1.0})
             part, size = keep(f"{turn + 1}-{temperature:g}-{room}"), min(256, -(-len(examples) // ranks))
-            answers = generate_answers(
-                model, tokenizer, examples, 1, sampling, room, stop_ids, seed, advance, part, size
-            )
-            replies |= {answer.id: answer.text for answer in answers}
+            request = AnswerRequest(tokenizer, examples, sampling, room, stop_ids, seed, 1, advance, part, size)
+            replies |= {answer.id: answer.text for answer in generate_answers(model, request)}
         for question, conversation in zip(questions, conversations, strict=True):
             reply = replies.get(f"{question.id}/{turn + 1}", NO_ANSWER)
             for special in special_texts(tokenizer):  # a spelt one would be a control token in the second prompt

@@ -24,6 +24,7 @@ from spin.evaluation.external.mt_bench import (
     read_questions,
     write_answers,
 )
+from spin.generation.answers import AnswerRequest
 from spin.generation.sampling import generate_answers
 from spin.models.load import load_model, load_tokenizer, stop_ids
 from spin.runtime.errors import UserError
@@ -238,16 +239,8 @@ def again_of(model, tokenizer, example, temperature, stops) -> str:
     from spin.data.examples import Example
 
     config = GenerationConfig.from_defaults(temperature=temperature, batch_size=1)
-    [reply] = generate_answers(
-        model,
-        tokenizer,
-        [Example(**example)],
-        1,
-        config,
-        12,
-        stops,
-        int.from_bytes(hashlib.sha256(b"0:mt_bench").digest()[:4], "big"),
-    )
+    seed = int.from_bytes(hashlib.sha256(b"0:mt_bench").digest()[:4], "big")
+    [reply] = generate_answers(model, AnswerRequest(tokenizer, [Example(**example)], config, 12, stops, seed))
     return reply.text
 
 
