@@ -3,7 +3,6 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from transformers import LlamaConfig
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from spin.engines.device_memory import GIB
-from spin.engines.memory import CONTEXT, RANK, RESERVED, Load, Spread, format_gib, shape_of, stages
+from spin.engines.memory import CONTEXT, RANK, RESERVED, Load, format_gib, shape_of, stages
 
 SIZES = (12, 16, 24, 40, 80, 141)  # GPU memory in GiB
 # From the models' published configs; the 135M model is the embedded one.
@@ -26,7 +25,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "70B (Llama 3.1)": dict(vocab=128256, width=8192, inner=28672, layers=80, heads=64, keys=8, tied=False),
 }
 # The lengths of the authors' script: prompts of 512 tokens, human answers of 512, and 256 generated tokens.
-LOAD = Load(
+SETTINGS: dict[str, Any] = dict(
     precision="bf16",
     optimizer="rmsprop",
     checkpointing=False,
@@ -39,7 +38,7 @@ LOAD = Load(
     prompt=512,
     length=768,
 )
-# Settings in the order of preference, as changes to `LOAD`, and whether an adapter is trained.
+# Settings in the order of preference, as changes to `SETTINGS`, and whether an adapter is trained.
 WAYS: dict[str, dict[str, Any]] = {
     "full": {},
     "full, checkpointing": {"checkpointing": True},
@@ -54,14 +53,14 @@ def ways_of(ranks: int) -> dict[str, dict[str, Any]]:
     """Return `WAYS`, or the settings for several GPUs. Generation and scoring need the whole policy on each GPU."""
     if ranks == 1:
         return WAYS
-    two, three = Spread(ranks, 2), Spread(ranks, 3)
+    two, three = {"zero_stage": 2, "ranks": ranks}, {"zero_stage": 3, "ranks": ranks}
     return {
-        "ZeRO 2": {"spread": two},
-        "ZeRO 2, checkpointing": {"spread": two, "checkpointing": True},
-        "ZeRO 3": {"spread": three},
-        "ZeRO 3, checkpointing": {"spread": three, "checkpointing": True},
-        "ZeRO 3, checkpointing, offload": {"spread": replace(three, offload=True), "checkpointing": True},
-        "LoRA, ZeRO 3, checkpointing": {"adapter": True, "spread": three, "checkpointing": True},
+        "ZeRO 2": two,
+        "ZeRO 2, checkpointing": {**two, "checkpointing": True},
+        "ZeRO 3": three,
+        "ZeRO 3, checkpointing": {**three, "checkpointing": True},
+        "ZeRO 3, checkpointing, offload": {**three, "checkpointing": True, "offload": True},
+        "LoRA, ZeRO 3, checkpointing": {**three, "checkpointing": True, "adapter": True},
     }
 
 
@@ -86,8 +85,9 @@ def table(models: Sequence[str], sizes: Sequence[int], ranks: int = 1) -> list[l
         shapes = {False: shape_of(architecture), True: shape_of(architecture, RANK)}
         peaks = {}
         for way, settings in ways_of(ranks).items():
-            load = replace(LOAD, **{key: value for key, value in settings.items() if key != "adapter"})
-            peaks[way] = stages(shapes["adapter" in settings], load)[0].total
+            changes = {key: value for key, value in settings.items() if key != "adapter"}
+            load = Load(shapes["adapter" in settings], **{**SETTINGS, **changes})
+            peaks[way] = stages(load)[0].total
         cells = []
         for size in sizes:
             fitting = [way for way, peak in peaks.items() if peak + CONTEXT <= size * GIB * (1 - RESERVED)]

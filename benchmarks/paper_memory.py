@@ -61,9 +61,9 @@ def needed(experiment: str, words: list[str], gpus: int) -> list[memory.Needed]:
     data = Dataset(examples, none, {}, 0, none)
     dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
     model = Policy("zephyr", Path(), "")
-    load_on_gpu = load_of(config, data, model, torch.device("cuda"), dtype, ProcessGroup(size=gpus))
     shape = memory.shape_of(ZEPHYR)
-    return [part(shape, load_on_gpu) for part in (memory.training, memory.scoring, memory.generating)]
+    load_on_gpu = load_of(shape, config, data, model, torch.device("cuda"), dtype, ProcessGroup(size=gpus))
+    return [part(load_on_gpu) for part in (memory.training, memory.scoring, memory.generating)]
 
 
 def table() -> tuple[list[str], list[tuple[str, memory.Needed]]]:

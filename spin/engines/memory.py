@@ -4,8 +4,8 @@ Weights, gradients and optimiser states are counted; activations are estimated b
 `benchmarks/memory_table.py` prints which settings fit on which GPU.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
@@ -13,27 +13,17 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from spin.config.schema import OptimizerConfig
 from spin.engines.deepspeed import BUCKET
 from spin.engines.device_memory import GIB, DeviceMemory
-from spin.engines.optimizers import state_values_per_weight
+from spin.engines.optimizers import STATES, state_values_per_weight
 from spin.runtime.errors import UserError
 
 BYTES = {"fp32": 4, "bf16": 2}
-NF4 = 0.5 + 0.127 / 8  # bytes a weight: 4 bits, and 0.127 bits for the 8-bit scales of blocks of 64 weights
+NF4 = 0.5 + 0.127 / 8  # bytes per weight: 4 bits, and 0.127 bits for the 8-bit scales of blocks of 64 weights
 CONTEXT = 0.6 * GIB  # of a GPU, taken by CUDA before any allocation
 RESERVED = 0.05  # of a GPU, lost to the allocator's fragmentation
 LIVE = 1_000_000_000  # weights that ZeRO 3 keeps gathered at most
 RANK = 16  # of the adapter that advice is computed for
 COUNTED = ("weights", "masters", "gradients", "optimiser states")
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Training on `ranks` processes at a ZeRO `stage`. `offload` keeps masters and optimiser states in main memory, and
-    `on_cpu` says that this is the device's."""
-
-    ranks: int
-    stage: int
-    offload: bool = False
-    on_cpu: bool = False
+Parts = dict[str, float]  # bytes by purpose
 
 
 @dataclass(frozen=True)
@@ -41,8 +31,8 @@ class Shape:
     """A model's sizes.
 
     `weights` counts all weights, tied ones once; `linear` those of linear layers other than the output layer, which
-    quantisation rounds; `adapter` those of its adapter; `largest` those of the largest trained tensor. `queries` and `keys`
-    are the widths of all heads together, `inner` is that of the feed-forward part.
+    quantisation rounds; `adapter` those of its adapter; `largest` those of the largest trained tensor. `queries` and
+    `keys` are the widths of all heads together, `inner` is that of the feed-forward part.
     """
 
     weights: int
@@ -59,8 +49,9 @@ class Shape:
 
 @dataclass(frozen=True)
 class Load:
-    """The settings and lengths that decide how much memory a process needs."""
+    """The model, settings and lengths that decide how much memory a process needs."""
 
+    shape: Shape
     precision: str
     optimizer: str
     checkpointing: bool
@@ -73,18 +64,29 @@ class Load:
     prompt: int  # tokens of the longest prompt
     length: int  # tokens of the longest prompt and its generated answer
     files: int = 0  # bytes of the weight files, if they are read into the same memory: on a CPU
-    plays: bool = True  # False if nothing is trained
+    trains: bool = True
     states: str = "fp32"  # the type of the optimiser's averages
     passes: int = 2  # micro-batches of a step
-    spread: Spread | None = None
+    zero_stage: int | None = None  # of DeepSpeed; None: one process trains
+    ranks: int = 1
+    offload: bool = False  # DeepSpeed keeps masters and optimiser states in main memory
+    on_cpu: bool = False  # main memory is the device's
+
+    @property
+    def bytes(self) -> int:
+        return BYTES[self.precision]
+
+    @property
+    def trained(self) -> int:
+        return self.shape.adapter or self.shape.weights
 
 
 @dataclass(frozen=True)
 class Needed:
-    """The peak of a stage in bytes, by purpose."""
+    """The peak of a stage."""
 
     stage: str
-    parts: dict[str, float]
+    parts: Parts
 
     @property
     def total(self) -> float:
@@ -116,243 +118,221 @@ def shape_of(architecture: PretrainedConfig, rank: int = 0) -> Shape:
     )
 
 
-def bytes_per_weight(
-    precision: str, optimizer: str, states: str = "fp32", passes: int = 2, spread: Spread | None = None
-) -> dict[str, float]:
-    """Bytes that training holds for each trained weight.
+def bytes_per_weight(load: Load) -> Parts:
+    """Return the bytes that training holds for each trained weight.
 
     In `SingleEngine` an fp32 weight is its own master, and a bf16 one is completed by 2 bytes. The gradients of one
-    micro-batch have the model's type, sums of several are fp32. With `spread`, of a rank of `DeepSpeedEngine`: masters are
-    fp32 beside the weights, and gradients at stage 1 and above are summed in fp32, whole ones at stage 1.
+    micro-batch have the model's type, sums of several are fp32. A rank of `DeepSpeedEngine` has fp32 masters beside the
+    weights, and at stage 1 and above sums gradients in fp32, whole ones at stage 1.
     """
-    width, bf16 = BYTES[precision], precision == "bf16"
-    state_bytes = 4 * state_values_per_weight(OptimizerConfig.from_defaults(name=optimizer, states=states))
-    if spread is None:
-        sizes = (width, 2 * bf16, 4 if passes > 1 else width, state_bytes)
+    width, stage, is_bf16 = load.bytes, load.zero_stage, load.precision == "bf16"
+    optimizer = OptimizerConfig.from_defaults(name=load.optimizer, states=load.states)
+    state_bytes = 4 * state_values_per_weight(optimizer)
+    if stage is None:
+        sizes = (width, 2 * is_bf16, 4 if load.passes > 1 else width, state_bytes)
         return dict(zip(COUNTED, sizes, strict=True))
-    part = 1 / spread.ranks if spread.stage else 1.0
-    on_device = not spread.offload or spread.on_cpu
-    weights = width * (part if spread.stage == 3 else 1)
-    masters = on_device * 4 * part * (bf16 or spread.stage > 0)
-    gradients = (width, 4, 4 * part, on_device * 4 * part)[spread.stage]
+    part = 1 / load.ranks if stage else 1.0
+    on_device = not load.offload or load.on_cpu
+    weights = width * (part if stage == 3 else 1)
+    masters = on_device * 4 * part * (is_bf16 or stage > 0)
+    gradients = (width, 4, 4 * part, on_device * 4 * part)[stage]
     return dict(zip(COUNTED, (weights, masters, gradients, on_device * part * state_bytes), strict=True))
 
 
 # --- stages -----------------------------------------------------------------------------------------------------------
 
 
-def training(shape: Shape, load: Load) -> Needed:
-    """The largest of the moments of a step. In one process: before the backward pass, with all activations (and no gradients
-    yet, if a step has one micro-batch), or in the update."""
-    width, tokens = BYTES[load.precision], load.training_tokens
-    per_weight = bytes_per_weight(load.precision, load.optimizer, load.states, load.passes, load.spread)
-    held = {name: (shape.adapter or shape.weights) * size for name, size in per_weight.items()}
-    held["weights"] = _weights(shape, load)
-    layer = tokens * _kept_by_layer(shape, width, load.checkpointing)
+def training(load: Load) -> Needed:
+    """Return the largest moment of a step: in one process the start of the backward pass, or the update."""
+    shape, width, tokens = load.shape, load.bytes, load.training_tokens
+    constant = {name: load.trained * size for name, size in bytes_per_weight(load).items()}
+    constant["weights"] = _weights(load)
+    layer = tokens * _kept_by_layer(load)
     between_layers = tokens * shape.width * width
     activations = shape.layers * between_layers + layer if load.checkpointing else shape.layers * layer
     if load.quantization:  # a layer at a time is widened
         activations += shape.width * max(shape.inner, shape.queries) * width
-    head = _head(shape, load, tokens, trained=not shape.adapter) + 3 * between_layers
+    head = _head(load, tokens, trained=not shape.adapter) + 3 * between_layers
     passing = {"activations": activations, "output layer": head}
-    if load.spread:
-        moments = _moments_of_rank(shape, load, load.spread, held, passing)
+    if load.zero_stage is not None:
+        moments = _moments_of_rank(load, load.zero_stage, constant, passing)
     else:
         update = max(2 * 4 * shape.largest, layer)  # the quotient and the denominator, a tensor at a time
-        moments = [{**held, **passing}, {**held, "update": update}]
-        if load.passes == 1:
+        moments = [{**constant, **passing}, {**constant, "update": update}]
+        if load.passes == 1:  # there are no gradients yet
             del moments[0]["gradients"]
     return max((Needed("training", moment) for moment in moments), key=lambda needed: needed.total)
 
 
-def _moments_of_rank(
-    shape: Shape, load: Load, spread: Spread, held: dict[str, float], passing: dict[str, float]
-) -> list[dict[str, float]]:
-    """What a rank holds before the backward pass, when gradients are summed over ranks, in the update, and on a CPU while
-    rank 0 gathers a checkpoint. The copies are those that DeepSpeed's stage_1_and_2.py and stage3.py make."""
-    stage, width, bf16 = spread.stage, BYTES[load.precision], load.precision == "bf16"
-    trained = shape.adapter or shape.weights
-    part = trained / spread.ranks if stage else trained
+def _moments_of_rank(load: Load, stage: int, constant: Parts, passing: Parts) -> list[Parts]:
+    """Return what a rank holds before the backward pass, when gradients are summed, in the update and in a checkpoint.
+
+    The copies are those that DeepSpeed's stage_1_and_2.py and stage3.py make. Rank 0 gathers a checkpoint on a CPU.
+    """
+    width, is_bf16, trained, largest = load.bytes, load.precision == "bf16", load.trained, load.shape.largest
+    part = trained / load.ranks if stage else trained
     bucket, gathered = min(trained, BUCKET), 0.0
-    gradients, states = held.pop("gradients"), held["optimiser states"]
+    gradients, states = constant.pop("gradients"), constant["optimiser states"]
     if stage == 3:
-        gathered = width * min(shape.weights, LIVE)
-        held["weights"] /= spread.ranks
-        held |= {"gradients": gradients, "buckets": 4 * bucket}  # allocated once
-    if spread.offload and spread.on_cpu:  # second copies: of gradients, and of weights on their way to the "device"
-        held["offload"] = 4 * part + (0 if stage == 3 else width * (part + 2 * shape.largest))
-    before = {**held, **passing, "gathered weights": gathered}
+        gathered = width * min(load.shape.weights, LIVE)
+        constant["weights"] /= load.ranks
+        constant |= {"gradients": gradients, "buckets": 4 * bucket}  # allocated once
+    if load.offload and load.on_cpu:  # second copies: of gradients, and of weights on their way to the "device"
+        constant["offload"] = 4 * part + (0 if stage == 3 else width * (part + 2 * largest))
+    before = {**constant, **passing, "gathered weights": gathered}
     if load.passes > 1:
         before["gradients"] = gradients
-    if stage in (1, 2) and not spread.on_cpu:  # allocated with the first gradient; a CPU takes memory as it is written
+    if stage in (1, 2) and not load.on_cpu:  # allocated with the first gradient; a CPU takes memory as it is written
         before["buckets"] = (4 if stage == 1 else width) * bucket
-    # Gradients are moved into a bucket, flattened into a copy and, at stage 2, widened into another. At stage 1 the whole
-    # gradients are the bucket, and a rank's part is added. Gloo copies what it scatters.
+    # Gradients are moved into a bucket, flattened into a copy and, at stage 2, widened into another. At stage 1 the
+    # whole gradients are the bucket, and a rank's part is added. Gloo copies what it scatters.
     buckets = (
         width * bucket,
         4 * (bucket + part),
-        (2 * width + 4 * bf16) * bucket,
-        4 * bucket * (3 if spread.on_cpu else 2),
+        (2 * width + 4 * is_bf16) * bucket,
+        4 * bucket * (3 if load.on_cpu else 2),
     )[stage]
-    summing = {**held, "gradients": gradients, "buckets": buckets}
+    summing = {**constant, "gradients": gradients, "buckets": buckets}
     if stage > 1:  # which begins as soon as the first bucket is full
-        left = 1 - bucket / trained
-        summing["activations"] = left * passing["activations"]
-        summing["gathered weights"] = max(left * gathered, width * shape.largest if stage == 3 else 0)
-    # Stage 0 widens all gradients and updates a tensor at a time; a rank's part of all weights is one tensor. The update
-    # takes as many temporary values as there are states.
+        remaining = 1 - bucket / trained
+        summing["activations"] = remaining * passing["activations"]
+        summing["gathered weights"] = max(remaining * gathered, width * largest if stage == 3 else 0)
+    # Stage 0 widens all gradients and updates a tensor at a time; a rank's part of all weights is one tensor. The
+    # update takes as many temporary values as there are states.
     if stage == 0:
-        update = {"gradients": gradients, "update": 4 * trained * bf16 + states * shape.largest / trained}
+        update = {"gradients": gradients, "update": 4 * trained * is_bf16 + states * largest / trained}
     else:
-        update = {"update": states + (0 if spread.offload and not spread.on_cpu else 4 * part)}
-    moments = [before, summing, {**held, **update}]
-    if spread.on_cpu:  # parts are put aside, and all states gathered
-        moments.append({**held, "checkpoint": 4 * part + states * trained / part})
+        update = {"update": states + (0 if load.offload and not load.on_cpu else 4 * part)}
+    moments = [before, summing, {**constant, **update}]
+    if load.on_cpu:  # parts are put aside, and all states gathered
+        moments.append({**constant, "checkpoint": 4 * part + states * trained / part})
     return moments
 
 
-def scoring(shape: Shape, load: Load) -> Needed:
-    """Log-probs without gradients: the activations of one layer at a time."""
-    width, tokens = BYTES[load.precision], load.scoring_tokens
-    activations = tokens * _passing(shape, width)
-    head = _head(shape, load, tokens, trained=False)
-    return Needed("scoring", {"weights": _weights(shape, load), "activations": activations, "output layer": head})
+def scoring(load: Load) -> Needed:
+    """Return the peak of log-probs without gradients: the activations of one layer at a time."""
+    activations = load.scoring_tokens * _passing(load)
+    head = _head(load, load.scoring_tokens, trained=False)
+    return Needed("scoring", {"weights": _weights(load), "activations": activations, "output layer": head})
 
 
-def generating(shape: Shape, load: Load) -> Needed:
-    """The key-value cache at its longest, and the larger of the prefill and the sampling of a token."""
-    width = BYTES[load.precision]
+def generating(load: Load) -> Needed:
+    """Return the key-value cache at its longest, and the larger of the prefill and the sampling of a token."""
+    shape, width = load.shape, load.bytes
     cache = 2 * shape.layers * shape.keys * width * load.decoded * load.length
-    prefill = load.decoded * load.prompt * (_passing(shape, width) + load.prompt * width)
+    prefill = load.decoded * load.prompt * (_passing(load) + load.prompt * width)
     # Logits, probabilities and their sums; and a second copy of one layer's cache while it grows.
     sampling = load.decoded * shape.vocabulary * (width + 16) + cache / shape.layers
     activations = max(prefill, sampling)
-    return Needed(
-        "generating", {"weights": _weights(shape, load), "key-value cache": cache, "activations": activations}
-    )
+    return Needed("generating", {"weights": _weights(load), "key-value cache": cache, "activations": activations})
 
 
-def loading(shape: Shape, load: Load) -> Needed:
-    """The base's weights beside the files that they are rounded from, which stay mapped until the last is read."""
-    return Needed("loading", {"weights": _weights(replace(shape, adapter=0), load), "files": load.files})
+def loading(load: Load) -> Needed:
+    """Return the base's weights and the files that they are rounded from, which stay mapped until the last is read."""
+    base = replace(load, shape=replace(load.shape, adapter=0))
+    return Needed("loading", {"weights": _weights(base), "files": load.files})
 
 
-def stages(shape: Shape, load: Load) -> list[Needed]:
-    """The peak of each stage, the largest first."""
-    peaks = [generating(shape, load), scoring(shape, load)]
-    peaks += [training(shape, load)] if load.plays else []
-    peaks += [loading(shape, load)] if load.files else []
+def stages(load: Load) -> list[Needed]:
+    """Return the peak of each stage, the largest first."""
+    peaks = [generating(load), scoring(load)]
+    peaks += [training(load)] if load.trains else []
+    peaks += [loading(load)] if load.files else []
     return sorted(peaks, key=lambda needed: -needed.total)
 
 
-def _weights(shape: Shape, load: Load) -> float:
-    """Bytes of the model's weights and its adapter's."""
-    width = BYTES[load.precision]
-    linear = shape.linear * (NF4 if load.quantization else width)
-    return linear + width * (shape.weights - shape.linear + shape.adapter)
+def _weights(load: Load) -> float:
+    """Return the bytes of the model's weights and its adapter's."""
+    shape = load.shape
+    linear = shape.linear * (NF4 if load.quantization else load.bytes)
+    return linear + load.bytes * (shape.weights - shape.linear + shape.adapter)
 
 
-def _kept_by_layer(shape: Shape, width: int, checkpointing: bool) -> float:
-    """Bytes a token that a layer keeps for its backward pass (`activations.py`): inputs and results of two norms, rotated
-    queries, keys, values, attention's result, the factors of the feed-forward part, and with `checkpointing` their product."""
-    return width * (4 * shape.width + 3 * shape.queries + 2 * shape.keys + (3 if checkpointing else 2) * shape.inner)
+def _kept_by_layer(load: Load) -> float:
+    """Return the bytes per token that a layer keeps for its backward pass (`activations.py`)."""
+    # Inputs and results of two norms; rotated queries, keys, values, attention's result; the factors of the feed-forward
+    # part, and with checkpointing their product.
+    shape, factors = load.shape, 3 if load.checkpointing else 2
+    return load.bytes * (4 * shape.width + 3 * shape.queries + 2 * shape.keys + factors * shape.inner)
 
 
-def _passing(shape: Shape, width: int) -> float:
-    """Bytes a token that a layer holds at its peak without gradients."""
-    return width * (2 * shape.width + max(5 * shape.queries, 3 * shape.inner)) + 8 * shape.width
+def _passing(load: Load) -> float:
+    """Return the bytes per token that a layer holds at its peak without gradients."""
+    shape = load.shape
+    return load.bytes * (2 * shape.width + max(5 * shape.queries, 3 * shape.inner)) + 8 * shape.width
 
 
-def _head(shape: Shape, load: Load, tokens: int, trained: bool) -> float:
-    """The output layer: logits of a chunk of the vocabulary in fp32 and in the compute type, and if it is trained its
-    gradient, the (tied) embeddings' and their sum."""
-    width = BYTES[load.precision]
-    logits = tokens * min(load.head_chunk, shape.vocabulary) * (4 + width)
-    return logits + (shape.width * shape.vocabulary * 3 * width if trained else 0)
+def _head(load: Load, tokens: int, trained: bool) -> float:
+    """Return the bytes of the output layer: fp32 logits of a chunk of the vocabulary and a copy in the compute type.
+
+    If it is trained: also its gradient, the (tied) embeddings' and their sum.
+    """
+    width, vocabulary = load.bytes, load.shape.vocabulary
+    logits = tokens * min(load.head_chunk, vocabulary) * (4 + width)
+    return logits + (load.shape.width * vocabulary * 3 * width if trained else 0)
 
 
 # --- is there enough? -------------------------------------------------------------------------------------------------
 
 
-def check_memory(
-    shape: Shape, load: Load, device: DeviceMemory, has_adapter: Callable[[], Shape]
-) -> tuple[str, str | None]:
-    """Return a line that says what the run needs, and a warning with advice if that exceeds the free memory, else None.
+def check_memory(load: Load, device: DeviceMemory, architecture: PretrainedConfig) -> list[str]:
+    """Return a line that says what the run needs, and if that exceeds the free memory a warning with advice.
 
-    `has_adapter` returns the shape with a new adapter. Raises UserError if weights, gradients and states alone, which are
-    counted and not estimated, exceed all memory of the device.
+    Raises UserError if what is counted, not estimated, exceeds all memory of the device.
     """
-    worst = stages(shape, load)[0]
+    worst = stages(load)[0]
     shown = {"process": device.before, **worst.parts}
     parts = ", ".join(f"{name} {format_gib(size)}" for name, size in shown.items() if size >= 0.05 * GIB)
     line = (
-        f"memory needed: about {format_gib(device.before + worst.total)} GiB ({worst.stage}{': ' if parts else ''}{parts}), "
-        f"{format_gib(device.free)} GiB free"
+        f"memory needed: about {format_gib(device.before + worst.total)} GiB "
+        f"({worst.stage}{': ' if parts else ''}{parts}), {format_gib(device.free)} GiB free"
     )
     if device.before + worst.total <= device.free:
-        return line, None
-    changes = advice(shape, load, device, has_adapter)
+        return [line]
+    changes = advice(load, device, architecture)
     counted = {name: worst.parts[name] for name in COUNTED if worst.parts.get(name)}
     if sum(counted.values()) > device.total:
         raise UserError(
-            f"{worst.stage} needs {format_gib(sum(counted.values()))} GiB for {' + '.join(counted)} alone, and the device has "
-            f"{format_gib(device.total)} GiB in all: {changes}."
+            f"{worst.stage} needs {format_gib(sum(counted.values()))} GiB for {' + '.join(counted)} alone, and the "
+            f"device has {format_gib(device.total)} GiB in all: {changes}."
         )
-    return line, f"note: that may not fit: {changes}."
+    return [line, f"note: that may not fit: {changes}."]
 
 
-def advice(shape: Shape, load: Load, device: DeviceMemory, has_adapter: Callable[[], Shape]) -> str:
-    """The settings that make the run fit: first those that keep finished stages, then those that are part of the stages'
-    keys. A setting that does not help is left out."""
+def advice(load: Load, device: DeviceMemory, architecture: PretrainedConfig) -> str:
+    """Return the settings that make the run fit; those that keep finished stages are tried first."""
 
-    def missing(shape: Shape, load: Load) -> float:
-        return sum(max(0.0, device.before + needed.total - device.free) for needed in stages(shape, load))
+    def missing(load: Load) -> float:
+        return sum(max(0.0, device.before + needed.total - device.free) for needed in stages(load))
 
+    is_single = load.zero_stage is None
+    smaller = {name: min(load.row, getattr(load, name)) for name in ("training_tokens", "scoring_tokens")}
+    optimizer = f"{load.optimizer}8bit" if is_single and load.optimizer in STATES else load.optimizer
+    adapted = load.shape if load.shape.adapter else shape_of(architecture, RANK)
+    # Each with the fields that it changes, in the order of what it costs.
+    changes: list[tuple[str, dict[str, Any]]] = [
+        ("engine.gradient_checkpointing=true", {"checkpointing": True}),
+        ("engine.zero_stage=3", {"zero_stage": None if is_single else 3}),
+        ("engine.offload_optimizer=true", {"offload": True}),
+        ("generation.batch_size=8", {"decoded": min(8, load.decoded)}),
+        (f"engine.tokens_per_batch={load.row}", {**smaller, "passes": 2}),
+        (f"optimizer={optimizer}", {"optimizer": optimizer}),
+        ("model.adapter=lora", {"shape": adapted}),
+        ("model.quantization=nf4", {"quantization": "nf4" if is_single else None}),
+    ]
     settings: list[str] = []
-    kept = True
-    for setting, keeps_stages, change in _changes(load, has_adapter):
-        changed = change(shape, load)
-        if missing(*changed) < missing(shape, load):
+    for setting, fields in changes if load.trains else changes[:5]:
+        changed = replace(load, **fields)
+        if missing(changed) < missing(load):
             settings.append(setting)
-            kept = kept and keeps_stages
-            shape, load = changed
-    needed = format_gib(device.before + stages(shape, load)[0].total)
-    if missing(shape, load) or not settings:
+            load = changed
+    needed = format_gib(device.before + stages(load)[0].total)
+    if missing(load) or not settings:
         even = f"even {' '.join(settings)} needs about {needed} GiB: " if settings else ""
         return f"{even}take a smaller model or more memory"
-    effect = "finished stages are kept" if kept else "all stages are computed again"
+    keeps_stages = {*settings} <= {setting for setting, _ in changes[:3]}
+    effect = "finished stages are kept" if keeps_stages else "all stages are computed again"
     return f"set {' '.join(settings)} (then about {needed} GiB; {effect})"
-
-
-Change = Callable[[Shape, Load], tuple[Shape, Load]]
-
-
-def _changes(load: Load, has_adapter: Callable[[], Shape]) -> list[tuple[str, bool, Change]]:
-    """Settings in the order of what they cost, whether finished stages are kept with them, and what they change."""
-
-    def of_load(**fields) -> Change:
-        return lambda shape, load: (shape, replace(load, **fields))
-
-    def of_spread(**fields) -> Change:
-        return lambda shape, load: (shape, replace(load, spread=load.spread and replace(load.spread, **fields)))
-
-    smaller = {name: min(load.row, getattr(load, name)) for name in ("training_tokens", "scoring_tokens")}
-    changes = [
-        ("engine.gradient_checkpointing=true", True, of_load(checkpointing=True)),
-        ("engine.zero_stage=3", True, of_spread(stage=3)),
-        ("engine.offload_optimizer=true", True, of_spread(offload=True)),
-        ("generation.batch_size=8", False, of_load(decoded=min(8, load.decoded))),
-        (f"engine.tokens_per_batch={load.row}", False, of_load(**smaller, passes=2)),
-    ]
-    if not load.plays:
-        return changes
-    if load.spread is None and load.optimizer in ("rmsprop", "adamw"):
-        name = f"{load.optimizer}8bit"
-        changes.append((f"optimizer={name}", False, of_load(optimizer=name)))
-    changes.append(("model.adapter=lora", False, lambda shape, load: (shape if shape.adapter else has_adapter(), load)))
-    if load.spread is None:
-        changes.append(("model.quantization=nf4", False, of_load(quantization="nf4")))
-    return changes
 
 
 def format_gib(size: float) -> str:

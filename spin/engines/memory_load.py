@@ -1,51 +1,26 @@
-"""The memory that a run's settings and data ask for, compared with what the device has free."""
-
-from dataclasses import replace
+"""The sizes of a run that decide how much memory it needs."""
 
 import numpy as np
 import torch
-from transformers import AutoConfig
 
 from spin.config.schema import Config
 from spin.data.examples import Dataset, Example
-from spin.engines import memory
-from spin.engines.device_memory import free_memory
+from spin.engines.memory import Load, Shape
 from spin.models.policy import Policy, weight_files
 from spin.runtime.process_group import ProcessGroup
 from spin.runtime.tables import Rows
 
 
-def check_run_memory(
+def load_of(
+    shape: Shape,
     config: Config,
-    start: Policy,
     data: Dataset,
-    adapter_parameters: int | None,
+    base: Policy,
     device: torch.device,
     dtype: torch.dtype,
     ranks: ProcessGroup,
-) -> list[str]:
-    """Return a line that says how much memory the run needs, and a warning if that may not fit.
-
-    `adapter_parameters` is the size of the trained adapter, if there is one. Raises UserError if the run cannot fit.
-    """
-    base = start.base_or_self
-    architecture = AutoConfig.from_pretrained(base.folder, trust_remote_code=False)
-    shape = memory.shape_of(architecture)
-    if adapter_parameters is not None:
-        shape = replace(shape, adapter=adapter_parameters, largest=min(shape.largest, adapter_parameters))
-    load = load_of(config, data, base, device, dtype, ranks)
-
-    def with_adapter() -> memory.Shape:
-        return memory.shape_of(architecture, memory.RANK)
-
-    line, warning = memory.check_memory(shape, load, free_memory(device, ranks.here), with_adapter)
-    return [line, warning] if warning else [line]
-
-
-def load_of(
-    config: Config, data: Dataset, base: Policy, device: torch.device, dtype: torch.dtype, ranks: ProcessGroup
-) -> memory.Load:
-    """The sizes that decide a run's peak memory on one rank."""
+) -> Load:
+    """Return the sizes that decide a run's peak memory on one rank."""
     engine, generation = config.engine, config.generation
     new, is_on_cpu = config.max_new_tokens, device.type == "cpu"
     prompt = int(data.all.lengths("prompt_ids").max())
@@ -64,10 +39,8 @@ def load_of(
     batch = max(engine.tokens_per_batch, train_row)
     items = -(-config.schedule.batch_size // ranks.size)  # of a step, on this rank
     answers = max(len(data.train) * generation.num_answers, len(measured))
-    spread = None
-    if engine.name == "deepspeed":
-        spread = memory.Spread(ranks.size, engine.zero_stage, engine.offload_optimizer, is_on_cpu)
-    return memory.Load(
+    return Load(
+        shape,
         precision="fp32" if dtype == torch.float32 else "bf16",
         optimizer=config.optimizer.name,
         checkpointing=engine.gradient_checkpointing,
@@ -80,8 +53,11 @@ def load_of(
         prompt=prompt,
         length=prompt + new,
         files=sum(path.stat().st_size for path in weight_files(base.folder)) if is_on_cpu else 0,
-        plays=config.stage == "game",
+        trains=config.stage == "game",
         states=config.optimizer.states,
         passes=-(-items * train_row // batch),
-        spread=spread,
+        zero_stage=engine.zero_stage if engine.name == "deepspeed" else None,
+        ranks=ranks.size,
+        offload=engine.offload_optimizer,
+        on_cpu=is_on_cpu,
     )

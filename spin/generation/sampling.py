@@ -43,9 +43,9 @@ def generate_answers(model: PreTrainedModel, request: AnswerRequest) -> Rows[Ans
 
 
 def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_p: float = 1.0) -> Tensor:
-    """Choose a token for each row: the argmax at temperature 0, else the inverse of the distribution function at `uniform`.
+    """Return a token for each row: the argmax at temperature 0, else the inverse distribution function at `uniform`.
 
-    logits: [rows, vocabulary]; uniform: [rows] in [0, 1). Inversion takes one random number a token; the usual
+    logits: [rows, vocabulary]; uniform: [rows] in [0, 1). Inversion takes one random number per token, where an
     exponential race takes one for each entry of the vocabulary.
     """
     if temperature == 0:

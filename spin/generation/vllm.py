@@ -1,8 +1,8 @@
-"""Answers by vLLM, which decodes many prompts together. It is optional, and not imported here.
+"""Generate answers with vLLM, which is optional and not imported here.
 
 vLLM pins versions of torch and transformers other than ours. It runs in separate processes (`vllm_worker.py`), with the
-interpreter of another environment if `generation.python` names one; GPU memory is free when they end. They load the policy
-from its folder in the store. vLLM's log-probs differ from a forward pass's, so pairs are scored by our engines.
+interpreter of another environment if `generation.python` names one. They load the policy from its folder in the store.
+vLLM's log-probs differ from those of a forward pass, so pairs are scored by our engines.
 """
 
 import json
@@ -39,8 +39,10 @@ LINE = re.compile(r"^(?:\[rank\d+\]: |\(\S+ pid=\d+\) )?(?:([A-Z]+) \S+ \S+ \[\S
 
 
 def check_vllm(config: GenerationConfig, start: Policy, rank: int) -> None:
-    """Raise UserError if vLLM can't generate here, before any long work. It is imported in another process, which compares
-    its interface with our calls. `rank`: of the policies' adapters, 0 if there are none."""
+    """Raise UserError if vLLM can't generate here; another process imports it and compares its interface with our calls.
+
+    `rank` is that of the policies' adapters, 0 if there are none.
+    """
     python, quantization = config.python or sys.executable, start.base_or_self.quantization
     if quantization:
         raise UserError(
@@ -56,17 +58,17 @@ def check_vllm(config: GenerationConfig, start: Policy, rank: int) -> None:
     }
     command = [python, "-P", str(WORKER), "check", json.dumps(names)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=_environment())
+        result = subprocess.run(command, capture_output=True, text=True, timeout=600, env=_environment())
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UserError(f"generation.python={python}: can't be run ({brief(error)}).") from error
-    if "No module named 'vllm'" in done.stderr:
+    if "No module named 'vllm'" in result.stderr:
         raise UserError(
             f"generation.engine=vllm: vLLM is not installed for {python}: {INSTALL}, then set "
             "generation.python=.venv-vllm/bin/python (without a GPU: `make vllm`)"
         )
-    if done.returncode:
-        raise UserError(f"generation.engine=vllm: {python} can't import vLLM: {brief(first_error(done.stderr), 300)}")
-    facts = json.loads(done.stdout.splitlines()[-1])
+    if result.returncode:
+        raise UserError(f"generation.engine=vllm: {python} can't import vLLM: {brief(first_error(result.stderr), 300)}")
+    facts = json.loads(result.stdout.splitlines()[-1])
     if missing := ", ".join(facts["missing"]):
         raise UserError(f"generation.engine=vllm: vLLM {brief(facts['version'])} has no {missing}: {INSTALL}")
     devices, needed = facts["devices"], config.tensor_parallel * config.data_parallel
@@ -102,7 +104,7 @@ def generate_with_vllm(policy: Policy, dtype: torch.dtype, logs: Path, request: 
 def llm_arguments(
     policy: Policy, dtype: torch.dtype, config: GenerationConfig, longest: int, rank: int = 0
 ) -> dict[str, Any]:
-    """The arguments of `vllm.LLM` for sequences of up to `longest` tokens and adapters of up to `rank` (0: none)."""
+    """Return the arguments of `vllm.LLM` for sequences of up to `longest` tokens and adapters of up to `rank` (0: none)."""
     arguments = {
         "model": str(policy.base_or_self.folder.resolve()),
         "skip_tokenizer_init": True,  # token ids in and out: the stop tokens are the ones that each request names
@@ -120,14 +122,14 @@ def llm_arguments(
 
 
 def lora_arguments(policy: Policy) -> dict[str, Any]:
-    """The arguments of `vllm.lora.request.LoRARequest` for a policy that is an adapter."""
+    """Return the arguments of `vllm.lora.request.LoRARequest` for a policy that is an adapter."""
     return {"lora_name": policy.id[:16], "lora_int_id": 1, "lora_path": str(policy.folder.resolve())}
 
 
 def sampling_arguments(
     seed: int, config: GenerationConfig, max_new_tokens: int, stop_ids: Collection[int]
 ) -> dict[str, Any]:
-    """The arguments of `vllm.SamplingParams` for one request, with the seed of its own stream."""
+    """Return the arguments of `vllm.SamplingParams` for one prompt."""
     return {
         "temperature": config.temperature,
         "top_p": config.top_p,
@@ -140,8 +142,10 @@ def sampling_arguments(
 
 
 def checked_ids(output: dict[str, Any], stop_ids: Collection[int]) -> list[int]:
-    """The token ids of a worker's output. Raises UserError unless its finish reason agrees with the last token: an answer
-    has stopped if and only if it ends with a stop token."""
+    """Return the token ids of a worker's output.
+
+    Raises UserError unless the answer ends with a stop token if and only if its finish reason is "stop".
+    """
     ids, reason = output["token_ids"], output["finish_reason"]
     if not ids or reason not in ("stop", "length") or (reason == "stop") != (ids[-1] in stop_ids):
         last = ids[-1] if ids else "nothing"
@@ -157,9 +161,9 @@ def checked_ids(output: dict[str, Any], stop_ids: Collection[int]) -> list[int]:
 
 @contextmanager
 def run_workers(arguments: dict, config: GenerationConfig, logs: Path) -> Iterator[Callable]:
-    """Give `ask(prompts, sampling)`, which spreads requests over `data_parallel` workers and returns their outputs in order.
+    """Yield `ask(prompts, sampling)`, which divides requests among `data_parallel` workers and returns outputs in order.
 
-    The first call starts the workers, each with separate GPUs. They end with this process, however it ends.
+    The first call starts the workers, each on separate GPUs. They end with this process, however it ends.
     """
     with tempfile.TemporaryDirectory(prefix="spin-vllm-") as name:
         folder, workers = Path(name), list[subprocess.Popen]()
@@ -202,20 +206,18 @@ def _start(folder: Path, number: int, config: GenerationConfig, logs: Path) -> s
 
 
 def _environment(**more: str) -> dict[str, str]:
-    """This process' environment without torchrun's variables. PYTHONSAFEPATH keeps our modules off the worker's path."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(TORCHRUN)}
-    return {**kept, "PYTHONSAFEPATH": "1", "VLLM_NO_USAGE_STATS": "1", **more}
+    """Return this process's environment without torchrun's variables, and without our modules on Python's path."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(TORCHRUN)}
+    return {**inherited, "PYTHONSAFEPATH": "1", "VLLM_NO_USAGE_STATS": "1", **more}
 
 
 def _receive(path: Path, worker: subprocess.Popen, log: Path) -> list[dict]:
-    """Wait for a worker's outputs. Raises UserError, with the first error in its log, if it ends first."""
+    """Wait for a worker's outputs. Raises UserError, with the first error in its log, if the worker ends before."""
     while not path.exists():
         raise_if_stopped()
-        if worker.poll() is not None and not path.exists():
-            reason = (
-                f"ended with status {worker.returncode}: {brief(first_error(log.read_text(errors='replace')), 300)}"
-            )
-            if worker.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL):
+        if (status := worker.poll()) is not None and not path.exists():
+            reason = f"ended with status {status}: {brief(first_error(log.read_text(errors='replace')), 300)}"
+            if status in (-signal.SIGKILL, 128 + signal.SIGKILL):
                 reason = "was killed, as the system does when main memory is short."
             raise UserError(
                 f"generation.engine=vllm: vLLM {reason} Its log is {log}. If GPU memory is short lower "
@@ -228,7 +230,7 @@ def _receive(path: Path, worker: subprocess.Popen, log: Path) -> list[dict]:
 
 
 def first_error(log: str) -> str:
-    """The error that ends the first traceback in a log: later ones follow from it. Without a traceback, the last line."""
+    """Return the error of the first traceback in a log, which causes later ones; without a traceback, the last line."""
     lines = [text for level, text in LINE.findall(log.strip()) if level not in ("INFO", "WARNING")]
     traceback = list(dropwhile(lambda text: not text.startswith("Traceback "), lines))
     error = list(dropwhile(lambda text: text.startswith(" "), traceback[1:])) or lines[-1:]
@@ -236,7 +238,7 @@ def first_error(log: str) -> str:
 
 
 def _end(worker: subprocess.Popen) -> None:
-    """End a worker and its process group, and wait until all are gone: then their GPU memory is free."""
+    """End a worker and its process group, and wait until none is left and their GPU memory is free."""
     with suppress(ProcessLookupError):
         for number in (signal.SIGTERM, signal.SIGKILL):
             os.killpg(worker.pid, number)

@@ -3,10 +3,10 @@
     python -P spin/generation/vllm_worker.py check NAMES       print as JSON: version, devices, names that vLLM lacks
     python -P spin/generation/vllm_worker.py ENGINE.json PATH  answer the requests in PATH, again and again
 
-NAMES: a JSON object of the argument names that are used, by class. ENGINE.json: the arguments of `LLM` ("llm") and of a
-`LoRARequest` ("lora", or null). PATH appears atomically and has "prompts" (token ids) and "sampling" (arguments of
-`SamplingParams`, one a prompt). It is removed, and the outputs are written to PATH.out, atomically. The process group ends
-when standard input is closed, which also happens if the process that holds it is killed.
+NAMES: a JSON object of the argument names that are used, by class. ENGINE.json: the arguments of `LLM` ("llm") and of
+`LoRARequest` ("lora", or null). PATH appears atomically with "prompts" (token ids) and "sampling" (arguments of
+`SamplingParams` for each prompt); it is removed, and the outputs are written to PATH.out, atomically. The process group
+ends when standard input is closed, as it is when the parent is killed.
 """
 
 import inspect
@@ -19,7 +19,7 @@ import time
 
 
 def check(names: dict[str, list[str]]) -> dict:
-    """vLLM's version, its number of devices (null for the CPU), and the arguments in `names` that it does not have."""
+    """Return vLLM's version, its number of devices (None for the CPU), and the arguments in `names` that it lacks."""
     import torch
     import vllm
     from vllm.engine.arg_utils import EngineArgs
@@ -40,8 +40,7 @@ def check(names: dict[str, list[str]]) -> dict:
 
 
 def watch(worker: int) -> None:
-    """Wait for the process `worker`, and end as it did. Kill the process group, vLLM's engine included, as soon as nobody
-    holds standard input any more."""
+    """Wait for the process `worker` and exit with its status; kill the process group once standard input is closed."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # ends after the worker
     while not (ended := os.waitpid(worker, os.WNOHANG))[0]:
         if select.select([0], [], [], 0.1)[0] and not os.read(0, 1):
@@ -51,14 +50,14 @@ def watch(worker: int) -> None:
 
 
 def settings_for_cpu(is_alone: bool) -> dict:
-    """Set vLLM's environment variables where the user has not, and return further arguments of `LLM`, for its CPU build."""
+    """Set defaults of the environment variables of vLLM's CPU build, and return further arguments of `LLM`."""
     if is_alone:  # the engine runs in this process: starts in half the time
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else all engines of a machine get the same cores
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")  # GiB; else a share of all memory, which others use, too
     return {
         "enforce_eager": True,  # compilation takes a minute a start, and a C++ compiler
-        "enable_chunked_prefill": False,  # a prompt read in parts would rewind its random numbers, which a CPU's can't
+        "enable_chunked_prefill": False,  # a prompt in parts rewinds its random numbers; a CPU's generator cannot
     }
 
 
@@ -90,7 +89,7 @@ def main(engine_path: str, path: str) -> None:
 
 
 def read(output) -> dict:
-    """The token ids and finish reason of a `RequestOutput` with one completion."""
+    """Return the token ids and finish reason of a `RequestOutput` with one completion."""
     (completion,) = output.outputs
     return {"token_ids": list(completion.token_ids), "finish_reason": completion.finish_reason}
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from spin.engines.base import MASTERS
 from spin.engines.deepspeed import check_deepspeed
-from spin.engines.memory import Spread, bytes_per_weight
+from spin.engines.memory import bytes_per_weight
 from spin.engines.packing import balance_by_tokens
 from spin.method.pairs import read_pairs
 from spin.runtime.errors import UserError
@@ -28,6 +28,7 @@ from spin.runtime.shards import compute_shards
 from tests.config.test_schema import load
 from tests.conftest import random_items, small_model
 from tests.engines.ranks_worker import Case, answered, play
+from tests.engines.test_memory import LOAD
 from tests.games import Place
 from tests.models.test_adapters import adapted
 
@@ -261,7 +262,8 @@ def check_bytes(results: Results) -> None:
     for name, case in results.cases.items():
         held = results.of(name)[0]["bytes"]
         numbers = sum(value.numel() for value in weights_of(Path(case.model)).values())
-        expected = bytes_per_weight(case.precision, case.optimizer, spread=Spread(2, case.stage))
+        load = replace(LOAD, precision=case.precision, optimizer=case.optimizer, zero_stage=case.stage, ranks=2)
+        expected = bytes_per_weight(load)
         for part in held if case.base is None else ():  # of parts of one length, the last is filled up
             assert held[part] == pytest.approx(numbers * expected[part], rel=0.01), (name, part)
 

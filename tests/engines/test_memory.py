@@ -18,7 +18,7 @@ from spin.engines import memory, memory_load
 from spin.engines.activations import save_less_for_backward
 from spin.engines.device_memory import GIB, DeviceMemory
 from spin.engines.logps import Forward, sequence_logps
-from spin.engines.memory import Load, Spread, advice, check_memory, shape_of
+from spin.engines.memory import Load, advice, check_memory, shape_of
 from spin.engines.packing import Continuations
 from spin.engines.single import SingleEngine
 from spin.models import adapters
@@ -33,7 +33,6 @@ from tests.conftest import random_items
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-LOAD = Load("bf16", "rmsprop", False, None, 1024, 1024, 256, 2048, 16, 128, 192)
 MEDIUM = tf.LlamaConfig(
     vocab_size=8000,
     hidden_size=384,
@@ -44,6 +43,7 @@ MEDIUM = tf.LlamaConfig(
     tie_word_embeddings=True,
     max_position_embeddings=512,
 )
+LOAD = Load(shape_of(MEDIUM), "bf16", "rmsprop", False, None, 1024, 1024, 256, 2048, 16, 128, 192)
 
 
 def test_weight_counts():
@@ -78,7 +78,7 @@ def test_bytes_per_weight(tiny_folder, precision, optimizer):
         tensors = [*engine.weights.values(), *engine.residuals.values(), *engine.grads.values(), *states]
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         numbers = sum(weight.numel() for weight in engine.weights.values())
-        expected = memory.bytes_per_weight(precision, optimizer, passes=passes)
+        expected = memory.bytes_per_weight(replace(LOAD, precision=precision, optimizer=optimizer, passes=passes))
         assert sum(storages.values()) == pytest.approx(numbers * sum(expected.values()))
 
 
@@ -109,7 +109,9 @@ def test_activations_of_a_layer(dtype, checkpointing):
         kept.append(sum(found.values()))
         assert logps.requires_grad
     a_token = (kept[1] - kept[0]) / 2 / batch.input_ids.numel()
-    formula = memory._kept_by_layer(shape_of(config), dtype.itemsize, checkpointing)
+    precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+    load = replace(LOAD, shape=shape_of(config), precision=precision, checkpointing=checkpointing)
+    formula = memory._kept_by_layer(load)
     assert a_token == pytest.approx(formula, rel=0.1)
 
 
@@ -123,9 +125,8 @@ AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
 def measured(
     folder: Path, vocabulary: int, load: Load, rank: int = 0, engine: dict | None = None
 ) -> list[dict[str, float]]:
-    """Bytes that memory_worker.py measures in one process, or in each of the ranks of `load.spread`."""
-    ranks = load.spread.ranks if load.spread else 1
-    runner = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if load.spread else []
+    """Bytes that memory_worker.py measures in one process, or in each of several ranks."""
+    runner = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={load.ranks}"] if load.ranks > 1 else []
     with tempfile.TemporaryDirectory() as tiny:
         make_tiny_model(Path(tiny))
         case = {
@@ -153,7 +154,7 @@ def measured(
         )
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(found) == ranks, done.stdout
+    assert len(found) == load.ranks, done.stdout
     return found
 
 
@@ -183,27 +184,32 @@ def test_measured_peak(medium, change, rank):
     """A model this small is overestimated: in fp32 by the gradients of its logits, with an adapter by its activations."""
     load = replace(
         LOAD,
+        shape=shape_of(MEDIUM, rank),
         **change,
         passes=1,
         files=sum(path.stat().st_size for path in medium.glob("*.safetensors")),
     )
-    shape = shape_of(MEDIUM, rank)
-    expected = max(needed.total for needed in (memory.training(shape, load), memory.loading(shape, load)))
+    expected = max(memory.training(load).total, memory.loading(load).total)
     peak = measured(medium, MEDIUM.vocab_size, load, rank)[0]["peak"]
     off = 0.3 if load.precision == "fp32" or rank else 0.2
     assert expected == pytest.approx(peak, rel=off), f"{expected / 1e6:.0f} MB, measured {peak / 1e6:.0f} MB"
 
 
 RANKS = {
-    "0": {"stage": 0},
-    "0, fp32": {"stage": 0, "precision": "fp32"},
-    "1": {"stage": 1},
-    "1, offload, adamw": {"stage": 1, "offload": True, "optimizer": "adamw"},
-    "2": {"stage": 2},
-    "2, fp32, two passes": {"stage": 2, "precision": "fp32", "passes": 2},
-    "3": {"stage": 3},
-    "3, offload": {"stage": 3, "offload": True},
-    "3, fp32, adamw, checkpointing": {"stage": 3, "precision": "fp32", "optimizer": "adamw", "checkpointing": True},
+    "0": {"zero_stage": 0},
+    "0, fp32": {"zero_stage": 0, "precision": "fp32"},
+    "1": {"zero_stage": 1},
+    "1, offload, adamw": {"zero_stage": 1, "offload": True, "optimizer": "adamw"},
+    "2": {"zero_stage": 2},
+    "2, fp32, two passes": {"zero_stage": 2, "precision": "fp32", "passes": 2},
+    "3": {"zero_stage": 3},
+    "3, offload": {"zero_stage": 3, "offload": True},
+    "3, fp32, adamw, checkpointing": {
+        "zero_stage": 3,
+        "precision": "fp32",
+        "optimizer": "adamw",
+        "checkpointing": True,
+    },
 }
 
 
@@ -213,15 +219,12 @@ RANKS = {
 )
 def test_measured_peak_of_ranks(medium, case):
     """Of each of two ranks, which keep next to nothing once the engine is closed."""
-    spread = Spread(2, case["stage"], case.get("offload", False), on_cpu=True)
-    changes = {key: value for key, value in case.items() if key not in ("stage", "offload")}
-    load = replace(LOAD, **{"passes": 1, **changes}, spread=spread)
-    shape = shape_of(MEDIUM)
-    expected = memory.training(shape, load).total
-    engine = {"zero_stage": spread.stage, "offload_optimizer": spread.offload}
+    load = replace(LOAD, **{"passes": 1, **case}, ranks=2, on_cpu=True)
+    expected = memory.training(load).total
+    engine = {"zero_stage": load.zero_stage, "offload_optimizer": load.offload}
     for found in measured(medium, MEDIUM.vocab_size, load, engine=engine):
         assert expected == pytest.approx(found["peak"], rel=0.2), f"{expected / 1e6:.0f} MB, measured {found}"
-        assert found["left"] < 2.5 * shape.weights, found
+        assert found["left"] < 2.5 * load.shape.weights, found
 
 
 @pytest.mark.slow
@@ -239,6 +242,7 @@ def test_measured_peak_of_the_embedded_model(change, rank, tmp_path):
     files = sum(path.stat().st_size for path in here.glob("*.safetensors"))
     load = replace(
         LOAD,
+        shape=shape_of(architecture, rank),
         passes=1,
         training_tokens=512,
         scoring_tokens=512,
@@ -246,8 +250,7 @@ def test_measured_peak_of_the_embedded_model(change, rank, tmp_path):
         files=files,
         **change,
     )
-    shape = shape_of(architecture, rank)
-    expected = max(needed.total for needed in (memory.training(shape, load), memory.loading(shape, load)))
+    expected = max(memory.training(load).total, memory.loading(load).total)
     peak = measured(here, architecture.vocab_size, load, rank)[0]["peak"]
     assert expected == pytest.approx(peak, rel=0.2), f"{expected / 1e6:.0f} MB, measured {peak / 1e6:.0f} MB"
 
@@ -264,7 +267,7 @@ def test_load_of_a_run(tmp_path, layout, num_answers, tokens_per_batch):
     words += [f"engine.layout={layout}", f"engine.tokens_per_batch={tokens_per_batch}", "generation.batch_size=1000"]
     config = load_config("experiment=smoke", *words)
     run = prepare_run(config, tmp_path, Tracker(tmp_path, name="", config={}, rank=1))
-    load = memory_load.load_of(config, run.data, run.start, run.device, run.dtype, run.ranks)
+    load = memory_load.load_of(LOAD.shape, config, run.data, run.start, run.device, run.dtype, run.ranks)
     new = (5,) * config.max_new_tokens
     train = [Continuations(e.prompt_ids, (e.real_ids, *num_answers * [new])) for e in run.data.train]
     held_out = [Continuations(e.prompt_ids, (e.real_ids, new, new)) for e in run.data.held_out]
@@ -286,10 +289,7 @@ def test_load_of_a_run(tmp_path, layout, num_answers, tokens_per_batch):
 # --- messages ---------------------------------------------------------------------------------------------------------
 
 SEVEN = memory_table.architecture_of(**memory_table.MODELS["7B (Mistral, Zephyr)"])
-
-
-def adapted():
-    return shape_of(SEVEN, memory.RANK)
+LARGE = replace(LOAD, shape=shape_of(SEVEN))
 
 
 def device(free: float, total: float = 300) -> DeviceMemory:
@@ -297,60 +297,56 @@ def device(free: float, total: float = 300) -> DeviceMemory:
 
 
 def test_messages():
-    shape = shape_of(SEVEN)
-    line, warning = check_memory(shape, LOAD, device(200), adapted)
-    needed = memory.stages(shape, LOAD)[0]
-    assert warning is None and needed.stage == "training"
+    [line] = check_memory(LARGE, device(200), SEVEN)
+    needed = memory.stages(LARGE)[0]
+    assert needed.stage == "training"
     assert line.startswith(f"memory needed: about {needed.total / GIB:.1f} GiB (training: weights 13.5, masters 13.5, ")
     assert line.endswith("200.0 GiB free")
-    line, warning = check_memory(shape, LOAD, device(70), adapted)
+    line, warning = check_memory(LARGE, device(70), SEVEN)
     assert "that may not fit: set " in warning and "\n" not in warning
     with pytest.raises(UserError, match=r"and the device has 24\.0 GiB in all: set .*model\.adapter=lora") as error:
-        check_memory(shape, LOAD, device(23, 24), adapted)
+        check_memory(LARGE, device(23, 24), SEVEN)
     assert "\n" not in str(error.value)
 
 
 def test_estimated_parts_only_warn():
-    shape, load = shape_of(MEDIUM), replace(LOAD, training_tokens=10**7)
-    line, warning = check_memory(shape, load, device(1, 1), lambda: shape_of(MEDIUM, 16))
-    assert warning and "may not fit" in warning and "memory needed" in line
+    line, warning = check_memory(replace(LOAD, training_tokens=10**7), device(1, 1), MEDIUM)
+    assert "may not fit" in warning and "memory needed" in line
 
 
 def test_advice_order():
     """First what keeps finished stages, then as little as helps of what computes them again."""
-    shape, load = shape_of(SEVEN), replace(LOAD, training_tokens=4096)
-    checkpointed = memory.training(shape, replace(load, checkpointing=True)).total / GIB
-    words = advice(shape, load, device(checkpointed + 1), adapted)
+    load = replace(LARGE, training_tokens=4096)
+    checkpointed = memory.training(replace(load, checkpointing=True)).total / GIB
+    words = advice(load, device(checkpointed + 1), SEVEN)
     assert words.startswith("set engine.gradient_checkpointing=true (then about ")
     assert words.endswith("; finished stages are kept)")
-    words = advice(shape, load, device(checkpointed - 1), adapted)
+    words = advice(load, device(checkpointed - 1), SEVEN)
     assert words.startswith("set engine.gradient_checkpointing=true engine.tokens_per_batch=256 ")
     assert words.endswith("; all stages are computed again)")
-    assert "gradient_checkpointing" not in advice(shape, replace(load, checkpointing=True), device(60), adapted)
-    assert "model.adapter=lora (" in advice(shape, load, device(20), adapted)
-    assert "model.adapter=lora model.quantization=nf4 (" in advice(shape, load, device(8), adapted)
-    assert advice(shape, load, device(1), adapted).endswith("GiB: take a smaller model or more memory")
-    many = replace(LOAD, decoded=4096, plays=False)
-    assert advice(shape, many, device(20), adapted).startswith("set generation.batch_size=8 (")
-    small = replace(LOAD, decoded=8, training_tokens=256, scoring_tokens=256, plays=False)
-    assert advice(shape, small, device(1), adapted) == "take a smaller model or more memory"
+    assert "gradient_checkpointing" not in advice(replace(load, checkpointing=True), device(60), SEVEN)
+    assert "model.adapter=lora (" in advice(load, device(20), SEVEN)
+    assert "model.adapter=lora model.quantization=nf4 (" in advice(load, device(8), SEVEN)
+    assert advice(load, device(1), SEVEN).endswith("GiB: take a smaller model or more memory")
+    many = replace(LARGE, decoded=4096, trains=False)
+    assert advice(many, device(20), SEVEN).startswith("set generation.batch_size=8 (")
+    small = replace(LARGE, decoded=8, training_tokens=256, scoring_tokens=256, trains=False)
+    assert advice(small, device(1), SEVEN) == "take a smaller model or more memory"
 
 
 def test_advice_for_several_ranks():
-    shape = shape_of(SEVEN)
-    load = replace(LOAD, spread=Spread(8, 2), checkpointing=True)
-    words = advice(shape, load, device(26), adapted)
+    load = replace(LARGE, ranks=8, zero_stage=2, checkpointing=True)
+    words = advice(load, device(26), SEVEN)
     assert words.startswith("set engine.zero_stage=3 ") and words.endswith("; finished stages are kept)")
-    assert "nf4" not in advice(shape, load, device(1), adapted)
+    assert "nf4" not in advice(load, device(1), SEVEN)
 
 
 def test_smaller_settings_need_less():
-    shape = shape_of(SEVEN)
-    full = memory.training(shape, LOAD).total
+    full = memory.training(LARGE).total
     for change in ({"checkpointing": True}, {"training_tokens": 512}, {"optimizer": "rmsprop8bit"}, {"head_chunk": 64}):
-        assert memory.training(shape, replace(LOAD, **change)).total < full, change
-    assert memory.training(adapted(), LOAD).total < full
-    assert memory.generating(shape, replace(LOAD, decoded=4)).total < memory.generating(shape, LOAD).total
+        assert memory.training(replace(LARGE, **change)).total < full, change
+    assert memory.training(replace(LARGE, shape=shape_of(SEVEN, memory.RANK))).total < full
+    assert memory.generating(replace(LARGE, decoded=4)).total < memory.generating(LARGE).total
 
 
 def test_line_comes_before_weights_are_loaded(place):
