@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from spin.engines.attention import PACKED_ATTENTION, attention_window, use_packed_attention
 from spin.engines.flex import FLEX_BLOCK, block_mask
 from spin.engines.head import OutputLayer, logit_transform
-from spin.engines.packing import Batch, Continuations, collate, plan_batches
+from spin.engines.packing import Batch, Continuations, collate, plan_packed, plan_padded
 from spin.runtime.errors import UserError, brief, user_message
 from spin.runtime.shards import Shard, ShardDriver, compute_shards
 
@@ -39,10 +39,12 @@ class Forward:
     head_chunk: int
 
     def plan(self, items: Sequence[Continuations]) -> list[list[int]]:
-        return plan_batches(items, self.layout, self.tokens_per_batch)
+        """Divide the indices of `items` into batches."""
+        plan = plan_packed if self.layout == "packed" else plan_padded
+        return plan(items, self.tokens_per_batch)
 
     def batches(self, items: Sequence[Continuations]) -> Iterator[Batch]:
-        """Yield the batches of `items` one by one: all their tensors together could exceed memory."""
+        """Yield the batches of `items` one by one: together they could exceed memory."""
         return (collate(items, self.layout, chosen) for chosen in self.plan(items))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 Ids = Sequence[int]
 
@@ -49,41 +50,59 @@ class Batch:
         return replace(self, **tensors)
 
 
-def plan_batches(items: Sequence[Continuations], layout: str, tokens_per_batch: int) -> list[list[int]]:
-    """Divide the indices of `items` into batches of at most `tokens_per_batch` tokens, padding included.
-
-    layout "packed": a batch is one row of items, each prompt once. "padded": one row for each response, the prompt
-    repeated. All responses of an item are in one batch; an item longer than the budget has a batch to itself. Takes
-    n log n operations and allocates no tensors.
-    """
-    return _best_fit(items, tokens_per_batch) if layout == "packed" else _plan_padded(items, tokens_per_batch)
-
-
 def collate(items: Sequence[Continuations], layout: str, chosen: Sequence[int]) -> Batch:
-    """The tensors of one batch of `plan_batches`."""
+    """Return the items `chosen` as one batch.
+
+    layout "packed": one row of all items, each prompt once. "padded": a row for each response, the prompt repeated.
+    """
     batch = [items[i] for i in chosen]
-    tensors, places = _packed(batch) if layout == "packed" else _padded(batch)
     responses = [response for item in batch for response in item.responses]
+    rows = [batch]
+    if layout == "padded":
+        rows = [[Continuations(item.prompt_ids, (response,))] for item in batch for response in item.responses]
+    length = max(sum(item.tokens for item in row) for row in rows)
+    ids: list[int] = []
+    positions: list[int] = []
     source: list[int] = []
-    target: list[int] = []
-    sequence: list[int] = []
-    for number, (response, (prompt_end, start)) in enumerate(zip(responses, places, strict=True)):
-        source += [prompt_end, *range(start, start + len(response) - 1)]
-        target += response
-        sequence += [number] * len(response)
+    for row in rows:
+        row_end = len(ids) + length
+        for item in row:
+            prompt = len(item.prompt_ids)
+            ids += item.prompt_ids
+            positions += range(prompt)
+            prompt_end = len(ids) - 1
+            for response in item.responses:
+                source += [prompt_end, *range(len(ids), len(ids) + len(response) - 1)]
+                ids += response
+                positions += range(prompt, prompt + len(response))
+        padding = row_end - len(ids)
+        ids += [0] * padding
+        positions += range(length - padding, length)
+    if layout == "packed":
+        table = [torch.tensor([len(item.prompt_ids), *map(len, item.responses)]) for item in batch]
+        mask = pad_sequence(table, batch_first=True)[None, None]
+    else:
+        mask = (torch.arange(length) < torch.tensor([[row[0].tokens] for row in rows])).long()
+    lengths = torch.tensor([len(response) for response in responses])
     return Batch(
         list(chosen),
-        *tensors,
+        torch.tensor(ids).view(len(rows), length),
+        torch.tensor(positions).view(len(rows), length),
+        mask,
         source=torch.tensor(source),
-        target=torch.tensor(target),
-        sequence=torch.tensor(sequence),
+        target=torch.tensor([token for response in responses for token in response]),
+        sequence=torch.arange(len(responses)).repeat_interleave(lengths),
         responses=len(responses),
-        tokens=int(tensors[-1].sum()),
+        tokens=int(mask.sum()),
     )
 
 
-def _best_fit(items: Sequence[Continuations], tokens_per_row: int) -> list[list[int]]:
-    """Best fit decreasing: each item, longest first, goes into the fullest row that has space for it."""
+def plan_packed(items: Sequence[Continuations], tokens_per_row: int) -> list[list[int]]:
+    """Divide the indices of `items` into packed rows of at most `tokens_per_row` tokens.
+
+    Best fit decreasing: each item, longest first, goes into the fullest row that has space for it. An item longer than
+    the budget has a row to itself. Takes n log n operations.
+    """
     rows: list[list[int]] = []
     # (free tokens, row), sorted, so that bisection finds the fullest row with space.
     spaces: list[tuple[int, int]] = []
@@ -100,19 +119,11 @@ def _best_fit(items: Sequence[Continuations], tokens_per_row: int) -> list[list[
     return rows
 
 
-def balance_by_tokens(items: Sequence[Continuations], ranks: int) -> list[list[int]]:
-    """Divide the indices of `items` over `ranks`: each item, longest first, goes to the rank with the fewest tokens."""
-    shares: list[list[int]] = [[] for _ in range(ranks)]
-    tokens = [0] * ranks
-    for index in sorted(range(len(items)), key=lambda i: -items[i].tokens):
-        least = tokens.index(min(tokens))
-        shares[least].append(index)
-        tokens[least] += items[index].tokens
-    return shares
+def plan_padded(items: Sequence[Continuations], tokens_per_batch: int) -> list[list[int]]:
+    """Divide the indices of `items`, longest first, into batches of at most `tokens_per_batch` tokens, padding included.
 
-
-def _plan_padded(items: Sequence[Continuations], tokens_per_batch: int) -> list[list[int]]:
-    """Items by length, longest first: a row for each response, all as long as the batch's longest."""
+    All responses of an item are in one batch.
+    """
     lengths = [len(item.prompt_ids) + max(map(len, item.responses)) for item in items]
     batches: list[list[int]] = []
     rows = longest = 0
@@ -126,43 +137,12 @@ def _plan_padded(items: Sequence[Continuations], tokens_per_batch: int) -> list[
     return batches
 
 
-# Each response's place: the index of its prompt's last token, which predicts its first, and that of its first token.
-Tensors = tuple[Tensor, Tensor, Tensor]
-Places = list[tuple[int, int]]
-
-
-def _packed(batch: Sequence[Continuations]) -> tuple[Tensors, Places]:
-    """Input ids, position ids and attention mask of one packed row, and the places of its responses."""
-    ids: list[int] = []
-    positions: list[int] = []
-    table: list[list[int]] = []
-    places: Places = []
-    columns = 1 + max(len(item.responses) for item in batch)
-    for item in batch:
-        prompt = len(item.prompt_ids)
-        ids += item.prompt_ids
-        positions += range(prompt)
-        prompt_end = len(ids) - 1
-        for response in item.responses:
-            places.append((prompt_end, len(ids)))
-            ids += response
-            positions += range(prompt, prompt + len(response))
-        lengths = [prompt, *map(len, item.responses)]
-        table.append(lengths + [0] * (columns - len(lengths)))
-    return (torch.tensor([ids]), torch.tensor([positions]), torch.tensor([[table]])), places
-
-
-def _padded(batch: Sequence[Continuations]) -> tuple[Tensors, Places]:
-    """As `_packed`, in rows padded at the end."""
-    rows = [(item.prompt_ids, response) for item in batch for response in item.responses]
-    length = max(len(prompt) + len(response) for prompt, response in rows)
-    input_ids = torch.zeros(len(rows), length, dtype=torch.long)
-    attention_mask = torch.zeros(len(rows), length, dtype=torch.long)
-    places: Places = []
-    for r, (prompt, response) in enumerate(rows):
-        total = len(prompt) + len(response)
-        input_ids[r, :total] = torch.tensor([*prompt, *response])
-        attention_mask[r, :total] = 1
-        start = r * length + len(prompt)
-        places.append((start - 1, start))
-    return (input_ids, torch.arange(length).expand(len(rows), length), attention_mask), places
+def balance_by_tokens(items: Sequence[Continuations], ranks: int) -> list[list[int]]:
+    """Divide the indices of `items` over `ranks`: each item, longest first, goes to the rank with the fewest tokens."""
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    tokens = [0] * ranks
+    for index in sorted(range(len(items)), key=lambda i: -items[i].tokens):
+        least = tokens.index(min(tokens))
+        shares[least].append(index)
+        tokens[least] += items[index].tokens
+    return shares
