@@ -1,7 +1,9 @@
 """Pairs: a prompt with its human answer and an opponent's answer to it."""
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +29,8 @@ class Pair:
     """A prompt with its human (`real`) and its opponent's (`generated`) answer.
 
     `id` is the example's, `answer` counts the opponent's answers to one prompt, `iter` is the iteration whose opponent
-    answered (an earlier one in a replayed pair). Losses and log-probs are computed from the ids; the texts are for
-    display. `generated_ids` ends with a stop token only if `finish_reason` is "stop"; "length" means it was cut off.
+    answered (an earlier one in a replayed pair). Losses and log-probs are computed from the ids; texts are for display.
+    `generated_ids` ends with a stop token only if `finish_reason` is "stop"; "length" means it was cut off.
     """
 
     id: str
@@ -48,7 +50,7 @@ def make_pairs(
 ) -> tuple[Rows[Pair], dict[str, int]]:
     """Join examples and answers by id. Returns the pairs, and how many were dropped because they give no gradient.
 
-    `keep_all` drops none.
+    With `keep_all` none is dropped.
     """
     examples, answers = Rows.of(Example, examples), Rows.of(Answer, answers)
     row_of = {id: row for row, id in enumerate(examples.column("id"))}
@@ -67,14 +69,10 @@ def make_pairs(
 
 
 def _join(examples: pa.Table, answers: pa.Table, iteration: int) -> tuple[pa.Table, list[str | None]]:
-    """The pairs of examples and answers row by row, and why each is dropped, if it is."""
+    """Return the pairs of examples and answers row by row, and why each is dropped, if it is."""
     columns = {name: examples[name] for name in ("id", "prompt", "real", "prompt_ids", "real_ids")}
-    columns |= {
-        "generated": answers["text"],
-        "finish_reason": answers["finish_reason"],
-        "generated_ids": answers["ids"],
-    }
-    columns |= {"iter": pa.array([iteration] * len(answers), pa.int64()), "answer": answers["index"]}
+    columns |= {"generated": answers["text"], "generated_ids": answers["ids"], "answer": answers["index"]}
+    columns |= {"finish_reason": answers["finish_reason"], "iter": pa.array([iteration] * len(answers), pa.int64())}
     table = pa.table({name: columns[name] for name in schema_of(Pair).names}, schema_of(Pair))
     same_length = pc.equal(pc.list_value_length(table["real_ids"]), pc.list_value_length(table["generated_ids"]))
     reasons: list[str | None] = [None if text.strip() else "empty" for text in table["generated"].to_pylist()]
@@ -85,23 +83,19 @@ def _join(examples: pa.Table, answers: pa.Table, iteration: int) -> tuple[pa.Tab
 
 
 def group_by_prompt(pairs: Sequence[Pair]) -> list[list[int]]:
-    """Indices of consecutive pairs that share a prompt and an iteration: one group per prompt."""
+    """Return the indices of consecutive pairs that share a prompt and an iteration: one group per prompt."""
     pairs = Rows.of(Pair, pairs)
-    groups: list[list[int]] = []
-    previous = None
-    for index, key in enumerate(zip(pairs.column("id"), pairs.column("iter"), strict=True)):
-        if key != previous:
-            groups.append([])
-        groups[-1].append(index)
-        previous = key
-    return groups
+    keys = list(zip(pairs.column("id"), pairs.column("iter"), strict=True))
+    return [list(group) for _, group in groupby(range(len(keys)), keys.__getitem__)]
 
 
 def to_continuations(
     pairs: Sequence[Pair], first: Mapping[tuple[str, int], Ids] | None = None
 ) -> Sequence[Continuations]:
-    """One item per prompt, in the order of `group_by_prompt`: the human answer once, then every generated one, then the
-    `first` answers, if given, as many: those of iteration 0 by example's id and answer index."""
+    """Return an item per prompt, in the order of `group_by_prompt`: the human answer once, then every generated one.
+
+    If `first` is given, as many answers of iteration 0 follow; it has them by example's id and answer index.
+    """
     rows, groups = Rows.of(Pair, pairs), group_by_prompt(pairs)
 
     def make(number: int) -> Continuations:
@@ -117,7 +111,7 @@ def to_continuations(
 def split_responses(
     values: Tensor, pairs_per_prompt: Sequence[int], names: Sequence[str] = RESPONSES
 ) -> dict[str, Tensor]:
-    """Turn values per response, in the order of `to_continuations`, into values per pair under each response's name."""
+    """Return values per pair, by response, from values per response in the order of `to_continuations`."""
     rows: dict[str, list[int]] = {name: [] for name in names}
     start = 0
     for count in pairs_per_prompt:
@@ -130,7 +124,7 @@ def split_responses(
 
 
 def token_counts(pairs: Sequence[Pair]) -> dict[str, Tensor]:
-    """Tokens of each response, [pairs]."""
+    """Return the number of tokens of each response, [pairs]."""
     rows = Rows.of(Pair, pairs)
     return {name: torch.from_numpy(rows.lengths(f"{name}_ids")) for name in RESPONSES}
 
@@ -149,8 +143,8 @@ def read_pairs(path: Path) -> tuple[Rows[Pair], dict[str, Logps]]:
     """Read what `write_pairs` wrote: the pairs, and log-probs by model and response."""
     columns = [column for column in pq.read_schema(path).names if "_logp_" in column]
     table = pq.read_table(path, columns=columns)
-    logps: dict[str, dict[str, Tensor]] = {}
+    logps: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for column in columns:
         model, _, response = column.partition("_logp_")
-        logps.setdefault(model, {})[response] = torch.tensor(table[column].to_pylist())
+        logps[model][response] = torch.tensor(table[column].to_pylist())
     return read_parquet(Pair, path), dict(logps)

@@ -27,14 +27,14 @@ from spin.runtime.errors import UserError
 from spin.runtime.random import seed_of
 from spin.runtime.signals import deferred
 
-# batch_loss(batch, logps, items, step): the loss and metrics of each item of a micro-batch, both [items]. `logps` are
-# those of its responses, `items` the indices of its items, `step` counts from 0.
+# batch_loss(batch, logps, indices, step): the loss and metrics of each item of a micro-batch, both [items]. `logps` are
+# those of its responses, `indices` say which items it has, `step` counts from 0.
 BatchLoss = Callable[[Batch, Tensor, list[int], int], tuple[Tensor, Metrics]]
 
 MAX_SKIPPED_IN_A_ROW = 5
 NO_CHECKPOINTS = Checkpoints()
-# How far the log-probs of two batchings of one response may differ, in nats, per root of its tokens: rounding errors add
-# up like a random walk. Several times what real models show.
+# The largest difference of a response's log-probs in two batches, in nats per root of its tokens: rounding errors add up
+# like a random walk. Several times what real models show.
 FIRST_STEP_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
@@ -57,9 +57,8 @@ def fit(
     """Minimise the mean of `batch_loss` over batches of `batch_size` items. Returns the final state.
 
     `epochs` may be a fraction. The learning rate rises linearly over the first `warmup_ratio` of the steps and then falls
-    linearly to 0. `log` receives one row per step, restored steps first. No global random state is used, so `TrainState`
-    and the engine's tensors are all that a resume needs. On SIGTERM or SIGINT the last complete step is saved first.
-    `router_aux_weight` adds the mean over each item's responses of the routers' load-balancing loss.
+    linearly to 0. `log` gets one row per step, restored steps first. `router_aux_weight` adds the mean over each item's
+    responses of the routers' load-balancing loss. On SIGTERM or SIGINT the last complete step is saved first.
 
     A step whose loss or gradients are not finite is skipped. Raises UserError after several skipped steps in a row.
     """
@@ -105,7 +104,7 @@ def _accumulate_gradients(
             logps = engine.logps(batch, forward)
         losses, values = batch_loss(batch, logps, indices, step)
         if router_aux_weight:
-            counts = torch.tensor([len(items[i].responses) for i in indices], device=losses.device)
+            counts = [len(items[i].responses) for i in indices]
             balance = mean_per_item(balance_losses(engine.model, routed, batch, forward.layout), counts)
             losses = losses + router_aux_weight * balance
             values = values | {"loss": losses.detach(), "loss/router": balance.detach()}
@@ -118,7 +117,7 @@ def _accumulate_gradients(
 
 
 def plan_steps(count: int, epochs: float, batch_size: int, seed: int) -> list[list[int]]:
-    """The item indices of every step. Each epoch has its own permutation; batches continue across epochs."""
+    """Return the item indices of every step. Each epoch has its own permutation; batches continue across epochs."""
     order: list[int] = []
     for epoch in range(math.ceil(epochs)):
         generator = torch.Generator().manual_seed(seed_of(seed, epoch))
@@ -129,7 +128,7 @@ def plan_steps(count: int, epochs: float, batch_size: int, seed: int) -> list[li
 
 
 def learning_rate_factor(step: int, steps: int, warmup_ratio: float) -> float:
-    """Linear warm-up, then linear decay that would reach 0 one step after the last; `step` counts from 0."""
+    """Return the factor of a linear warm-up, then of a linear decay to 0 one step after the last one."""
     warmup = math.ceil(steps * warmup_ratio)
     if step < warmup:
         return (step + 1) / warmup
@@ -157,10 +156,9 @@ def train_spin(
 ) -> TrainState:
     """Train the policy to tell the human answers from its opponent's (section 4.1 of the paper). Settings as for `fit`.
 
-    `references` holds the pairs' log-probs under each model that the objective names; `first` iteration 0's answers
-    by the example's id and the answer's index, for an objective that needs them. Pairs that share a prompt are one
-    item, and together weigh as much as the single pair of another prompt. Raises UserError if the policy does not equal
-    its opponent at the first step.
+    `references` holds the pairs' log-probs under each model that the objective names, `first` iteration 0's answers by
+    the example's id and the answer's index. Pairs that share a prompt are one item, and together weigh as much as a
+    prompt's only pair. Raises UserError if the policy does not equal its opponent at the first step.
     """
     groups = group_by_prompt(pairs)
     items = to_continuations(pairs, first if "first" in objective.responses else None)
@@ -168,40 +166,38 @@ def train_spin(
 
     def batch_loss(batch: Batch, logps: Tensor, indices: list[int], step: int) -> tuple[Tensor, Metrics]:
         rows = [row for index in indices for row in groups[index]]
-        counts = torch.tensor([len(groups[index]) for index in indices])
+        counts = [len(groups[index]) for index in indices]
 
         def select(values: Logps) -> Logps:
             return {name: value[rows].to(logps.device) for name, value in values.items()}
 
-        policy = split_responses(logps, counts.tolist(), objective.responses)
+        policy = split_responses(logps, counts, objective.responses)
         reference_logps = {model: select(values) for model, values in references.items()}
         losses, metrics = objective.loss(policy, reference_logps, select(lengths))
         if step == 0:
             tolerance = FIRST_STEP_TOLERANCE[engine.dtype] * math.sqrt(len(batch.target) / batch.responses)
-            check_first_step(policy, reference_logps["opponent"], losses, objective, tolerance)
-        counts = counts.to(logps.device)
+            check_first_step(policy, reference_logps["opponent"], tolerance)
         return mean_per_item(losses, counts), {name: mean_per_item(values, counts) for name, values in metrics.items()}
 
     settings |= {"pairs_per_item": list(map(len, groups)), "router_aux_weight": objective.router_aux_weight}
     return fit(engine, items, batch_loss, forward, log=log, **settings)
 
 
-def mean_per_item(values: Tensor, counts: Tensor) -> Tensor:
-    """Means over the pairs of each item, [items]; `values`, [pairs], item after item, `counts`, [items]."""
-    item = torch.arange(len(counts), device=values.device).repeat_interleave(counts)
-    return values.new_zeros(len(counts)).index_add(0, item, values / counts[item])
+def mean_per_item(values: Tensor, counts: Sequence[int]) -> Tensor:
+    """Return the mean of each item's `values`, [pairs], as [items]; `counts`, [items], are its numbers of pairs."""
+    sizes = torch.tensor(counts, device=values.device)
+    item = torch.arange(len(counts), device=values.device).repeat_interleave(sizes)
+    return values.new_zeros(len(counts)).index_add(0, item, values / sizes[item])
 
 
-def check_first_step(policy: Logps, opponent: Logps, losses: Tensor, objective: Objective, tolerance: float) -> None:
+def check_first_step(policy: Logps, opponent: Logps, tolerance: float) -> None:
     """Raise UserError if the policy's log-probs differ from its opponent's by more than `tolerance` nats on average."""
-    gaps = [(policy[name].detach() - opponent[name]).abs() for name in RESPONSES]
-    gap = torch.stack(gaps, dim=1).mean().item()
+    gap = torch.stack([(policy[name].detach() - opponent[name]).abs() for name in RESPONSES], dim=1).mean().item()
     if not gap <= tolerance:
-        expected = "" if objective.initial_loss is None else f", where l(0) = {objective.initial_loss:.5f}"
         raise UserError(
-            f"the policy does not equal its opponent at the first step: log-probs differ by {gap:.3g} nats per response "
-            f"(loss {losses.mean().item():.5f}{expected}): the stored scores were made with other weights. Remove this "
-            "iteration's folder under store.path/score and run again."
+            f"the policy does not equal its opponent at the first step: log-probs differ by {gap:.3g} nats per response: "
+            "the stored scores were made with other weights. Remove this iteration's folder under store.path/score and "
+            "run again."
         )
 
 

@@ -88,9 +88,9 @@ def test_mixture_normaliser_cancels():
     normalised = named((torch.tensor(naive) / sum(naive)).log()[pairs])
     policy = named(torch.tensor([0.1, 0.2, 0.7], dtype=torch.float64).log()[pairs])
     losses, metrics = spin_loss(policy, mixed, 0.5, "logistic")
-    expected, others = spin_loss(policy, normalised, 0.5, "logistic")
+    expected, normalised_metrics = spin_loss(policy, normalised, 0.5, "logistic")
     assert torch.allclose(losses, expected, atol=1e-7)
-    assert not torch.allclose(metrics["rewards/real"], others["rewards/real"])
+    assert not torch.allclose(metrics["rewards/real"], normalised_metrics["rewards/real"])
 
 
 @pytest.mark.parametrize("alpha", [1.0, 0.4, 0.0])
@@ -188,7 +188,7 @@ def train(engine, pairs, references, forward=PACKED, log=lambda row: None, refer
         losses, metrics = objective.loss(policy, {"opponent": references[reference]}, lengths)
         return losses, metrics | {"gains/real": (policy["real"] - opponent["real"]).detach()}
 
-    return train_spin(engine, pairs, references, Objective(loss, tuple(references), None), forward, log=log, **SETTINGS)
+    return train_spin(engine, pairs, references, Objective(loss, tuple(references), {}), forward, log=log, **SETTINGS)
 
 
 @pytest.mark.parametrize("forward", [PACKED, PADDED, Forward("packed", "full", 64, 1)])
