@@ -1,9 +1,9 @@
 """Layers that store fewer activations for the backward pass than autograd would, and recompute the cheap ones.
 
 An RMSNorm of transformers stores its input in fp32 and the normalised input; here it stores its unchanged input. A gated
-feed-forward block stores the gate before and after its activation function, the other factor and their product; here only
-the results of its two matrix products. Both run the model's own code in pieces that fit the processor's cache, in the forward
-pass and again in the backward pass: the same bits with less memory and less memory traffic.
+feed-forward block stores the gate before and after its activation function, the other factor and their product; here it
+stores the results of its two matrix products. Both run the model's own code in pieces that fit the processor's cache, in
+the forward pass and again in the backward pass: the same bits with less memory and less memory traffic.
 """
 
 import weakref
@@ -26,49 +26,49 @@ def save_less_for_backward(model: nn.Module, in_checkpoints: bool = False) -> No
     feed-forward block is stored while its layer runs: recomputing it would keep its factors alive from the first pass.
     """
     for module in model.modules():
-        this = weakref.ref(module)  # a strong reference would be a cycle, freed only by the garbage collector
+        module_ref = weakref.ref(module)  # a strong reference would be a cycle, freed only by the garbage collector
         if _is_row_norm(module):
-            module.forward = partial(_norm, this)
-        elif _is_gated(module) and _multiplies(module):
-            module.forward = partial(_feed_forward, this, not in_checkpoints)
+            module.forward = partial(_norm, module_ref)
+        elif _is_gated(module):
+            module.forward = partial(_feed_forward, module_ref, not in_checkpoints)
 
 
 def _is_row_norm(module: nn.Module) -> bool:
-    """Whether the module is an RMSNorm over the last dimension whose only parameter is its weight."""
+    """Return whether the module is an RMSNorm over the last dimension whose only parameter is its weight."""
     weights = dict(module.named_parameters())
     return type(module).__name__.endswith("RMSNorm") and list(weights) == ["weight"] and weights["weight"].ndim == 1
 
 
-def _is_gated(module: nn.Module) -> bool:
-    parts = (getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj", "act_fn"))
-    return all(isinstance(part, nn.Module) for part in parts)
-
-
 @torch.no_grad()
-def _multiplies(module: nn.Module) -> bool:
-    """Whether `_feed_forward` gives the same bits as the module's own forward on a random input."""
+def _is_gated(module: nn.Module) -> bool:
+    """Return whether `_feed_forward` gives the same bits as the module's own forward on a random input."""
+    parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")]
+    if not all(isinstance(part, nn.Module) for part in parts):
+        return False
     weight = next(module.parameters())
-    kind = weight.dtype if weight.is_floating_point() else torch.bfloat16
+    dtype = weight.dtype if weight.is_floating_point() else torch.bfloat16
     width = getattr(module.gate_proj, "in_features", 0)
-    states = torch.randn(1, 3, width, generator=torch.Generator().manual_seed(0)).to(weight.device, kind)
+    states = torch.randn(1, 3, width, generator=torch.Generator().manual_seed(0)).to(weight.device, dtype)
     try:
         return torch.equal(module(states), _feed_forward(weakref.ref(module), False, states))
     except (RuntimeError, TypeError, ValueError):
         return False
 
 
-def _norm(this: Callable[[], Any], states: Tensor, *rest: Any, **more: Any) -> Tensor:
-    module = this()
+def _norm(module_ref: Callable[[], Any], states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    module = module_ref()
     forward = partial(type(module).forward, module)
-    if rest or more or states.shape[-1:] != module.weight.shape:  # gated norms, or norms over groups
-        return forward(states, *rest, **more)
+    if args or kwargs or states.shape[-1:] != module.weight.shape:  # gated norms, or norms over groups
+        return forward(states, *args, **kwargs)
     return _Recompute.apply(forward, (module.weight,), states, module.weight)
 
 
-def _feed_forward(this: Callable[[], Any], forget_product: bool, states: Tensor, *rest: Any, **more: Any) -> Tensor:
-    module = this()
-    if rest or more:
-        return type(module).forward(module, states, *rest, **more)
+def _feed_forward(
+    module_ref: Callable[[], Any], forget_product: bool, states: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    module = module_ref()
+    if args or kwargs:
+        return type(module).forward(module, states, *args, **kwargs)
 
     def multiply(gate: Tensor, up: Tensor) -> Tensor:
         return module.act_fn(gate) * up
@@ -78,13 +78,15 @@ def _feed_forward(this: Callable[[], Any], forget_product: bool, states: Tensor,
     product = _Recompute.apply(multiply, weights, gate, up, *weights)
     if not forget_product:
         return module.down_proj(product)
-    place, size = product.data_ptr(), product.numel()
+    address, size = product.data_ptr(), product.numel()
 
     def pack(tensor: Tensor) -> Tensor | torch.Size:
-        return tensor.shape if tensor.data_ptr() == place and tensor.numel() == size else tensor
+        return tensor.shape if tensor.data_ptr() == address and tensor.numel() == size else tensor
 
-    def unpack(kept: Tensor | torch.Size) -> Tensor:
-        return kept if isinstance(kept, Tensor) else _by_pieces(multiply, (gate.detach(), up.detach())).view(kept)
+    def unpack(packed: Tensor | torch.Size) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        return _by_pieces(multiply, (gate.detach(), up.detach())).view(packed)
 
     with saved_tensors_hooks(pack, unpack):
         return module.down_proj(product)
@@ -93,7 +95,7 @@ def _feed_forward(this: Callable[[], Any], forget_product: bool, states: Tensor,
 class _Recompute(torch.autograd.Function):
     """function(*inputs), for a function of each row (last dimension) by itself, recomputed in the backward pass.
 
-    Only the inputs are stored. The tensors are the inputs followed by `weights`, the parameters that the function uses.
+    Only the inputs are stored. `tensors` are the inputs, then `weights`, the parameters that the function uses.
     """
 
     @staticmethod
@@ -125,7 +127,7 @@ class _Recompute(torch.autograd.Function):
 
 
 def _by_pieces(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Tensor:
-    """function(*inputs) without gradients, in the inputs' shape."""
+    """Return function(*inputs) without gradients, in the inputs' shape."""
     rows = [_rows(x) for x in inputs]
     result = torch.empty_like(rows[0])
     with torch.no_grad():

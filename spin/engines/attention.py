@@ -26,7 +26,7 @@ def use_packed_attention(model: PreTrainedModel) -> None:
 
 
 def attention_window(model: PreTrainedModel) -> int | None:
-    """The number of tokens that the model's sliding-window layers attend to; None if all layers see everything."""
+    """Return how many tokens the model's sliding-window layers attend to; None if it has none."""
     config = model.config.get_text_config()
     return getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
 
@@ -41,11 +41,11 @@ def packed_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """query, key, value: [rows, heads, length, width] -> [rows, length, heads, width], as in transformers.
+    """Return [rows, length, heads, width] of query, key, value: [rows, heads, length, width], as in transformers.
 
     `attention_mask` is a table of lengths (see above), a BlockMask, or a mask of SDPA. With a table, each sequence
-    prompt + answer is a causal attention by itself: nothing is computed between answers or items, and there is no mask.
-    A prompt's queries are computed again with each answer, which costs less than a masked rectangle.
+    prompt + answer is a causal attention by itself, without a mask. A prompt's queries are computed again with each
+    answer, which costs less than a masked rectangle.
     """
     if isinstance(attention_mask, BlockMask):
         return flex_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
@@ -71,12 +71,12 @@ def _parts(table: list[list[int]]) -> tuple[list[int], list[tuple[int, int, int]
     """
     lengths: list[int] = []
     sequences = []
-    for prompt, first, *others in table:
-        here = len(lengths)
+    for prompt, first, *further in table:
+        part = len(lengths)
         lengths.append(prompt + first)
-        sequences.append((here, prompt, here))
-        for answer in filter(None, others):
-            sequences.append((here, prompt, len(lengths)))
+        sequences.append((part, prompt, part))
+        for answer in filter(None, further):
+            sequences.append((part, prompt, len(lengths)))
             lengths.append(answer)
     return lengths, sequences
 
@@ -90,9 +90,9 @@ def _attend(query, key, value, table: Tensor, window: int | None, scale: float) 
 class _Sequences(torch.autograd.Function):
     """Causal attention over each sequence prompt + answer.
 
-    query, key, value: [1, heads, length, width], with fewer heads in key and value if query heads share them.
-    Returns [1, length, heads, width]. The backward pass needs the arguments, the result and the log-sum-exps. Where the CPU
-    has no matrix units for bf16 it computes in fp32, twice as fast as SDPA's emulation and more accurate.
+    query, key, value: [1, heads, length, width], with fewer heads in key and value if query heads share them. Returns
+    [1, length, heads, width]. If the CPU has no matrix units for bf16, it computes in fp32, which is twice as fast as
+    SDPA's emulation and more accurate.
     """
 
     @staticmethod
@@ -116,7 +116,7 @@ class _Sequences(torch.autograd.Function):
         (lengths, sequences), shared = ctx.cut, key.shape[1]
         rows = [_cut(x.transpose(1, 2), shared, lengths) for x in (query, key, value)]
         rows += [_cut(x, shared, lengths) for x in (output, grads[0])]
-        found: list[list[Tensor]] = [[], [], []]
+        part_grads: list[list[Tensor]] = [[], [], []]
         for (first, prompt, part), normaliser in zip(sequences, normalisers, strict=True):
             q, k, v, out, grad = _sequence(rows, first, prompt, part)
             if part != first:
@@ -124,12 +124,12 @@ class _Sequences(torch.autograd.Function):
             of_q, of_k, of_v = _FLASH_BACKWARD(
                 grad, q, k, v, out, normaliser, dropout_p=0.0, **_causal(q, ctx.window), scale=ctx.scale
             )
-            new_ones = of_q, of_k.sum(1, keepdim=True), of_v.sum(1, keepdim=True)
-            for parts, new in zip(found, (x.permute(2, 0, 1, 3) for x in new_ones), strict=True):
+            sequence_grads = of_q, of_k.sum(1, keepdim=True), of_v.sum(1, keepdim=True)
+            for parts, new in zip(part_grads, (x.permute(2, 0, 1, 3) for x in sequence_grads), strict=True):
                 if part != first:
                     parts[first][:prompt] += new[:prompt]
                 parts.append(new[prompt:] if part != first else new)
-        joined = (torch.cat(parts).flatten(1, 2).to(query.dtype)[None].transpose(1, 2) for parts in found)
+        joined = (torch.cat(parts).flatten(1, 2).to(query.dtype)[None].transpose(1, 2) for parts in part_grads)
         return *joined, None, None, None, None
 
 
@@ -140,8 +140,8 @@ _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 def _cut(row: Tensor, shared: int, lengths: list[int]) -> tuple[Tensor, ...]:
     """[1, length, heads, width] -> parts [length, key heads, query heads per key head or 1, width], in the compute type."""
     is_emulated = row.dtype == torch.bfloat16 and not torch.cpu.get_capabilities().get("amx_bf16")
-    kind = torch.float32 if is_emulated else row.dtype
-    return row[0].to(kind).unflatten(1, (shared, -1)).split(lengths)
+    dtype = torch.float32 if is_emulated else row.dtype
+    return row[0].to(dtype).unflatten(1, (shared, -1)).split(lengths)
 
 
 def _sequence(rows: Sequence[Sequence[Tensor]], first: int, prompt: int, part: int) -> list[Tensor]:

@@ -23,7 +23,7 @@ MASTERS, OPTIMIZER = "masters.safetensors", "optimizer.safetensors"
 
 
 def select_device(config: EngineConfig) -> torch.device:
-    """The device to compute on. Raises UserError if `engine.device` is not available."""
+    """Return the device to compute on. Raises UserError if `engine.device` is not available."""
     name = config.device
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -33,9 +33,9 @@ def select_device(config: EngineConfig) -> torch.device:
 
 
 def select_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
-    """The type that the model computes in. "auto" is bf16 where the processor has instructions for it.
+    """Return the type that the model computes in. "auto" is bf16 if the processor has instructions for it.
 
-    The choice rests on capabilities, not on a timing, which could differ in the next run and change the bits.
+    A choice by timing could differ in the next run and change the bits.
     """
     if config.precision != "auto":
         return {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision]
@@ -61,8 +61,10 @@ class Engine(ABC):
         self.model = load_policy(policy, dtype, torch.device("cpu") if is_partitioned else device)
         if engine.gradient_checkpointing:
             checkpoint_activations(self.model)
-        if engine.compile:
-            compile_layers(self.model)
+        if engine.compile:  # each layer at its first use, once for all lengths
+            for module in self.model.modules():
+                if isinstance(module, GradientCheckpointingLayer):
+                    module.compile(dynamic=True)
         else:
             save_less_for_backward(self.model, in_checkpoints=engine.gradient_checkpointing)
         self.trained = trained_parameters(self.model, policy)
@@ -70,14 +72,14 @@ class Engine(ABC):
 
     @abstractmethod
     def micro_batches(self, items: Sequence[Continuations], forward: Forward) -> Iterator[tuple[Batch, float]]:
-        """The batches of one step's `items` on this rank, each with its weight in the loss.
+        """Return the batches of one step's `items` on this rank, each with its weight in the loss.
 
         The weight is 1, or 0 for a batch that only keeps this rank in step with the others.
         """
 
     @abstractmethod
     def logps(self, batch: Batch, forward: Forward) -> Tensor:
-        """The log-prob of each response, fp32 [batch.responses], with gradients: see `sequence_logps`."""
+        """Return the log-prob of each response, fp32 [batch.responses], with gradients: see `sequence_logps`."""
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
@@ -95,7 +97,7 @@ class Engine(ABC):
         """Clear the gradients without an update. Returns NaN in place of a norm."""
 
     def mean(self, values: Sequence[Tensor]) -> float:
-        """The mean over all entries of all tensors, and over all ranks."""
+        """Return the mean over all entries of all tensors, and over all ranks."""
         return self.ranks.mean(torch.cat([value.reshape(-1).cpu() for value in values]))
 
     @abstractmethod
@@ -115,15 +117,8 @@ class Engine(ABC):
         """Release the hooks and memory that would outlive the engine."""
 
 
-def compile_layers(model: PreTrainedModel) -> None:
-    """Have each layer of `model` compiled at its first use, once for all lengths; the compiler chooses what it stores."""
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.compile(dynamic=True)
-
-
 def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Have the layers of `model` recompute their activations in the backward pass (gradient checkpointing)."""
+    """Let the layers of `model` recompute their activations in the backward pass (gradient checkpointing)."""
     model.activation_checkpointing_enable({"use_reentrant": False})
     for module in model.modules():
         # Layers checkpoint in train mode only; their submodules stay in evaluation mode, and dropout is set to 0.

@@ -1,8 +1,8 @@
 """Training on several processes by DeepSpeed's ZeRO (Rajbhandari et al., arXiv 1910.02054), as an `Engine`.
 
-Each rank computes a part of each step's items. The ZeRO stage decides what a rank holds of each weight: everything (0), a
-part of its master and optimiser states (1), of its gradient (2), of the weight itself (3). At each stage and number of
-ranks, policies and checkpoints are saved whole, in the format of `SingleEngine`.
+Each rank computes a part of each step's items. The ZeRO stage decides what a rank holds of each weight: everything (0), or
+a part of its master and optimiser states (1), also of its gradient (2), also of the weight itself (3). Policies and
+checkpoints are saved whole, in the format of `SingleEngine`.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ def check_deepspeed() -> None:
 
 
 def _deepspeed() -> Any:
-    """Import the library and silence it. On a CPU disable its own transport, which it would compile on first use."""
+    """Import the library and silence it. On a CPU disable its own transport, which is compiled on first use."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -63,7 +63,7 @@ def _deepspeed() -> Any:
 
 
 class _Root(torch.nn.Module):
-    """Log-probs as one module: DeepSpeed gathers weights around the forward of each module, the output layer included."""
+    """Log-probs as one module: DeepSpeed gathers weights around the forward of each module, also of the output layer."""
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
@@ -75,9 +75,9 @@ class _Root(torch.nn.Module):
 
 
 class DeepSpeedEngine(Engine):
-    """An `Engine` on all ranks together: each rank must call each method, in the same order.
+    """The `Engine` of several processes.
 
-    DeepSpeed is initialised at the first use after `load_state`, so a checkpoint is read before its tensors are partitioned.
+    DeepSpeed is initialised at the first use, after `load_state`: a checkpoint is read before its tensors are partitioned.
     """
 
     def __init__(
@@ -116,12 +116,11 @@ class DeepSpeedEngine(Engine):
         for weight in self.trained.values():
             weight.requires_grad_(True)
         c = self.config
-        common: dict[str, Any] = {"lr": 0.0, "eps": c.eps, "weight_decay": c.weight_decay, "foreach": False}
+        options: dict[str, Any] = {"lr": 0.0, "eps": c.eps, "weight_decay": c.weight_decay, "foreach": False}
         if c.name == "rmsprop":
-            self.optimizer: Any = torch.optim.RMSprop(self.trained.values(), alpha=c.alpha, **common)
+            self.optimizer: Any = torch.optim.RMSprop(self.trained.values(), alpha=c.alpha, **options)
         else:
-            beta1, beta2 = c.betas
-            self.optimizer = torch.optim.AdamW(self.trained.values(), betas=(beta1, beta2), **common)
+            self.optimizer = torch.optim.AdamW(self.trained.values(), betas=(c.betas[0], c.betas[1]), **options)
         # DeepSpeed rounds buffers to bf16: rotary positions would differ from those that the opponent was scored with.
         buffers = {name: value.clone() for name, value in self.model.named_buffers()}
         with contextlib.redirect_stdout(io.StringIO()):  # it prints how much memory is free
@@ -138,8 +137,7 @@ class DeepSpeedEngine(Engine):
         bucket = min(BUCKET, size + size % 2)
         zero: dict[str, Any] = {"stage": self.stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
         if self.offload:
-            on_gpu = self.device.type == "cuda"
-            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
+            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": self.device.type == "cuda"}
         settings: dict[str, Any] = {
             # Batches are counted in pairs by the training loop; `micro_batches` marks where a step ends.
             "train_batch_size": self.ranks.size,
@@ -157,7 +155,7 @@ class DeepSpeedEngine(Engine):
         return settings
 
     def _set_state(self, ds: Any) -> None:
-        """Set masters and optimiser states: DeepSpeed made its masters from the rounded weights."""
+        """Set masters, which DeepSpeed has made from rounded weights, and optimiser states."""
         if self._checkpoint is None:
             if self.dtype != torch.float32:
                 masters, self.buffers = masters_of(self.policy, torch.device("cpu"))
@@ -175,7 +173,7 @@ class DeepSpeedEngine(Engine):
                 def value_of(name: str, state: str = state) -> Tensor:
                     return file.get_tensor(f"{state}.{name}").view(self.shapes[name])
 
-                # States are partitioned as masters are: set them in the masters' place, and copy each rank's part.
+                # States are partitioned as masters are: set masters to their values, and copy each rank's part.
                 self._set_masters(ds, value_of)
                 for part in self._parts(ds):
                     self.optimizer.state[part][state] = part.detach().clone()
@@ -183,7 +181,7 @@ class DeepSpeedEngine(Engine):
             self._set_masters(ds, file.get_tensor)
 
     def _parts(self, ds: Any) -> list[Tensor]:
-        """This rank's parts of the fp32 masters, which are the keys of the optimiser's states."""
+        """Return this rank's parts of the fp32 masters, which are the keys of the optimiser's states."""
         if self.stage == 3:  # DeepSpeed gives them to the optimiser one after another
             return ds.optimizer.fp32_partitioned_groups_flat
         return [part for group in self.optimizer.param_groups for part in group["params"]]
@@ -205,7 +203,7 @@ class DeepSpeedEngine(Engine):
                 safe_set_local_fp32_param(weight, flat[self.ranks.rank * length :][:length].to(self.device))
 
     def _gather_masters(self, ds: Any) -> dict[str, Tensor]:
-        """The whole masters by name on rank 0's CPU; empty on other ranks."""
+        """Return the whole masters by name on rank 0's CPU; nothing on other ranks."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         masters, gathered = self._whole_masters(ds), {}
@@ -216,7 +214,7 @@ class DeepSpeedEngine(Engine):
         return gathered
 
     def _whole_masters(self, ds: Any) -> Mapping[str, Tensor]:
-        """At stage 0 the masters by name, which each rank holds whole. At other stages the weights, which are not read."""
+        """Return at stage 0 the masters by name, which each rank holds whole; at other stages the weights, unused."""
         if self.stage > 0 or self.dtype == torch.float32:
             return self.trained
         weights = [weight for group in ds.optimizer.fp16_groups for weight in group]
@@ -249,9 +247,9 @@ class DeepSpeedEngine(Engine):
 
     def step(self, lr: float) -> float:
         norm = None
-        if self.stage == 0 and self.dtype == torch.float32:  # where DeepSpeed does not check the norm
+        if self.stage == 0 and self.dtype == torch.float32:  # DeepSpeed does not check the norm
             grads = [weight.grad for weight in self.trained.values() if weight.grad is not None]
-            norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad) for grad in grads])).item()
+            norm = torch.nn.utils.get_total_norm(grads, foreach=False).item()
             if not math.isfinite(norm):
                 self._ds.zero_grad()
                 return norm
@@ -281,7 +279,7 @@ class DeepSpeedEngine(Engine):
         states: dict[str, Tensor] = {}
         parts = self._parts(self._ds)
         saved = [part.detach().clone() for part in parts]
-        for state in STATES[self.config.name]:  # each is gathered from the masters' place: see `_set_state`
+        for state in STATES[self.config.name]:  # gathered as masters: see `_set_state`
             for part in parts:
                 part.data.copy_(self.optimizer.state[part][state])
             states |= {f"{state}.{name}": value.view(-1) for name, value in self._gather_masters(self._ds).items()}
@@ -291,7 +289,7 @@ class DeepSpeedEngine(Engine):
             save_file(states, folder / OPTIMIZER, {"updates": str(self.updates)})
 
     def load_state(self, folder: Path) -> None:
-        """Go on from what `save_state` wrote on any number of ranks; before the engine's first use."""
+        """Continue from what `save_state` wrote on any number of ranks; call it before the engine's first use."""
         assert self._initialized is None and not self._closed
         self._checkpoint = folder
 
@@ -302,7 +300,7 @@ class DeepSpeedEngine(Engine):
         from deepspeed.runtime.zero import parameter_offload
 
         ds.destroy()
-        # Its module stack, hooks and caches would hold weights, gradients and states until the process ends.
+        # Its module stack, hooks and caches hold weights, gradients and states until the process ends.
         parameter_offload.FWD_MODULE_STACK.clear()
         for holder in (ds.optimizer, self.optimizer, *self.model.parameters()):
             vars(holder).clear()

@@ -13,7 +13,7 @@ from spin.runtime.checkpoints import KEPT
 
 
 def fp32_bytes(folder: Path) -> int:
-    """The size of a model folder's weights in fp32."""
+    """Return the size of a model folder's weights in fp32."""
     total = 0
     for path in weight_files(folder):
         with safe_open(path, "pt") as file:
@@ -21,18 +21,13 @@ def fp32_bytes(folder: Path) -> int:
     return total
 
 
-def policy_bytes(start: Policy, adapter_parameters: int | None) -> int:
-    """The size of a policy that is trained from `start`, with a fresh adapter if `adapter_parameters` is given."""
-    return fp32_bytes(start.folder) if adapter_parameters is None else 4 * adapter_parameters
-
-
 def training_bytes(policy: int, optimizer: OptimizerConfig) -> int:
-    """Disk that a training stage needs for its checkpoints, for a policy of `policy` bytes."""
+    """Return the bytes of a training's checkpoints, for a policy of `policy` bytes."""
     return int(KEPT * policy * (1 + state_values_per_weight(optimizer)))
 
 
 def disk_needed(missing: Sequence[str], start: Policy, policy: int, optimizer: OptimizerConfig, resumable: int) -> int:
-    """Bytes that the `missing` stages, by name, may write to the store; `resumable` bytes of them are there already."""
+    """Return the bytes that the `missing` stages, by name, write to the store beside the `resumable` ones."""
     trainings = sum(name in ("sft", "train") for name in missing)
     merged = fp32_bytes(start.base_or_self.folder) if "merge" in missing else 0
     written = trainings * policy + training_bytes(policy, optimizer) if trainings else 0

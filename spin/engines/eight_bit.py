@@ -1,5 +1,6 @@
 """Optimisers with 8-bit states, by bitsandbytes."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,14 @@ class EightBit:
         import_bitsandbytes()
         import bitsandbytes
 
-        beta1, beta2 = config.betas
-        common: dict[str, Any] = {"eps": config.eps, "weight_decay": config.weight_decay}
-
-        def make(parameter: torch.nn.Parameter) -> Any:
-            if config.name == "rmsprop8bit":
-                return bitsandbytes.optim.RMSprop8bit([parameter], alpha=config.alpha, **common)
-            return bitsandbytes.optim.AdamW8bit([parameter], betas=(beta1, beta2), **common)
-
+        options: dict[str, Any] = {"eps": config.eps, "weight_decay": config.weight_decay}
+        if config.name == "rmsprop8bit":
+            make: Any = partial(bitsandbytes.optim.RMSprop8bit, alpha=config.alpha, **options)
+        else:
+            make = partial(bitsandbytes.optim.AdamW8bit, betas=tuple(config.betas), **options)
         # Each holds its fp32 master during its update only.
         self.parameters = {name: torch.nn.Parameter(torch.empty(0, device=w.device)) for name, w in weights.items()}
-        self.optimizers = {name: make(parameter) for name, parameter in self.parameters.items()}
+        self.optimizers = {name: make([parameter]) for name, parameter in self.parameters.items()}
 
     def step(self, weights: Tensors, residuals: Tensors, grads: Tensors, lr: float, scale: float) -> None:
         """As `Optimizer.step`."""

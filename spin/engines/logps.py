@@ -20,7 +20,7 @@ from spin.runtime.shards import Shard, ShardDriver, compute_shards
 
 LAYOUTS = ("packed", "padded")  # the fastest first
 # The largest difference due to rounding, in nats per response token (|difference of sums| / tokens): several times that
-# of the embedded model, and less than a wrong mask causes.
+# of the embedded model, and less than that of a wrong mask.
 TOKEN_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.03}
 
 
@@ -49,9 +49,9 @@ class Forward:
 
 
 def sequence_logps(model: PreTrainedModel, batch: Batch, forward: Forward, head: "OutputLayer | None" = None) -> Tensor:
-    """The sum over each response's tokens of log p(token | prompt, earlier tokens): fp32 [batch.responses], in nats.
+    """Return the sum over each response's tokens of log p(token | prompt, earlier tokens): fp32 [batch.responses], in nats.
 
-    `head` is the model's output layer, given when it must be a registered module because its weights are sharded.
+    `head` is the model's output layer, if it must be a registered module because its weights are sharded.
     """
     inputs = _inputs(model, batch, forward.layout)
     if forward.head == "full":
@@ -76,7 +76,7 @@ def _inputs(model: PreTrainedModel, batch: Batch, layout: str) -> dict:
 
 
 def reference_logps(model: PreTrainedModel, item: Continuations) -> list[Tensor]:
-    """The token log-probs of each response by the model's own forward, one sequence at a time: slow, the reference."""
+    """Return the token log-probs of each response by the model's own forward, one sequence at a time: the reference."""
     result = []
     for response in item.responses:
         ids = torch.tensor([[*item.prompt_ids, *response]], device=model.device)
@@ -93,10 +93,10 @@ def compute_logps(
     keep: ShardDriver = compute_shards,
     shard_size: int = 256,
 ) -> Tensor:
-    """`sequence_logps` of all responses of all items, without gradients, in the items' order: fp32, on the CPU.
+    """Return `sequence_logps` of all responses of all items, without gradients, in the items' order: fp32, on the CPU.
 
     `keep` computes or restores shards of whole batches, of at least `shard_size` items; the division changes no bits.
-    `advance` is called with the number of items scored since its last call. Raises UserError if a log-prob is not finite.
+    `advance` gets the number of items scored since its last call. Raises UserError if a log-prob is not finite.
     """
     first = [0, *accumulate(len(item.responses) for item in items)]  # the number of each item's first response
     result = torch.empty(first[-1])
@@ -155,9 +155,8 @@ def choose_forward(
     """Choose the fastest forward that agrees with the model's own on a few of `items`.
 
     A wrong attention mask or head raises no error, so each candidate's log-probs are compared with `reference_logps`.
-    `longest` is the largest number of tokens of any item of the run, which may exceed an attention window where the
-    sample does not. Returns the forward, and a note if it is not the first choice. Raises UserError if no candidate that
-    `layout` allows agrees with the model.
+    `longest` is the number of tokens of the run's longest item, which may exceed an attention window. Returns the forward,
+    and a note if it is not the first choice. Raises UserError if no candidate that `layout` allows agrees with the model.
     """
     sample = list(items[:4])
     window = attention_window(model)
@@ -174,17 +173,17 @@ def choose_forward(
         reason = _unpackable(model, longest) if candidate_layout == "packed" else None
         if reason is None:
             try:
-                found = compute_logps(model, sample, forward)
+                logps = compute_logps(model, sample, forward)
             except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
-                own = (candidate_layout, head) == ("padded", "full")  # the model's own forward, but for the batch
-                if own or (user_message(error) and not isinstance(error, UserError)):
+                is_plain = (candidate_layout, head) == ("padded", "full")  # the model's own forward, but for the batch
+                if is_plain or (user_message(error) and not isinstance(error, UserError)):
                     raise
                 reason = f"the model does not support it ({brief(error)})"
             else:
-                off = ((found - expected).abs().sum() / tokens).item()
-                if off <= TOKEN_TOLERANCE.get(model.dtype, 0.03):
+                difference = ((logps - expected).abs().sum() / tokens).item()
+                if difference <= TOKEN_TOLERANCE.get(model.dtype, 0.03):
                     return forward, f"using the {candidate_layout} layout: {'; '.join(refused)}" if refused else None
-                reason = f"differs from the model's own forward by {off:.2g} nats per token"
+                reason = f"differs from the model's own forward by {difference:.2g} nats per token"
         refused.append(f"{candidate_layout} rows with the {head} head: {reason}")
     hint = "use engine.layout=auto" if layout != "auto" else "try engine.precision=fp32"
     raise UserError(
@@ -194,7 +193,7 @@ def choose_forward(
 
 
 def _unpackable(model: PreTrainedModel, longest: int) -> str | None:
-    """The reason why the model's config rules out packed rows, or None."""
+    """Return why the model's config rules out packed rows, or None."""
     config = model.config.get_text_config()
     if config._attn_implementation not in ("sdpa", PACKED_ATTENTION):
         return f"its attention ({config._attn_implementation}) is not SDPA"

@@ -1,7 +1,7 @@
 """RMSprop and AdamW: PyTorch's own updates on fp32 master weights, computed in pieces that fit the processor's cache.
 
-A weight may be stored as bf16 with its residual bits (see `residual_bits`): together they are the fp32 master, in no more memory,
-and the model computes with the bf16 half.
+A weight may be stored as bf16 with its residual bits (see `residual_bits`): together they are the fp32 master, and the
+model computes with the bf16 half.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,7 +27,7 @@ LARGE_PIECE = 2**26  # on a GPU
 
 
 def state_values_per_weight(config: OptimizerConfig) -> float:
-    """The size of the optimiser states of one weight, in units of four bytes."""
+    """Return the size of the optimiser states of one weight, in units of four bytes."""
     if config.name in EIGHT_BIT:
         return EIGHT_BIT[config.name]
     return len(STATES[config.name]) * (1.0 if config.states == "fp32" else 0.5)
@@ -36,8 +36,8 @@ def state_values_per_weight(config: OptimizerConfig) -> float:
 class Optimizer:
     """RMSprop or AdamW with states in fp32, or in bf16 with stochastic rounding.
 
-    Stochastic rounding keeps the expected value, so that changes too small for bf16 still add up. Its noise depends on
-    the number of the update and the name of the weight only: a resumed run draws the same.
+    Stochastic rounding keeps the expected value, so that changes too small for bf16 still add up. Its noise depends only
+    on the number of the update and the name of the weight: a resumed run draws the same.
     """
 
     def __init__(self, config: OptimizerConfig, weights: Tensors):
@@ -98,7 +98,7 @@ def _pieces(weight: Tensor) -> Iterator[slice]:
 
 
 def global_norm(grads: Iterable[Tensor]) -> float:
-    """The norm of all gradients together, in fp32. In pieces, because PyTorch would first copy a whole tensor to fp32."""
+    """Return the norm of all gradients together, in fp32; in pieces, as PyTorch would first copy a whole tensor to fp32."""
     flat = [grad.view(-1) for grad in grads]
     norms = [torch.linalg.vector_norm(grad[piece], dtype=torch.float32) for grad in flat for piece in _pieces(grad)]
     return torch.linalg.vector_norm(torch.stack(norms)).item()
@@ -108,7 +108,7 @@ def global_norm(grads: Iterable[Tensor]) -> float:
 
 
 def residual_bits(master: Tensor, rounded: Tensor, out: Tensor | None = None) -> Tensor:
-    """The int16 difference between the bits of `master` (fp32) and of `rounded`, the nearest bf16.
+    """Return the int16 difference between the bits of `master` (fp32) and of `rounded`, the nearest bf16.
 
     A master exactly half-way below an even bf16 (one in 131,072) is stored as its fp32 neighbour.
     """
@@ -117,7 +117,7 @@ def residual_bits(master: Tensor, rounded: Tensor, out: Tensor | None = None) ->
 
 
 def combine(rounded: Tensor, residual: Tensor) -> Tensor:
-    """The fp32 master of a bf16 weight and its residual bits."""
+    """Return the fp32 master of a bf16 weight and its residual bits."""
     return rounded.float().view(torch.int32).add_(residual).view(torch.float32)
 
 

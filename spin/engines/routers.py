@@ -12,9 +12,9 @@ from spin.engines.packing import Batch
 
 
 def find_routers(model: PreTrainedModel) -> list[tuple[nn.Module, int]]:
-    """The routers of `model`, each with the place of its logits among its outputs: those that transformers records.
+    """Return the routers of `model`, each with the index of its logits among its outputs.
 
-    Empty if the model is dense, or if transformers has no auxiliary loss for its kind of router.
+    There are none if the model is dense, or if transformers has no auxiliary loss for its kind of router.
     """
     recorder = (getattr(model, "_can_record_outputs", None) or {}).get("router_logits")
     config = model.config.get_text_config()
@@ -26,7 +26,7 @@ def find_routers(model: PreTrainedModel) -> list[tuple[nn.Module, int]]:
 
 @contextlib.contextmanager
 def record_router_logits(model: PreTrainedModel | None) -> Iterator[list[Tensor]]:
-    """Yield a list that gets each router's logits, [tokens, experts], in the forward passes inside of the context.
+    """Yield a list that gets each router's logits, [tokens, experts], of the forward passes within the context.
 
     Without a model it stays empty.
     """
@@ -43,14 +43,13 @@ def record_router_logits(model: PreTrainedModel | None) -> Iterator[list[Tensor]
 
 
 def balance_losses(model: PreTrainedModel, logits: list[Tensor], batch: Batch, layout: str) -> Tensor:
-    """The load-balancing loss of each response's sequence, prompt and response: fp32 [batch.responses], with gradients.
+    """Return the load-balancing loss of each prompt with its response: fp32 [batch.responses], with gradients.
 
         loss = mean over layers of E sum_e f_e p_e
 
     E is the number of experts, f_e the share of the tokens that go to expert e, p_e its mean probability (Switch
-    Transformer, arXiv 2101.03961, equations 4 to 6). With k experts a token the f_e add up to k, and the loss is k where
-    all are used evenly. `logits` has those of each layer, from one forward pass. A sequence's loss does not depend on what
-    it shares a batch or a row with.
+    Transformer, arXiv 2101.03961, equations 4 to 6). With k experts per token the f_e add up to k, and the loss is k if
+    all are used evenly. `logits` has those of each layer, from one forward pass.
     """
     top_k, count = model.config.get_text_config().num_experts_per_tok, logits[0].shape[-1]
     probs = torch.stack([layer.reshape(-1, count).float().softmax(-1) for layer in logits], dim=1)
@@ -64,7 +63,7 @@ def balance_losses(model: PreTrainedModel, logits: list[Tensor], batch: Batch, l
 
 
 def _sum_by_sequence(values: Tensor, mask: Tensor, layout: str) -> Tensor:
-    """[tokens of the batch, n] -> [responses, n], sums over each prompt and its response; `mask` as in `Batch`."""
+    """Return sums over each prompt and its response, [responses, n], of [tokens of the batch, n]; `mask` as in `Batch`."""
     if layout == "padded":
         return (values.view(*mask.shape, -1) * mask[..., None]).sum(1)
     table = mask[0, 0]  # of lengths: a prompt and its responses in each row

@@ -27,9 +27,9 @@ from spin.runtime.process_group import SINGLE_PROCESS
 class SingleEngine(Engine):
     """The `Engine` of one process. The model computes in `dtype`; the optimiser updates fp32 master weights.
 
-    In bf16 a weight of 0.02 has a neighbour 6e-5 away, so an update with a learning rate of 5e-7 would be rounded away.
-    Each bf16 weight is therefore stored with the 16 `residuals` bits that complete it to the fp32 master. Gradients of
-    the first micro-batch stay in `dtype`; those of further micro-batches are added in fp32.
+    In bf16 a weight of 0.02 has a neighbour 6e-5 away, and an update with a learning rate of 5e-7 would be rounded away.
+    Each bf16 weight is stored with the 16 `residuals` bits that complete it to the fp32 master. Gradients of the first
+    micro-batch stay in `dtype`; those of further micro-batches are added in fp32.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class SingleEngine(Engine):
         if dtype != torch.float32:
             masters, self.buffers = masters_of(policy, device)
             self._set_masters(masters)
-            del masters
+            del masters  # before the optimiser takes memory
         self.grads: dict[str, Tensor] = {}
         self._hooks: list[Any] = []
         for name, weight in self.trained.items():
@@ -54,7 +54,7 @@ class SingleEngine(Engine):
 
     @property
     def masters(self) -> dict[str, Tensor]:
-        """The fp32 master weights by name, on the CPU: a GPU need not hold them all at once."""
+        """The fp32 master weights by name, on the CPU, as a GPU may not have memory for all."""
         return {
             name: (combine(weight, self.residuals[name]) if name in self.residuals else weight).cpu()
             for name, weight in self.weights.items()
@@ -109,6 +109,5 @@ class SingleEngine(Engine):
 
     def close(self) -> None:
         """Remove the hooks: a reference cycle of weights and engine that the garbage collector cannot see."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        while self._hooks:
+            self._hooks.pop().remove()

@@ -15,7 +15,7 @@ from spin.data.examples import Dataset, load_dataset
 from spin.data.templates import end_of_turn
 from spin.engines.base import Engine, select_device, select_dtype
 from spin.engines.device_memory import release_free_memory
-from spin.engines.disk import policy_bytes
+from spin.engines.disk import fp32_bytes
 from spin.engines.logps import Forward, choose_forward
 from spin.engines.packing import Continuations
 from spin.engines.single import SingleEngine
@@ -70,7 +70,8 @@ class Run:
     @cached_property
     def policy_bytes(self) -> int:
         """The size of a policy that this run trains."""
-        return policy_bytes(self.start, self.adapter_parameters)
+        parameters = self.adapter_parameters
+        return fp32_bytes(self.start.folder) if parameters is None else 4 * parameters
 
     def say(self, text: str) -> None:
         self.tracker.say(text)
