@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from spin.engines.device_memory import GIB
-from spin.engines.memory import CONTEXT, RANK, RESERVED, Load, format_gib, shape_of, stages
+from spin.engines.memory import CONTEXT, RANK, RESERVED, Load, format_gib, peak, shape_of
 
 SIZES = (12, 16, 24, 40, 80, 141)  # GPU memory in GiB
 # From the models' published configs; the 135M model is the embedded one.
@@ -87,10 +87,12 @@ def table(models: Sequence[str], sizes: Sequence[int], ranks: int = 1) -> list[l
         for way, settings in ways_of(ranks).items():
             changes = {key: value for key, value in settings.items() if key != "adapter"}
             load = Load(shapes["adapter" in settings], **{**SETTINGS, **changes})
-            peaks[way] = stages(load)[0].total
+            peaks[way] = peak(load)
         cells = []
         for size in sizes:
-            fitting = [way for way, peak in peaks.items() if peak + CONTEXT <= size * GIB * (1 - RESERVED)]
+            fitting = [
+                way for way, size_of_way in peaks.items() if size_of_way + CONTEXT <= size * GIB * (1 - RESERVED)
+            ]
             cells.append(f"{fitting[0]} ({format_gib(peaks[fitting[0]])})" if fitting else "more GPUs")
         rows.append([name, *cells])
     return rows

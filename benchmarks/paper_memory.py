@@ -18,7 +18,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from spin.config.hydra import load
 from spin.data.examples import Dataset, Example
 from spin.engines import memory
-from spin.engines.memory_load import load_of
 from spin.models.policy import Policy
 from spin.runtime.process_group import ProcessGroup
 from spin.runtime.tables import Rows
@@ -52,7 +51,7 @@ CASES: dict[str, tuple[int, list[str]]] = {
 }
 
 
-def needed(experiment: str, words: list[str], gpus: int) -> list[memory.Needed]:
+def needed(experiment: str, words: list[str], gpus: int) -> dict[str, memory.Parts]:
     """Return the memory of training, scoring and generation on each GPU."""
     config = load(f"experiment={experiment}", *words)
     prompt = config.data.max_prompt_length
@@ -62,22 +61,24 @@ def needed(experiment: str, words: list[str], gpus: int) -> list[memory.Needed]:
     dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
     model = Policy("zephyr", Path(), "")
     shape = memory.shape_of(ZEPHYR)
-    load_on_gpu = load_of(shape, config, data, model, torch.device("cuda"), dtype, ProcessGroup(size=gpus))
-    return [part(load_on_gpu) for part in (memory.training, memory.scoring, memory.generating)]
+    load_on_gpu = memory.load_of(shape, config, data, model, torch.device("cuda"), dtype, ProcessGroup(size=gpus))
+    stages = memory.stages(load_on_gpu)
+    return {stage: stages[stage] for stage in ("training", "scoring", "generating")}
 
 
-def table() -> tuple[list[str], list[tuple[str, memory.Needed]]]:
+def table() -> tuple[list[str], list[tuple[str, dict[str, memory.Parts]]]]:
     """Return one markdown line for each case, and the stages of each unchanged experiment."""
     lines, details = [], []
     for experiment, (gpus, changes) in CASES.items():
         for change in changes:
             stages = needed(experiment, change.split(), gpus)
-            cells = " | ".join(f"{stage.total / GIB:.1f}" for stage in stages)
-            fits = "yes" if max(stage.total for stage in stages) <= USABLE else "no"
+            totals = [memory.total(parts) for parts in stages.values()]
+            cells = " | ".join(f"{size / GIB:.1f}" for size in totals)
+            fits = "yes" if max(totals) <= USABLE else "no"
             run, changed = ("1 GPU" if gpus == 1 else f"{gpus} GPUs"), (f"`{change}`" if change else "nothing")
             lines.append(f"| {run} | {changed} | {cells} | {fits} |")
             if not change:
-                details += [(experiment, stage) for stage in stages]
+                details.append((experiment, stages))
     return lines, details
 
 
@@ -86,9 +87,10 @@ def main() -> None:
     print("| run | changed | training | scoring | generating | fits |\n|---|---|---|---|---|---|")
     print("\n".join(lines))
     print(f"\nGiB on each GPU; {USABLE / GIB:.1f} of 80 are usable. In detail:\n")
-    for experiment, stage in details:
-        sizes = ", ".join(f"{name} {size / GIB:.1f}" for name, size in stage.parts.items())
-        print(f"{experiment}, {stage.stage}: {sizes}")
+    for experiment, stages in details:
+        for stage, parts in stages.items():
+            sizes = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items())
+            print(f"{experiment}, {stage}: {sizes}")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ OPTIONAL = ("bitsandbytes", "deepspeed", "fastchat", "lm_eval", "openai", "peft"
 BESIDE_CORE = """
     pipeline/external.py pipeline/points.py
     engines/activations.py engines/deepspeed.py engines/device_memory.py engines/disk.py engines/eight_bit.py engines/flex.py
-    engines/memory.py engines/memory_load.py
+    engines/memory.py
     generation/vllm.py generation/vllm_worker.py
 """.split()
 CORE = ("game.py", "pipeline/", "method/", "data/", "engines/", "generation/")

@@ -7,14 +7,19 @@ Weights, gradients and optimiser states are counted; activations are estimated b
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from spin.config.schema import OptimizerConfig
+from spin.config.schema import Config, OptimizerConfig
+from spin.data.examples import Dataset, Example
 from spin.engines.deepspeed import BUCKET
 from spin.engines.device_memory import GIB, DeviceMemory
 from spin.engines.optimizers import STATES, state_values_per_weight
+from spin.models.policy import Policy, weight_files
 from spin.runtime.errors import UserError
+from spin.runtime.process_group import ProcessGroup
+from spin.runtime.tables import Rows
 
 BYTES = {"fp32": 4, "bf16": 2}
 NF4 = 0.5 + 0.127 / 8  # bytes per weight: 4 bits, and 0.127 bits for the 8-bit scales of blocks of 64 weights
@@ -81,18 +86,6 @@ class Load:
         return self.shape.adapter or self.shape.weights
 
 
-@dataclass(frozen=True)
-class Needed:
-    """The peak of a stage."""
-
-    stage: str
-    parts: Parts
-
-    @property
-    def total(self) -> float:
-        return sum(self.parts.values())
-
-
 def shape_of(architecture: PretrainedConfig, rank: int = 0) -> Shape:
     """Count a model's weights and those of an adapter of `rank` beside its linear layers, without allocating them."""
     with torch.device("meta"):
@@ -115,6 +108,58 @@ def shape_of(architecture: PretrainedConfig, rank: int = 0) -> Shape:
         keys=(getattr(text, "num_key_value_heads", None) or heads) * head_width,
         inner=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         vocabulary=text.vocab_size,
+    )
+
+
+def load_of(
+    shape: Shape,
+    config: Config,
+    data: Dataset,
+    base: Policy,
+    device: torch.device,
+    dtype: torch.dtype,
+    ranks: ProcessGroup,
+) -> Load:
+    """Return the sizes that decide a run's peak memory on one rank."""
+    engine, generation = config.engine, config.generation
+    new, is_on_cpu = config.max_new_tokens, device.type == "cpu"
+    prompt = int(data.all.lengths("prompt_ids").max())
+
+    def longest(examples: Rows[Example], num_answers: int) -> int:
+        prompts, answers = examples.lengths("prompt_ids"), examples.lengths("real_ids")
+        if engine.layout == "padded":  # a row for each answer
+            return int(((1 + num_answers) * (prompts + np.maximum(answers, new))).max(initial=0))
+        return int((prompts + answers + num_answers * new).max(initial=0))
+
+    # An evaluation scores two generated answers to a prompt: the policy's and its opponent's.
+    measured = data.held_out + data.validation
+    train_row, held_out_row = longest(data.train, config.answers_per_prompt), longest(measured, 2)
+    row = max(train_row, held_out_row)
+    scored = max(len(data.train) * train_row, len(measured) * held_out_row)
+    batch = max(engine.tokens_per_batch, train_row)
+    items = -(-config.schedule.batch_size // ranks.size)  # of a step, on this rank
+    answers = max(len(data.train) * generation.num_answers, len(measured))
+    return Load(
+        shape,
+        precision="fp32" if dtype == torch.float32 else "bf16",
+        optimizer=config.optimizer.name,
+        checkpointing=engine.gradient_checkpointing,
+        quantization=base.quantization,
+        training_tokens=min(batch, items * train_row),
+        scoring_tokens=min(max(engine.tokens_per_batch, row), scored),
+        row=row,
+        head_chunk=engine.head_chunk,
+        decoded=max(1, min(generation.batch_size, answers, generation.tokens // (prompt + new))),
+        prompt=prompt,
+        length=prompt + new,
+        files=sum(path.stat().st_size for path in weight_files(base.folder)) if is_on_cpu else 0,
+        trains=config.stage == "game",
+        states=config.optimizer.states,
+        passes=-(-items * train_row // batch),
+        zero_stage=engine.zero_stage if engine.name == "deepspeed" else None,
+        ranks=ranks.size,
+        offload=engine.offload_optimizer,
+        on_cpu=is_on_cpu,
     )
 
 
@@ -142,7 +187,7 @@ def bytes_per_weight(load: Load) -> Parts:
 # --- stages -----------------------------------------------------------------------------------------------------------
 
 
-def training(load: Load) -> Needed:
+def training(load: Load) -> Parts:
     """Return the largest moment of a step: in one process the start of the backward pass, or the update."""
     shape, width, tokens = load.shape, load.bytes, load.training_tokens
     constant = {name: load.trained * size for name, size in bytes_per_weight(load).items()}
@@ -161,7 +206,7 @@ def training(load: Load) -> Needed:
         moments = [{**constant, **passing}, {**constant, "update": update}]
         if load.passes == 1:  # there are no gradients yet
             del moments[0]["gradients"]
-    return max((Needed("training", moment) for moment in moments), key=lambda needed: needed.total)
+    return max(moments, key=total)
 
 
 def _moments_of_rank(load: Load, stage: int, constant: Parts, passing: Parts) -> list[Parts]:
@@ -209,36 +254,43 @@ def _moments_of_rank(load: Load, stage: int, constant: Parts, passing: Parts) ->
     return moments
 
 
-def scoring(load: Load) -> Needed:
+def scoring(load: Load) -> Parts:
     """Return the peak of log-probs without gradients: the activations of one layer at a time."""
     activations = load.scoring_tokens * _passing(load)
     head = _head(load, load.scoring_tokens, trained=False)
-    return Needed("scoring", {"weights": _weights(load), "activations": activations, "output layer": head})
+    return {"weights": _weights(load), "activations": activations, "output layer": head}
 
 
-def generating(load: Load) -> Needed:
+def generating(load: Load) -> Parts:
     """Return the key-value cache at its longest, and the larger of the prefill and the sampling of a token."""
     shape, width = load.shape, load.bytes
     cache = 2 * shape.layers * shape.keys * width * load.decoded * load.length
     prefill = load.decoded * load.prompt * (_passing(load) + load.prompt * width)
     # Logits, probabilities and their sums; and a second copy of one layer's cache while it grows.
     sampling = load.decoded * shape.vocabulary * (width + 16) + cache / shape.layers
-    activations = max(prefill, sampling)
-    return Needed("generating", {"weights": _weights(load), "key-value cache": cache, "activations": activations})
+    return {"weights": _weights(load), "key-value cache": cache, "activations": max(prefill, sampling)}
 
 
-def loading(load: Load) -> Needed:
+def loading(load: Load) -> Parts:
     """Return the base's weights and the files that they are rounded from, which stay mapped until the last is read."""
     base = replace(load, shape=replace(load.shape, adapter=0))
-    return Needed("loading", {"weights": _weights(base), "files": load.files})
+    return {"weights": _weights(base), "files": load.files}
 
 
-def stages(load: Load) -> list[Needed]:
-    """Return the peak of each stage, the largest first."""
-    peaks = [generating(load), scoring(load)]
-    peaks += [training(load)] if load.trains else []
-    peaks += [loading(load)] if load.files else []
-    return sorted(peaks, key=lambda needed: -needed.total)
+def stages(load: Load) -> dict[str, Parts]:
+    """Return the peak of each stage by its name."""
+    peaks = {"generating": generating(load), "scoring": scoring(load)}
+    peaks |= {"training": training(load)} if load.trains else {}
+    return peaks | ({"loading": loading(load)} if load.files else {})
+
+
+def total(parts: Parts) -> float:
+    return sum(parts.values())
+
+
+def peak(load: Load) -> float:
+    """Return the bytes of the largest stage."""
+    return max(map(total, stages(load).values()))
 
 
 def _weights(load: Load) -> float:
@@ -280,21 +332,22 @@ def check_memory(load: Load, device: DeviceMemory, architecture: PretrainedConfi
 
     Raises UserError if what is counted, not estimated, exceeds all memory of the device.
     """
-    worst = stages(load)[0]
-    shown = {"process": device.before, **worst.parts}
+    stage, worst = max(stages(load).items(), key=lambda item: total(item[1]))
+    shown = {"process": device.before, **worst}
+    needed = device.before + total(worst)
     parts = ", ".join(f"{name} {format_gib(size)}" for name, size in shown.items() if size >= 0.05 * GIB)
     line = (
-        f"memory needed: about {format_gib(device.before + worst.total)} GiB "
-        f"({worst.stage}{': ' if parts else ''}{parts}), {format_gib(device.free)} GiB free"
+        f"memory needed: about {format_gib(needed)} GiB ({stage}{': ' if parts else ''}{parts}), "
+        f"{format_gib(device.free)} GiB free"
     )
-    if device.before + worst.total <= device.free:
+    if needed <= device.free:
         return [line]
     changes = advice(load, device, architecture)
-    counted = {name: worst.parts[name] for name in COUNTED if worst.parts.get(name)}
-    if sum(counted.values()) > device.total:
+    counted = {name: worst[name] for name in COUNTED if worst.get(name)}
+    if total(counted) > device.total:
         raise UserError(
-            f"{worst.stage} needs {format_gib(sum(counted.values()))} GiB for {' + '.join(counted)} alone, and the "
-            f"device has {format_gib(device.total)} GiB in all: {changes}."
+            f"{stage} needs {format_gib(total(counted))} GiB for {' + '.join(counted)} alone, and the device has "
+            f"{format_gib(device.total)} GiB in all: {changes}."
         )
     return [line, f"note: that may not fit: {changes}."]
 
@@ -303,7 +356,7 @@ def advice(load: Load, device: DeviceMemory, architecture: PretrainedConfig) -> 
     """Return the settings that make the run fit; those that keep finished stages are tried first."""
 
     def missing(load: Load) -> float:
-        return sum(max(0.0, device.before + needed.total - device.free) for needed in stages(load))
+        return sum(max(0.0, device.before + total(parts) - device.free) for parts in stages(load).values())
 
     is_single = load.zero_stage is None
     smaller = {name: min(load.row, getattr(load, name)) for name in ("training_tokens", "scoring_tokens")}
@@ -326,7 +379,7 @@ def advice(load: Load, device: DeviceMemory, architecture: PretrainedConfig) -> 
         if missing(changed) < missing(load):
             settings.append(setting)
             load = changed
-    needed = format_gib(device.before + stages(load)[0].total)
+    needed = format_gib(device.before + peak(load))
     if missing(load) or not settings:
         even = f"even {' '.join(settings)} needs about {needed} GiB: " if settings else ""
         return f"{even}take a smaller model or more memory"

@@ -121,7 +121,6 @@ def check_memory(run: Run) -> None:
     """Say how much memory the run needs. Raises UserError if it cannot fit."""
     from spin.engines import memory
     from spin.engines.device_memory import free_memory
-    from spin.engines.memory_load import load_of
 
     base = run.start.base_or_self
     architecture = AutoConfig.from_pretrained(base.folder, trust_remote_code=False)
@@ -129,7 +128,7 @@ def check_memory(run: Run) -> None:
     if run.config.model.adapter == "lora":
         parameters = run.policy_bytes // 4
         shape = replace(shape, adapter=parameters, largest=min(shape.largest, parameters))
-    load = load_of(shape, run.config, run.data, base, run.device, run.dtype, run.ranks)
+    load = memory.load_of(shape, run.config, run.data, base, run.device, run.dtype, run.ranks)
     for line in memory.check_memory(load, free_memory(run.device, run.ranks.here), architecture):
         run.say(line)
 

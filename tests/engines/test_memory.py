@@ -14,11 +14,11 @@ import transformers as tf
 
 from benchmarks import memory_table
 from spin.config.schema import EngineConfig, OptimizerConfig
-from spin.engines import memory, memory_load
+from spin.engines import memory
 from spin.engines.activations import save_less_for_backward
 from spin.engines.device_memory import GIB, DeviceMemory
 from spin.engines.logps import Forward, sequence_logps
-from spin.engines.memory import Load, advice, check_memory, shape_of
+from spin.engines.memory import Load, advice, check_memory, shape_of, total
 from spin.engines.packing import Continuations
 from spin.engines.single import SingleEngine
 from spin.models import adapters
@@ -189,7 +189,7 @@ def test_measured_peak(medium, change, rank):
         passes=1,
         files=sum(path.stat().st_size for path in medium.glob("*.safetensors")),
     )
-    expected = max(memory.training(load).total, memory.loading(load).total)
+    expected = max(total(memory.training(load)), total(memory.loading(load)))
     peak = measured(medium, MEDIUM.vocab_size, load, rank)[0]["peak"]
     off = 0.3 if load.precision == "fp32" or rank else 0.2
     assert expected == pytest.approx(peak, rel=off), f"{expected / 1e6:.0f} MB, measured {peak / 1e6:.0f} MB"
@@ -220,7 +220,7 @@ RANKS = {
 def test_measured_peak_of_ranks(medium, case):
     """Of each of two ranks, which keep next to nothing once the engine is closed."""
     load = replace(LOAD, **{"passes": 1, **case}, ranks=2, on_cpu=True)
-    expected = memory.training(load).total
+    expected = total(memory.training(load))
     engine = {"zero_stage": load.zero_stage, "offload_optimizer": load.offload}
     for found in measured(medium, MEDIUM.vocab_size, load, engine=engine):
         assert expected == pytest.approx(found["peak"], rel=0.2), f"{expected / 1e6:.0f} MB, measured {found}"
@@ -250,7 +250,7 @@ def test_measured_peak_of_the_embedded_model(change, rank, tmp_path):
         files=files,
         **change,
     )
-    expected = max(memory.training(load).total, memory.loading(load).total)
+    expected = max(total(memory.training(load)), total(memory.loading(load)))
     peak = measured(here, architecture.vocab_size, load, rank)[0]["peak"]
     assert expected == pytest.approx(peak, rel=0.2), f"{expected / 1e6:.0f} MB, measured {peak / 1e6:.0f} MB"
 
@@ -267,7 +267,7 @@ def test_load_of_a_run(tmp_path, layout, num_answers, tokens_per_batch):
     words += [f"engine.layout={layout}", f"engine.tokens_per_batch={tokens_per_batch}", "generation.batch_size=1000"]
     config = load_config("experiment=smoke", *words)
     run = prepare_run(config, tmp_path, Tracker(tmp_path, name="", config={}, rank=1))
-    load = memory_load.load_of(LOAD.shape, config, run.data, run.start, run.device, run.dtype, run.ranks)
+    load = memory.load_of(LOAD.shape, config, run.data, run.start, run.device, run.dtype, run.ranks)
     new = (5,) * config.max_new_tokens
     train = [Continuations(e.prompt_ids, (e.real_ids, *num_answers * [new])) for e in run.data.train]
     held_out = [Continuations(e.prompt_ids, (e.real_ids, new, new)) for e in run.data.held_out]
@@ -298,9 +298,9 @@ def device(free: float, total: float = 300) -> DeviceMemory:
 
 def test_messages():
     [line] = check_memory(LARGE, device(200), SEVEN)
-    needed = memory.stages(LARGE)[0]
-    assert needed.stage == "training"
-    assert line.startswith(f"memory needed: about {needed.total / GIB:.1f} GiB (training: weights 13.5, masters 13.5, ")
+    assert line.startswith(
+        f"memory needed: about {memory.peak(LARGE) / GIB:.1f} GiB (training: weights 13.5, masters 13.5, "
+    )
     assert line.endswith("200.0 GiB free")
     line, warning = check_memory(LARGE, device(70), SEVEN)
     assert "that may not fit: set " in warning and "\n" not in warning
@@ -317,7 +317,7 @@ def test_estimated_parts_only_warn():
 def test_advice_order():
     """First what keeps finished stages, then as little as helps of what computes them again."""
     load = replace(LARGE, training_tokens=4096)
-    checkpointed = memory.training(replace(load, checkpointing=True)).total / GIB
+    checkpointed = total(memory.training(replace(load, checkpointing=True))) / GIB
     words = advice(load, device(checkpointed + 1), SEVEN)
     assert words.startswith("set engine.gradient_checkpointing=true (then about ")
     assert words.endswith("; finished stages are kept)")
@@ -342,11 +342,11 @@ def test_advice_for_several_ranks():
 
 
 def test_smaller_settings_need_less():
-    full = memory.training(LARGE).total
+    full = total(memory.training(LARGE))
     for change in ({"checkpointing": True}, {"training_tokens": 512}, {"optimizer": "rmsprop8bit"}, {"head_chunk": 64}):
-        assert memory.training(replace(LARGE, **change)).total < full, change
-    assert memory.training(replace(LARGE, shape=shape_of(SEVEN, memory.RANK))).total < full
-    assert memory.generating(replace(LARGE, decoded=4)).total < memory.generating(LARGE).total
+        assert total(memory.training(replace(LARGE, **change))) < full, change
+    assert total(memory.training(replace(LARGE, shape=shape_of(SEVEN, memory.RANK)))) < full
+    assert total(memory.generating(replace(LARGE, decoded=4))) < total(memory.generating(LARGE))
 
 
 def test_line_comes_before_weights_are_loaded(place):
