@@ -8,10 +8,10 @@ FLEX_BLOCK = 128  # FlexAttention's block size; rows on a GPU are padded to a mu
 
 
 def block_mask(table: Tensor, length: int) -> BlockMask:
-    """The block mask of a packed row of `length` tokens, with padding at its end; `table` as in `attention.py`.
+    """Return the block mask of a packed row of `length` tokens, padded at its end; `table` as in `attention.py`.
 
-    A block of queries attends to the blocks from the start of its first query's item up to itself. Computing this directly
-    avoids the length * length evaluation of `create_block_mask`.
+    A block of queries attends to the blocks from the start of its first query's item up to itself, which
+    `create_block_mask` would find by evaluating length * length entries.
     """
     items = [[n for n in lengths if n] for lengths in table[0, 0].tolist()]
     item_of = torch.full((length,), -1, dtype=torch.int32)

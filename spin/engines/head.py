@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 
 def logit_transform(model: PreTrainedModel) -> tuple[float, float]:
-    """The scale (Cohere, Granite; else 1) and the soft cap (Gemma 2; else 0) that a model applies to its logits."""
+    """Return the scale (Cohere, Granite; else 1) and soft cap (Gemma 2; else 0) that a model applies to its logits."""
     config = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1.0
     scale /= getattr(config, "logits_scaling", None) or 1.0
@@ -31,12 +31,11 @@ class OutputLayer(torch.nn.Module):
 
 
 class ResponseHead(torch.autograd.Function):
-    """log softmax(cap(scale * (hidden @ weight.T + bias)))[target], with an explicit backward pass.
+    """log softmax(cap(scale * (hidden @ weight.T + bias)))[target]: hidden [n, width], target [n] -> fp32 [n].
 
-    hidden [n, width], weight [vocabulary, width], target [n] -> fp32 [n]. It iterates over pieces of `chunk` words, and in
-    each over blocks of positions: the logits of a block fit the processor's cache, and each piece of the weight's gradient
-    is one matrix product. Only log-sum-exps are stored; the backward pass recomputes the logits. Memory is n * chunk in the
-    weights' type.
+    It iterates over pieces of `chunk` words, and in each over blocks of positions: the logits of a block fit the
+    processor's cache, and each piece of the weight's gradient is one matrix product. The backward pass recomputes the
+    logits from log-sum-exps. Memory is n * chunk in the weights' type.
     """
 
     @staticmethod
@@ -92,7 +91,7 @@ def vocabulary_pieces(
 ) -> Iterator[tuple[slice, list[tuple[slice, Tensor, Tensor]]]]:
     """Yield each piece of the vocabulary with its blocks of positions.
 
-    A block comes with the positions in it whose target lies in the piece, and the offset of the target in the piece.
+    A block comes with the positions in it whose target lies in the piece, and the target's offset in the piece.
     """
     count = len(target)
     size = BLOCK.get(target.device.type, max(1, count))
@@ -111,7 +110,7 @@ def vocabulary_pieces(
 
 
 def _logits(hidden, weight, bias, part, scale, cap):
-    """Logits of the words in `part`, and their hyperbolic tangents if there is a cap."""
+    """Return the logits of the words in `part`, and their hyperbolic tangents if there is a cap."""
     logits = torch.nn.functional.linear(hidden, weight[part], None if bias is None else bias[part]).float()
     if scale != 1:
         logits *= scale

@@ -35,9 +35,9 @@ Parts = dict[str, float]  # bytes by purpose
 class Shape:
     """A model's sizes.
 
-    `weights` counts all weights, tied ones once; `linear` those of linear layers other than the output layer, which
-    quantisation rounds; `adapter` those of its adapter; `largest` those of the largest trained tensor. `queries` and
-    `keys` are the widths of all heads together, `inner` is that of the feed-forward part.
+    `weights` counts all weights, tied ones once; `linear` those that quantisation rounds; `adapter` those of its adapter;
+    `largest` those of the largest trained tensor. `queries` and `keys` are widths of all heads together, `inner` is that
+    of the feed-forward part.
     """
 
     weights: int
@@ -166,9 +166,8 @@ def load_of(
 def bytes_per_weight(load: Load) -> Parts:
     """Return the bytes that training holds for each trained weight.
 
-    In `SingleEngine` an fp32 weight is its own master, and a bf16 one is completed by 2 bytes. The gradients of one
-    micro-batch have the model's type, sums of several are fp32. A rank of `DeepSpeedEngine` has fp32 masters beside the
-    weights, and at stage 1 and above sums gradients in fp32, whole ones at stage 1.
+    In `SingleEngine` an fp32 weight is its own master, and a bf16 one is completed by 2 bytes; sums of gradients are
+    fp32. A rank of `DeepSpeedEngine` has fp32 masters beside the weights, and from stage 1 on fp32 gradients.
     """
     width, stage, is_bf16 = load.bytes, load.zero_stage, load.precision == "bf16"
     optimizer = OptimizerConfig.from_defaults(name=load.optimizer, states=load.states)
@@ -212,7 +211,7 @@ def training(load: Load) -> Parts:
 def _moments_of_rank(load: Load, stage: int, constant: Parts, passing: Parts) -> list[Parts]:
     """Return what a rank holds before the backward pass, when gradients are summed, in the update and in a checkpoint.
 
-    The copies are those that DeepSpeed's stage_1_and_2.py and stage3.py make. Rank 0 gathers a checkpoint on a CPU.
+    The copies are those that DeepSpeed's stage_1_and_2.py and stage3.py make.
     """
     width, is_bf16, trained, largest = load.bytes, load.precision == "bf16", load.trained, load.shape.largest
     part = trained / load.ranks if stage else trained

@@ -14,7 +14,7 @@ Ids = Sequence[int]
 
 @dataclass(frozen=True)
 class Continuations:
-    """A prompt and the responses that continue it: one for SFT, two for a pair."""
+    """A prompt and its responses: one for SFT, two for a pair."""
 
     prompt_ids: Ids
     responses: tuple[Ids, ...]

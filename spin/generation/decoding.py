@@ -89,10 +89,10 @@ def make_batch(
 ) -> "ContinuousBatch | StaticBatch":
     """Return a `ContinuousBatch` if the model allows it, else a `StaticBatch`, for `rows` rows of `longest` tokens.
 
-    Each is compared with the model's own forward: a wrong mask, position or cache raises no error. A `ContinuousBatch`
-    needs layers that cache plain keys and values of all tokens; on a CPU its prompts are packed if possible. A
-    `StaticBatch` pads; for a state space that reads the padding it takes prompts of one length. Raises UserError if no
-    batch agrees.
+    Each is compared with the model's own forward: a wrong mask, position or cache raises no error. A
+    `ContinuousBatch` needs layers that cache plain keys and values of all tokens; on a CPU its prompts are packed if
+    possible. A `StaticBatch` pads; for a state space that reads the padding it takes prompts of one length.
+    Raises UserError if no batch agrees.
     """
     window = attention_window(model)
     if _caches_all_tokens(model) and (not window or window >= longest):

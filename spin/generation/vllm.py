@@ -80,10 +80,9 @@ def check_vllm(config: GenerationConfig, start: Policy, rank: int) -> None:
 
 
 def generate_with_vllm(policy: Policy, dtype: torch.dtype, logs: Path, request: AnswerRequest) -> Rows[Answer]:
-    """As `sampling.generate_answers`, by vLLM.
+    """As `sampling.generate_answers`, by vLLM, whose processes write to the folder `logs`.
 
-    Its processes start with the first shard that is not stored, and write to the folder `logs`. Raises UserError if one
-    ends early.
+    They start with the first shard that is not stored. Raises UserError if one ends early.
     """
     settings, max_new_tokens, stop_ids = request.settings, request.max_new_tokens, request.stop_ids
     longest = max(len(example.prompt_ids) for example in request.examples) + max_new_tokens

@@ -56,9 +56,9 @@ def fit(
 ) -> TrainState:
     """Minimise the mean of `batch_loss` over batches of `batch_size` items. Returns the final state.
 
-    `epochs` may be a fraction. The learning rate rises linearly over the first `warmup_ratio` of the steps and then falls
-    linearly to 0. `log` gets one row per step, restored steps first. `router_aux_weight` adds the mean over each item's
-    responses of the routers' load-balancing loss. On SIGTERM or SIGINT the last complete step is saved first.
+    `epochs` may be a fraction. The learning rate rises linearly over the first `warmup_ratio` of the steps and
+    then falls linearly to 0. `log` gets one row per step, restored steps first. `router_aux_weight` adds the mean
+    over each item's responses of the routers' load-balancing loss. On SIGTERM or SIGINT the last complete step is saved.
 
     A step whose loss or gradients are not finite is skipped. Raises UserError after several skipped steps in a row.
     """

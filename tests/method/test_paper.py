@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import paper_memory
 from spin.config import schema
+from spin.engines import memory
 from spin.method.pairs import read_pairs
 from spin.models.find import find_model
 from spin.runtime.errors import UserError
@@ -125,7 +126,8 @@ def test_recipes_fit_80_gib():
     lines, details = paper_memory.table()
     docs = (ROOT / "docs" / "paper.md").read_text().splitlines()
     assert [line for line in lines if line not in docs] == []
-    assert len(details) == 6 and all(needed.total < paper_memory.USABLE for _, needed in details)
+    totals = [memory.total(parts) for _, stages in details for parts in stages.values()]
+    assert len(totals) == 6 and max(totals) < paper_memory.USABLE
 
 
 def test_start_is_found_in_the_hub_cache(place, monkeypatch):
