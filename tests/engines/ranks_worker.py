@@ -38,7 +38,7 @@ PAIRS = 10  # in batches of 3: the ranks' shares differ, and the last step has o
 @dataclass(frozen=True)
 class Case:
     """A training. `objective`: "spin", or one that is not finite for one item in the steps `broken`, in its "loss" (and
-    gradient) or in its "gradient" alone. `kept`: the folder of checkpoints, one after every step. `cut`: the step at which
+    gradient) or in its "gradient" alone. `checkpoints`: their folder, one after every step. `cut`: the step at which
     the process dies."""
 
     name: str
@@ -55,7 +55,7 @@ class Case:
     offload: bool = False
     objective: str = "spin"
     broken: list[int] = field(default_factory=list)
-    kept: str | None = None
+    checkpoints: str | None = None
     cut: int | None = None
 
     @property
@@ -88,8 +88,8 @@ def broken_at(case: Case) -> Callable:
     def objective(batch, logps, indices, step):
         bad = torch.tensor([step in case.broken and i == steps[step][0] for i in indices])
         losses = -logps * torch.where(bad, torch.inf, 1.0)
-        found = torch.where(bad, torch.nan, -logps.detach()) if case.objective == "loss" else -logps.detach()
-        return losses, {"loss": found}
+        logged = torch.where(bad, torch.nan, -logps.detach()) if case.objective == "loss" else -logps.detach()
+        return losses, {"loss": logged}
 
     return objective
 
@@ -111,14 +111,14 @@ def play(case: Case, folder: Path, together: ProcessGroup = SINGLE_PROCESS) -> S
     usual = engine.logps
 
     def logps(batch, forward):
-        found = usual(batch, forward)
+        result = usual(batch, forward)
         if facts["passes"] == 0 and together is not SINGLE_PROCESS:  # compare with the policy as it was scored
             plain = load_policy(case.policy, TYPES[case.precision], CPU)
             with torch.no_grad():
                 expected = sequence_logps(plain, batch, forward)
-            facts["first"] = (found.detach() - expected).abs().max().item()
+            facts["first"] = (result.detach() - expected).abs().max().item()
         facts["passes"] += 1
-        return found
+        return result
 
     def log(row: dict) -> None:
         rows.append(row)
@@ -126,15 +126,22 @@ def play(case: Case, folder: Path, together: ProcessGroup = SINGLE_PROCESS) -> S
             raise Cut
 
     engine.logps = logps  # type: ignore[method-assign]
-    kept = Checkpoints(Path(case.kept), steps=1, ranks=together) if case.kept else Checkpoints(ranks=together)
-    settings = dict(lr=case.lr, epochs=case.epochs, batch_size=3, warmup_ratio=0.0, seed=0, log=log, checkpoints=kept)
+    checkpoints = Checkpoints(Path(case.checkpoints) if case.checkpoints else None, steps=1, ranks=together)
+    settings = dict(lr=case.lr, epochs=case.epochs, batch_size=3, warmup_ratio=0.0, seed=0, log=log)
     try:
         if case.objective == "spin":
             pairs, references = scored_pairs(case.policy, case.precision, case.forward)
             objective = make_objective(LossConfig.from_defaults(beta=0.2), 0)
-            train_spin(engine, pairs, references, objective, case.forward, **settings)
+            train_spin(engine, pairs, references, objective, case.forward, checkpoints=checkpoints, **settings)
         else:
-            fit(engine, random_items(PAIRS, 1, seed=5), broken_at(case), case.forward, **settings)
+            fit(
+                engine,
+                random_items(PAIRS, 1, seed=5),
+                broken_at(case),
+                case.forward,
+                checkpoints=checkpoints,
+                **settings,
+            )
         engine.save(folder / "policy")
         if together is not SINGLE_PROCESS:
             (folder / "state").mkdir(parents=True, exist_ok=True)
@@ -152,7 +159,7 @@ def play(case: Case, folder: Path, together: ProcessGroup = SINGLE_PROCESS) -> S
             engine.save_state(folder)
         except AssertionError as error:
             facts["after close"] = str(error)
-    facts["restored"] = kept.restored.step
+    facts["restored"] = checkpoints.restored.step
     facts["passes of all"] = together.all_reduce_sum(facts["passes"])
     facts["first"] = together.all_reduce_max(facts["first"] or 0.0)
     if together.is_main_process:
@@ -165,7 +172,7 @@ def play(case: Case, folder: Path, together: ProcessGroup = SINGLE_PROCESS) -> S
 def measured(engine: DeepSpeedEngine) -> dict[str, int]:
     """Bytes that this rank holds by purpose, each storage once."""
 
-    def held(tensors) -> int:
+    def bytes_of(tensors) -> int:
         return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
     weights = [getattr(weight, "ds_tensor", weight) for weight in engine.model.parameters()]
@@ -178,11 +185,11 @@ def measured(engine: DeepSpeedEngine) -> dict[str, int]:
         for name, value in state.items()
         if isinstance(value, torch.Tensor) and name != "step"
     ]
-    own = {tensor.untyped_storage().data_ptr() for tensor in weights}
+    addresses = {tensor.untyped_storage().data_ptr() for tensor in weights}
     return {
-        "weights": held(weights),
-        "masters": held([part for part in parts if part.untyped_storage().data_ptr() not in own]),
-        "optimiser states": held(states),
+        "weights": bytes_of(weights),
+        "masters": bytes_of([part for part in parts if part.untyped_storage().data_ptr() not in addresses]),
+        "optimiser states": bytes_of(states),
     }
 
 
@@ -208,10 +215,10 @@ def answered(model_folder: Path, keep, size: int) -> tuple[list[dict], list[floa
 
 def share_work(folder: Path, model_folder: Path, together: ProcessGroup) -> dict:
     """Generate and score in shards together, again with one shard damaged, and use all of the process group."""
-    said: list[str] = []
+    messages: list[str] = []
 
     def keep(name: str) -> ResumableShards:
-        return ResumableShards(folder / name, said.append, ranks=together)
+        return ResumableShards(folder / name, messages.append, ranks=together)
 
     first = answered(model_folder, keep, 2)
     together.barrier()
@@ -236,9 +243,9 @@ def share_work(folder: Path, model_folder: Path, together: ProcessGroup) -> dict
     return {
         "first": first,
         "again": again,
-        "said": said,
+        "messages": messages,
         "taken": taken,
-        "made": sorted(path.name for path in (folder / "cache").glob("tiny-*/*")),
+        "files": sorted(path.name for path in (folder / "cache").glob("tiny-*/*")),
         "counted": add(0),
         "shared": together.broadcast({"rank": together.rank}),
         "most": together.all_reduce_max(together.rank),
@@ -255,8 +262,8 @@ def main(folder: Path) -> None:
     for case in job["cases"]:
         play(Case(**case), folder, together)
     if job["shared"]:
-        found = share_work(folder / "shared", Path(job["shared"]), together)
-        (folder / f"shared-{together.rank}.json").write_text(json.dumps(found))
+        results = share_work(folder / "shared", Path(job["shared"]), together)
+        (folder / f"shared-{together.rank}.json").write_text(json.dumps(results))
     together.barrier()
     ranks.leave_group()
 

@@ -86,10 +86,10 @@ def test_same_logps_and_gradients(name, dtype):
     assert tuple(counts) == WRAPPED[name]
 
     expected, grads = gradients(plain, forward)
-    logps, found = gradients(lean, forward)
+    logps, lean_grads = gradients(lean, forward)
     assert torch.equal(logps, expected)
-    assert found.keys() == grads.keys()
-    for key, grad in found.items():
+    assert lean_grads.keys() == grads.keys()
+    for key, grad in lean_grads.items():
         off = (grad.double() - grads[key].double()).norm() / grads[key].double().norm()
         assert off < (1e-5 if dtype == torch.float32 else 2e-2), key
 
@@ -108,26 +108,28 @@ def test_gradients_against_float64(dtype):
         model.to(dtype)
         if lean:
             save_less_for_backward(model)
-        _, found = gradients(model, PACKED)
-        off[lean] = {key: (grad.double() - grads[key]).norm() / grads[key].norm() for key, grad in found.items()}
+        _, rounded_grads = gradients(model, PACKED)
+        off[lean] = {
+            key: (grad.double() - grads[key]).norm() / grads[key].norm() for key, grad in rounded_grads.items()
+        }
     assert all(off[True][key] <= 1.2 * off[False][key] + 1e-7 for key in grads)
 
 
 def kept_bytes(model: tf.PreTrainedModel) -> int:
     """The bytes that autograd stores between forward and backward."""
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
-    found = {}
+    sizes = {}
 
     def keep(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            found[storage.data_ptr()] = storage.nbytes()
+            sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         logps = sequence_logps(model, next(PACKED.batches(random_items(40))), PACKED)
     assert logps.requires_grad
-    return sum(found.values())
+    return sum(sizes.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -178,9 +180,11 @@ def test_adapters_on_quantized_weights(tmp_path, quantization):
             wrapped = [module.forward.func for module in model.modules() if "forward" in vars(module)]
             assert wrapped.count(activations._feed_forward) == 3
         results.append(gradients(model, PACKED))
-    (expected, grads), (logps, found) = results
-    assert torch.equal(logps, expected) and found.keys() == grads.keys() and all("lora_" in key for key in found)
-    assert all(torch.allclose(found[key], grads[key], rtol=1e-4, atol=1e-5) for key in found)
+    (expected, grads), (logps, lean_grads) = results
+    assert (
+        torch.equal(logps, expected) and lean_grads.keys() == grads.keys() and all("lora_" in key for key in lean_grads)
+    )
+    assert all(torch.allclose(lean_grads[key], grads[key], rtol=1e-4, atol=1e-5) for key in lean_grads)
 
 
 def test_engine_wraps_model(tiny_folder):
@@ -243,9 +247,9 @@ def test_trained_activation_function():
             save_less_for_backward(model)
             assert all("forward" in vars(layer.mlp) for layer in model.model.layers)
         results.append(gradients(model, PACKED))
-    (expected, grads), (logps, found) = results
-    assert torch.equal(logps, expected) and "model.layers.2.mlp.act_fn.scale" in found
-    assert all(torch.allclose(found[key], grads[key], rtol=1e-4, atol=1e-5) for key in grads)
+    (expected, grads), (logps, lean_grads) = results
+    assert torch.equal(logps, expected) and "model.layers.2.mlp.act_fn.scale" in lean_grads
+    assert all(torch.allclose(lean_grads[key], grads[key], rtol=1e-4, atol=1e-5) for key in grads)
 
 
 def test_other_feed_forward_unchanged():

@@ -96,15 +96,15 @@ class Results:
         alone = self.alone(name)
         rows, expected = self.of(name)[1], json.loads((alone / "rows.json").read_text())
         assert len(rows) == len(expected) > 0
-        for row, other in zip(rows, expected, strict=True):
-            assert row.keys() == other.keys()
+        for row, alone_row in zip(rows, expected, strict=True):
+            assert row.keys() == alone_row.keys()
             for key in row.keys() - TIMINGS:
                 if isinstance(row[key], float):
                     bound = dict(rel=1e-4, abs=1e-4) if fp32 else dict(rel=0.02, abs=0.1)
-                    assert row[key] == pytest.approx(other[key], nan_ok=True, **bound), (key, row, other)
+                    assert row[key] == pytest.approx(alone_row[key], nan_ok=True, **bound), (key, row, alone_row)
                 else:
-                    assert row[key] == other[key], key
-            assert row["loss"] == pytest.approx(other["loss"], nan_ok=True, rel=1e-5 if fp32 else 0.01)
+                    assert row[key] == alone_row[key], key
+            assert row["loss"] == pytest.approx(alone_row["loss"], nan_ok=True, rel=1e-5 if fp32 else 0.01)
         moved, should = self.moves(name), self.moves(name, alone)
         assert should.norm() > 0
         share = ((moved - should).norm() / should.norm()).item()
@@ -116,8 +116,8 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(path)
 
 
-def same_weights(one: Path, other: Path) -> bool:
-    first, second = weights_of(one), weights_of(other)
+def same_weights(first_folder: Path, second_folder: Path) -> bool:
+    first, second = weights_of(first_folder), weights_of(second_folder)
     return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
@@ -155,9 +155,9 @@ def some_cases(models: dict[str, str], folder: Path) -> list[Case]:
         Case("3 bf16 small steps", tied, 3, "bf16", lr=1e-7),
         Case("3 broken", tied, 3, objective="loss", broken=[1, 2, 4], epochs=2),
         Case("3 lora", models["adapter"], 3, base=tied),
-        Case("3 cut", kept=str(folder / "kept"), cut=2, **adamw),
-        Case("3 again", kept=str(folder / "kept"), **adamw),
-        Case("3 after one", kept=str(folder / "kept by one"), **adamw),
+        Case("3 cut", checkpoints=str(folder / "kept"), cut=2, **adamw),
+        Case("3 again", checkpoints=str(folder / "kept"), **adamw),
+        Case("3 after one", checkpoints=str(folder / "kept by one"), **adamw),
     ]
 
 
@@ -176,11 +176,11 @@ def more_cases(models: dict[str, str], folder: Path) -> list[Case]:
         Case("2 broken gradient", tied, 2, objective="gradient", **broken),
         Case("0 lora bf16", models["adapter"], 0, "bf16", base=tied),
         Case("2 lora", models["adapter"], 2, base=tied),
-        Case("2 bf16 cut", tied, 2, "bf16", "adamw", kept=str(folder / "kept 2"), cut=2),
-        Case("2 bf16 again", tied, 2, "bf16", "adamw", kept=str(folder / "kept 2")),
+        Case("2 bf16 cut", tied, 2, "bf16", "adamw", checkpoints=str(folder / "kept 2"), cut=2),
+        Case("2 bf16 again", tied, 2, "bf16", "adamw", checkpoints=str(folder / "kept 2")),
         Case("2 bf16 whole", tied, 2, "bf16", "adamw"),
-        Case("0 bf16 cut", tied, 0, "bf16", "adamw", kept=str(folder / "kept 0"), cut=2),
-        Case("0 bf16 again", tied, 0, "bf16", "adamw", kept=str(folder / "kept 0")),
+        Case("0 bf16 cut", tied, 0, "bf16", "adamw", checkpoints=str(folder / "kept 0"), cut=2),
+        Case("0 bf16 again", tied, 0, "bf16", "adamw", checkpoints=str(folder / "kept 0")),
     ]
 
 
@@ -203,7 +203,7 @@ def more(models, tmp_path_factory):
 
 def test_training_matches_one_process(two):
     for name, case in two.cases.items():
-        if case.kept is None:
+        if case.checkpoints is None:
             two.compare(name)
     rows = two.of("0")[1]
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
@@ -214,7 +214,7 @@ def test_training_matches_one_process(two):
 @pytest.mark.slow
 def test_training_matches_one_process_in_more_cases(more):
     for name, case in more.cases.items():
-        if case.kept is None:
+        if case.checkpoints is None:
             more.compare(name)
     assert same_weights(more.folder / "2 bf16 again" / "policy", more.folder / "2 bf16 whole" / "policy")
     assert same_weights(more.folder / "0 bf16 again" / "policy", more.folder / "0 bf16 adamw" / "policy")
@@ -230,7 +230,7 @@ def test_ranks_run_equally_many_passes(two):
 def test_first_logps_are_bit_identical(two):
     """In bf16, too: DeepSpeed also rounds buffers, and rounded rotary positions would show."""
     for name, case in two.cases.items():
-        if case.cut is not None or case.kept is None:
+        if case.cut is not None or case.checkpoints is None:
             assert two.of(name)[0]["first"] == 0.0, name
 
 
@@ -242,8 +242,8 @@ def test_masters_keep_full_precision(two, name):
     assert (moved > 1e-8).double().mean() > 0.5
     saved, start = weights_of(two.folder / name / "policy"), weights_of(Path(two.cases[name].model))
     assert any((start[key] != start[key].bfloat16().float()).any() for key in start)
-    kept = torch.cat([(saved[key].bfloat16() == start[key].bfloat16()).flatten() for key in start])
-    assert kept.double().mean() > 0.95
+    unchanged = torch.cat([(saved[key].bfloat16() == start[key].bfloat16()).flatten() for key in start])
+    assert unchanged.double().mean() > 0.95
 
 
 def test_step_not_finite_on_one_rank_is_skipped_by_all(two):
@@ -260,12 +260,12 @@ def test_only_the_adapter_is_trained_and_saved(two):
 
 def check_bytes(results: Results) -> None:
     for name, case in results.cases.items():
-        held = results.of(name)[0]["bytes"]
+        sizes = results.of(name)[0]["bytes"]
         numbers = sum(value.numel() for value in weights_of(Path(case.model)).values())
         load = replace(LOAD, precision=case.precision, optimizer=case.optimizer, zero_stage=case.stage, ranks=2)
         expected = bytes_per_weight(load)
-        for part in held if case.base is None else ():  # of parts of one length, the last is filled up
-            assert held[part] == pytest.approx(numbers * expected[part], rel=0.01), (name, part)
+        for part in sizes if case.base is None else ():  # of parts of one length, the last is filled up
+            assert sizes[part] == pytest.approx(numbers * expected[part], rel=0.01), (name, part)
 
 
 def test_memory_estimate_matches_a_rank(two):
@@ -299,14 +299,14 @@ def test_resume_on_another_number_of_ranks(two):
     whole = two.moves("3 adamw checkpointing", two.alone("3 adamw checkpointing"))
     assert two.of("3 after one")[0]["restored"] == 2
     assert (two.moves("3 after one") - whole).norm() < 1e-4 * whole.norm()
-    kept = kept_at(two, 3)
-    play(replace(two.cases["3 again"], name="one after two", kept=str(kept)), two.folder)
+    checkpoint = checkpoint_at(two, 3)
+    play(replace(two.cases["3 again"], name="one after two", checkpoint=str(checkpoint)), two.folder)
     facts, _ = two.of("one after two")
     assert facts["restored"] == 3
     assert (two.moves("3 again", two.folder / "one after two") - whole).norm() < 1e-4 * whole.norm()
 
 
-def kept_at(two: Results, step: int) -> Path:
+def checkpoint_at(two: Results, step: int) -> Path:
     """A folder with the checkpoint of that step alone."""
     folder = two.folder / f"kept at {step}, {time.monotonic_ns()}"
     shutil.copytree(two.folder / "kept" / f"step-{step:08d}", folder / f"step-{step:08d}")
@@ -317,7 +317,7 @@ def kept_at(two: Results, step: int) -> Path:
 @pytest.mark.parametrize("size", [1, 3])
 def test_resume_on_one_or_three_ranks_at_another_stage(two, tmp_path, size):
     cases = [
-        replace(two.cases["3 again"], name=f"stage {stage}", stage=stage, kept=str(kept_at(two, 3)))
+        replace(two.cases["3 again"], name=f"stage {stage}", stage=stage, checkpoints=str(checkpoint_at(two, 3)))
         for stage in (0, 2, 3)
     ]
     results = Results(tmp_path, cases, size)
@@ -342,23 +342,23 @@ def test_balance_by_tokens():
 
 def test_shared_answers_and_scores(two, models):
     """A damaged shard is made again, by one rank."""
-    found = [json.loads((two.folder / f"shared-{rank}.json").read_text()) for rank in (0, 1)]
+    results = [json.loads((two.folder / f"shared-{rank}.json").read_text()) for rank in (0, 1)]
     alone = json.loads(json.dumps(answered(Path(models["untied"]), lambda name: compute_shards, 2)))
-    for answers, logps in (one[when] for one in found for when in ("first", "again")):
+    for answers, logps in (result[when] for result in results for when in ("first", "again")):
         assert answers == alone[0]
         assert logps == pytest.approx(alone[1], abs=1e-4)
-    (said,) = [line for one in found for line in one["said"]]
-    assert "00002" in said and "made again" in said
+    (message,) = [line for result in results for line in result["messages"]]
+    assert "00002" in message and "made again" in message
 
 
 def test_process_group(two):
-    zero, one = (json.loads((two.folder / f"shared-{rank}.json").read_text()) for rank in (0, 1))
-    assert sorted(zero["taken"] + one["taken"]) == list(range(200))
-    for found in (zero, one):
-        assert found["counted"] == 3 and found["shared"] == {"rank": 0}
-        assert found["most"] == 1 and found["total"] == 1 and found["mean"] == 3
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {*one["made"]}
-    assert sorted([zero["firsts"], one["firsts"]]) == [0, 3]  # one of them, whenever it is asked
+    results = [json.loads((two.folder / f"shared-{rank}.json").read_text()) for rank in (0, 1)]
+    assert sorted(results[0]["taken"] + results[1]["taken"]) == list(range(200))
+    for result in results:
+        assert result["counted"] == 3 and result["shared"] == {"rank": 0}
+        assert result["most"] == 1 and result["total"] == 1 and result["mean"] == 3
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {*results[1]["files"]}
+    assert sorted(result["firsts"] for result in results) == [0, 3]  # the same rank at each call
     assert SINGLE_PROCESS.broadcast(5) == 5
     assert SINGLE_PROCESS.all_reduce_max(2) == 2 and SINGLE_PROCESS.all_reduce_sum(2) == 2
     assert SINGLE_PROCESS.mean(torch.tensor([1.0, 2.0])) == 1.5 and SINGLE_PROCESS.is_first_to_fail()
@@ -390,7 +390,7 @@ def test_unsupported_settings(words, says):
 
 def test_missing_deepspeed(monkeypatch):
     usual = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "deepspeed" else usual(name))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *args: None if name == "deepspeed" else usual(name))
     with pytest.raises(UserError, match=r"pip install deepspeed==\d"):
         check_deepspeed()
 
@@ -411,23 +411,24 @@ def play_ranks(place: Place, *words: str, run: str = "run", size: int = 2) -> su
     return done
 
 
-def assert_near(place: Place, ranks: str, one: str) -> None:
-    """The rows of two runs up to the end of iteration 0: the same ones, and their numbers alike up to its first update.
+def assert_near(place: Place, ranks: str, single: str) -> None:
+    """The rows of two runs up to the end of iteration 0 agree, closely up to its first update.
 
-    That is one of RMSprop's first, which makes a full step of whatever a gradient is, rounding too: from there two packings
-    of one process part as well, by some hundredths of the loss.
+    RMSprop's first updates are full steps whatever the size of a gradient, rounding included: after them two packings of
+    one process differ, too, by some hundredths of the loss.
     """
     stages, parted = ("sft", "generate", "score", "train"), False
     rows, expected = (
         [row for row in place.metrics(run) if row["stage"] in stages and row["iter"] in (None, 0)]
-        for run in (ranks, one)
+        for run in (ranks, single)
     )
     assert {row["stage"] for row in rows} >= {"generate", "score", "train"}
-    for row, other in zip(rows, expected, strict=True):
-        assert row.keys() == other.keys() and row["step"] == other["step"]
+    for row, expected_row in zip(rows, expected, strict=True):
+        assert row.keys() == expected_row.keys() and row["step"] == expected_row["step"]
         for key in row.keys() - TIMINGS if not parted else {"loss"}:
             bound = dict(abs=0.2) if parted else dict(rel=1e-3, abs=1e-3)
-            assert row[key] == (pytest.approx(other[key], **bound) if isinstance(row[key], float) else other[key]), key
+            value = expected_row[key]
+            assert row[key] == (pytest.approx(value, **bound) if isinstance(value, float) else value), key
         parted = parted or row["stage"] == "train"
 
 
@@ -436,13 +437,15 @@ def test_game_matches_one_process(place):
     words = ["schedule.sft_epochs=0", "iter=0", "tracking.wandb=offline"]
     done = play_ranks(place, *GAME, *words, run="ranks")
     assert "2 processes, ZeRO stage 3" in done.stdout and done.stdout.count("report: ") == 1
-    place.play("engine.precision=fp32", "schedule.batch_size=4", *words, f"store.path={place.folder}/one", run="one")
-    runs = place.folder / "ranks", place.folder / "one"
+    place.play(
+        "engine.precision=fp32", "schedule.batch_size=4", *words, f"store.path={place.folder}/single", run="single"
+    )
+    runs = place.folder / "ranks", place.folder / "single"
     (pairs, logps), (expected_pairs, expected_logps) = (read_pairs(run / "iter0" / "pairs.parquet") for run in runs)
     assert pairs == expected_pairs
     for name, values in expected_logps["opponent"].items():
         assert torch.equal(logps["opponent"][name], values), name
-    assert_near(place, "ranks", "one")
+    assert_near(place, "ranks", "single")
     assert len(list((runs[0] / "wandb").glob("offline-run-*"))) == 1
     for name in ("report.md", "config.yaml", "game.json", "iter0/manifest.json"):
         assert (runs[0] / name).is_file()
@@ -475,8 +478,8 @@ def test_other_ranks_wait_for_the_first_to_report(place):
 @pytest.mark.slow
 def test_only_failing_rank_reports(place):
     second = start_second(place, "loss.bta=1")
-    printed, said = second.communicate(timeout=120)
-    assert second.returncode == 1 and printed == "" and said.startswith("error: ") and "bta" in said
+    printed, errors = second.communicate(timeout=120)
+    assert second.returncode == 1 and printed == "" and errors.startswith("error: ") and "bta" in errors
 
 
 @pytest.mark.slow
@@ -497,14 +500,14 @@ def test_user_errors_are_one_line(place, words, says):
 
 @pytest.mark.slow
 def test_games_at_other_stages_and_on_one_rank(place):
-    place.play("engine.precision=fp32", "schedule.batch_size=4", f"store.path={place.folder}/one", run="one")
+    place.play("engine.precision=fp32", "schedule.batch_size=4", f"store.path={place.folder}/single", run="single")
     for stage in (0, 2):
         words = [*GAME, f"engine.zero_stage={stage}", f"store.path={place.folder}/zero{stage}"]
         play_ranks(place, *words, run=f"zero{stage}")
-        assert_near(place, f"zero{stage}", "one")
+        assert_near(place, f"zero{stage}", "single")
     done = place.play(*GAME, f"store.path={place.folder}/alone", run="alone")  # without torchrun
     assert "processes" not in done.stdout
-    assert_near(place, "alone", "one")
+    assert_near(place, "alone", "single")
     planned = play_ranks(place, *words, "plan=true", run="zero2")
     assert planned.stdout.count("11 stages to reuse, 0 to resume, 0 to play") == 1
     model = f"model.path={place.folder}/zero2/iter1/policy"
@@ -512,8 +515,8 @@ def test_games_at_other_stages_and_on_one_rank(place):
         place, *GAME, model, "stage=evaluate", f"evaluation.against={place.folder}/zero2/iter0/policy", run="measured"
     )
     (row,) = [row for row in place.metrics("zero2") if row["stage"] == "evaluate" and row["iter"] == 1]
-    found = place.metrics("measured")[-1]
-    assert found["iter"] is None and found["nll_per_token"] == row["nll_per_token"]
+    measured = place.metrics("measured")[-1]
+    assert measured["iter"] is None and measured["nll_per_token"] == row["nll_per_token"]
 
 
 def start_ranks(place: Place, *words: str) -> subprocess.Popen:
@@ -569,11 +572,11 @@ def test_resume_after_kill_and_stop(place):
     assert done.returncode != 0
     assert errors(done) == ["stopped by SIGTERM: finished work is kept, run the same command to continue."], done.stderr
     assert "SFT: resuming, training up to step" in done.stdout
-    kept = re.search(r"saved the training state at step (\d+) of 18", done.stdout)
-    assert kept and int(kept[1]) >= 3
+    saved = re.search(r"saved the training state at step (\d+) of 18", done.stdout)
+    assert saved and int(saved[1]) >= 3
 
     done = play_ranks(place, *words)
-    assert f"iter 0: train: resuming, training up to step {kept[1]}" in done.stdout
+    assert f"iter 0: train: resuming, training up to step {saved[1]}" in done.stdout
     for name in ("sft", "iter0"):
         assert same_weights(place.folder / "run" / name / "policy", place.folder / "whole" / name / "policy")
     rows = [

@@ -42,11 +42,11 @@ def train_on(device, folder, **engine):
 
 
 def test_training_matches_cpu(tiny_folder):
-    found, rows = train_on(DEVICE, tiny_folder)
+    trained, rows = train_on(DEVICE, tiny_folder)
     _, expected = train_on(CPU, tiny_folder)
     assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected], abs=1e-4)
     assert [row["grad_norm"] for row in rows] == pytest.approx([row["grad_norm"] for row in expected], rel=1e-2)
-    assert all(torch.isfinite(master).all() for master in found.masters.values())
+    assert all(torch.isfinite(master).all() for master in trained.masters.values())
 
 
 @pytest.mark.slow  # compiles for a minute

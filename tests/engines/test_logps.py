@@ -134,8 +134,8 @@ def test_fp32_log_softmax_in_bf16():
     model, items = small_model("llama", torch.bfloat16), random_items(6, longest=40)
     rounded = sum_of(items, lambda ids: model(ids).logits.log_softmax(-1))
     exact = sum_of(items, lambda ids: model(ids).logits.double().log_softmax(-1))
-    found = compute_logps(model, items, Forward("padded", "chunked", 64, 7)).double()
-    assert (found - exact).abs().mean() < (rounded - exact).abs().mean()
+    logps = compute_logps(model, items, Forward("padded", "chunked", 64, 7)).double()
+    assert (logps - exact).abs().mean() < (rounded - exact).abs().mean()
 
 
 def sum_of(items, log_softmax):
@@ -193,10 +193,10 @@ def test_response_positions():
             ids = batch.input_ids.flatten()
             for k in range(batch.responses):
                 item, response = items[batch.items[k // 2]], items[batch.items[k // 2]].responses[k % 2]
-                mine = batch.sequence == k
-                assert tuple(batch.target[mine].tolist()) == response
+                is_own = batch.sequence == k
+                assert tuple(batch.target[is_own].tolist()) == response
                 assert (
-                    ids[batch.source[mine][0]] == item.prompt_ids[-1]
+                    ids[batch.source[is_own][0]] == item.prompt_ids[-1]
                 )  # the shift: the prompt's end predicts the first
             seen += batch.items
         assert sorted(seen) == list(range(7))
@@ -264,14 +264,14 @@ def test_block_mask_against_rule(padding):
     mask = block_mask(batch.attention_mask, total)
     blocks = mask.to_dense()[0, 0]
     every = torch.arange(total)
-    found = mask.mask_mod(0, 0, every[:, None], every)
+    may_attend = mask.mask_mod(0, 0, every[:, None], every)
     for q in range(total):
         for k in range(total):
             if q < batch.tokens and k < batch.tokens:
                 allowed = k <= q and owner[k][0] == owner[q][0] and owner[k][1] in (0, owner[q][1])
             else:
                 allowed = q == k  # padding attends to itself only
-            assert bool(found[q, k]) == allowed
+            assert bool(may_attend[q, k]) == allowed
             assert blocks[q // 128, k // 128] or not allowed
     assert blocks.sum() < blocks.numel()
 
@@ -292,5 +292,5 @@ def test_flex_attention_matches_sequences(monkeypatch):
         query, key, value = (torch.randn(1, heads, batch.tokens, 16) for heads in (4, 2, 2))
     table = batch.attention_mask
     expected, _ = packed_attention(module, query, key, value, table, scaling=0.25)
-    found, _ = packed_attention(module, query, key, value, block_mask(table, batch.tokens), scaling=0.25)
-    assert torch.allclose(found, expected, atol=1e-5)
+    actual, _ = packed_attention(module, query, key, value, block_mask(table, batch.tokens), scaling=0.25)
+    assert torch.allclose(actual, expected, atol=1e-5)

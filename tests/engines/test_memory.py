@@ -86,7 +86,7 @@ def test_bytes_per_weight(tiny_folder, precision, optimizer):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_activations_of_a_layer(dtype, checkpointing):
     """Against autograd's storages in two models that differ by two layers."""
-    kept = []
+    stored = []
     for layers in (2, 4):
         config = tf.LlamaConfig(
             **{**MEDIUM.to_dict(), "num_hidden_layers": layers, "hidden_size": 96, "vocab_size": 97}
@@ -96,19 +96,19 @@ def test_activations_of_a_layer(dtype, checkpointing):
         weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
         forward = Forward("packed", "chunked", 512, 64)
         batch = next(forward.batches(random_items(60)))
-        found = {}
+        sizes = {}
 
-        def keep(tensor, found=found, weights=weights):
+        def keep(tensor, sizes=sizes, weights=weights):
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in weights:
-                found[storage.data_ptr()] = storage.nbytes()
+                sizes[storage.data_ptr()] = storage.nbytes()
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             logps = sequence_logps(model, batch, forward)
-        kept.append(sum(found.values()))
+        stored.append(sum(sizes.values()))
         assert logps.requires_grad
-    a_token = (kept[1] - kept[0]) / 2 / batch.input_ids.numel()
+    a_token = (stored[1] - stored[0]) / 2 / batch.input_ids.numel()
     precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
     load = replace(LOAD, shape=shape_of(config), precision=precision, checkpointing=checkpointing)
     formula = memory._kept_by_layer(load)
@@ -144,7 +144,7 @@ def measured(
             "passes": load.passes,
             "engine": engine or {},
         }
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, *runner, "-m", "tests.engines.memory_worker", json.dumps(case)],
             cwd=ROOT,
             env={**os.environ, **AT_ONCE},
@@ -152,10 +152,10 @@ def measured(
             text=True,
             timeout=250,
         )
-    assert done.returncode == 0, done.stderr
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(found) == load.ranks, done.stdout
-    return found
+    assert process.returncode == 0, process.stderr
+    results = [json.loads(line) for line in process.stdout.splitlines() if line.startswith("{")]
+    assert len(results) == load.ranks, process.stdout
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -222,9 +222,9 @@ def test_measured_peak_of_ranks(medium, case):
     load = replace(LOAD, **{"passes": 1, **case}, ranks=2, on_cpu=True)
     expected = total(memory.training(load))
     engine = {"zero_stage": load.zero_stage, "offload_optimizer": load.offload}
-    for found in measured(medium, MEDIUM.vocab_size, load, engine=engine):
-        assert expected == pytest.approx(found["peak"], rel=0.2), f"{expected / 1e6:.0f} MB, measured {found}"
-        assert found["left"] < 2.5 * load.shape.weights, found
+    for result in measured(medium, MEDIUM.vocab_size, load, engine=engine):
+        assert expected == pytest.approx(result["peak"], rel=0.2), f"{expected / 1e6:.0f} MB, measured {result}"
+        assert result["left"] < 2.5 * load.shape.weights, result
 
 
 @pytest.mark.slow
@@ -234,12 +234,12 @@ def test_measured_peak_of_the_embedded_model(change, rank, tmp_path):
 
     config = load_config()
     folder = find_model(config.model, Path(config.cache.path)).folder
-    here = tmp_path / "model"
-    here.mkdir()
+    copy = tmp_path / "model"
+    copy.mkdir()
     for path in folder.iterdir():
-        (here / path.name).symlink_to(path)
+        (copy / path.name).symlink_to(path)
     architecture = tf.AutoConfig.from_pretrained(folder)
-    files = sum(path.stat().st_size for path in here.glob("*.safetensors"))
+    files = sum(path.stat().st_size for path in copy.glob("*.safetensors"))
     load = replace(
         LOAD,
         shape=shape_of(architecture, rank),
@@ -251,7 +251,7 @@ def test_measured_peak_of_the_embedded_model(change, rank, tmp_path):
         **change,
     )
     expected = max(total(memory.training(load)), total(memory.loading(load)))
-    peak = measured(here, architecture.vocab_size, load, rank)[0]["peak"]
+    peak = measured(copy, architecture.vocab_size, load, rank)[0]["peak"]
     assert expected == pytest.approx(peak, rel=0.2), f"{expected / 1e6:.0f} MB, measured {peak / 1e6:.0f} MB"
 
 
@@ -350,8 +350,8 @@ def test_smaller_settings_need_less():
 
 
 def test_line_comes_before_weights_are_loaded(place):
-    done = place.play("iter=0", "schedule.sft_epochs=0", "evaluation=none")
-    lines = done.stdout.splitlines()
+    process = place.play("iter=0", "schedule.sft_epochs=0", "evaluation=none")
+    lines = process.stdout.splitlines()
     (at,) = [i for i, line in enumerate(lines) if line.startswith("memory needed: about ")]
     assert "GiB free" in lines[at] and not any("iter 0" in line for line in lines[:at])
     again = place.play("iter=0", "schedule.sft_epochs=0", "evaluation=none")
@@ -388,7 +388,7 @@ held = resident_bytes()
 release_free_memory()
 print(most - held, most - resident_bytes(), last.sum().item())
 """
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    freed, released, _ = map(float, done.stdout.split())
+    process = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0, process.stderr
+    freed, released, _ = map(float, process.stdout.split())
     assert freed < 50e6 and released > 200e6

@@ -31,10 +31,10 @@ def optimizer(name, shaped, **settings):
 @pytest.mark.parametrize("name", REFERENCE)
 def test_updates_equal_pytorch(name, halves):
     """In pieces, and from bf16 weights with residual bits, as on whole fp32 tensors."""
-    expected, found = weights(), weights()
+    expected, start = weights(), weights()
     reference = REFERENCE[name](list(expected.values()))
-    rounded = {k: w.bfloat16() for k, w in found.items()} if halves else found
-    residuals = {k: residual_bits(found[k], w) for k, w in rounded.items()} if halves else {}
+    rounded = {k: w.bfloat16() for k, w in start.items()} if halves else start
+    residuals = {k: residual_bits(start[k], w) for k, w in rounded.items()} if halves else {}
     ours = optimizer(name, rounded)
     for step in range(3):
         generator = torch.Generator().manual_seed(step + 1)
@@ -44,7 +44,7 @@ def test_updates_equal_pytorch(name, halves):
         reference.step()
         ours.step(rounded, residuals, grads, lr=1e-3, scale=0.5)
     for k, w in expected.items():
-        master = combine(rounded[k], residuals[k]) if halves else found[k]
+        master = combine(rounded[k], residuals[k]) if halves else start[k]
         off = (master.view(torch.int32) - w.view(torch.int32)).abs()
         assert off.max() <= (3 if halves else 0)  # a tie is one last bit off
         assert (off == 0).float().mean() > 0.999
@@ -76,8 +76,8 @@ def test_stochastic_rounding_keeps_mean():
         whole.step({"a": torch.zeros(4096)}, {}, grads, 1e-4, 1.0)
     assert small.states["a"]["exp_avg_sq"].dtype == torch.bfloat16
     for state in ("exp_avg", "exp_avg_sq"):
-        found, expected = (o.states["a"][state].double().mean().item() for o in (small, whole))
-        assert found == pytest.approx(expected, rel=2e-3)
+        small_mean, whole_mean = (o.states["a"][state].double().mean().item() for o in (small, whole))
+        assert small_mean == pytest.approx(whole_mean, rel=2e-3)
 
 
 def test_rounding_noise_differs_between_tensors():
@@ -106,6 +106,8 @@ def test_resume_same_bits(states, tmp_path):
                 ours = optimizer("adamw", shaped, states=states)
                 ours.load(tmp_path / "states")
             ours.step(shaped, {}, {k: w.cos() for k, w in shaped.items()}, 1e-2, 1.0)
-        kept = {f"{k}.{state}": value for k, states_of in ours.states.items() for state, value in states_of.items()}
-        results.append({**shaped, **kept})
+        own_states = {
+            f"{k}.{state}": value for k, states_of in ours.states.items() for state, value in states_of.items()
+        }
+        results.append({**shaped, **own_states})
     assert all(torch.equal(results[0][k], results[1][k]) for k in results[0])

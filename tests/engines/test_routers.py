@@ -13,26 +13,26 @@ EXPERTS = ["mixtral", "qwen3_moe", "gpt_oss", "qwen3_next"]
 
 def losses_of(model, items, forward: Forward) -> torch.Tensor:
     """By response, in the items' order."""
-    found: list = [None] * (2 * len(items))
+    by_response: list = [None] * (2 * len(items))
     for batch in forward.batches(items):
         with record_router_logits(model) as logits:
             sequence_logps(model, batch, forward)
         losses = balance_losses(model, logits, batch, forward.layout)
         for k, loss in enumerate(losses):
-            found[2 * batch.items[k // 2] + k % 2] = loss
-    return torch.stack(found)
+            by_response[2 * batch.items[k // 2] + k % 2] = loss
+    return torch.stack(by_response)
 
 
 def expected_losses(model, items) -> torch.Tensor:
     """Transformers' loss of each layer of each sequence, unpacked; the mean over layers."""
-    found = []
+    losses = []
     for item in items:
         for response in item.responses:
             ids = torch.tensor([[*item.prompt_ids, *response]])
             logits = model(ids, output_router_logits=True, use_cache=False).router_logits
             layers = [load_balancing_loss_func((layer,), layer.shape[-1], 2) for layer in logits]
-            found.append(torch.stack(layers).mean())
-    return torch.stack(found)
+            losses.append(torch.stack(layers).mean())
+    return torch.stack(losses)
 
 
 @pytest.mark.parametrize("name", EXPERTS)
@@ -43,8 +43,8 @@ def test_losses_match_transformers(name):
     layouts = ["padded"] if name in ("gpt_oss", "qwen3_next") else ["packed", "padded"]
     for layout in layouts:
         for budget in (60, 999):
-            found = losses_of(model, items, Forward(layout, "chunked", budget, 7))
-            assert torch.allclose(found, expected, atol=1e-5)
+            losses = losses_of(model, items, Forward(layout, "chunked", budget, 7))
+            assert torch.allclose(losses, expected, atol=1e-5)
     assert expected.std() > 0.01
 
 
@@ -58,11 +58,11 @@ def test_gradients_match_transformers(layout):
         return torch.autograd.grad((losses * weights).sum(), parameters, allow_unused=True)
 
     expected = gradients(expected_losses(model, items))
-    found = gradients(losses_of(model, items, Forward(layout, "chunked", 90, 7)))
-    for name, mine, theirs in zip(names, found, expected, strict=True):
-        assert (mine is None) == (theirs is None), name
-        assert mine is None or torch.allclose(mine, theirs, atol=1e-5), name
-    assert sum(grad is not None for grad in found) > 5
+    actual = gradients(losses_of(model, items, Forward(layout, "chunked", 90, 7)))
+    for name, actual_grad, expected_grad in zip(names, actual, expected, strict=True):
+        assert (actual_grad is None) == (expected_grad is None), name
+        assert actual_grad is None or torch.allclose(actual_grad, expected_grad, atol=1e-5), name
+    assert sum(grad is not None for grad in actual) > 5
 
 
 def test_even_routing_costs_top_k():

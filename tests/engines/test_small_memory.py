@@ -49,19 +49,19 @@ def test_nf4_levels(tiny_folder):
     rounded = load_model(tiny_folder, torch.float32, CPU, "nf4").dequantize()
     exact = load_model(tiny_folder, torch.float32, CPU)
     for name, weight in exact.named_parameters():
-        found = rounded.get_parameter(name)
+        quantized = rounded.get_parameter(name)
         if "proj" not in name:  # embeddings, tied to the output layer, and norms are not quantized
-            assert torch.equal(found, weight), name
+            assert torch.equal(quantized, weight), name
             continue
         scale = weight.flatten().view(-1, 64).abs().amax(1)
         # The scales are quantized to 8 bits, relative to the largest of 256.
-        off = (found - naive(weight)).abs().max() / scale.max()
-        assert off < 0.02 and (found - weight).abs().mean() > 0.01 * weight.abs().mean(), name
+        off = (quantized - naive(weight)).abs().max() / scale.max()
+        assert off < 0.02 and (quantized - weight).abs().mean() > 0.01 * weight.abs().mean(), name
 
 
 def test_nf4_size_matches_estimate(tiny_folder):
     model = load_model(tiny_folder, torch.bfloat16, CPU, "nf4")
-    held = sum(
+    stored = sum(
         weight.numel() * weight.element_size()
         + sum(
             t.numel() * t.element_size() for t in weight.quant_state.as_dict(packed=True).values() if torch.is_tensor(t)
@@ -73,7 +73,7 @@ def test_nf4_size_matches_estimate(tiny_folder):
         w.numel() for name, w in load_model(tiny_folder, torch.float32, CPU).named_parameters() if "proj" in name
     )
     maps = 14 * (16 + 256) * 4 + 14 * 200  # levels and JSON header of each of 14 layers
-    assert held - maps == pytest.approx(NF4 * numbers, rel=0.1)
+    assert stored - maps == pytest.approx(NF4 * numbers, rel=0.1)
 
 
 def test_nf4_game_starts_at_opponent(played):
@@ -97,13 +97,13 @@ def test_merged_model_same_logits(played):
     assert policy.base.quantization == "nf4"
     ids = torch.tensor([[5, 6, 7, 8, 9]])
     with torch.no_grad():
-        here = load_policy(policy, torch.float32, CPU)(ids).logits
+        adapted = load_policy(policy, torch.float32, CPU)(ids).logits
         merged = load_model(played.folder / "run/iter0/merged", torch.float32, CPU)
-        assert (merged(ids).logits - here).abs().max() < 0.01 * here.abs().max()
+        assert (merged(ids).logits - adapted).abs().max() < 0.01 * adapted.abs().max()
     assert merged.dtype == torch.float32 and getattr(merged.config, "quantization_config", None) is None
     whole_base = load_model(policy.base.folder, torch.float32, CPU)
     with torch.no_grad():
-        assert (whole_base(ids).logits - here).abs().max() > 0.05
+        assert (whole_base(ids).logits - adapted).abs().max() > 0.05
 
 
 def test_quantization_changes_model_id(tiny_folder):
@@ -119,14 +119,14 @@ def states_of(optimizer, key):
 
 @pytest.mark.parametrize(("name", "whole_name"), [("rmsprop8bit", "rmsprop"), ("adamw8bit", "adamw")])
 def test_eight_bit_states_size_and_step(tiny_folder, name, whole_name):
-    moved, held = [], []
-    for one in (whole_name, name):
+    moved, bytes_per_weight = [], []
+    for optimizer_name in (whole_name, name):
         engine = SingleEngine(
             base_or_self(tiny_folder),
             torch.float32,
             CPU,
             EngineConfig.from_defaults(),
-            OptimizerConfig.from_defaults(name=one),
+            OptimizerConfig.from_defaults(name=optimizer_name),
         )
         before = {key: master.clone() for key, master in engine.masters.items()}
         train(engine, batch_size=5)
@@ -138,11 +138,13 @@ def test_eight_bit_states_size_and_step(tiny_folder, name, whole_name):
         tensors = [
             t for state in states for key, t in state.items() if torch.is_tensor(t) and "qmap" not in key and t.ndim
         ]
-        held.append(
+        bytes_per_weight.append(
             sum(t.numel() * t.element_size() for t in tensors) / sum(master.numel() for master in large.values())
         )
-    assert held[0] == 4 * state_values_per_weight(OptimizerConfig.from_defaults(name=whole_name))
-    assert held[1] == pytest.approx(4 * state_values_per_weight(OptimizerConfig.from_defaults(name=name)), rel=0.02)
+    assert bytes_per_weight[0] == 4 * state_values_per_weight(OptimizerConfig.from_defaults(name=whole_name))
+    assert bytes_per_weight[1] == pytest.approx(
+        4 * state_values_per_weight(OptimizerConfig.from_defaults(name=name)), rel=0.02
+    )
     similar = torch.nn.functional.cosine_similarity(moved[0], moved[1], dim=0)
     assert similar > 0.9 and moved[1].abs().mean() == pytest.approx(moved[0].abs().mean().item(), rel=0.2)
 
@@ -158,21 +160,21 @@ def test_eight_bit_resume_same_bits(tiny_folder, tmp_path, name):
             OptimizerConfig.from_defaults(name=name),
         )
 
-    def step(one):
-        for number, (key, weight) in enumerate(one.weights.items()):
+    def step(trained):
+        for number, (key, weight) in enumerate(trained.weights.items()):
             generator = torch.Generator().manual_seed(number)
-            one.grads[key] = torch.randn(weight.shape, generator=generator).to(weight.dtype)
-        one.step(1e-3)
+            trained.grads[key] = torch.randn(weight.shape, generator=generator).to(weight.dtype)
+        trained.step(1e-3)
 
     straight, cut = engine(), engine()
-    for one in (straight, cut):
-        step(one)
+    for trained in (straight, cut):
+        step(trained)
     cut.save_state(tmp_path)
     resumed = engine()
     resumed.load_state(tmp_path)
-    for one in (straight, resumed):
-        step(one)
-        step(one)
+    for trained in (straight, resumed):
+        step(trained)
+        step(trained)
     start = engine().masters
     assert not any(torch.equal(straight.masters[key], start[key]) for key in start)
     assert all(torch.equal(straight.masters[key], resumed.masters[key]) for key in straight.masters)

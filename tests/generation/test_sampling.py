@@ -182,7 +182,7 @@ def test_padded_prefill_matches_packed(monkeypatch):
 
 def test_fewer_passes_than_static_batches():
     model, chosen, passes = small_model("llama"), examples(40), []
-    model.register_forward_hook(lambda *rest: passes.append(1))
+    model.register_forward_hook(lambda *args: passes.append(1))
     answers = generate(model, chosen, GenerationConfig.from_defaults(batch_size=8), 40, {1, 2, 3, 4, 5, 6})
     static = sum(max(len(a.ids) for a in answers[start : start + 8]) for start in range(0, 40, 8))
     assert len(passes) < 0.8 * static
@@ -215,8 +215,8 @@ def test_wrong_cache_is_an_error():
     model, chosen = small_model("mamba2"), examples(5)
     forward = model.forward
 
-    def without_cache(cache_params=None, **rest):
-        return forward(**rest)
+    def without_cache(cache_params=None, **kwargs):
+        return forward(**kwargs)
 
     model.forward = without_cache
     with pytest.raises(UserError, match="differs from its own forward"):
@@ -228,8 +228,8 @@ def test_model_that_ignores_positions_uses_static_batches():
     model, chosen = small_model("llama"), examples(2)
     forward = model.forward
 
-    def without_positions(position_ids=None, **rest):
-        return forward(**rest)
+    def without_positions(position_ids=None, **kwargs):
+        return forward(**kwargs)
 
     assert isinstance(batch_for(model, chosen), ContinuousBatch)
     model.forward = without_positions
@@ -252,7 +252,7 @@ def test_progress_is_reported_once_a_step(name):
     with pytest.MonkeyPatch.context() as patch:
         for method, function in zip(("start", "step"), usual, strict=True):
             patch.setattr(type(batch), method, lambda *a, function=function: steps.append(1) or function(*a))
-        patch.setattr(decoding, "make_batch", lambda *rest: batch)
+        patch.setattr(decoding, "make_batch", lambda *args: batch)
         answers = generate(
             model, chosen, GenerationConfig.from_defaults(batch_size=5), 15, {1, 7, 30}, advance=reports.append
         )

@@ -88,20 +88,20 @@ def test_greedy(smollm2, tmp_path):
 
 
 def test_greedy_bf16(smollm2, tmp_path):
-    """Prints (pytest -s) how many answers are equal where both round, and where the others first differ."""
+    """Prints (pytest -s) how many answers are equal although both round, and where the rest first differ."""
     run = smollm2
     request = AnswerRequest(run.tokenizer, run.data.train, GREEDY, 24, run.stop_ids, 0)
-    theirs = ids(generate_with_vllm(run.start, torch.bfloat16, tmp_path, request))
-    own = ours(run.start, run.data.train, 24, run.stop_ids, torch.bfloat16)
+    answers = ids(generate_with_vllm(run.start, torch.bfloat16, tmp_path, request))
+    expected = ours(run.start, run.data.train, 24, run.stop_ids, torch.bfloat16)
     first = sorted(
-        next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-        for one, other in zip(theirs, own, strict=True)
-        if one != other
+        next((n for n, (a, b) in enumerate(zip(*pair, strict=False)) if a != b), min(map(len, pair)))
+        for pair in zip(answers, expected, strict=True)
+        if pair[0] != pair[1]
     )
     print(
-        f"\nbf16: {len(own) - len(first)} of {len(own)} answers are equal; the others first differ after {first} tokens"
+        f"\nbf16: {len(answers) - len(first)} of {len(answers)} answers are equal; the rest differ after {first} tokens"
     )
-    assert len(first) < len(own)
+    assert len(first) < len(answers)
 
 
 def test_sampled(smollm2, tmp_path):
@@ -163,7 +163,7 @@ def vllm_words(model) -> list[str]:
 def play_both(games, folder, model, *more) -> str:
     """Play a game with vLLM and with our own decoding: all answers are equal. Returns what the first printed."""
     stored, printed = [], []
-    for name, chosen in (("vllm", vllm_words(model)), ("own", [*words(model), "generation=greedy"])):
+    for name, chosen in (("vllm", vllm_words(model)), ("ours", [*words(model), "generation=greedy"])):
         place = Place(folder / name, games)
         place.folder.mkdir(exist_ok=True)
         done = place.start(*chosen, *more).wait(1200)
@@ -177,7 +177,7 @@ def play_both(games, folder, model, *more) -> str:
 def test_game_of_the_embedded_model(games, tmp_path):
     """A whole iteration: vLLM's answers are also those to the held-out prompts."""
     play_both(games, tmp_path, "model=smollm2", "iter=0", "generation.max_new_tokens=24", "evaluation.bootstrap=50")
-    games = [json.loads((tmp_path / name / "run" / "game.json").read_text()) for name in ("vllm", "own")]
+    games = [json.loads((tmp_path / name / "run" / "game.json").read_text()) for name in ("vllm", "ours")]
     assert games[0]["evaluations"] == games[1]["evaluations"] and len(games[0]["evaluations"]) == 2
 
 

@@ -72,7 +72,7 @@ def outcome(place, run, done):
     folder = place.folder / run
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return SimpleNamespace(
-        said=done.stdout,
+        stdout=done.stdout,
         folder=folder,
         training=[row for row in rows if row["stage"] == "train"],
         pairs=[read_pairs(folder / f"iter{t}" / "pairs.parquet")[0] for t in range(4)],
@@ -111,15 +111,15 @@ def test_recipe_is_the_papers():
 
 
 def test_one_gpu_recipe_differs_in_memory_only():
-    paper, one = (OmegaConf.to_container(composed(*recipe), resolve=True) for recipe in (PAPER, ONE_GPU))
+    paper, one_gpu = (OmegaConf.to_container(composed(*recipe), resolve=True) for recipe in (PAPER, ONE_GPU))
     changed = {
         f"{group}.{key}" if isinstance(value, dict) else group
         for group, value in paper.items()
         for key in (value if isinstance(value, dict) else [None])
-        if value != one[group] and (key is None or value[key] != one[group][key])
+        if value != one_gpu[group] and (key is None or value[key] != one_gpu[group][key])
     }
     assert changed == {"name", "optimizer.states", "engine.gradient_checkpointing"}
-    assert one["engine"]["name"] == "single"
+    assert one_gpu["engine"]["name"] == "single"
 
 
 def test_recipes_fit_80_gib():
@@ -147,14 +147,14 @@ def test_start_is_found_in_the_hub_cache(place, monkeypatch):
 
 def test_splits_and_first_rounds(place, paper):
     talks = place.talks
-    rounds = {(talk[0], talk[1]): split for split, found in reversed(talks.items()) for talk in found}
+    rounds = {(talk[0], talk[1]): split for split, split_talks in reversed(talks.items()) for talk in split_talks}
     del rounds[talks["test_gen"][0][0], talks["test_gen"][0][1]]  # its prompt is too long
     trained = {(pair.prompt, pair.real) for pair in paper.pairs[0]}
     (measured, *_) = (place.folder / "store" / "evaluate").glob("*/held_out.parquet")
     held_out = {(pair.prompt, pair.real) for pair in read_pairs(measured)[0]}
     assert trained | held_out <= rounds.keys() and not trained & held_out
     assert (len(paper.pairs[0]), len(trained), len(held_out)) == (SIZE, SIZE, HELD_OUT)
-    assert Counter(rounds[one] for one in trained).keys() == hub.SIZES.keys()
+    assert Counter(rounds[pair] for pair in trained).keys() == hub.SIZES.keys()
     read = sum(hub.SIZES.values())
     # Two conversations start with the same round, which makes one example.
     assert paper.game["data"]["counts"] == {
@@ -209,8 +209,8 @@ def check_game(game):
         # Its own pairs and those of the iteration before, all scored under the present opponent.
         ids = Counter(pair.iter for pair in pairs[t])
         assert ids == ({0: SIZE} if t == 0 else {t - 1: SIZE, t: SIZE})
-        own = {pair.id: pair for pair in pairs[t] if pair.iter == t}
-        assert t == 0 or own.keys() == {pair.id for pair in pairs[t - 1]}
+        new = {pair.id for pair in pairs[t] if pair.iter == t}
+        assert t == 0 or new == {pair.id for pair in pairs[t - 1]}
         before = {pair.id: index for index, pair in enumerate(pairs[t - 1]) if pair.iter == t - 1} if t else {}
         replayed = [(index, pair) for index, pair in enumerate(pairs[t]) if pair.iter == t - 1]
         assert all(pair.generated_ids == pairs[t - 1][before[pair.id]].generated_ids for _, pair in replayed)
@@ -225,7 +225,7 @@ def check_game(game):
         assert rows[0]["rewards/margins"] == pytest.approx(0, abs=1e-3)
         assert max(row["learning_rate"] for row in rows) == pytest.approx(lr)
         assert all(row["grad_norm"] > 0 for row in rows)
-    assert [one["pairs"] for one in game.game["iterations"]] == [SIZE, 2 * SIZE, 2 * SIZE, 2 * SIZE]
+    assert [iteration["pairs"] for iteration in game.game["iterations"]] == [SIZE, 2 * SIZE, 2 * SIZE, 2 * SIZE]
 
     start = None
     for t in range(4):
@@ -254,9 +254,9 @@ def test_one_gpu_recipe_reuses_stages(place, games, paper):
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("reused") == 3 and "iter 0: score: reused" in done.stdout
     manifests = [json.loads((run / "iter0" / "manifest.json").read_text()) for run in (folder, paper.folder)]
-    one, eight = (manifest["stages"]["train"]["made_from"] for manifest in manifests)
-    assert (one["optimizer"]["states"], eight["optimizer"]["states"]) == ("bf16", "fp32")
-    assert one["scores"] == eight["scores"] and one["lr"] == eight["lr"] and one["objective"] == eight["objective"]
+    one_gpu, eight_gpus = (manifest["stages"]["train"]["made_from"] for manifest in manifests)
+    assert (one_gpu["optimizer"]["states"], eight_gpus["optimizer"]["states"]) == ("bf16", "fp32")
+    assert all(one_gpu[key] == eight_gpus[key] for key in ("scores", "lr", "objective"))
     assert manifests[0]["policy"]["weights"] != manifests[1]["policy"]["weights"]
 
 
@@ -264,13 +264,13 @@ def test_one_gpu_recipe_reuses_stages(place, games, paper):
 def test_two_ranks_play_the_recipe(place):
     """What is typed for eight cards: DeepSpeed, ZeRO-3, bf16; here two processes on a CPU."""
     launch = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 2 run.py".split()]
-    asked = ["experiment=paper", model(place), *words(place, "two")]
+    settings = ["experiment=paper", model(place), *words(place, "two")]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launch, *asked], cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
+    done = subprocess.run([*launch, *settings], cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
     game = outcome(place, "two", done)
     check_game(game)
-    assert all(one["stages"]["train"]["made_from"]["engine"] == "deepspeed" for one in game.manifests)
-    assert "2 processes, ZeRO stage 3" in game.said
+    assert all(manifest["stages"]["train"]["made_from"]["engine"] == "deepspeed" for manifest in game.manifests)
+    assert "2 processes, ZeRO stage 3" in game.stdout
 
 
 @pytest.mark.slow

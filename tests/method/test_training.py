@@ -87,8 +87,8 @@ def test_step_equals_naive_float64(tiny_folder):
         # RMSprop divides by |grad|, so where a gradient is all rounding so is its step: compare where it is not.
         solid = grad.abs() > 1e-6
         assert solid.float().mean() > 0.5
-        found = engine.masters[name].double()
-        assert torch.allclose(found[solid], expected[solid], atol=2e-5), name
+        master = engine.masters[name].double()
+        assert torch.allclose(master[solid], expected[solid], atol=2e-5), name
         assert torch.equal(engine.model.get_parameter(name).data, engine.masters[name])
     assert rows[0]["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
     assert rows[0]["loss"] == pytest.approx(loss.item(), abs=1e-5)
@@ -120,15 +120,15 @@ def test_gradient_does_not_depend_on_micro_batches(tiny_folder, forward):
     results = []
     for way in (PACKED, forward):
         engine = engine_of(tiny_folder)
-        kept = {}
+        collected = {}
 
-        def step(lr, engine=engine, kept=kept):
-            kept.update({name: grad.clone() for name, grad in engine.grads.items()})
+        def step(lr, engine=engine, collected=collected):
+            collected.update({name: grad.clone() for name, grad in engine.grads.items()})
             return 0.0
 
         engine.step = step
         train(engine, pairs, way, loss={"beta": 0.5})
-        results.append(kept)
+        results.append(collected)
     for name, grad in results[0].items():
         assert torch.allclose(grad, results[1][name], atol=1e-5, rtol=1e-3), name
 
@@ -234,8 +234,8 @@ def test_nonfinite_step_is_skipped(tiny_folder, loss, gradient):
 @pytest.mark.parametrize(("count", "broken", "after"), [(12, {2, 3, 4, 5, 6}, 7), (1, {0}, 1), (4, {1, 2}, 3)])
 def test_nonfinite_steps_in_a_row_end_the_run(tiny_folder, tmp_path, count, broken, after):
     """The last checkpoint that is kept is that of the last step with an update."""
-    said, rows = [], []
-    checkpoints = Checkpoints(tmp_path, steps=1, say=said.append)
+    messages, rows = [], []
+    checkpoints = Checkpoints(tmp_path, steps=1, say=messages.append)
     settings = {**SETTINGS, "batch_size": 1}
     with pytest.raises(UserError, match="lower the learning rate"):
         fit(
@@ -248,8 +248,8 @@ def test_nonfinite_steps_in_a_row_end_the_run(tiny_folder, tmp_path, count, brok
             **settings,
         )
     assert len(rows) == after
-    kept = Checkpoints(tmp_path, steps=1).restore(engine_of(tiny_folder))
-    assert kept.step == min(broken) and kept.skipped == 0
+    restored = Checkpoints(tmp_path, steps=1).restore(engine_of(tiny_folder))
+    assert restored.step == min(broken) and restored.skipped == 0
 
 
 def test_divergence_ends_the_run(tiny_folder):
@@ -310,8 +310,8 @@ def test_closed_engine_frees_weights(tiny_folder):
     """A game trains several times in one process: what each leaves would add up."""
     engine = engine_of(tiny_folder)
     train(engine, pairs_of())
-    left = [weakref.ref(engine), weakref.ref(engine.model), *map(weakref.ref, engine.model.parameters())]
+    references = [weakref.ref(engine), weakref.ref(engine.model), *map(weakref.ref, engine.model.parameters())]
     engine.close()
     del engine
     gc.collect()
-    assert not any(one() is not None for one in left)
+    assert not any(reference() is not None for reference in references)

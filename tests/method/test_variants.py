@@ -203,8 +203,8 @@ def test_step_gradients_equal_naive_float64(tiny_folder, forward, variant):
     opponent = references["opponent"]
     reference = torch.stack([opponent["real"], opponent["generated"]], 1) + noise
     references["reference"] = named(reference)
-    engine, kept, rows = engine_of(tiny_folder), {}, []
-    engine.step = lambda lr: kept.update({name: grad.clone() for name, grad in engine.grads.items()}) or 0.0
+    engine, collected, rows = engine_of(tiny_folder), {}, []
+    engine.step = lambda lr: collected.update({name: grad.clone() for name, grad in engine.grads.items()}) or 0.0
     train(engine, pairs, references, forward, rows.append, **variant)
 
     exact = load_model(tiny_folder, torch.float64, CPU).requires_grad_(True)
@@ -225,7 +225,7 @@ def test_step_gradients_equal_naive_float64(tiny_folder, forward, variant):
     assert rows[0]["prompts"] == len(items) and rows[0]["pairs"] == len(pairs)
     assert rows[0]["gains/real"] == pytest.approx(0, abs=1e-3) and abs(rows[0]["rewards/margins"]) > 1e-3
     for name, weight in exact.named_parameters():
-        assert torch.allclose(kept[name].double(), weight.grad, atol=2e-5, rtol=1e-3), name
+        assert torch.allclose(collected[name].double(), weight.grad, atol=2e-5, rtol=1e-3), name
 
 
 def naive_logps(model, item: Continuations) -> list[torch.Tensor]:
@@ -242,10 +242,10 @@ def naive_logps(model, item: Continuations) -> list[torch.Tensor]:
 def test_first_step_check_uses_the_opponent(tiny_folder):
     pairs = answers_of(ragged(6, seed=9))
     opponent = score(tiny_folder, pairs)["opponent"]
-    other = {name: values - 5 for name, values in opponent.items()}
-    train(engine_of(tiny_folder), pairs, {"opponent": opponent, "reference": other})
+    wrong = {name: values - 5 for name, values in opponent.items()}
+    train(engine_of(tiny_folder), pairs, {"opponent": opponent, "reference": wrong})
     with pytest.raises(UserError, match="does not equal its opponent"):
-        train(engine_of(tiny_folder), pairs, {"opponent": other, "reference": opponent})
+        train(engine_of(tiny_folder), pairs, {"opponent": wrong, "reference": opponent})
 
 
 # --- complete games --------------------------------------------------------------------------------------------------------
