@@ -86,19 +86,11 @@ class Engine(ABC):
         """Add the gradients of `loss`, a scalar, to those of the step."""
 
     @abstractmethod
-    def step(self, lr: float) -> float:
+    def step(self, lr: float | None) -> float:
         """Clip the gradients, update the masters with learning rate `lr`, and clear the gradients.
 
-        Returns the norm before clipping. If it is not finite, nothing is updated.
+        Returns the norm before clipping. If it is not finite, or `lr` is None, nothing is updated.
         """
-
-    @abstractmethod
-    def skip_step(self) -> float:
-        """Clear the gradients without an update. Returns NaN in place of a norm."""
-
-    def mean(self, values: Sequence[Tensor]) -> float:
-        """Return the mean over all entries of all tensors, and over all ranks."""
-        return self.ranks.mean(torch.cat([value.reshape(-1).cpu() for value in values]))
 
     @abstractmethod
     def save(self, folder: Path) -> None:

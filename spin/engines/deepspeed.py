@@ -14,6 +14,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,7 @@ class DeepSpeedEngine(Engine):
         assert not self._closed, "this engine is closed"
         if self._initialized is None:
             self._initialized = self._initialize()
+            self._set_state()
         return self._initialized
 
     def _initialize(self) -> Any:
@@ -129,7 +131,6 @@ class DeepSpeedEngine(Engine):
         for name, value in buffers.items():
             module, _, leaf = name.rpartition(".")
             self.model.get_submodule(module)._buffers[leaf] = value.to(self.device)
-        self._set_state(ds)
         return ds
 
     def _settings(self) -> dict[str, Any]:
@@ -154,19 +155,19 @@ class DeepSpeedEngine(Engine):
             settings |= {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}
         return settings
 
-    def _set_state(self, ds: Any) -> None:
+    def _set_state(self) -> None:
         """Set masters, which DeepSpeed has made from rounded weights, and optimiser states."""
         if self._checkpoint is None:
             if self.dtype != torch.float32:
                 masters, self.buffers = masters_of(self.policy, torch.device("cpu"))
-                self._set_masters(ds, masters.__getitem__)
-            for part in self._parts(ds):  # at stage 0 DeepSpeed has made an empty update, which AdamW would count
+                self._set_masters(masters.__getitem__)
+            for part in self._parts():  # at stage 0 DeepSpeed has made an empty update, which AdamW would count
                 if "step" in (state := self.optimizer.state.get(part, {})):
                     state["step"].zero_()
             return
         with safe_open(self._checkpoint / OPTIMIZER, "pt") as file:
             self.updates = int(file.metadata()["updates"])
-            for part in self._parts(ds):
+            for part in self._parts():
                 self.optimizer.state[part] = {"step": torch.tensor(float(self.updates))}
             for state in STATES[self.config.name]:
 
@@ -174,23 +175,23 @@ class DeepSpeedEngine(Engine):
                     return file.get_tensor(f"{state}.{name}").view(self.shapes[name])
 
                 # States are partitioned as masters are: set masters to their values, and copy each rank's part.
-                self._set_masters(ds, value_of)
-                for part in self._parts(ds):
+                self._set_masters(value_of)
+                for part in self._parts():
                     self.optimizer.state[part][state] = part.detach().clone()
         with safe_open(self._checkpoint / MASTERS, "pt") as file:
-            self._set_masters(ds, file.get_tensor)
+            self._set_masters(file.get_tensor)
 
-    def _parts(self, ds: Any) -> list[Tensor]:
+    def _parts(self) -> list[Tensor]:
         """Return this rank's parts of the fp32 masters, which are the keys of the optimiser's states."""
         if self.stage == 3:  # DeepSpeed gives them to the optimiser one after another
-            return ds.optimizer.fp32_partitioned_groups_flat
+            return self._ds.optimizer.fp32_partitioned_groups_flat
         return [part for group in self.optimizer.param_groups for part in group["params"]]
 
-    def _set_masters(self, ds: Any, value_of: Callable[[str], Tensor]) -> None:
+    def _set_masters(self, value_of: Callable[[str], Tensor]) -> None:
         """Set each master, or this rank's part of it, to the whole tensor `value_of(name)`."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
-        masters = self._whole_masters(ds)
+        masters = self._whole_masters()
         for name, weight in self.trained.items():
             value = value_of(name).float()
             if self.stage == 0:
@@ -202,24 +203,24 @@ class DeepSpeedEngine(Engine):
                 flat = torch.nn.functional.pad(value.flatten(), (0, length * self.ranks.size - value.numel()))
                 safe_set_local_fp32_param(weight, flat[self.ranks.rank * length :][:length].to(self.device))
 
-    def _gather_masters(self, ds: Any) -> dict[str, Tensor]:
+    def _gather_masters(self) -> dict[str, Tensor]:
         """Return the whole masters by name on rank 0's CPU; nothing on other ranks."""
         from deepspeed.utils import safe_get_full_fp32_param
 
-        masters, gathered = self._whole_masters(ds), {}
+        masters, gathered = self._whole_masters(), {}
         for name, weight in self.trained.items():
             value = masters[name].detach() if self.stage == 0 else safe_get_full_fp32_param(weight)
             if self.ranks.is_main_process:
                 gathered[name] = value.view(self.shapes[name]).to("cpu", copy=True).contiguous()
         return gathered
 
-    def _whole_masters(self, ds: Any) -> Mapping[str, Tensor]:
+    def _whole_masters(self) -> Mapping[str, Tensor]:
         """Return at stage 0 the masters by name, which each rank holds whole; at other stages the weights, unused."""
         if self.stage > 0 or self.dtype == torch.float32:
             return self.trained
-        weights = [weight for group in ds.optimizer.fp16_groups for weight in group]
-        masters = [master for group in ds.optimizer.fp32_groups for master in group]
-        master_of = {id(weight): master for weight, master in zip(weights, masters, strict=True)}
+        optimizer = self._ds.optimizer
+        masters = zip(chain(*optimizer.fp16_groups), chain(*optimizer.fp32_groups), strict=True)
+        master_of = {id(weight): master for weight, master in masters}
         return {name: master_of[id(weight)] for name, weight in self.trained.items()}
 
     # --- the engine's interface ---------------------------------------------------------------------------------------
@@ -245,7 +246,7 @@ class DeepSpeedEngine(Engine):
         scale = self.ranks.size if loss.isfinite() else math.nan
         self._ds.backward(loss * scale)
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float | None) -> float:  # without a rate the gradients are not finite: see `backward`
         norm = None
         if self.stage == 0 and self.dtype == torch.float32:  # DeepSpeed does not check the norm
             grads = [weight.grad for weight in self.trained.values() if weight.grad is not None]
@@ -254,35 +255,30 @@ class DeepSpeedEngine(Engine):
                 self._ds.zero_grad()
                 return norm
         for group in self._ds.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = 0.0 if lr is None else lr
         self._ds.step()
         if not self._ds.was_step_applied():
             return math.nan
         self.updates += 1
         return float(self._ds.get_global_grad_norm()) if norm is None else norm
 
-    def skip_step(self) -> float:
-        norm = self.step(0.0)  # whose loss is not finite: see `backward`
-        assert not math.isfinite(norm)
-        return math.nan
-
     def save(self, folder: Path) -> None:
-        masters = self._gather_masters(self._ds)
+        masters = self._gather_masters()
         if self.ranks.is_main_process:
             save_model(self.model, {**self.buffers, **masters}, self.policy, folder)
 
     def save_state(self, folder: Path) -> None:
-        masters = self._gather_masters(self._ds)
+        masters = self._gather_masters()
         if self.ranks.is_main_process:
             save_file(masters, folder / MASTERS)
         del masters
         states: dict[str, Tensor] = {}
-        parts = self._parts(self._ds)
+        parts = self._parts()
         saved = [part.detach().clone() for part in parts]
         for state in STATES[self.config.name]:  # gathered as masters: see `_set_state`
             for part in parts:
                 part.data.copy_(self.optimizer.state[part][state])
-            states |= {f"{state}.{name}": value.view(-1) for name, value in self._gather_masters(self._ds).items()}
+            states |= {f"{state}.{name}": value.view(-1) for name, value in self._gather_masters().items()}
         for part, value in zip(parts, saved, strict=True):
             part.data.copy_(value)
         if self.ranks.is_main_process:

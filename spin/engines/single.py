@@ -81,17 +81,13 @@ class SingleEngine(Engine):
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
-    def step(self, lr: float) -> float:
-        norm = global_norm(self.grads.values())
-        if math.isfinite(norm):
+    def step(self, lr: float | None) -> float:
+        norm = math.nan if lr is None else global_norm(self.grads.values())
+        if lr is not None and math.isfinite(norm):
             scale = min(1.0, self.max_grad_norm / (norm + 1e-6))
             self.optimizer.step(self.weights, self.residuals, self.grads, lr, scale)
-        self.skip_step()
-        return norm
-
-    def skip_step(self) -> float:
         self.grads.clear()
-        return math.nan
+        return norm
 
     def save(self, folder: Path) -> None:
         release_free_memory()  # of the activations, before the fp32 masters are made

@@ -73,7 +73,7 @@ def fit(
             row = _accumulate_gradients(engine, items, batch_loss, forward, chosen, state.step, router_aux_weight)
             rate = lr * learning_rate_factor(state.step, len(steps), warmup_ratio)
             with deferred():  # a signal must not separate the weights from the state that describes them
-                norm = engine.step(rate) if math.isfinite(row["loss"]) else engine.skip_step()
+                norm = engine.step(rate if math.isfinite(row["loss"]) else None)
                 seconds = time.perf_counter() - started
                 row |= {"grad_norm": norm, "learning_rate": rate, "tokens_per_second": row.pop("tokens") / seconds}
                 pairs = sum(pairs_per_item[i] for i in chosen) if pairs_per_item else len(chosen)
@@ -112,7 +112,7 @@ def _accumulate_gradients(
         tokens += batch.tokens if weight else 0
         for name, value in values.items():
             metrics.setdefault(name, []).append(value if weight else value[:0])
-    means = {name: engine.mean(values) for name, values in metrics.items()}
+    means = {name: engine.ranks.mean(torch.cat(values).cpu()) for name, values in metrics.items()}
     return means | {"tokens": engine.ranks.all_reduce_sum(tokens)}
 
 
@@ -151,7 +151,6 @@ def train_spin(
     forward: Forward,
     *,
     first: Mapping[tuple[str, int], Ids] | None = None,
-    log: Callable[[dict], None],
     **settings,
 ) -> TrainState:
     """Train the policy to tell the human answers from its opponent's (section 4.1 of the paper). Settings as for `fit`.
@@ -180,7 +179,7 @@ def train_spin(
         return mean_per_item(losses, counts), {name: mean_per_item(values, counts) for name, values in metrics.items()}
 
     settings |= {"pairs_per_item": list(map(len, groups)), "router_aux_weight": objective.router_aux_weight}
-    return fit(engine, items, batch_loss, forward, log=log, **settings)
+    return fit(engine, items, batch_loss, forward, **settings)
 
 
 def mean_per_item(values: Tensor, counts: Sequence[int]) -> Tensor:
@@ -201,9 +200,7 @@ def check_first_step(policy: Logps, opponent: Logps, tolerance: float) -> None:
         )
 
 
-def train_sft(
-    engine: Engine, items: Sequence[Continuations], forward: Forward, *, log: Callable[[dict], None], **settings
-) -> TrainState:
+def train_sft(engine: Engine, items: Sequence[Continuations], forward: Forward, **settings) -> TrainState:
     """Fine-tune on the human answers: minimise the mean over examples of their negative log-likelihood per token."""
 
     def batch_loss(batch: Batch, logps: Tensor, indices: list[int], step: int) -> tuple[Tensor, Metrics]:
@@ -211,4 +208,4 @@ def train_sft(
         losses = -logps / lengths
         return losses, {"loss": losses.detach(), "logps/real": logps.detach()}
 
-    return fit(engine, items, batch_loss, forward, log=log, **settings)
+    return fit(engine, items, batch_loss, forward, **settings)

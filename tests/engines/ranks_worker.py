@@ -176,9 +176,9 @@ def measured(engine: DeepSpeedEngine) -> dict[str, int]:
         return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
     weights = [getattr(weight, "ds_tensor", weight) for weight in engine.model.parameters()]
-    parts = engine._parts(engine._ds)
+    parts = engine._parts()
     if engine.stage == 0 and engine.dtype != torch.float32:
-        parts = list(engine._whole_masters(engine._ds).values())
+        parts = list(engine._whole_masters().values())
     states = [
         value
         for state in engine.optimizer.state.values()

@@ -300,7 +300,7 @@ def test_resume_on_another_number_of_ranks(two):
     assert two.of("3 after one")[0]["restored"] == 2
     assert (two.moves("3 after one") - whole).norm() < 1e-4 * whole.norm()
     checkpoint = checkpoint_at(two, 3)
-    play(replace(two.cases["3 again"], name="one after two", checkpoint=str(checkpoint)), two.folder)
+    play(replace(two.cases["3 again"], name="one after two", checkpoints=str(checkpoint)), two.folder)
     facts, _ = two.of("one after two")
     assert facts["restored"] == 3
     assert (two.moves("3 again", two.folder / "one after two") - whole).norm() < 1e-4 * whole.norm()
