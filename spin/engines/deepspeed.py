@@ -216,9 +216,9 @@ class DeepSpeedEngine(Engine):
 
     def _whole_masters(self) -> Mapping[str, Tensor]:
         """Return at stage 0 the masters by name, which each rank holds whole; at other stages the weights, unused."""
+        optimizer = self._ds.optimizer  # is initialised first
         if self.stage > 0 or self.dtype == torch.float32:
             return self.trained
-        optimizer = self._ds.optimizer
         masters = zip(chain(*optimizer.fp16_groups), chain(*optimizer.fp32_groups), strict=True)
         master_of = {id(weight): master for weight, master in masters}
         return {name: master_of[id(weight)] for name, weight in self.trained.items()}
