@@ -11,8 +11,10 @@ from transformers import LlamaConfig
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from spin.engines.device_memory import GIB
-from spin.engines.memory import CONTEXT, RANK, RESERVED, Load, format_gib, peak, shape_of
+from spin.engines.memory import RANK, Load, format_gib, peak, shape_of
 
+CONTEXT = 0.6 * GIB  # of a GPU, taken by CUDA before any allocation
+RESERVED = 0.05  # of a GPU, lost to the allocator's fragmentation
 SIZES = (12, 16, 24, 40, 80, 141)  # GPU memory in GiB
 # From the models' published configs; the 135M model is the embedded one.
 MODELS: dict[str, dict[str, Any]] = {

@@ -15,15 +15,16 @@ from transformers import MistralConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.memory_table import CONTEXT, RESERVED
 from spin.config.hydra import load
 from spin.data.examples import Dataset, Example
 from spin.engines import memory
+from spin.engines.device_memory import GIB
 from spin.models.policy import Policy
 from spin.runtime.process_group import ProcessGroup
 from spin.runtime.tables import Rows
 
-GIB = 2**30
-USABLE = 80 * GIB * (1 - memory.RESERVED) - memory.CONTEXT
+USABLE = 80 * GIB * (1 - RESERVED) - CONTEXT
 ZEPHYR = MistralConfig()  # the defaults equal Zephyr's config.json
 EXAMPLES = 50_000  # per iteration in the paper
 

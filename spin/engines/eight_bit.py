@@ -30,7 +30,6 @@ class EightBit:
         self.optimizers = {name: make([parameter]) for name, parameter in self.parameters.items()}
 
     def step(self, weights: Tensors, residuals: Tensors, grads: Tensors, lr: float, scale: float) -> None:
-        """As `Optimizer.step`."""
         for name, grad in grads.items():
             weight, residual = weights[name], residuals.get(name)
             parameter, optimizer = self.parameters[name], self.optimizers[name]
@@ -55,7 +54,6 @@ class EightBit:
         save_file(tensors, file)
 
     def load(self, file: Path) -> None:
-        """Restore what `save` wrote."""
         for entry, value in load_file(file).items():
             key, _, name = entry.partition(".")
             parameter = self.parameters[name]

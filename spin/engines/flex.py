@@ -13,21 +13,19 @@ def block_mask(table: Tensor, length: int) -> BlockMask:
     A block of queries attends to the blocks from the start of its first query's item up to itself, which
     `create_block_mask` would find by evaluating length * length entries.
     """
-    items = [[n for n in lengths if n] for lengths in table[0, 0].tolist()]
-    item_of = torch.full((length,), -1, dtype=torch.int32)
-    answer = torch.zeros(length, dtype=torch.int32)  # 0: the prompt; 1, 2, ...: its answers
-    begin = torch.arange(length)  # where a token's item begins; padding attends to itself only
-    start = 0
-    for i, lengths in enumerate(items):
-        begin[start : start + sum(lengths)] = start
-        for k, n in enumerate(lengths):
-            item_of[start : start + n], answer[start : start + n] = i, k
-            start += n
+    lengths = table[0, 0].cpu()
+    parts = torch.arange(lengths.numel()).repeat_interleave(lengths.flatten())  # of each token
+    items, answers = parts // lengths.shape[1], parts % lengths.shape[1]  # answer 0 is the prompt
+    item_lengths = lengths.sum(1)
+    begin = torch.arange(length)  # of each token's item; padding attends to itself only
+    begin[: len(parts)] = (item_lengths.cumsum(0) - item_lengths)[items]
     blocks = -(-length // FLEX_BLOCK)
     first = begin[::FLEX_BLOCK] // FLEX_BLOCK
     counts = torch.arange(blocks) - first + 1
     seen = (first[:, None] + torch.arange(blocks)) % blocks  # only the first `counts` of each row are used
-    owner, part = item_of.to(table.device), answer.to(table.device)
+    padding = (0, length - len(parts))
+    owner = torch.nn.functional.pad(items, padding, value=-1).to(table.device, torch.int32)
+    part = torch.nn.functional.pad(answers, padding).to(table.device, torch.int32)
 
     def may_attend(b, h, q, k):
         same = (owner[q] == owner[k]) & ((part[k] == 0) | (part[q] == part[k]))

@@ -23,8 +23,6 @@ from spin.runtime.tables import Rows
 
 BYTES = {"fp32": 4, "bf16": 2}
 NF4 = 0.5 + 0.127 / 8  # bytes per weight: 4 bits, and 0.127 bits for the 8-bit scales of blocks of 64 weights
-CONTEXT = 0.6 * GIB  # of a GPU, taken by CUDA before any allocation
-RESERVED = 0.05  # of a GPU, lost to the allocator's fragmentation
 LIVE = 1_000_000_000  # weights that ZeRO 3 keeps gathered at most
 RANK = 16  # of the adapter that advice is computed for
 COUNTED = ("weights", "masters", "gradients", "optimiser states")

@@ -83,7 +83,6 @@ class Optimizer:
         save_file(tensors, file, {"updates": str(self.updates)})
 
     def load(self, file: Path) -> None:
-        """Restore what `save` wrote."""
         with safe_open(file, "pt") as saved:
             self.updates = int(saved.metadata()["updates"])
             for name, states in self.states.items():

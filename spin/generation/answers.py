@@ -78,5 +78,4 @@ def answer_in_shards(request: AnswerRequest, decode: Callable[[list[Ids], list[i
 
 
 def read_answers(path: Path) -> Rows[Answer]:
-    """Return the answers in a Parquet file."""
     return read_parquet(Answer, path)
