@@ -81,12 +81,6 @@ def _parts(table: list[list[int]]) -> tuple[list[int], list[tuple[int, int, int]
     return lengths, sequences
 
 
-@torch.compiler.disable  # a row has other lengths each time
-def _attend(query, key, value, table: Tensor, window: int | None, scale: float) -> Tensor:
-    lengths, sequences = _parts(table[0, 0].tolist())
-    return _Sequences.apply(query, key, value, lengths, sequences, window, scale)
-
-
 class _Sequences(torch.autograd.Function):
     """Causal attention over each sequence prompt + answer.
 
@@ -96,7 +90,8 @@ class _Sequences(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, lengths, sequences, window, scale):
+    def forward(ctx, query, key, value, table, window, scale):
+        lengths, sequences = _parts(table[0, 0].tolist())
         rows = [_cut(x.transpose(1, 2), key.shape[1], lengths) for x in (query, key, value)]
         outputs, normalisers = [], []
         for first, prompt, part in sequences:
@@ -130,7 +125,10 @@ class _Sequences(torch.autograd.Function):
                     parts[first][:prompt] += new[:prompt]
                 parts.append(new[prompt:] if part != first else new)
         joined = (torch.cat(parts).flatten(1, 2).to(query.dtype)[None].transpose(1, 2) for parts in part_grads)
-        return *joined, None, None, None, None
+        return *joined, None, None, None
+
+
+_attend = torch.compiler.disable(_Sequences.apply)  # a row has other lengths each time
 
 
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

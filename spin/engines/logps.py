@@ -116,7 +116,11 @@ def compute_logps(
         text = json.dumps([[items[i].prompt_ids, *items[i].responses] for chosen in plan for i in chosen])
         return hashlib.sha256(text.encode()).hexdigest()
 
-    plans = list(_shards(forward.plan(items), shard_size))
+    plans: list[list[list[int]]] = []  # of each shard
+    for chosen in forward.plan(items):
+        if not plans or sum(map(len, plans[-1])) >= shard_size:
+            plans.append([])
+        plans[-1].append(chosen)
     for rows in keep([Shard([content(plan)], partial(score, plan)) for plan in plans]):
         for row in rows:
             result[row["response"]] = row["logp"]
@@ -126,18 +130,6 @@ def compute_logps(
             "rate (optimizer.lr, schedule.sft_lr) or use engine.precision=fp32."
         )
     return result
-
-
-def _shards(plan: Sequence[list[int]], size: int) -> Iterator[list[list[int]]]:
-    """Group consecutive batches into shards of at least `size` items."""
-    shard: list[list[int]] = []
-    for chosen in plan:
-        shard.append(chosen)
-        if sum(map(len, shard)) >= size:
-            yield shard
-            shard = []
-    if shard:
-        yield shard
 
 
 # --- the choice of a forward ------------------------------------------------------------------------------------------

@@ -95,7 +95,9 @@ def make_batch(
     Raises UserError if no batch agrees.
     """
     window = attention_window(model)
-    if _caches_all_tokens(model) and (not window or window >= longest):
+    layers = DynamicCache(config=model.config).layers
+    plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+    if plain and (not window or window >= longest):
         config = model.config.get_text_config()
         packable = model.device.type == "cpu" and config._attn_implementation in ("sdpa", PACKED_ATTENTION)
         for packed in (True, False) if packable else (False,):
@@ -108,12 +110,6 @@ def make_batch(
         f"{model.config.model_type}: decoding with the model's cache differs from its own forward: try "
         "engine.precision=fp32, or generation.engine=vllm."
     )
-
-
-def _caches_all_tokens(model: PreTrainedModel) -> bool:
-    """Return whether each layer caches plain keys and values, of all tokens that fit its window."""
-    layers = DynamicCache(config=model.config).layers
-    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 
 @torch.inference_mode()

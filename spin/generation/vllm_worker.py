@@ -83,15 +83,10 @@ def main(engine_path: str, path: str) -> None:
             use_tqdm=False,
             lora_request=adapter,
         )
+        completions = [completion for output in outputs for completion in output.outputs]  # one for each prompt
         with open(path + ".tmp", "w") as file:
-            json.dump([read(output) for output in outputs], file)
+            json.dump([{"token_ids": list(c.token_ids), "finish_reason": c.finish_reason} for c in completions], file)
         os.rename(path + ".tmp", path + ".out")
-
-
-def read(output) -> dict:
-    """Return the token ids and finish reason of a `RequestOutput` with one completion."""
-    (completion,) = output.outputs
-    return {"token_ids": list(completion.token_ids), "finish_reason": completion.finish_reason}
 
 
 if __name__ == "__main__":  # vLLM's own processes import this file, too

@@ -123,12 +123,6 @@ def split_responses(
     return {name: values[indices] for name, indices in rows.items()}
 
 
-def token_counts(pairs: Sequence[Pair]) -> dict[str, Tensor]:
-    """Return the number of tokens of each response, [pairs]."""
-    rows = Rows.of(Pair, pairs)
-    return {name: torch.from_numpy(rows.lengths(f"{name}_ids")) for name in RESPONSES}
-
-
 def write_pairs(path: Path, pairs: Sequence[Pair], logps: Mapping[str, Logps]) -> None:
     """Write pairs as Parquet, with a column `<model>_logp_<response>` for each model in `logps` and each response."""
     table = Rows.of(Pair, pairs).table

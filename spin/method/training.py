@@ -20,12 +20,12 @@ from spin.method.pairs import (
     group_by_prompt,
     split_responses,
     to_continuations,
-    token_counts,
 )
 from spin.runtime.checkpoints import Checkpoints, TrainState
 from spin.runtime.errors import UserError
 from spin.runtime.random import seed_of
 from spin.runtime.signals import deferred
+from spin.runtime.tables import Rows
 
 # batch_loss(batch, logps, indices, step): the loss and metrics of each item of a micro-batch, both [items]. `logps` are
 # those of its responses, `indices` say which items it has, `step` counts from 0.
@@ -161,7 +161,8 @@ def train_spin(
     """
     groups = group_by_prompt(pairs)
     items = to_continuations(pairs, first if "first" in objective.responses else None)
-    lengths = token_counts(pairs)
+    table = Rows.of(Pair, pairs)
+    lengths = {name: torch.from_numpy(table.lengths(f"{name}_ids")) for name in RESPONSES}
 
     def batch_loss(batch: Batch, logps: Tensor, indices: list[int], step: int) -> tuple[Tensor, Metrics]:
         rows = [row for index in indices for row in groups[index]]
