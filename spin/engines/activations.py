@@ -26,7 +26,7 @@ def save_less_for_backward(model: nn.Module, in_checkpoints: bool = False) -> No
     feed-forward block is stored while its layer runs: recomputing it would keep its factors alive from the first pass.
     """
     for module in model.modules():
-        module_ref = weakref.ref(module)  # a strong reference would be a cycle, freed only by the garbage collector
+        module_ref = weakref.ref(module)  # no cycle: it would be freed only by the garbage collector
         if _is_row_norm(module):
             module.forward = partial(_norm, module_ref)
         elif _is_gated(module):
@@ -34,14 +34,14 @@ def save_less_for_backward(model: nn.Module, in_checkpoints: bool = False) -> No
 
 
 def _is_row_norm(module: nn.Module) -> bool:
-    """Return whether the module is an RMSNorm over the last dimension whose only parameter is its weight."""
+    """Return whether the module is an RMSNorm over the last dimension with no parameter but its weight."""
     weights = dict(module.named_parameters())
     return type(module).__name__.endswith("RMSNorm") and list(weights) == ["weight"] and weights["weight"].ndim == 1
 
 
 @torch.no_grad()
 def _is_gated(module: nn.Module) -> bool:
-    """Return whether `_feed_forward` gives the same bits as the module's own forward on a random input."""
+    """Return whether `_feed_forward` gives the bits of the module's own forward on a random input."""
     parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")]
     if not all(isinstance(part, nn.Module) for part in parts):
         return False
@@ -95,7 +95,7 @@ def _feed_forward(
 class _Recompute(torch.autograd.Function):
     """function(*inputs), for a function of each row (last dimension) by itself, recomputed in the backward pass.
 
-    Only the inputs are stored. `tensors` are the inputs, then `weights`, the parameters that the function uses.
+    Only the inputs are stored. `tensors` are the inputs, then `weights`, which the function uses.
     """
 
     @staticmethod

@@ -20,7 +20,7 @@ PACKED_ATTENTION = "spin_packed"
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
-    """Set `packed_attention` as the model's attention. Without a table of lengths it computes plain SDPA."""
+    """Set `packed_attention` as the model's attention: plain SDPA unless there is a table of lengths."""
     if model.config.get_text_config()._attn_implementation != PACKED_ATTENTION:
         model.set_attn_implementation(PACKED_ATTENTION)
 
@@ -136,14 +136,14 @@ _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 
 def _cut(row: Tensor, shared: int, lengths: list[int]) -> tuple[Tensor, ...]:
-    """[1, length, heads, width] -> parts [length, key heads, query heads per key head or 1, width], in the compute type."""
+    """Return parts [length, key heads, query heads per key head or 1, width] of [1, length, heads, width]."""
     is_emulated = row.dtype == torch.bfloat16 and not torch.cpu.get_capabilities().get("amx_bf16")
     dtype = torch.float32 if is_emulated else row.dtype
     return row[0].to(dtype).unflatten(1, (shared, -1)).split(lengths)
 
 
 def _sequence(rows: Sequence[Sequence[Tensor]], first: int, prompt: int, part: int) -> list[Tensor]:
-    """[key heads, query heads per key head, length, width] of a sequence from each row; shared heads are not copied."""
+    """Return a sequence of each row: [key heads, query heads per key head, length, width]."""
     parts = [torch.cat((row[first][:prompt], row[part])) if part != first else row[part] for row in rows]
     return [x.permute(1, 2, 0, 3).expand(-1, parts[0].shape[2], -1, -1) for x in parts]
 

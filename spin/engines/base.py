@@ -79,7 +79,7 @@ class Engine(ABC):
 
     @abstractmethod
     def logps(self, batch: Batch, forward: Forward) -> Tensor:
-        """Return the log-prob of each response, fp32 [batch.responses], with gradients: see `sequence_logps`."""
+        """Return the log-prob of each response, fp32 [batch.responses]: see `sequence_logps`."""
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
@@ -110,10 +110,10 @@ class Engine(ABC):
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Let the layers of `model` recompute their activations in the backward pass (gradient checkpointing)."""
+    """Let the layers of `model` recompute their activations in the backward pass."""
     model.activation_checkpointing_enable({"use_reentrant": False})
     for module in model.modules():
-        # Layers checkpoint in train mode only; their submodules stay in evaluation mode, and dropout is set to 0.
+        # Layers checkpoint in train mode only; submodules stay in evaluation mode, and dropout is set to 0.
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True
             for name, value in vars(module).items():

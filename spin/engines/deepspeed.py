@@ -63,7 +63,7 @@ def _deepspeed() -> Any:
 
 
 class _Root(torch.nn.Module):
-    """Log-probs as one module: DeepSpeed gathers weights around the forward of each module, also of the output layer."""
+    """Log-probs as one module: DeepSpeed gathers weights around the forward of each module."""
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
@@ -75,10 +75,7 @@ class _Root(torch.nn.Module):
 
 
 class DeepSpeedEngine(Engine):
-    """The `Engine` of several processes.
-
-    DeepSpeed is initialised at the first use, after `load_state`: a checkpoint is read before its tensors are partitioned.
-    """
+    """The `Engine` of several processes. DeepSpeed is initialised at the first use, after `load_state`."""
 
     def __init__(
         self,
@@ -122,7 +119,7 @@ class DeepSpeedEngine(Engine):
             self.optimizer: Any = torch.optim.RMSprop(self.trained.values(), alpha=c.alpha, **options)
         else:
             self.optimizer = torch.optim.AdamW(self.trained.values(), betas=(c.betas[0], c.betas[1]), **options)
-        # DeepSpeed rounds buffers to bf16: rotary positions would differ from those that the opponent was scored with.
+        # DeepSpeed rounds buffers to bf16: rotary positions would differ from those of scoring.
         buffers = {name: value.clone() for name, value in self.model.named_buffers()}
         with contextlib.redirect_stdout(io.StringIO()):  # it prints how much memory is free
             deepspeed.init_distributed(verbose=False)  # finds the process group of `ranks`
@@ -139,7 +136,7 @@ class DeepSpeedEngine(Engine):
         if self.offload:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": self.device.type == "cuda"}
         settings: dict[str, Any] = {
-            # Batches are counted in pairs by the training loop; `micro_batches` marks where a step ends.
+            # The training loop makes the batches; `micro_batches` marks where a step ends.
             "train_batch_size": self.ranks.size,
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
@@ -160,7 +157,7 @@ class DeepSpeedEngine(Engine):
             if self.dtype != torch.float32:
                 masters, self.buffers = masters_of(self.policy, torch.device("cpu"))
                 self._set_masters(masters.__getitem__)
-            for part in self._parts():  # at stage 0 DeepSpeed has made an empty update, which AdamW would count
+            for part in self._parts():  # at stage 0 DeepSpeed has made an empty update: AdamW counts it
                 if "step" in (state := self.optimizer.state.get(part, {})):
                     state["step"].zero_()
             return
@@ -181,7 +178,7 @@ class DeepSpeedEngine(Engine):
             self._set_masters(file.get_tensor)
 
     def _parts(self) -> list[Tensor]:
-        """Return this rank's parts of the fp32 masters, which are the keys of the optimiser's states."""
+        """Return this rank's parts of the fp32 masters: the keys of the optimiser's states."""
         if self.stage == 3:  # DeepSpeed gives them to the optimiser one after another
             return self._ds.optimizer.fp32_partitioned_groups_flat
         return [part for group in self.optimizer.param_groups for part in group["params"]]
@@ -214,7 +211,7 @@ class DeepSpeedEngine(Engine):
         return gathered
 
     def _whole_masters(self) -> Mapping[str, Tensor]:
-        """Return at stage 0 the masters by name, which each rank holds whole; at other stages the weights, unused."""
+        """Return at stage 0 the masters by name, whole on each rank; at other stages the weights, unused."""
         optimizer = self._ds.optimizer  # is initialised first
         if self.stage > 0 or self.dtype == torch.float32:
             return self.trained
@@ -225,7 +222,7 @@ class DeepSpeedEngine(Engine):
     # --- the engine's interface ---------------------------------------------------------------------------------------
 
     def micro_batches(self, items: Sequence[Continuations], forward: Forward) -> Iterator[tuple[Batch, float]]:
-        # All ranks must run equally many forward passes: one with fewer batches repeats an item with weight 0.
+        # All ranks run equally many forward passes: one with fewer batches repeats an item with weight 0.
         shares = balance_by_tokens(items, self.ranks.size)
         plans = [forward.plan([items[i] for i in share]) for share in shares]
         share, plan = shares[self.ranks.rank], plans[self.ranks.rank]
@@ -241,11 +238,11 @@ class DeepSpeedEngine(Engine):
         return self._ds(batch.to(self.device), forward)
 
     def backward(self, loss: Tensor) -> None:
-        # DeepSpeed averages over ranks. The gradients of a non-finite loss must be non-finite, so that `step` skips it.
+        # DeepSpeed averages over ranks. It skips a step whose gradients are not finite.
         scale = self.ranks.size if loss.isfinite() else math.nan
         self._ds.backward(loss * scale)
 
-    def step(self, lr: float | None) -> float:  # without a rate the gradients are not finite: see `backward`
+    def step(self, lr: float | None) -> float:  # without a rate gradients are not finite: see `backward`
         norm = None
         if self.stage == 0 and self.dtype == torch.float32:  # DeepSpeed does not check the norm
             grads = [weight.grad for weight in self.trained.values() if weight.grad is not None]
@@ -284,7 +281,7 @@ class DeepSpeedEngine(Engine):
             save_file(states, folder / OPTIMIZER, {"updates": str(self.updates)})
 
     def load_state(self, folder: Path) -> None:
-        """Continue from what `save_state` wrote on any number of ranks; call it before the engine's first use."""
+        """Continue from what any number of ranks saved; call it before the engine's first use."""
         assert self._initialized is None and not self._closed
         self._checkpoint = folder
 

@@ -24,7 +24,7 @@ class DeviceMemory:
 
 
 def free_memory(device: torch.device, processes: int = 1) -> DeviceMemory:
-    """Return the memory of `device` now; a CPU's, swap included, is divided by the `processes` that share it."""
+    """Return the memory of `device` now; a CPU's, swap included, is divided by the `processes`."""
     if device.type == "cuda":
         return DeviceMemory(*torch.cuda.mem_get_info(device), before=0.0)
     memory, swap, resident = psutil.virtual_memory(), psutil.swap_memory(), resident_bytes()
@@ -53,7 +53,7 @@ def resident_bytes() -> int:
 
 
 def peak_memory_gib() -> float:
-    """Return the peak memory of this process: allocated on the GPU if it computed there, else resident."""
+    """Return the peak memory of this process: on the GPU if it computed there, else resident."""
     devices = range(torch.cuda.device_count())
     if on_gpu := max((torch.cuda.max_memory_allocated(device) for device in devices), default=0):
         return on_gpu / GIB

@@ -19,8 +19,8 @@ from spin.runtime.errors import UserError, brief, user_message
 from spin.runtime.shards import Shard, ShardDriver, compute_shards
 
 LAYOUTS = ("packed", "padded")  # the fastest first
-# The largest difference due to rounding, in nats per response token (|difference of sums| / tokens): several times that
-# of the embedded model, and less than that of a wrong mask.
+# The largest difference due to rounding, in nats per response token: several times that of the embedded model, and less
+# than that of a wrong mask.
 TOKEN_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.03}
 
 
@@ -51,7 +51,7 @@ class Forward:
 def sequence_logps(model: PreTrainedModel, batch: Batch, forward: Forward, head: "OutputLayer | None" = None) -> Tensor:
     """Return the sum over each response's tokens of log p(token | prompt, earlier tokens): fp32 [batch.responses], in nats.
 
-    `head` is the model's output layer, if it must be a registered module because its weights are sharded.
+    `head` is the model's output layer, if that must be a registered module: its weights are sharded.
     """
     inputs = _inputs(model, batch, forward.layout)
     if forward.head == "full":
@@ -76,7 +76,7 @@ def _inputs(model: PreTrainedModel, batch: Batch, layout: str) -> dict:
 
 
 def reference_logps(model: PreTrainedModel, item: Continuations) -> list[Tensor]:
-    """Return the token log-probs of each response by the model's own forward, one sequence at a time: the reference."""
+    """Return the token log-probs of each response by the model's own forward, one sequence at a time."""
     result = []
     for response in item.responses:
         ids = torch.tensor([[*item.prompt_ids, *response]], device=model.device)

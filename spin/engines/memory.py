@@ -185,7 +185,7 @@ def bytes_per_weight(load: Load) -> Parts:
 
 
 def training(load: Load) -> Parts:
-    """Return the largest moment of a step: in one process the start of the backward pass, or the update."""
+    """Return the peak of a step: in one process the start of the backward pass, or the update."""
     shape, width, tokens = load.shape, load.bytes, load.training_tokens
     constant = {name: load.trained * size for name, size in bytes_per_weight(load).items()}
     constant["weights"] = _weights(load)
@@ -269,7 +269,7 @@ def generating(load: Load) -> Parts:
 
 
 def loading(load: Load) -> Parts:
-    """Return the base's weights and the files that they are rounded from, which stay mapped until the last is read."""
+    """Return the base's weights and their files, which stay mapped until the last is read."""
     base = replace(load, shape=replace(load.shape, adapter=0))
     return {"weights": _weights(base), "files": load.files}
 
@@ -299,8 +299,8 @@ def _weights(load: Load) -> float:
 
 def _kept_by_layer(load: Load) -> float:
     """Return the bytes per token that a layer keeps for its backward pass (`activations.py`)."""
-    # Inputs and results of two norms; rotated queries, keys, values, attention's result; the factors of the feed-forward
-    # part, and with checkpointing their product.
+    # Inputs and results of two norms; rotated queries, keys, values, attention's result; factors of the feed-forward part,
+    # and with checkpointing their product.
     shape, factors = load.shape, 3 if load.checkpointing else 2
     return load.bytes * (4 * shape.width + 3 * shape.queries + 2 * shape.keys + factors * shape.inner)
 
@@ -312,7 +312,7 @@ def _passing(load: Load) -> float:
 
 
 def _head(load: Load, tokens: int, trained: bool) -> float:
-    """Return the bytes of the output layer: fp32 logits of a chunk of the vocabulary and a copy in the compute type.
+    """Return the bytes of the output layer: logits in fp32 and in the compute type, for a chunk of words.
 
     If it is trained: also its gradient, the (tied) embeddings' and their sum.
     """

@@ -97,7 +97,7 @@ def _pieces(weight: Tensor) -> Iterator[slice]:
 
 
 def global_norm(grads: Iterable[Tensor]) -> float:
-    """Return the norm of all gradients together, in fp32; in pieces, as PyTorch would first copy a whole tensor to fp32."""
+    """Return the fp32 norm of all gradients together; in pieces, as PyTorch would copy a whole tensor to fp32."""
     flat = [grad.view(-1) for grad in grads]
     norms = [torch.linalg.vector_norm(grad[piece], dtype=torch.float32) for grad in flat for piece in _pieces(grad)]
     return torch.linalg.vector_norm(torch.stack(norms)).item()
@@ -121,6 +121,6 @@ def combine(rounded: Tensor, residual: Tensor) -> Tensor:
 
 
 def round_stochastically(value: Tensor, generator: torch.Generator) -> Tensor:
-    """Round `value` (fp32, finite) up or down to bf16, with the probabilities that keep its expected value."""
+    """Round `value` (fp32, finite) up or down to bf16; the probabilities keep its expected value."""
     noise = torch.randint(0, 2**16, value.shape, generator=generator, device=value.device, dtype=torch.int32)
     return ((value.view(torch.int32) + noise) & -(2**16)).view(torch.float32).to(torch.bfloat16)

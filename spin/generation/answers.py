@@ -33,7 +33,7 @@ class Answer:
 class AnswerRequest:
     """A request for `num_answers` answers to each example, of up to `max_new_tokens` or up to one of `stop_ids`.
 
-    `keep` drives the shards, of `shard_size` answers; `advance` gets the number of answers that ended since its last call.
+    `keep` drives shards of `shard_size` answers; `advance` gets the number of answers that ended.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -49,10 +49,10 @@ class AnswerRequest:
 
 
 def answer_in_shards(request: AnswerRequest, decode: Callable[[list[Ids], list[int]], list[list[int]]]) -> Rows[Answer]:
-    """Return the answers in the examples' order; prompts are sorted by length before they are divided into shards.
+    """Return the answers in the examples' order. Shards have prompts of similar length.
 
-    `decode(prompts, seeds)` returns the token ids of each answer; each has its own stream of random numbers. A first answer
-    does not depend on how many follow.
+    `decode(prompts, seeds)` returns the token ids of each answer. Each has its own stream of random numbers: a first
+    answer does not depend on how many follow.
     """
     examples = Rows.of(Example, request.examples)
     ids, lengths = examples.column("id"), examples.lengths("prompt_ids")

@@ -1,4 +1,4 @@
-"""Decode many prompts together, a token at a time: waiting prompts take the rows of answers that have ended."""
+"""Decode many prompts together: waiting prompts take the rows of answers that have ended."""
 
 import inspect
 from collections import deque
@@ -13,10 +13,10 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from spin.engines.attention import PACKED_ATTENTION, attention_window, use_packed_attention
 from spin.runtime.errors import UserError
 
-# Rows are removed, and prompts join, once this share of the rows is free: a row that has ended costs as much as one that
-# runs, but a prefill of few prompts costs more per prompt than one of many.
+# Rows are removed, and prompts join, once this share of the rows is free: a row that has ended costs as much as
+# another, but a prefill of few prompts costs more per prompt.
 FREE = 0.125
-# The difference that rounding makes to log-probs, in nats, weighted by probability. A wrong mask gives more.
+# The largest difference due to rounding, in nats, weighted by probability. A wrong mask gives more.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 Ids = Sequence[int]
@@ -49,7 +49,7 @@ def decode(
         return len(answer) < max_new_tokens and (not answer or answer[-1] not in stop_ids)
 
     def extend(logits: Tensor, first: int) -> Tensor:
-        """Choose the next token of each row from `first` on, and append it to the answers that have not ended."""
+        """Choose the next token of each row from `first` on, and append it to answers that run."""
         active = prompt_of[first:]
         chosen = choose(logits, active, [min(len(answers[i]), max_new_tokens - 1) for i in active])
         extended = [(i, token) for i, token in zip(active, chosen.tolist(), strict=True) if is_running(i)]
@@ -78,7 +78,7 @@ def decode(
 
 
 def _compact(is_running: Sequence[bool]) -> list[int]:
-    """Return the running rows; the last ones fill the places of ended rows, and the others keep theirs."""
+    """Return the running rows; the last ones fill the places of ended rows."""
     rows = [row for row, running in enumerate(is_running) if running]
     movers = iter(row for row in rows if row >= len(rows))
     return [row if is_running[row] else next(movers) for row in range(len(rows))]
@@ -114,7 +114,7 @@ def make_batch(
 
 @torch.inference_mode()
 def _agrees_with_forward(batch: "ContinuousBatch | StaticBatch", prompts: Sequence[Ids]) -> bool:
-    """Return whether a batch gives the log-probs of the model's own forward after a row has left, and one joined."""
+    """Return whether a batch gives the model's own log-probs after a row has left, and one joined."""
     model, token = batch.model, prompts[0][0]
     longest = max(prompts, key=len)
     second = min(prompts, key=len) if batch.pads else longest[::-1]
@@ -276,7 +276,7 @@ def _forward(
     model: PreTrainedModel, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: Cache, at: Tensor | None = None
 ) -> Tensor:
     """Return the logits, [rows * positions, vocabulary], at the positions `at`, by default the last one."""
-    # An index: a slice of the last position is not contiguous, and the output layer would copy its weights for each row.
+    # An index: for a slice, which is not contiguous, the output layer would copy its weights for each row.
     at = torch.tensor([ids.shape[1] - 1], device=ids.device) if at is None else at
     # Mamba's name for the cache; it ignores the other one silently.
     name = "cache_params" if "cache_params" in inspect.signature(model.forward).parameters else "past_key_values"

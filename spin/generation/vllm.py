@@ -39,7 +39,7 @@ LINE = re.compile(r"^(?:\[rank\d+\]: |\(\S+ pid=\d+\) )?(?:([A-Z]+) \S+ \S+ \[\S
 
 
 def check_vllm(config: GenerationConfig, start: Policy, rank: int) -> None:
-    """Raise UserError if vLLM can't generate here; another process imports it and compares its interface with our calls.
+    """Raise UserError if vLLM can't generate here; another process imports it and checks its interface.
 
     `rank` is that of the policies' adapters, 0 if there are none.
     """
@@ -103,7 +103,7 @@ def generate_with_vllm(policy: Policy, dtype: torch.dtype, logs: Path, request: 
 def llm_arguments(
     policy: Policy, dtype: torch.dtype, config: GenerationConfig, longest: int, rank: int = 0
 ) -> dict[str, Any]:
-    """Return the arguments of `vllm.LLM` for sequences of up to `longest` tokens and adapters of up to `rank` (0: none)."""
+    """Return the arguments of `vllm.LLM` for up to `longest` tokens and adapters of up to `rank` (0: none)."""
     arguments = {
         "model": str(policy.base_or_self.folder.resolve()),
         "skip_tokenizer_init": True,  # token ids in and out: the stop tokens are the ones that each request names
@@ -160,7 +160,7 @@ def checked_ids(output: dict[str, Any], stop_ids: Collection[int]) -> list[int]:
 
 @contextmanager
 def run_workers(arguments: dict, config: GenerationConfig, logs: Path) -> Iterator[Callable]:
-    """Yield `ask(prompts, sampling)`, which divides requests among `data_parallel` workers and returns outputs in order.
+    """Yield `ask(prompts, sampling)`, which returns the outputs of `data_parallel` workers in order.
 
     The first call starts the workers, each on separate GPUs. They end with this process, however it ends.
     """
@@ -205,13 +205,13 @@ def _start(folder: Path, number: int, config: GenerationConfig, logs: Path) -> s
 
 
 def _environment(**more: str) -> dict[str, str]:
-    """Return this process's environment without torchrun's variables, and without our modules on Python's path."""
+    """Return this process's environment without torchrun's variables and our modules."""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(TORCHRUN)}
     return {**inherited, "PYTHONSAFEPATH": "1", "VLLM_NO_USAGE_STATS": "1", **more}
 
 
 def _receive(path: Path, worker: subprocess.Popen, log: Path) -> list[dict]:
-    """Wait for a worker's outputs. Raises UserError, with the first error in its log, if the worker ends before."""
+    """Wait for a worker's outputs. Raises UserError, with the first error in its log, if it ends."""
     while not path.exists():
         raise_if_stopped()
         if (status := worker.poll()) is not None and not path.exists():
@@ -229,7 +229,7 @@ def _receive(path: Path, worker: subprocess.Popen, log: Path) -> list[dict]:
 
 
 def first_error(log: str) -> str:
-    """Return the error of the first traceback in a log, which causes later ones; without a traceback, the last line."""
+    """Return the error of the first traceback in a log, which causes later ones, or else the last line."""
     lines = [text for level, text in LINE.findall(log.strip()) if level not in ("INFO", "WARNING")]
     traceback = list(dropwhile(lambda text: not text.startswith("Traceback "), lines))
     error = list(dropwhile(lambda text: text.startswith(" "), traceback[1:])) or lines[-1:]

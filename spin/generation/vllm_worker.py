@@ -1,4 +1,4 @@
-"""Run vLLM in a separate process, and often a separate environment: token ids in, token ids out. Imports nothing of spin.
+"""Run vLLM in a separate process and environment: token ids in, token ids out. Imports nothing of spin.
 
     python -P spin/generation/vllm_worker.py check NAMES       print as JSON: version, devices, names that vLLM lacks
     python -P spin/generation/vllm_worker.py ENGINE.json PATH  answer the requests in PATH, again and again
@@ -19,7 +19,7 @@ import time
 
 
 def check(names: dict[str, list[str]]) -> dict:
-    """Return vLLM's version, its number of devices (None for the CPU), and the arguments in `names` that it lacks."""
+    """Return vLLM's version, its devices (None for the CPU), and the arguments in `names` that it lacks."""
     import torch
     import vllm
     from vllm.engine.arg_utils import EngineArgs
@@ -40,7 +40,7 @@ def check(names: dict[str, list[str]]) -> dict:
 
 
 def watch(worker: int) -> None:
-    """Wait for the process `worker` and exit with its status; kill the process group once standard input is closed."""
+    """Exit as the process `worker` does; kill the process group once standard input is closed."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # ends after the worker
     while not (ended := os.waitpid(worker, os.WNOHANG))[0]:
         if select.select([0], [], [], 0.1)[0] and not os.read(0, 1):
@@ -50,7 +50,7 @@ def watch(worker: int) -> None:
 
 
 def settings_for_cpu(is_alone: bool) -> dict:
-    """Set defaults of the environment variables of vLLM's CPU build, and return further arguments of `LLM`."""
+    """Set environment variables of vLLM's CPU build, and return further arguments of `LLM`."""
     if is_alone:  # the engine runs in this process: starts in half the time
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else all engines of a machine get the same cores

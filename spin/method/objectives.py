@@ -33,9 +33,8 @@ class Objective:
 
     `references` names the models that score the responses: "opponent" (always: the first step is compared with it), and
     "start", the policy that self-play started from. `responses` names what the policy scores: the pair, and "first",
-    iteration 0's answer to the same prompt, if needed. `settings` decide the content of what is trained.
-    `router_aux_weight` is the weight of the routers' load-balancing loss, which the training loop adds, as it is no
-    function of log-probs.
+    iteration 0's answer to the same prompt, if needed. `settings` decide the content of what is trained. The training
+    loop adds the routers' load-balancing loss with `router_aux_weight`.
     """
 
     loss: Callable[[Logps, Mapping[str, Logps], Logps], tuple[Tensor, Metrics]]
@@ -46,7 +45,7 @@ class Objective:
 
 
 def make_objective(config: LossConfig, iteration: int, num_answers: int = 1) -> Objective:
-    """Return the objective that `config` describes at `iteration`, with `num_answers` opponent's answers to a prompt."""
+    """Return the objective that `config` describes, with `num_answers` generated answers to a prompt."""
     make = {"spin": make_spin, "space": make_space}[config.objective]
     return add_terms(make(config, iteration, num_answers), config, iteration)
 
@@ -81,7 +80,7 @@ def make_spin(config: LossConfig, iteration: int, num_answers: int) -> Objective
 
 
 def make_space(config: LossConfig, iteration: int, num_answers: int) -> Objective:
-    """Return SPACE (`space_loss`); mu, the ratio of noise to data, is by default the number of answers to a prompt."""
+    """Return SPACE (`space_loss`); mu, the ratio of noise to data, is by default `num_answers`."""
     mu = float(num_answers) if config.mu is None else config.mu
 
     def loss(policy: Logps, references: Mapping[str, Logps], lengths: Logps) -> tuple[Tensor, Metrics]:
@@ -157,9 +156,9 @@ def space_loss(policy: Logps, opponent: Logps, mu: float) -> tuple[Tensor, Metri
         loss = -log s_mu(r(y)) - mu log s_{1/mu}(-r(y')),   s_mu(z) = 1 / (1 + mu e^-z),   r(u) = log p(u|x) - log p_t(u|x)
 
     Noise-contrastive estimation with the opponent's answers y' as noise: 1 - s_mu(z) = s_{1/mu}(-z) is the probability
-    that an answer is noise where there are mu times as many noise as human answers. Its mean over pairs is lowest at the
-    distribution of the human answers, after one iteration and for every mu. A scale on r would change that, so there is
-    no beta. Derived from the definition of noise-contrastive estimation; the paper was read in secondary sources.
+    that an answer is noise if there are mu times as many noise as human answers. Its mean over pairs is lowest at the
+    distribution of the human answers, for every mu. A scale on r would change that, so there is no beta. Derived from
+    the definition of noise-contrastive estimation; the paper was read in secondary sources.
     """
     rewards = {name: policy[name] - opponent[name] for name in RESPONSES}
     losses = F.softplus(math.log(mu) - rewards["real"]) + mu * F.softplus(rewards["generated"] - math.log(mu))

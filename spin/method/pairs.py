@@ -48,7 +48,7 @@ class Pair:
 def make_pairs(
     examples: Sequence[Example], answers: Sequence[Answer], iteration: int = 0, keep_all: bool = False
 ) -> tuple[Rows[Pair], dict[str, int]]:
-    """Join examples and answers by id. Returns the pairs, and how many were dropped because they give no gradient.
+    """Return pairs of examples and answers with one id, and how many were dropped: they give no gradient.
 
     With `keep_all` none is dropped.
     """
@@ -92,9 +92,9 @@ def group_by_prompt(pairs: Sequence[Pair]) -> list[list[int]]:
 def to_continuations(
     pairs: Sequence[Pair], first: Mapping[tuple[str, int], Ids] | None = None
 ) -> Sequence[Continuations]:
-    """Return an item per prompt, in the order of `group_by_prompt`: the human answer once, then every generated one.
+    """Return an item per group of `group_by_prompt`: the human answer once, then every generated one.
 
-    If `first` is given, as many answers of iteration 0 follow; it has them by example's id and answer index.
+    If `first` has iteration 0's answers, by example's id and answer index, as many of them follow.
     """
     rows, groups = Rows.of(Pair, pairs), group_by_prompt(pairs)
 
@@ -111,7 +111,7 @@ def to_continuations(
 def split_responses(
     values: Tensor, pairs_per_prompt: Sequence[int], names: Sequence[str] = RESPONSES
 ) -> dict[str, Tensor]:
-    """Return values per pair, by response, from values per response in the order of `to_continuations`."""
+    """Return values per pair, by response, of values per response as in `to_continuations`."""
     rows: dict[str, list[int]] = {name: [] for name in names}
     start = 0
     for count in pairs_per_prompt:
@@ -124,7 +124,7 @@ def split_responses(
 
 
 def write_pairs(path: Path, pairs: Sequence[Pair], logps: Mapping[str, Logps]) -> None:
-    """Write pairs as Parquet, with a column `<model>_logp_<response>` for each model in `logps` and each response."""
+    """Write pairs as Parquet, with a column `<model>_logp_<response>` for each model and response."""
     table = Rows.of(Pair, pairs).table
     for model, responses in logps.items():
         for response, values in responses.items():

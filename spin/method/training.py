@@ -58,9 +58,9 @@ def fit(
 
     `epochs` may be a fraction. The learning rate rises linearly over the first `warmup_ratio` of the steps and
     then falls linearly to 0. `log` gets one row per step, restored steps first. `router_aux_weight` adds the mean
-    over each item's responses of the routers' load-balancing loss. On SIGTERM or SIGINT the last complete step is saved.
+    over each item's responses of the routers' load-balancing loss. On a stop signal the last complete step is saved.
 
-    A step whose loss or gradients are not finite is skipped. Raises UserError after several skipped steps in a row.
+    A step whose loss or gradients are not finite is skipped. Raises UserError after several in a row.
     """
     steps = plan_steps(len(items), epochs, batch_size, seed)
     state = checkpoints.restore(engine)
@@ -72,7 +72,7 @@ def fit(
             started, chosen = time.perf_counter(), steps[state.step]
             row = _accumulate_gradients(engine, items, batch_loss, forward, chosen, state.step, router_aux_weight)
             rate = lr * learning_rate_factor(state.step, len(steps), warmup_ratio)
-            with deferred():  # a signal must not separate the weights from the state that describes them
+            with deferred():  # a signal must not separate the weights from their state
                 norm = engine.step(rate if math.isfinite(row["loss"]) else None)
                 seconds = time.perf_counter() - started
                 row |= {"grad_norm": norm, "learning_rate": rate, "tokens_per_second": row.pop("tokens") / seconds}
@@ -95,7 +95,7 @@ def _accumulate_gradients(
     step: int,
     router_aux_weight: float,
 ) -> dict[str, float]:
-    """Add up the gradients of one step's items. Returns the means of their metrics, and `tokens` over all ranks."""
+    """Add up the gradients of a step. Returns the means of its metrics, and `tokens` over all ranks."""
     metrics: dict[str, list[Tensor]] = {}
     tokens = 0.0
     for batch, weight in engine.micro_batches([items[i] for i in chosen], forward):
@@ -117,7 +117,7 @@ def _accumulate_gradients(
 
 
 def plan_steps(count: int, epochs: float, batch_size: int, seed: int) -> list[list[int]]:
-    """Return the item indices of every step. Each epoch has its own permutation; batches continue across epochs."""
+    """Return the item indices of each step, by a permutation per epoch; batches continue across epochs."""
     order: list[int] = []
     for epoch in range(math.ceil(epochs)):
         generator = torch.Generator().manual_seed(seed_of(seed, epoch))
@@ -191,7 +191,7 @@ def mean_per_item(values: Tensor, counts: Sequence[int]) -> Tensor:
 
 
 def check_first_step(policy: Logps, opponent: Logps, tolerance: float) -> None:
-    """Raise UserError if the policy's log-probs differ from its opponent's by more than `tolerance` nats on average."""
+    """Raise UserError if log-probs differ from the opponent's by more than `tolerance` nats on average."""
     gap = torch.stack([(policy[name].detach() - opponent[name]).abs() for name in RESPONSES], dim=1).mean().item()
     if not gap <= tolerance:
         raise UserError(
@@ -202,7 +202,7 @@ def check_first_step(policy: Logps, opponent: Logps, tolerance: float) -> None:
 
 
 def train_sft(engine: Engine, items: Sequence[Continuations], forward: Forward, **settings) -> TrainState:
-    """Fine-tune on the human answers: minimise the mean over examples of their negative log-likelihood per token."""
+    """Fine-tune on the human answers: minimise their mean negative log-likelihood per token."""
 
     def batch_loss(batch: Batch, logps: Tensor, indices: list[int], step: int) -> tuple[Tensor, Metrics]:
         lengths = torch.tensor([len(items[i].responses[0]) for i in indices], device=logps.device)
