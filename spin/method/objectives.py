@@ -33,12 +33,14 @@ class Objective:
 
     `references` names the models that score the responses: "opponent" (always: the first step is compared with it), and
     "start", the policy that self-play started from. `responses` names what the policy scores: the pair, and "first",
-    iteration 0's answer to the same prompt, if needed. `settings` decide the content of what is trained. The training
-    loop adds the routers' load-balancing loss with `router_aux_weight`.
+    iteration 0's answer to the same prompt, if needed. `initial_loss` is the loss while the policy still equals the
+    opponent; None if it depends on the log-probs. `settings` decide the content of what is trained. The training loop
+    adds the routers' load-balancing loss with `router_aux_weight`.
     """
 
     loss: Callable[[Logps, Mapping[str, Logps], Logps], tuple[Tensor, Metrics]]
     references: tuple[str, ...]
+    initial_loss: float | None
     settings: dict[str, Any]
     responses: tuple[str, ...] = RESPONSES
     router_aux_weight: float = 0.0
@@ -76,7 +78,9 @@ def make_spin(config: LossConfig, iteration: int, num_answers: int) -> Objective
         settings["alpha"] = alpha
     if not has_reference:
         settings["reference"] = "none"
-    return Objective(loss, ("opponent", "start") if anchored else ("opponent",), settings)
+    if anchored:
+        return Objective(loss, ("opponent", "start"), None, settings)
+    return Objective(loss, ("opponent",), link_at_zero(config.link) if has_reference else None, settings)
 
 
 def make_space(config: LossConfig, iteration: int, num_answers: int) -> Objective:
@@ -86,7 +90,8 @@ def make_space(config: LossConfig, iteration: int, num_answers: int) -> Objectiv
     def loss(policy: Logps, references: Mapping[str, Logps], lengths: Logps) -> tuple[Tensor, Metrics]:
         return space_loss(policy, references["opponent"], mu)
 
-    return Objective(loss, ("opponent",), {"objective": "space", "mu": mu})
+    initial_loss = math.log(1 + mu) + mu * math.log(1 + 1 / mu)  # 2 ln 2 for mu = 1
+    return Objective(loss, ("opponent",), initial_loss, {"objective": "space", "mu": mu})
 
 
 def add_terms(objective: Objective, config: LossConfig, iteration: int) -> Objective:
@@ -125,7 +130,17 @@ def add_terms(objective: Objective, config: LossConfig, iteration: int) -> Objec
             metrics[f"loss/{name}"] = term.detach()
         return losses, metrics | {"loss": losses.detach()}
 
-    return replace(objective, loss=loss, responses=(*RESPONSES, "first") if history else RESPONSES)
+    return replace(
+        objective,
+        loss=loss,
+        initial_loss=None if config.sft_weight or history else objective.initial_loss,
+        responses=(*RESPONSES, "first") if history else RESPONSES,
+    )
+
+
+def link_at_zero(link: str) -> float:
+    """Return l(0), the loss of a policy that equals its opponent: ln 2 for logistic, 1 for the others."""
+    return LINKS[link](torch.zeros((), dtype=torch.float64)).item()
 
 
 def spin_loss(

@@ -176,7 +176,7 @@ def train_spin(
         losses, metrics = objective.loss(policy, reference_logps, select(lengths))
         if step == 0:
             tolerance = FIRST_STEP_TOLERANCE[engine.dtype] * math.sqrt(len(batch.target) / batch.responses)
-            check_first_step(policy, reference_logps["opponent"], tolerance)
+            check_first_step(policy, reference_logps["opponent"], losses, objective.initial_loss, tolerance)
         return mean_per_item(losses, counts), {name: mean_per_item(values, counts) for name, values in metrics.items()}
 
     settings |= {"pairs_per_item": list(map(len, groups)), "router_aux_weight": objective.router_aux_weight}
@@ -190,14 +190,17 @@ def mean_per_item(values: Tensor, counts: Sequence[int]) -> Tensor:
     return values.new_zeros(len(counts)).index_add(0, item, values / sizes[item])
 
 
-def check_first_step(policy: Logps, opponent: Logps, tolerance: float) -> None:
+def check_first_step(
+    policy: Logps, opponent: Logps, losses: Tensor, initial_loss: float | None, tolerance: float
+) -> None:
     """Raise UserError if log-probs differ from the opponent's by more than `tolerance` nats on average."""
     gap = torch.stack([(policy[name].detach() - opponent[name]).abs() for name in RESPONSES], dim=1).mean().item()
     if not gap <= tolerance:
+        expected = "" if initial_loss is None else f" instead of {initial_loss:.5f}"
         raise UserError(
-            f"the policy does not equal its opponent at the first step: log-probs differ by {gap:.3g} nats per response: "
-            "the stored scores were made with other weights. Remove this iteration's folder under store.path/score and "
-            "run again."
+            f"the policy does not equal its opponent at the first step: log-probs differ by {gap:.3g} nats per response "
+            f"(loss {losses.mean().item():.5f}{expected}): the stored scores were made with other weights. Remove this "
+            "iteration's folder under store.path/score and run again."
         )
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from spin.config.schema import LossConfig
-from spin.method.objectives import LINKS, make_objective, space_loss, spin_loss
+from spin.method.objectives import LINKS, link_at_zero, make_objective, space_loss, spin_loss
 
 
 def named(table: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -43,6 +43,7 @@ def test_links_are_convex_and_decreasing(link):
     logps = torch.randn(4, 2)
     losses, metrics = spin_loss(named(logps), named(logps), 0.1, link)
     assert torch.allclose(losses, torch.full((4,), NAIVE[link](0.0)))
+    assert link_at_zero(link) == pytest.approx(NAIVE[link](0.0))
     assert (metrics["rewards/margins"] == 0).all() and (metrics["rewards/accuracies"] == 0.5).all()
 
 
@@ -113,7 +114,9 @@ def test_space_is_its_formula(mu):
         assert losses[i].item() == pytest.approx(-math.log(is_human) - mu * math.log(is_noise), rel=1e-9)
         assert metrics["rewards/real"][i].item() == pytest.approx(real)
     at_zero, _ = space_loss(named(opponent), named(opponent), mu)
-    assert torch.allclose(at_zero, torch.full_like(at_zero, math.log(1 + mu) + mu * math.log(1 + 1 / mu)))
+    declared = make_objective(LossConfig.from_defaults(objective="space", beta=None, mu=mu), 0).initial_loss
+    assert torch.allclose(at_zero, torch.full_like(at_zero, declared))
+    assert declared == pytest.approx(math.log(1 + mu) + mu * math.log(1 + 1 / mu))
 
 
 @pytest.mark.parametrize("mu", [1.0, 3.0])
@@ -159,7 +162,7 @@ def test_tspin_is_its_formula():
             expected = math.log(1 + math.exp(-z)) + weight * math.log(1 + math.exp(-back))
             assert losses[i].item() == pytest.approx(expected, rel=1e-9)
             assert metrics["gains/real"][i].item() == pytest.approx(real - opponent["real"][i].item())
-        assert objective.references == ("opponent",)
+        assert objective.initial_loss is None and objective.references == ("opponent",)
         assert objective.responses == ("real", "generated", *["first"] * (iteration > 0))
 
 
@@ -178,6 +181,7 @@ def test_floor_costs_below_the_opponent_only(base):
     ]
     losses, metrics = floored.loss(policy, {"opponent": opponent}, lengths)
     assert losses.tolist() == pytest.approx(expected, rel=1e-9) and (metrics["loss/floor"] == 0).any()
+    assert floored.initial_loss == plain.initial_loss
 
 
 def test_settings_decide_content():

@@ -106,11 +106,11 @@ def test_wrong_opponent_is_found(tiny_folder):
     pairs = pairs_of()
     opponent = score(tiny_folder, pairs)["opponent"]
     wrong = {"opponent": opponent | {"real": opponent["real"] - 3}}
-    with pytest.raises(UserError, match="does not equal its opponent"):
+    with pytest.raises(UserError, match=r"does not equal its opponent at the first step: .* instead of 0\.69315\)"):
         train(engine_of(tiny_folder), pairs, references=wrong)
     nan = {name: torch.full((4,), torch.nan) for name in ("real", "generated")}
     with pytest.raises(UserError):
-        check_first_step(nan, nan, 0.1)
+        check_first_step(nan, nan, torch.full((4,), torch.nan), None, 0.1)
 
 
 @pytest.mark.parametrize("forward", [PADDED, Forward("packed", "chunked", 300, 64), Forward("packed", "full", 64, 1)])

@@ -188,7 +188,9 @@ def train(engine, pairs, references, forward=PACKED, log=lambda row: None, refer
         losses, metrics = objective.loss(policy, {"opponent": references[reference]}, lengths)
         return losses, metrics | {"gains/real": (policy["real"] - opponent["real"]).detach()}
 
-    return train_spin(engine, pairs, references, Objective(loss, tuple(references), {}), forward, log=log, **SETTINGS)
+    return train_spin(
+        engine, pairs, references, Objective(loss, tuple(references), None, {}), forward, log=log, **SETTINGS
+    )
 
 
 @pytest.mark.parametrize("forward", [PACKED, PADDED, Forward("packed", "full", 64, 1)])
