@@ -1,13 +1,12 @@
 """Record formats: from a record to conversations and the human answers in them."""
 
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from spin.config.schema import DataConfig
-from spin.data.counts import drop
+from spin.data.counts import Counts
 from spin.data.messages import (
     BROKEN,
     Exchange,
@@ -15,6 +14,7 @@ from spin.data.messages import (
     alternating,
     answers_of,
     broken,
+    first_value,
     from_json,
     join,
     messages_of,
@@ -36,7 +36,7 @@ class Format:
 
     columns: tuple[str, ...]  # one of them holds the conversation
     answers: tuple[str, ...] = ()  # one of them holds the answer; none: the answers stand in the conversation
-    others: tuple[str, ...] = ()  # columns that are read where they are there
+    more: tuple[str, ...] = ()  # columns that are read if there are any
     rejected: tuple[str, ...] = ()  # one of them holds the answer that is set against the human one
 
     def missing_columns(self, names: Iterable[str]) -> str | None:
@@ -45,17 +45,17 @@ class Format:
 
     @property
     def history(self) -> tuple[str, ...]:
-        """The columns that hold earlier turns: none where the conversation itself does."""
+        """The columns of earlier turns: none where the conversation itself holds them."""
         return HISTORY if self.answers else ()
 
     @property
     def read(self) -> set[str]:
         """All columns that are read."""
-        return {*self.columns, *self.answers, *self.others, *self.rejected, *CONTEXT, *self.history}
+        return {*self.columns, *self.answers, *self.more, *self.rejected, *CONTEXT, *self.history}
 
 
 def _chitchat(record: Record) -> list[Message]:
-    """Two speakers who alternate; each inner list holds the consecutive texts of one of them."""
+    """Return the messages of two speakers who alternate; each inner list holds consecutive texts of one."""
     messages: list[Message] = []
     for number, turn in enumerate(_as_list(record.get("messages"))):
         texts = [text.get("text") for text in _as_list(turn) if isinstance(text, dict)]
@@ -66,7 +66,7 @@ def _chitchat(record: Record) -> list[Message]:
 
 def _prompt(record: Record, names: Iterable[str]) -> list[Message]:
     """Return the messages in one of the columns; a text is followed by its input, as in Alpaca's records."""
-    value, context = _value(record, names), _value(record, INPUT)
+    value, context = first_value(record, names), first_value(record, INPUT)
     if isinstance(value, str) and isinstance(context, str) and context.strip() and context is not value:
         value = f"{value.strip()}\n\n{context.strip()}"
     return messages_of(value)
@@ -76,17 +76,12 @@ def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _value(record: Record, names: Iterable[str]) -> Any:
-    """The first of the columns that is not null."""
-    return next((record[name] for name in names if record.get(name) is not None), None)
-
-
 FORMATS = {
-    "preference": Format(("chosen", "real"), others=(*PROMPTS, *INPUT), rejected=("rejected", "generated")),
+    "preference": Format(("chosen", "real"), more=(*PROMPTS, *INPUT), rejected=("rejected", "generated")),
     "messages": Format(("messages", "conversation", "dialogue", "dialog", "contents")),
     "sharegpt": Format(("conversations",)),
-    "alpaca": Format(("instruction",), answers=("output", "response"), others=(*INPUT, "label")),
-    "prompt": Format(QUESTIONS, answers=ANSWERS, others=(*INPUT, "label")),
+    "alpaca": Format(("instruction",), answers=("output", "response"), more=(*INPUT, "label")),
+    "prompt": Format(QUESTIONS, answers=ANSWERS, more=(*INPUT, "label")),
     "chitchat": Format(("messages",)),
 }
 
@@ -94,7 +89,7 @@ FORMATS = {
 def exchanges(
     records: Iterable[Record],
     config: DataConfig,
-    counts: Counter[str],
+    counts: Counts,
     renders_tools: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Exchange]:
@@ -113,35 +108,33 @@ def exchanges(
         name = _detect(record) if config.format == "auto" else config.format
         if name is None or FORMATS[name].missing_columns(record):
             counts["read"] += 1
-            drop(counts, "unknown columns", record)
+            counts.drop("unknown columns", record)
             continue
         formats.add(name)
         unread |= dict.fromkeys(key for key in record if record[key] is not None and key not in FORMATS[name].read)
-        found = _read(record, name, config, renders_tools)
+        answers = _read(record, name, config, renders_tools)
         if config.turns == "first":
-            found = sorted(found, key=lambda item: isinstance(item, str))[:1]  # the first that can be learnt
-        for item in found:
+            answers = sorted(answers, key=lambda answer: isinstance(answer, str))[:1]  # the first that can be learnt
+        for answer in answers:
             counts["read"] += 1
-            if isinstance(item, str):
-                drop(counts, item, record)
+            if isinstance(answer, str):
+                counts.drop(answer, record)
             else:
-                yield item
+                yield answer
     if first is not None and not formats:
-        raise UserError(_no_format(first, config.format))
+        columns = _column_names(first)
+        if config.format == "auto":
+            raise UserError(f"data.format=auto: no known format has {columns}; rename them, or set data.format")
+        missing = FORMATS[config.format].missing_columns(first)
+        raise UserError(f"data.format={config.format}: no column {missing}; there are {columns}")
     if "preference" in formats:
         say("note: of two answers, the chosen (or real) one is the human answer")
     if unread:
         say(f"note: columns of the data that are not read: {_column_names(unread)}")
 
 
-def _no_format(record: Record, name: str) -> str:
-    if name == "auto":
-        return f"data.format=auto: no known format has {_column_names(record)}; rename them, or set data.format"
-    return f"data.format={name}: no column {FORMATS[name].missing_columns(record)}; there are {_column_names(record)}"
-
-
 def _detect(record: Record) -> str | None:
-    """The first format whose columns the record has; null counts as absent if another format fits."""
+    """Return the first format whose columns the record has; null counts as absent if another format fits."""
     if any(isinstance(turn, list) for turn in _as_list(record.get("messages"))[:1]):
         return "chitchat"
     for names in ([name for name in record if record[name] is not None], record):
@@ -152,7 +145,7 @@ def _detect(record: Record) -> str | None:
 
 
 def _read(record: Record, name: str, config: DataConfig, renders_tools: bool) -> list[Exchange | str]:
-    """The answers in a record, or the reason why each can't be read; one reason if there are none."""
+    """Return the answers in a record, or the reason why each can't be read; one reason if there are none."""
     format, id = FORMATS[name], record.get("id")
     # The pinned set is cut into records with the ids <name>_0, <name>_30, ...; elsewhere a number in an id says nothing.
     is_pinned = name == "sharegpt" and config.path is None
@@ -166,14 +159,14 @@ def _read(record: Record, name: str, config: DataConfig, renders_tools: bool) ->
         if record.get("label") is False:  # an answer that was judged bad, as in data for KTO
             return ["not to be learnt"]
         messages = _with_context(record, _prompt(record, format.columns), format)
-        return [_answered(messages, messages_of(_value(record, format.answers), "assistant"), tools)]
-    messages = _chitchat(record) if name == "chitchat" else messages_of(_value(record, format.columns))
+        return [_answered(messages, messages_of(first_value(record, format.answers), "assistant"), tools)]
+    messages = _chitchat(record) if name == "chitchat" else messages_of(first_value(record, format.columns))
     messages = alternating(messages) if is_pinned else _with_context(record, messages, format)
     return answers_of(messages, tools) or [why_none(messages)]
 
 
 def _answered(messages: list[Message], answer: list[Message], tools: list[Any] | None) -> Exchange | str:
-    """The exchange of a prompt and of an answer that stands in a column of its own."""
+    """Return the exchange of a prompt and an answer from a separate column, or why there is none."""
     if not messages or messages[-1]["role"] not in ("user", "tool"):
         return why_none(messages) if any(turn["role"] == BROKEN for turn in messages) else "no prompt"
     if not answer or answer[-1]["role"] != "assistant":
@@ -182,9 +175,9 @@ def _answered(messages: list[Message], answer: list[Message], tools: list[Any] |
 
 
 def _preferred(record: Record, format: Format, tools: list[Any] | None, generated: str) -> Exchange | str:
-    """The exchange of the better of two answers, which may hold the prompt, too; the other one stands beside it."""
+    """Return the exchange of the better of two answers, which may contain the prompt, with the other one as `rejected`."""
     columns = (format.columns, format.rejected)
-    chosen, rejected = (join(messages_of(_value(record, names), "assistant")) for names in columns)
+    chosen, rejected = (join(messages_of(first_value(record, names), "assistant")) for names in columns)
     prompt = [] if any(turn["role"] == "user" for turn in chosen) else _prompt(record, PROMPTS)
     messages = [*prompt, *chosen[:-1]]
     exchange = _answered(_with_context(record, messages, format), chosen[-1:], tools)
@@ -196,15 +189,15 @@ def _preferred(record: Record, format: Format, tools: list[Any] | None, generate
 
 
 def _with_context(record: Record, messages: list[Message], format: Format) -> list[Message]:
-    """The messages after what the columns of earlier turns and of a system message hold."""
-    history = from_json(_value(record, format.history))
+    """Return the messages after those in the columns of earlier turns and of a system message."""
+    history = from_json(first_value(record, format.history))
     turns = _as_list(history)
     are_pairs = any(isinstance(turn, list) for turn in turns)
     earlier = [message for turn in turns for message in messages_of(turn)] if are_pairs else messages_of(turns)
     if isinstance(history, str) and history.strip():
         earlier = [broken("history that is no list")]
     messages = join([*earlier, *messages])
-    system = _value(record, SYSTEM)
+    system = first_value(record, SYSTEM)
     if isinstance(system, str) and system.strip() and not (messages and messages[0]["role"] == "system"):
         messages = [{"role": "system", "content": system}, *messages]
     return messages

@@ -3,13 +3,14 @@
 import json
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from spin.runtime.errors import brief
 
-# "role" is system, user, assistant, tool, or BROKEN, with the reason as its "content". Where the data has them, there are
-# also "reasoning_content" (a text), "tool_calls" (a list) and what names a tool. "learn" is False if the data says so.
+# "role" is system, user, assistant, tool, or BROKEN with the reason as its "content". Where the data has them:
+# "reasoning_content" (a text), "tool_calls" (a list), TOOL_KEYS. "learn" is False for an answer that is not to be learnt.
 Message = dict[str, Any]
 BROKEN = "broken"
 NAMES = {
@@ -21,11 +22,9 @@ NAMES = {
 }
 ROLES = {name: role for role, names in NAMES.items() for name in names.split()}
 CALLS = ("function_call", "tool_call")  # roles whose content is the call
-SPEAKERS, CONTENTS, THOUGHTS = (
-    ("role", "from", "speaker", "sender", "author"),
-    ("content", "value", "text", "message", "parts"),
-    ("reasoning_content", "reasoning", "thinking"),
-)
+SPEAKERS = ("role", "from", "speaker", "sender", "author")
+CONTENTS = ("content", "value", "text", "message", "parts")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 # 0 or false: not to be learnt.
 FLAGS = ("weight", "train", "trainable", "training", "train_on_turn", "learn", "loss", "loss_mask", "loss_weight")
 TOOL_KEYS = ("name", "tool_call_id")
@@ -73,12 +72,12 @@ def messages_of(value: Any, role: str = "user") -> list[Message]:
 
 def _has_role(item: Any) -> bool:
     item = from_json(item)
-    return isinstance(item, dict) and str(_first(item, SPEAKERS)).strip().lower() in ROLES
+    return isinstance(item, dict) and str(first_value(item, SPEAKERS)).strip().lower() in ROLES
 
 
 def _turns(item: Any) -> list[dict[str, Any]]:
     """Return a message as a list of one, and a question and its answer under the names of roles as two messages."""
-    if not isinstance(item, dict) or _first(item, SPEAKERS) is not None:
+    if not isinstance(item, dict) or first_value(item, SPEAKERS) is not None:
         return [item] if isinstance(item, dict) else []
     roles = sorted((key for key in item if key in ROLES), key=lambda key: list(NAMES).index(ROLES[key]))
     return [{"role": key, "content": item[key]} for key in roles]
@@ -93,7 +92,7 @@ def _transcript(text: str) -> list[Message]:
     return [{"role": ROLES[name.lower()], "content": text.strip()} for name, text in turns if text.strip()]
 
 
-def _first(record: dict[str, Any], names: tuple[str, ...]) -> Any:
+def first_value(record: dict[str, Any], names: Iterable[str]) -> Any:
     """Return the first value under one of the names that is not null."""
     return next((record[name] for name in names if record.get(name) is not None), None)
 
@@ -102,18 +101,18 @@ def _message(item: Any) -> Message | None:
     """Return the message that `item` holds, broken if it can't be read; None if nothing is in it."""
     if item is None:
         return None
-    speaker = _first(item, SPEAKERS) if isinstance(item, dict) else None
+    speaker = first_value(item, SPEAKERS) if isinstance(item, dict) else None
     if not isinstance(speaker, str):
         return broken("message without a role")
     speaker = speaker.strip().lower()
     role = ROLES.get(speaker)
     if role is None:
         return broken(f"role {brief(speaker, 20)}")
-    content, calls = _first(item, CONTENTS), _calls(item, speaker)
+    content, calls = first_value(item, CONTENTS), _calls(item, speaker)
     text = "" if calls and speaker in CALLS else text_of(content)
     if text is None:
         return broken("content that is no text")
-    thought = _first(item, THOUGHTS)
+    thought = first_value(item, THOUGHTS)
     if content is None and not calls and not thought:
         return None
     message: Message = {"role": role, "content": text}
@@ -152,15 +151,15 @@ def _calls(item: dict[str, Any], speaker: str) -> list[Any]:
     """Return the tool calls of a message, with arguments as objects, which is what chat templates expect."""
     calls = from_json(item.get("tool_calls")) or from_json(item.get("function_call"))
     if speaker in CALLS:
-        calls = from_json(_first(item, CONTENTS))
-    found = []
+        calls = from_json(first_value(item, CONTENTS))
+    tool_calls = []
     for call in calls if isinstance(calls, list) else [calls] if calls else []:
         function = call.get("function", call) if isinstance(call, dict) else call
         if isinstance(function, dict):
             function = {**function, "arguments": from_json(function.get("arguments"))}
         id = {"id": call["id"]} if isinstance(call, dict) and isinstance(call.get("id"), str) else {}
-        found.append({"type": "function", "function": function, **id})
-    return found
+        tool_calls.append({"type": "function", "function": function, **id})
+    return tool_calls
 
 
 def join(messages: list[Message]) -> list[Message]:
@@ -172,11 +171,10 @@ def join(messages: list[Message]) -> list[Message]:
         if last is None or apart or "tool_calls" in last or "tool_calls" in message:
             joined.append(message)
             continue
-        both = last | message
+        joined[-1] = last | message
         for key in ("content", "reasoning_content"):
-            if key in both:
-                both[key] = "\n\n".join(part[key] for part in (last, message) if part.get(key, "").strip())
-        joined[-1] = both
+            if key in joined[-1]:
+                joined[-1][key] = "\n\n".join(part[key] for part in (last, message) if part.get(key, "").strip())
     return joined
 
 
@@ -195,30 +193,30 @@ def answers_of(messages: list[Message], tools: list[Any] | None) -> list[Exchang
 
     `tools` are those that the messages may call; None if there are none, or if the template can't render them.
     """
-    found: list[Exchange | str] = []
-    lost = ""  # why what follows can't be read
+    answers: list[Exchange | str] = []
+    unreadable = ""  # why what follows can't be read
     for number, message in enumerate(messages):
-        before = messages[:number]
+        history = messages[:number]
         if message["role"] == BROKEN:
-            lost = lost or message["content"]
+            unreadable = unreadable or message["content"]
         elif message["role"] == "tool" and tools is None:
-            lost = lost or "tool message"
+            unreadable = unreadable or "tool message"
         elif message["role"] == "assistant":
             if "tool_calls" in message and tools is None:
-                lost = lost or "tool call"
-            if not any(turn["role"] == "user" for turn in before):
+                unreadable = unreadable or "tool call"
+            if not any(turn["role"] == "user" for turn in history):
                 continue  # a greeting
-            if lost:
-                found.append(lost)
+            if unreadable:
+                answers.append(unreadable)
             elif "tool_calls" in message:
-                found.append("tool call")
+                answers.append("tool call")
             elif not message.get("learn", True):
-                found.append("not to be learnt")
-            elif before[-1]["role"] not in ("user", "tool"):
-                found.append("no user's message right before the answer")
+                answers.append("not to be learnt")
+            elif history[-1]["role"] not in ("user", "tool"):
+                answers.append("no user's message right before the answer")
             else:
-                found.append(Exchange(before, message, tools))
-    return found
+                answers.append(Exchange(history, message, tools))
+    return answers
 
 
 def why_none(messages: list[Message]) -> str:
@@ -227,3 +225,8 @@ def why_none(messages: list[Message]) -> str:
         if message["role"] == BROKEN:
             return message["content"]
     return "no answer" if any(message["role"] == "user" for message in messages) else "no prompt"
+
+
+def as_text(messages: list[Message]) -> str:
+    """Return a conversation as a text to read."""
+    return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages)

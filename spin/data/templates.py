@@ -28,10 +28,10 @@ def encode_prompts(
     `template` is `chat` (the tokenizer's own, which gets `options`), `paper`, or a text with `{prompt}` in it. Raises
     UserError: the tokenizer has no chat template, or its template refuses the messages.
     """
-    chat = ChatTemplate(tokenizer, options) if template == "chat" and conversations else None
-    texts = [
-        chat.prompt(messages) if chat else render_text(tokenizer, messages, template) for messages in conversations
-    ]
+    if template == "chat" and conversations:
+        texts = list(map(ChatTemplate(tokenizer, options).prompt, conversations))
+    else:
+        texts = [render_text(tokenizer, messages, template) for messages in conversations]
     return list(zip(texts, _encode_sequences(tokenizer, texts, template), strict=True))
 
 
@@ -78,17 +78,28 @@ def render_text(tokenizer: Any, messages: list[Message], template: str) -> str:
     """
     # A command line passes a line feed as the two characters \n.
     pattern = PAPER_TEMPLATE if template == "paper" else template.replace("\\n", "\n")
-    system = text = ""
-    for message in messages:
-        if message["role"] == "system":
-            system = message["content"] + "\n\n"
-        elif message["role"] == "user":
-            # replace, not format: a template may hold other braces
-            text += pattern.replace("{prompt}", system + message["content"])
-            system = ""
+    text = ""
+    for message in without_system(messages):
+        if message["role"] == "user":
+            text += pattern.replace("{prompt}", message["content"])  # not format: there may be other braces
         else:
             text += message["content"] + tokenizer.eos_token
     return text
+
+
+def without_system(messages: list[Message]) -> list[Message]:
+    """Return the messages with each system text put before the next user message."""
+    merged: list[Message] = []
+    system = ""
+    for message in messages:
+        if message["role"] == "system":
+            system += message["content"] + "\n\n"
+        elif message["role"] == "user":
+            merged.append({**message, "content": system + message["content"]})
+            system = ""
+        else:
+            merged.append(message)
+    return merged
 
 
 def render_chat(tokenizer: Any, messages: Sequence[Message], **options: Any) -> str:
@@ -142,7 +153,6 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any, options: Mapping[str, Any] = NO_OPTIONS):
         self.tokenizer, self.options = tokenizer, dict(options)
         self.head, self.tail = self._around([QUESTION])
-        self.opened = self._render([QUESTION], add_generation_prompt=True)
         if not self.head:
             raise UserError(
                 "data.template=chat: the tokenizer's chat template leaves the answer out; set data.template"
@@ -162,9 +172,9 @@ class ChatTemplate:
         named = [token for token in ids if token in known]  # some tokenizers have runs of blanks among these
         return next((token for token in named if str(self.tokenizer.convert_ids_to_tokens(token)).strip()), None)
 
-    def prompt(self, messages: list[Message], tools: list[Any] | None = None) -> str:
+    def prompt(self, messages: list[Message]) -> str:
         """Return the text up to the start of a plain answer. Raises UserError: the template refuses the messages."""
-        return _cut(self._around(self.fit(messages), tools)[0])
+        return _cut(self._around(self.fit(messages))[0])
 
     def splits(self, exchanges: Sequence[Exchange]) -> list[Split | str]:
         """Return the two texts of each exchange, or why there are none.
@@ -173,7 +183,8 @@ class ChatTemplate:
         """
         requests: list[tuple[Sequence[Message], dict[str, Any]]] = []
         for exchange in exchanges:
-            messages, options = self.fit(exchange.messages), self.options | _given(exchange.tools)
+            messages = self.fit(exchange.messages)
+            options = self.options | ({"tools": exchange.tools} if exchange.tools else {})
             requests.append((messages, options | {"add_generation_prompt": True}))
             requests += [([*messages, answer], options) for answer in (STAND_IN, exchange.answer)]
         texts = render_chats(self.tokenizer, requests)
@@ -190,47 +201,33 @@ class ChatTemplate:
         if not head or not whole.endswith(tail):
             return "not rendered by the template"
         body = whole.removesuffix(tail)
-        lost = "</think>" in exchange.answer["content"] and (
-            "</think>" not in body.removeprefix(commonprefix([opened, body]))  # noqa: RUF071  # of texts, not of paths
-        )
+        answer = body.removeprefix(commonprefix([opened, body]))  # noqa: RUF071  # of texts, not of paths
+        keeps_thought = "</think>" not in exchange.answer["content"] or "</think>" in answer
         for prompt in (_cut(head), _cut(opened)):
-            if body.startswith(prompt) and not lost:
+            if body.startswith(prompt) and keeps_thought:
                 return Split(prompt, body.removeprefix(prompt) + self._closing(tail))
         return "thought that the template has no place for"
 
     def fit(self, messages: list[Message]) -> list[Message]:
-        """Return the messages with each system text put before the next user message if the template takes none."""
-        if self.takes_system:
-            return messages
-        fitted: list[Message] = []
-        system = ""
-        for message in messages:
-            if message["role"] == "system":
-                system += message["content"] + "\n\n"
-            elif message["role"] == "user":
-                fitted.append({**message, "content": system + message["content"]})
-                system = ""
-            else:
-                fitted.append(message)
-        return fitted
+        """Return the messages without system messages if the template takes none."""
+        return messages if self.takes_system else without_system(messages)
 
     def notes(self, stop_ids: Collection[int]) -> Iterator[str]:
         """Yield a line for each thing in the template that a user should know of."""
-        if self.head.startswith(self.opened):
-            added = self.head.removeprefix(self.opened)
-            if added.strip():
-                yield f"note: the chat template puts {added!r} before an answer; it is part of the prompt"
+        opened = self._render([QUESTION], add_generation_prompt=True)
+        common = commonprefix([opened, self.head])  # noqa: RUF071  # of texts, not of paths
+        prompt_end, inserted = opened.removeprefix(common), self.head.removeprefix(common)
+        if not prompt_end:
+            if inserted.strip():
+                yield f"note: the chat template puts {inserted!r} before an answer; it is part of the prompt"
         else:
-            common = commonprefix([self.opened, self.head])  # noqa: RUF071
-            there, here = (
-                repr(text.removeprefix(common)) if text != common else "nothing" for text in (self.opened, self.head)
-            )
             helps = "data.template to a text with {prompt} in it"
             if "enable_thinking" in str(self.tokenizer.chat_template):
                 helps = "data.template_options={enable_thinking: false}, or " + helps
             yield (
-                f"note: the chat template ends a prompt with {there}, where a whole conversation has {here} before an "
-                f"answer: prompts end as in the conversation here, for human and generated answers. To change it, set {helps}"
+                f"note: the chat template ends a prompt with {prompt_end!r}, where a whole conversation has "
+                f"{repr(inserted) if inserted else 'nothing'} before an answer: prompts end as in the conversation here, "
+                f"for human and generated answers. To change it, set {helps}"
             )
         if "strftime_now" in str(self.tokenizer.chat_template):
             yield f"note: the chat template prints the date; it is {TODAY:%d %b %Y} here, so that a run can be repeated"
@@ -253,10 +250,9 @@ class ChatTemplate:
         except UserError:
             return False
 
-    def _around(self, messages: list[Message], tools: list[Any] | None = None) -> tuple[str, str]:
-        """Return what stands before and after a plain answer to the messages, with all of them."""
-        text = self._render([*messages, STAND_IN], **_given(tools))
-        head, _, tail = text.rpartition(SENTINEL)
+    def _around(self, messages: list[Message]) -> tuple[str, str]:
+        """Return the text before and after a plain answer to the messages."""
+        head, _, tail = self._render([*messages, STAND_IN]).rpartition(SENTINEL)
         return head, tail
 
     def _closing(self, tail: str) -> str:
@@ -273,22 +269,17 @@ def encode_exchanges(
 
     `chat` is the tokenizer's template if `template` is chat.
     """
-    if chat is None:
-        prompts = encode_prompts(tokenizer, [exchange.messages for exchange in exchanges], template)
-        texts = [exchange.answer["content"] for exchange in exchanges]
-        responses = encode_responses(tokenizer, prompts, texts, template)
-        return [(ids, response) for (_, ids), response in zip(prompts, responses, strict=True)]
-    splits = chat.splits(exchanges)
+    splits: Sequence[Split | str]
+    if chat:
+        splits = chat.splits(exchanges)
+    else:
+        splits = [Split(render_text(tokenizer, e.messages, template), e.answer["content"]) for e in exchanges]
     rendered = [split for split in splits if isinstance(split, Split)]
     texts = [split.prompt for split in rendered]
-    prompts = list(zip(texts, token_ids(tokenizer, texts), strict=True))
+    prompts = list(zip(texts, _encode_sequences(tokenizer, texts, template), strict=True))
     responses = encode_responses(tokenizer, prompts, [split.response for split in rendered], template)
     encoded = iter([(ids, response) for (_, ids), response in zip(prompts, responses, strict=True)])
     return [next(encoded) if isinstance(split, Split) else split for split in splits]
-
-
-def _given(tools: list[Any] | None) -> dict[str, Any]:
-    return {"tools": tools} if tools else {}
 
 
 def _cut(text: str) -> str:
@@ -296,13 +287,11 @@ def _cut(text: str) -> str:
     return text.rstrip(" \t")
 
 
-def end_of_turn(
-    tokenizer: Any, stop_ids: Collection[int], template: str, options: Mapping[str, Any] = NO_OPTIONS
-) -> int:
+def end_of_turn(tokenizer: Any, template: str, options: Mapping[str, Any] = NO_OPTIONS) -> int:
     """Return the token that ends an answer. Raises UserError: the tokenizer has no EOS, or no chat template.
 
-    With the chat template, this is the token that follows a rendered answer, as in the model's own training, if it is one
-    of `stop_ids` or a special one; with a text template, or if there is none, EOS.
+    With the chat template, this is the special token after a rendered answer, as in the model's own training; with a text
+    template, or if there is none, EOS.
     """
     if template == "chat" and (end := ChatTemplate(tokenizer, options).end) is not None:
         return end

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import zipfile
-from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from spin.config import hydra
 from spin.config.schema import DataConfig
 from spin.data import examples, templates
+from spin.data.counts import Counts
 from spin.data.formats import exchanges
 from spin.data.sources import ASSETS, find_source
 from spin.runtime.errors import UserError
@@ -213,16 +213,15 @@ def test_history(load, tokenizer):
 def test_end_of_turn(byte_level, sentencepiece):
     ids = byte_level.convert_tokens_to_ids
     end = ids("<|im_end|>")
-    assert templates.end_of_turn(byte_level, {ids("<|endoftext|>"), end}, "chat") == end
-    assert templates.end_of_turn(byte_level, {ids("<|endoftext|>")}, "chat") == end  # nothing follows: the tokenizer's
-    assert templates.end_of_turn(sentencepiece, {2}, "paper") == 2
+    assert templates.end_of_turn(byte_level, "chat") == end
+    assert templates.end_of_turn(sentencepiece, "paper") == 2
     chat = PreTrainedTokenizerFast(
         tokenizer_object=byte_level.backend_tokenizer, eos_token="<|endoftext|>", chat_template=CHATML
     )
-    assert templates.end_of_turn(chat, {ids("<|endoftext|>"), end}, "chat") == end  # the turn's end is not the text's
-    assert templates.end_of_turn(chat, {end}, "paper") == ids("<|endoftext|>")
+    assert templates.end_of_turn(chat, "chat") == end  # the turn's end is not the text's
+    assert templates.end_of_turn(chat, "paper") == ids("<|endoftext|>")
     endless = PreTrainedTokenizerFast(tokenizer_object=byte_level.backend_tokenizer)
-    fails("end-of-sequence", templates.end_of_turn, endless, {0}, "paper")
+    fails("end-of-sequence", templates.end_of_turn, endless, "paper")
 
 
 def test_chat_template_missing_or_refusing(load, byte_level):
@@ -385,7 +384,7 @@ def test_format_details(load):
     ]
     assert load(rows).counts == {"read": 5, "kept": 2, "no prompt": 1, "no answer": 2}
     # The pinned set alone, whose data has no path, is cut into parts.
-    counts: Counter[str] = Counter()
+    counts = Counts()
     assert len(list(exchanges(rows, config(), counts))) == 1
     assert counts == {
         "read": 5,
@@ -420,7 +419,7 @@ def test_broken_records(load):
 
 
 def read(tmp_path, path, **changes):
-    return list(find_source(config(path, **changes), tmp_path / "cache").read(Counter()))
+    return list(find_source(config(path, **changes), tmp_path / "cache").read(Counts()))
 
 
 def test_files_and_folders(tmp_path):
@@ -594,7 +593,7 @@ def test_exchange_counts():
         {"messages": [{"role": ("user", "assistant")[n % 2], "content": "x"} for n in range(length)]}
         for length in range(6)
     ]
-    counts = Counter()
+    counts = Counts()
     assert len(list(exchanges(rows, config(turns="all"), counts))) == 0 + 0 + 1 + 1 + 2 + 2
     assert counts == {"read": 8, "no prompt": 1, "no answer": 1}
 
@@ -615,7 +614,7 @@ def test_tiny_set(byte_level, tmp_path):
 
 def test_path_overrides_package(tmp_path):
     path = write(tmp_path / "mine.jsonl", pairs(3))
-    records = find_source(config(path, package="nothing==0", file="x.json"), tmp_path).read(Counter())
+    records = find_source(config(path, package="nothing==0", file="x.json"), tmp_path).read(Counts())
     assert [record["prompt"] for record in records] == [record["prompt"] for record in pairs(3)]
 
 

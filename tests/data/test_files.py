@@ -4,7 +4,6 @@ import gzip
 import json
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from spin.data import files
+from spin.data.counts import Counts
 from spin.data.files import read_file
 from spin.runtime.errors import UserError
 
@@ -67,7 +67,7 @@ def test_line_of_the_error(tmp_path):
 
 @pytest.mark.parametrize("end", ["", ",", ', {"prompt', ', {"prompt": "a"'])
 def test_cut_list(tmp_path, end):
-    path, counts = tmp_path / "rows.json", Counter()
+    path, counts = tmp_path / "rows.json", Counts()
     path.write_text(json.dumps(ROWS).removesuffix("]") + end)
     assert read(path, counts) == ROWS and counts == {"read": 1, "truncated record": 1}
     path.write_text(json.dumps(ROWS))

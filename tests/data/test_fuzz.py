@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,6 +19,7 @@ from hypothesis import strategies as st
 
 from spin.config.schema import DataConfig
 from spin.data import examples, prose, templates
+from spin.data.counts import Counts
 from spin.data.sources import find_source
 from spin.models import tiny
 from spin.models import wheels as packages
@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def read_records(config, cache):
-    return find_source(config, cache).read(Counter())
+    return find_source(config, cache).read(Counts())
 
 
 def fuzz(examples: int) -> settings:
@@ -305,6 +305,7 @@ from collections import Counter
 from pathlib import Path
 from spin.config.schema import DataConfig
 from spin.runtime.errors import UserError
+from spin.data.counts import Counts
 from spin.data.formats import exchanges
 from spin.data.sources import find_source
 
@@ -318,7 +319,7 @@ for variant in [raw, *cut, *flipped]:
     file.unlink()
     file.write_bytes(variant)
     try:
-        counts = Counter()
+        counts = Counts()
         list(exchanges(find_source(DataConfig.from_defaults(path=str(folder)), folder / "cache").read(counts), DataConfig.from_defaults(), counts))
         seen["read" if counts["read"] == 4 else "read less"] += 1
     except UserError as error:

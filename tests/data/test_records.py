@@ -2,13 +2,13 @@
 
 import json
 import math
-from collections import Counter
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spin.config.schema import DataConfig
+from spin.data.counts import Counts
 from spin.data.examples import load_dataset
 from spin.data.formats import exchanges
 from spin.data.messages import ROLES
@@ -19,7 +19,7 @@ from spin.runtime.errors import UserError
 
 def read(*rows, tools=False, **changes):
     """The exchanges as lists of (role, text), the counts without `read`, which is checked, and what was said."""
-    counts, said = Counter(), []
+    counts, said = Counts(), []
     config = DataConfig.from_defaults(path="rows.jsonl", **changes)
     found = list(exchanges(rows, config, counts, tools, said.append))
     assert counts.pop("read", 0) == len(found) + counts.total()
@@ -254,7 +254,7 @@ def test_json_records_by_id(tmp_path):
     record = {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}
     (tmp_path / "by_id.json").write_text(json.dumps({"a": record, "b": record}))
     config = DataConfig.from_defaults(path=str(tmp_path / "by_id.json"))
-    assert list(find_source(config, tmp_path).read(Counter())) == [record, record]
+    assert list(find_source(config, tmp_path).read(Counts())) == [record, record]
     (tmp_path / "by_id.json").write_text(json.dumps({"messages": record["messages"]}))
     with pytest.raises(UserError, match="holds no list of records"):
-        list(find_source(config, tmp_path).read(Counter()))
+        list(find_source(config, tmp_path).read(Counts()))

@@ -88,7 +88,7 @@ def whole_ids(tokenizer, options, messages, end):
 
 
 def ending(tokenizer, options):
-    return end_of_turn(tokenizer, {tokenizer.eos_token_id}, "chat", options)
+    return end_of_turn(tokenizer, "chat", options)
 
 
 @every_family

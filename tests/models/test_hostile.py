@@ -72,7 +72,7 @@ def use(folder):
     stops = stop_ids(policy.folder, tokenizer)
     for note in ChatTemplate(tokenizer).notes(stops):
         assert note.startswith("note:")
-    stops |= {end_of_turn(tokenizer, stops, "chat")}
+    stops |= {end_of_turn(tokenizer, "chat")}
     shape_of(AutoConfig.from_pretrained(policy.folder, trust_remote_code=False))
     model = load_policy(policy, torch.float32, torch.device("cpu"))
     [(text, ids)] = encode_prompts(tokenizer, [[{"role": "user", "content": "Hi"}]], "chat")
