@@ -155,12 +155,11 @@ def load_dataset(
 
     The order depends on `seed` and content only. The first `config.held_out` prompts are held out, one example each, the
     next `config.validation` prompts are for validation, and all other examples of these prompts are dropped; the next
-    `config.size` examples are the training set. So the held-out and validation sets are the same for every size, and a
-    smaller training set is part of a larger one.
+    `config.size` examples are the training set. So a smaller training set is part of a larger one, beside equal others.
 
-    `stop_ids` are the tokens at which the model stops generating; `seen` holds the `opening` of the prompts that the
-    model was trained on, which are never held out. `cache` keeps downloaded files, and what was read and tokenised, by content.
-    `say` gets a line for each thing in the data or the template that a user should know of.
+    `stop_ids` are the tokens at which the model stops generating; `seen` has the `opening` of each prompt that the model
+    was trained on: these are not held out. `cache` keeps files from wheels, and records and token ids by content. `say`
+    gets notes on the data and the template.
 
     Raises UserError: the source cannot be read, the template does not fit the tokenizer, or too few examples are left.
     """

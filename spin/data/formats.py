@@ -23,7 +23,7 @@ from spin.data.messages import (
 from spin.runtime.errors import UserError, brief
 
 Record = dict[str, Any]
-SYSTEM, HISTORY, TOOLS, INPUT = ("system", "system_prompt"), ("history",), "tools", ("input", "context")
+SYSTEM, HISTORY, TOOLS, INPUT = ("system", "system_prompt"), "history", "tools", ("input", "context")
 QUESTIONS = ("prompt", "question", "query", "problem", "input")
 ANSWERS = ("response", "completion", "output", "solution", "answer")
 PROMPTS = ("instruction", *QUESTIONS, "conversations", "conversation")  # where a prompt may stand before two answers
@@ -44,14 +44,9 @@ class Format:
         return next((" or ".join(group) for group in needed if not set(names) & set(group)), None)
 
     @property
-    def history(self) -> tuple[str, ...]:
-        """The columns of earlier turns: none where the conversation itself holds them."""
-        return HISTORY if self.answers else ()
-
-    @property
     def read(self) -> set[str]:
         """All columns that are read."""
-        return {*self.columns, *self.answers, *self.more, *self.rejected, *CONTEXT, *self.history}
+        return {*self.columns, *self.answers, *self.more, *self.rejected, *CONTEXT}
 
 
 def _chitchat(record: Record) -> list[Message]:
@@ -80,8 +75,8 @@ FORMATS = {
     "preference": Format(("chosen", "real"), more=(*PROMPTS, *INPUT), rejected=("rejected", "generated")),
     "messages": Format(("messages", "conversation", "dialogue", "dialog", "contents")),
     "sharegpt": Format(("conversations",)),
-    "alpaca": Format(("instruction",), answers=("output", "response"), more=(*INPUT, "label")),
-    "prompt": Format(QUESTIONS, answers=ANSWERS, more=(*INPUT, "label")),
+    "alpaca": Format(("instruction",), answers=("output", "response"), more=(*INPUT, "label", HISTORY)),
+    "prompt": Format(QUESTIONS, answers=ANSWERS, more=(*INPUT, "label", HISTORY)),
     "chitchat": Format(("messages",)),
 }
 
@@ -158,10 +153,10 @@ def _read(record: Record, name: str, config: DataConfig, renders_tools: bool) ->
     if format.answers:
         if record.get("label") is False:  # an answer that was judged bad, as in data for KTO
             return ["not to be learnt"]
-        messages = _with_context(record, _prompt(record, format.columns), format)
+        messages = _with_context(record, _prompt(record, format.columns), record.get(HISTORY))
         return [_answered(messages, messages_of(first_value(record, format.answers), "assistant"), tools)]
     messages = _chitchat(record) if name == "chitchat" else messages_of(first_value(record, format.columns))
-    messages = alternating(messages) if is_pinned else _with_context(record, messages, format)
+    messages = alternating(messages) if is_pinned else _with_context(record, messages)
     return answers_of(messages, tools) or [why_none(messages)]
 
 
@@ -180,7 +175,7 @@ def _preferred(record: Record, format: Format, tools: list[Any] | None, generate
     chosen, rejected = (join(messages_of(first_value(record, names), "assistant")) for names in columns)
     prompt = [] if any(turn["role"] == "user" for turn in chosen) else _prompt(record, PROMPTS)
     messages = [*prompt, *chosen[:-1]]
-    exchange = _answered(_with_context(record, messages, format), chosen[-1:], tools)
+    exchange = _answered(_with_context(record, messages), chosen[-1:], tools)
     if isinstance(exchange, str) or not rejected or rejected[-1]["role"] != "assistant":
         return exchange
     if generated == "file" and rejected[:-1] not in ([], chosen[:-1], messages):
@@ -188,9 +183,9 @@ def _preferred(record: Record, format: Format, tools: list[Any] | None, generate
     return replace(exchange, rejected=rejected[-1]["content"])
 
 
-def _with_context(record: Record, messages: list[Message], format: Format) -> list[Message]:
-    """Return the messages after those in the columns of earlier turns and of a system message."""
-    history = from_json(first_value(record, format.history))
+def _with_context(record: Record, messages: list[Message], history: Any = None) -> list[Message]:
+    """Return the messages after earlier turns, `history`, and after the system message in a column of the record."""
+    history = from_json(history)
     turns = _as_list(history)
     are_pairs = any(isinstance(turn, list) for turn in turns)
     earlier = [message for turn in turns for message in messages_of(turn)] if are_pairs else messages_of(turns)

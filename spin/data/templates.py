@@ -18,6 +18,7 @@ SENTINEL = "Sentinel"  # the text whose surroundings are looked up in a rendered
 STAND_IN = {"role": "assistant", "content": SENTINEL}
 QUESTION = {"role": "user", "content": "Question"}
 NO_OPTIONS: Mapping[str, Any] = {}
+SUBJECT = "data.template=chat: the tokenizer's chat template"  # of errors
 
 
 def encode_prompts(
@@ -118,23 +119,22 @@ def render_chats(tokenizer: Any, requests: Sequence[tuple[Sequence[Message], dic
     advice = "set data.template=paper or a text with {prompt} in it"
     if not tokenizer.chat_template:
         raise UserError(f"data.template=chat: the model's tokenizer has no chat template; {advice}")
-    subject = "data.template=chat: the tokenizer's chat template"
-    with explaining(subject, advice):  # a template is a program that comes with the model
-        tokens = tokenizer.special_tokens_map
-        programs = [tokenizer.get_chat_template(tools=options.get("tools")) for _, options in requests]
-        rendered = render_programs(
-            [(p, messages, tokens | options) for p, (messages, options) in zip(programs, requests, strict=True)]
-        )
+    with explaining(SUBJECT, advice):  # a template is a program that comes with the model
+        programs = [
+            (tokenizer.get_chat_template(tools=options.get("tools")), messages, tokenizer.special_tokens_map | options)
+            for messages, options in requests
+        ]
+        rendered = render_programs(programs)
     texts: list[str | UserError] = []
     for (messages, _), (succeeded, text) in zip(requests, rendered, strict=True):
         roles = brief(", ".join(message["role"] for message in messages))
-        texts.append(text if succeeded else UserError(f"{subject} refuses messages of {roles} ({text}); {advice}."))
+        texts.append(text if succeeded else UserError(f"{SUBJECT} refuses messages of {roles} ({text}); {advice}."))
     return texts
 
 
 @dataclass(frozen=True)
 class Split:
-    """A conversation as the chat template renders it, up to where the answer is generated, and from there on."""
+    """A rendered conversation, divided where the answer starts to be generated."""
 
     prompt: str
     response: str  # up to the end token
@@ -143,9 +143,9 @@ class Split:
 class ChatTemplate:
     """A tokenizer's chat template with `options`: where it puts an answer, and which messages it knows.
 
-    A prompt ends where the answer begins in the conversation as the template renders it, with what stands before every
-    answer (an empty thought, for example). So this text is part of no answer, human or generated. Blanks at the end go
-    with the answer: most tokenizers join them to its first word.
+    A prompt ends where the answer begins in the rendered conversation, so a text before every answer (an empty thought,
+    for example) is part of no answer, human or generated. Blanks at the prompt's end go with the answer: most tokenizers
+    join them to its first word.
 
     Raises UserError: there is no chat template, or it refuses the simplest conversation, or leaves its answer out.
     """
@@ -154,12 +154,12 @@ class ChatTemplate:
         self.tokenizer, self.options = tokenizer, dict(options)
         self.head, self.tail = self._around([QUESTION])
         if not self.head:
-            raise UserError(
-                "data.template=chat: the tokenizer's chat template leaves the answer out; set data.template"
-            )
+            raise UserError(f"{SUBJECT} leaves the answer out; set data.template")
         answer = {"role": "assistant", "content": "Answer"}
-        self.takes_system = self._shows({"role": "system", "content": SENTINEL}, QUESTION, answer)
-        self.takes_thoughts = self._shows(QUESTION, answer | {"reasoning_content": SENTINEL})
+        with_system = [{"role": "system", "content": SENTINEL}, QUESTION, answer]
+        with_thought = [QUESTION, answer | {"reasoning_content": SENTINEL}]
+        texts = render_chats(tokenizer, [(messages, self.options) for messages in (with_system, with_thought)])
+        self.takes_system, self.takes_thoughts = (isinstance(text, str) and SENTINEL in text for text in texts)
         source = str(tokenizer.chat_template)
         self.takes_tools = "tool_calls" in source and "tools" in source
         self.refusal = ""  # what the template says of the first messages that it refuses
@@ -174,7 +174,7 @@ class ChatTemplate:
 
     def prompt(self, messages: list[Message]) -> str:
         """Return the text up to the start of a plain answer. Raises UserError: the template refuses the messages."""
-        return _cut(self._around(self.fit(messages))[0])
+        return self._around(self.fit(messages))[0].rstrip(" \t")
 
     def splits(self, exchanges: Sequence[Exchange]) -> list[Split | str]:
         """Return the two texts of each exchange, or why there are none.
@@ -191,7 +191,7 @@ class ChatTemplate:
         return [self._split(e, *texts[3 * i : 3 * i + 3]) for i, e in enumerate(exchanges)]
 
     def _split(self, exchange: Exchange, *texts: str | UserError) -> Split | str:
-        """`texts`: the conversation up to the generation prompt, with `STAND_IN`, and with the answer."""
+        """Divide an exchange. `texts`: it up to the generation prompt, with `STAND_IN`, and with the answer."""
         for text in texts:
             if isinstance(text, UserError):
                 self.refusal = self.refusal or str(text)
@@ -203,9 +203,13 @@ class ChatTemplate:
         body = whole.removesuffix(tail)
         answer = body.removeprefix(commonprefix([opened, body]))  # noqa: RUF071  # of texts, not of paths
         keeps_thought = "</think>" not in exchange.answer["content"] or "</think>" in answer
-        for prompt in (_cut(head), _cut(opened)):
+        # Up to the end token, or all of it if no token of the template ends an answer.
+        ending = (
+            tail.rstrip() if self.end is None else tail.partition(self.tokenizer.convert_ids_to_tokens(self.end))[0]
+        )
+        for prompt in (head.rstrip(" \t"), opened.rstrip(" \t")):
             if body.startswith(prompt) and keeps_thought:
-                return Split(prompt, body.removeprefix(prompt) + self._closing(tail))
+                return Split(prompt, body.removeprefix(prompt) + ending)
         return "thought that the template has no place for"
 
     def fit(self, messages: list[Message]) -> list[Message]:
@@ -243,23 +247,10 @@ class ChatTemplate:
     def _render(self, messages: Sequence[Message], **options: Any) -> str:
         return render_chat(self.tokenizer, messages, **self.options, **options)
 
-    def _shows(self, *messages: Message) -> bool:
-        """Return whether the template renders `SENTINEL`, which stands in the messages."""
-        try:
-            return SENTINEL in self._render(messages)
-        except UserError:
-            return False
-
     def _around(self, messages: list[Message]) -> tuple[str, str]:
         """Return the text before and after a plain answer to the messages."""
         head, _, tail = self._render([*messages, STAND_IN]).rpartition(SENTINEL)
         return head, tail
-
-    def _closing(self, tail: str) -> str:
-        """Return what stands between an answer and its end token, or all of it if no token of the template ends it."""
-        if self.end is None:
-            return tail.rstrip()
-        return tail.partition(self.tokenizer.convert_ids_to_tokens(self.end))[0]
 
 
 def encode_exchanges(
@@ -280,11 +271,6 @@ def encode_exchanges(
     responses = encode_responses(tokenizer, prompts, [split.response for split in rendered], template)
     encoded = iter([(ids, response) for (_, ids), response in zip(prompts, responses, strict=True)])
     return [next(encoded) if isinstance(split, Split) else split for split in splits]
-
-
-def _cut(text: str) -> str:
-    """Return the text before an answer without blanks at its end."""
-    return text.rstrip(" \t")
 
 
 def end_of_turn(tokenizer: Any, template: str, options: Mapping[str, Any] = NO_OPTIONS) -> int:
