@@ -65,19 +65,28 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Encoding:
-    """What makes token ids of exchanges: the tokenizer, the token that ends an answer, and the template."""
+    """How exchanges become token ids, which are kept in `cache`."""
 
-    tokenizer: Any
-    end: int
-    chat: ChatTemplate | None
     config: DataConfig
+    tokenizer: Any
+    end: int  # the token that ends an answer
+    chat: ChatTemplate | None
+    cache: Path
+    say: Callable[[str], None]
 
-    @property
-    def inputs(self) -> dict:
-        """All that decides the token ids of an exchange."""
+    def encode_once(self, rows: Rows[Candidate], inputs: dict) -> tuple[Rows[Example], str]:
+        """Return the rows of ENCODED for the candidates that `inputs` stand for, and what the template refused first."""
         names = ("template", "template_options", "max_prompt_length", "max_response_length", "min_response_length")
         settings = self.config.model_dump(include={*names, "max_length", "overlong", "generated"})
-        return {"version": VERSION, "tokenizer": tokenizer_digest(self.tokenizer), "end": self.end, **settings}
+        inputs |= {"version": VERSION, "tokenizer": tokenizer_digest(self.tokenizer), "end": self.end, **settings}
+
+        def build(folder: Path) -> dict:
+            text = f"data: {{}} of {len(rows)} answers tokenised"
+            write_arrow(with_progress_lines(self.encode(rows), self.say, text), ENCODED, folder / "examples.arrow")
+            return {"refusal": self.chat.refusal if self.chat else ""}
+
+        folder, facts = cached_folder(self.cache, "examples", inputs, build, self.say)
+        return Rows.open(Example, folder / "examples.arrow"), facts["refusal"]
 
     def encode(self, rows: Rows[Candidate]) -> Iterator[dict]:
         """Yield a row of ENCODED for each candidate; tokenise one block at a time."""
@@ -178,8 +187,8 @@ def load_dataset(
     order = sorted(range(len(ids)), key=lambda row: seed_of(seed, ids[row]))
     if config.filter == "prose":
         order = _unique_prompts(order, candidates)
-    encoding = Encoding(tokenizer, end, chat, config)
-    dataset = _encode_and_split(np.array(order, np.int64), candidates, encoding, seen, cache, seed, say)
+    encoding = Encoding(config, tokenizer, end, chat, cache, say)
+    dataset = _encode_and_split(np.array(order, np.int64), candidates, encoding, seed, seen)
     if not dataset.train:
         raise UserError(
             f"data: too little is left: data.held_out={config.held_out} and data.validation={config.validation} prompts "
@@ -202,13 +211,7 @@ def _unique_prompts(order: list[int], candidates: Candidates) -> list[int]:
 
 
 def _encode_and_split(
-    order: np.ndarray,
-    candidates: Candidates,
-    encoding: Encoding,
-    seen: Collection[str],
-    cache: Path,
-    seed: int,
-    say: Callable[[str], None],
+    order: np.ndarray, candidates: Candidates, encoding: Encoding, seed: int, seen: Collection[str]
 ) -> Dataset:
     """Encode all candidates, once for all seeds; or only the first ones in this order if far fewer are needed."""
     config = encoding.config
@@ -217,20 +220,12 @@ def _encode_and_split(
     for chosen in [order[:few], None] if 4 * few < len(order) else [None]:
         rows = candidates.rows if chosen is None else candidates.rows.at(chosen)
         subset = None if chosen is None else [seed, len(chosen), config.filter]
-        inputs = {"candidates": candidates.key, "subset": subset, **encoding.inputs}
-
-        def build(folder: Path, rows: Rows[Candidate] = rows) -> dict:
-            encoded = with_progress_lines(encoding.encode(rows), say, f"data: {{}} of {len(rows)} answers tokenised")
-            write_arrow(encoded, ENCODED, folder / "examples.arrow")
-            return {"refusal": encoding.chat.refusal if encoding.chat else ""}
-
-        folder, facts = cached_folder(cache, "examples", inputs, build, say)
-        examples = Rows.open(Example, folder / "examples.arrow")
+        examples, refusal = encoding.encode_once(rows, {"candidates": candidates.key, "subset": subset})
         dataset = _split(examples.at(order) if chosen is None else examples, order, candidates, config, seen)
         if dataset.counts["kept"] == needed:
             break
-    if facts["refusal"]:
-        say(f"note: dropped and counted: {facts['refusal']}")
+    if refusal:
+        encoding.say(f"note: dropped and counted: {refusal}")
     return dataset
 
 

@@ -8,7 +8,6 @@ from typing import Any
 from spin.config.schema import DataConfig
 from spin.data.counts import Counts
 from spin.data.messages import (
-    BROKEN,
     Exchange,
     Message,
     alternating,
@@ -18,7 +17,7 @@ from spin.data.messages import (
     from_json,
     join,
     messages_of,
-    why_none,
+    reason_in,
 )
 from spin.runtime.errors import UserError, brief
 
@@ -157,16 +156,16 @@ def _read(record: Record, name: str, config: DataConfig, renders_tools: bool) ->
         return [_answered(messages, messages_of(first_value(record, format.answers), "assistant"), tools)]
     messages = _chitchat(record) if name == "chitchat" else messages_of(first_value(record, format.columns))
     messages = alternating(messages) if is_pinned else _with_context(record, messages)
-    return answers_of(messages, tools) or [why_none(messages)]
+    return answers_of(messages, tools)
 
 
 def _answered(messages: list[Message], answer: list[Message], tools: list[Any] | None) -> Exchange | str:
     """Return the exchange of a prompt and an answer from a separate column, or why there is none."""
     if not messages or messages[-1]["role"] not in ("user", "tool"):
-        return why_none(messages) if any(turn["role"] == BROKEN for turn in messages) else "no prompt"
+        return reason_in(messages, "no prompt")
     if not answer or answer[-1]["role"] != "assistant":
-        return why_none(answer) if answer and answer[-1]["role"] == BROKEN else "no answer"
-    return (answers_of(join([*messages, *answer]), tools) or ["no prompt"])[-1]
+        return reason_in(answer, "no answer")
+    return answers_of(join([*messages, *answer]), tools)[-1]
 
 
 def _preferred(record: Record, format: Format, tools: list[Any] | None, generated: str) -> Exchange | str:

@@ -191,7 +191,7 @@ def alternating(messages: list[Message]) -> list[Message]:
 def answers_of(messages: list[Message], tools: list[Any] | None) -> list[Exchange | str]:
     """Return each answer to a user's message, with all messages before it, or the reason why it can't be learnt.
 
-    `tools` are those that the messages may call; None if there are none, or if the template can't render them.
+    If there are no answers, return one reason for that. `tools` are those that the messages may call; None if there are none, or if the template can't render them.
     """
     answers: list[Exchange | str] = []
     unreadable = ""  # why what follows can't be read
@@ -216,15 +216,13 @@ def answers_of(messages: list[Message], tools: list[Any] | None) -> list[Exchang
                 answers.append("no user's message right before the answer")
             else:
                 answers.append(Exchange(history, message, tools))
-    return answers
+    has_prompt = any(message["role"] == "user" for message in messages)
+    return answers or [reason_in(messages, "no answer" if has_prompt else "no prompt")]
 
 
-def why_none(messages: list[Message]) -> str:
-    """Return the reason why no answer stands in the messages."""
-    for message in messages:
-        if message["role"] == BROKEN:
-            return message["content"]
-    return "no answer" if any(message["role"] == "user" for message in messages) else "no prompt"
+def reason_in(messages: list[Message], default: str) -> str:
+    """Return the reason of the first broken message; `default` if none is broken."""
+    return next((message["content"] for message in messages if message["role"] == BROKEN), default)
 
 
 def as_text(messages: list[Message]) -> str:

@@ -94,15 +94,9 @@ def note_trained_on(folder: Path, prompts: set[str]) -> None:
 
 def auxiliary_files(folder: Path) -> list[Path]:
     """Return configuration, tokenizer and chat template, which are copied from a model to each policy trained from it."""
-    describe_weights = (MANIFEST, ADAPTER_CONFIG, ADAPTER_BASE)
-    return [
-        path
-        for path in sorted(folder.iterdir())
-        if path.is_file()
-        and path.suffix in (".json", ".jinja", ".model", ".txt")
-        and not path.name.endswith(".index.json")
-        and path.name not in describe_weights
-    ]
+    paths = [path for path in sorted(folder.iterdir()) if path.suffix in (".json", ".jinja", ".model", ".txt")]
+    describe_weights = (MANIFEST, ADAPTER_CONFIG, ADAPTER_BASE, *(path.name for path in folder.glob("*.index.json")))
+    return [path for path in paths if path.is_file() and path.name not in describe_weights]
 
 
 def copy_auxiliary_files(source: Policy, folder: Path) -> None:
