@@ -154,8 +154,8 @@ def test_bombs(tmp_path, bomb):
     (path,) = tmp_path.iterdir()
     done = subprocess.run([sys.executable, "-c", READ, path], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
-    *said, last = done.stdout.splitlines()
+    *errors, last = done.stdout.splitlines()
     rows, mib = map(int, last.split())
     assert mib < 1500, (bomb, mib)
-    assert rows == {"long cells": 1000, "many rows": 5000}.get(bomb, 0) and bool(said) == (rows == 0)
-    assert all(line.startswith(f"refused: {path.name}") and len(line) < 500 for line in said)
+    assert rows == {"long cells": 1000, "many rows": 5000}.get(bomb, 0) and bool(errors) == (rows == 0)
+    assert all(line.startswith(f"refused: {path.name}") and len(line) < 500 for line in errors)
