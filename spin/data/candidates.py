@@ -22,7 +22,7 @@ from spin.runtime.tables import Rows, schema_of, write_arrow
 
 # End tokens of common chat templates, which data sets carry over, whatever tokenizer is used here.
 END_MARKS = ("</s>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>")
-SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can hold half a pair ("\ud83d"), which no tokenizer accepts
+SURROGATE = re.compile("[\ud800-\udfff]")  # half a pair, in JSON: no tokenizer accepts it
 VERSION = 4  # raise it when equal sources come to give other candidates
 
 
@@ -37,17 +37,13 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Candidates:
-    """All candidates of a data set in the order of its records, and how many answers were read and dropped by reason.
-
-    `names` are the roles and keys of all messages; `key` is a hash of what the candidates were made from; `dropped` has the
-    text of one answer, or record, for each reason.
-    """
+    """All candidates of a data set in the order of its records."""
 
     rows: Rows[Candidate]
-    counts: Counter[str]
-    names: set[str]
-    key: str
-    dropped: dict[str, str]
+    counts: Counter[str]  # answers that were read, and dropped by reason
+    names: set[str]  # roles and keys of all messages
+    key: str  # a hash of the inputs
+    dropped: dict[str, str]  # the text of one dropped answer, or record, by reason
 
     def text(self, row: int) -> str:
         return text_of(Exchange(**json.loads(self.rows[row].exchange)))
@@ -56,12 +52,12 @@ class Candidates:
 def read_candidates(
     config: DataConfig, specials: Sequence[str], renders_tools: bool, cache: Path, say: Callable[[str], None]
 ) -> Candidates:
-    """Read and check the data set, or map the candidates that an earlier run made of the same content.
+    """Read and check the data set, unless an earlier run has done so.
 
-    `specials` are the texts of the tokenizer's special tokens. Raises UserError: the source cannot be read.
+    `specials`: the texts of special tokens. Raises UserError: the source cannot be read.
     """
     source = find_source(config, cache)
-    keep_blanks = config.template != "chat"  # a chat template strips texts, a text template takes them as they are
+    keep_blanks = config.template != "chat"  # chat templates strip texts
     inputs = {
         "version": VERSION,
         "source": source.digest,
@@ -114,7 +110,7 @@ class _Checker:
             yield {"id": id, "prompt": prompt, "exchange": json.dumps(vars(exchange), default=str)}
 
     def _checked(self, exchange: Exchange) -> tuple[Exchange, str | None]:
-        """Return the exchange with clean texts, and the reason why it is dropped, if it is."""
+        """Return the exchange with clean texts, and the reason why it is dropped, if any."""
         turns = [self._clean(turn) for turn in [*exchange.messages, exchange.answer]]
         turns = [turn for turn in turns if turn["content"].strip() or turn["role"] != "system"]
         exchange = replace(exchange, messages=turns[:-1], answer=turns[-1])
@@ -127,7 +123,7 @@ class _Checker:
         return exchange, reason
 
     def _clean(self, message: Message) -> Message:
-        """Return the message without surrounding blanks and, if it is an assistant's, without end marks at its end."""
+        """Return the message without surrounding blanks and, an assistant's, final end marks."""
         text = message["content"] if self.keep_blanks else message["content"].strip()
         marks = (*self.specials, *END_MARKS) if message["role"] == "assistant" else ()
         while mark := next((mark for mark in marks if text.rstrip().endswith(mark)), None):
@@ -136,11 +132,13 @@ class _Checker:
 
     def _why_dropped(self, exchange: Exchange, filter: str) -> str | None:
         turns = [*exchange.messages, exchange.answer]
-        if any(not turn["content"].strip() for turn in turns if turn["role"] != "tool" and "tool_calls" not in turn):
+        needing_text = [turn for turn in turns if turn["role"] != "tool" and "tool_calls" not in turn]
+        if any(not turn["content"].strip() for turn in needing_text):
             return "empty"
         contents = [turn["content"] for turn in turns]
-        more = [value for turn in turns for value in _identity(turn)[2:]] + [exchange.tools] * bool(exchange.tools)
-        texts = contents + [json.dumps(value, ensure_ascii=False, default=str) for value in more]
+        extras = [extra for turn in turns for extra in _identity(turn)[2:]]
+        extras += [exchange.tools] * bool(exchange.tools)
+        texts = contents + [json.dumps(extra, ensure_ascii=False, default=str) for extra in extras]
         if any(map(SURROGATE.search, texts)):
             return "broken characters"
         if any(special in text for text in texts for special in self.specials):
@@ -151,7 +149,7 @@ class _Checker:
 
 
 def _identity(message: Message) -> list[Any]:
-    """Return a message's role, its text, and a dictionary of what else a template may render, if there is any."""
+    """Return a message's role, its text, and anything else that a template may render."""
     extras = {key: value for key, value in message.items() if key not in ("role", "content", "learn")}
     return [message["role"], message["content"].strip(), *([extras] if extras else [])]
 

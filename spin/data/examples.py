@@ -27,7 +27,7 @@ VERSION = 1  # raise it when equal candidates come to give other token ids
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and the human answer to it, as text to read and as the token ids that all computations use."""
+    """A prompt and the human answer to it, as text to read and as token ids to compute with."""
 
     id: str  # hash of the content: independent of file and position
     prompt: str  # to read: the last user message, after the earlier turns if there are any
@@ -44,19 +44,14 @@ ENCODED = schema_of(Example).append(pa.field("dropped", pa.string())).append(pa.
 
 @dataclass
 class Dataset:
-    """The training, held-out and validation examples, and how many exchanges were kept or dropped for which reason.
-
-    `counts["read"]` is the sum of all other counts; `counts["kept"]` is the number of examples in the three sets.
-    `seen` counts the prompts that could not be held out because the model was trained on them. `dropped` has the text of
-    one dropped answer, or record, for each reason.
-    """
+    """The training, held-out and validation examples, and how many exchanges were kept or dropped."""
 
     train: Rows[Example]
     held_out: Rows[Example]
-    counts: dict[str, int]
-    seen: int
+    counts: dict[str, int]  # by reason, "kept": in the three sets, and "read": the sum of all others
+    seen: int  # prompts that could not be held out, since the model was trained on them
     validation: Rows[Example]
-    dropped: dict[str, str] = field(default_factory=dict)
+    dropped: dict[str, str] = field(default_factory=dict)  # the text of one answer, or record, by reason
 
     @property
     def all(self) -> Rows[Example]:
@@ -75,14 +70,15 @@ class Encoding:
     say: Callable[[str], None]
 
     def encode_once(self, rows: Rows[Candidate], inputs: dict) -> tuple[Rows[Example], str]:
-        """Return the rows of ENCODED for the candidates that `inputs` stand for, and what the template refused first."""
+        """Return the ENCODED candidates, which `inputs` identify, and what the template refused first."""
         names = ("template", "template_options", "max_prompt_length", "max_response_length", "min_response_length")
         settings = self.config.model_dump(include={*names, "max_length", "overlong", "generated"})
         inputs |= {"version": VERSION, "tokenizer": tokenizer_digest(self.tokenizer), "end": self.end, **settings}
 
         def build(folder: Path) -> dict:
             text = f"data: {{}} of {len(rows)} answers tokenised"
-            write_arrow(with_progress_lines(self.encode(rows), self.say, text), ENCODED, folder / "examples.arrow")
+            encoded = with_progress_lines(self.encode(rows), self.say, text)
+            write_arrow(encoded, ENCODED, folder / "examples.arrow")
             return {"refusal": self.chat.refusal if self.chat else ""}
 
         folder, facts = cached_folder(self.cache, "examples", inputs, build, self.say)
@@ -105,7 +101,7 @@ class Encoding:
 
     def _within_limits(self, prompt_ids: list[int], response_ids: list[int]) -> TokenIds | str:
         config = self.config
-        # A prompt is never cut: it ends with the template's header for the answer and may start with the question.
+        # A prompt is never cut: it may start with the question, and ends with the answer's header.
         if len(prompt_ids) > config.max_prompt_length:
             return "prompt too long"
         if self.end in response_ids:
@@ -124,7 +120,7 @@ class Encoding:
 
 
 def _row(id: str, exchange: Exchange, tokens: TokenIds | str, rejected: TokenIds | str | None) -> dict:
-    """Return a candidate's row of ENCODED. `rejected`: the ids of the prompt and of the data's other answer, if asked for."""
+    """Return a candidate's row of ENCODED. `rejected`: the same prompt with the data's other answer."""
     if isinstance(tokens, str):
         return _dropped_row(id, tokens)
     if isinstance(rejected, str):
@@ -162,15 +158,14 @@ def load_dataset(
 ) -> Dataset:
     """Read, check, order, encode and split the data set.
 
-    The order depends on `seed` and content only. The first `config.held_out` prompts are held out, one example each, the
-    next `config.validation` prompts are for validation, and all other examples of these prompts are dropped; the next
-    `config.size` examples are the training set. So a smaller training set is part of a larger one, beside equal others.
+    The order depends on `seed` and content only. The first `config.held_out` prompts, one example each, are held out, the
+    next `config.validation` ones are for validation; their other examples are dropped. The training set is the next
+    `config.size` examples, so a smaller one is part of a larger one.
 
-    `stop_ids` are the tokens at which the model stops generating; `seen` has the `opening` of each prompt that the model
-    was trained on: these are not held out. `cache` keeps files from wheels, and records and token ids by content. `say`
-    gets notes on the data and the template.
+    `stop_ids`: the tokens at which the model stops. `seen`: the `opening` of the prompts that it was trained on, which
+    are not held out. `cache` keeps files, records and token ids. `say` gets notes on data and template.
 
-    Raises UserError: the source cannot be read, the template does not fit the tokenizer, or too few examples are left.
+    Raises UserError: the source cannot be read, the template does not fit the tokenizer, too few examples.
     """
     # First: a wrong template fails before the reading.
     end = end_of_turn(tokenizer, config.template, config.template_options)
@@ -213,7 +208,7 @@ def _unique_prompts(order: list[int], candidates: Candidates) -> list[int]:
 def _encode_and_split(
     order: np.ndarray, candidates: Candidates, encoding: Encoding, seed: int, seen: Collection[str]
 ) -> Dataset:
-    """Encode all candidates, once for all seeds; or only the first ones in this order if far fewer are needed."""
+    """Encode all candidates, once for all seeds, or only the first ones if far fewer are needed."""
     config = encoding.config
     needed = config.held_out + config.validation + (config.size or len(order))
     few = 2 * needed + BLOCK
@@ -232,17 +227,15 @@ def _encode_and_split(
 def _split(
     examples: Rows[Example], order: np.ndarray, candidates: Candidates, config: DataConfig, seen: Collection[str]
 ) -> Dataset:
-    """Take examples in order until the held-out and the training set are full, and count the others.
-
-    `order` has the row of each example's candidate, and those of the candidates that are not encoded.
-    """
+    """Take examples until the sets are full, and count the others. `order`: the rows of their candidates."""
     counts, dropped_rows = candidates.counts.copy(), dict[str, int]()
     train: list[int] = []
     apart: list[int] = []  # held out, then validation
     openings: set[str] = set()
     needed = config.held_out + config.validation
     tried = trained_before = 0
-    for row, (dropped, opening) in enumerate(zip(examples.column("dropped"), examples.column("opening"), strict=True)):
+    columns = examples.column("dropped"), examples.column("opening")
+    for row, (dropped, opening) in enumerate(zip(*columns, strict=True)):
         tried += 1
         if dropped is None and opening in openings:
             dropped = "of a held-out prompt"

@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -19,7 +18,7 @@ MAX_RECORD = 2**26  # bytes of one record: a longer one is no conversation
 TOO_LONG = f"a record of more than {MAX_RECORD >> 20} MiB"
 MAX_OBJECT = 2**30  # bytes of a file that is one JSON object, which has to be read at once
 CHUNK = 2**20  # characters of a JSON list that are read together
-ROWS = 64  # of a Parquet file that are decoded together: a small file may hold the same long text many times
+ROWS = 64  # of a Parquet file that are decoded together: a small file may repeat a long text many times
 FIX = "fix it, or save one record per line as .jsonl"
 UTF8 = "convert it to UTF-8, for example with iconv -f latin1 -t utf-8"
 # The first bytes of files.
@@ -36,11 +35,10 @@ Located = Iterator[tuple[str, Any]]  # where a record stands, and the record
 def read_file(path: Path, name: str, cut_counts: Counts | None = None) -> Iterator[dict[str, Any]]:
     """Yield the records of a file; `name` stands for it in errors.
 
-    A .json file holds a list of records, an object of records by id, or JSON lines; a .jsonl file JSON lines or a list.
-    Parquet is known by its content.
-    With `cut_counts`, a list may be cut off, which is counted there.
+    A .json file has a list of records, an object of records by id, or JSON lines; a .jsonl file lines or a list. Parquet is
+    known by its content. With `cut_counts`, a list may be cut off, which is counted there.
 
-    Raises UserError: unreadable content, with its line or the number of its record, or a record over MAX_RECORD.
+    Raises UserError: unreadable content, with its line or record number, or a record over MAX_RECORD.
     """
     with path.open("rb") as file:
         head = file.read(4)
@@ -48,7 +46,8 @@ def read_file(path: Path, name: str, cut_counts: Counts | None = None) -> Iterat
         advice = UTF8.replace("latin1", "utf-16") if head.startswith(UTF16) else "unpack it"
         raise UserError(f"{name}: compressed, or not UTF-8; {advice}")
     is_parquet = head == b"PAR1" or (path.suffix.lower() == ".parquet" and head.lstrip()[:1] not in (b"{", b"["))
-    for where, record in _read_parquet(path, name) if is_parquet else _read_json(path, name, cut_counts):
+    records = _read_parquet(path, name) if is_parquet else _read_json(path, name, cut_counts)
+    for where, record in records:
         if not isinstance(record, dict):
             raise UserError(f"{where}: a record is a JSON object, this is a {type(record).__name__}")
         yield record
@@ -90,8 +89,8 @@ def _lines(file: BinaryIO, name: str) -> Located:
 
 
 def _list_items(file: TextIO, name: str, cut_counts: Counts | None) -> Located:
-    """Yield the items of a list. About one item or CHUNK characters of the file are in memory."""
-    text, start, line, number = "", 0, 1, 0  # the next item's mark is at `start` of `text`, which begins on `line`
+    """Yield the items of a list, with one item or CHUNK characters in memory."""
+    text, start, line, number = "", 0, 1, 0  # `text` begins on `line`, the next item at `start`
     mark, end = FIRST
     while not (closing := end.match(text, start)):
         try:
@@ -118,7 +117,8 @@ def _list_items(file: TextIO, name: str, cut_counts: Counts | None) -> Located:
             number += 1
             yield f"{name}: record {number}", item
             start, (mark, end) = after, NEXT
-    if any(part.strip() for part in chain([text[closing.end() :]], iter(partial(file.read, CHUNK), ""))):
+    more_parts = iter(partial(file.read, CHUNK), "")
+    if text[closing.end() :].strip() or any(part.strip() for part in more_parts):
         raise _not_json(name, "Extra data after the list", line + text.count("\n", 0, start))
 
 
@@ -144,7 +144,8 @@ def _object_items(file: BinaryIO, name: str) -> Located:
         records = json.loads(text)
     if not isinstance(records, dict) or not records or not all(isinstance(item, dict) for item in records.values()):
         raise UserError(f"{name}: holds no list of records, but a {type(records).__name__}; make it a list of objects")
-    yield from ((f"{name}: record {number}", record) for number, record in enumerate(records.values(), start=1))
+    for number, record in enumerate(records.values(), start=1):
+        yield f"{name}: record {number}", record
 
 
 def _read_parquet(path: Path, name: str) -> Located:

@@ -13,7 +13,7 @@ from spin.data.messages import (
     alternating,
     answers_of,
     broken,
-    first_value,
+    first_of,
     from_json,
     join,
     messages_of,
@@ -25,7 +25,7 @@ Record = dict[str, Any]
 SYSTEM, HISTORY, TOOLS, INPUT = ("system", "system_prompt"), "history", "tools", ("input", "context")
 QUESTIONS = ("prompt", "question", "query", "problem", "input")
 ANSWERS = ("response", "completion", "output", "solution", "answer")
-PROMPTS = ("instruction", *QUESTIONS, "conversations", "conversation")  # where a prompt may stand before two answers
+PROMPTS = ("instruction", *QUESTIONS, "conversations", "conversation")  # of two answers
 CONTEXT = (*SYSTEM, TOOLS, "id")  # columns that are read with every format
 
 
@@ -34,7 +34,7 @@ class Format:
     """A record format. `data.format=auto` takes the first one whose columns a record has."""
 
     columns: tuple[str, ...]  # one of them holds the conversation
-    answers: tuple[str, ...] = ()  # one of them holds the answer; none: the answers stand in the conversation
+    answers: tuple[str, ...] = ()  # one of them holds the answer; none: the conversation does
     more: tuple[str, ...] = ()  # columns that are read if there are any
     rejected: tuple[str, ...] = ()  # one of them holds the answer that is set against the human one
 
@@ -49,7 +49,7 @@ class Format:
 
 
 def _chitchat(record: Record) -> list[Message]:
-    """Return the messages of two speakers who alternate; each inner list holds consecutive texts of one."""
+    """Return the messages of two speakers who alternate: each inner list has the texts of one turn."""
     messages: list[Message] = []
     for number, turn in enumerate(_as_list(record.get("messages"))):
         texts = [text.get("text") for text in _as_list(turn) if isinstance(text, dict)]
@@ -59,8 +59,8 @@ def _chitchat(record: Record) -> list[Message]:
 
 
 def _prompt(record: Record, names: Iterable[str]) -> list[Message]:
-    """Return the messages in one of the columns; a text is followed by its input, as in Alpaca's records."""
-    value, context = first_value(record, names), first_value(record, INPUT)
+    """Return the messages in one of the columns, or a text with its input, as in Alpaca's records."""
+    value, context = first_of(record, names), first_of(record, INPUT)
     if isinstance(value, str) and isinstance(context, str) and context.strip() and context is not value:
         value = f"{value.strip()}\n\n{context.strip()}"
     return messages_of(value)
@@ -89,8 +89,8 @@ def exchanges(
 ) -> Iterator[Exchange]:
     """Yield the first exchange of each record, or with `config.turns=all` every one; `say` what is not read.
 
-    `counts["read"]` grows by the number of answers, and by one for each record without any; what is not yielded is
-    counted with its reason. `renders_tools`: the template knows tools, so that calls and results can be history.
+    `counts["read"]` counts the answers, and records without any; `drop` counts those that are not yielded.
+    `renders_tools`: the template knows tools, so calls and results can be history.
 
     Raises UserError: no record has the format's columns, or a known format's.
     """
@@ -105,7 +105,8 @@ def exchanges(
             counts.drop("unknown columns", record)
             continue
         formats.add(name)
-        unread |= dict.fromkeys(key for key in record if record[key] is not None and key not in FORMATS[name].read)
+        present = (key for key in record if record[key] is not None)
+        unread |= dict.fromkeys(key for key in present if key not in FORMATS[name].read)
         answers = _read(record, name, config, renders_tools)
         if config.turns == "first":
             answers = sorted(answers, key=lambda answer: isinstance(answer, str))[:1]  # the first that can be learnt
@@ -128,7 +129,7 @@ def exchanges(
 
 
 def _detect(record: Record) -> str | None:
-    """Return the first format whose columns the record has; null counts as absent if another format fits."""
+    """Return the first format whose columns the record has, if possible without nulls."""
     if any(isinstance(turn, list) for turn in _as_list(record.get("messages"))[:1]):
         return "chitchat"
     for names in ([name for name in record if record[name] is not None], record):
@@ -139,9 +140,9 @@ def _detect(record: Record) -> str | None:
 
 
 def _read(record: Record, name: str, config: DataConfig, renders_tools: bool) -> list[Exchange | str]:
-    """Return the answers in a record, or the reason why each can't be read; one reason if there are none."""
+    """Return the answers in a record, or the reason why each can't be read."""
     format, id = FORMATS[name], record.get("id")
-    # The pinned set is cut into records with the ids <name>_0, <name>_30, ...; elsewhere a number in an id says nothing.
+    # The pinned set is cut into records with the ids <name>_0, <name>_30, ...
     is_pinned = name == "sharegpt" and config.path is None
     if is_pinned and isinstance(id, str) and re.search(r"_0*[1-9][0-9]*$", id):
         return ["not a conversation's start"]
@@ -153,8 +154,8 @@ def _read(record: Record, name: str, config: DataConfig, renders_tools: bool) ->
         if record.get("label") is False:  # an answer that was judged bad, as in data for KTO
             return ["not to be learnt"]
         messages = _with_context(record, _prompt(record, format.columns), record.get(HISTORY))
-        return [_answered(messages, messages_of(first_value(record, format.answers), "assistant"), tools)]
-    messages = _chitchat(record) if name == "chitchat" else messages_of(first_value(record, format.columns))
+        return [_answered(messages, messages_of(first_of(record, format.answers), "assistant"), tools)]
+    messages = _chitchat(record) if name == "chitchat" else messages_of(first_of(record, format.columns))
     messages = alternating(messages) if is_pinned else _with_context(record, messages)
     return answers_of(messages, tools)
 
@@ -169,9 +170,9 @@ def _answered(messages: list[Message], answer: list[Message], tools: list[Any] |
 
 
 def _preferred(record: Record, format: Format, tools: list[Any] | None, generated: str) -> Exchange | str:
-    """Return the exchange of the better of two answers, which may contain the prompt, with the other one as `rejected`."""
+    """Return the exchange of the better of two answers, with the other one as `rejected`."""
     columns = (format.columns, format.rejected)
-    chosen, rejected = (join(messages_of(first_value(record, names), "assistant")) for names in columns)
+    chosen, rejected = (join(messages_of(first_of(record, names), "assistant")) for names in columns)
     prompt = [] if any(turn["role"] == "user" for turn in chosen) else _prompt(record, PROMPTS)
     messages = [*prompt, *chosen[:-1]]
     exchange = _answered(_with_context(record, messages), chosen[-1:], tools)
@@ -183,7 +184,7 @@ def _preferred(record: Record, format: Format, tools: list[Any] | None, generate
 
 
 def _with_context(record: Record, messages: list[Message], history: Any = None) -> list[Message]:
-    """Return the messages after earlier turns, `history`, and after the system message in a column of the record."""
+    """Return the messages after a `history` of earlier turns and the record's system message."""
     history = from_json(history)
     turns = _as_list(history)
     are_pairs = any(isinstance(turn, list) for turn in turns)
@@ -191,7 +192,7 @@ def _with_context(record: Record, messages: list[Message], history: Any = None) 
     if isinstance(history, str) and history.strip():
         earlier = [broken("history that is no list")]
     messages = join([*earlier, *messages])
-    system = first_value(record, SYSTEM)
+    system = first_of(record, SYSTEM)
     if isinstance(system, str) and system.strip() and not (messages and messages[0]["role"] == "system"):
         messages = [{"role": "system", "content": system}, *messages]
     return messages

@@ -4,13 +4,14 @@ import json
 import math
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from spin.runtime.errors import brief
 
-# "role" is system, user, assistant, tool, or BROKEN with the reason as its "content". Where the data has them:
-# "reasoning_content" (a text), "tool_calls" (a list), TOOL_KEYS. "learn" is False for an answer that is not to be learnt.
+# "role" is system, user, assistant, tool, or BROKEN, whose "content" is the reason. Optional keys: "reasoning_content",
+# a text; "tool_calls", a list; TOOL_KEYS; "learn", False for an answer that is not to be learnt.
 Message = dict[str, Any]
 BROKEN = "broken"
 NAMES = {
@@ -32,7 +33,7 @@ TOOL_KEYS = ("name", "tool_call_id")
 
 @dataclass(frozen=True)
 class Exchange:
-    """A human answer, an assistant's message, with the messages before it and the tools that they may call."""
+    """A human answer, the messages before it, and the tools that they may call."""
 
     messages: list[Message]
     answer: Message
@@ -43,18 +44,13 @@ class Exchange:
 def from_json(value: Any) -> Any:
     """Return a list or an object that is written as JSON text; any other value as it is."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        try:
+        with suppress(ValueError, RecursionError):
             return json.loads(value)
-        except (ValueError, RecursionError):
-            return value
     return value
 
 
 def messages_of(value: Any, role: str = "user") -> list[Message]:
-    """Return the messages in a column: a text or a number is one message of `role`, a list may be given as JSON text.
-
-    Messages without content are left out.
-    """
+    """Return the messages in a column: a list, or a text or number as one message of `role`."""
     parsed = from_json(value)
     if isinstance(parsed, dict):
         parsed = [parsed]
@@ -72,19 +68,19 @@ def messages_of(value: Any, role: str = "user") -> list[Message]:
 
 def _has_role(item: Any) -> bool:
     item = from_json(item)
-    return isinstance(item, dict) and str(first_value(item, SPEAKERS)).strip().lower() in ROLES
+    return isinstance(item, dict) and str(first_of(item, SPEAKERS)).strip().lower() in ROLES
 
 
 def _turns(item: Any) -> list[dict[str, Any]]:
-    """Return a message as a list of one, and a question and its answer under the names of roles as two messages."""
-    if not isinstance(item, dict) or first_value(item, SPEAKERS) is not None:
+    """Return a message as a list; a question and its answer, by names of roles, as two messages."""
+    if not isinstance(item, dict) or first_of(item, SPEAKERS) is not None:
         return [item] if isinstance(item, dict) else []
     roles = sorted((key for key in item if key in ROLES), key=lambda key: list(NAMES).index(ROLES[key]))
     return [{"role": key, "content": item[key]} for key in roles]
 
 
 def _transcript(text: str) -> list[Message]:
-    """Return the messages of a text in which Human and Assistant take turns, as in Anthropic's data; else none."""
+    """Return the messages of a text in which Human and Assistant take turns, as in Anthropic's data."""
     opening, *parts = re.split(r"\n\n(Human|Assistant):", f"\n\n{text.lstrip()}")
     if opening or parts[:3:2] != ["Human", "Assistant"]:
         return []
@@ -92,27 +88,27 @@ def _transcript(text: str) -> list[Message]:
     return [{"role": ROLES[name.lower()], "content": text.strip()} for name, text in turns if text.strip()]
 
 
-def first_value(record: dict[str, Any], names: Iterable[str]) -> Any:
+def first_of(record: dict[str, Any], names: Iterable[str]) -> Any:
     """Return the first value under one of the names that is not null."""
     return next((record[name] for name in names if record.get(name) is not None), None)
 
 
 def _message(item: Any) -> Message | None:
-    """Return the message that `item` holds, broken if it can't be read; None if nothing is in it."""
+    """Return the message in `item`, broken if it can't be read; None if it is empty."""
     if item is None:
         return None
-    speaker = first_value(item, SPEAKERS) if isinstance(item, dict) else None
+    speaker = first_of(item, SPEAKERS) if isinstance(item, dict) else None
     if not isinstance(speaker, str):
         return broken("message without a role")
     speaker = speaker.strip().lower()
     role = ROLES.get(speaker)
     if role is None:
         return broken(f"role {brief(speaker, 20)}")
-    content, calls = first_value(item, CONTENTS), _calls(item, speaker)
+    content, calls = first_of(item, CONTENTS), _calls(item, speaker)
     text = "" if calls and speaker in CALLS else text_of(content)
     if text is None:
         return broken("content that is no text")
-    thought = first_value(item, THOUGHTS)
+    thought = first_of(item, THOUGHTS)
     if content is None and not calls and not thought:
         return None
     message: Message = {"role": role, "content": text}
@@ -132,11 +128,7 @@ def broken(reason: str) -> Message:
 
 
 def text_of(content: Any) -> str | None:
-    """Return the text of a message's content: a text, or parts that are texts. None if anything else is in it."""
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
+    """Return the text of a message's content, or of its parts; None if anything else is in it."""
     texts = []
     for part in content if isinstance(content, list) else [content]:
         text = part.get("text") if isinstance(part, dict) else part
@@ -148,10 +140,10 @@ def text_of(content: Any) -> str | None:
 
 
 def _calls(item: dict[str, Any], speaker: str) -> list[Any]:
-    """Return the tool calls of a message, with arguments as objects, which is what chat templates expect."""
+    """Return the tool calls of a message, with arguments as objects, as chat templates expect."""
     calls = from_json(item.get("tool_calls")) or from_json(item.get("function_call"))
     if speaker in CALLS:
-        calls = from_json(first_value(item, CONTENTS))
+        calls = from_json(first_of(item, CONTENTS))
     tool_calls = []
     for call in calls if isinstance(calls, list) else [calls] if calls else []:
         function = call.get("function", call) if isinstance(call, dict) else call
@@ -163,12 +155,12 @@ def _calls(item: dict[str, Any], speaker: str) -> list[Any]:
 
 
 def join(messages: list[Message]) -> list[Message]:
-    """Return the messages with neighbours of one role as one message; tool calls and results stay apart."""
+    """Return the messages with neighbours of one role joined, but for tool calls and results."""
     joined: list[Message] = []
     for message in messages:
-        last = joined[-1] if joined else None
-        apart = last is None or last["role"] != message["role"] or message["role"] in ("tool", BROKEN)
-        if last is None or apart or "tool_calls" in last or "tool_calls" in message:
+        last = joined[-1] if joined else {}
+        is_other_role = last.get("role") != message["role"]
+        if is_other_role or message["role"] in ("tool", BROKEN) or "tool_calls" in last | message:
             joined.append(message)
             continue
         joined[-1] = last | message
@@ -179,7 +171,7 @@ def join(messages: list[Message]) -> list[Message]:
 
 
 def alternating(messages: list[Message]) -> list[Message]:
-    """Return the messages up to where user and assistant do not alternate, and from there on as broken ones."""
+    """Return the messages, with a broken one where user and assistant do not alternate."""
     start = 1 if messages and messages[0]["role"] == "system" else 0
     expected = ["system"] * start + ["user", "assistant"] * len(messages)
     for number, (message, role) in enumerate(zip(messages, expected, strict=False)):
@@ -189,9 +181,9 @@ def alternating(messages: list[Message]) -> list[Message]:
 
 
 def answers_of(messages: list[Message], tools: list[Any] | None) -> list[Exchange | str]:
-    """Return each answer to a user's message, with all messages before it, or the reason why it can't be learnt.
+    """Return each answer to a user's message, with the messages before it, or the reason why it can't be learnt.
 
-    If there are no answers, return one reason for that. `tools` are those that the messages may call; None if there are none, or if the template can't render them.
+    Without any answer, return the reason for that. `tools`: None if the template can't render any.
     """
     answers: list[Exchange | str] = []
     unreadable = ""  # why what follows can't be read

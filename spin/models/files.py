@@ -25,7 +25,7 @@ def read_json_object(path: Path, name: str) -> dict[str, Any]:
 
 
 def safetensors_shapes(path: Path, name: str) -> dict[str, list[int]]:
-    """Return the shapes of the tensors in `path`, by name, from its header. Checks the length of the file."""
+    """Return the shapes of the tensors in `path` by name, from its header. The file must be complete."""
     problem = f"{name}: its {brief(path.name)} is broken"
     with explaining(problem, "download or copy it again"), safe_open(path, "pt") as file:
         return {key: file.get_slice(key).get_shape() for key in file.keys()}

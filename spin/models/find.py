@@ -14,7 +14,7 @@ ORIGIN = ("path", "revision", "package", "package_sha256", "file", "file_sha256"
 
 
 def find_model(config: ModelConfig, cache: Path) -> Policy:
-    """Return the model that `config` names: a local folder with checked safetensors weights, or an adapter and its base.
+    """Return the model that `config` names, a checked local folder; of an adapter, with its base.
 
     Raises UserError: no such folder or hub model; missing or broken weights; an unreadable configuration, or one that
     needs code from the model; not a causal LM; an adapter whose base cannot be found.
@@ -39,9 +39,9 @@ def _locate(config: ModelConfig, cache: Path) -> tuple[Path, str | None]:
 
 
 def _find_base(folder: Path, name: str, config: ModelConfig, cache: Path) -> Policy:
-    """Return the base of the adapter in `folder`, from the place that PEFT's settings name or the one in ADAPTER_BASE.
+    """Return the base of the adapter in `folder`, from where PEFT's settings or ADAPTER_BASE locate it.
 
-    The base's content hash must match the one in ADAPTER_BASE, if there is one.
+    Its content hash must be the one in ADAPTER_BASE, if there is one.
     """
     settings = read_json_object(folder / ADAPTER_CONFIG, name)
     adapters.check_adapter(folder, settings, name)
@@ -71,7 +71,7 @@ def _find_base(folder: Path, name: str, config: ModelConfig, cache: Path) -> Pol
 
 
 def fresh_adapter(start: Policy, lora: adapters.Lora, seed: int, config: ModelConfig, folder: Path) -> Policy:
-    """Write an adapter that does not change `start`, a full model found by `config`, yet. Return both as a policy."""
+    """Write a fresh adapter for `start`, a full model found by `config`. Return both as a policy."""
     origin = {key: getattr(config, key) for key in ORIGIN}
     stated = {"base_model_name_or_path": str(start.folder.resolve()), "revision": None}
     if config.path is not None and config.path != "builtin:tiny":

