@@ -214,7 +214,7 @@ class ChatTemplate:
 
     def notes(self, stop_ids: Collection[int]) -> Iterator[str]:
         """Yield a line for each thing in the template that a user should know of."""
-        opened = self._render([QUESTION], add_generation_prompt=True)
+        opened = render_chat(self.tokenizer, [QUESTION], **self.options, add_generation_prompt=True)
         common = commonprefix([opened, self.head])  # noqa: RUF071  # of texts, not of paths
         prompt_end, inserted = opened.removeprefix(common), self.head.removeprefix(common)
         if not prompt_end:
@@ -240,12 +240,10 @@ class ChatTemplate:
             name = self.tokenizer.convert_ids_to_tokens(self.end)
             yield f"note: the chat template ends answers with {name}, so that generation stops there, too"
 
-    def _render(self, messages: Sequence[Message], **options: Any) -> str:
-        return render_chat(self.tokenizer, messages, **self.options, **options)
-
     def _around(self, messages: list[Message]) -> tuple[str, str]:
         """Return the text before and after a plain answer to the messages."""
-        head, _, tail = self._render([*messages, STAND_IN]).rpartition(SENTINEL)
+        text = render_chat(self.tokenizer, [*messages, STAND_IN], **self.options)
+        head, _, tail = text.rpartition(SENTINEL)
         return head, tail
 
 

@@ -210,6 +210,18 @@ def test_history(load, tokenizer):
     assert [example.real for example in load(rows, turns="first").train] == ["Two."]
 
 
+def test_system_messages_around_a_greeting(load, tokenizer):
+    turns = [
+        ("system", "Be kind."),
+        ("assistant", "Welcome."),
+        ("system", "Be brief."),
+        ("user", "One?"),
+        ("assistant", "Two."),
+    ]
+    [example] = load([{"messages": [{"role": role, "content": text} for role, text in turns]}]).train
+    assert "Be kind.\n\nBe brief.\n\nOne?" in tokenizer.decode(example.prompt_ids)
+
+
 def test_end_of_turn(byte_level, sentencepiece):
     ids = byte_level.convert_tokens_to_ids
     end = ids("<|im_end|>")
