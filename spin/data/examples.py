@@ -22,7 +22,7 @@ from spin.runtime.tables import Rows, schema_of, write_arrow
 REJECTED: Message = {"role": "assistant"}
 TokenIds = tuple[tuple[int, ...], tuple[int, ...]]  # of a prompt and its answer
 BLOCK = 512  # prompts tokenised together: enough for the tokenizer's threads
-VERSION = 1  # raise it when equal candidates come to give other token ids
+VERSION = 2  # raise it when equal candidates come to give other token ids
 
 
 @dataclass(frozen=True)
