@@ -81,11 +81,7 @@ FORMATS = {
 
 
 def exchanges(
-    records: Iterable[Record],
-    config: DataConfig,
-    counts: Counts,
-    renders_tools: bool = False,
-    say: Callable[[str], None] = lambda text: None,
+    records: Iterable[Record], config: DataConfig, counts: Counts, renders_tools: bool, say: Callable[[str], None]
 ) -> Iterator[Exchange]:
     """Yield the first exchange of each record, or with `config.turns=all` every one; `say` what is not read.
 

@@ -399,7 +399,7 @@ def test_format_details(load):
     assert load(rows).counts == {"read": 5, "kept": 2, "no prompt": 1, "no answer": 2}
     # The pinned set alone, whose data has no path, is cut into parts.
     counts = Counts()
-    assert len(list(exchanges(rows, config(), counts))) == 1
+    assert len(list(exchanges(rows, config(), counts, False, print))) == 1
     assert counts == {
         "read": 5,
         "not a conversation's start": 1,
@@ -608,7 +608,7 @@ def test_exchange_counts():
         for length in range(6)
     ]
     counts = Counts()
-    assert len(list(exchanges(rows, config(turns="all"), counts))) == 0 + 0 + 1 + 1 + 2 + 2
+    assert len(list(exchanges(rows, config(turns="all"), counts, False, print))) == 0 + 0 + 1 + 1 + 2 + 2
     assert counts == {"read": 8, "no prompt": 1, "no answer": 1}
 
 
