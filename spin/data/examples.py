@@ -27,7 +27,7 @@ VERSION = 2  # raise it when equal candidates come to give other token ids
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and the human answer to it, as text to read and as token ids to compute with."""
+    """A prompt and the human answer to it, as text and as token ids."""
 
     id: str  # hash of the content: independent of file and position
     prompt: str  # to read: the last user message, after the earlier turns if there are any
@@ -60,7 +60,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Encoding:
-    """How exchanges become token ids, which are kept in `cache`."""
+    """How exchanges become token ids."""
 
     config: DataConfig
     tokenizer: Any

@@ -59,7 +59,7 @@ def _chitchat(record: Record) -> list[Message]:
 
 
 def _prompt(record: Record, names: Iterable[str]) -> list[Message]:
-    """Return the messages in one of the columns, or a text with its input, as in Alpaca's records."""
+    """Return the messages in one of the columns; a text with its input, as in Alpaca's records."""
     value, context = first_of(record, names), first_of(record, INPUT)
     if isinstance(value, str) and isinstance(context, str) and context.strip() and context is not value:
         value = f"{value.strip()}\n\n{context.strip()}"
@@ -157,7 +157,7 @@ def _read(record: Record, name: str, config: DataConfig, renders_tools: bool) ->
 
 
 def _answered(messages: list[Message], answer: list[Message], tools: list[Any] | None) -> Exchange | str:
-    """Return the exchange of a prompt and an answer from a separate column, or why there is none."""
+    """Return the exchange of a prompt and a separate answer, or why there is none."""
     if not messages or messages[-1]["role"] not in ("user", "tool"):
         return reason_in(messages, "no prompt")
     if not answer or answer[-1]["role"] != "assistant":

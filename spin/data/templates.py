@@ -24,7 +24,7 @@ SUBJECT = "data.template=chat: the tokenizer's chat template"  # of errors
 def encode_prompts(
     tokenizer: Any, conversations: Sequence[list[Message]], template: str, options: Mapping[str, Any] = NO_OPTIONS
 ) -> list[tuple[str, list[int]]]:
-    """Return the text and the token ids (with one BOS if the tokenizer uses it) of each prompt.
+    """Return the text and the token ids (with one BOS, if used) of each prompt.
 
     `template`: `chat` (the tokenizer's own, with `options`), `paper`, or a text with `{prompt}`.
     Raises UserError: the tokenizer has no chat template, or its template refuses the messages.
@@ -188,7 +188,7 @@ class ChatTemplate:
         return [self._split(e, *texts[3 * i : 3 * i + 3]) for i, e in enumerate(exchanges)]
 
     def _split(self, exchange: Exchange, *texts: str | UserError) -> Split | str:
-        """Divide an exchange, given as texts: opened for an answer, with `STAND_IN`, with its answer."""
+        """Divide an exchange. Its `texts`: opened for an answer, with `STAND_IN`, with its answer."""
         for text in texts:
             if isinstance(text, UserError):
                 self.refusal = self.refusal or str(text)
@@ -213,7 +213,7 @@ class ChatTemplate:
         return messages if self.takes_system else without_system(messages)
 
     def notes(self, stop_ids: Collection[int]) -> Iterator[str]:
-        """Yield a line for each thing in the template that a user should know of."""
+        """Yield notes on the template for the user."""
         opened = render_chat(self.tokenizer, [QUESTION], **self.options, add_generation_prompt=True)
         common = commonprefix([opened, self.head])  # noqa: RUF071  # of texts, not of paths
         prompt_end, inserted = opened.removeprefix(common), self.head.removeprefix(common)
@@ -277,7 +277,7 @@ def end_of_turn(tokenizer: Any, template: str, options: Mapping[str, Any] = NO_O
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """Return a hash of all that decides what a tokenizer and its chat template make of a text."""
+    """Return a hash of all that decides the token ids of a text or conversation."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = backend.to_str() if backend else sorted(tokenizer.get_vocab().items())
     added = {token: str(text) for token, text in tokenizer.added_tokens_decoder.items()}
@@ -286,7 +286,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 
 def special_texts(tokenizer: Any) -> list[str]:
-    """Return the texts that the tokenizer turns into special tokens anywhere, longest first."""
+    """Return the texts that become special tokens anywhere, longest first."""
     added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     texts = {text for text in [*tokenizer.all_special_tokens, *added] if text.strip()}
     return sorted(texts, key=lambda text: (-len(text), text))
