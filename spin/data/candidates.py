@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from spin.config.schema import DataConfig
-from spin.data.counts import Counts, drop
+from spin.data.counts import Counts, text_of
 from spin.data.formats import exchanges
 from spin.data.messages import Exchange, Message
 from spin.data.prose import is_prose, is_prose_answer
@@ -21,6 +22,7 @@ from spin.runtime.tables import Rows, schema_of, write_arrow
 
 # End tokens of common chat templates, which data sets carry over, whatever tokenizer is used here.
 END_MARKS = ("</s>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>")
+SURROGATE = re.compile("[\ud800-\udfff]")  # half a pair, in JSON: no tokenizer accepts it
 VERSION = 4  # raise it when equal sources come to give other candidates
 
 
@@ -35,28 +37,27 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Candidates:
-    """All candidates of a data set in the order of its records, and how many answers were read and dropped by reason.
-
-    `names` are the roles and keys of all messages; `key` stands for what the candidates were made from; `dropped` has the text
-    of one answer, or record, for each reason.
-    """
+    """All candidates of a data set in the order of its records."""
 
     rows: Rows[Candidate]
-    counts: dict[str, int]
-    names: set[str]
-    key: str
-    dropped: dict[str, str]
+    counts: Counter[str]  # answers that were read, and dropped by reason
+    names: set[str]  # roles and keys of all messages
+    key: str  # a hash of the inputs
+    dropped: dict[str, str]  # the text of one dropped answer, or record, by reason
+
+    def text(self, row: int) -> str:
+        return text_of(Exchange(**json.loads(self.rows[row].exchange)))
 
 
 def read_candidates(
     config: DataConfig, specials: Sequence[str], renders_tools: bool, cache: Path, say: Callable[[str], None]
 ) -> Candidates:
-    """Read and check the data set, or map what an earlier run made of the same content.
+    """Read and check the data set, unless an earlier run has done so.
 
-    `specials` are the texts that the tokenizer takes for special tokens. Raises UserError: the source cannot be read.
+    `specials`: the texts of special tokens. Raises UserError: the source cannot be read.
     """
     source = find_source(config, cache)
-    keep_blanks = config.template != "chat"  # a chat template strips texts, a text template takes them as they are
+    keep_blanks = config.template != "chat"  # chat templates strip texts
     inputs = {
         "version": VERSION,
         "source": source.digest,
@@ -78,20 +79,21 @@ def read_candidates(
     for note in facts["notes"]:
         say(note)
     rows = Rows.open(Candidate, folder / "candidates.arrow")
-    return Candidates(rows, facts["counts"], set(facts["names"]), folder.name, facts["dropped"])
+    counts = Counter({"read": 0, "kept": 0} | facts["counts"])
+    return Candidates(rows, counts, set(facts["names"]), folder.name, facts["dropped"])
 
 
 class _Checker:
     """Cleans exchanges, and drops and counts those that are not sound or came before."""
 
-    def __init__(self, specials: Sequence[str], config: DataConfig, keep_blanks: bool, counts: Counter[str]):
+    def __init__(self, specials: Sequence[str], config: DataConfig, keep_blanks: bool, counts: Counts):
         self.specials, self.config, self.keep_blanks, self.counts = specials, config, keep_blanks, counts
         self.names: set[str] = set()
 
-    def check(self, answers: Iterable[Exchange]) -> Iterator[dict]:
+    def check(self, exchanges: Iterable[Exchange]) -> Iterator[dict]:
         """Yield the rows of the sound exchanges."""
         ids: set[str] = set()
-        for exchange in answers:
+        for exchange in exchanges:
             exchange, reason = self._checked(exchange)
             turns = exchange.messages
             tools = [exchange.tools] if exchange.tools else []
@@ -100,7 +102,7 @@ class _Checker:
             if reason is None and id in ids:
                 reason = "duplicate"
             if reason is not None:
-                drop(self.counts, reason, exchange)
+                self.counts.drop(reason, exchange)
                 continue
             ids.add(id)
             self.names.update(*([turn["role"], *turn] for turn in [*turns, exchange.answer]))
@@ -108,57 +110,48 @@ class _Checker:
             yield {"id": id, "prompt": prompt, "exchange": json.dumps(vars(exchange), default=str)}
 
     def _checked(self, exchange: Exchange) -> tuple[Exchange, str | None]:
-        """The exchange with clean texts, and the reason why it is dropped, if it is."""
+        """Return the exchange with clean texts, and the reason why it is dropped, if any."""
         turns = [self._clean(turn) for turn in [*exchange.messages, exchange.answer]]
         turns = [turn for turn in turns if turn["content"].strip() or turn["role"] != "system"]
         exchange = replace(exchange, messages=turns[:-1], answer=turns[-1])
         reason = self._why_dropped(exchange, self.config.filter)
         if reason is None and self.config.generated == "file":
-            other = self._clean({"role": "assistant", "content": exchange.rejected or ""})
-            exchange = replace(exchange, rejected=other["content"])
-            reason = self._why_dropped(replace(exchange, answer=other), "none")
+            rejected = self._clean({"role": "assistant", "content": exchange.rejected or ""})
+            exchange = replace(exchange, rejected=rejected["content"])
+            reason = self._why_dropped(replace(exchange, answer=rejected), "none")
             reason = reason and f"rejected answer: {reason}"
         return exchange, reason
 
     def _clean(self, message: Message) -> Message:
-        """Return the message without surrounding blanks and, if it is an assistant's, without end marks at its end."""
-        text = message["content"]
-        bare = text.strip()
+        """Return the message without surrounding blanks and, an assistant's, final end marks."""
+        text = message["content"] if self.keep_blanks else message["content"].strip()
         marks = (*self.specials, *END_MARKS) if message["role"] == "assistant" else ()
-        while mark := next((mark for mark in marks if bare.endswith(mark)), None):
-            bare = bare.removesuffix(mark).rstrip()
-        if self.keep_blanks:
-            start = text[: len(text) - len(text.lstrip())]
-            bare = text if bare == text.strip() else start + bare
-        return {**message, "content": bare}
+        while mark := next((mark for mark in marks if text.rstrip().endswith(mark)), None):
+            text = text.rstrip().removesuffix(mark).rstrip()
+        return {**message, "content": text}
 
     def _why_dropped(self, exchange: Exchange, filter: str) -> str | None:
         turns = [*exchange.messages, exchange.answer]
-        if any(not turn["content"].strip() for turn in turns if turn["role"] != "tool" and "tool_calls" not in turn):
+        needing_text = [turn for turn in turns if turn["role"] != "tool" and "tool_calls" not in turn]
+        if any(not turn["content"].strip() for turn in needing_text):
             return "empty"
-        texts = [turn["content"] for turn in turns]
-        texts += [_json(_identity(turn)[2:]) for turn in turns if len(_identity(turn)) > 2]
-        texts += [_json(exchange.tools)] * bool(exchange.tools)
-        # JSON can hold half a surrogate pair ("\ud83d"), which no tokenizer accepts.
-        if any("\ud800" <= character <= "\udfff" for text in texts if not text.isascii() for character in text):
+        contents = [turn["content"] for turn in turns]
+        extras = [extra for turn in turns for extra in _identity(turn)[2:]]
+        extras += [exchange.tools] * bool(exchange.tools)
+        texts = contents + [json.dumps(extra, ensure_ascii=False, default=str) for extra in extras]
+        if any(map(SURROGATE.search, texts)):
             return "broken characters"
         if any(special in text for text in texts for special in self.specials):
             return "special token in text"
-        if filter == "prose" and not (
-            is_prose(texts[len(exchange.messages) - 1]) and is_prose_answer(turns[-1]["content"])
-        ):
+        if filter == "prose" and not (is_prose(contents[-2]) and is_prose_answer(contents[-1])):
             return "not prose"
         return None
 
 
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, default=str)
-
-
 def _identity(message: Message) -> list[Any]:
-    """What makes a message: its role, its text, and whatever else a template may render."""
-    rest = {key: value for key, value in message.items() if key not in ("role", "content", "learn")}
-    return [message["role"], message["content"].strip(), *([rest] if rest else [])]
+    """Return a message's role, its text, and anything else that a template may render."""
+    extras = {key: value for key, value in message.items() if key not in ("role", "content", "learn")}
+    return [message["role"], message["content"].strip(), *([extras] if extras else [])]
 
 
 def hash_of(text: str) -> str:

@@ -3,9 +3,9 @@
 import json
 from collections import Counter
 
-from spin.data.messages import Exchange
+from spin.data.messages import Exchange, as_text
 
-LONGEST = 1000  # characters of an example that are kept
+LONGEST = 1000  # characters of an example
 
 
 class Counts(Counter[str]):
@@ -15,15 +15,14 @@ class Counts(Counter[str]):
         super().__init__(**counts)
         self.examples: dict[str, str] = {}
 
-
-def drop(counts: Counter[str], reason: str, item: object) -> None:
-    """Count an exchange, or a record as it was read, that is dropped for a reason."""
-    counts[reason] += 1
-    if isinstance(counts, Counts) and reason not in counts.examples:
-        counts.examples[reason] = text_of(item)
+    def drop(self, reason: str, item: object) -> None:
+        """Count an exchange, or a record as it was read, that is dropped for a reason."""
+        self[reason] += 1
+        if reason not in self.examples:
+            self.examples[reason] = text_of(item)
 
 
 def text_of(item: object) -> str:
-    turns = [*item.messages, item.answer] if isinstance(item, Exchange) else []
-    text = "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns)
-    return (text or json.dumps(item, ensure_ascii=False, default=str))[:LONGEST]
+    if isinstance(item, Exchange):
+        return as_text([*item.messages, item.answer])[:LONGEST]
+    return json.dumps(item, ensure_ascii=False, default=str)[:LONGEST]

@@ -1,7 +1,6 @@
 """Examples: token ids, and which prompts are held out."""
 
 import json
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,8 +11,7 @@ import pyarrow as pa
 
 from spin.config.schema import DataConfig
 from spin.data.candidates import Candidate, Candidates, hash_of, read_candidates
-from spin.data.counts import text_of
-from spin.data.messages import Exchange, Message
+from spin.data.messages import Exchange, Message, as_text
 from spin.data.templates import ChatTemplate, encode_exchanges, end_of_turn, special_texts, tokenizer_digest
 from spin.runtime.cache import cached_folder
 from spin.runtime.errors import UserError
@@ -22,13 +20,14 @@ from spin.runtime.random import seed_of
 from spin.runtime.tables import Rows, schema_of, write_arrow
 
 REJECTED: Message = {"role": "assistant"}
+TokenIds = tuple[tuple[int, ...], tuple[int, ...]]  # of a prompt and its answer
 BLOCK = 512  # prompts tokenised together: enough for the tokenizer's threads
-VERSION = 1  # raise it when equal candidates come to give other token ids
+VERSION = 2  # raise it when equal candidates come to give other token ids
 
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and the human answer to it, as text to read and as the token ids that all computations use."""
+    """A prompt and the human answer to it, as text and as token ids."""
 
     id: str  # hash of the content: independent of file and position
     prompt: str  # to read: the last user message, after the earlier turns if there are any
@@ -45,19 +44,14 @@ ENCODED = schema_of(Example).append(pa.field("dropped", pa.string())).append(pa.
 
 @dataclass
 class Dataset:
-    """The training, held-out and validation examples, and how many exchanges were kept or dropped for which reason.
-
-    `counts["read"]` is the sum of all other counts; `counts["kept"]` is the number of examples in the three sets.
-    `seen` counts the prompts that could not be held out because the model was trained on them. `dropped` has the text of
-    one dropped answer, or record, for each reason.
-    """
+    """The training, held-out and validation examples, and how many exchanges were kept or dropped."""
 
     train: Rows[Example]
     held_out: Rows[Example]
-    counts: dict[str, int]
-    seen: int
+    counts: dict[str, int]  # by reason, "kept": in the three sets, and "read": the sum of all others
+    seen: int  # prompts that could not be held out, since the model was trained on them
     validation: Rows[Example]
-    dropped: dict[str, str] = field(default_factory=dict)
+    dropped: dict[str, str] = field(default_factory=dict)  # the text of one answer, or record, by reason
 
     @property
     def all(self) -> Rows[Example]:
@@ -66,61 +60,48 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Encoding:
-    """What makes token ids of exchanges: the tokenizer, the token that ends an answer, and the template."""
+    """How exchanges become token ids."""
 
-    tokenizer: Any
-    end: int
-    chat: ChatTemplate | None
     config: DataConfig
+    tokenizer: Any
+    end: int  # the token that ends an answer
+    chat: ChatTemplate | None
+    cache: Path
+    say: Callable[[str], None]
 
-    @property
-    def inputs(self) -> dict:
-        """All that decides the token ids of an exchange."""
-        config = self.config
+    def encode_once(self, rows: Rows[Candidate], inputs: dict) -> tuple[Rows[Example], str]:
+        """Return the ENCODED candidates, which `inputs` identify, and what the template refused first."""
         names = ("template", "template_options", "max_prompt_length", "max_response_length", "min_response_length")
-        settings = config.model_dump(include={*names, "max_length", "overlong", "generated"})
-        return {"version": VERSION, "tokenizer": tokenizer_digest(self.tokenizer), "end": self.end, **settings}
+        settings = self.config.model_dump(include={*names, "max_length", "overlong", "generated"})
+        inputs |= {"version": VERSION, "tokenizer": tokenizer_digest(self.tokenizer), "end": self.end, **settings}
+
+        def build(folder: Path) -> dict:
+            text = f"data: {{}} of {len(rows)} answers tokenised"
+            encoded = with_progress_lines(self.encode(rows), self.say, text)
+            write_arrow(encoded, ENCODED, folder / "examples.arrow")
+            return {"refusal": self.chat.refusal if self.chat else ""}
+
+        folder, facts = cached_folder(self.cache, "examples", inputs, build, self.say)
+        return Rows.open(Example, folder / "examples.arrow"), facts["refusal"]
 
     def encode(self, rows: Rows[Candidate]) -> Iterator[dict]:
         """Yield a row of ENCODED for each candidate; tokenise one block at a time."""
         for table in rows.blocks(["id", "exchange"], BLOCK):
-            ids = table["id"].to_pylist()
-            block = [Exchange(**json.loads(text)) for text in table["exchange"].to_pylist()]
-            for id, example in zip(ids, self._examples(ids, block), strict=True):
-                if isinstance(example, str):
-                    yield vars(Example(id, "", (), "", ())) | {"dropped": example, "highest": 0}
-                else:
-                    highest = max(*example.prompt_ids, *example.real_ids)
-                    yield vars(example) | {"dropped": None, "highest": highest}
+            exchanges = [Exchange(**json.loads(text)) for text in table["exchange"].to_pylist()]
+            answers = self._token_ids(exchanges)
+            rejected: list[Any] = [None] * len(exchanges)
+            if self.config.generated == "file":
+                rejected = self._token_ids([replace(e, answer=REJECTED | {"content": e.rejected}) for e in exchanges])
+            yield from map(_row, table["id"].to_pylist(), exchanges, answers, rejected)
 
-    def _examples(self, ids: list[str], block: list[Exchange]) -> Iterator[Example | str]:
-        """Yield the example of each exchange, or the reason why it is dropped."""
-        encoded = encode_exchanges(self.tokenizer, block, self.config.template, self.chat)
-        examples = [
-            tokens if isinstance(tokens, str) else self._example(id, exchange, *tokens)
-            for id, exchange, tokens in zip(ids, block, encoded, strict=True)
-        ]
-        return self._with_rejected(block, examples) if self.config.generated == "file" else iter(examples)
+    def _token_ids(self, exchanges: list[Exchange]) -> list[TokenIds | str]:
+        """Return the ids of each prompt and of its answer, or the reason why the exchange is dropped."""
+        encoded = encode_exchanges(self.tokenizer, exchanges, self.config.template, self.chat)
+        return [tokens if isinstance(tokens, str) else self._within_limits(*tokens) for tokens in encoded]
 
-    def _with_rejected(self, block: list[Exchange], examples: list[Example | str]) -> Iterator[Example | str]:
-        """Yield each example with the ids of its rejected answer, encoded as its human one, or why there are none."""
-        others = [replace(exchange, answer=REJECTED | {"content": exchange.rejected}) for exchange in block]
-        encoded = encode_exchanges(self.tokenizer, others, self.config.template, self.chat)
-        for example, exchange, tokens in zip(examples, others, encoded, strict=True):
-            if isinstance(example, str):
-                yield example
-                continue
-            other = tokens if isinstance(tokens, str) else self._example(example.id, exchange, *tokens)
-            if isinstance(other, str):
-                yield f"rejected answer: {other}"
-            elif other.prompt_ids != example.prompt_ids:
-                yield "rejected answer: after another prompt"
-            else:
-                yield replace(example, rejected=other.real_ids)
-
-    def _example(self, id: str, exchange: Exchange, prompt_ids: list[int], response_ids: list[int]) -> Example | str:
+    def _within_limits(self, prompt_ids: list[int], response_ids: list[int]) -> TokenIds | str:
         config = self.config
-        # A prompt is never cut: it ends with the template's header for the answer and may start with the question.
+        # A prompt is never cut: it may start with the question, and ends with the answer's header.
         if len(prompt_ids) > config.max_prompt_length:
             return "prompt too long"
         if self.end in response_ids:
@@ -135,18 +116,35 @@ class Encoding:
             real_ids = real_ids[:limit]  # without the end token: the human did not stop here
         if len(real_ids) < config.min_response_length:
             return "answer too short"
-        turns = [turn for turn in exchange.messages if turn["role"] != "system"]
-        prompt = "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns)
-        first = next(turn["content"] for turn in turns if turn["role"] == "user")
-        return Example(
-            id,
-            prompt if len(turns) > 1 else turns[0]["content"],
-            tuple(prompt_ids),
-            exchange.answer["content"],
-            tuple(real_ids),
-            # The first user message alone: so no later turn can show a held-out answer as its history.
-            opening=hash_of(" ".join(first.split()).casefold()),
-        )
+        return tuple(prompt_ids), tuple(real_ids)
+
+
+def _row(id: str, exchange: Exchange, tokens: TokenIds | str, rejected: TokenIds | str | None) -> dict:
+    """Return a candidate's row of ENCODED. `rejected`: the same prompt with the data's other answer."""
+    if isinstance(tokens, str):
+        return _dropped_row(id, tokens)
+    if isinstance(rejected, str):
+        return _dropped_row(id, f"rejected answer: {rejected}")
+    prompt_ids, real_ids = tokens
+    if rejected and rejected[0] != prompt_ids:
+        return _dropped_row(id, "rejected answer: after another prompt")
+    turns = [turn for turn in exchange.messages if turn["role"] != "system"]
+    first = next(turn["content"] for turn in turns if turn["role"] == "user")
+    example = Example(
+        id,
+        as_text(turns) if len(turns) > 1 else first,
+        prompt_ids,
+        exchange.answer["content"],
+        real_ids,
+        # The first user message alone: so no later turn can show a held-out answer as its history.
+        opening=hash_of(" ".join(first.split()).casefold()),
+        rejected=rejected[1] if rejected else (),
+    )
+    return vars(example) | {"dropped": None, "highest": max(*prompt_ids, *real_ids, *example.rejected)}
+
+
+def _dropped_row(id: str, reason: str) -> dict:
+    return vars(Example(id, "", (), "", ())) | {"dropped": reason, "highest": 0}
 
 
 def load_dataset(
@@ -160,19 +158,17 @@ def load_dataset(
 ) -> Dataset:
     """Read, check, order, encode and split the data set.
 
-    The order depends on `seed` and content only. The first `config.held_out` prompts are held out, one example each, the
-    next `config.validation` prompts are for validation, and all other examples of these prompts are dropped; the next
-    `config.size` examples are the training set. So the held-out and validation sets are the same for every size, and a
-    smaller training set is part of a larger one.
+    The order depends on `seed` and content only. The first `config.held_out` prompts, one example each, are held out, the
+    next `config.validation` ones are for validation; their other examples are dropped. The training set is the next
+    `config.size` examples, so a smaller one is part of a larger one.
 
-    `stop_ids` are the tokens at which the model stops generating; `seen` holds the `opening` of the prompts that the
-    model was trained on, which are never held out. `cache` keeps downloaded files, and what was read and tokenised, by content.
-    `say` gets a line for each thing in the data or the template that a user should know of.
+    `stop_ids`: the tokens at which the model stops. `seen`: the `opening` of the prompts that it was trained on, which
+    are not held out. `cache` keeps files, records and token ids. `say` gets notes on data and template.
 
-    Raises UserError: the source cannot be read, the template does not fit the tokenizer, or too few examples are left.
+    Raises UserError: the source cannot be read, the template does not fit the tokenizer, too few examples.
     """
     # First: a wrong template fails before the reading.
-    end = end_of_turn(tokenizer, stop_ids, config.template, config.template_options)
+    end = end_of_turn(tokenizer, config.template, config.template_options)
     chat = ChatTemplate(tokenizer, config.template_options) if config.template == "chat" else None
     for note in chat.notes(stop_ids) if chat else ():
         say(note)
@@ -182,12 +178,12 @@ def load_dataset(
         say("note: the chat template takes no system message: its text goes before the next user message")
     if "reasoning_content" in candidates.names and not (chat and chat.takes_thoughts):
         say("note: the template has no place for reasoning_content: answers are learnt without these thoughts")
-    ids, counts = candidates.rows.column("id"), Counter({"read": 0, "kept": 0} | candidates.counts)
+    ids = candidates.rows.column("id")
     order = sorted(range(len(ids)), key=lambda row: seed_of(seed, ids[row]))
     if config.filter == "prose":
-        order = _unique_prompts(order, candidates, counts)
-    encoding = Encoding(tokenizer, end, chat, config)
-    dataset = _encode_and_split(np.array(order, np.int64), candidates, encoding, counts, seen, cache, seed, say)
+        order = _unique_prompts(order, candidates)
+    encoding = Encoding(config, tokenizer, end, chat, cache, say)
+    dataset = _encode_and_split(np.array(order, np.int64), candidates, encoding, seed, seen)
     if not dataset.train:
         raise UserError(
             f"data: too little is left: data.held_out={config.held_out} and data.validation={config.validation} prompts "
@@ -198,73 +194,54 @@ def load_dataset(
     return dataset
 
 
-def _unique_prompts(order: list[int], candidates: Candidates, counts: Counter[str]) -> list[int]:
+def _unique_prompts(order: list[int], candidates: Candidates) -> list[int]:
+    """Return the first row of each prompt."""
     prompts, first = candidates.rows.column("prompt"), dict[str, int]()
     for row in order:
         first.setdefault(prompts[row], row)
-    counts["repeated prompt"] += len(order) - len(first)
+    candidates.counts["repeated prompt"] += len(order) - len(first)
     for row in [row for row in order if first[prompts[row]] != row][:1]:
-        candidates.dropped["repeated prompt"] = text_of(Exchange(**json.loads(candidates.rows[row].exchange)))
+        candidates.dropped["repeated prompt"] = candidates.text(row)
     return list(first.values())
 
 
 def _encode_and_split(
-    order: np.ndarray,
-    candidates: Candidates,
-    encoding: Encoding,
-    counts: Counter[str],
-    seen: Collection[str],
-    cache: Path,
-    seed: int,
-    say: Callable[[str], None],
+    order: np.ndarray, candidates: Candidates, encoding: Encoding, seed: int, seen: Collection[str]
 ) -> Dataset:
-    """Encode all candidates, once for all seeds; or only the first ones in this order if far fewer are needed."""
+    """Encode all candidates, once for all seeds, or only the first ones if far fewer are needed."""
     config = encoding.config
     needed = config.held_out + config.validation + (config.size or len(order))
     few = 2 * needed + BLOCK
     for chosen in [order[:few], None] if 4 * few < len(order) else [None]:
         rows = candidates.rows if chosen is None else candidates.rows.at(chosen)
         subset = None if chosen is None else [seed, len(chosen), config.filter]
-        inputs = {"candidates": candidates.key, "subset": subset, **encoding.inputs}
-
-        def build(folder: Path, rows: Rows[Candidate] = rows) -> dict:
-            encoded = with_progress_lines(encoding.encode(rows), say, f"data: {{}} of {len(rows)} answers tokenised")
-            write_arrow(encoded, ENCODED, folder / "examples.arrow")
-            return {"refusal": encoding.chat.refusal if encoding.chat else ""}
-
-        folder, facts = cached_folder(cache, "examples", inputs, build, say)
-        examples = Rows.open(Example, folder / "examples.arrow")
-        in_order = examples.at(order) if chosen is None else examples
-        dataset, first_rows = _split(in_order, len(order), config, Counter(counts), seen)
+        examples, refusal = encoding.encode_once(rows, {"candidates": candidates.key, "subset": subset})
+        dataset = _split(examples.at(order) if chosen is None else examples, order, candidates, config, seen)
         if dataset.counts["kept"] == needed:
             break
-    dropped = {reason: candidates.rows[int(order[row])].exchange for reason, row in first_rows.items()}
-    dataset.dropped = candidates.dropped | {why: text_of(Exchange(**json.loads(row))) for why, row in dropped.items()}
-    if facts["refusal"]:
-        say(f"note: dropped and counted: {facts['refusal']}")
+    if refusal:
+        encoding.say(f"note: dropped and counted: {refusal}")
     return dataset
 
 
 def _split(
-    examples: Rows[Example], available: int, config: DataConfig, counts: Counter[str], seen: Collection[str]
-) -> tuple[Dataset, dict[str, int]]:
-    """Take examples in order until the held-out and the training set are full, and count the rest of those `available`.
-
-    Returns the data set, and the first row that was dropped for each reason.
-    """
-    first_rows: dict[str, int] = {}
+    examples: Rows[Example], order: np.ndarray, candidates: Candidates, config: DataConfig, seen: Collection[str]
+) -> Dataset:
+    """Take examples until the sets are full, and count the others. `order`: the rows of their candidates."""
+    counts, dropped_rows = candidates.counts.copy(), dict[str, int]()
     train: list[int] = []
     apart: list[int] = []  # held out, then validation
     openings: set[str] = set()
     needed = config.held_out + config.validation
     tried = trained_before = 0
-    for row, (dropped, opening) in enumerate(zip(examples.column("dropped"), examples.column("opening"), strict=True)):
+    columns = examples.column("dropped"), examples.column("opening")
+    for row, (dropped, opening) in enumerate(zip(*columns, strict=True)):
         tried += 1
         if dropped is None and opening in openings:
             dropped = "of a held-out prompt"
         if dropped is not None:
             counts[dropped] += 1
-            first_rows.setdefault(dropped, row)
+            dropped_rows.setdefault(dropped, int(order[row]))
         elif len(apart) < needed and opening not in seen:
             openings.add(opening)
             apart.append(row)
@@ -276,9 +253,10 @@ def _split(
                 train.append(row)
         if len(train) == config.size and len(apart) == needed:
             break
-    counts["not needed"] = available - tried
+    counts["not needed"] = len(order) - tried
     counts["kept"] = len(train) + len(apart)
-    kept_counts = {reason: count for reason, count in counts.items() if count or reason in ("read", "kept")}
-    chosen = [np.array(rows, np.int64) for rows in (train, apart[: config.held_out], apart[config.held_out :])]
-    taken, held_out, validation = map(examples.at, chosen)
-    return Dataset(taken, held_out, kept_counts, trained_before, validation), first_rows
+    nonzero = {reason: count for reason, count in counts.items() if count or reason in ("read", "kept")}
+    texts = candidates.dropped | {reason: candidates.text(row) for reason, row in dropped_rows.items()}
+    parts = (train, apart[: config.held_out], apart[config.held_out :])
+    taken, held_out, validation = (examples.at(np.array(rows, np.int64)) for rows in parts)
+    return Dataset(taken, held_out, nonzero, trained_before, validation, texts)

@@ -1,32 +1,31 @@
 """Record formats: from a record to conversations and the human answers in them."""
 
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from spin.config.schema import DataConfig
-from spin.data.counts import drop
+from spin.data.counts import Counts
 from spin.data.messages import (
-    BROKEN,
     Exchange,
     Message,
     alternating,
     answers_of,
     broken,
+    first_of,
     from_json,
     join,
     messages_of,
-    why_none,
+    reason_in,
 )
 from spin.runtime.errors import UserError, brief
 
 Record = dict[str, Any]
-SYSTEM, HISTORY, TOOLS, INPUT = ("system", "system_prompt"), ("history",), "tools", ("input", "context")
+SYSTEM, HISTORY, TOOLS, INPUT = ("system", "system_prompt"), "history", "tools", ("input", "context")
 QUESTIONS = ("prompt", "question", "query", "problem", "input")
 ANSWERS = ("response", "completion", "output", "solution", "answer")
-PROMPTS = ("instruction", *QUESTIONS, "conversations", "conversation")  # where a prompt may stand before two answers
+PROMPTS = ("instruction", *QUESTIONS, "conversations", "conversation")  # of two answers
 CONTEXT = (*SYSTEM, TOOLS, "id")  # columns that are read with every format
 
 
@@ -35,8 +34,8 @@ class Format:
     """A record format. `data.format=auto` takes the first one whose columns a record has."""
 
     columns: tuple[str, ...]  # one of them holds the conversation
-    answers: tuple[str, ...] = ()  # one of them holds the answer; none: the answers stand in the conversation
-    others: tuple[str, ...] = ()  # columns that are read where they are there
+    answers: tuple[str, ...] = ()  # one of them holds the answer; none: the conversation does
+    more: tuple[str, ...] = ()  # columns that are read if there are any
     rejected: tuple[str, ...] = ()  # one of them holds the answer that is set against the human one
 
     def missing_columns(self, names: Iterable[str]) -> str | None:
@@ -44,18 +43,13 @@ class Format:
         return next((" or ".join(group) for group in needed if not set(names) & set(group)), None)
 
     @property
-    def history(self) -> tuple[str, ...]:
-        """The columns that hold earlier turns: none where the conversation itself does."""
-        return HISTORY if self.answers else ()
-
-    @property
     def read(self) -> set[str]:
         """All columns that are read."""
-        return {*self.columns, *self.answers, *self.others, *self.rejected, *CONTEXT, *self.history}
+        return {*self.columns, *self.answers, *self.more, *self.rejected, *CONTEXT}
 
 
 def _chitchat(record: Record) -> list[Message]:
-    """Two speakers who alternate; each inner list holds the consecutive texts of one of them."""
+    """Return the messages of two speakers who alternate: each inner list has the texts of one turn."""
     messages: list[Message] = []
     for number, turn in enumerate(_as_list(record.get("messages"))):
         texts = [text.get("text") for text in _as_list(turn) if isinstance(text, dict)]
@@ -65,8 +59,8 @@ def _chitchat(record: Record) -> list[Message]:
 
 
 def _prompt(record: Record, names: Iterable[str]) -> list[Message]:
-    """Return the messages in one of the columns; a text is followed by its input, as in Alpaca's records."""
-    value, context = _value(record, names), _value(record, INPUT)
+    """Return the messages in one of the columns; a text with its input, as in Alpaca's records."""
+    value, context = first_of(record, names), first_of(record, INPUT)
     if isinstance(value, str) and isinstance(context, str) and context.strip() and context is not value:
         value = f"{value.strip()}\n\n{context.strip()}"
     return messages_of(value)
@@ -76,32 +70,23 @@ def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _value(record: Record, names: Iterable[str]) -> Any:
-    """The first of the columns that is not null."""
-    return next((record[name] for name in names if record.get(name) is not None), None)
-
-
 FORMATS = {
-    "preference": Format(("chosen", "real"), others=(*PROMPTS, *INPUT), rejected=("rejected", "generated")),
+    "preference": Format(("chosen", "real"), more=(*PROMPTS, *INPUT), rejected=("rejected", "generated")),
     "messages": Format(("messages", "conversation", "dialogue", "dialog", "contents")),
     "sharegpt": Format(("conversations",)),
-    "alpaca": Format(("instruction",), answers=("output", "response"), others=(*INPUT, "label")),
-    "prompt": Format(QUESTIONS, answers=ANSWERS, others=(*INPUT, "label")),
+    "alpaca": Format(("instruction",), answers=("output", "response"), more=(*INPUT, "label", HISTORY)),
+    "prompt": Format(QUESTIONS, answers=ANSWERS, more=(*INPUT, "label", HISTORY)),
     "chitchat": Format(("messages",)),
 }
 
 
 def exchanges(
-    records: Iterable[Record],
-    config: DataConfig,
-    counts: Counter[str],
-    renders_tools: bool = False,
-    say: Callable[[str], None] = lambda text: None,
+    records: Iterable[Record], config: DataConfig, counts: Counts, renders_tools: bool, say: Callable[[str], None]
 ) -> Iterator[Exchange]:
     """Yield the first exchange of each record, or with `config.turns=all` every one; `say` what is not read.
 
-    `counts["read"]` grows by the number of answers, and by one for each record without any; what is not yielded is
-    counted with its reason. `renders_tools`: the template knows tools, so that calls and results can be history.
+    `counts["read"]` counts the answers, and records without any; `drop` counts those that are not yielded.
+    `renders_tools`: the template knows tools, so calls and results can be history.
 
     Raises UserError: no record has the format's columns, or a known format's.
     """
@@ -113,35 +98,34 @@ def exchanges(
         name = _detect(record) if config.format == "auto" else config.format
         if name is None or FORMATS[name].missing_columns(record):
             counts["read"] += 1
-            drop(counts, "unknown columns", record)
+            counts.drop("unknown columns", record)
             continue
         formats.add(name)
-        unread |= dict.fromkeys(key for key in record if record[key] is not None and key not in FORMATS[name].read)
-        found = _read(record, name, config, renders_tools)
+        present = (key for key in record if record[key] is not None)
+        unread |= dict.fromkeys(key for key in present if key not in FORMATS[name].read)
+        answers = _read(record, name, config, renders_tools)
         if config.turns == "first":
-            found = sorted(found, key=lambda item: isinstance(item, str))[:1]  # the first that can be learnt
-        for item in found:
+            answers = sorted(answers, key=lambda answer: isinstance(answer, str))[:1]  # the first that can be learnt
+        for answer in answers:
             counts["read"] += 1
-            if isinstance(item, str):
-                drop(counts, item, record)
+            if isinstance(answer, str):
+                counts.drop(answer, record)
             else:
-                yield item
+                yield answer
     if first is not None and not formats:
-        raise UserError(_no_format(first, config.format))
+        columns = _column_names(first)
+        if config.format == "auto":
+            raise UserError(f"data.format=auto: no known format has {columns}; rename them, or set data.format")
+        missing = FORMATS[config.format].missing_columns(first)
+        raise UserError(f"data.format={config.format}: no column {missing}; there are {columns}")
     if "preference" in formats:
         say("note: of two answers, the chosen (or real) one is the human answer")
     if unread:
         say(f"note: columns of the data that are not read: {_column_names(unread)}")
 
 
-def _no_format(record: Record, name: str) -> str:
-    if name == "auto":
-        return f"data.format=auto: no known format has {_column_names(record)}; rename them, or set data.format"
-    return f"data.format={name}: no column {FORMATS[name].missing_columns(record)}; there are {_column_names(record)}"
-
-
 def _detect(record: Record) -> str | None:
-    """The first format whose columns the record has; null counts as absent if another format fits."""
+    """Return the first format whose columns the record has, if possible without nulls."""
     if any(isinstance(turn, list) for turn in _as_list(record.get("messages"))[:1]):
         return "chitchat"
     for names in ([name for name in record if record[name] is not None], record):
@@ -152,9 +136,9 @@ def _detect(record: Record) -> str | None:
 
 
 def _read(record: Record, name: str, config: DataConfig, renders_tools: bool) -> list[Exchange | str]:
-    """The answers in a record, or the reason why each can't be read; one reason if there are none."""
+    """Return the answers in a record, or the reason why each can't be read."""
     format, id = FORMATS[name], record.get("id")
-    # The pinned set is cut into records with the ids <name>_0, <name>_30, ...; elsewhere a number in an id says nothing.
+    # The pinned set is cut into records with the ids <name>_0, <name>_30, ...
     is_pinned = name == "sharegpt" and config.path is None
     if is_pinned and isinstance(id, str) and re.search(r"_0*[1-9][0-9]*$", id):
         return ["not a conversation's start"]
@@ -165,29 +149,29 @@ def _read(record: Record, name: str, config: DataConfig, renders_tools: bool) ->
     if format.answers:
         if record.get("label") is False:  # an answer that was judged bad, as in data for KTO
             return ["not to be learnt"]
-        messages = _with_context(record, _prompt(record, format.columns), format)
-        return [_answered(messages, messages_of(_value(record, format.answers), "assistant"), tools)]
-    messages = _chitchat(record) if name == "chitchat" else messages_of(_value(record, format.columns))
-    messages = alternating(messages) if is_pinned else _with_context(record, messages, format)
-    return answers_of(messages, tools) or [why_none(messages)]
+        messages = _with_context(record, _prompt(record, format.columns), record.get(HISTORY))
+        return [_answered(messages, messages_of(first_of(record, format.answers), "assistant"), tools)]
+    messages = _chitchat(record) if name == "chitchat" else messages_of(first_of(record, format.columns))
+    messages = alternating(messages) if is_pinned else _with_context(record, messages)
+    return answers_of(messages, tools)
 
 
 def _answered(messages: list[Message], answer: list[Message], tools: list[Any] | None) -> Exchange | str:
-    """The exchange of a prompt and of an answer that stands in a column of its own."""
+    """Return the exchange of a prompt and a separate answer, or why there is none."""
     if not messages or messages[-1]["role"] not in ("user", "tool"):
-        return why_none(messages) if any(turn["role"] == BROKEN for turn in messages) else "no prompt"
+        return reason_in(messages, "no prompt")
     if not answer or answer[-1]["role"] != "assistant":
-        return why_none(answer) if answer and answer[-1]["role"] == BROKEN else "no answer"
-    return (answers_of(join([*messages, *answer]), tools) or ["no prompt"])[-1]
+        return reason_in(answer, "no answer")
+    return answers_of(join([*messages, *answer]), tools)[-1]
 
 
 def _preferred(record: Record, format: Format, tools: list[Any] | None, generated: str) -> Exchange | str:
-    """The exchange of the better of two answers, which may hold the prompt, too; the other one stands beside it."""
+    """Return the exchange of the better of two answers, with the other one as `rejected`."""
     columns = (format.columns, format.rejected)
-    chosen, rejected = (join(messages_of(_value(record, names), "assistant")) for names in columns)
+    chosen, rejected = (join(messages_of(first_of(record, names), "assistant")) for names in columns)
     prompt = [] if any(turn["role"] == "user" for turn in chosen) else _prompt(record, PROMPTS)
     messages = [*prompt, *chosen[:-1]]
-    exchange = _answered(_with_context(record, messages, format), chosen[-1:], tools)
+    exchange = _answered(_with_context(record, messages), chosen[-1:], tools)
     if isinstance(exchange, str) or not rejected or rejected[-1]["role"] != "assistant":
         return exchange
     if generated == "file" and rejected[:-1] not in ([], chosen[:-1], messages):
@@ -195,16 +179,16 @@ def _preferred(record: Record, format: Format, tools: list[Any] | None, generate
     return replace(exchange, rejected=rejected[-1]["content"])
 
 
-def _with_context(record: Record, messages: list[Message], format: Format) -> list[Message]:
-    """The messages after what the columns of earlier turns and of a system message hold."""
-    history = from_json(_value(record, format.history))
+def _with_context(record: Record, messages: list[Message], history: Any = None) -> list[Message]:
+    """Return the messages after a `history` of earlier turns and the record's system message."""
+    history = from_json(history)
     turns = _as_list(history)
     are_pairs = any(isinstance(turn, list) for turn in turns)
     earlier = [message for turn in turns for message in messages_of(turn)] if are_pairs else messages_of(turns)
     if isinstance(history, str) and history.strip():
         earlier = [broken("history that is no list")]
     messages = join([*earlier, *messages])
-    system = _value(record, SYSTEM)
+    system = first_of(record, SYSTEM)
     if isinstance(system, str) and system.strip() and not (messages and messages[0]["role"] == "system"):
         messages = [{"role": "system", "content": system}, *messages]
     return messages

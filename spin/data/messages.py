@@ -3,13 +3,15 @@
 import json
 import math
 import re
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from spin.runtime.errors import brief
 
-# "role" is system, user, assistant, tool, or BROKEN, with the reason as its "content". Where the data has them, there are
-# also "reasoning_content" (a text), "tool_calls" (a list) and what names a tool. "learn" is False if the data says so.
+# "role" is system, user, assistant, tool, or BROKEN, whose "content" is the reason. Optional keys: "reasoning_content",
+# a text; "tool_calls", a list; TOOL_KEYS; "learn", False for an answer that is not to be learnt.
 Message = dict[str, Any]
 BROKEN = "broken"
 NAMES = {
@@ -21,11 +23,9 @@ NAMES = {
 }
 ROLES = {name: role for role, names in NAMES.items() for name in names.split()}
 CALLS = ("function_call", "tool_call")  # roles whose content is the call
-SPEAKERS, CONTENTS, THOUGHTS = (
-    ("role", "from", "speaker", "sender", "author"),
-    ("content", "value", "text", "message", "parts"),
-    ("reasoning_content", "reasoning", "thinking"),
-)
+SPEAKERS = ("role", "from", "speaker", "sender", "author")
+CONTENTS = ("content", "value", "text", "message", "parts")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 # 0 or false: not to be learnt.
 FLAGS = ("weight", "train", "trainable", "training", "train_on_turn", "learn", "loss", "loss_mask", "loss_weight")
 TOOL_KEYS = ("name", "tool_call_id")
@@ -33,7 +33,7 @@ TOOL_KEYS = ("name", "tool_call_id")
 
 @dataclass(frozen=True)
 class Exchange:
-    """A human answer, an assistant's message, with the messages before it and the tools that they may call."""
+    """A human answer, the messages before it, and the tools that they may call."""
 
     messages: list[Message]
     answer: Message
@@ -44,18 +44,13 @@ class Exchange:
 def from_json(value: Any) -> Any:
     """Return a list or an object that is written as JSON text; any other value as it is."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        try:
+        with suppress(ValueError, RecursionError):
             return json.loads(value)
-        except (ValueError, RecursionError):
-            return value
     return value
 
 
 def messages_of(value: Any, role: str = "user") -> list[Message]:
-    """Return the messages in a column: a text or a number is one message of `role`, a list may be given as JSON text.
-
-    Messages without content are left out.
-    """
+    """Return the messages in a column: a list, or a text or number as one message of `role`."""
     parsed = from_json(value)
     if isinstance(parsed, dict):
         parsed = [parsed]
@@ -73,19 +68,19 @@ def messages_of(value: Any, role: str = "user") -> list[Message]:
 
 def _has_role(item: Any) -> bool:
     item = from_json(item)
-    return isinstance(item, dict) and str(_first(item, SPEAKERS)).strip().lower() in ROLES
+    return isinstance(item, dict) and str(first_of(item, SPEAKERS)).strip().lower() in ROLES
 
 
 def _turns(item: Any) -> list[dict[str, Any]]:
-    """Return a message as a list of one, and a question and its answer under the names of roles as two messages."""
-    if not isinstance(item, dict) or _first(item, SPEAKERS) is not None:
+    """Return a message as a list; a question and its answer, by names of roles, as two messages."""
+    if not isinstance(item, dict) or first_of(item, SPEAKERS) is not None:
         return [item] if isinstance(item, dict) else []
     roles = sorted((key for key in item if key in ROLES), key=lambda key: list(NAMES).index(ROLES[key]))
     return [{"role": key, "content": item[key]} for key in roles]
 
 
 def _transcript(text: str) -> list[Message]:
-    """Return the messages of a text in which Human and Assistant take turns, as in Anthropic's data; else none."""
+    """Return the messages of a text in which Human and Assistant take turns, as in Anthropic's data."""
     opening, *parts = re.split(r"\n\n(Human|Assistant):", f"\n\n{text.lstrip()}")
     if opening or parts[:3:2] != ["Human", "Assistant"]:
         return []
@@ -93,27 +88,27 @@ def _transcript(text: str) -> list[Message]:
     return [{"role": ROLES[name.lower()], "content": text.strip()} for name, text in turns if text.strip()]
 
 
-def _first(record: dict[str, Any], names: tuple[str, ...]) -> Any:
+def first_of(record: dict[str, Any], names: Iterable[str]) -> Any:
     """Return the first value under one of the names that is not null."""
     return next((record[name] for name in names if record.get(name) is not None), None)
 
 
 def _message(item: Any) -> Message | None:
-    """Return the message that `item` holds, broken if it can't be read; None if nothing is in it."""
+    """Return the message in `item`, broken if it can't be read; None if it is empty."""
     if item is None:
         return None
-    speaker = _first(item, SPEAKERS) if isinstance(item, dict) else None
+    speaker = first_of(item, SPEAKERS) if isinstance(item, dict) else None
     if not isinstance(speaker, str):
         return broken("message without a role")
     speaker = speaker.strip().lower()
     role = ROLES.get(speaker)
     if role is None:
         return broken(f"role {brief(speaker, 20)}")
-    content, calls = _first(item, CONTENTS), _calls(item, speaker)
+    content, calls = first_of(item, CONTENTS), _calls(item, speaker)
     text = "" if calls and speaker in CALLS else text_of(content)
     if text is None:
         return broken("content that is no text")
-    thought = _first(item, THOUGHTS)
+    thought = first_of(item, THOUGHTS)
     if content is None and not calls and not thought:
         return None
     message: Message = {"role": role, "content": text}
@@ -133,11 +128,7 @@ def broken(reason: str) -> Message:
 
 
 def text_of(content: Any) -> str | None:
-    """Return the text of a message's content: a text, or parts that are texts. None if anything else is in it."""
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
+    """Return the text of a message's content, or of its parts; None if anything else is in it."""
     texts = []
     for part in content if isinstance(content, list) else [content]:
         text = part.get("text") if isinstance(part, dict) else part
@@ -149,39 +140,38 @@ def text_of(content: Any) -> str | None:
 
 
 def _calls(item: dict[str, Any], speaker: str) -> list[Any]:
-    """Return the tool calls of a message, with arguments as objects, which is what chat templates expect."""
+    """Return the tool calls of a message, with arguments as objects, as chat templates expect."""
     calls = from_json(item.get("tool_calls")) or from_json(item.get("function_call"))
     if speaker in CALLS:
-        calls = from_json(_first(item, CONTENTS))
-    found = []
+        calls = from_json(first_of(item, CONTENTS))
+    tool_calls = []
     for call in calls if isinstance(calls, list) else [calls] if calls else []:
         function = call.get("function", call) if isinstance(call, dict) else call
         if isinstance(function, dict):
             function = {**function, "arguments": from_json(function.get("arguments"))}
         id = {"id": call["id"]} if isinstance(call, dict) and isinstance(call.get("id"), str) else {}
-        found.append({"type": "function", "function": function, **id})
-    return found
+        tool_calls.append({"type": "function", "function": function, **id})
+    return tool_calls
 
 
 def join(messages: list[Message]) -> list[Message]:
-    """Return the messages with neighbours of one role as one message; tool calls and results stay apart."""
+    """Return the messages with neighbours of one role joined, but for tool calls and results."""
     joined: list[Message] = []
     for message in messages:
-        last = joined[-1] if joined else None
-        apart = last is None or last["role"] != message["role"] or message["role"] in ("tool", BROKEN)
-        if last is None or apart or "tool_calls" in last or "tool_calls" in message:
+        last = joined[-1] if joined else {}
+        is_other_role = last.get("role") != message["role"]
+        if is_other_role or message["role"] in ("tool", BROKEN) or "tool_calls" in last | message:
             joined.append(message)
             continue
-        both = last | message
+        joined[-1] = last | message
         for key in ("content", "reasoning_content"):
-            if key in both:
-                both[key] = "\n\n".join(part[key] for part in (last, message) if part.get(key, "").strip())
-        joined[-1] = both
+            if key in joined[-1]:
+                joined[-1][key] = "\n\n".join(part[key] for part in (last, message) if part.get(key, "").strip())
     return joined
 
 
 def alternating(messages: list[Message]) -> list[Message]:
-    """Return the messages up to where user and assistant do not alternate, and from there on as broken ones."""
+    """Return the messages, with a broken one where user and assistant do not alternate."""
     start = 1 if messages and messages[0]["role"] == "system" else 0
     expected = ["system"] * start + ["user", "assistant"] * len(messages)
     for number, (message, role) in enumerate(zip(messages, expected, strict=False)):
@@ -191,39 +181,42 @@ def alternating(messages: list[Message]) -> list[Message]:
 
 
 def answers_of(messages: list[Message], tools: list[Any] | None) -> list[Exchange | str]:
-    """Return each answer to a user's message, with all messages before it, or the reason why it can't be learnt.
+    """Return each answer to a user's message, with the messages before it, or the reason why it can't be learnt.
 
-    `tools` are those that the messages may call; None if there are none, or if the template can't render them.
+    Without any answer, return the reason for that. `tools`: None if the template can't render any.
     """
-    found: list[Exchange | str] = []
-    lost = ""  # why what follows can't be read
+    answers: list[Exchange | str] = []
+    unreadable = ""  # why what follows can't be read
     for number, message in enumerate(messages):
-        before = messages[:number]
+        history = messages[:number]
         if message["role"] == BROKEN:
-            lost = lost or message["content"]
+            unreadable = unreadable or message["content"]
         elif message["role"] == "tool" and tools is None:
-            lost = lost or "tool message"
+            unreadable = unreadable or "tool message"
         elif message["role"] == "assistant":
             if "tool_calls" in message and tools is None:
-                lost = lost or "tool call"
-            if not any(turn["role"] == "user" for turn in before):
+                unreadable = unreadable or "tool call"
+            if not any(turn["role"] == "user" for turn in history):
                 continue  # a greeting
-            if lost:
-                found.append(lost)
+            if unreadable:
+                answers.append(unreadable)
             elif "tool_calls" in message:
-                found.append("tool call")
+                answers.append("tool call")
             elif not message.get("learn", True):
-                found.append("not to be learnt")
-            elif before[-1]["role"] not in ("user", "tool"):
-                found.append("no user's message right before the answer")
+                answers.append("not to be learnt")
+            elif history[-1]["role"] not in ("user", "tool"):
+                answers.append("no user's message right before the answer")
             else:
-                found.append(Exchange(before, message, tools))
-    return found
+                answers.append(Exchange(history, message, tools))
+    has_prompt = any(message["role"] == "user" for message in messages)
+    return answers or [reason_in(messages, "no answer" if has_prompt else "no prompt")]
 
 
-def why_none(messages: list[Message]) -> str:
-    """Return the reason why no answer stands in the messages."""
-    for message in messages:
-        if message["role"] == BROKEN:
-            return message["content"]
-    return "no answer" if any(message["role"] == "user" for message in messages) else "no prompt"
+def reason_in(messages: list[Message], default: str) -> str:
+    """Return the reason of the first broken message; `default` if none is broken."""
+    return next((message["content"] for message in messages if message["role"] == BROKEN), default)
+
+
+def as_text(messages: list[Message]) -> str:
+    """Return a conversation as a text to read."""
+    return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages)

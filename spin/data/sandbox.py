@@ -1,7 +1,7 @@
-"""Render chat templates: programs from strangers, which run in a child process with bounds on time, memory and output.
+"""Render chat templates, which are untrusted programs, in a child process with bounds on time, memory and output.
 
-transformers already runs them in jinja's sandbox. Here they cannot take for ever, and render a conversation in the same way
-each time: on a fixed date, and without random numbers and addresses of objects.
+transformers runs them in jinja's sandbox. Here they also end, and give the same text each time: on a fixed date, without
+random numbers and addresses of objects.
 """
 
 import re
@@ -16,7 +16,7 @@ from transformers.utils import chat_template_utils
 
 from spin.runtime.bounded import Bounded
 
-Program = tuple[str, Sequence[dict[str, Any]], dict[str, Any]]  # a template's source, messages, and its variables
+Program = tuple[str, Sequence[dict[str, Any]], dict[str, Any]]  # source, messages, variables
 TODAY = datetime(2026, 1, 1)
 LONGEST = 2**16  # characters beyond eight times what is given
 

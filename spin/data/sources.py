@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import re
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +12,7 @@ from typing import Any
 
 from spin.config.schema import DataConfig
 from spin.data import tasks
+from spin.data.counts import Counts
 from spin.data.files import FILE_TYPES, read_file
 from spin.data.formats import Record
 from spin.models import wheels
@@ -25,25 +25,21 @@ _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 @dataclass(frozen=True)
 class Source:
-    """Where records come from: a hash of the content, and `read`, which yields the records.
+    """Where records come from."""
 
-    `read` gets the counts of records that were lost on the way. `left_out` are data files of the folder that are not read.
-    """
-
-    digest: str
-    read: Callable[[Counter[str]], Iterator[Record]]
-    left_out: tuple[str, ...] = ()
+    digest: str  # a hash of the content
+    read: Callable[[Counts], Iterator[Record]]  # yields the records, and counts those that cannot be read
+    left_out: tuple[str, ...] = ()  # data files of the folder that are not read
 
 
 def find_source(config: DataConfig, cache: Path) -> Source:
     """Return the source at `config.path` or, where that is null, of `config.file` in the wheel `config.package`.
 
-    A path is a .jsonl, .json or .parquet file, a `save_to_disk` folder, a folder of data files as the hub lays them
-    out, a hub name, `asset:<file>` for a file of this package, or `builtin:<task>` (see tasks.py). `config.splits`
-    null joins all splits. `cache` keeps files from wheels. A wheel's .json list that is cut off is read up to the cut,
-    which is counted as one `truncated record`.
+    A path is a .jsonl, .json or .parquet file, a `save_to_disk` folder, a folder of data files as on the hub, a hub name,
+    `asset:<file>` of this package, or `builtin:<task>` (see tasks.py). `cache` keeps files from wheels. In a wheel, a .json
+    list may be cut off: this is one `truncated record`.
 
-    Raises UserError: nothing at the path, no such split or configuration, or (from `read`, too) unreadable content.
+    Raises UserError: nothing at the path, no such split or configuration, unreadable content (from `read`, too).
     """
     if config.path and config.path.startswith("builtin:"):
         task = config.path.removeprefix("builtin:")
@@ -53,7 +49,9 @@ def find_source(config: DataConfig, cache: Path) -> Source:
     with _reading(name):
         path = path.expanduser()
         if path.is_dir():
-            return _folder(path, name, config)
+            advice = f"give a folder written by save_to_disk, or one with {', '.join(FILE_TYPES)} files"
+            with explaining(f"{name}: no data set that can be read", advice):
+                return _folder(path, name, config)
         if not path.exists():
             if config.path is None or not _HUB_NAME.fullmatch(config.path) or suffix in FILE_TYPES:
                 raise UserError(f"{name}: no such file or folder")
@@ -65,7 +63,7 @@ def find_source(config: DataConfig, cache: Path) -> Source:
         if suffix not in FILE_TYPES:
             raise UserError(f"{name}: cannot read this type of file; give {', '.join(FILE_TYPES)}")
         may_be_cut = config.path is None
-        return Source(file_digest(path), lambda counts: _records_of([path], counts if may_be_cut else None))
+        return Source(file_digest(path), lambda counts: _read_files([path], counts if may_be_cut else None))
 
 
 def _locate(config: DataConfig, cache: Path) -> Path:
@@ -86,7 +84,7 @@ def _reading(name: str) -> Iterator[None]:
         raise UserError(f"{name}: cannot be read ({brief(error)})") from error
 
 
-def _records_of(paths: list[Path], cut_counts: Counter[str] | None = None) -> Iterator[Record]:
+def _read_files(paths: list[Path], cut_counts: Counts | None = None) -> Iterator[Record]:
     for path in paths:
         name = brief(path, 500)
         with _reading(name):
@@ -94,43 +92,32 @@ def _records_of(paths: list[Path], cut_counts: Counter[str] | None = None) -> It
 
 
 def _folder(path: Path, name: str, config: DataConfig) -> Source:
-    """A folder of `save_to_disk`, or of data files, which are read one by one if their type is known here."""
+    """Return the source of a `save_to_disk` folder, or of data files, if of FILE_TYPES read one by one."""
     import datasets
 
-    advice = f"give a folder written by save_to_disk, or one with {', '.join(FILE_TYPES)} files"
     if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-        with explaining(f"{name}: no data set that can be read", advice):
-            saved = datasets.load_from_disk(str(path))
         files = sorted(file for file in path.rglob("*") if file.is_file())
-        return Source(_digest_of(files), partial(_read_splits, _select(saved, config.splits, name), name))
+        splits = _select(datasets.load_from_disk(str(path)), config.splits, name)
+        return Source(_digest_of(files), partial(_read_splits, splits, name))
     # Absolute: a relative name such as "json" is also a format of the library.
     place = str(path.absolute())
     if re.search(r"[\[\]]|::", place):
-        raise UserError(
-            f"{name}: [, ] and :: stand for patterns in the datasets library; rename the folder, or give a file"
-        )
-    with explaining(f"{name}: no data set that can be read", advice):
-        names = datasets.get_dataset_config_names(place)
-        configuration = _configuration(place, name, config, names)
-        with tempfile.TemporaryDirectory() as unused:
-            data_files = datasets.load_dataset_builder(place, configuration, cache_dir=unused).config.data_files or {}
-    splits = _select(
-        {str(split): [Path(file) for file in files] for split, files in data_files.items()}, config.splits, name
-    )
-    files = [file for split in splits.values() for file in split]
+        problem = "[, ] and :: stand for patterns in the datasets library"
+        raise UserError(f"{name}: {problem}; rename the folder, or give a file")
+    names = _configurations(place, name, config)
+    with tempfile.TemporaryDirectory() as unused:
+        builder = datasets.load_dataset_builder(place, config.config, cache_dir=unused)
+    data_files = builder.config.data_files or {}
+    splits = _select(data_files, config.splits, name)
+    files = [Path(file) for split in splits.values() for file in split]
     # The library reads files of one type, and says nothing of others.
-    known = {str(file) for split in data_files.values() for file in split}
-    others = (file for file in Path(place).rglob("*.*") if file.suffix.lower() in FILE_TYPES and str(file) not in known)
-    left_out = tuple(sorted({file.name for file in others} - {"dataset_infos.json"})) if len(names) == 1 else ()
+    known = {Path(file) for split in data_files.values() for file in split}
+    unread = {file for file in Path(place).rglob("*.*") if file.suffix.lower() in FILE_TYPES} - known
+    left_out = tuple(sorted({file.name for file in unread} - {"dataset_infos.json"})) if len(names) == 1 else ()
     if all(file.suffix.lower() in FILE_TYPES for file in files):
-        return Source(_digest_of(files), lambda counts: _records_of(files), left_out)
-
-    def stream(counts: Counter[str]) -> Iterator[Record]:
-        with explaining(f"{name}: no data set that can be read", advice), tempfile.TemporaryDirectory() as unused:
-            loaded = datasets.load_dataset(place, configuration, streaming=True, cache_dir=unused)  # writes no cache
-        return _read_splits({split: loaded[split] for split in splits}, name, counts)
-
-    return Source(_digest_of(files), stream, left_out)
+        return Source(_digest_of(files), lambda counts: _read_files(files), left_out)
+    streams = {split: builder.as_streaming_dataset(split) for split in splits}
+    return Source(_digest_of(files), partial(_read_splits, streams, name), left_out)
 
 
 def _hub(name: str, config: DataConfig) -> Source:
@@ -138,45 +125,42 @@ def _hub(name: str, config: DataConfig) -> Source:
 
     shown = brief(name, 300)
     with explaining(f"data.path={shown}: no such file or folder, and the Hugging Face hub does not give it"):
-        names = datasets.get_dataset_config_names(name, revision=config.revision)
-        configuration = _configuration(name, shown, config, names)
-        loaded = datasets.load_dataset(name, configuration, revision=config.revision)
-    splits = _select(loaded if isinstance(loaded, dict) else {"all": loaded}, config.splits, name)
+        _configurations(name, shown, config)
+        loaded = datasets.load_dataset(name, config.config, revision=config.revision)
+    splits = _select(loaded, config.splits, name)
     digest = hashlib.sha256(str([split._fingerprint for split in splits.values()]).encode()).hexdigest()
     return Source(digest, partial(_read_splits, splits, shown))
 
 
-def _configuration(place: str, name: str, config: DataConfig, names: list[str]) -> str | None:
-    """Return the configuration to read. Raises UserError if there are several and none is chosen, or no such one."""
+def _configurations(place: str, name: str, config: DataConfig) -> list[str]:
+    """Return a data set's configurations. Raises UserError: one must be chosen, or it has no such one."""
     import datasets
 
+    names = datasets.get_dataset_config_names(place, revision=config.revision)
+    shown = brief(", ".join(names), 300)
     if config.config is None and len(names) > 1:
-        default = datasets.get_dataset_default_config_name(place, revision=config.revision)
-        if default is None:
-            raise UserError(f"{name}: set data.config to one of its configurations: {brief(', '.join(names), 300)}")
-        return default
-    if config.config is not None and config.config not in names:
-        raise UserError(
-            f"data.config={config.config}: {name} has no such configuration: it has {brief(', '.join(names), 300)}"
-        )
-    return config.config
+        if datasets.get_dataset_default_config_name(place, revision=config.revision) is None:
+            raise UserError(f"{name}: set data.config to one of its configurations: {shown}")
+    elif config.config not in (None, *names):
+        raise UserError(f"data.config={config.config}: {name} has no such configuration: it has {shown}")
+    return names
 
 
 def _digest_of(paths: list[Path]) -> str:
     return hashlib.sha256(str([(path.suffix, file_digest(path)) for path in paths]).encode()).hexdigest()
 
 
-def _select(loaded: Any, splits: list[str] | None, name: str) -> dict[str, Any]:
-    """Return the splits to read, by name."""
-    if not isinstance(loaded, dict):
-        loaded = {"all": loaded}
-    for split in splits or ():
-        if split not in loaded:
-            raise UserError(f"data.splits={splits}: {name} has no {split}; it has {brief(', '.join(loaded))}")
-    return {split: loaded[split] for split in splits or loaded}
+def _select(loaded: Any, names: list[str] | None, source: str) -> dict[str, Any]:
+    """Return the splits to read, by name: all, or those of `names`."""
+    loaded = loaded if isinstance(loaded, dict) else {"all": loaded}
+    splits = {str(name): split for name, split in loaded.items()}
+    for name in names or ():
+        if name not in splits:
+            raise UserError(f"data.splits={names}: {source} has no {name}; it has {brief(', '.join(splits))}")
+    return {name: splits[name] for name in names or splits}
 
 
-def _read_splits(splits: dict[str, Any], name: str, counts: Counter[str]) -> Iterator[Record]:
+def _read_splits(splits: dict[str, Any], name: str, counts: Counts) -> Iterator[Record]:
     for split, loaded in splits.items():
         with _reading(name), explaining(f"{name}: split {brief(split)} cannot be read"):
             part = loaded.with_format(None)  # the saved format may hide columns or turn texts into arrays

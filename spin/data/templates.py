@@ -18,31 +18,32 @@ SENTINEL = "Sentinel"  # the text whose surroundings are looked up in a rendered
 STAND_IN = {"role": "assistant", "content": SENTINEL}
 QUESTION = {"role": "user", "content": "Question"}
 NO_OPTIONS: Mapping[str, Any] = {}
+SUBJECT = "data.template=chat: the tokenizer's chat template"  # of errors
 
 
 def encode_prompts(
     tokenizer: Any, conversations: Sequence[list[Message]], template: str, options: Mapping[str, Any] = NO_OPTIONS
 ) -> list[tuple[str, list[int]]]:
-    """Return the text and the token ids (with one BOS if the tokenizer uses it) of each prompt.
+    """Return the text and the token ids (with one BOS, if used) of each prompt.
 
-    `template` is `chat` (the tokenizer's own, which gets `options`), `paper`, or a text with `{prompt}` in it. Raises
-    UserError: the tokenizer has no chat template, or its template refuses the messages.
+    `template`: `chat` (the tokenizer's own, with `options`), `paper`, or a text with `{prompt}`.
+    Raises UserError: the tokenizer has no chat template, or its template refuses the messages.
     """
-    chat = ChatTemplate(tokenizer, options) if template == "chat" and conversations else None
-    texts = [
-        chat.prompt(messages) if chat else render_text(tokenizer, messages, template) for messages in conversations
-    ]
+    if template == "chat" and conversations:
+        texts = list(map(ChatTemplate(tokenizer, options).prompt, conversations))
+    else:
+        texts = [render_text(tokenizer, messages, template) for messages in conversations]
     return list(zip(texts, _encode_sequences(tokenizer, texts, template), strict=True))
 
 
 def encode_responses(
     tokenizer: Any, prompts: Sequence[tuple[str, list[int]]], responses: Sequence[str], template: str
 ) -> list[list[int]]:
-    """Return the token ids of each response that follows a prompt (text and ids of `encode_prompts`), without EOS.
+    """Return the token ids, without EOS, of the responses to prompts from `encode_prompts`.
 
-    The sequence always starts with the prompt's ids. If the ids of prompt and response tokenised together do too, the
-    rest is the response. Otherwise text merges at the boundary: the response is tokenised after a line feed, so that a
-    sentencepiece tokenizer adds no blank before it, and the line feed's ids are removed.
+    If prompt and response tokenised together start with the prompt's ids, the response is the remainder. Otherwise
+    they merge at the boundary: the response is tokenised after a line feed, whose ids are removed, since a
+    sentencepiece tokenizer adds a blank at the start of a text.
     """
     texts = [text + response for (text, _), response in zip(prompts, responses, strict=True)]
     sequences = _encode_sequences(tokenizer, texts, template)
@@ -62,7 +63,7 @@ def token_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 
 
 def _encode_sequences(tokenizer: Any, texts: list[str], template: str) -> list[list[int]]:
-    """Return the ids of texts that start with a rendered prompt: one BOS if the tokenizer adds it, no EOS."""
+    """Return the ids of texts from rendered prompts on: one BOS if the tokenizer adds it, no EOS."""
     encoded = token_ids(tokenizer, texts)
     bos = tokenizer.bos_token_id
     # A chat template writes the BOS itself where the model expects it; a text template rarely does.
@@ -72,27 +73,36 @@ def _encode_sequences(tokenizer: Any, texts: list[str], template: str) -> list[l
 
 
 def render_text(tokenizer: Any, messages: list[Message], template: str) -> str:
-    """Return a prompt's text up to the start of the answer, as a text template renders it.
-
-    Earlier turns are template, answer, EOS; a system message stands before the next user message.
-    """
+    """Return a prompt as a text template renders it. Earlier turns are template, answer, EOS."""
     # A command line passes a line feed as the two characters \n.
     pattern = PAPER_TEMPLATE if template == "paper" else template.replace("\\n", "\n")
-    system = text = ""
-    for message in messages:
-        if message["role"] == "system":
-            system = message["content"] + "\n\n"
-        elif message["role"] == "user":
-            # replace, not format: a template may hold other braces
-            text += pattern.replace("{prompt}", system + message["content"])
-            system = ""
+    text = ""
+    for message in without_system(messages):
+        if message["role"] == "user":
+            # Not format: there may be other braces.
+            text += pattern.replace("{prompt}", message["content"])
         else:
             text += message["content"] + tokenizer.eos_token
     return text
 
 
+def without_system(messages: list[Message]) -> list[Message]:
+    """Return the messages with each system text put before the next user message."""
+    merged: list[Message] = []
+    system = ""
+    for message in messages:
+        if message["role"] == "system":
+            system += message["content"] + "\n\n"
+        elif message["role"] == "user":
+            merged.append({**message, "content": system + message["content"]})
+            system = ""
+        else:
+            merged.append(message)
+    return merged
+
+
 def render_chat(tokenizer: Any, messages: Sequence[Message], **options: Any) -> str:
-    """Return the conversation as the tokenizer's chat template renders it, on a fixed date if it prints one."""
+    """Return the conversation as the tokenizer's chat template renders it, on a fixed date."""
     [text] = render_chats(tokenizer, [(messages, options)])
     if isinstance(text, UserError):
         raise text
@@ -107,23 +117,22 @@ def render_chats(tokenizer: Any, requests: Sequence[tuple[Sequence[Message], dic
     advice = "set data.template=paper or a text with {prompt} in it"
     if not tokenizer.chat_template:
         raise UserError(f"data.template=chat: the model's tokenizer has no chat template; {advice}")
-    subject = "data.template=chat: the tokenizer's chat template"
-    with explaining(subject, advice):  # a template is a program that comes with the model
-        tokens = tokenizer.special_tokens_map
-        programs = [tokenizer.get_chat_template(tools=options.get("tools")) for _, options in requests]
-        rendered = render_programs(
-            [(p, messages, tokens | options) for p, (messages, options) in zip(programs, requests, strict=True)]
-        )
+    with explaining(SUBJECT, advice):  # a template is a program that comes with the model
+        programs = [
+            (tokenizer.get_chat_template(tools=options.get("tools")), messages, tokenizer.special_tokens_map | options)
+            for messages, options in requests
+        ]
+        rendered = render_programs(programs)
     texts: list[str | UserError] = []
     for (messages, _), (succeeded, text) in zip(requests, rendered, strict=True):
         roles = brief(", ".join(message["role"] for message in messages))
-        texts.append(text if succeeded else UserError(f"{subject} refuses messages of {roles} ({text}); {advice}."))
+        texts.append(text if succeeded else UserError(f"{SUBJECT} refuses messages of {roles} ({text}); {advice}."))
     return texts
 
 
 @dataclass(frozen=True)
 class Split:
-    """A conversation as the chat template renders it, up to where the answer is generated, and from there on."""
+    """A rendered conversation, divided where the answer starts to be generated."""
 
     prompt: str
     response: str  # up to the end token
@@ -132,24 +141,22 @@ class Split:
 class ChatTemplate:
     """A tokenizer's chat template with `options`: where it puts an answer, and which messages it knows.
 
-    A prompt ends where the answer begins in the conversation as the template renders it, with what stands before every
-    answer (an empty thought, for example). So this text is part of no answer, human or generated. Blanks at the end go
-    with the answer: most tokenizers join them to its first word.
+    A prompt ends where the answer begins in the rendered conversation, so a text before every answer, such as an empty
+    thought, is part of the prompt. Blanks in between go with the answer: most tokenizers join them to its first word.
 
-    Raises UserError: there is no chat template, or it refuses the simplest conversation, or leaves its answer out.
+    Raises UserError: there is no chat template, or it refuses a simple conversation or leaves its answer out.
     """
 
     def __init__(self, tokenizer: Any, options: Mapping[str, Any] = NO_OPTIONS):
         self.tokenizer, self.options = tokenizer, dict(options)
         self.head, self.tail = self._around([QUESTION])
-        self.opened = self._render([QUESTION], add_generation_prompt=True)
         if not self.head:
-            raise UserError(
-                "data.template=chat: the tokenizer's chat template leaves the answer out; set data.template"
-            )
+            raise UserError(f"{SUBJECT} leaves the answer out; set data.template")
         answer = {"role": "assistant", "content": "Answer"}
-        self.takes_system = self._shows({"role": "system", "content": SENTINEL}, QUESTION, answer)
-        self.takes_thoughts = self._shows(QUESTION, answer | {"reasoning_content": SENTINEL})
+        with_system = [{"role": "system", "content": SENTINEL}, QUESTION, answer]
+        with_thought = [QUESTION, answer | {"reasoning_content": SENTINEL}]
+        texts = render_chats(tokenizer, [(messages, self.options) for messages in (with_system, with_thought)])
+        self.takes_system, self.takes_thoughts = (isinstance(text, str) and SENTINEL in text for text in texts)
         source = str(tokenizer.chat_template)
         self.takes_tools = "tool_calls" in source and "tools" in source
         self.refusal = ""  # what the template says of the first messages that it refuses
@@ -162,25 +169,26 @@ class ChatTemplate:
         named = [token for token in ids if token in known]  # some tokenizers have runs of blanks among these
         return next((token for token in named if str(self.tokenizer.convert_ids_to_tokens(token)).strip()), None)
 
-    def prompt(self, messages: list[Message], tools: list[Any] | None = None) -> str:
-        """Return the text up to the start of a plain answer. Raises UserError: the template refuses the messages."""
-        return _cut(self._around(self.fit(messages), tools)[0])
+    def prompt(self, messages: list[Message]) -> str:
+        """Return the text up to the answer. Raises UserError: the template refuses the messages."""
+        return self._around(self.fit(messages))[0].rstrip(" \t")
 
     def splits(self, exchanges: Sequence[Exchange]) -> list[Split | str]:
         """Return the two texts of each exchange, or why there are none.
 
-        An answer that brings a thought of its own starts at the generation prompt, where others have an empty thought.
+        An answer with a thought starts at the generation prompt, where others have an empty thought.
         """
         requests: list[tuple[Sequence[Message], dict[str, Any]]] = []
         for exchange in exchanges:
-            messages, options = self.fit(exchange.messages), self.options | _given(exchange.tools)
+            messages = self.fit(exchange.messages)
+            options = self.options | ({"tools": exchange.tools} if exchange.tools else {})
             requests.append((messages, options | {"add_generation_prompt": True}))
             requests += [([*messages, answer], options) for answer in (STAND_IN, exchange.answer)]
         texts = render_chats(self.tokenizer, requests)
         return [self._split(e, *texts[3 * i : 3 * i + 3]) for i, e in enumerate(exchanges)]
 
     def _split(self, exchange: Exchange, *texts: str | UserError) -> Split | str:
-        """`texts`: the conversation up to the generation prompt, with `STAND_IN`, and with the answer."""
+        """Divide an exchange. Its `texts`: opened for an answer, with `STAND_IN`, with its answer."""
         for text in texts:
             if isinstance(text, UserError):
                 self.refusal = self.refusal or str(text)
@@ -190,47 +198,36 @@ class ChatTemplate:
         if not head or not whole.endswith(tail):
             return "not rendered by the template"
         body = whole.removesuffix(tail)
-        lost = "</think>" in exchange.answer["content"] and (
-            "</think>" not in body.removeprefix(commonprefix([opened, body]))  # noqa: RUF071  # of texts, not of paths
-        )
-        for prompt in (_cut(head), _cut(opened)):
-            if body.startswith(prompt) and not lost:
-                return Split(prompt, body.removeprefix(prompt) + self._closing(tail))
+        answer = body.removeprefix(commonprefix([opened, body]))  # noqa: RUF071
+        keeps_thought = "</think>" not in exchange.answer["content"] or "</think>" in answer
+        ending = tail.rstrip()
+        if self.end is not None:
+            ending = tail.partition(self.tokenizer.convert_ids_to_tokens(self.end))[0]
+        for prompt in (head.rstrip(" \t"), opened.rstrip(" \t")):
+            if body.startswith(prompt) and keeps_thought:
+                return Split(prompt, body.removeprefix(prompt) + ending)
         return "thought that the template has no place for"
 
     def fit(self, messages: list[Message]) -> list[Message]:
-        """Return the messages with each system text put before the next user message if the template takes none."""
-        if self.takes_system:
-            return messages
-        fitted: list[Message] = []
-        system = ""
-        for message in messages:
-            if message["role"] == "system":
-                system += message["content"] + "\n\n"
-            elif message["role"] == "user":
-                fitted.append({**message, "content": system + message["content"]})
-                system = ""
-            else:
-                fitted.append(message)
-        return fitted
+        """Return the messages without system messages if the template takes none."""
+        return messages if self.takes_system else without_system(messages)
 
     def notes(self, stop_ids: Collection[int]) -> Iterator[str]:
-        """Yield a line for each thing in the template that a user should know of."""
-        if self.head.startswith(self.opened):
-            added = self.head.removeprefix(self.opened)
-            if added.strip():
-                yield f"note: the chat template puts {added!r} before an answer; it is part of the prompt"
+        """Yield notes on the template for the user."""
+        opened = render_chat(self.tokenizer, [QUESTION], **self.options, add_generation_prompt=True)
+        common = commonprefix([opened, self.head])  # noqa: RUF071  # of texts, not of paths
+        prompt_end, inserted = opened.removeprefix(common), self.head.removeprefix(common)
+        if not prompt_end:
+            if inserted.strip():
+                yield f"note: the chat template puts {inserted!r} before an answer; it is part of the prompt"
         else:
-            common = commonprefix([self.opened, self.head])  # noqa: RUF071
-            there, here = (
-                repr(text.removeprefix(common)) if text != common else "nothing" for text in (self.opened, self.head)
-            )
             helps = "data.template to a text with {prompt} in it"
             if "enable_thinking" in str(self.tokenizer.chat_template):
                 helps = "data.template_options={enable_thinking: false}, or " + helps
             yield (
-                f"note: the chat template ends a prompt with {there}, where a whole conversation has {here} before an "
-                f"answer: prompts end as in the conversation here, for human and generated answers. To change it, set {helps}"
+                f"note: the chat template ends a prompt with {prompt_end!r}, where a whole conversation has "
+                f"{repr(inserted) if inserted else 'nothing'} before an answer: prompts end as in the conversation here, "
+                f"for human and generated answers. To change it, set {helps}"
             )
         if "strftime_now" in str(self.tokenizer.chat_template):
             yield f"note: the chat template prints the date; it is {TODAY:%d %b %Y} here, so that a run can be repeated"
@@ -243,66 +240,34 @@ class ChatTemplate:
             name = self.tokenizer.convert_ids_to_tokens(self.end)
             yield f"note: the chat template ends answers with {name}, so that generation stops there, too"
 
-    def _render(self, messages: Sequence[Message], **options: Any) -> str:
-        return render_chat(self.tokenizer, messages, **self.options, **options)
-
-    def _shows(self, *messages: Message) -> bool:
-        """Return whether the template renders `SENTINEL`, which stands in the messages."""
-        try:
-            return SENTINEL in self._render(messages)
-        except UserError:
-            return False
-
-    def _around(self, messages: list[Message], tools: list[Any] | None = None) -> tuple[str, str]:
-        """Return what stands before and after a plain answer to the messages, with all of them."""
-        text = self._render([*messages, STAND_IN], **_given(tools))
+    def _around(self, messages: list[Message]) -> tuple[str, str]:
+        """Return the text before and after a plain answer to the messages."""
+        text = render_chat(self.tokenizer, [*messages, STAND_IN], **self.options)
         head, _, tail = text.rpartition(SENTINEL)
         return head, tail
-
-    def _closing(self, tail: str) -> str:
-        """Return what stands between an answer and its end token, or all of it if no token of the template ends it."""
-        if self.end is None:
-            return tail.rstrip()
-        return tail.partition(self.tokenizer.convert_ids_to_tokens(self.end))[0]
 
 
 def encode_exchanges(
     tokenizer: Any, exchanges: Sequence[Exchange], template: str, chat: ChatTemplate | None
 ) -> list[tuple[list[int], list[int]] | str]:
-    """Return the token ids of each prompt and of its answer without the end token, or why there are none.
-
-    `chat` is the tokenizer's template if `template` is chat.
-    """
-    if chat is None:
-        prompts = encode_prompts(tokenizer, [exchange.messages for exchange in exchanges], template)
-        texts = [exchange.answer["content"] for exchange in exchanges]
-        responses = encode_responses(tokenizer, prompts, texts, template)
-        return [(ids, response) for (_, ids), response in zip(prompts, responses, strict=True)]
-    splits = chat.splits(exchanges)
+    """Return the token ids of each prompt and of its answer, without its end, or why there are none."""
+    splits: Sequence[Split | str]
+    if chat:
+        splits = chat.splits(exchanges)
+    else:
+        splits = [Split(render_text(tokenizer, e.messages, template), e.answer["content"]) for e in exchanges]
     rendered = [split for split in splits if isinstance(split, Split)]
     texts = [split.prompt for split in rendered]
-    prompts = list(zip(texts, token_ids(tokenizer, texts), strict=True))
+    prompts = list(zip(texts, _encode_sequences(tokenizer, texts, template), strict=True))
     responses = encode_responses(tokenizer, prompts, [split.response for split in rendered], template)
     encoded = iter([(ids, response) for (_, ids), response in zip(prompts, responses, strict=True)])
     return [next(encoded) if isinstance(split, Split) else split for split in splits]
 
 
-def _given(tools: list[Any] | None) -> dict[str, Any]:
-    return {"tools": tools} if tools else {}
+def end_of_turn(tokenizer: Any, template: str, options: Mapping[str, Any] = NO_OPTIONS) -> int:
+    """Return the token that ends an answer: the special token after it in the chat template, or EOS.
 
-
-def _cut(text: str) -> str:
-    """Return the text before an answer without blanks at its end."""
-    return text.rstrip(" \t")
-
-
-def end_of_turn(
-    tokenizer: Any, stop_ids: Collection[int], template: str, options: Mapping[str, Any] = NO_OPTIONS
-) -> int:
-    """Return the token that ends an answer. Raises UserError: the tokenizer has no EOS, or no chat template.
-
-    With the chat template, this is the token that follows a rendered answer, as in the model's own training, if it is one
-    of `stop_ids` or a special one; with a text template, or if there is none, EOS.
+    Raises UserError: the tokenizer has no EOS, or no chat template.
     """
     if template == "chat" and (end := ChatTemplate(tokenizer, options).end) is not None:
         return end
@@ -312,7 +277,7 @@ def end_of_turn(
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """Return a hash of all that decides what a tokenizer and its chat template make of a text."""
+    """Return a hash of all that decides the token ids of a text or conversation."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = backend.to_str() if backend else sorted(tokenizer.get_vocab().items())
     added = {token: str(text) for token, text in tokenizer.added_tokens_decoder.items()}
@@ -321,7 +286,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 
 def special_texts(tokenizer: Any) -> list[str]:
-    """Return the texts that the tokenizer turns into special tokens wherever they stand, longest first."""
+    """Return the texts that become special tokens anywhere, longest first."""
     added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     texts = {text for text in [*tokenizer.all_special_tokens, *added] if text.strip()}
     return sorted(texts, key=lambda text: (-len(text), text))

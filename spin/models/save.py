@@ -20,7 +20,9 @@ from spin.models.policy import ADAPTER_BASE, ADAPTER_CONFIG, Policy, copy_auxili
 
 def save_model(model: PreTrainedModel, weights: Mapping[str, Tensor], source: Policy, folder: Path) -> None:
     """Write `weights` (by parameter or buffer name) with the model's architecture and the auxiliary files of `source`.
-    If `source` is an adapter, write only the adapter."""
+
+    If `source` is an adapter, write only the adapter.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     copy_auxiliary_files(source, folder)
     if source.base is not None:
@@ -55,13 +57,15 @@ def save_merged(policy: Policy, folder: Path) -> None:
 
 
 def write_stop_ids(folder: Path, stop_ids: Collection[int]) -> None:
-    """Make `generate` on the policy in `folder` stop at `stop_ids`, through its generation_config.json. Sampling settings
-    that have no effect because the model's default is greedy, which transformers warns of, are removed."""
+    """Make `generate` on the policy in `folder` stop at `stop_ids`, through its generation_config.json.
+
+    Sampling settings without effect, since the model's default is greedy, are removed: transformers warns of them.
+    """
     path = folder / "generation_config.json"
     settings = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     stated = settings.get("eos_token_id")
-    own = [token for token in (stated if isinstance(stated, list) else [stated]) if token in stop_ids]
-    settings["eos_token_id"] = own + sorted(set(stop_ids) - set(own))
+    first = [token for token in (stated if isinstance(stated, list) else [stated]) if token in stop_ids]
+    settings["eos_token_id"] = first + sorted(set(stop_ids) - set(first))
     ignored = () if settings.get("do_sample") else ("temperature", "top_p", "top_k", "min_p", "typical_p")
     for name in (*ignored, "_from_model_config"):  # with the last, settings of config.json would replace these
         settings.pop(name, None)
@@ -70,9 +74,9 @@ def write_stop_ids(folder: Path, stop_ids: Collection[int]) -> None:
 
 @contextlib.contextmanager
 def plain_saving() -> Iterator[None]:
-    """Make `save_pretrained` quiet, and make it write on every rank and not import DeepSpeed.
+    """Make `save_pretrained` quiet, let it write on every rank, and keep it from importing DeepSpeed.
 
-    By default only rank 0 of all processes writes, and DeepSpeed is imported to unwrap a model that is not wrapped.
+    By default only rank 0 writes, and DeepSpeed is imported to unwrap a model that is not wrapped.
     """
     model_class: Any = PreTrainedModel
     module: Any = transformers.modeling_utils

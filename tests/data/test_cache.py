@@ -1,4 +1,4 @@
-"""What was read and tokenised is found again by content: by any run, seed or size; and made again where it must be."""
+"""Records and token ids are cached by content, for every run, seed and size, and computed again where they must be."""
 
 import json
 import os
@@ -45,9 +45,9 @@ def test_one_tokenisation_for_all_seeds(load, tmp_path):
     path = write(tmp_path / "rows.jsonl", rows(300))
     first = load(path, held_out=20)
     assert load.encoded == [300]
-    again, other = load(path, held_out=20), load(path, seed=1, held_out=7, validation=30, size=100)
+    again, other_seed = load(path, held_out=20), load(path, seed=1, held_out=7, validation=30, size=100)
     assert load.encoded == [] and again.train == first.train and again.counts == first.counts
-    assert {example.id for example in other.train} != {example.id for example in first.train}
+    assert {example.id for example in other_seed.train} != {example.id for example in first.train}
     shutil.copy(path, tmp_path / "copy.jsonl")
     assert load(tmp_path / "copy.jsonl", held_out=20).held_out == first.held_out and load.encoded == []
     changed = load(path, held_out=20, max_length=128, max_prompt_length=64)
@@ -67,9 +67,9 @@ def test_few_of_many(load, tmp_path):
     # More is tokenised if these were not enough.
     long = [{"prompt": f"What is {n}?", "response": "x" * (400 if n % 100 else 10)} for n in range(6000)]
     path = write(tmp_path / "long.jsonl", long)
-    found = load(path, size=20, held_out=4, max_length=128, max_prompt_length=64)
-    assert load.encoded == [560, 6000] and len(found.train) == 20 and len(found.held_out) == 4
-    assert found.counts["read"] == 6000 == sum(found.counts.values()) - 6000
+    dataset = load(path, size=20, held_out=4, max_length=128, max_prompt_length=64)
+    assert load.encoded == [560, 6000] and len(dataset.train) == 20 and len(dataset.held_out) == 4
+    assert dataset.counts["read"] == 6000 == sum(dataset.counts.values()) - 6000
 
 
 def test_replaced_file(load, tmp_path):
@@ -92,8 +92,8 @@ def test_damaged_cache(load, tmp_path):
         raw = bytearray(file.read_bytes())
         raw[len(raw) // 2] ^= 1
         file.write_bytes(raw)
-        said = []
-        assert load(path, say=said.append).train == expected and "has changed" in said[0]
+        notes = []
+        assert load(path, say=notes.append).train == expected and "has changed" in notes[0]
         file.unlink()
         assert load(path).train == expected
         file.parent.joinpath("manifest.json").write_text("{")
@@ -103,13 +103,13 @@ def test_damaged_cache(load, tmp_path):
 def test_other_tokenizer(load, tmp_path, tokenizer):
     path = write(tmp_path / "rows.jsonl", rows(30))
     load(path)
-    other = tiny.tokenizer()
-    other.add_tokens(["number"])
-    assert load(path, tokenizer=other).train[0].real_ids != load(path).train[0].real_ids
-    other = tiny.tokenizer()
-    other.chat_template = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
-    changed = load(path, tokenizer=other, template="chat")
-    assert len(load.encoded) == 1 and other.decode(changed.train[0].prompt_ids).startswith("<What")
+    other_tokenizer = tiny.tokenizer()
+    other_tokenizer.add_tokens(["number"])
+    assert load(path, tokenizer=other_tokenizer).train[0].real_ids != load(path).train[0].real_ids
+    other_tokenizer = tiny.tokenizer()
+    other_tokenizer.chat_template = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
+    changed = load(path, tokenizer=other_tokenizer, template="chat")
+    assert len(load.encoded) == 1 and other_tokenizer.decode(changed.train[0].prompt_ids).startswith("<What")
 
 
 def test_no_entry_of_a_failed_read(load, tmp_path):
@@ -123,8 +123,8 @@ def test_no_entry_of_a_failed_read(load, tmp_path):
 def test_cache_that_cannot_be_written(load, tmp_path):
     path = write(tmp_path / "rows.jsonl", rows(30))
     (tmp_path / "cache").write_text("a file in its place")
-    said = []
-    assert len(load(path, say=said.append).train) == 30 and "can't be written to" in said[0]
+    notes = []
+    assert len(load(path, say=notes.append).train) == 30 and "can't be written to" in notes[0]
 
 
 def test_notes_are_said_again(load, tmp_path):

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import zipfile
-from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from spin.config import hydra
 from spin.config.schema import DataConfig
 from spin.data import examples, templates
+from spin.data.counts import Counts
 from spin.data.formats import exchanges
 from spin.data.sources import ASSETS, find_source
 from spin.runtime.errors import UserError
@@ -109,13 +109,13 @@ def load(tmp_path, tokenizer):
 
     def load(source, seed=0, tokenizer=tokenizer, **changes):
         path = write(tmp_path / "rows.jsonl", source) if isinstance(source, list) else source
-        found = examples.load_dataset(
+        dataset = examples.load_dataset(
             config(path, **changes), tokenizer, {tokenizer.eos_token_id}, seed, tmp_path / "cache"
         )
-        counts = dict(found.counts)
+        counts = dict(dataset.counts)
         assert counts.pop("read") == sum(counts.values())
-        assert found.counts["kept"] == len(found.train) + len(found.held_out)
-        return found
+        assert dataset.counts["kept"] == len(dataset.train) + len(dataset.held_out)
+        return dataset
 
     return load
 
@@ -131,18 +131,18 @@ def fails(match, call, *arguments, **changes):
 
 @pytest.mark.parametrize("template", ["paper", "chat", "Q: {prompt}\nA:", "[{prompt}] {x}"])
 def test_encoding_has_one_bos_and_one_end(load, tokenizer, template):
-    found = load([pair("What is it?", "Hello there.")], template=template).train[0]
+    example = load([pair("What is it?", "Hello there.")], template=template).train[0]
     messages = [{"role": "user", "content": "What is it?"}]
     [(text, ids)] = templates.encode_prompts(tokenizer, [messages], template)
-    assert found.prompt_ids == tuple(ids)  # what anyone else gets who asks for this prompt
-    assert found.real_ids.count(tokenizer.eos_token_id) == 1 and found.real_ids[-1] == tokenizer.eos_token_id
-    whole = tokenizer.decode(found.prompt_ids + found.real_ids)
+    assert example.prompt_ids == tuple(ids)  # as for every other caller
+    assert example.real_ids.count(tokenizer.eos_token_id) == 1 and example.real_ids[-1] == tokenizer.eos_token_id
+    whole = tokenizer.decode(example.prompt_ids + example.real_ids)
     assert whole.endswith("Hello there." + tokenizer.eos_token)
     if tokenizer.bos_token == "<s>":
-        assert found.prompt_ids[0] == tokenizer.bos_token_id and found.prompt_ids.count(tokenizer.bos_token_id) == 1
-        assert found.prompt_ids.count(tokenizer.eos_token_id) == 0
+        assert example.prompt_ids[0] == tokenizer.bos_token_id and example.prompt_ids.count(tokenizer.bos_token_id) == 1
+        assert example.prompt_ids.count(tokenizer.eos_token_id) == 0
     elif template != "chat":
-        assert tokenizer.bos_token_id not in found.prompt_ids
+        assert tokenizer.bos_token_id not in example.prompt_ids
     if template == "chat":
         assert text == tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         assert ids == tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
@@ -183,10 +183,10 @@ def test_prompt_ids_are_a_prefix(byte_level, template, text):
 
 def test_response_merging_with_prompt(sentencepiece):
     """`Response: ` + `Hello` is one piece `▁Hello` in the whole: the ids after the prompt's must still say `Hello`."""
-    found = templates.encode_prompts(sentencepiece, [[{"role": "user", "content": "What is it?"}]], "paper")
-    [ids] = templates.encode_responses(sentencepiece, found, ["Hello there."], "paper")
+    prompts = templates.encode_prompts(sentencepiece, [[{"role": "user", "content": "What is it?"}]], "paper")
+    [ids] = templates.encode_responses(sentencepiece, prompts, ["Hello there."], "paper")
     assert not sentencepiece.convert_ids_to_tokens(ids)[0].startswith("▁")
-    assert sentencepiece.decode(found[0][1] + ids).endswith("### Response: Hello there.")
+    assert sentencepiece.decode(prompts[0][1] + ids).endswith("### Response: Hello there.")
 
 
 def test_history(load, tokenizer):
@@ -199,8 +199,8 @@ def test_history(load, tokenizer):
     ]
     rows = [{"messages": [{"role": role, "content": text} for role, text in turns]}]
     end = tokenizer.eos_token
-    found = {example.real: example for example in load(rows, turns="all").train}
-    first, second = found["Two."], found["Four."]
+    by_answer = {example.real: example for example in load(rows, turns="all").train}
+    first, second = by_answer["Two."], by_answer["Four."]
     start = "### Instruction: Be kind.\n\nOne?\n\n### Response: "
     text = tokenizer.decode(second.prompt_ids).removeprefix("<s>").strip(" ")
     assert tokenizer.decode(first.prompt_ids).removeprefix("<s>").strip(" ") == start.strip(" ")
@@ -210,19 +210,30 @@ def test_history(load, tokenizer):
     assert [example.real for example in load(rows, turns="first").train] == ["Two."]
 
 
+def test_system_messages_around_a_greeting(load, tokenizer):
+    turns = [
+        ("system", "Be kind."),
+        ("assistant", "Welcome."),
+        ("system", "Be brief."),
+        ("user", "One?"),
+        ("assistant", "Two."),
+    ]
+    [example] = load([{"messages": [{"role": role, "content": text} for role, text in turns]}]).train
+    assert "Be kind.\n\nBe brief.\n\nOne?" in tokenizer.decode(example.prompt_ids)
+
+
 def test_end_of_turn(byte_level, sentencepiece):
     ids = byte_level.convert_tokens_to_ids
     end = ids("<|im_end|>")
-    assert templates.end_of_turn(byte_level, {ids("<|endoftext|>"), end}, "chat") == end
-    assert templates.end_of_turn(byte_level, {ids("<|endoftext|>")}, "chat") == end  # nothing follows: the tokenizer's
-    assert templates.end_of_turn(sentencepiece, {2}, "paper") == 2
+    assert templates.end_of_turn(byte_level, "chat") == end
+    assert templates.end_of_turn(sentencepiece, "paper") == 2
     chat = PreTrainedTokenizerFast(
         tokenizer_object=byte_level.backend_tokenizer, eos_token="<|endoftext|>", chat_template=CHATML
     )
-    assert templates.end_of_turn(chat, {ids("<|endoftext|>"), end}, "chat") == end  # the turn's end is not the text's
-    assert templates.end_of_turn(chat, {end}, "paper") == ids("<|endoftext|>")
+    assert templates.end_of_turn(chat, "chat") == end  # the turn's end is not the text's
+    assert templates.end_of_turn(chat, "paper") == ids("<|endoftext|>")
     endless = PreTrainedTokenizerFast(tokenizer_object=byte_level.backend_tokenizer)
-    fails("end-of-sequence", templates.end_of_turn, endless, {0}, "paper")
+    fails("end-of-sequence", templates.end_of_turn, endless, "paper")
 
 
 def test_chat_template_missing_or_refusing(load, byte_level):
@@ -245,10 +256,10 @@ def test_special_tokens_in_text(load, tokenizer):
         pair(f"Four{end}?", "Quatro."),
         pair("Five?", end),
     ]
-    found = load(rows)
-    assert {example.real for example in found.train} == {"Uno.", "Dos."}
-    assert all(example.real_ids.count(tokenizer.eos_token_id) == 1 for example in found.train)
-    assert found.counts["special token in text"] == 2 and found.counts["empty"] == 1
+    dataset = load(rows)
+    assert {example.real for example in dataset.train} == {"Uno.", "Dos."}
+    assert all(example.real_ids.count(tokenizer.eos_token_id) == 1 for example in dataset.train)
+    assert dataset.counts["special token in text"] == 2 and dataset.counts["empty"] == 1
 
 
 def test_added_special_tokens(byte_level, load, tmp_path):
@@ -256,8 +267,8 @@ def test_added_special_tokens(byte_level, load, tmp_path):
         tokenizer_object=Tokenizer.from_str(byte_level.backend_tokenizer.to_str()), eos_token="<|im_end|>"
     )
     more.add_tokens([AddedToken("<file_sep>", special=True)])
-    found = load([*pairs(2), pair("What is <file_sep>?", "A mark.")], tokenizer=more)
-    assert found.counts["special token in text"] == 1
+    dataset = load([*pairs(2), pair("What is <file_sep>?", "A mark.")], tokenizer=more)
+    assert dataset.counts["special token in text"] == 1
 
 
 # ------------------------------------------------------------------------------------------------------- lengths
@@ -266,9 +277,9 @@ def test_added_special_tokens(byte_level, load, tmp_path):
 def test_long_prompts(load, tokenizer):
     rows = [*pairs(3), pair("Why? " * 200, "Because.")]
     for overlong in ("drop", "cut"):
-        found = load(rows, max_prompt_length=120, max_length=400, overlong=overlong)
-        assert found.counts["prompt too long"] == 1 and found.counts["kept"] == 3
-        for example in found.train:
+        dataset = load(rows, max_prompt_length=120, max_length=400, overlong=overlong)
+        assert dataset.counts["prompt too long"] == 1 and dataset.counts["kept"] == 3
+        for example in dataset.train:
             assert tokenizer.decode(example.prompt_ids).rstrip().endswith("### Response:")
 
 
@@ -290,11 +301,11 @@ def test_lengths_include_end_token(load, tokenizer):
 
 def test_held_out_prompts(load):
     rows = [pair(prompt, f"{prompt} {n}.") for prompt in ("one", "two", "three", "four", " Four ") for n in range(4)]
-    found = load(rows, held_out=2)
-    held = {example.prompt.casefold() for example in found.held_out}
-    assert len(found.held_out) == len(held) == 2
-    assert not held & {example.prompt.casefold() for example in found.train}
-    assert found.counts["of a held-out prompt"] >= 6
+    dataset = load(rows, held_out=2)
+    held_out_prompts = {example.prompt.casefold() for example in dataset.held_out}
+    assert len(dataset.held_out) == len(held_out_prompts) == 2
+    assert not held_out_prompts & {example.prompt.casefold() for example in dataset.train}
+    assert dataset.counts["of a held-out prompt"] >= 6
 
 
 def test_held_out_conversations(load):
@@ -302,9 +313,9 @@ def test_held_out_conversations(load):
         {"messages": [{"role": ("user", "assistant")[n % 2], "content": f"{talk} {n}"} for n in range(6)]}
         for talk in "abcdefgh"
     ]
-    found = load(rows, turns="all", held_out=3)
-    assert not {e.real.split()[0] for e in found.held_out} & {e.real.split()[0] for e in found.train}
-    assert len(found.train) == 5 * 3
+    dataset = load(rows, turns="all", held_out=3)
+    assert not {e.real.split()[0] for e in dataset.held_out} & {e.real.split()[0] for e in dataset.train}
+    assert len(dataset.train) == 5 * 3
 
 
 def test_selection(load, monkeypatch):
@@ -322,11 +333,11 @@ def test_selection(load, monkeypatch):
 
 def test_duplicates(load):
     rows = [pair("One?", "Uno."), pair(" One? ", "Uno.\n"), pair("One?", "Eins."), pair("Two?", "")]
-    found = load(rows)
-    assert found.counts == {"read": 4, "kept": 2, "duplicate": 1, "empty": 1}
-    assert found.dropped == {"duplicate": "User:  One? \n\nAssistant: Uno.\n", "empty": "User: Two?\n\nAssistant: "}
-    assert len({example.id for example in found.train}) == 2
-    assert all(len(example.id) == 16 for example in found.train)
+    dataset = load(rows)
+    assert dataset.counts == {"read": 4, "kept": 2, "duplicate": 1, "empty": 1}
+    assert dataset.dropped == {"duplicate": "User:  One? \n\nAssistant: Uno.\n", "empty": "User: Two?\n\nAssistant: "}
+    assert len({example.id for example in dataset.train}) == 2
+    assert all(len(example.id) == 16 for example in dataset.train)
 
 
 def test_prose_filter(load):
@@ -343,8 +354,10 @@ def test_prose_filter(load):
         pair("Как дела и что это?", "It is good to be here with you."),
         pair("How do I write it?", "Well, you would write it like this"),
     ]
-    found = load([*good, *bad, pair("Why is the sky blue?", "It is the light of the sun in the air.")], filter="prose")
-    assert found.counts == {"read": 10, "kept": 2, "not prose": 7, "repeated prompt": 1}
+    dataset = load(
+        [*good, *bad, pair("Why is the sky blue?", "It is the light of the sun in the air.")], filter="prose"
+    )
+    assert dataset.counts == {"read": 10, "kept": 2, "not prose": 7, "repeated prompt": 1}
 
 
 # ------------------------------------------------------------------------------------------------------- formats
@@ -368,8 +381,8 @@ def talk(*texts, roles=("human", "gpt")):
     ],
 )
 def test_formats(load, format, name, row):
-    [found] = load([row], format=name if format == "named" else "auto").train
-    assert (found.prompt, found.real) == ("P", "R")
+    [example] = load([row], format=name if format == "named" else "auto").train
+    assert (example.prompt, example.real) == ("P", "R")
 
 
 def test_format_details(load):
@@ -385,8 +398,8 @@ def test_format_details(load):
     ]
     assert load(rows).counts == {"read": 5, "kept": 2, "no prompt": 1, "no answer": 2}
     # The pinned set alone, whose data has no path, is cut into parts.
-    counts: Counter[str] = Counter()
-    assert len(list(exchanges(rows, config(), counts))) == 1
+    counts = Counts()
+    assert len(list(exchanges(rows, config(), counts, False, print))) == 1
     assert counts == {
         "read": 5,
         "not a conversation's start": 1,
@@ -395,8 +408,8 @@ def test_format_details(load):
         "no answer": 1,
     }
     history = [{"role": r, "content": c} for r, c in (("user", "A"), ("assistant", "B"), ("user", "C"))]
-    [found] = load([{"prompt": history, "completion": "D"}]).train  # the record's answer, whatever data.turns says
-    assert found.prompt == "User: A\n\nAssistant: B\n\nUser: C" and found.real == "D"
+    [example] = load([{"prompt": history, "completion": "D"}]).train  # the record's answer, whatever data.turns says
+    assert example.prompt == "User: A\n\nAssistant: B\n\nUser: C" and example.real == "D"
 
 
 def test_broken_records(load):
@@ -409,18 +422,18 @@ def test_broken_records(load):
         pair({"a": 1}, ["x"]),
     ]
     counts = {"no prompt": 2, "no answer": 1, "unknown columns": 1, "broken characters": 1}
-    found = load(rows)
-    assert found.counts == {"read": 6, "kept": 1, **counts}
-    assert found.dropped.keys() == counts.keys()  # the first of each reason
-    assert found.dropped["no prompt"] == '{"prompt": null, "response": "R"}'
-    assert found.dropped["unknown columns"] == '{"other": 1}'
+    dataset = load(rows)
+    assert dataset.counts == {"read": 6, "kept": 1, **counts}
+    assert dataset.dropped.keys() == counts.keys()  # the first of each reason
+    assert dataset.dropped["no prompt"] == '{"prompt": null, "response": "R"}'
+    assert dataset.dropped["unknown columns"] == '{"other": 1}'
 
 
 # -------------------------------------------------------------------------------------------------------- sources
 
 
 def read(tmp_path, path, **changes):
-    return list(find_source(config(path, **changes), tmp_path / "cache").read(Counter()))
+    return list(find_source(config(path, **changes), tmp_path / "cache").read(Counts()))
 
 
 def test_files_and_folders(tmp_path):
@@ -460,10 +473,10 @@ def test_folder_of_several_types(tmp_path, tokenizer):
     write(folder / "more.jsonl", pairs(3))
     pq.write_table(pa.Table.from_pylist(pairs(6)), folder / "rows.parquet")
     (folder / "README.md").write_text("Two files.")
-    said = []
-    found = examples.load_dataset(config(folder), tokenizer, {tokenizer.eos_token_id}, 0, tmp_path, say=said.append)
-    assert found.counts["read"] == 6  # `datasets` reads the files of one type
-    assert said == ["note: data files of the folder that are not read: more.jsonl"]
+    notes = []
+    dataset = examples.load_dataset(config(folder), tokenizer, {tokenizer.eos_token_id}, 0, tmp_path, say=notes.append)
+    assert dataset.counts["read"] == 6  # `datasets` reads the files of one type
+    assert notes == ["note: data files of the folder that are not read: more.jsonl"]
     folder.rename(tmp_path / "mixed[1]")
     fails(
         "mixed.1.: .* stand for patterns in the datasets library; rename the folder",
@@ -515,12 +528,12 @@ def test_hub_name_offline():
         "from spin.data import sources as readers\n"
         "from spin.runtime import errors\n"
         "try: readers.find_source(config.DataConfig.from_defaults(path='nobody/nothing-of-this-name'), '/nonexistent')\n"
-        "except errors.UserError as error: print('said:', error)\n"
+        "except errors.UserError as error: print('error:', error)\n"
     )
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], env=env, cwd=root, capture_output=True, text=True, timeout=60)
-    assert done.stdout.startswith("said: data.path=nobody/nothing-of-this-name"), done.stderr
+    assert done.stdout.startswith("error: data.path=nobody/nothing-of-this-name"), done.stderr
     assert done.stdout.count("\n") == 1
 
 
@@ -535,8 +548,8 @@ def test_cut_list_in_a_wheel(load, tmp_path):
             f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: t\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
         )
         archive.writestr(f"{info}/RECORD", "")
-    found = load(None, package=str(wheel), file="spin_talk/talk.json")
-    assert found.counts == {"read": 3, "kept": 2, "truncated record": 1}
+    dataset = load(None, package=str(wheel), file="spin_talk/talk.json")
+    assert dataset.counts == {"read": 3, "kept": 2, "truncated record": 1}
     fails("data.file", load, None, package=str(wheel))
     (tmp_path / "talk.json").write_text(text[:-20])
     fails(r"talk\.json: not JSON", load, tmp_path / "talk.json")  # a user's own file is whole, or wrong
@@ -580,13 +593,13 @@ def test_broken_files(byte_level, tmp_path, rows, noise, where, suffix, turns):
     path = tmp_path / f"fuzz{suffix}"
     path.write_bytes(raw[:at] + noise + raw[at:])
     try:
-        found = examples.load_dataset(config(path, turns=turns), byte_level, {2}, 0, tmp_path)
+        dataset = examples.load_dataset(config(path, turns=turns), byte_level, {2}, 0, tmp_path)
     except UserError as error:
-        said = str(error)
+        message = str(error)
     else:
-        said = ""
-        assert 2 * found.counts["read"] == sum(found.counts.values())
-    assert "\n" not in said
+        message = ""
+        assert 2 * dataset.counts["read"] == sum(dataset.counts.values())
+    assert "\n" not in message
 
 
 def test_exchange_counts():
@@ -594,8 +607,8 @@ def test_exchange_counts():
         {"messages": [{"role": ("user", "assistant")[n % 2], "content": "x"} for n in range(length)]}
         for length in range(6)
     ]
-    counts = Counter()
-    assert len(list(exchanges(rows, config(turns="all"), counts))) == 0 + 0 + 1 + 1 + 2 + 2
+    counts = Counts()
+    assert len(list(exchanges(rows, config(turns="all"), counts, False, print))) == 0 + 0 + 1 + 1 + 2 + 2
     assert counts == {"read": 8, "no prompt": 1, "no answer": 1}
 
 
@@ -607,15 +620,15 @@ CONF = Path(__file__).parents[2] / "conf" / "data"
 
 def test_tiny_set(byte_level, tmp_path):
     tiny = hydra.load("data=tiny").data
-    found = examples.load_dataset(tiny, byte_level, {2}, 0, tmp_path)
-    assert (len(found.train), len(found.held_out)) == (24, 8)
-    assert found.counts == {"read": 48, "kept": 32, "not needed": 16}
+    dataset = examples.load_dataset(tiny, byte_level, {2}, 0, tmp_path)
+    assert (len(dataset.train), len(dataset.held_out)) == (24, 8)
+    assert dataset.counts == {"read": 48, "kept": 32, "not needed": 16}
     assert len((ASSETS / "pairs.jsonl").read_text().splitlines()) == 48
 
 
 def test_path_overrides_package(tmp_path):
-    path = write(tmp_path / "mine.jsonl", pairs(3))
-    records = find_source(config(path, package="nothing==0", file="x.json"), tmp_path).read(Counter())
+    path = write(tmp_path / "pairs.jsonl", pairs(3))
+    records = find_source(config(path, package="nothing==0", file="x.json"), tmp_path).read(Counts())
     assert [record["prompt"] for record in records] == [record["prompt"] for record in pairs(3)]
 
 

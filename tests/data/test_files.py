@@ -4,7 +4,6 @@ import gzip
 import json
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from spin.data import files
+from spin.data.counts import Counts
 from spin.data.files import read_file
 from spin.runtime.errors import UserError
 
@@ -67,7 +67,7 @@ def test_line_of_the_error(tmp_path):
 
 @pytest.mark.parametrize("end", ["", ",", ', {"prompt', ', {"prompt": "a"'])
 def test_cut_list(tmp_path, end):
-    path, counts = tmp_path / "rows.json", Counter()
+    path, counts = tmp_path / "rows.json", Counts()
     path.write_text(json.dumps(ROWS).removesuffix("]") + end)
     assert read(path, counts) == ROWS and counts == {"read": 1, "truncated record": 1}
     path.write_text(json.dumps(ROWS))
@@ -154,8 +154,8 @@ def test_bombs(tmp_path, bomb):
     (path,) = tmp_path.iterdir()
     done = subprocess.run([sys.executable, "-c", READ, path], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
-    *said, last = done.stdout.splitlines()
+    *errors, last = done.stdout.splitlines()
     rows, mib = map(int, last.split())
     assert mib < 1500, (bomb, mib)
-    assert rows == {"long cells": 1000, "many rows": 5000}.get(bomb, 0) and bool(said) == (rows == 0)
-    assert all(line.startswith(f"refused: {path.name}") and len(line) < 500 for line in said)
+    assert rows == {"long cells": 1000, "many rows": 5000}.get(bomb, 0) and bool(errors) == (rows == 0)
+    assert all(line.startswith(f"refused: {path.name}") and len(line) < 500 for line in errors)

@@ -1,4 +1,4 @@
-"""Whatever stands in a data file: one printable line that says what is wrong, or counts that add up. Never a hang."""
+"""Any content of a data file gives one printable line that says what is wrong, or counts that add up, without a hang."""
 
 import io
 import json
@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,6 +19,7 @@ from hypothesis import strategies as st
 
 from spin.config.schema import DataConfig
 from spin.data import examples, prose, templates
+from spin.data.counts import Counts
 from spin.data.sources import find_source
 from spin.models import tiny
 from spin.models import wheels as packages
@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def read_records(config, cache):
-    return find_source(config, cache).read(Counter())
+    return find_source(config, cache).read(Counts())
 
 
 def fuzz(examples: int) -> settings:
@@ -57,15 +57,15 @@ def check(tokenizer, tmp_path_factory):
         """The message, or the data set. The path as a whole or its name stands in the message, or else the setting."""
         config = DataConfig.from_defaults(path=str(path), **{"template": "paper", **changes})
         try:
-            found = examples.load_dataset(config, tokenizer, {1}, 0, cache)
+            dataset = examples.load_dataset(config, tokenizer, {1}, 0, cache)
         except UserError as error:
-            said = str(error)
-            assert 10 < len(said) < 1000 and said.isprintable(), said
-            assert Path(path).name in said or said.startswith("data"), said
-            return said
-        assert 2 * found.counts["read"] == sum(found.counts.values())
-        assert found.counts["kept"] == len(found.train) + len(found.held_out) > 0
-        return found
+            message = str(error)
+            assert 10 < len(message) < 1000 and message.isprintable(), message
+            assert Path(path).name in message or message.startswith("data"), message
+            return message
+        assert 2 * dataset.counts["read"] == sum(dataset.counts.values())
+        assert dataset.counts["kept"] == len(dataset.train) + len(dataset.held_out) > 0
+        return dataset
 
     return check
 
@@ -93,7 +93,7 @@ def damage(draw, raw: bytes) -> bytes:
     return raw[:at] + new + raw[at + width :]
 
 
-# ------------------------------------------------------------------------------------------------- any bytes at all
+# ------------------------------------------------------------------------------------------------- any bytes
 
 
 @fuzz(150)
@@ -111,9 +111,9 @@ def test_cut_anywhere(check, where, suffix):
     assert check(path).counts == {"read": 4, "kept": 4}
     for length in range(0, len(raw), 1 if suffix == ".jsonl" else 3):
         path.write_bytes(raw[:length])
-        found = check(path)
+        result = check(path)
         # Only lines can be cut so that what is left is whole.
-        assert isinstance(found, str) or suffix == ".jsonl"
+        assert isinstance(result, str) or suffix == ".jsonl"
 
 
 @pytest.mark.parametrize("suffix", WHOLE)
@@ -164,7 +164,7 @@ RECORD = st.fixed_dictionaries(
 @given(
     records=st.lists(RECORD, min_size=1, max_size=4),
     first=st.booleans(),
-    rest=st.fixed_dictionaries(
+    changes=st.fixed_dictionaries(
         {
             "turns": st.sampled_from(["first", "all"]),
             "filter": st.sampled_from(["none", "prose"]),
@@ -173,12 +173,12 @@ RECORD = st.fixed_dictionaries(
         }
     ),
 )
-def test_any_json_as_records(check, where, format, records, first, rest):
+def test_any_json_as_records(check, where, format, records, first, changes):
     path = where / "shapes.jsonl"
     good = {"messages": ROWS[0]["messages"], "conversations": ROWS[0]["messages"], **dict.fromkeys(
         ("prompt", "response", "instruction", "output"), "Is it? It is.")}  # fmt: skip
     path.write_text("".join(json.dumps(record) + "\n" for record in [good, *records][1 - first :]))
-    check(path, format=format, **rest)
+    check(path, format=format, **changes)
 
 
 @fuzz(50)
@@ -219,11 +219,11 @@ def test_odd_files(check, tmp_path, name):
     raw, expected = ODD[name]
     path = tmp_path / "odd.jsonl"
     path.write_bytes(raw)
-    found = check(path)
+    result = check(path)
     if isinstance(expected, int):
-        assert not isinstance(found, str) and found.counts["kept"] == expected, found
+        assert not isinstance(result, str) and result.counts["kept"] == expected, result
     else:
-        assert isinstance(found, str) and re.search(expected, found), found
+        assert isinstance(result, str) and re.search(expected, result), result
 
 
 # ------------------------------------------------------------------------------------------------- parquet columns
@@ -266,8 +266,8 @@ def test_odd_parquet_columns(check, tmp_path, name):
         "chitchat": {"messages": pa.ListArray.from_arrays(pa.array([0, 1], pa.int32()), column)},
     }.items():
         pq.write_table(pa.table(parts), path)
-        found = check(path, format=format)
-        assert ("no parquet file that can be read" in str(found)) != reads, found
+        result = check(path, format=format)
+        assert ("no parquet file that can be read" in str(result)) != reads, result
     pq.write_table(pa.table([text, text, column], names=["prompt", "response", "more"]), path)
     assert isinstance(check(path), str) != reads
     pq.write_table(pa.table([column, text, text], names=["prompt", "prompt", "response"]), path)
@@ -305,6 +305,7 @@ from collections import Counter
 from pathlib import Path
 from spin.config.schema import DataConfig
 from spin.runtime.errors import UserError
+from spin.data.counts import Counts
 from spin.data.formats import exchanges
 from spin.data.sources import find_source
 
@@ -318,12 +319,13 @@ for variant in [raw, *cut, *flipped]:
     file.unlink()
     file.write_bytes(variant)
     try:
-        counts = Counter()
-        list(exchanges(find_source(DataConfig.from_defaults(path=str(folder)), folder / "cache").read(counts), DataConfig.from_defaults(), counts))
+        counts = Counts()
+        records = find_source(DataConfig.from_defaults(path=str(folder)), folder / "cache").read(counts)
+        list(exchanges(records, DataConfig.from_defaults(), counts, False, lambda text: None))
         seen["read" if counts["read"] == 4 else "read less"] += 1
     except UserError as error:
-        said = str(error)
-        assert said.isprintable() and len(said) < 1000 and folder.name in said, said
+        message = str(error)
+        assert message.isprintable() and len(message) < 1000 and folder.name in message, message
         seen["refused"] += 1
 print(len(cut) + len(flipped) + 1, sum(seen.values()), seen["refused"], seen["read"])
 """
@@ -331,7 +333,7 @@ print(len(cut) + len(flipped) + 1, sum(seen.values()), seen["refused"], seen["re
 
 @pytest.mark.parametrize("name", [ARROW, "state.json", "dataset_info.json"])
 def test_saved_folder_damaged_anywhere(tmp_path, name):
-    """In a process of its own: Arrow follows a damaged offset out of its file, which ends a process without a word."""
+    """In a separate process: Arrow follows a damaged offset out of its file, which crashes the process."""
     folder = saved(tmp_path / "saved")
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", EVERY_BYTE, str(folder), name]
@@ -347,8 +349,8 @@ def test_saved_folder_damaged_anywhere(tmp_path, name):
 def test_saved_folder_with_broken_json(check, tmp_path, name, content):
     folder = saved(tmp_path / "saved")
     (folder / name).write_text(content)
-    found = check(folder)
-    assert isinstance(found, str) or name != "state.json"
+    result = check(folder)
+    assert isinstance(result, str) or name != "state.json"
 
 
 def test_saved_format(check, tmp_path):
@@ -395,7 +397,7 @@ def test_folder_is_read_anew(check, tmp_path, monkeypatch):
 
 
 def test_folder_named_json(check, tmp_path, monkeypatch):
-    """`load_dataset("json")` would read whatever JSON lies around, and a script of the folder's name once was run."""
+    """`load_dataset("json")` would read any JSON in the folder; a script of the folder's name is not run."""
     folder = tmp_path / "json"
     folder.mkdir()
     (tmp_path / "other.json").write_text('[{"prompt": "wrong", "response": "wrong"}]')
@@ -406,7 +408,7 @@ def test_folder_named_json(check, tmp_path, monkeypatch):
     assert "scripts are no longer supported" in check("json") and not (tmp_path / "ran").exists()
 
 
-# ------------------------------------------------------------------------------------------------ no plain file at all
+# ------------------------------------------------------------------------------------------------ no plain files
 
 
 @pytest.mark.timeout(60)
@@ -455,7 +457,7 @@ def test_unreadable_files(check, tmp_path):
     assert "Permission denied" in check(tmp_path / "folder" / "x.jsonl")
 
 
-# ------------------------------------------------------------------------------------------ texts that take for ever
+# ------------------------------------------------------------------------------------------ slow texts
 
 
 @pytest.mark.timeout(60)
@@ -469,7 +471,7 @@ def test_long_texts(check, tmp_path):
 @fuzz(300)
 @given(text=st.lists(st.sampled_from(list("ab1.)- •–\n\r\t\v\u2028\u00a0")), max_size=12).map("".join))
 def test_list_marks(text):
-    # Unanchored blanks, as plainly as it can be said.
+    # The plain form of the pattern, which is slow on texts of many empty lines.
     assert bool(prose._MARKUP.search(text)) == bool(re.search(r"^\s*(?:[-•–]|\d+[.)])\s", text, re.M))
 
 
@@ -521,7 +523,7 @@ ARCHIVES = [
 
 @pytest.mark.parametrize("kind", range(len(ARCHIVES)))
 def test_wheels_damaged_anywhere(tmp_path, kind):
-    """What is taken out of a damaged archive is what was put in, or a line says that the wheel is not whole."""
+    """A file from a damaged archive is intact, or one line says that the wheel is not whole."""
     raw, wheel = ARCHIVES[kind], tmp_path / "spin_cargo-1.0-py3-none-any.whl"
     rng = random.Random(kind)
     refused = 0
@@ -531,13 +533,13 @@ def test_wheels_damaged_anywhere(tmp_path, kind):
     for variant in variants:
         wheel.write_bytes(variant)
         try:
-            found = packages._extract(wheel, "spin_cargo/rows.jsonl", tmp_path, "cargo")
+            extracted = packages._extract(wheel, "spin_cargo/rows.jsonl", tmp_path, "cargo")
         except UserError as error:
             refused += 1
-            said = str(error)
-            assert said.startswith("cargo: ") and said.isprintable() and len(said) < 1000
+            message = str(error)
+            assert message.startswith("cargo: ") and message.isprintable() and len(message) < 1000
         else:
-            assert found.read_bytes() == JSONL * 3
+            assert extracted.read_bytes() == JSONL * 3
     assert refused > len(variants) / 4
 
 

@@ -1,14 +1,14 @@
-"""Records as they come: other columns, other shapes, answers after a break, tools; and counts that add up."""
+"""Records of many shapes: columns, roles, breaks, tools. Counts add up."""
 
 import json
 import math
-from collections import Counter
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spin.config.schema import DataConfig
+from spin.data.counts import Counts
 from spin.data.examples import load_dataset
 from spin.data.formats import exchanges
 from spin.data.messages import ROLES
@@ -18,12 +18,12 @@ from spin.runtime.errors import UserError
 
 
 def read(*rows, tools=False, **changes):
-    """The exchanges as lists of (role, text), the counts without `read`, which is checked, and what was said."""
-    counts, said = Counter(), []
+    """Return the exchanges as lists of (role, text), the counts without `read`, which is checked, and the notes."""
+    counts, notes = Counts(), []
     config = DataConfig.from_defaults(path="rows.jsonl", **changes)
-    found = list(exchanges(rows, config, counts, tools, said.append))
-    assert counts.pop("read", 0) == len(found) + counts.total()
-    return [texts([*exchange.messages, exchange.answer]) for exchange in found], dict(counts), said
+    answers = list(exchanges(rows, config, counts, tools, notes.append))
+    assert counts.pop("read", 0) == len(answers) + counts.total()
+    return [texts([*exchange.messages, exchange.answer]) for exchange in answers], dict(counts), notes
 
 
 def texts(messages):
@@ -114,8 +114,8 @@ def test_shapes(row, expected):
 
 def test_each_record_has_its_format():
     rows = [chat(ASK, TELL), {"prompt": "Name a tree.", "response": "Fir.", "messages": None}, {"a": 1}]
-    found, counts, _ = read(*rows)
-    assert [turns[-1][1] for turns in found] == ["Oak.", "Fir."] and counts == {"unknown columns": 1}
+    conversations, counts, _ = read(*rows)
+    assert [turns[-1][1] for turns in conversations] == ["Oak.", "Fir."] and counts == {"unknown columns": 1}
     with pytest.raises(UserError, match="no known format has a"):
         read({"a": 1}, {"b": 2})
 
@@ -130,8 +130,8 @@ def test_history_that_is_no_list():
     assert read(row)[:2] == ([], {"history that is no list": 1})
     assert read({**row, "history": ["A", "B"]})[0] == [[("user", "A"), ("assistant", "B"), ASK, TELL]]
     assert read({**row, "history": [["A", "B"], ["C", None]]})[:2] == ([], {"message without a role": 1})
-    found, _, said = read(chat(ASK, TELL, history="of Rome"))  # a topic, for all we know
-    assert found == [[ASK, TELL]] and said == ["note: columns of the data that are not read: history"]
+    conversations, _, notes = read(chat(ASK, TELL, history="of Rome"))  # a topic, for all we know
+    assert conversations == [[ASK, TELL]] and notes == ["note: columns of the data that are not read: history"]
 
 
 def test_chosen_answer_is_said_once():
@@ -141,10 +141,10 @@ def test_chosen_answer_is_said_once():
 
 def test_answers_after_a_break():
     turns = [ASK, TELL, ("assistant", "Another one?"), ("user", "Yes."), ("assistant", "Birch.")]
-    found, counts, _ = read(chat(*turns), turns="all")
-    assert [answer[-1][1] for answer in found] == ["Oak.\n\nAnother one?", "Birch."] and counts == {}
-    found, counts, _ = read(chat(*turns[:2], ("narrator", "Night falls."), *turns[3:]), turns="all")
-    assert len(found) == 1 and counts == {"role narrator": 1}
+    conversations, counts, _ = read(chat(*turns), turns="all")
+    assert [answer[-1][1] for answer in conversations] == ["Oak.\n\nAnother one?", "Birch."] and counts == {}
+    conversations, counts, _ = read(chat(*turns[:2], ("narrator", "Night falls."), *turns[3:]), turns="all")
+    assert len(conversations) == 1 and counts == {"role narrator": 1}
     assert read(chat(("user", [{"type": "image"}]), TELL))[1] == {"content that is no text": 1}
     assert read(chat({"content": "Hi"}, TELL))[1] == {"message without a role": 1}
     assert read(chat(ASK, ("system", "Be brief."), TELL))[1] == {"no user's message right before the answer": 1}
@@ -183,8 +183,8 @@ def test_tools(turns):
     assert read(row, turns=turns)[:2] == ([], {"tool call": answers})  # the template knows no tools
     assert read({**row, "tools": None}, turns=turns, tools=True)[:2] == ([], {"tool call": answers})
     for column in (TOOLS, json.dumps(TOOLS)):
-        found, counts, _ = read({**row, "tools": column}, turns=turns, tools=True)
-        assert found == [[ASK, ("assistant", "Let me look."), ("tool", "Oak"), TELL]]
+        conversations, counts, _ = read({**row, "tools": column}, turns=turns, tools=True)
+        assert conversations == [[ASK, ("assistant", "Let me look."), ("tool", "Oak"), TELL]]
         assert counts == ({"tool call": 1} if turns == "all" else {})
     shared = [
         ("human", "Name a tree."),
@@ -215,12 +215,12 @@ ROW = st.fixed_dictionaries(
 @given(st.lists(ROW, max_size=4), st.sampled_from(["first", "all"]), st.booleans(), st.sampled_from(["model", "file"]))
 def test_counts_add_up(rows, turns, tools, generated):
     try:
-        found, counts, _ = read(*rows, turns=turns, tools=tools, generated=generated)  # checks that they do
+        conversations, counts, _ = read(*rows, turns=turns, tools=tools, generated=generated)  # checks that they do
     except UserError:
         return
     if turns == "first":
-        assert len(found) + sum(counts.values()) == len(rows)
-    for exchange in found:
+        assert len(conversations) + sum(counts.values()) == len(rows)
+    for exchange in conversations:
         assert exchange[-1][0] == "assistant" and any(role == "user" for role, _ in exchange[:-1])
         assert exchange[-2][0] in ("user", "tool")
 
@@ -228,8 +228,8 @@ def test_counts_add_up(rows, turns, tools, generated):
 @pytest.mark.parametrize("template", ["{prompt} ", "chat"])
 def test_rejected_answers(tmp_path, template):
     rows = [
-        {"prompt": ask, "chosen": "Oak.", "rejected": other}
-        for ask, other in (("A", "Pike. "), ("B", None), ("C", "x" * 99))
+        {"prompt": ask, "chosen": "Oak.", "rejected": rejected}
+        for ask, rejected in (("A", "Pike. "), ("B", None), ("C", "x" * 99))
     ]
     rows.append(
         {
@@ -241,20 +241,20 @@ def test_rejected_answers(tmp_path, template):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer = tiny.tokenizer()
     limits = {"max_response_length": 40, "template": template, "generated": "file"}
-    found = load_dataset(DataConfig.from_defaults(path=str(path), **limits), tokenizer, {0}, 0, tmp_path)
+    dataset = load_dataset(DataConfig.from_defaults(path=str(path), **limits), tokenizer, {0}, 0, tmp_path)
     reasons = {"rejected answer: empty": 1, "rejected answer: answer too long": 1}
-    assert found.counts == {"read": 4, "kept": 2, **reasons}
+    assert dataset.counts == {"read": 4, "kept": 2, **reasons}
     end = tokenizer.eos_token
     blank = " " if template != "chat" else ""
-    assert {tokenizer.decode(example.rejected) for example in found.train} == {f"Pike.{blank}{end}", f"Eel.{end}"}
-    assert {tokenizer.decode(example.real_ids) for example in found.train} == {f"Oak.{end}"}
+    assert {tokenizer.decode(example.rejected) for example in dataset.train} == {f"Pike.{blank}{end}", f"Eel.{end}"}
+    assert {tokenizer.decode(example.real_ids) for example in dataset.train} == {f"Oak.{end}"}
 
 
 def test_json_records_by_id(tmp_path):
     record = {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}
     (tmp_path / "by_id.json").write_text(json.dumps({"a": record, "b": record}))
     config = DataConfig.from_defaults(path=str(tmp_path / "by_id.json"))
-    assert list(find_source(config, tmp_path).read(Counter())) == [record, record]
+    assert list(find_source(config, tmp_path).read(Counts())) == [record, record]
     (tmp_path / "by_id.json").write_text(json.dumps({"messages": record["messages"]}))
     with pytest.raises(UserError, match="holds no list of records"):
-        list(find_source(config, tmp_path).read(Counter()))
+        list(find_source(config, tmp_path).read(Counts()))

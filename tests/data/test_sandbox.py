@@ -79,9 +79,9 @@ def test_hostile_template(tokenizer, name, tmp_path):
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
     with pytest.raises(UserError, match=says) as caught:
         ChatTemplate(tokenizer)
-    said = str(caught.value)
-    assert said.startswith("data.template=chat: the tokenizer's chat template") and "set data.template" in said
-    assert said.isprintable() and len(said) < 1000
+    message = str(caught.value)
+    assert message.startswith("data.template=chat: the tokenizer's chat template") and "set data.template" in message
+    assert message.isprintable() and len(message) < 1000
     assert time.monotonic() - started < 100  # of a busy machine: the child's 5 s are processor time
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 * 1024
     assert not (tmp_path / "touched").exists()
@@ -97,8 +97,8 @@ def test_limits_end_the_run_early(tokenizer, tmp_path):
     with pytest.raises(UserError, match="takes more than 5 s"):
         load_dataset(DataConfig.from_defaults(path=str(path), template="chat"), tokenizer, {1}, 0, tmp_path)
     tokenizer.chat_template = PLAIN + "{% if 'trap' in messages[0].content %}{{ 1 / 0 }}{% endif %}"
-    found = load_dataset(DataConfig.from_defaults(path=str(path), template="chat"), tokenizer, {1}, 0, tmp_path)
-    assert found.counts == {"read": 2, "kept": 1, "refused by the template": 1}
+    dataset = load_dataset(DataConfig.from_defaults(path=str(path), template="chat"), tokenizer, {1}, 0, tmp_path)
+    assert dataset.counts == {"read": 2, "kept": 1, "refused by the template": 1}
 
 
 def test_slow_for_each_conversation():
@@ -127,8 +127,8 @@ def test_date_is_fixed(tokenizer):
         assert "the chat template prints the date; it is 01 Jan 2026 here" in " ".join(chat.notes([1]))
     chat = ChatTemplate(tokenizer, {"date_string": "26 Jul 2024"})
     assert chat.prompt([{"role": "user", "content": "Hi"}]).startswith("Today: 26 Jul 2024. ")
-    own = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
-    assert f"Today: {datetime.now().year}" in own  # this process's library is as it was
+    rendered = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    assert f"Today: {datetime.now().year}" in rendered  # this process's library is as it was
 
 
 def test_addresses_in_the_data(tokenizer):
@@ -158,8 +158,8 @@ def test_same_as_the_library(tokenizer):
     body = "{% for m in messages %}" + body + "{% endfor %}{% generation %}{{ eos_token }}{% endgeneration %}"
     tokenizer.chat_template = {"default": body, "tool_use": "With tools: " + body}
     for options in ({}, {"tools": [call]}, {"x": 3.5}, {"x": {"y": [None]}, "add_generation_prompt": True}):
-        theirs = tokenizer.apply_chat_template(messages, tokenize=False, **options)
-        assert render_chat(tokenizer, messages, **options) == theirs and len(theirs) > 100
+        expected = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        assert render_chat(tokenizer, messages, **options) == expected and len(expected) > 100
 
 
 def test_child_of_its_own(tokenizer):

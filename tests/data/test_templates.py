@@ -70,12 +70,12 @@ def talk(answers, system=None):
 def load(tmp_path, tokenizer, options, rows, **changes):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    said: list[str] = []
+    notes: list[str] = []
     config = DataConfig.from_defaults(path=str(path), template="chat", template_options=options, **changes)
-    found = load_dataset(config, tokenizer, {tokenizer.eos_token_id}, 0, tmp_path, say=said.append)
-    counts = dict(found.counts)
+    dataset = load_dataset(config, tokenizer, {tokenizer.eos_token_id}, 0, tmp_path, say=notes.append)
+    counts = dict(dataset.counts)
     assert counts.pop("read") == sum(counts.values())
-    return found, said
+    return dataset, notes
 
 
 def whole_ids(tokenizer, options, messages, end):
@@ -88,7 +88,7 @@ def whole_ids(tokenizer, options, messages, end):
 
 
 def ending(tokenizer, options):
-    return end_of_turn(tokenizer, {tokenizer.eos_token_id}, "chat", options)
+    return end_of_turn(tokenizer, "chat", options)
 
 
 @every_family
@@ -96,9 +96,9 @@ def ending(tokenizer, options):
 def test_prompt_answer_and_end(family, tmp_path, turns):
     tokenizer, options = family
     end = ending(tokenizer, options)
-    found, _ = load(tmp_path, *family, [{"messages": talk(HUMAN[:turns])}], turns="all")
-    assert len(found.train) == turns
-    for example in found.train:
+    dataset, _ = load(tmp_path, *family, [{"messages": talk(HUMAN[:turns])}], turns="all")
+    assert len(dataset.train) == turns
+    for example in dataset.train:
         number = HUMAN.index(example.real)
         ids = whole_ids(*family, talk(HUMAN[: number + 1]), end)
         assert list(example.prompt_ids + example.real_ids) == ids
@@ -117,11 +117,11 @@ def test_end(name, byte_level, sentencepiece):  # noqa: F811
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3 without thoughts", "qwen3 with thoughts in pieces"], indirect=True)
 def test_empty_thought_is_in_the_prompt(family, tmp_path):
-    found, said = load(tmp_path, *family, [{"messages": talk(HUMAN[:1])}])
-    assert family[0].decode(found.train[0].prompt_ids).endswith(f"assistant\n{NO_THOUGHT}")
-    assert family[0].decode(found.train[0].real_ids) == "An oak is one.<|im_end|>"
-    assert any("part of the prompt" in line for line in said) == (not family[1])
-    assert any("ends answers with <|im_end|>, so that generation stops there" in line for line in said)
+    dataset, notes = load(tmp_path, *family, [{"messages": talk(HUMAN[:1])}])
+    assert family[0].decode(dataset.train[0].prompt_ids).endswith(f"assistant\n{NO_THOUGHT}")
+    assert family[0].decode(dataset.train[0].real_ids) == "An oak is one.<|im_end|>"
+    assert any("part of the prompt" in line for line in notes) == (not family[1])
+    assert any("ends answers with <|im_end|>, so that generation stops there" in line for line in notes)
 
 
 @pytest.mark.parametrize("family", ["qwen3"], indirect=True)
@@ -139,16 +139,16 @@ def test_thoughts_are_learnt(family, tmp_path, inline):
     )
     assert tokenizer.decode(example.real_ids) == "<think>\nTrees.\n</think>\n\nAn oak is one.<|im_end|>"
     rows = [{"messages": messages}, {"messages": talk(["A fir."])}]
-    found, _ = load(tmp_path, tokenizer, {"enable_thinking": False}, rows)
-    assert found.counts == {"read": 2, "kept": 1, "thought that the template has no place for": 1}
+    dataset, _ = load(tmp_path, tokenizer, {"enable_thinking": False}, rows)
+    assert dataset.counts == {"read": 2, "kept": 1, "thought that the template has no place for": 1}
 
 
 @pytest.mark.parametrize("family", ["gpt-oss"], indirect=True)
 def test_thought_in_a_channel(family, tmp_path):
     messages = [*talk(HUMAN[:1])[:1], {"role": "assistant", "content": HUMAN[0], "thinking": "Trees."}]
     rows = [{"messages": messages}, {"messages": talk(["A fir."])}]
-    found, _ = load(tmp_path, *family, rows)
-    texts = {tuple(family[0].decode(ids) for ids in (row.prompt_ids, row.real_ids)) for row in found.train}
+    dataset, _ = load(tmp_path, *family, rows)
+    texts = {tuple(family[0].decode(ids) for ids in (row.prompt_ids, row.real_ids)) for row in dataset.train}
     prompt = "<|start|>user<|message|>Name a tree.<|end|><|start|>assistant"
     final = "<|channel|>final<|message|>"
     assert texts == {
@@ -160,28 +160,28 @@ def test_thought_in_a_channel(family, tmp_path):
 @pytest.mark.parametrize("family", ["smollm3"], indirect=True)
 def test_system_message_that_turns_thoughts_off(family, tmp_path):
     rows = [{"messages": talk(HUMAN[:1], "Be kind. /no_think")}, {"messages": talk(["A fir."])}]
-    found, _ = load(tmp_path, *family, rows)
-    ends = {row.real: family[0].decode(row.prompt_ids).split("assistant\n")[1] for row in found.train}
+    dataset, _ = load(tmp_path, *family, rows)
+    ends = {row.real: family[0].decode(row.prompt_ids).split("assistant\n")[1] for row in dataset.train}
     assert ends == {HUMAN[0]: "<think>\n\n</think>\n", "A fir.": ""}
 
 
 @pytest.mark.parametrize("family", ["chatml", "qwen3"], indirect=True)
 def test_thought_without_a_place_is_said(family, tmp_path):
     row = {"messages": [*talk(HUMAN[:1])[:1], {"role": "assistant", "content": HUMAN[0], "thinking": "Trees."}]}
-    found, said = load(tmp_path, *family, [row])
-    is_learnt = "Trees." in family[0].decode(found.train[0].real_ids)
+    dataset, notes = load(tmp_path, *family, [row])
+    is_learnt = "Trees." in family[0].decode(dataset.train[0].real_ids)
     assert is_learnt == ("<think>" in family[0].chat_template)
-    assert len([line for line in said if "no place for reasoning_content" in line]) == (not is_learnt)
+    assert len([line for line in notes if "no place for reasoning_content" in line]) == (not is_learnt)
 
 
 @pytest.mark.parametrize("family", ["r1"], indirect=True)
 def test_opened_thought(family, tmp_path):
-    found, said = load(tmp_path, *family, [{"messages": talk(HUMAN[:1])}])
-    assert family[0].decode(found.train[0].prompt_ids).endswith("<|Assistant|>")
-    assert len([line for line in said if "ends a prompt with '<think>" in line and "data.template" in line]) == 1
+    dataset, notes = load(tmp_path, *family, [{"messages": talk(HUMAN[:1])}])
+    assert family[0].decode(dataset.train[0].prompt_ids).endswith("<|Assistant|>")
+    assert len([line for line in notes if "ends a prompt with '<think>" in line and "data.template" in line]) == 1
     rows = [{"messages": talk(["<think>\nTrees.\n</think>\n\nAn oak is one."])}, {"messages": talk(HUMAN[:1])}]
-    found, _ = load(tmp_path, *family, rows)
-    assert found.counts == {"read": 2, "kept": 1, "thought that the template has no place for": 1}
+    dataset, _ = load(tmp_path, *family, rows)
+    assert dataset.counts == {"read": 2, "kept": 1, "thought that the template has no place for": 1}
 
 
 @every_family
@@ -189,11 +189,11 @@ def test_system(family, tmp_path, request):
     tokenizer, _ = family
     name = request.node.callspec.params["family"]
     rows = [{"messages": talk(HUMAN[:1], "Be kind.")}, {"messages": talk(["A fir."])}]
-    found, said = load(tmp_path, *family, rows)
-    assert found.counts == {"read": 2, "kept": 2}
-    [example] = [example for example in found.train if example.real == HUMAN[0]]
+    dataset, notes = load(tmp_path, *family, rows)
+    assert dataset.counts == {"read": 2, "kept": 2}
+    [example] = [example for example in dataset.train if example.real == HUMAN[0]]
     assert "Be kind." in tokenizer.decode(example.prompt_ids)
-    assert len([line for line in said if "takes no system message" in line]) == (name in REFUSE_SYSTEM)
+    assert len([line for line in notes if "takes no system message" in line]) == (name in REFUSE_SYSTEM)
 
 
 @pytest.mark.parametrize("family", ["gemma"], indirect=True)
@@ -202,9 +202,9 @@ def test_refused_messages(family, tmp_path):
         {"messages": [{"role": "assistant", "content": "Welcome."}, *talk(HUMAN[:1])]},
         {"messages": talk(["A fir."])},
     ]
-    found, said = load(tmp_path, *family, rows)
-    assert found.counts == {"read": 2, "kept": 1, "refused by the template": 1}
-    assert len([line for line in said if "user and model take turns" in line]) == 1
+    dataset, notes = load(tmp_path, *family, rows)
+    assert dataset.counts == {"read": 2, "kept": 1, "refused by the template": 1}
+    assert len([line for line in notes if "user and model take turns" in line]) == 1
 
 
 @pytest.mark.parametrize("family", ["qwen3"], indirect=True)
@@ -217,9 +217,9 @@ def test_tools_are_rendered(family, tmp_path):
         {"role": "assistant", "content": HUMAN[0]},
     ]
     tools = [{"type": "function", "function": {"name": "find"}}]
-    found, _ = load(tmp_path, *family, [{"messages": messages, "tools": tools}], turns="all")
-    assert found.counts == {"read": 2, "kept": 1, "tool call": 1}
-    text = family[0].decode(found.train[0].prompt_ids)
+    dataset, _ = load(tmp_path, *family, [{"messages": messages, "tools": tools}], turns="all")
+    assert dataset.counts == {"read": 2, "kept": 1, "tool call": 1}
+    text = family[0].decode(dataset.train[0].prompt_ids)
     for part in ('Tools:\n{"type"', '{"name": "find", "arguments": {"what": "tree"}}', "<tool_response>\noak"):
         assert part in text
     # Mistral's and Kimi's templates need the calls' ids.
@@ -227,15 +227,15 @@ def test_tools_are_rendered(family, tmp_path):
     with_ids.chat_template += (
         "{% for m in messages if m.tool_calls %}{{ m.tool_calls[0].id or raise_exception('no id') }}{% endfor %}"
     )
-    found, _ = load(tmp_path, with_ids, {}, [{"messages": messages, "tools": tools}, {"messages": talk(HUMAN)}])
-    assert found.counts == {"read": 2, "kept": 2}
+    dataset, _ = load(tmp_path, with_ids, {}, [{"messages": messages, "tools": tools}, {"messages": talk(HUMAN)}])
+    assert dataset.counts == {"read": 2, "kept": 2}
     # A template without tools: dropped and counted.
     plain = copy.deepcopy(family[0])
     plain.chat_template = (FOLDER / "chatml.jinja").read_text()
-    found, _ = load(
+    dataset, _ = load(
         tmp_path, plain, {}, [{"messages": messages, "tools": tools}, {"messages": talk(HUMAN)}], turns="all"
     )
-    assert found.counts == {"read": 4, "kept": 2, "tool call": 2}
+    assert dataset.counts == {"read": 4, "kept": 2, "tool call": 2}
 
 
 @pytest.mark.parametrize("template", ["{prompt}", "paper"])
@@ -246,16 +246,16 @@ def test_text_template_keeps_blanks(byte_level, tmp_path, template):  # noqa: F8
     ]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = load_dataset(DataConfig.from_defaults(path=str(path), template=template), byte_level, {2}, 0, tmp_path)
-    texts = {byte_level.decode(example.prompt_ids + example.real_ids[:-1]) for example in found.train}
+    dataset = load_dataset(DataConfig.from_defaults(path=str(path), template=template), byte_level, {2}, 0, tmp_path)
+    texts = {byte_level.decode(example.prompt_ids + example.real_ids[:-1]) for example in dataset.train}
     if template == "{prompt}":
         assert texts == {"def f():\n    return 1\n", "Called the Owl."}
-    assert {example.real for example in found.train} == {"    return 1\n", " the Owl."}
+    assert {example.real for example in dataset.train} == {"    return 1\n", " the Owl."}
 
 
 def test_end_that_is_no_token(sentencepiece, tmp_path):  # noqa: F811
     tokenizer = copy.deepcopy(sentencepiece)
     tokenizer.chat_template = (FOLDER / "chatml.jinja").read_text()
-    found, said = load(tmp_path, tokenizer, {}, [{"messages": talk(HUMAN[:1])}])
-    assert tokenizer.decode(found.train[0].real_ids) == "An oak is one.<|im_end|></s>"
-    assert any("'<|im_end|>', which is no token" in line for line in said)
+    dataset, notes = load(tmp_path, tokenizer, {}, [{"messages": talk(HUMAN[:1])}])
+    assert tokenizer.decode(dataset.train[0].real_ids) == "An oak is one.<|im_end|></s>"
+    assert any("'<|im_end|>', which is no token" in line for line in notes)

@@ -38,39 +38,39 @@ def game() -> dict:
 
 
 def test_measures_improve(game):
-    """Small numbers of prompts are noisy, so only what is far outside of the noise is held."""
+    """Small numbers of prompts are noisy, so only what is far outside of the noise is tested."""
     by_policy = {row["policy"]: row for row in game["evaluations"]}
     assert list(by_policy) == ["start", "sft", "iter0", "iter1"]
     # SFT on the human answers makes held-out human answers likelier; self-play does not undo it.
     assert by_policy["sft"]["nll_per_token"] < by_policy["start"]["nll_per_token"] - 0.1
     assert by_policy["iter1"]["nll_per_token"] < by_policy["start"]["nll_per_token"]
-    # At first human answers are told from own ones easily; the game moves this towards even odds.
+    # At first human answers are easily distinguished from generated ones; self-play moves this towards even odds.
     assert by_policy["start"]["human_likelier"] > 0.7
     last = by_policy["iter1"]["human_likelier"]
     assert abs(last - 0.5) < abs(by_policy["start"]["human_likelier"] - 0.5)
     assert by_policy["iter0"]["margin"] > 0
-    # So do the two-sample tests: the start is told apart for certain, the last policy less well.
+    # So do the two-sample tests: the start is distinguished with certainty, the last policy less well.
     start, end = by_policy["start"], by_policy["iter1"]
     assert start["classifier_auc_interval"][0] > 0.7 and end["classifier_auc"] < start["classifier_auc"] - 0.05
     assert start["mauve"] < 0.4 and end["mauve_if_equal"] > 0.8
-    # One policy's MAUVE of 96 prompts is uncertain by 0.2 and more: how far it moves is held in the mean of those trained.
+    # One policy's MAUVE of 96 prompts is uncertain by 0.2 and more: the mean over the trained policies is tested.
     trained = [by_policy[name]["mauve"] for name in ("sft", "iter0", "iter1")]
     assert start["mauve"] < sum(trained) / 3 - 0.15
 
 
 def test_broken_answers_detected(game):
     """What is wrong with them is far outside of the noise in every measure that can see it."""
-    found = broken_answers.measure_answers([])
+    measured = broken_answers.measure_answers([])
     for kind in ("human answers to other prompts", "one word repeated", "one answer to all prompts"):
-        row = found[kind]
+        row = measured[kind]
         assert row["human_likelier_interval"][0] > 0.5, kind
         assert row["classifier_auc_interval"][0] > 0.6, kind
         assert row["mauve_interval"][1] < 0.5 < 0.8 < row["mauve_if_equal"], kind
     repeated, same, shuffled = (
-        found[kind] for kind in ("one word repeated", "one answer to all prompts", "human answers, words shuffled")
+        measured[kind] for kind in ("one word repeated", "one answer to all prompts", "human answers, words shuffled")
     )
     assert repeated["distinct_2"] < 0.1 and repeated["diversity"] < 0.1 and same["diversity"] < 0.1
-    assert repeated["rouge_l_interval"][1] < found["the policy's answers"]["rouge_l_interval"][0]
+    assert repeated["rouge_l_interval"][1] < measured["the policy's answers"]["rouge_l_interval"][0]
     assert shuffled["classifier_auc_interval"][0] > 0.8 and shuffled["human_likelier"] > 0.9
 
 
@@ -117,7 +117,7 @@ def test_memory_and_second_run(game):
 
 
 def test_chitchat(tmp_path):
-    """The other packaged data set is found and read."""
+    """The second packaged data set is read."""
     words = ["data=chitchat", "plan=true", f"store.path={tmp_path}/store", f"hydra.run.dir={tmp_path}/run"]
     command = [ROOT / ".venv/bin/python", "run.py", *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)

@@ -48,9 +48,9 @@ def use(folder):
 def fails(match, call, *arguments):
     with pytest.raises(UserError, match=match) as error:
         call(*arguments)
-    said = str(error.value)
-    assert said.isprintable() and len(said) < 1000
-    return said
+    message = str(error.value)
+    assert message.isprintable() and len(message) < 1000
+    return message
 
 
 def change(path, **values):
@@ -92,8 +92,8 @@ def broken_weights(raw: bytes) -> dict[str, bytes]:
 @pytest.mark.parametrize("name", broken_weights(b""))
 def test_broken_weights(folder, name):
     (folder / WEIGHTS).write_bytes(broken_weights((folder / WEIGHTS).read_bytes())[name])
-    said = fails(r"^model\.path=.*model\.safetensors is broken", start, folder)
-    assert str(folder) in said
+    message = fails(r"^model\.path=.*model\.safetensors is broken", start, folder)
+    assert str(folder) in message
     fails("no model can be loaded", load_model, folder, torch.float32, torch.device("cpu"))
 
 
@@ -107,9 +107,9 @@ def test_shards(folder):
     fails(rf"^model\.path=.*{SHARDS[1]} is broken", start, folder)
     (folder / "moved").rename(folder / SHARDS[1])
     # Of another folder: these weights would not be part of the model's identity.
-    other = folder.parent / "other"
-    other.mkdir()
-    shutil.copy(folder / SHARDS[1], other)
+    outside_folder = folder.parent / "other"
+    outside_folder.mkdir()
+    shutil.copy(folder / SHARDS[1], outside_folder)
     outside = {name: f"../other/{SHARDS[1]}" if file == SHARDS[1] else file for name, file in where.items()}
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": outside}))
     fails(r"^model\.path=.*incomplete: \.\./other", start, folder)
@@ -159,7 +159,7 @@ def test_pickles_never_read(folder):
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "problem"),
     [
         ({"vocab_size": 300}, r"embed_tokens\.weight is \[258, 64\], not \[300, 64\]"),
         ({"intermediate_size": 100}, r"mlp\.down_proj\.weight is \[64, 128\], not \[64, 100\]"),
@@ -170,9 +170,9 @@ def test_pickles_never_read(folder):
         ({"hidden_size": 10**30}, "no model can be built"),
     ],
 )
-def test_weights_of_another_architecture(folder, capfd, settings, said):
+def test_weights_of_another_architecture(folder, capfd, settings, problem):
     change(folder / "config.json", **settings)
-    assert str(folder) in fails(said, use, folder)
+    assert str(folder) in fails(problem, use, folder)
     assert "LOAD REPORT" not in capfd.readouterr().err  # a table of many lines
 
 
@@ -216,12 +216,12 @@ def test_config_not_causal_lm(folder, settings):
 def test_deeply_nested_config(folder, depth):
     text = (folder / "config.json").read_text()
     (folder / "config.json").write_text(text.replace("{", '{"deep": ' + "[" * depth + "]" * depth + ",", 1))
-    said = "model.path="
+    message = "model.path="
     try:
         assert start(folder).id
     except UserError as error:
-        said = str(error)
-    assert said.startswith("model.path=") and said.isprintable()
+        message = str(error)
+    assert message.startswith("model.path=") and message.isprintable()
 
 
 def test_path_not_a_folder(tmp_path):
@@ -254,7 +254,7 @@ for call in (
         call()
         print("loaded")
     except UserError as error:
-        print("said:", error)
+        print("error:", error)
 assert not [name for name in sys.modules if "own_code" in name]
 """
 
@@ -281,8 +281,8 @@ def test_code_in_folder_never_run(folder, tmp_path, model_type):
     if model_type == "llama":  # transformers has a class of its own for it
         assert lines[0] == lines[2] == "loaded"
     else:
-        assert lines[0].startswith("said: model.path=") and "built into transformers" in lines[0]
-    assert lines[1].startswith("said: no tokenizer") and "not run" in lines[1]
+        assert lines[0].startswith("error: model.path=") and "built into transformers" in lines[0]
+    assert lines[1].startswith("error: no tokenizer") and "not run" in lines[1]
     assert not list(tmp_path.rglob("ran"))
     assert not list(tmp_path.rglob("modules/**/own_code.py"))
 
@@ -328,16 +328,16 @@ def test_missing_tokenizer(folder):
 
 def test_stop_ids(folder):
     tokenizer = load_tokenizer(folder)
-    own = tokenizer.eos_token_id
+    end = tokenizer.eos_token_id
     path = folder / "generation_config.json"
-    for stated, expected in ((5, {5, own}), ([5, 6], {5, 6, own}), (None, {own}), ([], {own})):
+    for stated, expected in ((5, {5, end}), ([5, 6], {5, 6, end}), (None, {end}), ([], {end})):
         change(path, eos_token_id=stated)
         assert stop_ids(folder, tokenizer) == expected
     for stated in ("</s>", {"a": 1}, [[1]], True, 1.5, [None, "x\n"]):
         change(path, eos_token_id=stated)
         assert str(folder) in fails("no token id", stop_ids, folder, tokenizer)
     path.unlink()
-    assert stop_ids(folder, tokenizer) == {own}
+    assert stop_ids(folder, tokenizer) == {end}
 
 
 # ------------------------------------------------------------------------------------------------------------- fuzz
@@ -358,7 +358,7 @@ def damaged(raw: bytes, rng: random.Random, reach: int) -> bytes:
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", WEIGHTS])
 def test_random_damage_one_line(folder, name):
-    raw, rng, said = (folder / name).read_bytes(), random.Random(name), []
+    raw, rng, messages = (folder / name).read_bytes(), random.Random(name), []
     reach = int.from_bytes(raw[:8], "little") + 8 if name == WEIGHTS else len(raw)  # of weights: the header
     for _ in range(60):
         (folder / name).unlink()  # a new file: the old one may be mapped into memory
@@ -366,9 +366,9 @@ def test_random_damage_one_line(folder, name):
         try:
             use(folder)
         except UserError as error:
-            said.append(str(error))
-            assert said[-1].isprintable() and len(said[-1]) < 1000 and str(folder) in said[-1]
-    assert len(said) > 20
+            messages.append(str(error))
+            assert messages[-1].isprintable() and len(messages[-1]) < 1000 and str(folder) in messages[-1]
+    assert len(messages) > 20
 
 
 # ------------------------------------------------------------------------------------------------------ the cache

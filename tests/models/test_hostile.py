@@ -73,7 +73,7 @@ def use(folder):
     stops = stop_ids(policy.folder, tokenizer)
     for note in ChatTemplate(tokenizer).notes(stops):
         assert note.startswith("note:")
-    stops |= {end_of_turn(tokenizer, stops, "chat")}
+    stops |= {end_of_turn(tokenizer, "chat")}
     shape_of(AutoConfig.from_pretrained(policy.folder, trust_remote_code=False))
     model = load_policy(policy, torch.float32, torch.device("cpu"))
     [(text, ids)] = encode_prompts(tokenizer, [[{"role": "user", "content": "Hi"}]], "chat")
@@ -89,17 +89,17 @@ def use(folder):
 def outcome(folder, change):
     """ "" for a game, or the one line. Fails for tracebacks, and above the bounds."""
     started, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    said: str | None = ""
+    message: str | None = ""
     try:
         use(folder)
     except Exception as error:
-        said = user_message(error)
-        if said is None:
+        message = user_message(error)
+        if message is None:
             raise AssertionError(f"{change}: a traceback") from error
-    assert said.isprintable() and len(said) < 1000, (change, said)
+    assert message.isprintable() and len(message) < 1000, (change, message)
     assert time.process_time() - started < 20, change
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 3 * 2**19, change  # KiB
-    return said
+    return message
 
 
 def explore(name, file, count, tmp_path, seed=0):

@@ -17,7 +17,7 @@ from spin.models.save import write_stop_ids
 
 
 @pytest.mark.parametrize(
-    ("stated", "kept"),
+    ("stated", "remaining"),
     [
         ({"eos_token_id": 1}, {}),
         ({"eos_token_id": [7, 1], "pad_token_id": 1}, {"pad_token_id": 1}),
@@ -26,7 +26,7 @@ from spin.models.save import write_stop_ids
         (None, {}),
     ],
 )
-def test_generate_stops_where_decoding_does(tiny_folder, tmp_path, stated, kept, recwarn, caplog):
+def test_generate_stops_where_decoding_does(tiny_folder, tmp_path, stated, remaining, recwarn, caplog):
     """The end token of the template is one that the model's own generation_config does not name."""
     folder = tmp_path / "policy"
     shutil.copytree(tiny_folder, folder)
@@ -50,9 +50,9 @@ def test_generate_stops_where_decoding_does(tiny_folder, tmp_path, stated, kept,
     path.unlink() if stated is None else path.write_text(json.dumps(stated))
     write_stop_ids(folder, stops)
     written = json.loads(path.read_text())
-    own = [] if stated is None else stated["eos_token_id"]
-    own = own if isinstance(own, list) else [own]
-    assert written.pop("eos_token_id") == own + sorted(stops - set(own)) and written == kept
+    stated_ids = [] if stated is None else stated["eos_token_id"]
+    stated_ids = stated_ids if isinstance(stated_ids, list) else [stated_ids]
+    assert written.pop("eos_token_id") == stated_ids + sorted(stops - set(stated_ids)) and written == remaining
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         again = transformers.AutoModelForCausalLM.from_pretrained(folder)

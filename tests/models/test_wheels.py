@@ -46,12 +46,12 @@ def one_line(error):
 
 def test_pinned_member_fetched_once(wheel, index, tmp_path):
     cache = tmp_path / "cache"
-    found = fetch_from_wheel("spin-cargo==1.2", sha256(wheel).upper(), MEMBER, cache)
-    assert found == cache / "spin-cargo-1.2" / "weights.bin"
-    assert found.read_bytes() == CARGO
-    assert sorted(p.name for p in found.parent.iterdir() if p.name != ".lock") == ["weights.bin"]
+    path = fetch_from_wheel("spin-cargo==1.2", sha256(wheel).upper(), MEMBER, cache)
+    assert path == cache / "spin-cargo-1.2" / "weights.bin"
+    assert path.read_bytes() == CARGO
+    assert sorted(p.name for p in path.parent.iterdir() if p.name != ".lock") == ["weights.bin"]
     wheel.unlink()  # nothing is fetched again
-    assert fetch_from_wheel("spin-cargo==1.2", sha256=None, member=MEMBER, cache=cache) == found
+    assert fetch_from_wheel("spin-cargo==1.2", sha256=None, member=MEMBER, cache=cache) == path
 
 
 def test_local_wheel_rebuilt(wheel, tmp_path):
@@ -68,14 +68,14 @@ def test_home_folder_expanded(wheel, tmp_path, monkeypatch):
 
 
 def test_concurrent_fetches(wheel, index, tmp_path):
-    found = []
-    fetch = lambda: found.append(fetch_from_wheel("spin-cargo==1.2", None, MEMBER, tmp_path / "cache"))  # noqa: E731
+    paths = []
+    fetch = lambda: paths.append(fetch_from_wheel("spin-cargo==1.2", None, MEMBER, tmp_path / "cache"))  # noqa: E731
     threads = [threading.Thread(target=fetch) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(found) == 3 and len(set(found)) == 1 and found[0].read_bytes() == CARGO
+    assert len(paths) == 3 and len(set(paths)) == 1 and paths[0].read_bytes() == CARGO
 
 
 def test_wrong_hash(wheel, index, tmp_path):
