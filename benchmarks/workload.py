@@ -53,7 +53,7 @@ def prepare_workload(pairs: int, words: Sequence[str] = ()) -> Workload:
     run = open_game([f"store.path={STORE}", f"data.size={pairs}", "data.held_out=0", *LENGTHS, *words])
     opponent = Given(run.start)
     generate = Generate(0, opponent)
-    score = Score(0, "opponent", opponent, {0: generate})
+    score = Score(0, opponent, "opponent", {0: generate})
     player = Player(run)
     for stage in (generate, score):
         player.play(stage)

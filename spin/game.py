@@ -36,7 +36,7 @@ def declare_game(config: Config, start: Policy) -> Iterator[IterationRecord]:
     measured = declare_measures(config, None, policy)
     yield IterationRecord(None, policy, **measured)
     if config.schedule.sft_epochs > 0:
-        policy = sft = Sft(policy)
+        policy = sft = Sft(None, policy)
         measured = declare_measures(config, None, policy)
         yield IterationRecord(None, policy, train=sft, **measured)
 
@@ -47,10 +47,10 @@ def declare_game(config: Config, start: Policy) -> Iterator[IterationRecord]:
         generate = Generate(t, opponent)
         answers.append(generate)
         pairs = replayed(config, t, answers)
-        scores = {"opponent": Score(t, "opponent", opponent, pairs)}
+        scores = {"opponent": Score(t, opponent, "opponent", pairs)}
         objective = make_objective(config.loss, t)
         if "start" in objective.references:
-            scores["start"] = Score(t, "start", first_opponent, pairs)
+            scores["start"] = Score(t, first_opponent, "start", pairs)
         policy = train = Train(t, opponent, scores, answers[0] if "first" in objective.responses else None)
         measured = declare_measures(config, t, policy, measured["evaluation"])
         yield IterationRecord(t, policy, generate, scores, train, **measured)

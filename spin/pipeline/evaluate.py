@@ -16,7 +16,7 @@ from spin.models.policy import Policy, content_id
 from spin.pipeline.context import Run
 from spin.pipeline.generate import answer_prompts, generation_inputs
 from spin.pipeline.score import score_items
-from spin.pipeline.stage import Node, Stage, Work
+from spin.pipeline.stage import Measurement, Node, Work
 from spin.runtime.random import seed_of
 from spin.runtime.store import Artifact
 from spin.runtime.tables import Rows
@@ -36,36 +36,27 @@ class Evaluation:
 
 
 @dataclass(frozen=True, eq=False)
-class Evaluate(Stage[Evaluation]):
+class Evaluate(Measurement[Evaluation]):
     """Measure `policy` on the held-out prompts, and against its opponent if `opponent`, the opponent's evaluation, is given."""
 
-    name: ClassVar[str] = "evaluate"
+    name = "evaluate"
     shows_samples: ClassVar[bool] = True
-    iteration: int | None
-    policy: Node[Policy]
     opponent: Node[Evaluation] | None = None
 
-    def subject(self, *results) -> str:
-        if self.iteration is None:
-            return results[0].label if results else "sft"
-        return f"iter {self.iteration}"
-
-    def title(self, policy: Policy, *opponent: Evaluation) -> str:
-        return f"{self.name} {policy.label}"
+    @property
+    def title(self) -> str:
+        return f"{self.name} {self.policy.label}"
 
     def examples(self, run: Run) -> Rows[Example]:
         return run.data.held_out
 
-    def labels(self, policy: Policy, *opponent: Evaluation) -> dict:
-        return {"iter": self.iteration, "policy": policy.label}
-
-    def inputs(self, run: Run, policy: Policy, *opponent: Evaluation) -> dict:
+    def inputs(self, run: Run, policy: Policy, opponent: Evaluation | None = None) -> dict:
         return {
             "policy": policy.id,
             "prompts": self.examples(run).digest,
             "seed": run.config.seed,
             "stop_ids": sorted(run.stop_ids),
-            "opponent": opponent[0].held_out.digest if opponent else None,
+            "opponent": opponent.held_out.digest if opponent else None,
             "bootstrap": run.config.evaluation.bootstrap,
             "check": run.config.data.check,
             "embedder": _embedder_id(run.config.evaluation.embedder),
@@ -73,7 +64,7 @@ class Evaluate(Stage[Evaluation]):
             **generation_inputs(run, len(self.examples(run))),
         }
 
-    def build(self, run: Run, work: Work, policy: Policy, *opponent: Evaluation) -> dict:
+    def build(self, run: Run, work: Work, policy: Policy, opponent: Evaluation | None = None) -> dict:
         config = run.config
         # All policies use the same random numbers, so that differences between them are not sampling noise.
         seed = seed_of(config.seed, EVALUATION_STREAM, bits=32)
@@ -85,8 +76,8 @@ class Evaluate(Stage[Evaluation]):
         if opponent:  # the opponent's answers, too, for the margin
             names.append("opponent_generated")
             items = [
-                Continuations(item.prompt_ids, (*item.responses, theirs.generated_ids))
-                for item, theirs in zip(items, opponent[0].held_out.pairs, strict=True)
+                Continuations(item.prompt_ids, (*item.responses, opponent_pair.generated_ids))
+                for item, opponent_pair in zip(items, opponent.held_out.pairs, strict=True)
             ]
         scores = score_items(run, work, policy, items).view(len(items), -1)
         if not run.ranks.is_main_process:
@@ -101,14 +92,14 @@ class Evaluate(Stage[Evaluation]):
             clusters(observed, config.seed),
             correct(pairs, config.data.check),
         )
-        before = opponent[0].held_out if opponent else None
+        before = opponent.held_out if opponent else None
         result = measures(held_out, before, config.evaluation.bootstrap, config.seed)
         facts = {"measures": result, "per_prompt": held_out.per_prompt}
         (work.folder / "evaluation.json").write_text(json.dumps(facts, indent=2) + "\n")
         work.log({"step": 0, **result})
         return result
 
-    def read(self, run: Run, artifact: Artifact, policy: Policy, *opponent: Evaluation) -> Evaluation:
+    def read(self, run: Run, artifact: Artifact, policy: Policy, **needs) -> Evaluation:
         facts = json.loads((artifact.folder / "evaluation.json").read_text())
         pairs, _ = read_pairs(artifact.folder / "held_out.parquet")
         if self.shows_samples:
@@ -122,8 +113,8 @@ class Evaluate(Stage[Evaluation]):
 class Validate(Evaluate):
     """Measure `policy` on the validation prompts, which the selection of a policy uses."""
 
-    name: ClassVar[str] = "validate"
-    shows_samples: ClassVar[bool] = False
+    name = "validate"
+    shows_samples = False
 
     def examples(self, run: Run) -> Rows[Example]:
         return run.data.validation

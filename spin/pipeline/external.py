@@ -11,7 +11,7 @@ from spin.models.load import load_tokenizer
 from spin.models.policy import Policy
 from spin.pipeline.context import Run
 from spin.pipeline.evaluate import Evaluate, Evaluation
-from spin.pipeline.stage import Node, Stage, Work
+from spin.pipeline.stage import Measurement, Node, Stage, Work
 from spin.runtime.errors import UserError
 from spin.runtime.store import Artifact
 
@@ -35,28 +35,19 @@ def declare_external(
     return stages
 
 
-class External(Stage[Any]):
+class External(Measurement[Any]):
     """An external evaluation of `policy`."""
 
     may_fail: ClassVar[tuple[type[UserError], ...]] = (judges.JudgeError,)
     result_file: ClassVar[str]
-    policy: Node[Policy]
-
-    def subject(self, *results) -> str:
-        if self.iteration is None:
-            return results[0].label if results else "sft"
-        return f"iter {self.iteration}"
-
-    def labels(self, policy: Policy, *results) -> dict:
-        return {"iter": self.iteration, "policy": policy.label}
 
     def write(self, work: Work, result: Any) -> None:
         (work.folder / self.result_file).write_text(json.dumps(result, indent=2) + "\n")
 
-    def read(self, run: Run, artifact: Artifact, *results) -> Any:
+    def read(self, run: Run, artifact: Artifact, *args, **needs) -> Any:
         return json.loads((artifact.folder / self.result_file).read_text())
 
-    def show(self, result: Any, policy: Policy, run: Run) -> None:
+    def show(self, result: Any, run: Run) -> None:
         """Write files for other programs into the run's folder."""
 
 
@@ -64,14 +55,12 @@ class External(Stage[Any]):
 class Benchmark(External):
     """One task of the lm-evaluation-harness. Each task is a separate stage, so that an interrupted run keeps the finished ones."""
 
-    name: ClassVar[str] = "harness"
-    result_file: ClassVar[str] = "result.json"
-    iteration: int | None
-    policy: Node[Policy]
+    name, result_file = "harness", "result.json"
     task: harness.Task
 
-    def title(self, policy: Policy) -> str:
-        return f"{self.task.task} of {policy.label}"
+    @property
+    def title(self) -> str:
+        return f"{self.task.task} of {self.policy.label}"
 
     def inputs(self, run: Run, policy: Policy) -> dict:
         settings = run.config.evaluation
@@ -101,17 +90,14 @@ class Benchmark(External):
         return {"value": row["value"]}
 
 
-@dataclass(frozen=True, eq=False)
 class MtBench(External):
     """Answers to MT-Bench's questions in FastChat's layout, graded if there is a judge."""
 
-    name: ClassVar[str] = "mt_bench"
-    result_file: ClassVar[str] = "mt_bench.json"
-    iteration: int | None
-    policy: Node[Policy]
+    name, result_file = "mt_bench", "mt_bench.json"
 
-    def title(self, policy: Policy) -> str:
-        return f"MT-Bench of {policy.label}"
+    @property
+    def title(self) -> str:
+        return f"MT-Bench of {self.policy.label}"
 
     def inputs(self, run: Run, policy: Policy) -> dict:
         config, settings = run.config, run.config.evaluation
@@ -137,7 +123,7 @@ class MtBench(External):
     def build(self, run: Run, work: Work, policy: Policy) -> dict:
         config, settings = run.config, run.config.evaluation
         questions = mt_bench.read_questions(settings.questions)
-        with run.progress(work.title, mt_bench.TURNS * len(questions), "answers") as bar:
+        with run.progress(self.title, mt_bench.TURNS * len(questions), "answers") as bar:
             answers = mt_bench.answer_questions(
                 run.models.load(policy),
                 run.tokenizer,
@@ -152,7 +138,7 @@ class MtBench(External):
         result: dict[str, Any] = {"answers": answers, "verdicts": None, "score": None}
         if settings.judge:
             grading, judge = mt_bench.read_grading(str(settings.questions), questions), open_judge(run)
-            with run.progress(f"{work.title}: judge", mt_bench.TURNS * len(answers), "verdicts") as bar:
+            with run.progress(f"{self.title}: judge", mt_bench.TURNS * len(answers), "verdicts") as bar:
                 shards = work.shards("verdicts", bar)
                 result["verdicts"] = mt_bench.grade_answers(answers, questions, grading, judge, bar.advance, shards)
             result["score"] = score = mt_bench.mt_bench_score(result["verdicts"], settings.bootstrap, config.seed)
@@ -160,8 +146,8 @@ class MtBench(External):
         self.write(work, result)
         return {"answers": len(answers), "score": result["score"] and result["score"]["score"]}
 
-    def show(self, result: dict, policy: Policy, run: Run) -> None:
-        model_id = f"{run.config.name}-{policy.label.replace('/', '-')}"
+    def show(self, result: dict, run: Run) -> None:
+        model_id = f"{run.config.name}-{self.policy.label.replace('/', '-')}"
         mt_bench.write_answers(result["answers"], model_id, run.folder / "mt_bench")
 
 
@@ -169,34 +155,32 @@ class MtBench(External):
 class Compare(External):
     """A judge's preference between the held-out answers of a policy and those of its opponent."""
 
-    name: ClassVar[str] = "compare"
-    result_file: ClassVar[str] = "comparison.json"
-    iteration: int | None
-    policy: Node[Policy]
-    evaluation: Node[Evaluation]
-    opponent: Node[Evaluation]
+    name, result_file = "compare", "comparison.json"
+    evaluation: Evaluate
+    opponent: Evaluate
 
-    def title(self, policy: Policy, now: Evaluation, before: Evaluation) -> str:
-        return f"judge {policy.label} against {before.policy.label}"
+    @property
+    def title(self) -> str:
+        return f"judge {self.policy.label} against {self.opponent.policy.label}"
 
-    def inputs(self, run: Run, policy: Policy, now: Evaluation, before: Evaluation) -> dict:
+    def inputs(self, run: Run, policy: Policy, evaluation: Evaluation, opponent: Evaluation) -> dict:
         settings = run.config.evaluation
         return {
-            "answers": now.held_out.pairs.digest,
-            "opponents": before.held_out.pairs.digest,
+            "answers": evaluation.held_out.pairs.digest,
+            "opponents": opponent.held_out.pairs.digest,
             "judge": judges.identity(str(settings.judge), settings.judge_model),
             **device_inputs(run),
             "bootstrap": settings.bootstrap,
             "seed": run.config.seed,
         }
 
-    def build(self, run: Run, work: Work, policy: Policy, now: Evaluation, before: Evaluation) -> dict:
-        judge = open_judge(run)
-        with run.progress(work.title, len(now.held_out.pairs), "prompts") as bar:
+    def build(self, run: Run, work: Work, policy: Policy, evaluation: Evaluation, opponent: Evaluation) -> dict:
+        judge, pairs = open_judge(run), evaluation.held_out.pairs
+        with run.progress(self.title, len(pairs), "prompts") as bar:
             comparison = judges.compare(
-                [pair.prompt for pair in now.held_out.pairs],
-                [pair.generated for pair in now.held_out.pairs],
-                [pair.generated for pair in before.held_out.pairs],
+                [pair.prompt for pair in pairs],
+                [pair.generated for pair in pairs],
+                [pair.generated for pair in opponent.held_out.pairs],
                 judge,
                 run.config.seed,
                 run.config.evaluation.bootstrap,
@@ -207,9 +191,9 @@ class Compare(External):
         work.log({"step": 0, **{key: value for key, value in comparison.items() if key != "outcomes"}})
         return {"win_rate": comparison["win_rate"], "n": comparison["n"]}
 
-    def read(self, run: Run, artifact: Artifact, policy: Policy, now: Evaluation, before: Evaluation) -> dict:
+    def read(self, run: Run, artifact: Artifact, **needs) -> dict:
         comparison = super().read(run, artifact)
-        names = [policy.label, before.policy.label]  # of this run; they do not decide the stage's content
+        names = [self.policy.label, self.opponent.policy.label]  # of this run; they do not decide the stage's content
         return {**comparison, "names": names, "finding": judges.finding(comparison, *names)}
 
 

@@ -5,14 +5,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
 
 from spin.data.examples import Example
 from spin.generation.answers import Answer, AnswerRequest, read_answers
 from spin.generation.sampling import generate_answers
 from spin.models.policy import Policy
 from spin.pipeline.context import Run
-from spin.pipeline.stage import Node, Stage, Work
+from spin.pipeline.stage import Stage, Work
 from spin.runtime.errors import brief
 from spin.runtime.random import seed_of
 from spin.runtime.store import Artifact
@@ -28,20 +27,19 @@ NOT_INPUTS = ("name", "num_answers", "python", "tensor_parallel", "data_parallel
 
 @dataclass(frozen=True, eq=False)
 class Generate(Stage[Rows[Answer]]):
-    """`num_answers` answers of the opponent to each training prompt; with data.generated=file, iteration 0 takes the data's."""
+    """The opponent's answers to each training prompt; with data.generated=file, iteration 0 takes the data's."""
 
-    name: ClassVar[str] = "generate"
+    name = "generate"
     iteration: int
-    opponent: Node[Policy]
 
     def takes_file(self, run: Run) -> bool:
         return self.iteration == 0 and run.config.data.generated == "file"
 
-    def inputs(self, run: Run, opponent: Policy) -> dict:
+    def inputs(self, run: Run, policy: Policy) -> dict:
         if self.takes_file(run):
             return {"file": answers_in_file(run).digest, "iter": self.iteration}
         return {
-            "opponent": opponent.id,
+            "opponent": policy.id,
             "prompts": run.data.train.digest,
             "answers": run.config.generation.num_answers,
             "seed": run.config.seed,
@@ -50,13 +48,13 @@ class Generate(Stage[Rows[Answer]]):
             **generation_inputs(run, len(run.data.train) * run.config.generation.num_answers),
         }
 
-    def build(self, run: Run, work: Work, opponent: Policy) -> dict:
+    def build(self, run: Run, work: Work, policy: Policy) -> dict:
         started = time.perf_counter()
         seed = seed_of(run.config.seed, self.iteration, bits=32)
         if self.takes_file(run):
             answers = answers_in_file(run)
         else:
-            answers = answer_prompts(run, work, opponent, run.data.train, run.config.generation.num_answers, seed)
+            answers = answer_prompts(run, work, policy, run.data.train, run.config.generation.num_answers, seed)
         write_parquet(answers.table, work.folder / "answers.parquet")
         tokens = int(answers.lengths("ids").sum())
         row = {
@@ -68,7 +66,7 @@ class Generate(Stage[Rows[Answer]]):
         work.log({"step": 0, **row})
         return row
 
-    def read(self, run: Run, artifact: Artifact, opponent: Policy) -> Rows[Answer]:
+    def read(self, run: Run, artifact: Artifact, policy: Policy) -> Rows[Answer]:
         answers = read_answers(artifact.folder / "answers.parquet")
         cut = answers.column("finish_reason").count("length") / len(answers)
         if cut > CUT_SHARE:
@@ -136,8 +134,8 @@ def answer_prompts(
     else:
         generate = partial(generate_answers, run.models.load(policy))
     total = len(examples) * num_answers
-    with run.progress(work.title, total, "answers") as bar:
-        request = AnswerRequest(
+    with run.progress(work.stage.title, total, "answers") as bar:
+        return generate(
             run.tokenizer,
             examples,
             run.config.generation,

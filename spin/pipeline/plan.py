@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from spin.engines.disk import disk_needed
 from spin.pipeline.context import Run
-from spin.pipeline.stage import Given, Stage
+from spin.pipeline.stage import Results, Stage
 from spin.runtime.artifacts import CorruptArtifact, folder_size, verify_artifact
 from spin.runtime.checkpoints import describe_progress
 from spin.runtime.progress import format_seconds
@@ -23,44 +22,37 @@ class Planned:
     stage: str
     subject: str
     status: str
-    remark: str = ""
-    resumable_bytes: int = 0
+    remark: str
+    resumable_bytes: int
 
 
 def look_up(run: Run, stages: Sequence[Stage], thorough: bool = False) -> list[Planned]:
     """Look up every stage, in order. `thorough` verifies the files of policies, too."""
     silent = replace(run, tracker=Tracker(run.folder, name="", config={}, rank=1))  # reading a result may log and warn
-    results: dict[Any, Any] = {}
-    planned = []
-    for stage in stages:
-        needs = [node.value if isinstance(node, Given) else results.get(node) for node in stage.needs]
-        if any(result is None for result in needs):  # its key is a hash of results that do not exist yet
-            policy = needs[0] if needs else None
-            known = [policy] if policy is not None else []
-            planned.append(Planned(stage.name, stage.subject(*known), "play"))
-            continue
-        artifact, entry = _look_up(silent, stage, needs, thorough)
-        planned.append(entry)
-        if artifact:
-            results[stage] = stage.read(silent, artifact, *needs)
-    return planned
+    results = Results()
+    return [Planned(stage.name, stage.subject, *_look_up(silent, stage, results, thorough)) for stage in stages]
 
 
-def _look_up(run: Run, stage: Stage, needs: list, thorough: bool) -> tuple[Any, Planned]:
-    inputs, subject = stage.inputs(run, *needs), stage.subject(*needs)
+def _look_up(run: Run, stage: Stage, results: Results, thorough: bool) -> tuple[str, str, int]:
+    """The last three fields of the stage's `Planned`. Adds its result, if it is there, to `results`."""
+    try:
+        needs = stage.needs(results)
+    except KeyError:  # its key is a hash of results that do not exist yet
+        return "play", "", 0
+    inputs = stage.inputs(run, **needs)
     artifact = run.store.peek(stage.name, inputs)
     if artifact is None:
         resume = run.store.resume(stage.name, inputs)
         progress = describe_progress(resume)
-        status = "resume" if progress else "play"
-        return None, Planned(stage.name, subject, status, progress or "", folder_size(resume))
+        return "resume" if progress else "play", progress or "", folder_size(resume)
     if thorough or stage.name not in ("sft", "train"):
         try:
             verify_artifact(artifact.folder)
         except CorruptArtifact as damage:
-            return None, Planned(stage.name, subject, "play", f"damaged: {damage}")
+            return "play", f"damaged: {damage}", 0
+    results[stage] = stage.read(run, artifact, **needs)
     took, finished = format_seconds(artifact.manifest["seconds"]), artifact.manifest["finished"]
-    return artifact, Planned(stage.name, subject, "reuse", f"took {took}, finished {finished}")
+    return "reuse", f"took {took}, finished {finished}", 0
 
 
 def bytes_to_write(run: Run, planned: Sequence[Planned]) -> int:

@@ -34,7 +34,7 @@ class IterationRecord:
 
     @property
     def opponent(self) -> Node[Policy] | None:
-        return self.generate.opponent if self.generate else None
+        return self.generate.policy if self.generate else None
 
     @property
     def stages(self) -> list[Stage]:

@@ -201,7 +201,7 @@ def show_record(player: Player, record: IterationRecord) -> None:
     folder = player.run.folder
     for stage in record.external:
         if (result := player.result(stage)) is not None:
-            stage.show(result, player.result(record.policy), player.run)
+            stage.show(result, player.run)
     if record.train is None:
         return
     trained = player.artifacts[record.train].folder / "policy"

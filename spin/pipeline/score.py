@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -47,23 +46,22 @@ class Score(Stage[Scores]):
     `answers` are the answers of each iteration whose pairs are used, by iteration; the present one comes first.
     """
 
-    name: ClassVar[str] = "score"
+    name = "score"
     iteration: int
     model: str
-    policy: Node[Policy]
     answers: Mapping[int, Node[Rows[Answer]]]
 
-    def title(self, *results) -> str:
+    @property
+    def title(self) -> str:
         return f"iter {self.iteration}: score" + (" under the start" if self.model == "start" else "")
 
-    def labels(self, *results) -> dict:
+    @property
+    def labels(self) -> dict:
         return {"iter": self.iteration} | ({"under": self.model} if self.model == "start" else {})
 
-    def pairs(self, run: Run, answers: Sequence[Rows[Answer]]) -> tuple[Rows[Pair], dict[str, int]]:
+    def pairs(self, run: Run, answers: Mapping[int, Rows[Answer]]) -> tuple[Rows[Pair], dict[str, int]]:
         """The pairs, and how many were dropped by reason. Raises UserError if none is left."""
-        parts = [
-            make_pairs(run.data.train, of_iteration, t) for t, of_iteration in zip(self.answers, answers, strict=True)
-        ]
+        parts = [make_pairs(run.data.train, of_iteration, t) for t, of_iteration in answers.items()]
         pairs = reduce(add, [rows for rows, _ in parts])
         dropped = {reason: sum(counts[reason] for _, counts in parts) for reason in parts[0][1]}
         if not pairs:
@@ -73,7 +71,7 @@ class Score(Stage[Scores]):
             )
         return pairs, dropped
 
-    def inputs(self, run: Run, policy: Policy, *answers: Rows[Answer]) -> dict:
+    def inputs(self, run: Run, policy: Policy, answers: Mapping[int, Rows[Answer]]) -> dict:
         return {
             "policy": policy.id,
             "model": self.model,
@@ -82,11 +80,11 @@ class Score(Stage[Scores]):
             "numerics": run.numerics,
         }
 
-    def build(self, run: Run, work: Work, policy: Policy, *answers: Rows[Answer]) -> dict:
+    def build(self, run: Run, work: Work, policy: Policy, answers: Mapping[int, Rows[Answer]]) -> dict:
         started = time.perf_counter()
         pairs, dropped = self.pairs(run, answers)
         items = to_continuations(pairs)
-        with run.progress(work.title, len(items), "prompts") as bar:
+        with run.progress(self.title, len(items), "prompts") as bar:
             values = score_items(run, work, policy, items, bar)
         logps = split_responses(values, [len(group) for group in group_by_prompt(pairs)])
         write_pairs(work.folder / "pairs.parquet", pairs, {self.model: logps})
@@ -96,7 +94,7 @@ class Score(Stage[Scores]):
         forward = run.models.forward(run.models.load(policy), policy)
         return {"pairs": len(pairs), "dropped": dropped, "layout": forward.layout, "head": forward.head}
 
-    def read(self, run: Run, artifact: Artifact, policy: Policy, *answers: Rows[Answer]) -> Scores:
+    def read(self, run: Run, artifact: Artifact, **needs) -> Scores:
         pairs, logps = read_pairs(artifact.folder / "pairs.parquet")
         return Scores(pairs, logps[self.model], artifact.key)
 

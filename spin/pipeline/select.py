@@ -97,11 +97,13 @@ def _benchmark(player: Player, record: IterationRecord, name: str) -> tuple[floa
 class Selected(Node[Policy]):
     """The selected policy, before it is known."""
 
+    label = "the final policy"
+
 
 def final_stages(run: Run, records: Sequence[IterationRecord]) -> list[Stage]:
     """What `hand_over` will play. Raises UserError if the run cannot measure what it is to select by."""
     policy = records[-1].policy if criterion(run) is None else Selected()
-    return [Merge(policy)] if run.config.model.merge else []
+    return [Merge(None, policy)] if run.config.model.merge else []
 
 
 def gains_no_more(player: Player, records: Sequence[IterationRecord]) -> bool:
@@ -128,7 +130,7 @@ def hand_over(player: Player, records: Sequence[IterationRecord]) -> Selection |
         record = next(record for record in records if player.result(record.policy).label == selection.policy)
     merged = None
     if run.config.model.merge and record.train:
-        player.play(merge := Merge(record.policy))
+        player.play(merge := Merge(None, record.policy))
         merged = player.artifacts[merge].folder / "merged"
     if run.ranks.is_main_process and run.config.stage == "game":
         show_selection(run.folder, selection, record, player.result(record.policy).folder, merged)

@@ -1,6 +1,8 @@
 """The summary of a finished game: game.json, the report, and the lines printed at the end."""
 
 import json
+import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -43,15 +45,16 @@ def finish(
     write_cards(run.folder, summary, run.config, run.start)
     run.store.refer(run.folder, player.references, only=True)
     print_summary(summary, run.tracker.console)
-    if player.built == 0 and not player.given_up:
+    built = sum(not artifact.reused for artifact in player.artifacts.values())
+    if built == 0 and not player.given_up:
         run.say("All stages were reused: nothing was computed again.")
     else:
-        took = format_seconds(player.elapsed)
-        run.say(f"{player.built} stages played in {took}, peak memory {player.peak_memory_gib:.2f} GiB.")
+        took = format_seconds(time.perf_counter() - player.started)
+        run.say(f"{built} stages played in {took}, peak memory {summary['peak_memory_gib']:.2f} GiB.")
     _send_policies(run, summary)
     best = "selected" if selection else "last"
     measures = {f"{best}/{name}": value for name, value in (result(summary) | (summary["selected"] or {})).items()}
-    run.tracker.close({"peak_memory_gib": player.peak_memory_gib, **measures})
+    run.tracker.close({"peak_memory_gib": summary["peak_memory_gib"], **measures})
     run.say(f"report: {page} and {page.with_suffix('.html').name}")
     if selection:
         path = selection.path if Path(selection.path).is_absolute() else run.folder / "best" / "policy"
@@ -85,6 +88,10 @@ def summarize(
     config, data = player.run.config, player.run.data
     evaluations = [player.result(record.evaluation) for record in records if record.evaluation]
     validations = [player.result(record.validation) for record in records if record.validation]
+    seconds: dict[str, float] = defaultdict(float)
+    for stage, artifact in player.artifacts.items():
+        seconds[stage.name] += artifact.manifest["seconds"]
+    peaks = [artifact.manifest["facts"]["peak_memory_gib"] for artifact in player.artifacts.values()]
     return {
         "command": command,
         "name": config.name,
@@ -104,8 +111,8 @@ def summarize(
         "external": _external(player, records),
         "given_up": player.given_up,
         "samples": _samples(evaluations, config.evaluation.samples),
-        "seconds": {stage: round(seconds, 1) for stage, seconds in player.seconds.items()},
-        "peak_memory_gib": round(player.peak_memory_gib, 2),
+        "seconds": {name: round(total, 1) for name, total in seconds.items()},
+        "peak_memory_gib": round(max(peaks, default=0.0), 2),
     }
 
 

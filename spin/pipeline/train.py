@@ -1,8 +1,8 @@
 """The stages that make a policy: supervised fine-tuning, the training of an iteration, and merging an adapter."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from spin.config.schema import value_at_iteration
 from spin.engines.disk import fp32_bytes, training_bytes
@@ -29,19 +29,22 @@ from spin.runtime.tables import Lazy, Rows
 SFT_STREAM, ADAPTER_STREAM = -1, -3
 
 
-@dataclass(frozen=True, eq=False)
-class Sft(Stage[Policy]):
+class Training(Stage[Policy]):
+    """A stage that trains a policy from `policy`."""
+
+    @property
+    def label(self) -> str:
+        return "sft" if self.iteration is None else f"iter{self.iteration}"
+
+    def read(self, run: Run, artifact: Artifact, **needs) -> Policy:
+        base = run.start.base_or_self if run.config.model.adapter == "lora" else None
+        return Policy(self.label, artifact.folder / "policy", artifact.manifest["facts"]["policy"], base)
+
+
+class Sft(Training):
     """Fine-tune the start on the human answers: iteration 0's opponent is an SFT model of the same data."""
 
-    name: ClassVar[str] = "sft"
-    start: Node[Policy]
-    iteration: None = None
-
-    def subject(self, *results) -> str:
-        return "start"
-
-    def title(self, *results) -> str:
-        return "SFT"
+    name, title = "sft", "SFT"
 
     def settings(self, run: Run) -> dict:
         schedule = run.config.schedule
@@ -53,11 +56,11 @@ class Sft(Stage[Policy]):
             "seed": seed_of(run.config.seed, SFT_STREAM, bits=32),
         }
 
-    def inputs(self, run: Run, start: Policy) -> dict:
+    def inputs(self, run: Run, policy: Policy) -> dict:
         examples = run.data.train.digest
-        return {"start": start.id, "examples": examples, **self.settings(run), **training_inputs(run, start)}
+        return {"start": policy.id, "examples": examples, **self.settings(run), **training_inputs(run, policy)}
 
-    def build(self, run: Run, work: Work, start: Policy) -> dict:
+    def build(self, run: Run, work: Work, policy: Policy) -> dict:
         train_set = run.data.train
 
         def make(row: int) -> Continuations:
@@ -69,23 +72,19 @@ class Sft(Stage[Policy]):
         def train(engine, **common) -> TrainState:
             return train_sft(engine, items, **common, **settings)
 
-        return train_policy(run, work, start, train, round(len(items) * settings["epochs"]), {"loss": "loss"})
-
-    def read(self, run: Run, artifact: Artifact, start: Policy) -> Policy:
-        return trained_policy(run, artifact, "sft")
+        return train_policy(run, work, policy, train, round(len(items) * settings["epochs"]), {"loss": "loss"})
 
 
 @dataclass(frozen=True, eq=False)
-class Train(Stage[Policy]):
-    """The main player: starts as the opponent and learns to tell its answers from the human ones.
+class Train(Training):
+    """The main player: starts as the opponent `policy` and learns to tell its answers from the human ones.
 
     `scores` are the pairs' log-probs by the model that gave them, `first` iteration 0's answers; the objective says which
     it needs.
     """
 
-    name: ClassVar[str] = "train"
+    name = "train"
     iteration: int
-    opponent: Node[Policy]
     scores: Mapping[str, Node[Scores]]
     first: Node[Rows[Answer]] | None = None
 
@@ -102,61 +101,44 @@ class Train(Stage[Policy]):
             "seed": seed_of(config.seed, t, bits=32),
         }
 
-    def inputs(self, run: Run, opponent: Policy, *results) -> dict:
-        scores, first = self.split(results)
+    def inputs(self, run: Run, policy: Policy, scores: Mapping[str, Scores], first: Rows[Answer] | None = None) -> dict:
         inputs = {
-            "start": opponent.id,
+            "start": policy.id,
             "scores": {model: score.key for model, score in scores.items()},
             "objective": self.objective(run).settings,
             **self.settings(run),
-            **training_inputs(run, opponent),
+            **training_inputs(run, policy),
         }
         return inputs if first is None else inputs | {"first": first.digest}
 
-    def split(self, results: Sequence) -> tuple[dict[str, Scores], Rows[Answer] | None]:
-        """The results of the nodes after the opponent, by what they are."""
-        scores = dict(zip(self.scores, results, strict=False))
-        return scores, results[len(scores)] if self.first else None
-
-    def build(self, run: Run, work: Work, opponent: Policy, *results) -> dict:
-        scores, answers = self.split(results)
+    def build(
+        self, run: Run, work: Work, policy: Policy, scores: Mapping[str, Scores], first: Rows[Answer] | None = None
+    ) -> dict:
         pairs, objective, settings = scores["opponent"].pairs, self.objective(run), self.settings(run)
         references = {model: score.logps for model, score in scores.items()}
-        first = {(answer.id, answer.index): answer.ids for answer in answers or ()}
+        first_ids = {(answer.id, answer.index): answer.ids for answer in first or ()}
 
         def train(engine, **common) -> TrainState:
-            return train_spin(engine, pairs, references, objective, first=first, **common, **settings)
+            return train_spin(engine, pairs, references, objective, first=first_ids, **common, **settings)
 
         prompts = round(len(group_by_prompt(pairs)) * settings["epochs"])
-        return train_policy(run, work, opponent, train, prompts, {"loss": "loss", "margin": "rewards/margins"})
-
-    def read(self, run: Run, artifact: Artifact, opponent: Policy, *results) -> Policy:
-        return trained_policy(run, artifact, f"iter{self.iteration}")
+        return train_policy(run, work, policy, train, prompts, {"loss": "loss", "margin": "rewards/margins"})
 
 
-@dataclass(frozen=True, eq=False)
 class Merge(Stage[Artifact]):
     """The policy's adapter merged into its base: a complete model folder, `merged/` in the artifact."""
 
-    name: ClassVar[str] = "merge"
-    main_process_only: ClassVar[bool] = True
-    policy: Node[Policy]
-    iteration: None = None
-
-    def subject(self, *results) -> str:
-        return results[0].label if results else "the final policy"
-
-    def labels(self, policy: Policy) -> dict:
-        return {"iter": None, "policy": policy.label}
+    name = "merge"
 
     def inputs(self, run: Run, policy: Policy) -> dict:
         return {"policy": policy.id}
 
     def build(self, run: Run, work: Work, policy: Policy) -> dict:
         run.models.release()
-        run.store.check_free(fp32_bytes(policy.base_or_self.folder), work.title)
-        save_merged(policy, work.folder / "merged")
-        write_stop_ids(work.folder / "merged", run.stop_ids)
+        if run.ranks.is_main_process:
+            run.store.check_free(fp32_bytes(policy.base_or_self.folder), self.title)
+            save_merged(policy, work.folder / "merged")
+            write_stop_ids(work.folder / "merged", run.stop_ids)
         return {}
 
     def read(self, run: Run, artifact: Artifact, policy: Policy) -> Artifact:
@@ -193,7 +175,7 @@ def train_policy(
     settings = run.config.checkpoint
     checkpoints = Checkpoints(work.resume / "training", settings.minutes, settings.steps, run.say, run.ranks)
     engine = run.models.engine(start)
-    with run.tracker.progress(work.title, max(1, prompts), "prompts") as bar:
+    with run.tracker.progress(work.stage.title, max(1, prompts), "prompts") as bar:
 
         def log(row: dict) -> None:
             work.log(row)
@@ -220,15 +202,9 @@ def train_policy(
 def _prepare_start(run: Run, work: Work, start: Policy) -> Policy:
     """Check the disk, and attach a fresh adapter if the settings ask for one."""
     needed = run.policy_bytes + training_bytes(run.policy_bytes, run.config.optimizer) - folder_size(work.resume)
-    run.store.check_free(needed, f"{work.title}: a policy and its checkpoints")
+    run.store.check_free(needed, f"{work.stage.title}: a policy and its checkpoints")
     model = run.config.model
     if model.adapter == "none" or start.base:
         return start
     seed = seed_of(run.config.seed, ADAPTER_STREAM, bits=32)
     return fresh_adapter(start, lora_settings(model), seed, model, work.resume / "adapter")
-
-
-def trained_policy(run: Run, artifact: Artifact, label: str) -> Policy:
-    """The policy in a finished training stage."""
-    base = run.start.base_or_self if run.config.model.adapter == "lora" else None
-    return Policy(label, artifact.folder / "policy", artifact.manifest["facts"]["policy"], base)

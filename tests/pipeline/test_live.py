@@ -13,17 +13,17 @@ from spin.runtime.errors import UserError
 
 build, write_report, drawn = Train.build, live.write_report, []
 
-def spied_write(folder, *rest):
+def spied_write(folder, *args):
     drawn.append(1)
     (folder / "drawn").write_text(str(len(drawn)))
-    return write_report(folder, *rest)
+    return write_report(folder, *args)
 
 live.write_report = spied_write
 
-def spied(self, run, *rest):
+def spied(self, run, *args, **needs):
     shutil.copy(run.folder / "report.html", run.folder / "seen.html")
     {then}
-    return build(self, run, *rest)
+    return build(self, run, *args, **needs)
 
 Train.build = spied
 """
