@@ -169,8 +169,6 @@ class SpinSweeper(BasicSweeper):
         try:
             composed = self.hydra_context.config_loader.load_sweep_config(self.config, list(job.overrides))
             folder = (Path(composed.hydra.sweep.dir) / composed.hydra.sweep.subdir).absolute()
-            with open_dict(composed):
-                del composed["hydra"]
             config = load_config(composed)
             if config.publish.hub is not None:
                 raise UserError("publish.hub goes with one game: play the best point alone, which reuses its stages.")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from spin.config.compose import compose_run, to_words
+from spin.config.hydra import load_run, to_words
 from spin.config.schema import Config
 from spin.runtime.errors import UserError, user_message
 
@@ -40,12 +40,12 @@ def play(*words: str, **settings: Any) -> Result:
     """
     try:
         given = [*words, *to_words(settings)]
-        config, folder, composed = compose_run(given)
+        config, folder = load_run(given)
         if config.plan or int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise UserError("spin.play plays one game in one process: use run.py for plan=true and with torchrun.")
         from spin.game import play as play_game
 
-        summary = play_game(config, folder, shlex.join(["python", "run.py", *given]), composed)
+        summary = play_game(config, folder, shlex.join(["python", "run.py", *given]))
     except Exception as error:
         if (line := user_message(error)) is None:
             raise

@@ -89,17 +89,16 @@ def declare(run: Run) -> tuple[list[IterationRecord], list[Stage]]:
     return records, [*(stage for record in records for stage in record.stages), *final_stages(run, records)]
 
 
-def play(config: Config, folder: Path, command: str, composed: str | None = None, group: str | None = None) -> dict:
+def play(config: Config, folder: Path, command: str, group: str | None = None) -> dict:
     """Play the game in the run's folder. Returns the summary that game.json holds and the report shows.
 
-    `composed` is the configuration as YAML, written to config.yaml; `group` is the name of the sweep, if any.
-    Raises UserError for anything that a user can fix, before long work where that can be known.
+    `group` is the name of the sweep, if any. Raises UserError for anything that a user can fix, before long work where that can be known.
     """
     with open_run(config, folder, group) as tracker:
         run = prepare_run(config, folder, tracker)
         records, stages = declare(run)
         check_resources(run, stages)
-        prepare_folder(run, composed)
+        prepare_folder(run)
         player = Player(run)
         with live_report(player, records, stages, command):
             for played, record in enumerate(records, 1):

@@ -14,7 +14,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from spin.config.hydra import hydra_error_line, quote, rename
@@ -36,12 +36,6 @@ def joined_group() -> Any:
     return module.current_group() if module is not None and module.current_group().size > 1 else None
 
 
-def speaks_for_all() -> bool:
-    """Whether this process prints the error: the first to fail, or rank 0 before the processes have joined."""
-    group = joined_group()
-    return group.is_first_to_fail() if group else RANK == 0
-
-
 def end(status: int, line: str | None = None) -> NoReturn:
     """End this process, with one line on stderr if given. Once joined it exits at once: other processes may be gone."""
     if line is not None:
@@ -52,18 +46,21 @@ def end(status: int, line: str | None = None) -> NoReturn:
     sys.exit(status)
 
 
-def fail(error: Exception, line: str | None) -> NoReturn:
-    """End with status 1 and `line`, for an error that the user can put right; without a line raise `error`."""
+def fail(error: Exception) -> NoReturn:
+    """End with status 1 and one line, for an error that the user can put right; raise any other."""
     remove_empty_folders()
-    if not speaks_for_all():
-        if joined_group():
-            end(1)
+    group = joined_group()
+    if group and not group.is_first_to_fail():
+        end(1)
+    if not group and RANK > 0:
         # Rank 0 most likely fails in the same way; if this process ended first, torchrun would stop rank 0 before it
         # can print its line. torchrun ends this wait with a signal.
         try:
             time.sleep(WAIT_FOR_RANK_0)
         except KeyboardInterrupt:
             end(1)
+    is_hydras = isinstance(error, HydraException | OmegaConfBaseException)
+    line = hydra_error_line(error) if is_hydras else user_message(error)
     if line is None or os.environ.get(SHOW_TRACEBACK) == "1":
         raise error
     end(1, f"error: {line}")
@@ -98,20 +95,17 @@ def play_composed(composed: DictConfig) -> None:
     folder = Path(settings.runtime.output_dir)
     try:
         config = load_config(composed)  # before the heavy imports, so that a typo is answered at once
-        if config.plan:
-            with signals.deferred():
-                from spin.game import show_plan
+        with signals.deferred():  # some libraries swallow exceptions while they are imported
+            from spin.game import play, show_plan
+            from spin.pipeline import points
 
+        if config.plan:
             show_plan(config, folder)
             remove_empty_folders()
             return
-        with signals.deferred():  # some libraries swallow exceptions while they are imported
-            from spin.game import play
-            from spin.pipeline import points
-
         program = ["spin"] if Path(sys.argv[0]).name == "spin" else ["python", "run.py"]
         command = shlex.join([*program, *settings.overrides.task])
-        start = partial(play, config, folder, command, OmegaConf.to_yaml(OmegaConf.create(config.shown)))
+        start = partial(play, config, folder, command)
         if settings.mode == RunMode.MULTIRUN:
             points.play_point(config, folder, partial(start, group=Path(settings.sweep.dir).name))
         else:
@@ -122,7 +116,7 @@ def play_composed(composed: DictConfig) -> None:
             end_stopped(stop)
         raise
     except Exception as error:  # here, because Hydra prints lines of its own before it raises
-        fail(error, user_message(error))
+        fail(error)
 
 
 def main() -> None:
@@ -142,8 +136,7 @@ def main() -> None:
     try:
         play_composed()
     except Exception as error:
-        is_hydras = isinstance(error, (HydraException, OmegaConfBaseException))
-        fail(error, hydra_error_line(error) if is_hydras else user_message(error))
+        fail(error)
     except KeyboardInterrupt as stop:
         end_stopped(stop)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -1,20 +1,25 @@
 """The resolvers that conf/ uses, composition from Python, and Hydra's errors in one line."""
 
 import hashlib
+import json
 import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from spin.config.load import NO_RESULT, RENAMED, load_config, note_renamed
 from spin.config.schema import CONF, Config, did_you_mean, settings
+from spin.runtime.errors import UserError
 
 DATA_FILES = (".jsonl", ".json", ".parquet")
 NAMED = ("experiment", "model", "data", "model.path", "data.path")  # a run's folder is named after these already
@@ -100,6 +105,47 @@ def compose(*overrides: str, return_hydra_config: bool = False) -> DictConfig:
 def load(*overrides: str) -> Config:
     """The checked configuration of `python run.py *overrides`."""
     return load_config(compose(*overrides))
+
+
+def load_run(overrides: Sequence[str]) -> tuple[Config, Path]:
+    """The checked configuration of `python run.py *overrides`, and its folder. Raises UserError."""
+    try:
+        composed = compose(*overrides, return_hydra_config=True)
+        return load_config(composed), Path(composed.hydra.run.dir)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(hydra_error_line(error)) from error
+
+
+# --- settings given in Python -----------------------------------------------------------------------------------------
+
+PATH_KEYS = {"model": ["model.path"], "data": ["data=local", "data.path"]}  # what a path given as model= or data= sets
+PLAIN = re.compile(r"(?!(true|false|null|nan|inf)$)[A-Za-z_/.][A-Za-z0-9_/.-]*", re.IGNORECASE)  # needs no quotes
+
+
+def to_words(settings: Mapping[str, Any]) -> list[str]:
+    """Settings as words of the command line: {"loss": "hinge"}, {"loss": {"beta": 0.1}} or {"loss.beta": 0.1}.
+
+    A model or data set that conf/ does not name is a path or a hub name.
+    """
+    words: list[str] = []
+    for key, value in settings.items():
+        parts = {f"{key}.{name}": part for name, part in value.items()} if isinstance(value, Mapping) else {key: value}
+        if key in PATH_KEYS and key in parts and not (CONF / key / f"{value}.yaml").is_file():
+            *choices, path = PATH_KEYS[key]
+            words, parts = [*words, *choices], {path: str(value)}
+        words += [f"{name}={to_text(part)}" for name, part in parts.items()]
+    return words
+
+
+def to_text(value: Any) -> str:
+    """A value in Hydra's grammar: 0.1, null, [1,2], {a:1}, word, 'quoted text'."""
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{to_text(part)}" for key, part in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(to_text, value))}]"
+    if value is None or isinstance(value, bool | int | float):
+        return json.dumps(value).replace("e-0", "e-")
+    return str(value) if PLAIN.fullmatch(str(value)) else QuotedString(str(value), Quote.single).with_quotes()
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------

@@ -16,13 +16,22 @@ from spin.config.schema import Config, base_values, setting_line, validate
 from spin.runtime.errors import UserError, explaining
 from spin.runtime.output import note_secrets
 
-# Settings that only some choices read: elsewhere a value that is not the default is a mistake.
-READ_BY = {
-    "optimizer.alpha": ("rmsprop", "rmsprop8bit"),
-    "optimizer.betas": ("adamw", "adamw8bit"),
-    "engine.compile": ("single",),
-    "engine.zero_stage": ("deepspeed",),
-    "engine.offload_optimizer": ("deepspeed",),
+# Settings that have an effect with some values of another one only: elsewhere a value that is not the default is a mistake.
+USED_WITH = {
+    "model.merge": ("model.adapter", "lora"),
+    "data.template_options": ("data.template", "chat"),
+    "optimizer.alpha": ("optimizer.name", "rmsprop", "rmsprop8bit"),
+    "optimizer.betas": ("optimizer.name", "adamw", "adamw8bit"),
+    "loss.mu": ("loss.objective", "space"),
+    "loss.link": ("loss.objective", "spin"),
+    "loss.reference": ("loss.objective", "spin"),
+    "loss.length_normalised": ("loss.objective", "spin"),
+    "engine.compile": ("engine.name", "single"),
+    "engine.zero_stage": ("engine.name", "deepspeed"),
+    "engine.offload_optimizer": ("engine.name", "deepspeed"),
+    "evaluation.select": ("stage", "game"),
+    "evaluation.against": ("stage", "evaluate"),
+    "publish.hub": ("stage", "game"),
 }
 # Settings that change no result of a game, except how far it is played.
 NO_RESULT = re.compile(
@@ -39,10 +48,11 @@ def note_renamed(old: str, new: str) -> None:
 
 
 def load_config(composed: DictConfig) -> Config:
-    """Turn what Hydra composed into a checked `Config`.
+    """Turn what Hydra composed, its own settings left out, into a checked `Config`.
 
     Raises UserError: an unknown key, a value of the wrong type or out of range, or values that do not go together.
     """
+    composed = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
     with explaining("the configuration cannot be resolved", catch=OmegaConfBaseException):
         values: Any = OmegaConf.to_container(composed, resolve=True)
     note_secrets(OmegaConf.to_yaml(composed))
@@ -53,9 +63,7 @@ def load_config(composed: DictConfig) -> Config:
             values[group][new.split(".")[1]] = values[group].pop(key)
     config = validate(Config, values)
     config._shown = _unresolved(composed)
-    rules = (*_model_rules(config), *_data_rules(config), *_selection_rules(config), *_loss_rules(config))
-    rules += (*_training_rules(config),)
-    for holds, key, rule in rules:
+    for holds, key, rule in (*_data_rules(config), *_training_rules(config)):
         if not holds:
             raise UserError(setting_line(key, attrgetter(key)(config), rule))
     return config
@@ -96,21 +104,16 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
 Rule = tuple[bool, str, str]  # whether it holds, the key to blame, what is allowed
 
 
-def _model_rules(config: Config) -> Iterator[Rule]:
-    model, adapted = config.model, config.model.adapter == "lora"
+def _data_rules(config: Config) -> Iterator[Rule]:
+    """The rules on the model, the data, and what is generated and measured."""
+    model, data, generation, evaluation = config.model, config.data, config.generation, config.evaluation
     named = model.path is not None or model.package is not None
     yield named, "model.path", "must name a model: a local folder or a Hugging Face name"
     yield model.path is not None or model.file is not None, "model.file", "must name the weights in model.package"
-    yield adapted or not model.merge, "model.merge", "goes with model.adapter=lora"
-    trainable = adapted or model.quantization == "none" or config.stage == "evaluate"
+    trainable = model.adapter == "lora" or model.quantization == "none" or config.stage == "evaluate"
     yield trainable, "model.quantization", "quantised weights can't be trained: set model.adapter=lora"
-
-
-def _data_rules(config: Config) -> Iterator[Rule]:
-    data, generation = config.data, config.generation
     has_prompt = data.template in ("chat", "paper") or "{prompt}" in data.template
     yield has_prompt, "data.template", "must be chat, paper, or a text with {prompt} in it"
-    yield data.template == "chat" or not data.template_options, "data.template_options", "goes with data.template=chat"
     free = not RESERVED & data.template_options.keys()
     yield free, "data.template_options", f"must not set {', '.join(sorted(RESERVED))}, which the data decides"
     named = data.path is not None or data.package is not None
@@ -122,42 +125,27 @@ def _data_rules(config: Config) -> Iterator[Rule]:
     yield varied, "generation.num_answers", "all answers to a prompt are the same at generation.temperature=0"
     single = generation.num_answers == 1 or data.generated == "model"
     yield single, "generation.num_answers", "data.generated=file has one answer to a prompt"
-    can_measure = config.evaluation.enabled and data.held_out > 0
+    can_measure = evaluation.enabled and data.held_out > 0
     yield config.stage == "game" or can_measure, "stage", "needs evaluation.enabled=true and data.held_out of 1 or more"
-    compares = config.evaluation.against is not None
-    yield config.stage == "evaluate" or not compares, "evaluation.against", "goes with stage=evaluate"
-    yield config.stage == "game" or config.publish.hub is None, "publish.hub", "goes with stage=game"
-
-
-def _selection_rules(config: Config) -> Iterator[Rule]:
-    evaluation = config.evaluation
-    validates = evaluation.enabled and (config.data.validation > 0 or evaluation.select is not None)
+    validates = evaluation.enabled and (data.validation > 0 or evaluation.select is not None)
     needs = "needs data.validation of 1 or more, to see whether an iteration gains"
     yield config.schedule.stop == "none" or validates, "schedule.stop", needs
-    yield evaluation.select is None or config.stage == "game", "evaluation.select", "goes with stage=game"
-
-
-def _loss_rules(config: Config) -> Iterator[Rule]:
-    loss, is_space = config.loss, config.loss.objective == "space"
-    yield is_space or loss.beta is not None, "loss.beta", "must be a number"
-    yield not is_space or loss.beta is None, "loss.beta", "loss.objective=space has no beta: set loss.beta=null"
-    yield is_space or loss.mu is None, "loss.mu", "has no effect without loss.objective=space"
-    for key in ("link", "reference", "length_normalised"):
-        is_default = getattr(loss, key) == base_values()["loss"][key]
-        yield is_default or not is_space, f"loss.{key}", "has no effect with loss.objective=space"
 
 
 def _training_rules(config: Config) -> Iterator[Rule]:
-    engine, optimizer = config.engine, config.optimizer
+    """The rules on the loss, the schedule, the optimiser and the engine, and `USED_WITH`."""
+    engine, optimizer, loss, is_space = config.engine, config.optimizer, config.loss, config.loss.objective == "space"
+    yield is_space or loss.beta is not None, "loss.beta", "must be a number"
+    yield not is_space or loss.beta is None, "loss.beta", "loss.objective=space has no beta: set loss.beta=null"
     for key in ("loss.beta", "optimizer.lr", "schedule.epochs"):
         value = attrgetter(key)(config)
         suffices = not isinstance(value, list) or len(value) >= config.iterations
         yield suffices, key, f"must have {config.iterations} entries or more, one an iteration, or be one number"
-    for key, names in READ_BY.items():
+    for key, (chooser, *choices) in USED_WITH.items():
         group, name = key.split(".")
-        chosen = getattr(config, group)
-        is_default = getattr(chosen, name) == base_values()[group][name]
-        yield is_default or chosen.name in names, key, f"has no effect with {group}={chosen.name}"
+        chosen = attrgetter(chooser)(config)
+        is_default = attrgetter(key)(config) == base_values().get(group, {}).get(name)
+        yield is_default or chosen in choices, key, f"has no effect with {chooser.removesuffix('.name')}={chosen}"
     if engine.name == "deepspeed":
         shards = engine.zero_stage > 0 or not engine.offload_optimizer
         yield shards, "engine.offload_optimizer", "needs engine.zero_stage of 1 or more"

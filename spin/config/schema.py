@@ -217,6 +217,11 @@ class Config(Section):
         return self._shown or self.model_dump()
 
     @property
+    def yaml(self) -> str:
+        """The text of config.yaml."""
+        return OmegaConf.to_yaml(OmegaConf.create(self.shown))
+
+    @property
     def iterations(self) -> int:
         """The number of iterations: `iter=2` plays 0, 1 and 2."""
         return self.schedule.iterations if self.iter is None else self.iter + 1

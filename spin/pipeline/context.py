@@ -22,7 +22,7 @@ from spin.engines.single import SingleEngine
 from spin.models.find import find_model
 from spin.models.load import load_policy, load_tokenizer, stop_ids
 from spin.models.policy import TRAINED_ON, Policy, trained_on
-from spin.pipeline.probes import adapter_size, check_adapter, check_libraries, check_routers
+from spin.pipeline.probes import adapter_size, check_start
 from spin.runtime.errors import UserError, brief
 from spin.runtime.process_group import ProcessGroup, current_group
 from spin.runtime.progress import Progress
@@ -46,7 +46,6 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     stop_ids: frozenset[int]
     data: Dataset
-    models: "Models"
 
     @property
     def numerics(self) -> dict:
@@ -61,17 +60,15 @@ class Run:
         }
 
     @cached_property
-    def adapter_parameters(self) -> int | None:
-        """The number of parameters of a fresh adapter; None if all weights or a given adapter are trained."""
-        if self.config.model.adapter == "none" or self.start.base:
-            return None
-        return adapter_size(self.config, self.start)
-
-    @cached_property
     def policy_bytes(self) -> int:
         """The size of a policy that this run trains."""
-        parameters = self.adapter_parameters
-        return fp32_bytes(self.start.folder) if parameters is None else 4 * parameters
+        if self.config.model.adapter == "none" or self.start.base:
+            return fp32_bytes(self.start.folder)
+        return 4 * adapter_size(self.config, self.start)
+
+    @cached_property
+    def models(self) -> "Models":
+        return Models(self)
 
     def say(self, text: str) -> None:
         self.tracker.say(text)
@@ -90,30 +87,16 @@ class Run:
 class Models:
     """The model in memory, one at a time, and how its log-probs are computed."""
 
-    def __init__(self, config: Config, dtype: torch.dtype, device: torch.device, ranks: ProcessGroup, tracker: Tracker):
-        self.config, self.dtype, self.device, self.ranks, self.tracker = config, dtype, device, ranks, tracker
-        self.samples: list[Continuations] = []
-        self.longest = 0
+    def __init__(self, run: Run):
+        self.run = run
         self._loaded: tuple[str, PreTrainedModel] | None = None
         self._forwards: dict[str, Forward] = {}
-
-    def set_data(self, data: Dataset) -> None:
-        """Take the items that forwards are compared on, and the most tokens that an item of this run can have."""
-        examples = data.train[:5]
-        # Two different answers to one prompt: a layout that lets one answer see the other gives itself away.
-        self.samples = [
-            Continuations(first.prompt_ids, (first.real_ids, second.real_ids))
-            for first, second in zip(examples, examples[1:] or examples, strict=False)
-        ]
-        answers = max(2, self.config.answers_per_prompt)  # an evaluation scores two
-        lengths = data.all.lengths("prompt_ids") + data.all.lengths("real_ids")
-        self.longest = int(lengths.max()) + answers * self.config.max_new_tokens
 
     def load(self, policy: Policy) -> PreTrainedModel:
         """The policy in memory, in the compute dtype. Releases the model that was loaded before."""
         if self._loaded is None or self._loaded[0] != policy.id:
             self.release()
-            self._loaded = (policy.id, load_policy(policy, self.dtype, self.device))
+            self._loaded = (policy.id, load_policy(policy, self.run.dtype, self.run.device))
         return self._loaded[1]
 
     def release(self) -> None:
@@ -127,27 +110,38 @@ class Models:
         The choice is made per policy, so that a resumed run does not depend on which policy came first.
         """
         if policy.id not in self._forwards:
-            engine = self.config.engine
-            sizes = engine.tokens_per_batch, engine.head_chunk
-            choice = choose_forward(model, self.samples, engine.layout, *sizes, self.longest)
-            forward, remark = self.ranks.broadcast(choice)  # ranks may have different processors
+            choice = self._choose_forward(model)
+            forward, remark = self.run.ranks.broadcast(choice)  # ranks may have different processors
             if remark and forward not in self._forwards.values():
-                self.tracker.say(remark)
+                self.run.say(remark)
             self._forwards[policy.id] = forward
         return self._forwards[policy.id]
 
+    def _choose_forward(self, model: PreTrainedModel) -> tuple[Forward, str | None]:
+        config, data, engine = self.run.config, self.run.data, self.run.config.engine
+        examples = data.train[:5]
+        # Two different answers to one prompt: a layout that lets one answer see the other gives other log-probs.
+        samples = [
+            Continuations(first.prompt_ids, (first.real_ids, second.real_ids))
+            for first, second in zip(examples, examples[1:] or examples, strict=False)
+        ]
+        answers = max(2, config.answers_per_prompt)  # an evaluation scores two
+        lengths = data.all.lengths("prompt_ids") + data.all.lengths("real_ids")
+        longest = int(lengths.max()) + answers * config.max_new_tokens
+        return choose_forward(model, samples, engine.layout, engine.tokens_per_batch, engine.head_chunk, longest)
+
     def engine(self, policy: Policy) -> Engine:
         """A training engine that starts from `policy`. Releases the loaded model."""
-        engine, optimizer = self.config.engine, self.config.optimizer
+        run, engine, optimizer = self.run, self.run.config.engine, self.run.config.optimizer
         if engine.name == "deepspeed":
             from spin.engines.deepspeed import DeepSpeedEngine
 
             if policy.id not in self._forwards:  # has to be chosen on an unsharded model
                 self.forward(self.load(policy), policy)
             self.release()
-            return DeepSpeedEngine(policy, self.dtype, self.device, engine, optimizer, self.ranks)
+            return DeepSpeedEngine(policy, run.dtype, run.device, engine, optimizer, run.ranks)
         self.release()
-        single = SingleEngine(policy, self.dtype, self.device, engine, optimizer)
+        single = SingleEngine(policy, run.dtype, run.device, engine, optimizer)
         self.forward(single.model, policy)
         return single
 
@@ -164,16 +158,12 @@ def prepare_run(config: Config, folder: Path, tracker: Tracker) -> Run:
     tokenizer = load_tokenizer(start.tokenizer)
     stops = stop_ids(start.folder_with("generation_config.json"), tokenizer)
     if ranks.is_main_process:
-        check_adapter(config, start, tracker)
-        check_routers(config, start)
-        check_libraries(config, start)
+        check_start(config, start, tracker.say)
     data = share_data(partial(read_data, config, start, against, tokenizer, stops), tracker.say, ranks)
     # A model that was never taught its template's end token would play on as the user.
     stops |= {end_of_turn(tokenizer, config.data.template, config.data.template_options)}
-    models = Models(config, dtype, device, ranks, tracker)
-    models.set_data(data)
     store = Store(Path(config.store.path), tracker.say)
-    return Run(config, folder, tracker, ranks, store, device, dtype, start, against, tokenizer, stops, data, models)
+    return Run(config, folder, tracker, ranks, store, device, dtype, start, against, tokenizer, stops, data)
 
 
 def share_data(
@@ -196,17 +186,16 @@ def find_policies(config: Config, ranks: ProcessGroup) -> tuple[Policy, Policy |
 
 
 def _find_policies(config: Config) -> tuple[Policy, Policy | None]:
-    cache = Path(config.cache.path).expanduser()
+    cache, against = Path(config.cache.path).expanduser(), config.evaluation.against
     start = find_model(config.model, cache)
     if config.stage == "game":
         return start, None
-    paths = [config.model.path or config.model.name, config.evaluation.against]
-    labels = distinct_labels([path for path in paths if path is not None])
+    path = config.model.path or config.model.name
+    labels = distinct_labels([path, against] if against is not None else [path])
     start = replace(start, label=labels[0])
-    if config.evaluation.against is None:
+    if against is None:
         return start, None
-    other = config.model.model_copy(update={"path": config.evaluation.against})
-    return start, replace(find_model(other, cache), label=labels[1])
+    return start, replace(find_model(config.model.model_copy(update={"path": against}), cache), label=labels[1])
 
 
 def distinct_labels(paths: Sequence[str]) -> list[str]:
@@ -234,16 +223,14 @@ def read_data(
     cache = Path(config.cache.path).expanduser()
     data = load_dataset(config.data, tokenizer, stops, config.seed, cache, seen, say)
     architecture = AutoConfig.from_pretrained(start.base_or_self.folder, trust_remote_code=False).get_text_config()
-    highest = max(data.all.column("highest"))
-    known = getattr(architecture, "vocab_size", None)
+    highest, known = max(data.all.column("highest")), getattr(architecture, "vocab_size", None)
     if known is not None and highest >= known:
         raise UserError(
             f"the tokenizer has tokens that the model has no embedding for, such as {highest} "
             f"({brief(tokenizer.convert_ids_to_tokens(highest), 40)}): the model knows {known}. "
             "Resize its embedding (resize_token_embeddings) and save it, or use its own tokenizer."
         )
-    context = getattr(architecture, "max_position_embeddings", None)
-    new = config.max_new_tokens
+    context, new = getattr(architecture, "max_position_embeddings", None), config.max_new_tokens
     answers = np.maximum(data.all.lengths("real_ids"), new)
     longest = int((data.all.lengths("prompt_ids") + answers).max())
     if context is not None and longest > context:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import traceback
 from collections.abc import Callable
+from os.path import exists, expanduser
 from pathlib import Path
 from typing import Any
 
@@ -54,18 +55,11 @@ def content_hash(config: Config) -> str | None:
     for name in ("plan", "tracking", "checkpoint"):  # they change no result
         del settings[name]
     sources = [(settings[group]["path"], settings[group]["revision"]) for group in ("model", "data")]
-    if any(path and ":" not in path and not _exists(path) and not revision for path, revision in sources):
+    if any(path and ":" not in path and not exists(expanduser(path)) and not revision for path, revision in sources):
         return None
     named = [path for path, _ in sources] + [v for v in settings["evaluation"].values() if isinstance(v, str)]
-    files = [_stats_of_files(Path(path).expanduser()) for path in named if path and _exists(path)]
+    files = [_stats_of_files(Path(expanduser(path))) for path in named if path and exists(expanduser(path))]
     return hashlib.sha256(json.dumps([VERSION, settings, files, _program_hash()], sort_keys=True).encode()).hexdigest()
-
-
-def _exists(path: str) -> bool:
-    try:
-        return Path(path).expanduser().exists()
-    except (OSError, RuntimeError):  # not a path
-        return False
 
 
 def _stats_of_files(path: Path) -> list:

@@ -2,13 +2,13 @@
 
 import re
 import shutil
+from collections.abc import Callable
 
 from spin.config.schema import Config, ModelConfig
 from spin.engines.routers import find_routers
 from spin.models import adapters
 from spin.models.policy import Policy
 from spin.runtime.errors import UserError
-from spin.runtime.tracking import Tracker
 
 
 def lora_settings(model: ModelConfig) -> adapters.Lora:
@@ -25,31 +25,28 @@ def adapter_size(config: Config, start: Policy) -> int:
     return adapters.num_parameters(adapters.empty_model(start.folder, lora_settings(config.model))[0])
 
 
-def check_adapter(config: Config, start: Policy, tracker: Tracker) -> None:
-    """Raise UserError if the start and model.adapter do not go together."""
-    model = config.model
-    if model.adapter == "none":
-        if start.base and config.stage == "game":
-            raise UserError(
-                f"model.path={model.path} is a LoRA adapter: set model.adapter=lora to train it further, or merge it into "
-                "its base first."
-            )
-    elif start.base:
-        tracker.say(f"model.path={model.path} is a LoRA adapter; it is trained further as it is.")
-    else:
-        adapter_size(config, start)
-
-
-def check_routers(config: Config, start: Policy) -> None:
-    """Raise UserError if the routers' loss is asked for, and the model has no routers that have one."""
-    weight = config.loss.router_aux_weight
+def check_start(config: Config, start: Policy, say: Callable[[str], None]) -> None:
+    """Raise UserError if the settings do not fit the start, or need a library or file that is missing."""
+    model, weight = config.model, config.loss.router_aux_weight
+    if model.adapter == "lora":
+        if start.base:
+            say(f"model.path={model.path} is a LoRA adapter; it is trained further as it is.")
+        else:
+            adapter_size(config, start)
+    elif start.base and config.stage == "game":
+        raise UserError(
+            f"model.path={model.path} is a LoRA adapter: set model.adapter=lora to train it further, or merge it into "
+            "its base first."
+        )
     if weight and config.stage == "game":
-        model = adapters.without_weights(start.base_or_self.folder)
-        if not find_routers(model):
+        empty = adapters.without_weights(start.base_or_self.folder)
+        if not find_routers(empty):
             raise UserError(
-                f"loss.router_aux_weight={weight:g}: a {model.config.model_type} model has no experts with a load-balancing "
+                f"loss.router_aux_weight={weight:g}: a {empty.config.model_type} model has no experts with a load-balancing "
                 "loss: set it to 0."
             )
+    check_libraries(config, start)
+    check_external(config)
 
 
 def check_libraries(config: Config, start: Policy) -> None:
@@ -59,17 +56,11 @@ def check_libraries(config: Config, start: Policy) -> None:
         from spin.evaluation.two_sample import check_embedder
 
         check_embedder(evaluation.embedder)
-    if evaluation.harness or evaluation.questions or evaluation.judge or evaluation.name == "mt_bench":
-        check_external(config)
-    needs_bitsandbytes = {
-        f"optimizer.name={config.optimizer.name}": config.optimizer.name.endswith("8bit"),
-        f"model.quantization={quantization}": quantization,
-    }
-    for setting, is_needed in needs_bitsandbytes.items():
-        if is_needed:
-            from spin.models.quantization import check_bitsandbytes
+    if quantization or config.optimizer.name.endswith("8bit"):
+        from spin.models.quantization import check_bitsandbytes
 
-            check_bitsandbytes(setting)
+        setting = f"model.quantization={quantization}" if quantization else f"optimizer.name={config.optimizer.name}"
+        check_bitsandbytes(setting)
     if config.engine.compile and not (shutil.which("g++") or shutil.which("clang++")):
         raise UserError("engine.compile=true needs a C++ compiler: install g++, or set it to false.")
     if config.engine.name == "deepspeed":
@@ -85,9 +76,11 @@ def check_libraries(config: Config, start: Policy) -> None:
 
 def check_external(config: Config) -> None:
     """Raise UserError if a benchmark, question file or judge that the settings name is not available."""
+    evaluation = config.evaluation
+    if not (evaluation.harness or evaluation.questions or evaluation.judge or evaluation.name == "mt_bench"):
+        return
     from spin.evaluation.external import harness, judges, mt_bench
 
-    evaluation = config.evaluation
     if evaluation.harness:
         harness.check_tasks(harness.parse_tasks(evaluation.harness), evaluation.harness_include)
     if evaluation.judge is not None:

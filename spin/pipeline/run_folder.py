@@ -16,7 +16,6 @@ from spin.config.load import changed_settings
 from spin.config.schema import Config
 from spin.evaluation.measures import held_out_margins
 from spin.method.pairs import write_pairs
-from spin.models.policy import Policy
 from spin.pipeline.context import Run
 from spin.pipeline.plan import bytes_to_write, look_up
 from spin.pipeline.record import IterationRecord
@@ -60,11 +59,9 @@ def open_run(config: Config, folder: Path, group: str | None) -> Iterator[Tracke
             folder,
             name=folder.name if group else config.name,
             config=config.shown,
-            wandb=config.tracking.wandb,
-            project=config.tracking.project,
-            entity=config.tracking.entity,
             group=group,
             rank=ranks.rank,
+            **config.tracking.model_dump(exclude={"policies"}),
         )
         stack.callback(tracker.close)
         yield tracker
@@ -148,12 +145,11 @@ def check_shared_store(path: Path, ranks: ProcessGroup) -> None:
         probe.unlink()
 
 
-def prepare_folder(run: Run, composed: str | None) -> None:
+def prepare_folder(run: Run) -> None:
     """Write config.yaml, and remove what an earlier game showed that this one will not; the store keeps it."""
     if not run.ranks.is_main_process:
         return
-    if composed is not None:
-        write_text(run.folder / "config.yaml", composed)
+    write_text(run.folder / "config.yaml", run.config.yaml)
     if run.config.stage != "game":
         return
     remove_iterations(run.folder, run.config.iterations)
@@ -204,13 +200,11 @@ def show_record(player: Player, record: IterationRecord) -> None:
             stage.show(result, player.run)
     if record.train is None:
         return
-    trained = player.artifacts[record.train].folder / "policy"
+    shown = folder / record.policy.label
+    shown.mkdir(exist_ok=True)
+    link_tree(player.artifacts[record.train].folder / "policy", shown / "policy")
     if record.iteration is None:
-        link_tree(trained, folder / "sft" / "policy")
         return
-    shown = folder / f"iter{record.iteration}"
-    shown.mkdir(parents=True, exist_ok=True)
-    link_tree(trained, shown / "policy")
     _show_pairs(player, record, shown / "pairs.parquet")
     show_model(None, shown / "merged")
     write_text(shown / "manifest.json", json.dumps(_manifest(player, record), indent=2) + "\n")
@@ -229,15 +223,17 @@ def _show_pairs(player: Player, record: IterationRecord, path: Path) -> None:
 
 def _manifest(player: Player, record: IterationRecord) -> dict:
     """What made the iteration, for readers and scripts."""
-    config = player.run.config
-    assert record.iteration is not None and record.opponent and isinstance(record.train, Train)
+    config, score = player.run.config, record.scores["opponent"]
+    assert record.opponent and isinstance(record.train, Train)
     policy, opponent = player.result(record.policy), player.result(record.opponent)
-    score = record.scores["opponent"]
+    weights: dict = {"label": policy.label, "weights": policy.id, "starts_as": opponent.label}
+    if policy.base:
+        weights["adapter_of"] = {"weights": policy.base.id, "quantization": policy.base.quantization}
     return {
         "iteration": record.iteration,
         "data": config.shown["data"],
         "start_of_the_game": config.shown["model"]["path"] or config.model.package,
-        "policy": {"label": policy.label, "weights": policy.id, "starts_as": opponent.label, **_base(policy)},
+        "policy": weights,
         "opponent": {"label": opponent.label, "weights": opponent.id},
         "loss": config.shown["loss"] | record.train.objective(player.run).settings,
         "replay": [f"iter{k}" for k in score.answers if k != record.iteration],
@@ -245,9 +241,3 @@ def _manifest(player: Player, record: IterationRecord) -> dict:
         "stages": {stage.name: player.artifacts[stage].manifest for stage in (score, record.train)},
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
     }
-
-
-def _base(policy: Policy) -> dict:
-    """For an adapter, the model that it belongs to."""
-    base = policy.base
-    return {"adapter_of": {"weights": base.id, "quantization": base.quantization}} if base else {}

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from spin.evaluation.external.harness import parse_tasks
 from spin.evaluation.measure_table import CLASSIFIER_PROMPTS, COMPARED, MEASURES
@@ -63,13 +62,17 @@ def criterion(run: Run) -> str | None:
 
 
 def select_policy(player: Player, records: Sequence[IterationRecord]) -> Selection | None:
-    """The best of the played policies, start and SFT policy included; None if nothing is selected.
+    """The best of the played policies, start and SFT policy included; None if nothing is selected. The main process decides.
 
     On validation prompts by the rule of `best_policy`, by benchmarks the highest value.
     """
-    name = criterion(player.run)
+    ranks, name = player.run.ranks, criterion(player.run)
     if name is None:
         return None
+    return ranks.broadcast(_best(player, records, name) if ranks.is_main_process else None)
+
+
+def _best(player: Player, records: Sequence[IterationRecord], name: str) -> Selection:
     if name in MEASURES:
         evaluations = [player.result(record.validation) for record in records if record.validation]
         settings = player.run.config.evaluation.bootstrap, player.run.config.seed
@@ -81,10 +84,9 @@ def select_policy(player: Player, records: Sequence[IterationRecord]) -> Selecti
         index = max(range(len(records)), key=lambda i: scores[i][0])
         (value, n), interval = scores[index], None
     record = records[index]
-    policy, last = player.result(record.policy), player.result(records[-1].policy)
-    folder = "sft" if record.iteration is None else f"iter{record.iteration}"
-    path = f"{folder}/policy" if record.train else str(policy.folder.absolute())
-    return Selection(policy.label, record.iteration, path, name, value, interval, n, last.label)
+    label, last = record.policy.label, records[-1].policy.label
+    path = f"{label}/policy" if record.train else str(player.result(record.policy).folder.absolute())
+    return Selection(label, record.iteration, path, name, value, interval, n, last)
 
 
 def _benchmark(player: Player, record: IterationRecord, name: str) -> tuple[float, int]:
@@ -111,7 +113,8 @@ def gains_no_more(player: Player, records: Sequence[IterationRecord]) -> bool:
     run, t = player.run, records[-1].iteration
     if run.config.schedule.stop == "none" or t is None or t == run.config.iterations - 1:
         return False
-    selection = run.ranks.broadcast(select_policy(player, records) if run.ranks.is_main_process else None)
+    selection = select_policy(player, records)
+    assert selection is not None  # schedule.stop needs data.validation
     best = -1 if selection.iter is None else selection.iter
     if t - best < run.config.schedule.patience:
         return False
@@ -124,31 +127,23 @@ def hand_over(player: Player, records: Sequence[IterationRecord]) -> Selection |
 
     If the start is selected, `best/` has no model: it is the user's own.
     """
-    run, record = player.run, records[-1]
-    selection = run.ranks.broadcast(select_policy(player, records) if run.ranks.is_main_process else None)
+    run, record, selection = player.run, records[-1], select_policy(player, records)
     if selection:
-        record = next(record for record in records if player.result(record.policy).label == selection.policy)
+        record = next(record for record in records if record.policy.label == selection.policy)
     merged = None
     if run.config.model.merge and record.train:
         player.play(merge := Merge(None, record.policy))
         merged = player.artifacts[merge].folder / "merged"
-    if run.ranks.is_main_process and run.config.stage == "game":
-        show_selection(run.folder, selection, record, player.result(record.policy).folder, merged)
-    return selection
-
-
-def show_selection(
-    folder: Path, selection: Selection | None, record: IterationRecord, policy: Path, merged: Path | None
-) -> None:
-    """Lay out `best/` for the selected `record` and its `policy`, and the `merged` model beside its policy."""
-    best = folder / "best"
+    if not run.ranks.is_main_process or run.config.stage != "game":
+        return selection
     if record.train:
-        shown = folder / ("sft" if record.iteration is None else f"iter{record.iteration}")
-        show_model(merged, shown / "merged")
+        show_model(merged, run.folder / record.policy.label / "merged")
+    best = run.folder / "best"
     if selection is None:
         remove_shown(best)
-        return
+        return None
     best.mkdir(exist_ok=True)
-    show_model(policy if record.train else None, best / "policy")
+    show_model(player.result(record.policy).folder if record.train else None, best / "policy")
     show_model(merged, best / "merged")
     write_text(best / "selection.json", json.dumps(asdict(selection), indent=2) + "\n")
+    return selection

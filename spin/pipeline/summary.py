@@ -12,6 +12,7 @@ from spin.config.schema import Config, value_at_iteration
 from spin.evaluation.measures import HeldOut, differences
 from spin.pipeline.context import Run
 from spin.pipeline.evaluate import Evaluation
+from spin.pipeline.external import summarize_external
 from spin.pipeline.record import IterationRecord
 from spin.pipeline.run_folder import remove_iterations
 from spin.pipeline.select import Selection
@@ -127,7 +128,7 @@ def _iteration(player: Player, record: IterationRecord) -> dict:
         "pairs": len(player.result(score).pairs),
         "dropped": player.artifacts[score].manifest["facts"]["dropped"],
         "policy": f"iter{t}/policy",
-        "opponent": player.result(record.opponent).label,
+        "opponent": record.opponent.label,
     }
 
 
@@ -137,9 +138,7 @@ def _external(player: Player, records: Sequence[IterationRecord]) -> list[dict]:
     rows = []
     for record in records:
         if record.external:
-            from spin.pipeline.external import summarize_external
-
-            label = player.result(record.policy).label
+            label = record.policy.label
             # The start of a game without an SFT stage is what the paper calls the SFT model.
             paper_label = "sft" if label == "start" and not has_sft else label
             results = [(stage, player.result(stage)) for stage in record.external if stage in player.artifacts]
@@ -174,25 +173,21 @@ def sample_sets(player: Player, records: Sequence[IterationRecord]) -> list[dict
     pairs = []
     for record in records:
         if record.evaluation:
-            measured, opponent = player.result(record.evaluation), record.evaluation.opponent
+            opponent = record.evaluation.opponent
             before = player.result(opponent).held_out if opponent else None
-            policies.append((measured.policy.label, measured.held_out, before))
+            policies.append((record.policy.label, player.result(record.evaluation).held_out, before))
         if record.opponent:
-            scores, label = player.result(record.scores["opponent"]), player.result(record.opponent).label
+            scores = player.result(record.scores["opponent"])
             held_out = HeldOut(scores.pairs, {name: values.numpy() for name, values in scores.logps.items()})
-            pairs.append(sample_set(f"Training pairs of iteration {record.iteration}", [(label, held_out, None)]))
+            sets = [(record.opponent.label, held_out, None)]
+            pairs.append(sample_set(f"Training pairs of iteration {record.iteration}", sets))
     return [*([sample_set("Held-out prompts", policies)] if policies else []), *pairs]
 
 
 def _samples(evaluations: Sequence[Evaluation], count: int) -> list[dict]:
     """The first held-out prompts, with the human answer and every policy's."""
-    if not evaluations:
-        return []
-    return [
-        {
-            "prompt": pair.prompt,
-            "real": pair.real,
-            "answers": {e.policy.label: e.held_out.pairs[i].generated for e in evaluations},
-        }
-        for i, pair in enumerate(evaluations[0].held_out.pairs[:count])
-    ]
+    samples = []
+    for i, pair in enumerate(evaluations[0].held_out.pairs[:count] if evaluations else ()):
+        answers = {e.policy.label: e.held_out.pairs[i].generated for e in evaluations}
+        samples.append({"prompt": pair.prompt, "real": pair.real, "answers": answers})
+    return samples

@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from spin.config.compose import compose_run, to_text, to_words
-from spin.config.hydra import compose
+from spin.config.hydra import compose, load_run, to_text, to_words
 from spin.config.schema import CONF
 from spin.runtime.errors import UserError
 
@@ -27,7 +26,7 @@ def test_values_arrive_as_they_are():
 def test_the_words_are_those_of_the_command_line():
     settings = {"model": "zephyr", "loss": {"beta": 0.1}, "optimizer.lr": [5e-7, 1e-7], "iter": 1, "seed": 1}
     assert to_words(settings) == ["model=zephyr", "loss.beta=0.1", "optimizer.lr=[5e-7,1e-7]", "iter=1", "seed=1"]
-    assert compose_run(to_words(settings))[1] == compose_run(["iter=0", *to_words(settings)])[1]
+    assert load_run(to_words(settings))[1] == load_run(["iter=0", *to_words(settings)])[1]
 
 
 @pytest.mark.parametrize(
@@ -45,8 +44,8 @@ def test_a_path_in_place_of_a_choice(settings, words):
 
 
 def test_configuration_folder_and_text():
-    config, folder, text = compose_run(["model=tiny", "data=tiny"])
+    config, folder = load_run(["model=tiny", "data=tiny"])
     assert config.model.name == "tiny" and folder == Path("outputs/tiny-tiny")
-    assert "hydra" not in text and "sft_epochs: 3" in text and (CONF / "config.yaml").is_file()
+    assert "hydra" not in config.yaml and "sft_epochs: 3" in config.yaml and (CONF / "config.yaml").is_file()
     with pytest.raises(UserError, match="there is no such setting"):
-        compose_run(["loss.betta=1"])
+        load_run(["loss.betta=1"])

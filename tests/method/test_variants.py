@@ -352,7 +352,7 @@ def test_references_in_a_sweep(played):
         (["loss=space", "loss.beta=0.1"], "loss.beta=0.1: loss.objective=space has no beta: set loss.beta=null"),
         (["loss=space", "loss.link=hinge"], "loss.link=hinge: has no effect with loss.objective=space"),
         (["loss=space", "loss.reference=none"], "loss.reference=none: has no effect with loss.objective=space"),
-        (["loss.mu=2.5"], "loss.mu=2.5: has no effect without loss.objective=space"),
+        (["loss.mu=2.5"], "loss.mu=2.5: has no effect with loss.objective=spin"),
         (["generation=greedy", "generation.num_answers=2"], "all answers to a prompt are the same"),
     ],
 )

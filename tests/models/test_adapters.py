@@ -459,7 +459,7 @@ def test_broken_adapter_folders(tiny_folder, tmp_path):
         (["model.lora_rank=0"], "model.lora_rank=0: must be greater than or equal to 1"),
         (["model.lora_alpha=0"], "model.lora_alpha=0: must be greater than or equal to 1"),
         (["model.lora_targets=[]"], "model.lora_targets=[]: "),
-        (["model.adapter=none", "model.merge=true"], "model.merge=True: goes with model.adapter=lora"),
+        (["model.adapter=none", "model.merge=true"], "model.merge=True: has no effect with model.adapter=none"),
         (["model.adapter=none", "model.quantization=nf4"], "set model.adapter=lora"),
         (["model.adapter=lorra"], "must be 'none' or 'lora'"),
     ],

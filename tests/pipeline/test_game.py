@@ -370,7 +370,7 @@ def test_exact_match(played, tmp_path):
     [
         (["stage=evaluate", "evaluation=none"], "needs evaluation.enabled=true"),
         (["stage=measure"], "must be 'game' or 'evaluate'"),
-        (["evaluation.against=somewhere"], "goes with stage=evaluate"),
+        (["evaluation.against=somewhere"], "evaluation.against=somewhere: has no effect with stage=game"),
         (["stage=evaluate", "evaluation.against=/nowhere/at/all"], "no such folder"),
         (["evaluation.embedder=/nowhere/at/all"], "no embedding model can be loaded"),
         (["data=task", "data.path=builtin:chess"], "there are sort, sum, reverse"),

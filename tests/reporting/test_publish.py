@@ -105,5 +105,5 @@ def test_errors_before_the_game(place, hub, words, token, says, tmp_path):
 def test_only_with_one_game(place):
     done = place.play("-m", "iter=0,1", "publish.hub=me/x", f"hydra.sweep.dir={place.folder}/sweep", status=1)
     assert "publish.hub goes with one game: play the best point alone" in done.stderr
-    with pytest.raises(UserError, match=r"publish\.hub=me/x: goes with stage=game"):
+    with pytest.raises(UserError, match=r"publish\.hub=me/x: has no effect with stage=evaluate"):
         load("stage=evaluate", "publish.hub=me/x")
