@@ -50,14 +50,16 @@ def play(*words: str, **settings: Any) -> Result:
         if (line := user_message(error)) is None:
             raise
         raise UserError(line) from None
-    policies = {path.parent.name: path for path in (folder / "sft" / "policy",) if path.is_dir()}
+    policies = {"sft": folder / "sft" / "policy"} if (folder / "sft" / "policy").is_dir() else {}
     policies |= {f"iter{played['iter']}": folder / played["policy"] for played in summary["iterations"]}
-    last = next(reversed(policies.values()), None)
-    selected = Path(summary["selected"]["path"]) if summary["selected"] else None  # absolute if it is the start
+    best = next(reversed(policies.values()), None)
+    if summary["selected"]:
+        path = Path(summary["selected"]["path"])  # absolute if it is the start
+        best = path if path.is_absolute() else folder / "best" / "policy"
     return Result(
         folder,
         policies,
-        selected if selected and selected.is_absolute() else folder / "best" / "policy" if selected else last,
+        best,
         {played["iter"]: folder / f"iter{played['iter']}" / "pairs.parquet" for played in summary["iterations"]},
         {row["policy"]: row for row in summary["evaluations"]},
         summary,

@@ -15,14 +15,15 @@ from spin.pipeline.evaluate import Evaluate, Validate
 from spin.pipeline.external import declare_external
 from spin.pipeline.generate import Generate
 from spin.pipeline.live import live_report
-from spin.pipeline.plan import look_up, print_plan
+from spin.pipeline.plan import print_plan
 from spin.pipeline.record import IterationRecord, measurable, replayed
-from spin.pipeline.run_folder import check_resources, open_run, prepare_folder, show_record
+from spin.pipeline.run_folder import check_resources, open_run, show_record
 from spin.pipeline.score import Score
 from spin.pipeline.select import final_stages, gains_no_more, hand_over
 from spin.pipeline.stage import Given, Node, Player, Stage
 from spin.pipeline.summary import finish
 from spin.pipeline.train import Sft, Train
+from spin.runtime.files import write_text
 from spin.runtime.tracking import Tracker
 
 
@@ -92,13 +93,15 @@ def declare(run: Run) -> tuple[list[IterationRecord], list[Stage]]:
 def play(config: Config, folder: Path, command: str, group: str | None = None) -> dict:
     """Play the game in the run's folder. Returns the summary that game.json holds and the report shows.
 
-    `group` is the name of the sweep, if any. Raises UserError for anything that a user can fix, before long work where that can be known.
+    `group` is the name of the sweep, if any. Raises UserError for anything that a user can fix, before long work where
+    that can be known.
     """
     with open_run(config, folder, group) as tracker:
         run = prepare_run(config, folder, tracker)
         records, stages = declare(run)
         check_resources(run, stages)
-        prepare_folder(run)
+        if run.ranks.is_main_process:
+            write_text(folder / "config.yaml", config.yaml)
         player = Player(run)
         with live_report(player, records, stages, command):
             for played, record in enumerate(records, 1):
@@ -114,6 +117,5 @@ def play(config: Config, folder: Path, command: str, group: str | None = None) -
 
 def show_plan(config: Config, folder: Path) -> None:
     """Print which stages `play` would reuse, resume and play. Computes nothing, and leaves the run's folder as it is."""
-    tracker = Tracker(folder, name=config.name, config={}, rank=1)  # rank 1 logs nothing
-    run = prepare_run(config, folder, tracker)
-    print_plan(run, look_up(run, declare(run)[1], thorough=True), tracker.console)
+    run = prepare_run(config, folder, Tracker(folder, name=config.name, config={}, rank=1))  # which logs nothing
+    print_plan(run, declare(run)[1])

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from rich.console import Console
 from rich.table import Table
 
 from spin.engines.disk import disk_needed
@@ -63,8 +62,9 @@ def bytes_to_write(run: Run, planned: Sequence[Planned]) -> int:
     return disk_needed(names, run.start, run.policy_bytes, run.config.optimizer, resumable)
 
 
-def print_plan(run: Run, planned: Sequence[Planned], console: Console) -> None:
-    """Print the plan as a table and a line with its totals."""
+def print_plan(run: Run, stages: Sequence[Stage]) -> None:
+    """Print what would happen to the stages as a table, and a line with its totals."""
+    planned, console = look_up(run, stages, thorough=True), run.tracker.console
     table = Table("stage", "of", "would", "", box=None, pad_edge=False)
     for entry in planned:
         table.add_row(entry.stage, entry.subject, entry.status, entry.remark)

@@ -70,7 +70,7 @@ def open_run(config: Config, folder: Path, group: str | None) -> Iterator[Tracke
 
 def check_folder(folder: Path) -> None:
     """Raise UserError if the folder has no lock, so no run has written to it, and holds what a run would overwrite."""
-    written = [*(folder / name for name in (*WRITTEN, "sft", "best")), *iteration_folders(folder).values()]
+    written = [*(folder / name for name in (*WRITTEN, "sft", "best")), *iteration_folders(folder)]
     taken = next((path for path in written if path.exists()), None)
     if taken and not (folder / LOCK).exists():
         raise UserError(
@@ -145,29 +145,17 @@ def check_shared_store(path: Path, ranks: ProcessGroup) -> None:
         probe.unlink()
 
 
-def prepare_folder(run: Run) -> None:
-    """Write config.yaml, and remove what an earlier game showed that this one will not; the store keeps it."""
-    if not run.ranks.is_main_process:
-        return
-    write_text(run.folder / "config.yaml", run.config.yaml)
-    if run.config.stage != "game":
-        return
-    remove_iterations(run.folder, run.config.iterations)
-    if run.config.schedule.sft_epochs == 0:
-        remove_shown(run.folder / "sft")
-
-
-def remove_iterations(folder: Path, first: int) -> None:
-    """Remove what an earlier game showed of the iterations from `first` on."""
-    for number, path in iteration_folders(folder).items():
-        if number >= first:
+def remove_stale(folder: Path, records: Sequence[IterationRecord]) -> None:
+    """Remove what an earlier game showed of policies that this one, which played `records`, has not; the store keeps it."""
+    labels = {record.policy.label for record in records}
+    for path in (folder / "sft", *iteration_folders(folder)):
+        if path.name not in labels:
             remove_shown(path)
 
 
-def iteration_folders(folder: Path) -> dict[int, Path]:
-    """The folders iter0, iter1, ... in a run's folder, by number."""
-    paths = [path for path in folder.glob("iter*") if path.name[4:].isdecimal() and path.is_dir()]
-    return {int(path.name[4:]): path for path in paths}
+def iteration_folders(folder: Path) -> list[Path]:
+    """The folders iter0, iter1, ... in a run's folder."""
+    return [path for path in folder.glob("iter*") if path.name[4:].isdecimal() and path.is_dir()]
 
 
 def remove_shown(folder: Path) -> None:

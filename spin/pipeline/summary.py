@@ -14,7 +14,7 @@ from spin.pipeline.context import Run
 from spin.pipeline.evaluate import Evaluation
 from spin.pipeline.external import summarize_external
 from spin.pipeline.record import IterationRecord
-from spin.pipeline.run_folder import remove_iterations
+from spin.pipeline.run_folder import remove_stale
 from spin.pipeline.select import Selection
 from spin.pipeline.stage import Player
 from spin.pipeline.train import Train
@@ -40,7 +40,7 @@ def finish(
     run = player.run
     summary = summarize(player, records, selection, command)
     if run.config.stage == "game":
-        remove_iterations(run.folder, len(summary["iterations"]))
+        remove_stale(run.folder, records)
     write_text(run.folder / "game.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     page = write_report(run.folder, summary, sample_sets(player, records))
     write_cards(run.folder, summary, run.config, run.start)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from spin.config.schema import value_at_iteration
@@ -27,6 +28,8 @@ from spin.runtime.tables import Lazy, Rows
 
 # Parts of the random stream beside the iterations, which count from 0.
 SFT_STREAM, ADAPTER_STREAM = -1, -3
+# The values beside the progress bar, and their columns in the rows of metrics.
+SHOWN = {"loss": "loss", "margin": "rewards/margins"}
 
 
 class Training(Stage[Policy]):
@@ -36,7 +39,55 @@ class Training(Stage[Policy]):
     def label(self) -> str:
         return "sft" if self.iteration is None else f"iter{self.iteration}"
 
-    def read(self, run: Run, artifact: Artifact, **needs) -> Policy:
+    def settings(self, run: Run) -> dict:
+        """The settings of the training loop."""
+        config, schedule, t = run.config, run.config.schedule, self.iteration
+        return {
+            "lr": schedule.sft_lr if t is None else value_at_iteration(config.optimizer.lr, t),
+            "epochs": schedule.sft_epochs if t is None else value_at_iteration(schedule.epochs, t),
+            "batch_size": schedule.batch_size,
+            "warmup_ratio": schedule.warmup_ratio,
+            "seed": seed_of(config.seed, SFT_STREAM if t is None else t, bits=32),
+        }
+
+    def inputs(self, run: Run, policy: Policy, *args: Any, **needs: Any) -> dict:
+        return {"start": policy.id, **self.settings(run), **training_inputs(run, policy)}
+
+    def loop(self, run: Run, *args: Any, **needs: Any) -> tuple[Callable[..., TrainState], int]:
+        """Return the training loop, which has its data, and the number of prompts."""
+        raise NotImplementedError
+
+    def build(self, run: Run, work: Work, policy: Policy, *args: Any, **needs: Any) -> dict:
+        """Train, resuming from a checkpoint, and save the policy."""
+        ranks, settings, checkpoint = run.ranks, self.settings(run), run.config.checkpoint
+        loop, prompts = self.loop(run, **needs)
+        start = ranks.broadcast(_prepare_start(run, work, policy) if ranks.is_main_process else None)
+        checkpoints = Checkpoints(work.resume / "training", checkpoint.minutes, checkpoint.steps, run.say, ranks)
+        engine = run.models.engine(start)
+        with run.tracker.progress(self.title, max(1, round(prompts * settings["epochs"])), "prompts") as bar:
+
+            def log(row: dict) -> None:
+                work.log(row)
+                if row["step"] < checkpoints.restored.step:
+                    bar.skip(row["prompts"])
+                else:
+                    bar.advance(row["prompts"], **{name: row[key] for name, key in SHOWN.items() if key in row})
+
+            forward = run.models.forward(engine.model, start)
+            state = loop(engine, forward=forward, log=log, checkpoints=checkpoints, **settings)
+        work.earlier_seconds += checkpoints.restored.seconds
+        folder = work.folder / "policy"
+        with checkpoints.write_on_interrupt(engine, state, state.step), deferred():
+            engine.save(folder)
+        checkpoints.close()
+        engine.close()
+        if not ranks.is_main_process:
+            return {}
+        write_stop_ids(folder, run.stop_ids)
+        note_trained_on(folder, trained_on(start.folder_with(TRAINED_ON)) | {*run.data.train.column("opening")})
+        return {"policy": content_id(folder, start.base), "skipped_steps": state.skipped}
+
+    def read(self, run: Run, artifact: Artifact, *args: Any, **needs: Any) -> Policy:
         base = run.start.base_or_self if run.config.model.adapter == "lora" else None
         return Policy(self.label, artifact.folder / "policy", artifact.manifest["facts"]["policy"], base)
 
@@ -46,33 +97,16 @@ class Sft(Training):
 
     name, title = "sft", "SFT"
 
-    def settings(self, run: Run) -> dict:
-        schedule = run.config.schedule
-        return {
-            "lr": schedule.sft_lr,
-            "epochs": schedule.sft_epochs,
-            "batch_size": schedule.batch_size,
-            "warmup_ratio": schedule.warmup_ratio,
-            "seed": seed_of(run.config.seed, SFT_STREAM, bits=32),
-        }
-
     def inputs(self, run: Run, policy: Policy) -> dict:
-        examples = run.data.train.digest
-        return {"start": policy.id, "examples": examples, **self.settings(run), **training_inputs(run, policy)}
+        return super().inputs(run, policy) | {"examples": run.data.train.digest}
 
-    def build(self, run: Run, work: Work, policy: Policy) -> dict:
+    def loop(self, run: Run) -> tuple[Callable[..., TrainState], int]:
         train_set = run.data.train
 
         def make(row: int) -> Continuations:
             return Continuations((example := train_set[row]).prompt_ids, (example.real_ids,))
 
-        items = Lazy(len(train_set), make)
-        settings = self.settings(run)
-
-        def train(engine, **common) -> TrainState:
-            return train_sft(engine, items, **common, **settings)
-
-        return train_policy(run, work, policy, train, round(len(items) * settings["epochs"]), {"loss": "loss"})
+        return partial(train_sft, items=Lazy(len(train_set), make)), len(train_set)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,38 +125,25 @@ class Train(Training):
     def objective(self, run: Run) -> Objective:
         return make_objective(run.config.loss, self.iteration, run.config.generation.num_answers)
 
-    def settings(self, run: Run) -> dict:
-        config, t = run.config, self.iteration
-        return {
-            "lr": value_at_iteration(config.optimizer.lr, t),
-            "epochs": value_at_iteration(config.schedule.epochs, t),
-            "batch_size": config.schedule.batch_size,
-            "warmup_ratio": config.schedule.warmup_ratio,
-            "seed": seed_of(config.seed, t, bits=32),
-        }
-
     def inputs(self, run: Run, policy: Policy, scores: Mapping[str, Scores], first: Rows[Answer] | None = None) -> dict:
-        inputs = {
-            "start": policy.id,
+        inputs = super().inputs(run, policy) | {
             "scores": {model: score.key for model, score in scores.items()},
             "objective": self.objective(run).settings,
-            **self.settings(run),
-            **training_inputs(run, policy),
         }
         return inputs if first is None else inputs | {"first": first.digest}
 
-    def build(
-        self, run: Run, work: Work, policy: Policy, scores: Mapping[str, Scores], first: Rows[Answer] | None = None
-    ) -> dict:
-        pairs, objective, settings = scores["opponent"].pairs, self.objective(run), self.settings(run)
-        references = {model: score.logps for model, score in scores.items()}
-        first_ids = {(answer.id, answer.index): answer.ids for answer in first or ()}
-
-        def train(engine, **common) -> TrainState:
-            return train_spin(engine, pairs, references, objective, first=first_ids, **common, **settings)
-
-        prompts = round(len(group_by_prompt(pairs)) * settings["epochs"])
-        return train_policy(run, work, policy, train, prompts, {"loss": "loss", "margin": "rewards/margins"})
+    def loop(
+        self, run: Run, scores: Mapping[str, Scores], first: Rows[Answer] | None = None
+    ) -> tuple[Callable[..., TrainState], int]:
+        pairs = scores["opponent"].pairs
+        loop = partial(
+            train_spin,
+            pairs=pairs,
+            references={model: score.logps for model, score in scores.items()},
+            objective=self.objective(run),
+            first={(answer.id, answer.index): answer.ids for answer in first or ()},
+        )
+        return loop, len(group_by_prompt(pairs))
 
 
 class Merge(Stage[Artifact]):
@@ -162,41 +183,6 @@ def training_inputs(run: Run, start: Policy) -> dict:
         lora = lora_settings(config.model)
         inputs["adapter"] = {**vars(lora), "seed": config.seed}
     return inputs
-
-
-def train_policy(
-    run: Run, work: Work, start: Policy, train: Callable[..., TrainState], prompts: int, shown: dict[str, str]
-) -> dict:
-    """Train from `start` with `train`, resuming from a checkpoint, and save the policy. Returns facts.
-
-    `prompts` is the length of the progress bar, `shown` the values beside it: their names, and their columns in the rows.
-    """
-    start = run.ranks.broadcast(_prepare_start(run, work, start) if run.ranks.is_main_process else None)
-    settings = run.config.checkpoint
-    checkpoints = Checkpoints(work.resume / "training", settings.minutes, settings.steps, run.say, run.ranks)
-    engine = run.models.engine(start)
-    with run.tracker.progress(work.stage.title, max(1, prompts), "prompts") as bar:
-
-        def log(row: dict) -> None:
-            work.log(row)
-            if row["step"] < checkpoints.restored.step:
-                bar.skip(row["prompts"])
-            else:
-                bar.advance(row["prompts"], **{name: row[column] for name, column in shown.items()})
-
-        state = train(engine, forward=run.models.forward(engine.model, start), log=log, checkpoints=checkpoints)
-    work.earlier_seconds += checkpoints.restored.seconds
-    folder = work.folder / "policy"
-    with checkpoints.write_on_interrupt(engine, state, state.step), deferred():
-        engine.save(folder)
-    checkpoints.close()
-    engine.close()
-    if not run.ranks.is_main_process:
-        return {}
-    write_stop_ids(folder, run.stop_ids)
-    prompts_seen = trained_on(start.folder_with(TRAINED_ON)) | {*run.data.train.column("opening")}
-    note_trained_on(folder, prompts_seen)
-    return {"policy": content_id(folder, start.base), "skipped_steps": state.skipped}
 
 
 def _prepare_start(run: Run, work: Work, start: Policy) -> Policy:
