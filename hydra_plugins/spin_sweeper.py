@@ -45,23 +45,23 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def why(error: Exception) -> str:
-    """What a launcher's error says, in one line: of a job's output, which it may hold, the last."""
+def error_line(error: Exception) -> str:
+    """A launcher's error in one line; of a job's output, which it may hold, the last line."""
     lines = [line for line in str(error).splitlines() if line.strip(" -")]
     text = " ".join(lines if len(lines) < 4 else [lines[0], "...", lines[-1]])
     return user_message(error) or brief(f"{type(error).__name__}: {text}", 600)
 
 
 @contextlib.contextmanager
-def each_to_its_end(launcher: object) -> Iterator[list[Exception]]:
-    """What went wrong with jobs that were launched in here.
+def waiting_for_all(launcher: object) -> Iterator[list[Exception]]:
+    """Yield a list that collects the errors of jobs launched in the block.
 
-    submitit's launchers give up with the first job that dies, and leave the others at work, or in the queue, where nobody
-    waits for them: in here they wait for all.
+    submitit's launchers raise the error of the first job that dies, while others still run or are queued: in this block
+    they wait for all jobs.
     """
-    lost: list[Exception] = []
+    errors: list[Exception] = []
     if "submitit" not in type(launcher).__module__:
-        yield lost
+        yield errors
         return
     import submitit
 
@@ -71,12 +71,12 @@ def each_to_its_end(launcher: object) -> Iterator[list[Exception]]:
         try:
             return wait(job)
         except Exception as error:
-            lost.append(error)
+            errors.append(error)
             return [None]
 
     submitit.Job.results = results  # type: ignore
     try:
-        yield lost
+        yield errors
     finally:
         submitit.Job.results = wait  # type: ignore
 
@@ -135,16 +135,8 @@ class SpinSweeper(BasicSweeper):
 
         config = ready[0].config
         assert config
-        settings = config.tracking
-        tracker = Tracker(
-            folder,
-            name=f"{folder.name} leaderboard",
-            config={},
-            wandb=settings.wandb,
-            project=settings.project,
-            entity=settings.entity,
-            group=folder.name,
-        )
+        settings = config.tracking.model_dump(exclude={"policies"})
+        tracker = Tracker(folder, name=f"{folder.name} leaderboard", config={}, group=folder.name, **settings)
         try:
             return leaderboard.write_leaderboard(folder, points, tracker, is_new)
         finally:
@@ -157,10 +149,10 @@ class SpinSweeper(BasicSweeper):
         overrides = parser.parse_overrides([quote(rename(word), True) for word in (*self._parse_config(), *arguments)])
         (points,) = self.split_arguments(overrides, None)
         values = [dict(word.split("=", 1) for word in point) for point in points]
-        swept = [key for key in values[0] if len({one[key] for one in values}) > 1]
+        swept = [key for key in values[0] if len({point[key] for point in values}) > 1]
         jobs = {}
-        for words, one in zip(points, values, strict=True):
-            job = Job(tuple(words), {key.lstrip("+"): re.sub(r"\\(.)", r"\1", one[key]) for key in swept})
+        for words, point in zip(points, values, strict=True):
+            job = Job(tuple(words), {key.lstrip("+"): re.sub(r"\\(.)", r"\1", point[key]) for key in swept})
             jobs[job.overrides] = self._composed(job)
         return list(jobs.values())
 
@@ -179,11 +171,11 @@ class SpinSweeper(BasicSweeper):
             return replace(job, problem=str(error))
 
     def _launch(self, jobs: Sequence[Job]) -> dict[tuple[str, ...], str]:
-        """Launch the jobs until each has a record of its end. Returns why there is none, of those that died without.
+        """Launch the jobs until each has a record of its end. Returns the reason for those whose processes died without one.
 
-        A launcher may give up with the first process that dies, whatever the others do. What was at work then is launched
-        again alone (it waits for its lock and continues from finished work), the rest together. A point that was stopped
-        by a signal is not. Raises UserError if nothing can be launched.
+        A launcher may give up with the first process that dies, although others run. Jobs that were playing then are
+        launched again one by one (each waits for its lock and continues from finished work), the others together. A point
+        that was stopped by a signal is not launched again. Raises UserError if nothing can be launched.
         """
         from spin.reporting.sweep_rows import read_record
 
@@ -195,27 +187,29 @@ class SpinSweeper(BasicSweeper):
         size = self.max_batch_size or len(jobs) or 1
         waiting = [list(jobs[start : start + size]) for start in range(0, len(jobs), size)]
         number = 0
-        # A cluster's processes start where this one did, but know nothing of where the program is.
+        # A cluster's processes start in this working directory, but do not have the program on their path.
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         while waiting:
             batch = waiting.pop(0)
-            with each_to_its_end(self.launcher) as lost:
+            with waiting_for_all(self.launcher) as errors:
                 try:
                     self.launcher.launch([list(job.overrides) for job in batch], initial_job_idx=number)
                 except Exception as error:
-                    lost.append(error)
-            if lost and number == 0 and not any(map(status, batch)):
-                raise UserError(f"no point can be launched: {why(lost[0])}") from lost[0]
+                    errors.append(error)
+            if not errors:
+                number += len(batch)
+                continue
+            reason = error_line(errors[0])
+            if number == 0 and not any(map(status, batch)):
+                raise UserError(f"no point can be launched: {reason}") from errors[0]
             number += len(batch)
-            if not lost:
-                continue
-            left = [job for job in batch if status(job) not in ("done", "failed", "stopped")]
+            unfinished = [job for job in batch if status(job) not in ("done", "failed", "stopped")]
             if len(batch) == 1:
-                died |= {job.overrides: why(lost[0]) for job in left}
+                died |= {job.overrides: reason for job in unfinished}
                 continue
-            if left:
-                log.warning("a point's process died, going on without it: %s", why(lost[0]))
-            waiting += [[job] for job in left if status(job) == "playing"]
-            fresh = [job for job in left if status(job) is None]
+            if unfinished:
+                log.warning("a point's process died, going on without it: %s", reason)
+            waiting += [[job] for job in unfinished if status(job) == "playing"]
+            fresh = [job for job in unfinished if status(job) is None]
             waiting += [fresh] if 0 < len(fresh) < len(batch) else [[job] for job in fresh]
         return died

@@ -93,8 +93,7 @@ def declare(run: Run) -> tuple[list[IterationRecord], list[Stage]]:
 def play(config: Config, folder: Path, command: str, group: str | None = None) -> dict:
     """Play the game in the run's folder. Returns the summary that game.json holds and the report shows.
 
-    `group` is the name of the sweep, if any. Raises UserError for anything that a user can fix, before long work where
-    that can be known.
+    `group` is the sweep's name, if any. Raises UserError for what a user can fix, before long work if it is known then.
     """
     with open_run(config, folder, group) as tracker:
         run = prepare_run(config, folder, tracker)

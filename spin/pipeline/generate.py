@@ -91,10 +91,10 @@ def telling_tokens(human: Sequence[int], generated: Sequence[int]) -> list[int]:
     """
     if min(len(human), len(generated)) < TELLING_ANSWERS:
         return []
-    for own, other in (human, generated), (generated, human):
-        counts, theirs = Counter(own), Counter(other)
-        typical = [t for t, n in counts.most_common() if n > 1 and n / len(own) > theirs[t] / len(other)]
-        shares = [sum(side[token] for token in typical) / side.total() for side in (counts, theirs)]
+    counts = Counter(human), Counter(generated)
+    for side, opposite in (counts, counts[::-1]):
+        typical = [t for t, n in side.most_common() if n > 1 and n / side.total() > opposite[t] / opposite.total()]
+        shares = [sum(tokens[token] for token in typical) / tokens.total() for tokens in (side, opposite)]
         if shares[0] - shares[1] >= TELLING_SHARE:
             return typical[:3]
     return []

@@ -32,8 +32,8 @@ def live_report(
 
     def write(title: str, running: bool = False) -> None:
         count = sum(all(stage in player.results for stage in record.stages) for record in records)
-        left = [f"{stage.name} of {stage.subject}" for stage in stages if stage not in player.results]
-        later = ", ".join(left[running:]) or "nothing"
+        missing = [f"{stage.name} of {stage.subject}" for stage in stages if stage not in player.results]
+        later = ", ".join(missing[running:]) or "nothing"
         status = f"{title}, {time.strftime('%Y-%m-%d %H:%M:%S')}. Left{' after that' * running}: {later}."
         with contextlib.suppress(OSError):  # a full disk: the stage itself says so
             write_text(report, draw(count).replace(STATUS, html.escape(status), 1))

@@ -74,10 +74,10 @@ def finish(
 
 def _send_policies(run: Run, summary: dict) -> None:
     """Upload the policies that tracking.policies names, but not a start that is selected: it is the user's own."""
-    wanted, paths = run.config.tracking.policies, [iteration["policy"] for iteration in summary["iterations"]]
-    if wanted == "best":
+    setting, paths = run.config.tracking.policies, [iteration["policy"] for iteration in summary["iterations"]]
+    if setting == "best":
         paths = [summary["selected"]["path"]] if summary["selected"] else paths[-1:]
-    for path in map(Path, paths if wanted != "none" else ()):
+    for path in map(Path, paths if setting != "none" else ()):
         if not path.is_absolute():
             run.tracker.policy(path.parts[0], run.folder / path)
 
