@@ -39,13 +39,9 @@ class Evaluation:
 class Evaluate(Measurement[Evaluation]):
     """Measure `policy` on the held-out prompts, and against its opponent if `opponent`, the opponent's evaluation, is given."""
 
-    name = "evaluate"
+    name, title_format = "evaluate", "{stage.name} {stage.policy.label}"
     shows_samples: ClassVar[bool] = True
     opponent: Node[Evaluation] | None = None
-
-    @property
-    def title(self) -> str:
-        return f"{self.name} {self.policy.label}"
 
     def examples(self, run: Run) -> Rows[Example]:
         return run.data.held_out

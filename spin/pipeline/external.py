@@ -55,12 +55,9 @@ class External(Measurement[Any]):
 class Benchmark(External):
     """One task of the lm-evaluation-harness. Each task is a separate stage, so that an interrupted run keeps the finished ones."""
 
-    name, result_file = "harness", "result.json"
+    name, title_format = "harness", "{stage.task.task} of {stage.policy.label}"
+    result_file = "result.json"
     task: harness.Task
-
-    @property
-    def title(self) -> str:
-        return f"{self.task.task} of {self.policy.label}"
 
     def inputs(self, run: Run, policy: Policy) -> dict:
         settings = run.config.evaluation
@@ -93,11 +90,8 @@ class Benchmark(External):
 class MtBench(External):
     """Answers to MT-Bench's questions in FastChat's layout, graded if there is a judge."""
 
-    name, result_file = "mt_bench", "mt_bench.json"
-
-    @property
-    def title(self) -> str:
-        return f"MT-Bench of {self.policy.label}"
+    name, title_format = "mt_bench", "MT-Bench of {stage.policy.label}"
+    result_file = "mt_bench.json"
 
     def inputs(self, run: Run, policy: Policy) -> dict:
         config, settings = run.config, run.config.evaluation
@@ -155,13 +149,10 @@ class MtBench(External):
 class Compare(External):
     """A judge's preference between the held-out answers of a policy and those of its opponent."""
 
-    name, result_file = "compare", "comparison.json"
+    name, title_format = "compare", "judge {stage.policy.label} against {stage.opponent.policy.label}"
+    result_file = "comparison.json"
     evaluation: Evaluate
     opponent: Evaluate
-
-    @property
-    def title(self) -> str:
-        return f"judge {self.policy.label} against {self.opponent.policy.label}"
 
     def inputs(self, run: Run, policy: Policy, evaluation: Evaluation, opponent: Evaluation) -> dict:
         settings = run.config.evaluation

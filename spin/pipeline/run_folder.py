@@ -70,12 +70,13 @@ def open_run(config: Config, folder: Path, group: str | None) -> Iterator[Tracke
 
 def check_folder(folder: Path) -> None:
     """Raise UserError if the folder has no lock, so no run has written to it, and holds what a run would overwrite."""
-    written = [*(folder / name for name in (*WRITTEN, "sft", "best")), *iteration_folders(folder)]
-    taken = next((path for path in written if path.exists()), None)
-    if taken and not (folder / LOCK).exists():
-        raise UserError(
-            f"{taken} was not written by a run, and this run would overwrite it: give another hydra.run.dir."
-        )
+    if (folder / LOCK).exists():
+        return
+    for path in (*(folder / name for name in (*WRITTEN, "sft", "best")), *iteration_folders(folder)):
+        if path.exists():
+            raise UserError(
+                f"{path} was not written by a run, and this run would overwrite it: give another hydra.run.dir."
+            )
 
 
 def remove_unused(folder: Path) -> None:
@@ -105,29 +106,17 @@ def check_resources(run: Run, stages: Sequence[Stage]) -> None:
     if run.ranks.size > 1:
         run.say(f"{run.ranks.size} processes, ZeRO stage {config.engine.zero_stage}")
     if missing:
-        check_memory(run)
+        from spin.engines.memory_load import check_run_memory
+
+        adapter = run.policy_bytes // 4 if config.model.adapter == "lora" else None
+        for line in check_run_memory(config, run.start, data, adapter, run.device, run.dtype, run.ranks):
+            run.say(line)
     if run.ranks.is_main_process and config.evaluation.judge and {"mt_bench", "compare"} & {e.stage for e in missing}:
         from spin.evaluation.external.judges import check_judge
 
         check_judge(config.evaluation.judge, config.evaluation.judge_model, config.evaluation.judge_timeout)
     if data.seen:
         run.say(f"{data.seen} prompts are not held out: the model was trained on them.")
-
-
-def check_memory(run: Run) -> None:
-    """Say how much memory the run needs. Raises UserError if it cannot fit."""
-    from spin.engines import memory
-    from spin.engines.device_memory import free_memory
-
-    base = run.start.base_or_self
-    architecture = AutoConfig.from_pretrained(base.folder, trust_remote_code=False)
-    shape = memory.shape_of(architecture)
-    if run.config.model.adapter == "lora":
-        parameters = run.policy_bytes // 4
-        shape = replace(shape, adapter=parameters, largest=min(shape.largest, parameters))
-    load = memory.load_of(shape, run.config, run.data, base, run.device, run.dtype, run.ranks)
-    for line in memory.check_memory(load, free_memory(run.device, run.ranks.here), architecture):
-        run.say(line)
 
 
 def check_shared_store(path: Path, ranks: ProcessGroup) -> None:

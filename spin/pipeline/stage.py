@@ -64,6 +64,7 @@ class Stage(Node[Result]):
     """
 
     name: ClassVar[str]  # the folder in the store
+    title_format: ClassVar[str] = "{stage.subject}: {stage.name}"
     may_fail: ClassVar[tuple[type[UserError], ...]] = ()
     iteration: int | None
     policy: Node[Policy]
@@ -75,7 +76,7 @@ class Stage(Node[Result]):
 
     @property
     def title(self) -> str:
-        return f"{self.subject}: {self.name}"
+        return self.title_format.format(stage=self)
 
     @property
     def labels(self) -> dict:

@@ -95,7 +95,7 @@ class Training(Stage[Policy]):
 class Sft(Training):
     """Fine-tune the start on the human answers: iteration 0's opponent is an SFT model of the same data."""
 
-    name, title = "sft", "SFT"
+    name, title_format = "sft", "SFT"
 
     def inputs(self, run: Run, policy: Policy) -> dict:
         return super().inputs(run, policy) | {"examples": run.data.train.digest}
