@@ -16,7 +16,7 @@ from spin.pipeline.external import declare_external
 from spin.pipeline.generate import Generate
 from spin.pipeline.live import live_report
 from spin.pipeline.plan import print_plan
-from spin.pipeline.record import IterationRecord, measurable, replayed
+from spin.pipeline.record import IterationRecord, replayed
 from spin.pipeline.run_folder import check_resources, open_run, show_record
 from spin.pipeline.score import Score
 from spin.pipeline.select import final_stages, gains_no_more, hand_over
@@ -27,18 +27,19 @@ from spin.runtime.files import write_text
 from spin.runtime.tracking import Tracker
 
 
-def declare_game(config: Config, start: Policy) -> Iterator[IterationRecord]:
+def declare_game(run: Run) -> Iterator[IterationRecord]:
     """Declare the stages of a game: the start, SFT, then generate -> score -> train -> evaluate for t = 0, 1, 2, ...
 
     At iteration t the opponent p_t answers every training prompt, and the policy p_(t+1) starts as p_t and learns to tell
     the human answers from those of p_t (section 4.2).
     """
-    policy: Node[Policy] = Given(start)
-    measured = declare_measures(config, None, policy)
+    config = run.config
+    policy: Node[Policy] = Given(run.start)
+    measured = declare_measures(run, None, policy)
     yield IterationRecord(None, policy, **measured)
     if config.schedule.sft_epochs > 0:
         policy = sft = Sft(None, policy)
-        measured = declare_measures(config, None, policy)
+        measured = declare_measures(run, None, policy)
         yield IterationRecord(None, policy, train=sft, **measured)
 
     first_opponent = policy  # the paper's p_theta_0
@@ -53,40 +54,38 @@ def declare_game(config: Config, start: Policy) -> Iterator[IterationRecord]:
         if "start" in objective.references:
             scores["start"] = Score(t, first_opponent, "start", pairs)
         policy = train = Train(t, opponent, scores, answers[0] if "first" in objective.responses else None)
-        measured = declare_measures(config, t, policy, measured["evaluation"])
+        measured = declare_measures(run, t, policy, measured["evaluation"])
         yield IterationRecord(t, policy, generate, scores, train, **measured)
 
 
-def declare_evaluations(config: Config, start: Policy, against: Policy | None) -> Iterator[IterationRecord]:
-    """Declare the stages of stage=evaluate: measures of `start`, and of `against` to compare it with."""
+def declare_evaluations(run: Run) -> Iterator[IterationRecord]:
+    """Declare the stages of stage=evaluate: measures of the start, and of the policy to compare it with, if any."""
     evaluation = None
-    for policy in (against, start):
+    for policy in (run.against, run.start):
         if policy is not None:
             node = Given(policy)
-            measured = declare_measures(config, None, node, evaluation)
+            measured = declare_measures(run, None, node, evaluation)
             yield IterationRecord(None, node, **measured)
             evaluation = measured["evaluation"]
 
 
 def declare_measures(
-    config: Config, iteration: int | None, policy: Node[Policy], opponent: Evaluate | None = None
+    run: Run, iteration: int | None, policy: Node[Policy], opponent: Evaluate | None = None
 ) -> dict[str, Any]:
     """The stages that measure a policy, as fields of its record. `opponent` is the evaluation of its opponent."""
-    evaluation = Evaluate(iteration, policy, opponent) if config.evaluation.enabled else None
+    config, data, enabled = run.config, run.data, run.config.evaluation.enabled
+    evaluation = Evaluate(iteration, policy, opponent) if enabled and data.held_out else None
+    validates = enabled and data.validation and config.stage == "game"
     return {
         "evaluation": evaluation,
-        "validation": Validate(iteration, policy) if config.data.validation else None,
+        "validation": Validate(iteration, policy) if validates else None,
         "external": declare_external(config, iteration, policy, evaluation, opponent),
     }
 
 
 def declare(run: Run) -> tuple[list[IterationRecord], list[Stage]]:
     """All that the run's settings ask for, in playing order, as records and as stages."""
-    config = measurable(run.config, run.data)
-    if config.stage == "evaluate":
-        records = list(declare_evaluations(config, run.start, run.against))
-    else:
-        records = list(declare_game(config, run.start))
+    records = [*(declare_evaluations(run) if run.config.stage == "evaluate" else declare_game(run))]
     return records, [*(stage for record in records for stage in record.stages), *final_stages(run, records)]
 
 

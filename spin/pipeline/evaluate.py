@@ -67,18 +67,15 @@ class Evaluate(Measurement[Evaluation]):
         examples = self.examples(run)
         answers = answer_prompts(run, work, policy, examples, 1, seed)
         pairs, _ = make_pairs(examples, answers, keep_all=True)
-        items = [Continuations(pair.prompt_ids, (pair.real_ids, pair.generated_ids)) for pair in pairs]
-        names = ["real", "generated"]
-        if opponent:  # the opponent's answers, too, for the margin
-            names.append("opponent_generated")
-            items = [
-                Continuations(item.prompt_ids, (*item.responses, opponent_pair.generated_ids))
-                for item, opponent_pair in zip(items, opponent.held_out.pairs, strict=True)
-            ]
+        responses = {"real": [pair.real_ids for pair in pairs], "generated": [pair.generated_ids for pair in pairs]}
+        if opponent:  # for the margin
+            responses["opponent_generated"] = [pair.generated_ids for pair in opponent.held_out.pairs]
+        columns = zip(pairs, *responses.values(), strict=True)
+        items = [Continuations(pair.prompt_ids, tuple(ids)) for pair, *ids in columns]
         scores = score_items(run, work, policy, items).view(len(items), -1)
         if not run.ranks.is_main_process:
             return {}
-        logps = {name: scores[:, column] for column, name in enumerate(names)}
+        logps = {name: scores[:, column] for column, name in enumerate(responses)}
         write_pairs(work.folder / "held_out.parquet", pairs, {"policy": logps})
         observed = _features(run, pairs)
         held_out = HeldOut(

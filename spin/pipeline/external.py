@@ -1,7 +1,6 @@
 """Optional evaluations of a policy by other programs, as stages: benchmarks, MT-Bench, a judge's comparison."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -11,7 +10,7 @@ from spin.models.load import load_tokenizer
 from spin.models.policy import Policy
 from spin.pipeline.context import Run
 from spin.pipeline.evaluate import Evaluate, Evaluation
-from spin.pipeline.stage import Measurement, Node, Stage, Work
+from spin.pipeline.stage import Measurement, Node, Work
 from spin.runtime.errors import UserError
 from spin.runtime.store import Artifact
 
@@ -198,17 +197,3 @@ def open_judge(run: Run) -> judges.Judge:
     settings = run.config.evaluation
     run.models.release()
     return judges.open_judge(str(settings.judge), settings.judge_model, settings.judge_timeout, run.dtype, run.device)
-
-
-def summarize_external(results: Sequence[tuple[Stage, Any]], paper_label: str) -> dict:
-    """A policy's results as the report shows them; `paper_label` is its name in the paper's table, if it is there."""
-    by_name: dict[str, list] = {}
-    for stage, result in results:
-        by_name.setdefault(stage.name, []).append(result)
-    graded = [result["score"] for result in by_name.get("mt_bench", [])]
-    return {
-        "harness": by_name.get("harness"),
-        "mt_bench": graded[0] if graded else None,
-        "comparison": by_name["compare"][0] if "compare" in by_name else None,
-        "paper": harness.PAPER.get(paper_label),
-    }

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from spin.config.schema import Config
-from spin.data.examples import Dataset
 from spin.generation.answers import Answer
 from spin.models.policy import Policy
 from spin.pipeline.evaluate import Evaluate, Validate
@@ -46,12 +45,3 @@ def replayed(config: Config, iteration: int, answers: Sequence[Node[Rows[Answer]
     """The answers whose pairs are used in `iteration`, by iteration: its own, then those that schedule.replay adds."""
     first = {"none": iteration, "previous": max(0, iteration - 1), "all": 0}[config.schedule.replay]
     return {k: answers[k] for k in (iteration, *range(first, iteration))}
-
-
-def measurable(config: Config, data: Dataset) -> Config:
-    """The settings without the measures for which there are no prompts."""
-    enabled = config.evaluation.enabled
-    evaluation = config.evaluation.model_copy(update={"enabled": enabled and bool(data.held_out)})
-    validation = len(data.validation) if enabled and config.stage == "game" else 0
-    settings = config.data.model_copy(update={"validation": validation})
-    return config.model_copy(update={"evaluation": evaluation, "data": settings})

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from spin.config.schema import Config, value_at_iteration
+from spin.evaluation.external.harness import PAPER
 from spin.evaluation.measures import HeldOut, differences
 from spin.pipeline.context import Run
 from spin.pipeline.evaluate import Evaluation
-from spin.pipeline.external import summarize_external
 from spin.pipeline.record import IterationRecord
 from spin.pipeline.run_folder import remove_stale
 from spin.pipeline.select import Selection
@@ -137,12 +137,23 @@ def _external(player: Player, records: Sequence[IterationRecord]) -> list[dict]:
     has_sft = any(record.iteration is None and record.train for record in records)
     rows = []
     for record in records:
-        if record.external:
-            label = record.policy.label
+        if not record.external:
+            continue
+        results: dict[str, list] = defaultdict(list)
+        for stage in record.external:
+            if stage in player.artifacts:
+                results[stage.name].append(player.result(stage))
+        label = record.policy.label
+        row = {
+            "policy": label,
+            "iter": record.iteration,
+            "harness": results["harness"] or None,
+            "mt_bench": results["mt_bench"][0]["score"] if results["mt_bench"] else None,
+            "comparison": results["compare"][0] if results["compare"] else None,
             # The start of a game without an SFT stage is what the paper calls the SFT model.
-            paper_label = "sft" if label == "start" and not has_sft else label
-            results = [(stage, player.result(stage)) for stage in record.external if stage in player.artifacts]
-            rows.append({"policy": label, "iter": record.iteration} | summarize_external(results, paper_label))
+            "paper": PAPER.get("sft" if label == "start" and not has_sft else label),
+        }
+        rows.append(row)
     return rows
 
 
