@@ -16,14 +16,14 @@ TEXTS = [
 VALUES = [*TEXTS, None, True, False, 0, -3, 0.1, 5e-7, 1e20, [1, 0.5], ["a b", "c"], {"k": [True, "x y"]}]
 
 
-def test_values_arrive_as_they_are():
+def test_to_text():
     composed = compose(*(f"+v{i}={to_text(value)}" for i, value in enumerate(VALUES)))
     arrived = OmegaConf.to_container(composed)
     assert [arrived[f"v{i}"] for i in range(len(VALUES))] == VALUES
     assert [type(arrived[f"v{i}"]) for i in range(len(VALUES))] == list(map(type, VALUES))
 
 
-def test_the_words_are_those_of_the_command_line():
+def test_to_words():
     settings = {"model": "zephyr", "loss": {"beta": 0.1}, "optimizer.lr": [5e-7, 1e-7], "iter": 1, "seed": 1}
     assert to_words(settings) == ["model=zephyr", "loss.beta=0.1", "optimizer.lr=[5e-7,1e-7]", "iter=1", "seed=1"]
     assert load_run(to_words(settings))[1] == load_run(["iter=0", *to_words(settings)])[1]
@@ -39,11 +39,11 @@ def test_the_words_are_those_of_the_command_line():
         ({"data": {"path": "x.jsonl"}}, ["data.path=x.jsonl"]),
     ],
 )
-def test_a_path_in_place_of_a_choice(settings, words):
+def test_path_as_choice(settings, words):
     assert to_words(settings) == words
 
 
-def test_configuration_folder_and_text():
+def test_load_run():
     config, folder = load_run(["model=tiny", "data=tiny"])
     assert config.model.name == "tiny" and folder == Path("outputs/tiny-tiny")
     assert "hydra" not in config.yaml and "sft_epochs: 3" in config.yaml and (CONF / "config.yaml").is_file()

@@ -55,7 +55,7 @@ composed, load = hydra.compose, hydra.load
         ("data=local", "data.path=null: must name the data"),
     ],
 )
-def test_bad_values_are_named_in_one_line(override, says):
+def test_bad_value(override, says):
     with pytest.raises(UserError) as error:
         load(override)
     assert says in str(error.value)
@@ -81,7 +81,7 @@ def test_bad_values_are_named_in_one_line(override, says):
         (["model=tiny", "data=local", "data.path=gone.jsonl"], "gone.jsonl"),
     ],
 )
-def test_the_command_answers_with_one_line_and_status_1(words, says, tmp_path):
+def test_command_error(words, says, tmp_path):
     where = [f"hydra.run.dir={tmp_path}/run", f"store.path={tmp_path}/store", f"cache.path={tmp_path}/cache"]
     done = subprocess.run(
         [sys.executable, "run.py", *words, *where], cwd=ROOT, capture_output=True, text=True, timeout=120
@@ -114,10 +114,10 @@ def uncommented(text: str) -> list[str]:
     for line in text.splitlines():
         if "|-" in line:  # a text of many lines, the last key
             break
-        key, _, rest = line.partition(": ")
+        key, _, value = line.partition(": ")
         if re.match(r"\s*#", line):
             explained = True
-        elif " #" in line or not rest:
+        elif " #" in line or not value:
             explained = False
         elif not explained:
             missing.append(key.strip())
@@ -125,12 +125,12 @@ def uncommented(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("path", [CONF / "config.yaml", *sorted(CONF.glob("*/base.yaml"))], ids=lambda path: str(path))
-def test_every_key_of_the_defaults_has_a_comment(path):
+def test_keys_have_comments(path):
     text = "\n".join(line for line in path.read_text().splitlines() if not line.startswith(("#", "  - override")))
     assert uncommented(text) == []
 
 
-def test_a_key_without_a_comment_is_noticed():
+def test_uncommented():
     assert uncommented("a: 1  # why\nb: 2\ngroup:\n  c: 3\n  d: 4  # why\n") == ["b", "c"]
 
 
@@ -146,7 +146,7 @@ def repeated(option: dict, base: dict) -> list[str]:
 
 
 @pytest.mark.parametrize("path", OPTIONS, ids=lambda path: f"{path.parent.name}={path.stem}")
-def test_option_has_only_what_differs_from_base(path):
+def test_option_repeats_no_default(path):
     group = path.parent.name
     option, base = (OmegaConf.to_container(OmegaConf.load(file)) for file in (path, path.with_name("base.yaml")))
     assert "defaults" in option
@@ -154,7 +154,7 @@ def test_option_has_only_what_differs_from_base(path):
     assert repeated({"a": 1, "b": 2}, {"a": 1, "b": 3}) == ["a"]
 
 
-def test_base_has_every_key_of_its_section():
+def test_base_is_complete():
     for path in CONF.glob("*/base.yaml"):
         section = schema.Config.model_fields[path.parent.name].annotation
         assert list(OmegaConf.load(path)) and set(OmegaConf.load(path)) == set(section.model_fields)
@@ -206,7 +206,7 @@ def test_folder_of_the_default_run():
     assert folder("model=zephyr", "iter=2") == "outputs/zephyr-sharegpt"
 
 
-def test_folder_names_the_settings_in_a_stable_order():
+def test_folder_order():
     assert folder("loss.beta=0.2", "seed=1") == folder("seed=1", "iter=3", "loss.beta=0.1", "loss.beta=0.2")
     assert folder("seed=1", "loss.beta=0.2") == "outputs/smollm2-sharegpt-loss.beta-0.2-seed-1"
     assert folder("stage=evaluate", "model.path=x") == "outputs/x-sharegpt-evaluation"
@@ -232,8 +232,8 @@ def test_folder_names_the_settings_in_a_stable_order():
         ["model.path=" + "c/" * 60 + "X"],
     ],
 )
-def test_another_configuration_has_another_folder(words):
-    others = [
+def test_folders_differ(words):
+    configurations = [
         [],
         ["loss.beta=0.3"],
         ["optimizer.lr=[1e-6,1e-8]"],
@@ -243,17 +243,17 @@ def test_another_configuration_has_another_folder(words):
         ["model.path=" + "c/" * 61 + "X"],
     ]
     assert len(folder(*words).removeprefix("outputs/")) < 100
-    assert folder(*words) not in [folder(*other) for other in others]
+    assert folder(*words) not in [folder(*configuration) for configuration in configurations]
 
 
-def test_iter_is_a_value_and_plays_up_to_and_including_it():
+def test_iter():
     assert load("iter=2").iterations == 3
     assert load("iter=0").iterations == 1
     assert load().iterations == 2
     assert load("model=zephyr", "iter=2", "loss.beta=0.1").model.path == "alignment-handbook/zephyr-7b-sft-full"
 
 
-def test_the_papers_schedule_and_a_number_that_holds_for_all():
+def test_paper_schedule():
     paper = load("schedule=paper", "model=zephyr", "data=ultrachat")
     assert [schema.value_at_iteration(paper.optimizer.lr, t) for t in range(4)] == [5e-7, 5e-7, 1e-7, 1e-7]
     assert [schema.value_at_iteration(paper.loss.beta, t) for t in range(4)] == [0.1, 0.1, 0.1, 5.0]
@@ -263,32 +263,32 @@ def test_the_papers_schedule_and_a_number_that_holds_for_all():
     assert [schema.value_at_iteration(flat.loss.beta, t) for t in range(4)] == [0.1] * 4
 
 
-def test_sft_comes_first_where_the_start_has_not_seen_the_data():
+def test_default_sft_epochs():
     assert load().schedule.sft_epochs == 1
     assert load("model=zephyr").schedule.sft_epochs == 0
     assert load("model=zephyr", "schedule.sft_epochs=2").schedule.sft_epochs == 2
 
 
-def test_generation_may_be_as_long_as_the_human_answers():
+def test_max_new_tokens():
     assert load().max_new_tokens == load().data.max_response_length
     assert load("generation.max_new_tokens=7").max_new_tokens == 7
     assert load("data.max_response_length=null").max_new_tokens == 256
 
 
-def test_help_shows_the_groups_and_the_commands():
+def test_help():
     done = subprocess.run([sys.executable, "run.py", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
     for word in ("model: ", "schedule: ", "zephyr", "python run.py model=zephyr iter=2 loss.beta=0.1", "--cfg job"):
         assert word in done.stdout
 
 
-def test_runs_are_named_after_the_users_own_model_and_data():
+def test_run_name():
     assert load().name == "smollm2-sharegpt"
     assert load("model=zephyr").name == "zephyr-sharegpt"
     assert load("model.path=org/My-Model", "data=local", "data.path=/x/my pairs.jsonl").name == "My-Model-my_pairs"
 
 
-def test_sweep_points_have_folders_of_their_own():
+def test_sweep_folders():
     long = ",".join(f"loss.beta={i}" for i in range(40))
     names = {
         hydra.slug(text) for text in ("model.path=org/A", "model.path=org_A", "model.path=org/B", long, long + "1")
@@ -297,7 +297,7 @@ def test_sweep_points_have_folders_of_their_own():
     assert hydra.slug("loss.beta=0.1,optimizer.lr=1e-06") == "loss.beta=0.1,optimizer.lr=1e-06"
 
 
-def test_the_learning_rate_suits_the_model():
+def test_default_learning_rate():
     assert load().optimizer.lr == 5e-6
     assert load("model=zephyr").optimizer.lr == 5e-7
     assert load("model=zephyr", "optimizer.lr=[1e-6,1e-7]").optimizer.lr == [1e-6, 1e-7]
@@ -317,7 +317,7 @@ def hydras(words: str, **env: str) -> str:
     return done.stdout
 
 
-def test_tab_completes_choices_and_keys():
+def test_tab_completion():
     """Through the function that `eval "$(python run.py -sc install=bash)"` leaves in a shell."""
     ask = 'eval "$(python run.py -sc install=bash)"; COMP_CWORD=2; for word in "loss=" "loss.b"; do '
     ask += (
@@ -327,15 +327,15 @@ def test_tab_completes_choices_and_keys():
     assert hydras(ask).splitlines() == [" ".join(links), "loss.beta="]
 
 
-def test_the_configuration_is_shown_as_composed_and_where_it_comes_from():
+def test_show_configuration():
     shown = OmegaConf.create(hydras("python run.py model=zephyr loss=hinge --cfg job"))
     assert shown.model.lr == 5e-7 and shown.loss.link == "hinge" and set(shown) >= set(schema.Config.model_fields)
     assert re.search(r"\| loss/hinge +\| loss ", hydras("python run.py loss=hinge --info defaults"))
 
 
-def test_log_lines_of_a_library_are_shown_on_demand(tmp_path):
-    here = f"cache.path={tmp_path}/c store.path={tmp_path}/s hydra.run.dir={tmp_path}/r tracking.wandb=disabled"
-    shown = hydras(f"python run.py experiment=smoke plan=true 'hydra.verbose=[filelock]' {here} 2>&1")
+def test_verbose_library(tmp_path):
+    places = f"cache.path={tmp_path}/c store.path={tmp_path}/s hydra.run.dir={tmp_path}/r tracking.wandb=disabled"
+    shown = hydras(f"python run.py experiment=smoke plan=true 'hydra.verbose=[filelock]' {places} 2>&1")
     assert re.search(r"^\[.*\]\[filelock\]\[DEBUG\] Lock \d+ acquired", shown, re.M) and "0 stages to reuse" in shown
 
 
@@ -359,7 +359,7 @@ def test_text_needs_no_quotes_of_hydra(text):
         assert load(f"model.path={text}").model.path == text
 
 
-def test_file_that_is_named_like_a_value(tmp_path, monkeypatch):
+def test_file_named_like_value(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("1e3", "007", "a,b", "[x]", "true", "0.1", " end "):
         (tmp_path / name).mkdir()
@@ -394,8 +394,8 @@ def test_commas_without_a_sweep(tmp_path):
     """The line shows commands for a shell, and both work."""
 
     def run(word: str) -> subprocess.CompletedProcess:
-        rest = f"seed=-1 hydra.run.dir={tmp_path}/r"  # ends each command that composes
-        command = f"{sys.executable} run.py {word} {rest}"
+        ending = f"seed=-1 hydra.run.dir={tmp_path}/r"  # ends each command that composes
+        command = f"{sys.executable} run.py {word} {ending}"
         return subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60)
 
     line = run("data.splits=train,test").stderr

@@ -55,11 +55,11 @@ def records(place: Place, run: str) -> list[dict]:
 def assert_same(place: Place, reference: Place, run: str = "run") -> None:
     """Compare policies tensor by tensor, pairs, metrics except speeds, and the summary; no row may appear twice."""
     for name in ("sft", "iter0", "iter1"):
-        one, other = (
+        weights, expected = (
             load_file(p / name / "policy" / "model.safetensors") for p in (place.folder / run, reference.folder / "run")
         )
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[key], other[key]) for key in one), name
+        assert weights.keys() == expected.keys()
+        assert all(torch.equal(weights[key], expected[key]) for key in weights), name
     for name in ("iter0", "iter1"):
         pairs = [pq.read_table(p / name / "pairs.parquet") for p in (place.folder / run, reference.folder / "run")]
         assert pairs[0].equals(pairs[1])
@@ -83,8 +83,8 @@ def unfinished(place: Place) -> list[str]:
 def await_path(place: Place, game, pattern: str) -> Path:
     """Wait until a path that matches `pattern` is in the store."""
     while game.poll() is None:
-        if found := sorted((place.folder / "store").glob(pattern)):
-            return found[0]
+        if paths := sorted((place.folder / "store").glob(pattern)):
+            return paths[0]
         time.sleep(0.002)
     raise AssertionError(f"the game ended with {game.returncode} before there was any {pattern}")
 
@@ -273,8 +273,8 @@ def test_disk_fills_up(place, reference):
 
 
 def test_same_command_twice(place, reference):
-    both = [place.start(*WORDS), place.start(*WORDS)]
-    done = [game.wait() for game in both]
+    games = [place.start(*WORDS), place.start(*WORDS)]
+    done = [game.wait() for game in games]
     assert [game.returncode for game in done] == [0, 0], done
     assert sum("another run is at work in" in game.stdout for game in done) == 1
     assert sum("11 stages played" in game.stdout for game in done) == 1
@@ -283,11 +283,11 @@ def test_same_command_twice(place, reference):
 
 
 def test_two_runs_share_a_store(place, reference):
-    both = [place.start(*WORDS, run=run) for run in ("one", "two")]
-    done = [game.wait() for game in both]
+    games = [place.start(*WORDS, run=run) for run in ("one", "two")]
+    done = [game.wait() for game in games]
     assert [game.returncode for game in done] == [0, 0], done
     played = [re.search(r"(\d+) stages played", game.stdout) for game in done]
-    assert sum(int(found[1]) for found in played if found) == len(ORDER)
+    assert sum(int(match[1]) for match in played if match) == len(ORDER)
     for run in ("one", "two"):
         assert_same(place, reference, run)
 

@@ -47,8 +47,8 @@ def test_run_folder(played):
         assert (run / name).is_file(), name
     assert list((run / "figures").glob("*.png"))
     columns = set(pq.read_table(run / "iter0" / "pairs.parquet").column_names)
-    wanted = "id prompt real generated finish_reason prompt_ids real_ids generated_ids opponent_logp_real opponent_logp_generated"
-    assert set(wanted.split()) <= columns
+    expected = "id prompt real generated finish_reason prompt_ids real_ids generated_ids opponent_logp_real opponent_logp_generated"
+    assert set(expected.split()) <= columns
     assert load_model(run / "iter1" / "policy", torch.float32, torch.device("cpu"))
     assert load_tokenizer(run / "iter1" / "policy").chat_template
     assert played.stages() == {"generate": 2, "score": 2, "train": 2, "evaluate": 4, "sft": 1}
@@ -69,7 +69,7 @@ def test_iterations_start_with_margin_0(played):
     assert set(f"{keys} learning_rate tokens_per_second pairs_per_second".split()) <= set(rows[0])
 
 
-def test_replayed_pairs_are_scored_by_the_present_opponent(played):
+def test_replayed_pairs(played):
     """Iteration 1 trains on its own pairs and iteration 0's, all with log-probs of the policy that iteration 0 made."""
     now, logps = read_pairs(played.folder / "run" / "iter1" / "pairs.parquet")
     pairs, before = read_pairs(played.folder / "run" / "iter0" / "pairs.parquet")
@@ -136,8 +136,8 @@ def test_same_bits_in_a_new_interpreter(played, place):
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == played.first.stderr
     for name in ("iter0", "iter1"):
-        one, other = (load_file(p.folder / "run" / name / "policy" / "model.safetensors") for p in (played, place))
-        assert all(torch.equal(one[key], other[key]) for key in one)
+        first, second = (load_file(p.folder / "run" / name / "policy" / "model.safetensors") for p in (played, place))
+        assert all(torch.equal(first[key], second[key]) for key in first)
         pairs = [pq.read_table(p.folder / "run" / name / "pairs.parquet") for p in (played, place)]
         assert pairs[0].equals(pairs[1])
 

@@ -43,7 +43,7 @@ def test_report_of_a_running_game(place):
     assert "there is one policy so far" in seen and seen.count("Running:") == 1 and live.STATUS not in seen
     assert (folder / "drawn").read_text() == "3"  # before the first stage, and after each of start and sft was measured
     assert "Running" not in page and not data_of(page)["live"]
-    sets = {found["name"]: found["labels"] for found in data_of(page)["sets"]}
+    sets = {samples["name"]: samples["labels"] for samples in data_of(page)["sets"]}
     assert sets == {
         "Held-out prompts": ["human", "start", "sft", "iter0"],
         "Training pairs of iteration 0": ["human", "sft"],

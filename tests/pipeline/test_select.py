@@ -166,8 +166,8 @@ def test_sweep_ranks_by_validation(played):
             row["policy"] == game["selected"]["policy"]
             and float(row["validation_nll_per_token"]) == game["selected"]["value"]
         )
-        (held,) = [e for e in game["evaluations"] if e["policy"] == row["policy"]]
-        assert float(row["nll_per_token"]) == held["nll_per_token"]
+        (evaluation,) = [e for e in game["evaluations"] if e["policy"] == row["policy"]]
+        assert float(row["nll_per_token"]) == evaluation["nll_per_token"]
     page = (folder / "sweep.md").read_text()
     assert "Sorted by NLL of human answers on validation prompts, lowest first" in page and "selected policy" in page
     assert "on validation prompts, lowest first" in " ".join(done.stdout.split())
@@ -181,8 +181,8 @@ def test_wandb_has_the_best(played):
     selected, start = game["selected"], game["selected"]["policy"] == "start"
     for key in ("policy", "value", "path"):
         assert log.summary[f"selected/{key}"] == selected[key]
-    (held,) = [e for e in game["evaluations"] if e["policy"] == selected["policy"]]
-    assert log.summary["selected/nll_per_token"] == held["nll_per_token"]
+    (evaluation,) = [e for e in game["evaluations"] if e["policy"] == selected["policy"]]
+    assert log.summary["selected/nll_per_token"] == evaluation["nll_per_token"]
     assert any("validate/nll_per_token" in row for row in log.rows)
     policies = {name: files for name, files in log.artifacts.items() if "samples" not in name}
     assert start or [name.rpartition("-")[2] for name in policies] == [selected["policy"]]

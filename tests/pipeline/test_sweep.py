@@ -205,7 +205,7 @@ def test_content_hash_of_hub_names():
     assert content_hash(load("evaluation.judge='http://x/v1'")) is not None
 
 
-def test_program_hash_covers_all_packages(tmp_path, monkeypatch):
+def test_program_hash(tmp_path, monkeypatch):
     module = tmp_path / "engines" / "head.py"
     module.parent.mkdir()
     monkeypatch.setattr(points, "PACKAGE", tmp_path)
@@ -265,8 +265,8 @@ def test_slurm_settings():
         launcher = compose("config", words, return_hydra_config=True).hydra.launcher
     settings = OmegaConf.to_container(launcher)
     assert settings.pop("_target_").endswith("SlurmLauncher") and settings.pop("max_num_timeout") > 0
-    for ours, theirs in (("name", "job_name"), ("timeout_min", "time"), ("tasks_per_node", "ntasks_per_node")):
-        settings[theirs] = settings.pop(ours)
+    for key, submitit_key in (("name", "job_name"), ("timeout_min", "time"), ("tasks_per_node", "ntasks_per_node")):
+        settings[submitit_key] = settings.pop(key)
     settings |= {"mem": f"{settings.pop('mem_gb')}GB", "folder": settings.pop("submitit_folder"), "map_count": 2}
     lines = _make_sbatch_string("python", **settings).splitlines()
     for line in ("--partition=gpu", "--time=30", "--signal=USR2@300", "--requeue", "--array=0-1%2", "--mem=64GB"):
@@ -299,19 +299,19 @@ def test_submitit_job_is_preempted(tmp_path):
         return {row["loss.beta"]: row for row in table(tmp_path / "sweep") if row["kind"] == "point"}
 
     game = start()
-    told = {0: signal.SIGUSR2, 1: signal.SIGKILL, 2: signal.SIGTERM}
-    while told:
+    signals = {0: signal.SIGUSR2, 1: signal.SIGKILL, 2: signal.SIGTERM}
+    while signals:
         assert game.poll() is None, (tmp_path / "out").read_text()
         for number, beta in enumerate(("0.1", "0.2", "0.3")):
             metrics = list((tmp_path / "sweep").glob(f"*loss.beta={beta}*/metrics.jsonl"))
-            if number in told and metrics and '"train"' in metrics[0].read_text():
-                os.kill(children(children(game.pid)[number])[0], told.pop(number))  # the job of submitit's process
+            if number in signals and metrics and '"train"' in metrics[0].read_text():
+                os.kill(children(children(game.pid)[number])[0], signals.pop(number))  # the job of submitit's process
         time.sleep(0.02)
     assert game.wait(280) == 1, (tmp_path / "out").read_text()
     assert "a point's process died, going on without it" in (tmp_path / "out").read_text()
-    found = rows()
-    assert [found[beta]["status"] for beta in ("0.1", "0.2", "0.3", "-1")] == ["done", "done", "unfinished", "failed"]
-    assert found["0.3"]["reason"] == "stopped by SIGTERM: run the same command to continue"
+    row_of = rows()
+    assert [row_of[beta]["status"] for beta in ("0.1", "0.2", "0.3", "-1")] == ["done", "done", "unfinished", "failed"]
+    assert row_of["0.3"]["reason"] == "stopped by SIGTERM: run the same command to continue"
     assert logs().count("saved the training state at step") == 2 and logs().count("resuming, training up to step") == 1
     assert start().wait(280) == 1
     assert "2 done before, 1 to play, 1 that can't be played" in (tmp_path / "out").read_text()
