@@ -61,12 +61,10 @@ def declare_game(run: Run) -> Iterator[IterationRecord]:
 def declare_evaluations(run: Run) -> Iterator[IterationRecord]:
     """Declare the stages of stage=evaluate: measures of the start, and of the policy to compare it with, if any."""
     evaluation = None
-    for policy in (run.against, run.start):
-        if policy is not None:
-            node = Given(policy)
-            measured = declare_measures(run, None, node, evaluation)
-            yield IterationRecord(None, node, **measured)
-            evaluation = measured["evaluation"]
+    for policy in reversed(run.policies):
+        measured = declare_measures(run, None, Given(policy), evaluation)
+        yield IterationRecord(None, Given(policy), **measured)
+        evaluation = measured["evaluation"]
 
 
 def declare_measures(

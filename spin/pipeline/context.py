@@ -26,13 +26,14 @@ from spin.pipeline.probes import adapter_size, check_start
 from spin.runtime.errors import UserError, brief
 from spin.runtime.process_group import ProcessGroup, current_group
 from spin.runtime.progress import Progress
+from spin.runtime.shards import Say
 from spin.runtime.store import Store
 from spin.runtime.tracking import Tracker
 
 
 @dataclass
 class Run:
-    """One run: `start` is the policy that it begins with, `against` the one that stage=evaluate compares it with."""
+    """One run. `policies` has its start, and with stage=evaluate the policy that this is compared with, if any."""
 
     config: Config
     folder: Path
@@ -41,11 +42,14 @@ class Run:
     store: Store
     device: torch.device
     dtype: torch.dtype
-    start: Policy
-    against: Policy | None
+    policies: list[Policy]
     tokenizer: PreTrainedTokenizerBase
     stop_ids: frozenset[int]
     data: Dataset
+
+    @property
+    def start(self) -> Policy:
+        return self.policies[0]
 
     @property
     def numerics(self) -> dict:
@@ -133,43 +137,40 @@ class Models:
     def engine(self, policy: Policy) -> Engine:
         """A training engine that starts from `policy`. Releases the loaded model."""
         run, engine, optimizer = self.run, self.run.config.engine, self.run.config.optimizer
-        if engine.name == "deepspeed":
-            from spin.engines.deepspeed import DeepSpeedEngine
-
-            if policy.id not in self._forwards:  # has to be chosen on an unsharded model
-                self.forward(self.load(policy), policy)
+        if engine.name == "single":
             self.release()
-            return DeepSpeedEngine(policy, run.dtype, run.device, engine, optimizer, run.ranks)
+            return SingleEngine(policy, run.dtype, run.device, engine, optimizer)
+        from spin.engines.deepspeed import DeepSpeedEngine
+
+        if policy.id not in self._forwards:  # has to be chosen on an unsharded model
+            self.forward(self.load(policy), policy)
         self.release()
-        single = SingleEngine(policy, run.dtype, run.device, engine, optimizer)
-        self.forward(single.model, policy)
-        return single
+        return DeepSpeedEngine(policy, run.dtype, run.device, engine, optimizer, run.ranks)
 
 
 def prepare_run(config: Config, folder: Path, tracker: Tracker) -> Run:
     """Find the model, read the data and check that everything fits together; no weights are loaded.
 
-    The main process does what only its result is needed of, and the other ranks receive that.
+    The main process does what needs no rank of its own, and the other ranks receive its results.
     """
     ranks = current_group()
     device = select_device(config.engine)
     dtype = select_dtype(config.engine, device)
-    start, against = find_policies(config, ranks)
+    policies = find_policies(config, ranks)
+    start = policies[0]
     tokenizer = load_tokenizer(start.tokenizer)
     stops = stop_ids(start.folder_with("generation_config.json"), tokenizer)
     if ranks.is_main_process:
         check_start(config, start, tracker.say)
-    data = share_data(partial(read_data, config, start, against, tokenizer, stops), tracker.say, ranks)
+    data = share_data(partial(read_data, config, policies, tokenizer, stops), tracker.say, ranks)
     # A model that was never taught its template's end token would play on as the user.
     stops |= {end_of_turn(tokenizer, config.data.template, config.data.template_options)}
     store = Store(Path(config.store.path), tracker.say)
-    return Run(config, folder, tracker, ranks, store, device, dtype, start, against, tokenizer, stops, data)
+    return Run(config, folder, tracker, ranks, store, device, dtype, policies, tokenizer, stops, data)
 
 
-def share_data(
-    read: Callable[[Callable[[str], None]], Dataset], say: Callable[[str], None], ranks: ProcessGroup
-) -> Dataset:
-    """The data set as the main process reads it. Ranks on other machines, which don't see its files, read it themselves."""
+def share_data(read: Callable[[Say], Dataset], say: Say, ranks: ProcessGroup) -> Dataset:
+    """The data set as the main process reads it. Ranks on machines that do not see its files read it themselves."""
     data = read(say) if ranks.is_main_process else None
     path = ranks.broadcast(data.train.path if data else None)
     if ranks.all_reduce_max(not path.exists()):
@@ -177,30 +178,28 @@ def share_data(
     return ranks.broadcast(data)
 
 
-def find_policies(config: Config, ranks: ProcessGroup) -> tuple[Policy, Policy | None]:
-    """The start of the run, and with stage=evaluate the policy that it is compared with, if any."""
+def find_policies(config: Config, ranks: ProcessGroup) -> list[Policy]:
+    """The policies of a run, see `Run`."""
     policies = ranks.broadcast(_find_policies(config) if ranks.is_main_process else None)
-    if not all(policy.folder.is_dir() for policy in policies if policy):  # a cache of this machine alone
+    if not all(policy.folder.is_dir() for policy in policies):  # a cache of this machine alone
         policies = _find_policies(config)
     return policies
 
 
-def _find_policies(config: Config) -> tuple[Policy, Policy | None]:
-    cache, against = Path(config.cache.path).expanduser(), config.evaluation.against
-    start = find_model(config.model, cache)
+def _find_policies(config: Config) -> list[Policy]:
+    cache, models = Path(config.cache.path).expanduser(), [config.model]
+    if config.evaluation.against is not None:
+        models.append(config.model.model_copy(update={"path": config.evaluation.against}))
+    policies = [find_model(model, cache) for model in models]
     if config.stage == "game":
-        return start, None
-    path = config.model.path or config.model.name
-    labels = distinct_labels([path, against] if against is not None else [path])
-    start = replace(start, label=labels[0])
-    if against is None:
-        return start, None
-    return start, replace(find_model(config.model.model_copy(update={"path": against}), cache), label=labels[1])
+        return policies
+    labels = distinct_labels([model.path or model.name for model in models])
+    return [replace(policy, label=label) for policy, label in zip(policies, labels, strict=True)]
 
 
 def distinct_labels(paths: Sequence[str]) -> list[str]:
-    """Names for policies by their folders: the last two parts of each path ("iter1/policy"), more where these are equal, and
-    a number after equal paths. They also differ as file names."""
+    """Names for policies: the last two parts of each path ("iter1/policy"), more where these are equal, and a number
+    after equal paths. They also differ as file names."""
     parts = [Path(path).expanduser().parts for path in paths]
     for length in range(2, max(2, *map(len, parts)) + 1):
         labels = ["/".join(part[-length:]) for part in parts]
@@ -210,19 +209,14 @@ def distinct_labels(paths: Sequence[str]) -> list[str]:
 
 
 def read_data(
-    config: Config,
-    start: Policy,
-    against: Policy | None,
-    tokenizer: PreTrainedTokenizerBase,
-    stops: frozenset[int],
-    say: Callable[[str], None],
+    config: Config, policies: Sequence[Policy], tokenizer: PreTrainedTokenizerBase, stops: frozenset[int], say: Say
 ) -> Dataset:
     """The training and held-out examples. Raises UserError if one has tokens, or can have a length, that the model lacks."""
-    measured = [policy for policy in (start, against) if policy]
-    seen = set().union(*(trained_on(policy.folder_with(TRAINED_ON)) for policy in measured))
+    seen = set().union(*(trained_on(policy.folder_with(TRAINED_ON)) for policy in policies))
     cache = Path(config.cache.path).expanduser()
     data = load_dataset(config.data, tokenizer, stops, config.seed, cache, seen, say)
-    architecture = AutoConfig.from_pretrained(start.base_or_self.folder, trust_remote_code=False).get_text_config()
+    architecture = AutoConfig.from_pretrained(policies[0].base_or_self.folder, trust_remote_code=False)
+    architecture = architecture.get_text_config()
     highest, known = max(data.all.column("highest")), getattr(architecture, "vocab_size", None)
     if known is not None and highest >= known:
         raise UserError(

@@ -2,13 +2,13 @@
 
 import re
 import shutil
-from collections.abc import Callable
 
 from spin.config.schema import Config, ModelConfig
 from spin.engines.routers import find_routers
 from spin.models import adapters
 from spin.models.policy import Policy
 from spin.runtime.errors import UserError
+from spin.runtime.shards import Say
 
 
 def lora_settings(model: ModelConfig) -> adapters.Lora:
@@ -25,7 +25,7 @@ def adapter_size(config: Config, start: Policy) -> int:
     return adapters.num_parameters(adapters.empty_model(start.folder, lora_settings(config.model))[0])
 
 
-def check_start(config: Config, start: Policy, say: Callable[[str], None]) -> None:
+def check_start(config: Config, start: Policy, say: Say) -> None:
     """Raise UserError if the settings do not fit the start, or need a library or file that is missing."""
     model, weight = config.model, config.loss.router_aux_weight
     if model.adapter == "lora":

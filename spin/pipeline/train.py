@@ -64,6 +64,7 @@ class Training(Stage[Policy]):
         start = ranks.broadcast(_prepare_start(run, work, policy) if ranks.is_main_process else None)
         checkpoints = Checkpoints(work.resume / "training", checkpoint.minutes, checkpoint.steps, run.say, ranks)
         engine = run.models.engine(start)
+        forward = run.models.forward(engine.model, start)
         with run.tracker.progress(self.title, max(1, round(prompts * settings["epochs"])), "prompts") as bar:
 
             def log(row: dict) -> None:
@@ -73,7 +74,6 @@ class Training(Stage[Policy]):
                 else:
                     bar.advance(row["prompts"], **{name: row[key] for name, key in SHOWN.items() if key in row})
 
-            forward = run.models.forward(engine.model, start)
             state = loop(engine, forward=forward, log=log, checkpoints=checkpoints, **settings)
         work.earlier_seconds += checkpoints.restored.seconds
         folder = work.folder / "policy"
