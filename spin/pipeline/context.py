@@ -33,7 +33,7 @@ from spin.runtime.tracking import Tracker
 
 @dataclass
 class Run:
-    """One run. `policies` has its start, and with stage=evaluate the policy that this is compared with, if any."""
+    """One run. `policies`: its start, and with stage=evaluate the one to compare it with, if any."""
 
     config: Config
     folder: Path
@@ -53,7 +53,7 @@ class Run:
 
     @property
     def numerics(self) -> dict:
-        """All settings that decide the bits of a forward pass; the number of threads is not among them."""
+        """The settings that decide the bits of a forward pass, except the number of threads."""
         engine = self.config.engine
         return {
             "precision": str(self.dtype).removeprefix("torch."),
@@ -78,7 +78,7 @@ class Run:
         self.tracker.say(text)
 
     def shard_size(self, count: int) -> int:
-        """Rows of `count` that are computed and kept together: small enough that every rank gets some."""
+        """The number of rows of a shard: at most so many that every rank gets some of `count`."""
         return min(self.config.checkpoint.shard_size, -(-count // self.ranks.size))
 
     def progress(self, title: str, total: int, unit: str) -> Progress:
@@ -109,9 +109,9 @@ class Models:
         release_free_memory()
 
     def forward(self, model: PreTrainedModel, policy: Policy) -> Forward:
-        """How this policy's log-probs are computed, chosen once per policy by comparison with the model's own forward.
+        """How this policy's log-probs are computed, chosen by comparison with the model's own forward.
 
-        The choice is made per policy, so that a resumed run does not depend on which policy came first.
+        Each policy has its own choice, so that a resumed run does not depend on which policy came first.
         """
         if policy.id not in self._forwards:
             choice = self._choose_forward(model)
@@ -124,7 +124,7 @@ class Models:
     def _choose_forward(self, model: PreTrainedModel) -> tuple[Forward, str | None]:
         config, data, engine = self.run.config, self.run.data, self.run.config.engine
         examples = data.train[:5]
-        # Two different answers to one prompt: a layout that lets one answer see the other gives other log-probs.
+        # Two answers to one prompt: if a layout lets one see the other, the log-probs differ.
         samples = [
             Continuations(first.prompt_ids, (first.real_ids, second.real_ids))
             for first, second in zip(examples, examples[1:] or examples, strict=False)
@@ -170,7 +170,7 @@ def prepare_run(config: Config, folder: Path, tracker: Tracker) -> Run:
 
 
 def share_data(read: Callable[[Say], Dataset], say: Say, ranks: ProcessGroup) -> Dataset:
-    """The data set as the main process reads it. Ranks on machines that do not see its files read it themselves."""
+    """The data set, read by the main process, or by all ranks if one does not see its files."""
     data = read(say) if ranks.is_main_process else None
     path = ranks.broadcast(data.train.path if data else None)
     if ranks.all_reduce_max(not path.exists()):
@@ -198,8 +198,8 @@ def _find_policies(config: Config) -> list[Policy]:
 
 
 def distinct_labels(paths: Sequence[str]) -> list[str]:
-    """Names for policies: the last two parts of each path ("iter1/policy"), more where these are equal, and a number
-    after equal paths. They also differ as file names."""
+    """Names that differ, also as file names: the last parts of each path ("iter1/policy"), at least two, and a number
+    after equal paths."""
     parts = [Path(path).expanduser().parts for path in paths]
     for length in range(2, max(2, *map(len, parts)) + 1):
         labels = ["/".join(part[-length:]) for part in parts]
@@ -211,7 +211,7 @@ def distinct_labels(paths: Sequence[str]) -> list[str]:
 def read_data(
     config: Config, policies: Sequence[Policy], tokenizer: PreTrainedTokenizerBase, stops: frozenset[int], say: Say
 ) -> Dataset:
-    """The training and held-out examples. Raises UserError if one has tokens, or can have a length, that the model lacks."""
+    """The examples. Raises UserError if the model lacks tokens of one, or the context for it."""
     seen = set().union(*(trained_on(policy.folder_with(TRAINED_ON)) for policy in policies))
     cache = Path(config.cache.path).expanduser()
     data = load_dataset(config.data, tokenizer, stops, config.seed, cache, seen, say)

@@ -37,7 +37,7 @@ class Evaluation:
 
 @dataclass(frozen=True, eq=False)
 class Evaluate(Measurement[Evaluation]):
-    """Measure `policy` on the held-out prompts, and against its opponent if `opponent`, the opponent's evaluation, is given."""
+    """Measure `policy` on the held-out prompts, and against its opponent if there is its evaluation."""
 
     name, title_format = "evaluate", "{stage.name} {stage.policy.label}"
     shows_samples: ClassVar[bool] = True
@@ -62,7 +62,7 @@ class Evaluate(Measurement[Evaluation]):
 
     def build(self, run: Run, work: Work, policy: Policy, opponent: Evaluation | None = None) -> dict:
         config = run.config
-        # All policies use the same random numbers, so that differences between them are not sampling noise.
+        # The same random numbers for all policies: they do not differ by sampling noise.
         seed = seed_of(config.seed, EVALUATION_STREAM, bits=32)
         examples = self.examples(run)
         answers = answer_prompts(run, work, policy, examples, 1, seed)

@@ -1,4 +1,4 @@
-"""Optional evaluations of a policy by other programs, as stages: benchmarks, MT-Bench, a judge's comparison."""
+"""Optional stages that measure a policy: benchmarks, MT-Bench, a judge's comparison."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -52,7 +52,7 @@ class External(Measurement[Any]):
 
 @dataclass(frozen=True, eq=False)
 class Benchmark(External):
-    """One task of the lm-evaluation-harness. Each task is a separate stage, so that an interrupted run keeps the finished ones."""
+    """One task of the lm-evaluation-harness: a stage for each, so that an interrupted run keeps some."""
 
     name, title_format = "harness", "{stage.task.task} of {stage.policy.label}"
     result_file = "result.json"

@@ -17,9 +17,9 @@ from spin.runtime.random import seed_of
 from spin.runtime.store import Artifact
 from spin.runtime.tables import Rows, write_parquet
 
-# Above this share of answers cut at the cap, a warning is due: their length alone tells them from human answers.
+# Above this share of answers cut at the cap, their length alone tells them from human answers.
 CUT_SHARE = 0.2
-# From this share on, the first token tells human from generated answers; below this number of answers it may be chance.
+# From this share on, the first token tells human from generated answers; with fewer answers it may be chance.
 TELLING_SHARE, TELLING_ANSWERS = 0.9, 20
 # Settings of generation that do not decide the answers: layout of work, and names.
 NOT_INPUTS = ("name", "num_answers", "python", "tensor_parallel", "data_parallel", "gpu_memory")
@@ -27,7 +27,7 @@ NOT_INPUTS = ("name", "num_answers", "python", "tensor_parallel", "data_parallel
 
 @dataclass(frozen=True, eq=False)
 class Generate(Stage[Rows[Answer]]):
-    """The opponent's answers to each training prompt; with data.generated=file, iteration 0 takes the data's."""
+    """The opponent's answers to the training prompts; with data.generated=file those of the data in iteration 0."""
 
     name = "generate"
     iteration: int
@@ -85,9 +85,9 @@ class Generate(Stage[Rows[Answer]]):
 
 
 def telling_tokens(human: Sequence[int], generated: Sequence[int]) -> list[int]:
-    """The first tokens, the most frequent first, that nearly all answers of one side have and nearly none of the other.
+    """The most frequent of the tokens with which nearly all answers of one side begin, and nearly none of the other.
 
-    `human` and `generated` hold the first token of each answer. Tokens that came once count for nothing.
+    `human` and `generated` hold the first token of each answer. Tokens that occur once are ignored.
     """
     if min(len(human), len(generated)) < TELLING_ANSWERS:
         return []
@@ -111,7 +111,7 @@ def answers_in_file(run: Run) -> Rows[Answer]:
 
 
 def generation_inputs(run: Run, count: int) -> dict:
-    """What decides a policy's `count` answers to given prompts, but for rounding by threads and ranks."""
+    """The settings that decide a policy's `count` answers, except rounding by threads and ranks."""
     settings = run.config.generation.model_dump() | {"max_new_tokens": run.config.max_new_tokens}
     settings["shard_size"] = min(run.config.checkpoint.shard_size, count)
     # vLLM chooses its own batches; ours, which no shard exceeds, change the rounding.

@@ -1,4 +1,4 @@
-"""The report of a game that goes on: rewritten before every stage that has to be played, and where the game stops."""
+"""The report of a running game, rewritten before every stage that is built, and when the game stops."""
 
 import contextlib
 import functools
@@ -21,11 +21,11 @@ STATUS = "The run goes on."  # stands in the page for its status
 def live_report(
     player: Player, records: Sequence[IterationRecord], stages: Sequence[Stage], command: str
 ) -> Iterator[None]:
-    """Keep report.html up to date while the stages are played in here; a game that ends writes its own report."""
+    """Keep report.html up to date while stages are played in the block; `finish` writes the last one."""
     report = player.run.folder / "report.html"
 
     @functools.lru_cache(maxsize=1)
-    def draw(count: int) -> str:  # takes as long as a tiny model's stage; between two results only the status changes
+    def draw(count: int) -> str:  # slow; between two results only the status changes
         game, sets = summarize(player, records[:count], None, command), sample_sets(player, records[:count])
         write_report(player.run.folder, game, sets, STATUS)
         return report.read_text(encoding="utf-8")

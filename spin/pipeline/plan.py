@@ -16,7 +16,7 @@ from spin.runtime.tracking import Tracker
 
 @dataclass(frozen=True)
 class Planned:
-    """What would happen to a stage: "reuse", "resume" or "play". `resumable_bytes` is what an interrupted attempt left."""
+    """What would happen to a stage: "reuse", "resume" (from `resumable_bytes` in the store) or "play"."""
 
     stage: str
     subject: str

@@ -20,13 +20,13 @@ PACKAGE = Path(__file__).parents[1]
 
 
 def record_status(folder: Path, status: str, **more: Any) -> None:
-    """Write down that the point in `folder` is "playing", "done", "failed" or "stopped" (by a signal)."""
+    """Record that the point in `folder` is "playing", "done", "failed" or "stopped" (by a signal)."""
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / RECORD, json.dumps({"status": status, **more}, indent=2) + "\n")
 
 
 def play_point(config: Config, folder: Path, play: Callable[[], object]) -> None:
-    """Play the point in `folder` and record its status. A failure is recorded and not raised: the other points continue."""
+    """Play the point in `folder` and record its status. Failures are not raised: other points follow."""
     made_of = content_hash(config)
     record_status(folder, "playing")
     try:
@@ -47,9 +47,8 @@ def play_point(config: Config, folder: Path, play: Callable[[], object]) -> None
 
 
 def content_hash(config: Config) -> str | None:
-    """A hash of all that decides a point's results and is known without loading anything: settings, the text of this
-    program, and size and time of every file that a setting names. None if a model or data set of the hub has no revision:
-    its content may change.
+    """A hash of the settings, of this program, and of size and time of every file that a setting names: it decides a
+    point's results. None if a model or data set of the hub has no revision, because its content may change.
     """
     settings = config.model_dump()
     for name in ("plan", "tracking", "checkpoint"):  # they change no result

@@ -1,4 +1,4 @@
-"""Checks that a run's settings, its start and the installed libraries go together, before any long work."""
+"""Checks of a run's settings against its start and the installed libraries, before long work."""
 
 import re
 import shutil
@@ -26,7 +26,7 @@ def adapter_size(config: Config, start: Policy) -> int:
 
 
 def check_start(config: Config, start: Policy, say: Say) -> None:
-    """Raise UserError if the settings do not fit the start, or need a library or file that is missing."""
+    """Raise UserError if the settings do not fit the start, or a library or file is missing."""
     model, weight = config.model, config.loss.router_aux_weight
     if model.adapter == "lora":
         if start.base:

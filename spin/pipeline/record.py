@@ -17,10 +17,7 @@ from spin.runtime.tables import Rows
 
 @dataclass(frozen=True)
 class IterationRecord:
-    """The declared parts of an iteration, or of the start or the SFT stage (`iteration` None), in playing order.
-
-    `external` are optional evaluations of the policy: benchmarks, MT-Bench, a judge's comparison with the opponent.
-    """
+    """The stages of an iteration, or of the start or the SFT stage (`iteration` None), and the policy that results."""
 
     iteration: int | None
     policy: Node[Policy]
@@ -42,6 +39,6 @@ class IterationRecord:
 
 
 def replayed(config: Config, iteration: int, answers: Sequence[Node[Rows[Answer]]]) -> dict[int, Node[Rows[Answer]]]:
-    """The answers whose pairs are used in `iteration`, by iteration: its own, then those that schedule.replay adds."""
+    """The answers used in `iteration`, by iteration: its own, then those that schedule.replay adds."""
     first = {"none": iteration, "previous": max(0, iteration - 1), "all": 0}[config.schedule.replay]
     return {k: answers[k] for k in (iteration, *range(first, iteration))}

@@ -69,7 +69,7 @@ def open_run(config: Config, folder: Path, group: str | None) -> Iterator[Tracke
 
 
 def check_folder(folder: Path) -> None:
-    """Raise UserError if the folder has no lock, so no run has written to it, and holds what a run would overwrite."""
+    """Raise UserError if no run has written to the folder (there is no lock), and a run would overwrite files in it."""
     if (folder / LOCK).exists():
         return
     for path in (*(folder / name for name in (*WRITTEN, "sft", "best")), *iteration_folders(folder)):
@@ -80,7 +80,7 @@ def check_folder(folder: Path) -> None:
 
 
 def remove_unused(folder: Path) -> None:
-    """Remove the lock, and the folder if nothing else is in it, of a run that has ended before it wrote anything there."""
+    """Remove the lock, and the folder if it is empty then, of a run that ended before it wrote anything."""
     if not any((folder / name).exists() for name in WRITTEN):
         (folder / LOCK).unlink(missing_ok=True)
         with suppress(OSError):  # not empty
@@ -88,7 +88,7 @@ def remove_unused(folder: Path) -> None:
 
 
 def check_resources(run: Run, stages: Sequence[Stage]) -> None:
-    """Raise UserError if the run cannot finish on this disk and device, and say what it is about to do."""
+    """Raise UserError if the disk or the device is too small for the run; print what it will do."""
     config, data = run.config, run.data
     if run.ranks.is_main_process:
         check_hub(config, run.start)
@@ -135,7 +135,7 @@ def check_shared_store(path: Path, ranks: ProcessGroup) -> None:
 
 
 def remove_stale(folder: Path, records: Sequence[IterationRecord]) -> None:
-    """Remove what an earlier game showed of policies that this one, which played `records`, has not; the store keeps it."""
+    """Remove what an earlier, longer game showed of policies that are not in `records`; the store keeps them."""
     labels = {record.policy.label for record in records}
     for path in (folder / "sft", *iteration_folders(folder)):
         if path.name not in labels:
@@ -148,10 +148,7 @@ def iteration_folders(folder: Path) -> list[Path]:
 
 
 def remove_shown(folder: Path) -> None:
-    """Remove what the game wrote to `sft/`, `iter<t>/` or `best/`, and the folder unless it holds files of the user.
-
-    A folder of that name which no game has written is left alone.
-    """
+    """Remove what a game wrote to `sft/`, `iter<t>/` or `best/`, and the folder unless it holds files of the user."""
     if not any((folder / name).exists() for name in (".policy.linked", ".merged.linked", "selection.json")):
         return
     for name in ("policy", "merged"):
@@ -163,14 +160,14 @@ def remove_shown(folder: Path) -> None:
 
 
 def show_model(source: Path | None, folder: Path) -> None:
-    """Show the model `source` in `folder`; with None remove what the game has shown there, the card included."""
+    """Show the model `source` in `folder`; with None remove the one shown there, and its card."""
     if source is None and is_own(folder / CARD):
         (folder / CARD).unlink(missing_ok=True)
     link_tree(source, folder)
 
 
 def show_record(player: Player, record: IterationRecord) -> None:
-    """Lay out a played record: `sft/policy`, or `iter<t>/` with pairs.parquet, policy/ and manifest.json."""
+    """Write a played record: `sft/policy`, or `iter<t>/` with pairs.parquet, policy/ and manifest.json."""
     folder = player.run.folder
     for stage in record.external:
         if (result := player.result(stage)) is not None:

@@ -1,4 +1,4 @@
-"""The score stage: log-probs of every pair under a frozen model, computed once and reused by every training run."""
+"""The score stage: log-probs of every pair under a frozen model, computed once for all trainings."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -43,7 +43,7 @@ class Scores:
 class Score(Stage[Scores]):
     """The pairs of an iteration and of the iterations replayed with it, scored by `model` ("opponent" or "start").
 
-    `answers` are the answers of each iteration whose pairs are used, by iteration; the present one comes first.
+    `answers` has the answers by iteration, first those of this one.
     """
 
     name = "score"

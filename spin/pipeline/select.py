@@ -21,10 +21,10 @@ HARNESS = "harness"  # evaluation.select=harness: the mean over the benchmarks' 
 
 @dataclass(frozen=True)
 class Selection:
-    """The selected policy: its label, its place, and the value it was selected by.
+    """The selected policy, its folder, and the value it was selected by.
 
-    `path` is relative to the run's folder; that of the start, which lies elsewhere, is absolute. `interval` has the ends of the 95 % bootstrap
-    interval over the `n` prompts; benchmarks have none. `last` is the label of the last policy.
+    `path` is relative to the run's folder, or absolute for the start. `interval`: 95 %, by bootstrap over `n` prompts;
+    None for benchmarks. `last` is the label of the last policy.
     """
 
     policy: str
@@ -38,9 +38,9 @@ class Selection:
 
 
 def criterion(run: Run) -> str | None:
-    """What the policy is selected by: evaluation.select, or the default for what the run measures. None: nothing is.
+    """What the policy is selected by: evaluation.select, or a default for what the run measures; None: by nothing.
 
-    Raises UserError if the run cannot measure it.
+    Raises UserError if the run does not measure it.
     """
     config, n = run.config, len(run.data.validation) if run.config.evaluation.enabled else 0
     name, tasks = config.evaluation.select, [task.task for task in parse_tasks(config.evaluation.harness or [])]
@@ -62,9 +62,9 @@ def criterion(run: Run) -> str | None:
 
 
 def select_policy(player: Player, records: Sequence[IterationRecord]) -> Selection | None:
-    """The best of the played policies, start and SFT policy included; None if nothing is selected. The main process decides.
+    """The best of the played policies, the start included; None if nothing is selected.
 
-    On validation prompts by the rule of `best_policy`, by benchmarks the highest value.
+    The main process decides: on validation prompts by `best_policy`, by benchmarks the highest value.
     """
     ranks, name = player.run.ranks, criterion(player.run)
     if name is None:
@@ -109,7 +109,7 @@ def final_stages(run: Run, records: Sequence[IterationRecord]) -> list[Stage]:
 
 
 def gains_no_more(player: Player, records: Sequence[IterationRecord]) -> bool:
-    """Whether schedule.stop=no_gain ends the game here: the best policy so far is schedule.patience iterations old."""
+    """Whether schedule.stop=no_gain ends the game: the best policy is schedule.patience iterations old."""
     run, t = player.run, records[-1].iteration
     if run.config.schedule.stop == "none" or t is None or t == run.config.iterations - 1:
         return False

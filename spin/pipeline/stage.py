@@ -56,11 +56,11 @@ class Results(dict[Node, Any]):
 
 @dataclass(frozen=True, eq=False)
 class Stage(Node[Result]):
-    """A stage of a run. Its fields are its settings and the nodes that it needs, first the policy that it is about.
+    """A stage of a run. Its fields are settings and the nodes that it needs, first the policy that it is about.
 
-    The results of these nodes are passed to `inputs`, `build` and `read` under the names of the fields. All ranks build a
-    stage together. An error in `may_fail`, which all ranks must raise together, ends the stage and not the game: the
-    result is None.
+    The results of the nodes are passed to `inputs`, `build` and `read` under the fields' names. All ranks build a stage
+    together. An error in `may_fail`, which all ranks raise together, ends the stage but not the game: the result is
+    None.
     """
 
     name: ClassVar[str]  # the folder in the store
@@ -116,8 +116,8 @@ class Measurement(Stage[Result]):
 
 @dataclass
 class Work:
-    """What a stage is built with: `folder` becomes the artifact, `resume` keeps what an interrupted attempt can continue
-    from, and `earlier_seconds` is what earlier attempts spent on the parts that are reused."""
+    """What a stage is built with: `folder` becomes the artifact, `resume` has what an interrupted attempt continues
+    from, and `earlier_seconds` what earlier attempts spent on the reused parts."""
 
     run: Run
     stage: Stage
@@ -132,7 +132,7 @@ class Work:
         self.run.tracker.log({**self.stage.labels, "stage": self.stage.name, **row})
 
     def shards(self, name: str, bar: Progress | None = None, per_row: float = 1, **options: bool) -> ResumableShards:
-        """Shards that are kept in `resume`. Reused ones advance `bar` by `per_row` for each of their rows."""
+        """Shards stored in `resume`. Reused ones advance `bar` by `per_row` for each row."""
 
         def on_reused(rows: int, seconds: float) -> None:
             self.earlier_seconds += seconds
@@ -145,8 +145,8 @@ class Work:
 class Player:
     """Plays stages in order, each found in the store or built, and keeps their results and artifacts.
 
-    `references` are the store entries ("train/<key>") that this run uses. `given_up` has the reason for each stage that
-    failed, by title. `on_build` is called with the title of a stage before it is built, on the main process.
+    `references` are the store entries ("train/<key>") in use. `given_up`: why a stage failed, by title. `on_build` is
+    called with a stage's title before it is built, on the main process.
     """
 
     def __init__(self, run: Run):
@@ -163,7 +163,7 @@ class Player:
         return self.results[node]
 
     def play(self, stage: Stage) -> None:
-        """Find the stage in the store or build it. Its metrics are logged either way, so that the run's record is complete."""
+        """Find the stage in the store or build it. Its metrics are logged in either case."""
         run, needs = self.run, stage.needs(self.results)
         inputs = stage.inputs(run, **needs)
         self.references.append(f"{stage.name}/{key_of(inputs)}")
@@ -194,7 +194,7 @@ class Player:
         self.results[stage] = stage.read(run, artifact, **needs)
 
     def _find_or_build(self, stage: Stage, inputs: dict, build: Callable[[Path], dict]) -> Artifact:
-        """The main process keeps the store, and has the other ranks build with it if the stage is missing."""
+        """Find the stage on the main process, or build it on all ranks. Only the main process uses the store."""
         run, artifact = self.run, None
 
         def build_on_all(folder: Path) -> dict:

@@ -33,7 +33,7 @@ from spin.runtime.progress import format_seconds
 def finish(
     player: Player, records: Sequence[IterationRecord], selection: Selection | None, command: str
 ) -> dict[str, Any]:
-    """Write game.json and the report, print the summary, and note which store entries the run uses. Returns the summary.
+    """Write game.json and the report, print the summary, and record the store entries in use. Returns the summary.
 
     Raises UserError at the end, before anything is published, if a stage was given up.
     """
@@ -73,7 +73,7 @@ def finish(
 
 
 def _send_policies(run: Run, summary: dict) -> None:
-    """Upload the policies that tracking.policies names, but not a start that is selected: it is the user's own."""
+    """Upload the policies that tracking.policies names, but not the start, which is the user's own."""
     setting, paths = run.config.tracking.policies, [iteration["policy"] for iteration in summary["iterations"]]
     if setting == "best":
         paths = [summary["selected"]["path"]] if summary["selected"] else paths[-1:]
@@ -158,8 +158,8 @@ def _external(player: Player, records: Sequence[IterationRecord]) -> list[dict]:
 
 
 def _differences(evaluations: Sequence[Evaluation], selection: Selection | None, config: Config) -> list[dict]:
-    """The selected or else the last policy against the start of self-play, and the last one against the selected or else
-    iteration 0's; with stage=evaluate the two measured ones."""
+    """The selected or else the last policy against the start of self-play, and the last against the selected or else
+    the first; with stage=evaluate the two that are measured."""
     played = [e for e in evaluations if e.iteration is not None]
     before = [e for e in evaluations if e.iteration is None]
     result = [e for e in played if selection and e.policy.label == selection.policy] or played[-1:]
@@ -179,7 +179,7 @@ def _differences(evaluations: Sequence[Evaluation], selection: Selection | None,
 
 
 def sample_sets(player: Player, records: Sequence[IterationRecord]) -> list[dict]:
-    """The samples of report.html: the held-out answers of all policies, and the training pairs of each iteration."""
+    """The samples of report.html: held-out answers of all policies, and training pairs by iteration."""
     policies: list[tuple[str, HeldOut, HeldOut | None]] = []
     pairs = []
     for record in records:

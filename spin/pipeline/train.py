@@ -1,4 +1,4 @@
-"""The stages that make a policy: supervised fine-tuning, the training of an iteration, and merging an adapter."""
+"""The stages that make a policy: SFT, the training of an iteration, and the merging of an adapter."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -93,7 +93,7 @@ class Training(Stage[Policy]):
 
 
 class Sft(Training):
-    """Fine-tune the start on the human answers: iteration 0's opponent is an SFT model of the same data."""
+    """Fine-tune the start on the human answers: iteration 0's opponent is an SFT model of the data."""
 
     name, title_format = "sft", "SFT"
 
@@ -113,8 +113,7 @@ class Sft(Training):
 class Train(Training):
     """The main player: starts as the opponent `policy` and learns to tell its answers from the human ones.
 
-    `scores` are the pairs' log-probs by the model that gave them, `first` iteration 0's answers; the objective says which
-    it needs.
+    `scores`: the pairs' log-probs by model. `first`: iteration 0's answers, if the objective needs them.
     """
 
     name = "train"
