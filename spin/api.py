@@ -15,10 +15,10 @@ from spin.runtime.errors import UserError, user_message
 class Result:
     """A finished game, or with stage="evaluate" the measures of a model.
 
-    `policies` are model folders by label, in playing order ("sft", "iter0", ...); `best` is the selected one, or else the last.
-    `measures` has those of every policy on held-out prompts, the start included, by label and name ("nll_per_token", and
-    the ends of its interval as "nll_per_token_interval"); `pairs` the parquet file of every iteration's training pairs.
-    `summary` is the content of game.json; all files are in `folder`.
+    `policies` are model folders by label, in playing order ("sft", "iter0", ...); `best` is the selected or else the last.
+    `measures` are those of all policies and the start on held-out prompts, by label and name ("nll_per_token",
+    "nll_per_token_interval": its ends); `pairs` the parquet files of training pairs, by iteration. `summary` is the
+    content of game.json; all files are in `folder`.
     """
 
     folder: Path
@@ -31,12 +31,10 @@ class Result:
 
 
 def play(*words: str, **settings: Any) -> Result:
-    """Play a game as `python run.py` does, in the same folder and with the same store: what was played before is reused.
+    """Play a game as `python run.py` does, in the same folder and with the same store, which has what was played before.
 
-    `settings` are groups and keys: `model="zephyr"`, `loss={"beta": 0.1}`, `iter=2`; `words` are settings as on the command line,
-    such as "loss=hinge" or "experiment=smoke". `model` and `data` may also be a path or a hub name.
-
-    Raises UserError, with one line, for what a user can put right.
+    `settings` are groups and keys: `model="zephyr"`, `loss={"beta": 0.1}`, `iter=2`; `words` are settings as on the
+    command line: "loss=hinge". `model` and `data` may also be a path or a hub name. Raises UserError, with one line.
     """
     try:
         given = [*words, *to_words(settings)]

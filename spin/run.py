@@ -37,7 +37,7 @@ def joined_group() -> Any:
 
 
 def end(status: int, line: str | None = None) -> NoReturn:
-    """End this process, with one line on stderr if given. Once joined it exits at once: other processes may be gone."""
+    """End this process, with a line on stderr if given; in a group at once, because others may be gone."""
     if line is not None:
         with contextlib.suppress(OSError):  # the terminal may be gone
             print(line, file=sys.stderr, flush=True)
@@ -67,14 +67,14 @@ def fail(error: Exception) -> NoReturn:
 
 
 def end_stopped(stop: KeyboardInterrupt) -> NoReturn:
-    """End with 128 + the signal's number, and a line from rank 0: all stop together, and rank 0 may be gone first."""
+    """End with 128 + the signal's number, and a line from rank 0: all ranks stop together."""
     number = getattr(stop, "signal", signal.SIGINT)
     line = f"stopped by {number.name}: finished work is kept, run the same command to continue."
     end(128 + number, line if RANK == 0 else None)
 
 
 def note_new_folder(event: str, arguments: tuple) -> None:
-    """An audit hook that notes every folder which this process makes: the run's, and its parents, are made by Hydra."""
+    """An audit hook that notes the folders made by this process: Hydra makes the run's and its parents."""
     if event == "os.mkdir" and isinstance(arguments[0], (str, Path)) and not os.path.lexists(arguments[0]):
         NEW_FOLDERS.append(os.path.abspath(arguments[0]))
 

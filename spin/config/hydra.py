@@ -45,7 +45,7 @@ def basename(path: str | None, default: str) -> str:
 def run_folder(name: str, stage: str, overrides: Sequence[str]) -> str:
     """The folder of a run in outputs/: `name`, and the typed settings that change its result, in a stable order.
 
-    It can be typed as it is in `model.path=outputs/<folder>/iter1/policy`: Hydra would want "," and "=" quoted.
+    It has no "," and "=", which Hydra would want quoted in `model.path=outputs/<folder>/iter1/policy`.
     """
     words = {}
     for word in overrides:
@@ -63,8 +63,8 @@ for resolver in (slug, basename, run_folder):
 
 
 def quote(word: str, is_sweep: bool = False) -> str:
-    """The override `word` with its value in Hydra's quotes where the value is a text that Hydra's grammar would not read,
-    or a path that it would read as something else: a user quotes for the shell only. In a sweep, commas separate values."""
+    """The override `word`, its value in Hydra's quotes if Hydra cannot read it, or would read a path as something else:
+    a user quotes for the shell only. In a sweep, commas separate values."""
     key, equals, value = word.partition("=")
     if not equals or not re.fullmatch(r"[+~]*[\w.@/]+", key) or value[:1] + value[-1:] in ("''", '""'):
         return word
@@ -85,7 +85,7 @@ def quote(word: str, is_sweep: bool = False) -> str:
 def rename(word: str) -> str:
     """The override `word` under its key's new name, with a printed note for an old one.
 
-    `data.template_options` gets Hydra's "++": its keys are the template's own, so that none of them is known here.
+    `data.template_options` gets Hydra's "++", because its keys are the template's own.
     """
     if word.startswith("data.template_options"):
         return f"++{word}"

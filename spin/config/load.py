@@ -16,7 +16,7 @@ from spin.config.schema import Config, base_values, setting_line, validate
 from spin.runtime.errors import UserError, explaining
 from spin.runtime.output import note_secrets
 
-# Settings that have an effect with some values of another one only: elsewhere a value that is not the default is a mistake.
+# Settings that have an effect only with some values of another one: elsewhere only their default is accepted.
 USED_WITH = {
     "model.merge": ("model.adapter", "lora"),
     "data.template_options": ("data.template", "chat"),
@@ -83,8 +83,8 @@ def _unresolved(composed: DictConfig) -> Any:
 
 
 def changed_settings(path: Path, config: Config) -> list[str]:
-    """The settings that make the results of the game whose config.yaml is at `path` (none or a damaged one: no game)
-    others than those of `config`, as "loss.beta=0.1, not 0.2"."""
+    """The settings in config.yaml at `path` with which a game gives other results than with `config`, as "loss.beta=0.1,
+    not 0.2". None if the file is missing or damaged."""
     try:
         old, new = (_flat(settings) for settings in (yaml.safe_load(path.read_bytes()), config.shown))
     except (OSError, yaml.YAMLError, ValueError, AttributeError):
