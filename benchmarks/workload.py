@@ -48,10 +48,10 @@ def prepare_workload(pairs: int, words: Sequence[str] = ()) -> Workload:
     """Generate and score `pairs` pairs, or reuse them from the store (outputs/benchmarks)."""
     from spin.pipeline.generate import Generate
     from spin.pipeline.score import Score
-    from spin.pipeline.stage import Given, Player
+    from spin.pipeline.stage import Player
 
     run = open_game([f"store.path={STORE}", f"data.size={pairs}", "data.held_out=0", *LENGTHS, *words])
-    opponent = Given(run.start)
+    opponent = run.start
     generate = Generate(0, opponent)
     score = Score(0, opponent, "opponent", {0: generate})
     player = Player(run)

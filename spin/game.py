@@ -9,7 +9,6 @@ from typing import Any
 
 from spin.config.schema import Config
 from spin.method.objectives import make_objective
-from spin.models.policy import Policy
 from spin.pipeline.context import Run, prepare_run
 from spin.pipeline.evaluate import Evaluate, Validate
 from spin.pipeline.external import declare_external
@@ -20,7 +19,7 @@ from spin.pipeline.record import IterationRecord, replayed
 from spin.pipeline.run_folder import check_resources, open_run, show_record
 from spin.pipeline.score import Score
 from spin.pipeline.select import final_stages, gains_no_more, hand_over
-from spin.pipeline.stage import Given, Node, Player, Stage
+from spin.pipeline.stage import Player, PolicyNode, Stage
 from spin.pipeline.summary import finish
 from spin.pipeline.train import Sft, Train
 from spin.runtime.files import write_text
@@ -34,7 +33,7 @@ def declare_game(run: Run) -> Iterator[IterationRecord]:
     the human answers from those of p_t (section 4.2).
     """
     config = run.config
-    policy: Node[Policy] = Given(run.start)
+    policy: PolicyNode = run.start
     measured = declare_measures(run, None, policy)
     yield IterationRecord(None, policy, **measured)
     if config.schedule.sft_epochs > 0:
@@ -62,13 +61,13 @@ def declare_evaluations(run: Run) -> Iterator[IterationRecord]:
     """Declare the stages of stage=evaluate: measures of the start, and of the policy to compare it with, if any."""
     evaluation = None
     for policy in reversed(run.policies):
-        measured = declare_measures(run, None, Given(policy), evaluation)
-        yield IterationRecord(None, Given(policy), **measured)
+        measured = declare_measures(run, None, policy, evaluation)
+        yield IterationRecord(None, policy, **measured)
         evaluation = measured["evaluation"]
 
 
 def declare_measures(
-    run: Run, iteration: int | None, policy: Node[Policy], opponent: Evaluate | None = None
+    run: Run, iteration: int | None, policy: PolicyNode, opponent: Evaluate | None = None
 ) -> dict[str, Any]:
     """The stages that measure a policy, as fields of its record. `opponent` is the evaluation of its opponent."""
     config, data, enabled = run.config, run.data, run.config.evaluation.enabled

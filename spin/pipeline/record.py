@@ -5,12 +5,11 @@ from dataclasses import dataclass, field
 
 from spin.config.schema import Config
 from spin.generation.answers import Answer
-from spin.models.policy import Policy
 from spin.pipeline.evaluate import Evaluate, Validate
 from spin.pipeline.external import External
 from spin.pipeline.generate import Generate
 from spin.pipeline.score import Score
-from spin.pipeline.stage import Node, Stage
+from spin.pipeline.stage import Node, PolicyNode, Stage
 from spin.pipeline.train import Sft, Train
 from spin.runtime.tables import Rows
 
@@ -20,7 +19,7 @@ class IterationRecord:
     """The stages of an iteration, or of the start or the SFT stage (`iteration` None), and the policy that results."""
 
     iteration: int | None
-    policy: Node[Policy]
+    policy: PolicyNode
     generate: Generate | None = None
     scores: Mapping[str, Score] = field(default_factory=dict)
     train: Sft | Train | None = None
@@ -29,7 +28,7 @@ class IterationRecord:
     external: Sequence[External] = ()
 
     @property
-    def opponent(self) -> Node[Policy] | None:
+    def opponent(self) -> PolicyNode | None:
         return self.generate.policy if self.generate else None
 
     @property

@@ -199,7 +199,7 @@ def _manifest(player: Player, record: IterationRecord) -> dict:
     """What made the iteration, for readers and scripts."""
     config, score = player.run.config, record.scores["opponent"]
     assert record.opponent and isinstance(record.train, Train)
-    policy, opponent = player.result(record.policy), player.result(record.opponent)
+    policy, opponent = player.policy(record.policy), player.policy(record.opponent)
     weights: dict = {"label": policy.label, "weights": policy.id, "starts_as": opponent.label}
     if policy.base:
         weights["adapter_of"] = {"weights": policy.base.id, "quantization": policy.base.quantization}

@@ -34,23 +34,15 @@ class Node(Generic[Result]):
         raise NotImplementedError
 
 
-@dataclass(frozen=True, eq=False)
-class Given(Node[Policy]):
-    """A policy that is known before anything is played."""
-
-    value: Policy
-
-    @property
-    def label(self) -> str:
-        return self.value.label
+PolicyNode = Policy | Node[Policy]  # a policy that is given, or results from a stage
 
 
-class Results(dict[Node, Any]):
-    """The results of stages that were played or found; those of `Given` nodes are known."""
+class Results(dict[Any, Any]):
+    """The results of stages that were played or found. A given policy is its own result."""
 
-    def __missing__(self, node: Node) -> Any:
-        if isinstance(node, Given):
-            return node.value
+    def __missing__(self, node: Any) -> Any:
+        if isinstance(node, Policy):
+            return node
         raise KeyError(node)
 
 
@@ -67,7 +59,7 @@ class Stage(Node[Result]):
     title_format: ClassVar[str] = "{stage.subject}: {stage.name}"
     may_fail: ClassVar[tuple[type[UserError], ...]] = ()
     iteration: int | None
-    policy: Node[Policy]
+    policy: PolicyNode
 
     @property
     def subject(self) -> str:
@@ -87,7 +79,7 @@ class Stage(Node[Result]):
         """The results of the nodes among the fields, by field. Raises KeyError if one is not known yet."""
         needed = {}
         for field, value in vars(self).items():
-            if isinstance(value, Node):
+            if isinstance(value, Node | Policy):
                 needed[field] = results[value]
             elif isinstance(value, Mapping):
                 needed[field] = {key: results[node] for key, node in value.items()}
@@ -159,7 +151,10 @@ class Player:
         self.started = time.perf_counter()
 
     def result(self, node: Node[Result]) -> Result:
-        """The result of a node that is given or was played."""
+        """The result of a stage that was played."""
+        return self.results[node]
+
+    def policy(self, node: PolicyNode) -> Policy:
         return self.results[node]
 
     def play(self, stage: Stage) -> None:
