@@ -1,20 +1,6 @@
-"""`python -m spin`, and the command `spin` of the installed package: plays games; with `store` first, keeps the store."""
+"""`python -m spin`, and the command `spin` of the installed package."""
 
-import sys
-
-
-def main() -> None:
-    if sys.argv[1:2] == ["store"]:
-        from spin.runtime.output import open_streams
-        from spin.runtime.store_cli import main as keep_store
-
-        open_streams()
-        keep_store(sys.argv[2:])
-    else:
-        from spin.run import main as play
-
-        play()
-
+from spin.run import main
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,4 @@
-"""The command line: `python run.py`, `python -m spin` or, installed, `spin`. Hydra entry: compose, validate, play."""
+"""The command line, `python run.py`, `python -m spin` or `spin`. Hydra entry: compose, validate, play."""
 
 import contextlib
 import os
@@ -120,8 +120,12 @@ def play_composed(composed: DictConfig) -> None:
 
 
 def main() -> None:
-    """Play what `sys.argv` asks for, and end the process with its exit status."""
+    """Play what `sys.argv` asks for, or with `store` first list and clean a store; end with the exit status."""
     open_streams()
+    if sys.argv[1:2] == ["store"]:
+        from spin.runtime.store_cli import main as run_store_command
+
+        return run_store_command(sys.argv[2:])
     sys.addaudithook(note_new_folder)
     os.environ["MPLBACKEND"] = "agg"  # a notebook's needs the notebook
     # Hydra prints its errors over several lines, and a traceback for ours: make it raise, and print one line here.
