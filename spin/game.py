@@ -19,7 +19,7 @@ from spin.pipeline.record import IterationRecord, replayed
 from spin.pipeline.run_folder import check_resources, open_run, show_record
 from spin.pipeline.score import Score
 from spin.pipeline.select import final_stages, gains_no_more, hand_over
-from spin.pipeline.stage import Player, PolicyNode, Stage
+from spin.pipeline.stage import Player, PolicySource, Stage
 from spin.pipeline.summary import finish
 from spin.pipeline.train import Sft, Train
 from spin.runtime.files import write_text
@@ -33,7 +33,7 @@ def declare_game(run: Run) -> Iterator[IterationRecord]:
     the human answers from those of p_t (section 4.2).
     """
     config = run.config
-    policy: PolicyNode = run.start
+    policy: PolicySource = run.start
     measured = declare_measures(run, None, policy)
     yield IterationRecord(None, policy, **measured)
     if config.schedule.sft_epochs > 0:
@@ -67,7 +67,7 @@ def declare_evaluations(run: Run) -> Iterator[IterationRecord]:
 
 
 def declare_measures(
-    run: Run, iteration: int | None, policy: PolicyNode, opponent: Evaluate | None = None
+    run: Run, iteration: int | None, policy: PolicySource, opponent: Evaluate | None = None
 ) -> dict[str, Any]:
     """The stages that measure a policy, as fields of its record. `opponent` is the evaluation of its opponent."""
     config, data, enabled = run.config, run.data, run.config.evaluation.enabled

@@ -16,7 +16,7 @@ from spin.models.policy import Policy, content_id
 from spin.pipeline.context import Run
 from spin.pipeline.generate import answer_prompts, generation_inputs
 from spin.pipeline.score import score_items
-from spin.pipeline.stage import Measurement, Node, Work
+from spin.pipeline.stage import Measurement, Work
 from spin.runtime.random import seed_of
 from spin.runtime.store import Artifact
 from spin.runtime.tables import Rows
@@ -41,7 +41,7 @@ class Evaluate(Measurement[Evaluation]):
 
     name, title_format = "evaluate", "{stage.name} {stage.policy.label}"
     shows_samples: ClassVar[bool] = True
-    opponent: Node[Evaluation] | None = None
+    opponent: "Evaluate | None" = None
 
     def examples(self, run: Run) -> Rows[Example]:
         return run.data.held_out

@@ -10,7 +10,7 @@ from spin.models.load import load_tokenizer
 from spin.models.policy import Policy
 from spin.pipeline.context import Run
 from spin.pipeline.evaluate import Evaluate, Evaluation
-from spin.pipeline.stage import Measurement, PolicyNode, Work
+from spin.pipeline.stage import Measurement, PolicySource, Work
 from spin.runtime.errors import UserError
 from spin.runtime.store import Artifact
 
@@ -18,7 +18,7 @@ from spin.runtime.store import Artifact
 def declare_external(
     config: Config,
     iteration: int | None,
-    policy: PolicyNode,
+    policy: PolicySource,
     evaluation: Evaluate | None = None,
     opponent: Evaluate | None = None,
 ) -> list["External"]:

@@ -4,14 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from spin.config.schema import Config
-from spin.generation.answers import Answer
 from spin.pipeline.evaluate import Evaluate, Validate
 from spin.pipeline.external import External
 from spin.pipeline.generate import Generate
 from spin.pipeline.score import Score
-from spin.pipeline.stage import Node, PolicyNode, Stage
+from spin.pipeline.stage import PolicySource, Stage
 from spin.pipeline.train import Sft, Train
-from spin.runtime.tables import Rows
 
 
 @dataclass(frozen=True)
@@ -19,7 +17,7 @@ class IterationRecord:
     """The stages of an iteration, or of the start or the SFT stage (`iteration` None), and the policy that results."""
 
     iteration: int | None
-    policy: PolicyNode
+    policy: PolicySource
     generate: Generate | None = None
     scores: Mapping[str, Score] = field(default_factory=dict)
     train: Sft | Train | None = None
@@ -28,7 +26,7 @@ class IterationRecord:
     external: Sequence[External] = ()
 
     @property
-    def opponent(self) -> PolicyNode | None:
+    def opponent(self) -> PolicySource | None:
         return self.generate.policy if self.generate else None
 
     @property
@@ -37,7 +35,7 @@ class IterationRecord:
         return [stage for stage in (*parts, *self.external) if stage is not None]
 
 
-def replayed(config: Config, iteration: int, answers: Sequence[Node[Rows[Answer]]]) -> dict[int, Node[Rows[Answer]]]:
+def replayed(config: Config, iteration: int, answers: Sequence[Generate]) -> dict[int, Generate]:
     """The answers used in `iteration`, by iteration: its own, then those that schedule.replay adds."""
     first = {"none": iteration, "previous": max(0, iteration - 1), "all": 0}[config.schedule.replay]
     return {k: answers[k] for k in (iteration, *range(first, iteration))}

@@ -23,7 +23,8 @@ from spin.method.pairs import (
 )
 from spin.models.policy import Policy
 from spin.pipeline.context import Run
-from spin.pipeline.stage import Node, Stage, Work
+from spin.pipeline.generate import Generate
+from spin.pipeline.stage import Stage, Work
 from spin.runtime.errors import UserError
 from spin.runtime.progress import Progress
 from spin.runtime.store import Artifact
@@ -49,7 +50,7 @@ class Score(Stage[Scores]):
     name = "score"
     iteration: int
     model: str
-    answers: Mapping[int, Node[Rows[Answer]]]
+    answers: Mapping[int, Generate]
 
     @property
     def title(self) -> str:

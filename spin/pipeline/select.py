@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from spin.evaluation.external.harness import parse_tasks
 from spin.evaluation.measure_table import CLASSIFIER_PROMPTS, COMPARED, MEASURES
@@ -11,11 +12,12 @@ from spin.models.policy import Policy
 from spin.pipeline.context import Run
 from spin.pipeline.record import IterationRecord
 from spin.pipeline.run_folder import remove_shown, show_model
-from spin.pipeline.stage import Node, Player, Stage
+from spin.pipeline.stage import Player, Stage
 from spin.pipeline.train import Merge
 from spin.runtime.errors import UserError
 from spin.runtime.files import write_text
 
+UNKNOWN = Policy("the final policy", Path(), id="")  # before one is selected; no stage has its id
 HARNESS = "harness"  # evaluation.select=harness: the mean over the benchmarks' tasks
 
 
@@ -96,15 +98,9 @@ def _benchmark(player: Player, record: IterationRecord, name: str) -> tuple[floa
     return sum(result["value"] for result in chosen) / len(chosen), sum(result["n"] for result in chosen)
 
 
-class Selected(Node[Policy]):
-    """The selected policy, before it is known."""
-
-    label = "the final policy"
-
-
 def final_stages(run: Run, records: Sequence[IterationRecord]) -> list[Stage]:
     """What `hand_over` will play. Raises UserError if the run cannot measure what it is to select by."""
-    policy = records[-1].policy if criterion(run) is None else Selected()
+    policy = records[-1].policy if criterion(run) is None else UNKNOWN
     return [Merge(None, policy)] if run.config.model.merge else []
 
 

@@ -25,41 +25,34 @@ from spin.runtime.tracking import to_json_types
 Result = TypeVar("Result", covariant=True)
 
 
-class Node(Generic[Result]):
-    """A result that stages can need."""
-
-    @property
-    def label(self) -> str:
-        """The name of a policy for display: "iter0"."""
-        raise NotImplementedError
-
-
-PolicyNode = Policy | Node[Policy]  # a policy that is given, or results from a stage
-
-
 class Results(dict[Any, Any]):
     """The results of stages that were played or found. A given policy is its own result."""
 
-    def __missing__(self, node: Any) -> Any:
-        if isinstance(node, Policy):
-            return node
-        raise KeyError(node)
+    def __missing__(self, key: Any) -> Any:
+        if isinstance(key, Policy):
+            return key
+        raise KeyError(key)
 
 
 @dataclass(frozen=True, eq=False)
-class Stage(Node[Result]):
-    """A stage of a run. Its fields are settings and the nodes that it needs, first the policy that it is about.
+class Stage(Generic[Result]):
+    """A stage of a run. Its fields are settings and the stages that it needs, first the policy that it is about.
 
-    The results of the nodes are passed to `inputs`, `build` and `read` under the fields' names. All ranks build a stage
-    together. An error in `may_fail`, which all ranks raise together, ends the stage but not the game: the result is
-    None.
+    The results of these stages are passed to `inputs`, `build` and `read` under the fields' names. All ranks build a
+    stage together. An error in `may_fail`, which all ranks raise together, ends the stage but not the game: the result
+    is None.
     """
 
     name: ClassVar[str]  # the folder in the store
     title_format: ClassVar[str] = "{stage.subject}: {stage.name}"
     may_fail: ClassVar[tuple[type[UserError], ...]] = ()
     iteration: int | None
-    policy: PolicyNode
+    policy: "PolicySource"
+
+    @property
+    def label(self) -> str:
+        """The name of the policy that results, for display: "iter0"."""
+        raise NotImplementedError
 
     @property
     def subject(self) -> str:
@@ -76,13 +69,13 @@ class Stage(Node[Result]):
         return {"iter": self.iteration}
 
     def needs(self, results: Results) -> dict[str, Any]:
-        """The results of the nodes among the fields, by field. Raises KeyError if one is not known yet."""
+        """The results of the stages among the fields, by field. Raises KeyError if one is not known yet."""
         needed = {}
         for field, value in vars(self).items():
-            if isinstance(value, Node | Policy):
+            if isinstance(value, Stage | Policy):
                 needed[field] = results[value]
             elif isinstance(value, Mapping):
-                needed[field] = {key: results[node] for key, node in value.items()}
+                needed[field] = {key: results[stage] for key, stage in value.items()}
         return needed
 
     def inputs(self, run: Run, *args: Any, **needs: Any) -> dict:
@@ -96,6 +89,9 @@ class Stage(Node[Result]):
     def read(self, run: Run, artifact: Artifact, *args: Any, **needs: Any) -> Result:
         """Read the result from a finished artifact."""
         raise NotImplementedError
+
+
+PolicySource = Policy | Stage[Policy]  # a policy that is given, or results from a stage
 
 
 class Measurement(Stage[Result]):
@@ -150,12 +146,12 @@ class Player:
         self.on_build: Callable[[str], object] = lambda title: None
         self.started = time.perf_counter()
 
-    def result(self, node: Node[Result]) -> Result:
+    def result(self, stage: Stage[Result]) -> Result:
         """The result of a stage that was played."""
-        return self.results[node]
+        return self.results[stage]
 
-    def policy(self, node: PolicyNode) -> Policy:
-        return self.results[node]
+    def policy(self, source: PolicySource) -> Policy:
+        return self.results[source]
 
     def play(self, stage: Stage) -> None:
         """Find the stage in the store or build it. Its metrics are logged in either case."""

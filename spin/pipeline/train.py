@@ -16,9 +16,10 @@ from spin.models.find import fresh_adapter
 from spin.models.policy import TRAINED_ON, Policy, auxiliary_digest, content_id, note_trained_on, trained_on
 from spin.models.save import save_merged, write_stop_ids
 from spin.pipeline.context import Run
+from spin.pipeline.generate import Generate
 from spin.pipeline.probes import lora_settings
-from spin.pipeline.score import Scores
-from spin.pipeline.stage import Node, Stage, Work
+from spin.pipeline.score import Score, Scores
+from spin.pipeline.stage import Stage, Work
 from spin.runtime.artifacts import folder_size
 from spin.runtime.checkpoints import Checkpoints, TrainState
 from spin.runtime.random import seed_of
@@ -118,8 +119,8 @@ class Train(Training):
 
     name = "train"
     iteration: int
-    scores: Mapping[str, Node[Scores]]
-    first: Node[Rows[Answer]] | None = None
+    scores: Mapping[str, Score]
+    first: Generate | None = None
 
     def objective(self, run: Run) -> Objective:
         return make_objective(run.config.loss, self.iteration, run.config.generation.num_answers)
