@@ -48,7 +48,7 @@ def measure_answers(words: list[str]) -> dict[str, dict]:
     for stage in [stage for record in records for stage in record.stages]:
         player.play(stage)
     assert last.evaluation is not None, "held-out prompts are needed: data.held_out"
-    policy, evaluation = player.policy(last.policy), player.result(last.evaluation)
+    policy, evaluation = player.results[last.policy], player.result(last.evaluation)
     pairs, model = evaluation.held_out.pairs, run.models.load(policy)
     forward = run.models.forward(model, policy)
     prompts = [(pair.prompt, list(pair.prompt_ids)) for pair in pairs]

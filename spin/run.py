@@ -47,7 +47,7 @@ def end(status: int, line: str | None = None) -> NoReturn:
 
 
 def fail(error: Exception) -> NoReturn:
-    """End with status 1 and one line, for an error that the user can put right; raise any other."""
+    """End with status 1 and one line, for an error that the user can fix; raise any other."""
     remove_empty_folders()
     group = joined_group()
     if group and not group.is_first_to_fail():

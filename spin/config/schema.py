@@ -1,4 +1,4 @@
-"""The types and ranges of a configuration. Defaults and explanations stand in `conf/` only."""
+"""The types and ranges of a configuration. Defaults and explanations are in `conf/` only."""
 
 from difflib import get_close_matches
 from functools import cache

@@ -142,7 +142,7 @@ class Models:
             return SingleEngine(policy, run.dtype, run.device, engine, optimizer)
         from spin.engines.deepspeed import DeepSpeedEngine
 
-        if policy.id not in self._forwards:  # has to be chosen on an unsharded model
+        if policy.id not in self._forwards:  # chosen on a model that is not sharded
             self.forward(self.load(policy), policy)
         self.release()
         return DeepSpeedEngine(policy, run.dtype, run.device, engine, optimizer, run.ranks)

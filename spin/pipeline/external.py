@@ -16,11 +16,7 @@ from spin.runtime.store import Artifact
 
 
 def declare_external(
-    config: Config,
-    iteration: int | None,
-    policy: PolicySource,
-    evaluation: Evaluate | None = None,
-    opponent: Evaluate | None = None,
+    config: Config, iteration: int | None, policy: PolicySource, evaluation: Evaluate | None, opponent: Evaluate | None
 ) -> list["External"]:
     """The external evaluations of a policy that the settings ask for."""
     settings = config.evaluation

@@ -14,7 +14,7 @@ from spin.runtime.errors import user_message
 from spin.runtime.files import write_text
 from spin.runtime.signals import Interrupted
 
-STATUS = "The run goes on."  # stands in the page for its status
+STATUS = "The run goes on."  # a placeholder in the page
 
 
 @contextlib.contextmanager

@@ -49,7 +49,7 @@ def open_run(config: Config, folder: Path, group: str | None) -> Iterator[Tracke
             if not (folder / LOCK).exists():
                 stack.callback(remove_unused, folder)
             folder.mkdir(parents=True, exist_ok=True)
-            reason = f"another run is at work in {folder}"
+            reason = f"another run plays in {folder}"
             stack.enter_context(hold_lock(folder / LOCK, reason, partial(print, flush=True)))
             if changed := changed_settings(folder / "config.yaml", config):
                 reason = f"{folder} holds another game ({brief('; '.join(changed))})"
@@ -199,7 +199,7 @@ def _manifest(player: Player, record: IterationRecord) -> dict:
     """What made the iteration, for readers and scripts."""
     config, score = player.run.config, record.scores["opponent"]
     assert record.opponent and isinstance(record.train, Train)
-    policy, opponent = player.policy(record.policy), player.policy(record.opponent)
+    policy, opponent = player.results[record.policy], player.results[record.opponent]
     weights: dict = {"label": policy.label, "weights": policy.id, "starts_as": opponent.label}
     if policy.base:
         weights["adapter_of"] = {"weights": policy.base.id, "quantization": policy.base.quantization}

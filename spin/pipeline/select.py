@@ -87,7 +87,7 @@ def _best(player: Player, records: Sequence[IterationRecord], name: str) -> Sele
         (value, n), interval = scores[index], None
     record = records[index]
     label, last = record.policy.label, records[-1].policy.label
-    path = f"{label}/policy" if record.train else str(player.policy(record.policy).folder.absolute())
+    path = f"{label}/policy" if record.train else str(player.results[record.policy].folder.absolute())
     return Selection(label, record.iteration, path, name, value, interval, n, last)
 
 
@@ -139,7 +139,7 @@ def hand_over(player: Player, records: Sequence[IterationRecord]) -> Selection |
         remove_shown(best)
         return None
     best.mkdir(exist_ok=True)
-    show_model(player.policy(record.policy).folder if record.train else None, best / "policy")
+    show_model(player.results[record.policy].folder if record.train else None, best / "policy")
     show_model(merged, best / "merged")
     write_text(best / "selection.json", json.dumps(asdict(selection), indent=2) + "\n")
     return selection

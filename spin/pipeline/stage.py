@@ -150,9 +150,6 @@ class Player:
         """The result of a stage that was played."""
         return self.results[stage]
 
-    def policy(self, source: PolicySource) -> Policy:
-        return self.results[source]
-
     def play(self, stage: Stage) -> None:
         """Find the stage in the store or build it. Its metrics are logged in either case."""
         run, needs = self.run, stage.needs(self.results)
@@ -174,7 +171,7 @@ class Player:
         try:
             artifact = self._find_or_build(stage, inputs, build)
         except stage.may_fail as error:
-            run.say(f"{stage.title}: given up, the game goes on: {error}")
+            run.say(f"{stage.title}: given up, the game continues: {error}")
             self.given_up[stage.title], self.results[stage] = str(error), None
             return
         if artifact.reused:

@@ -79,7 +79,7 @@ def test_judge(place, serve):  # noqa: F811
     game = json.loads((place.folder / "judged" / "game.json").read_text())
     start, sft, last = game["external"]
     assert start["mt_bench"]["score"] == sft["mt_bench"]["score"] == last["mt_bench"]["score"] == 7
-    assert start["comparison"] is None and sft["comparison"] is None  # nobody before them in the game
+    assert start["comparison"] is None and sft["comparison"] is None  # they have no opponent
     comparison = last["comparison"]
     assert comparison["n"] == 8 and comparison["names"] == ["iter0", "sft"] and comparison["inconsistent"] in (0, None)
     assert comparison["finding"] in " ".join(done.stdout.split())  # a long one is wrapped
@@ -102,7 +102,7 @@ ONCE = {"x-should-retry": "false"}  # the client asks no second time
 
 @pytest.fixture(scope="module")
 def played(tmp_path_factory, games):
-    """A played game without judges, and questions of which the verdicts fill more than one shard."""
+    """A played game without judges, and questions with verdicts for more than one shard."""
     place = Place(tmp_path_factory.mktemp("played"), games)
     place.play("iter=0", "generation.max_new_tokens=24")
     return place, question_file(place.folder, MORE)
@@ -154,7 +154,7 @@ def test_game_goes_on_without_a_judge(played, serve, faults, says):  # noqa: F81
     [line] = done.stderr.splitlines()
     assert line.startswith(f"error: no result of MT-Bench of start: evaluation.judge={server.address}: ")
     assert says in line and "run the same command again" in line
-    assert "MT-Bench of start: given up, the game goes on" in done.stdout
+    assert "MT-Bench of start: given up, the game continues" in done.stdout
     assert sum("[[rating]]" in prompt for prompt in server.prompts) == 8 + len(faults) + 14 + 14
     assert "Missing: MT-Bench of start" in pages[0] and "Left after that: generate of iter 0" in pages[0]  # meanwhile
     game = json.loads((place.folder / run / "game.json").read_text())
@@ -285,7 +285,7 @@ def test_evaluation_folder():
 
 
 def test_evaluate_policies_of_one_name(place):
-    """Measures, samples and MT-Bench answers of two runs' iter0/policy lie side by side."""
+    """Measures, samples and MT-Bench answers of iter0/policy of two runs are kept apart."""
     questions = place.folder / "question.jsonl"
     questions.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
     for run, seed in (("one", 0), ("two", 1)):

@@ -276,7 +276,7 @@ def test_same_command_twice(place, reference):
     games = [place.start(*WORDS), place.start(*WORDS)]
     done = [game.wait() for game in games]
     assert [game.returncode for game in done] == [0, 0], done
-    assert sum("another run is at work in" in game.stdout for game in done) == 1
+    assert sum("another run plays in" in game.stdout for game in done) == 1
     assert sum("11 stages played" in game.stdout for game in done) == 1
     assert sum("nothing was computed again" in game.stdout for game in done) == 1
     assert_same(place, reference)

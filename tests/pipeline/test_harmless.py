@@ -1,4 +1,4 @@
-"""Settings that stand in no stage's key change no bit of a game."""
+"""Settings that are not in any stage's key change no bit of a game."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The report of a game that goes on, and of one that was stopped."""
+"""The report of a running game, and of a stopped one."""
 
 import json
 

@@ -67,7 +67,7 @@ def wait_until(condition: Callable[[], object], sweep: subprocess.Popen | None =
 
 
 class Sweep:
-    """A sweep in `folder`, whose points differ in generation.max_new_tokens, as jobs with one core each."""
+    """A sweep over generation.max_new_tokens in `folder`, as jobs with one core each."""
 
     def __init__(self, folder: Path, *words: str):
         self.folder = folder

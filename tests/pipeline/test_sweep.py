@@ -277,8 +277,8 @@ def test_slurm_settings():
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_submitit_job_is_preempted(tmp_path):
-    """Jobs as submitit starts them, from another folder, with paths relative to it. One is told that its time is over, and is
-    put back into the queue; one is killed, and is launched again; one is told to end, and is left; all share their stages."""
+    """Jobs that submitit starts from another folder, with relative paths, and that share their stages. The first gets its
+    timeout signal and is queued again, the second is killed and launched again, the third is terminated and left."""
     words = ["experiment=smoke", "iter=0", "schedule.epochs=20", "schedule.batch_size=4", "evaluation=none"]
     words += ["cache.path=cache", "store.path=store", "hydra.sweep.dir=sweep", "tracking.wandb=disabled"]
     words += ["-m", "loss.beta=0.1,0.2,0.3,-1", "hydra/launcher=submitit_local", "checkpoint.minutes=60"]
