@@ -14,6 +14,7 @@ from spin.config.schema import Config
 from spin.data.examples import Dataset, load_dataset
 from spin.data.templates import end_of_turn
 from spin.engines.base import Engine, select_device, select_dtype
+from spin.engines.deepspeed import DeepSpeedEngine
 from spin.engines.device_memory import release_free_memory
 from spin.engines.disk import fp32_bytes
 from spin.engines.logps import Forward, choose_forward
@@ -140,8 +141,6 @@ class Models:
         if engine.name == "single":
             self.release()
             return SingleEngine(policy, run.dtype, run.device, engine, optimizer)
-        from spin.engines.deepspeed import DeepSpeedEngine
-
         if policy.id not in self._forwards:  # chosen on a model that is not sharded
             self.forward(self.load(policy), policy)
         self.release()

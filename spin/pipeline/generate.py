@@ -9,6 +9,7 @@ from functools import partial
 from spin.data.examples import Example
 from spin.generation.answers import Answer, AnswerRequest, read_answers
 from spin.generation.sampling import generate_answers
+from spin.generation.vllm import generate_with_vllm
 from spin.models.policy import Policy
 from spin.pipeline.context import Run
 from spin.pipeline.stage import Stage, Work
@@ -127,8 +128,6 @@ def answer_prompts(
     use_vllm = run.config.generation.engine == "vllm"
     generate: Callable[[AnswerRequest], Rows[Answer]]
     if use_vllm:
-        from spin.generation.vllm import generate_with_vllm
-
         run.models.release()  # vLLM's processes load the stored weights
         generate = partial(generate_with_vllm, policy, run.dtype, run.folder)
     else:

@@ -4,9 +4,14 @@ import re
 import shutil
 
 from spin.config.schema import Config, ModelConfig
+from spin.engines.deepspeed import check_deepspeed
 from spin.engines.routers import find_routers
+from spin.evaluation.external import harness, judges, mt_bench
+from spin.evaluation.two_sample import check_embedder
+from spin.generation.vllm import check_vllm
 from spin.models import adapters
 from spin.models.policy import Policy
+from spin.models.quantization import check_bitsandbytes
 from spin.runtime.errors import UserError
 from spin.runtime.shards import Say
 
@@ -53,23 +58,15 @@ def check_libraries(config: Config, start: Policy) -> None:
     """Raise UserError if an optional library or file that the settings need is missing."""
     evaluation, generation, quantization = config.evaluation, config.generation, start.base_or_self.quantization
     if evaluation.embedder is not None:
-        from spin.evaluation.two_sample import check_embedder
-
         check_embedder(evaluation.embedder)
     if quantization or config.optimizer.name.endswith("8bit"):
-        from spin.models.quantization import check_bitsandbytes
-
         setting = f"model.quantization={quantization}" if quantization else f"optimizer.name={config.optimizer.name}"
         check_bitsandbytes(setting)
     if config.engine.compile and not (shutil.which("g++") or shutil.which("clang++")):
         raise UserError("engine.compile=true needs a C++ compiler: install g++, or set it to false.")
     if config.engine.name == "deepspeed":
-        from spin.engines.deepspeed import check_deepspeed
-
         check_deepspeed()
     if generation.engine == "vllm":
-        from spin.generation.vllm import check_vllm
-
         fresh = config.model.lora_rank if config.model.adapter == "lora" else 0
         check_vllm(generation, start, adapters.largest_rank(start.folder) if start.base else fresh)
 
@@ -77,10 +74,6 @@ def check_libraries(config: Config, start: Policy) -> None:
 def check_external(config: Config) -> None:
     """Raise UserError if a benchmark, question file or judge that the settings name is not available."""
     evaluation = config.evaluation
-    if not (evaluation.harness or evaluation.questions or evaluation.judge or evaluation.name == "mt_bench"):
-        return
-    from spin.evaluation.external import harness, judges, mt_bench
-
     if evaluation.harness:
         harness.check_tasks(harness.parse_tasks(evaluation.harness), evaluation.harness_include)
     if evaluation.judge is not None:

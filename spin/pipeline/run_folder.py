@@ -14,6 +14,8 @@ from transformers import AutoConfig
 
 from spin.config.load import changed_settings
 from spin.config.schema import Config
+from spin.engines.memory_load import check_run_memory
+from spin.evaluation.external.judges import check_judge
 from spin.evaluation.measures import held_out_margins
 from spin.method.pairs import write_pairs
 from spin.pipeline.context import Run
@@ -106,14 +108,10 @@ def check_resources(run: Run, stages: Sequence[Stage]) -> None:
     if run.ranks.size > 1:
         run.say(f"{run.ranks.size} processes, ZeRO stage {config.engine.zero_stage}")
     if missing:
-        from spin.engines.memory_load import check_run_memory
-
         adapter = run.policy_bytes // 4 if config.model.adapter == "lora" else None
         for line in check_run_memory(config, run.start, data, adapter, run.device, run.dtype, run.ranks):
             run.say(line)
     if run.ranks.is_main_process and config.evaluation.judge and {"mt_bench", "compare"} & {e.stage for e in missing}:
-        from spin.evaluation.external.judges import check_judge
-
         check_judge(config.evaluation.judge, config.evaluation.judge_model, config.evaluation.judge_timeout)
     if data.seen:
         run.say(f"{data.seen} prompts are not held out: the model was trained on them.")
