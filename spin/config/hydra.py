@@ -78,8 +78,7 @@ def quote(word: str, is_sweep: bool = False) -> str:
             return word  # a list, in which Hydra names what is wrong
         if is_sweep and not is_file and "," in value:
             return f"{key}=" + ",".join(quote(f"x={part}")[2:] for part in value.split(","))
-    escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + match[2].replace("'", "\\'"), value)
-    return f"{key}='{escaped}'"
+    return f"{key}={QuotedString(value, Quote.single).with_quotes()}"
 
 
 def rename(word: str) -> str:

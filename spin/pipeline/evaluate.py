@@ -26,13 +26,12 @@ EVALUATION_STREAM = -2  # of random numbers, beside the iterations'
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A policy's held-out answers and measures."""
+    """The held-out answers and measures of a policy, named by its label."""
 
-    policy: Policy
+    label: str
     iteration: int | None
     held_out: HeldOut
     measures: dict
-    key: str  # of the stage
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,15 +91,15 @@ class Evaluate(Measurement[Evaluation]):
         work.log({"step": 0, **result})
         return result
 
-    def read(self, run: Run, artifact: Artifact, policy: Policy, **needs) -> Evaluation:
+    def read(self, run: Run, artifact: Artifact, **needs) -> Evaluation:
         facts = json.loads((artifact.folder / "evaluation.json").read_text())
         pairs, _ = read_pairs(artifact.folder / "held_out.parquet")
         if self.shows_samples:
             shown = pairs[: run.config.evaluation.samples]
             samples = [{"prompt": p.prompt, "real": p.real, "generated": p.generated} for p in shown]
-            run.tracker.samples(policy.label, samples, artifact.reused)
+            run.tracker.samples(self.policy.label, samples, artifact.reused)
         held_out = held_out_of(pairs, facts["per_prompt"])
-        return Evaluation(policy, self.iteration, held_out, facts["measures"], artifact.key)
+        return Evaluation(self.policy.label, self.iteration, held_out, facts["measures"])
 
 
 class Validate(Evaluate):

@@ -51,11 +51,10 @@ def check_start(config: Config, start: Policy, say: Say) -> None:
                 "loss: set it to 0."
             )
     check_libraries(config, start)
-    check_external(config)
 
 
 def check_libraries(config: Config, start: Policy) -> None:
-    """Raise UserError if an optional library or file that the settings need is missing."""
+    """Raise UserError if a library, file, benchmark or judge that the settings name is missing."""
     evaluation, generation, quantization = config.evaluation, config.generation, start.base_or_self.quantization
     if evaluation.embedder is not None:
         check_embedder(evaluation.embedder)
@@ -69,11 +68,6 @@ def check_libraries(config: Config, start: Policy) -> None:
     if generation.engine == "vllm":
         fresh = config.model.lora_rank if config.model.adapter == "lora" else 0
         check_vllm(generation, start, adapters.largest_rank(start.folder) if start.base else fresh)
-
-
-def check_external(config: Config) -> None:
-    """Raise UserError if a benchmark, question file or judge that the settings name is not available."""
-    evaluation = config.evaluation
     if evaluation.harness:
         harness.check_tasks(harness.parse_tasks(evaluation.harness), evaluation.harness_include)
     if evaluation.judge is not None:

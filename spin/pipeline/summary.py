@@ -106,8 +106,8 @@ def summarize(
         },
         "iterations": [_iteration(player, record) for record in records if record.iteration is not None],
         "selected": asdict(selection) if selection else None,
-        "evaluations": [{"policy": e.policy.label, "iter": e.iteration, **e.measures} for e in evaluations],
-        "validations": [{"policy": e.policy.label, "iter": e.iteration, **e.measures} for e in validations],
+        "evaluations": [{"policy": e.label, "iter": e.iteration, **e.measures} for e in evaluations],
+        "validations": [{"policy": e.label, "iter": e.iteration, **e.measures} for e in validations],
         "differences": _differences(evaluations, selection, config),
         "external": _external(player, records),
         "given_up": player.given_up,
@@ -162,15 +162,15 @@ def _differences(evaluations: Sequence[Evaluation], selection: Selection | None,
     the first; with stage=evaluate the two that are measured."""
     played = [e for e in evaluations if e.iteration is not None]
     before = [e for e in evaluations if e.iteration is None]
-    result = [e for e in played if selection and e.policy.label == selection.policy] or played[-1:]
+    result = [e for e in played if selection and e.label == selection.policy] or played[-1:]
     compared = [(before[-1], *result)] if played and before else []
     first = result if selection and result != played[-1:] else played[:1]
     compared += [(*first, played[-1])] if len(played) > 1 and first != played[-1:] else []
     compared += [(before[0], before[1])] if config.stage == "evaluate" and len(before) > 1 else []
     return [
         {
-            "policy": last.policy.label,
-            "against": first.policy.label,
+            "policy": last.label,
+            "against": first.label,
             "n": len(last.held_out.pairs),
             "measures": differences(last.held_out, first.held_out, config.evaluation.bootstrap, config.seed),
         }
@@ -199,6 +199,6 @@ def _samples(evaluations: Sequence[Evaluation], count: int) -> list[dict]:
     """The first held-out prompts, with the human answer and every policy's."""
     samples = []
     for i, pair in enumerate(evaluations[0].held_out.pairs[:count] if evaluations else ()):
-        answers = {e.policy.label: e.held_out.pairs[i].generated for e in evaluations}
+        answers = {e.label: e.held_out.pairs[i].generated for e in evaluations}
         samples.append({"prompt": pair.prompt, "real": pair.real, "answers": answers})
     return samples
