@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from rich.table import Table
 
-from spin.engines.disk import disk_needed
+from spin.engines.disk import fp32_bytes, training_bytes
 from spin.pipeline.context import Run
 from spin.pipeline.stage import Results, Stage
 from spin.runtime.artifacts import CorruptArtifact, folder_size, verify_artifact
@@ -57,9 +57,12 @@ def _look_up(run: Run, stage: Stage, results: Results, thorough: bool) -> tuple[
 def bytes_to_write(run: Run, planned: Sequence[Planned]) -> int:
     """Bytes that the planned stages may still write to the store."""
     missing = [entry for entry in planned if entry.status != "reuse"]
-    resumable = sum(entry.resumable_bytes for entry in missing if entry.stage in ("sft", "train"))
-    names = [entry.stage for entry in missing]
-    return disk_needed(names, run.start, run.policy_bytes, run.config.optimizer, resumable)
+    trainings = [entry for entry in missing if entry.stage in ("sft", "train")]
+    merged = fp32_bytes(run.start.base_or_self.folder) if any(entry.stage == "merge" for entry in missing) else 0
+    if not trainings:
+        return merged
+    written = len(trainings) * run.policy_bytes + training_bytes(run.policy_bytes, run.config.optimizer)
+    return merged + max(0, written - sum(entry.resumable_bytes for entry in trainings))
 
 
 def print_plan(run: Run, stages: Sequence[Stage]) -> None:

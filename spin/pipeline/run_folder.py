@@ -108,13 +108,18 @@ def check_resources(run: Run, stages: Sequence[Stage]) -> None:
     if run.ranks.size > 1:
         run.say(f"{run.ranks.size} processes, ZeRO stage {config.engine.zero_stage}")
     if missing:
-        adapter = run.policy_bytes // 4 if config.model.adapter == "lora" else None
-        for line in check_run_memory(config, run.start, data, adapter, run.device, run.dtype, run.ranks):
-            run.say(line)
+        check_memory(run)
     if run.ranks.is_main_process and config.evaluation.judge and {"mt_bench", "compare"} & {e.stage for e in missing}:
         check_judge(config.evaluation.judge, config.evaluation.judge_model, config.evaluation.judge_timeout)
     if data.seen:
         run.say(f"{data.seen} prompts are not held out: the model was trained on them.")
+
+
+def check_memory(run: Run) -> None:
+    """Say how much memory the run needs. Raises UserError if it cannot fit."""
+    adapter = run.policy_bytes // 4 if run.config.model.adapter == "lora" else None
+    for line in check_run_memory(run.config, run.start, run.data, adapter, run.device, run.dtype, run.ranks):
+        run.say(line)
 
 
 def check_shared_store(path: Path, ranks: ProcessGroup) -> None:
