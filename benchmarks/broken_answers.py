@@ -49,8 +49,8 @@ def measure_answers(words: list[str]) -> dict[str, dict]:
         player.play(stage)
     assert last.evaluation is not None, "held-out prompts are needed: data.held_out"
     policy, evaluation = player.results[last.policy], player.result(last.evaluation)
-    pairs, model = evaluation.held_out.pairs, run.models.load(policy)
-    forward = run.models.forward(model, policy)
+    pairs, model = evaluation.held_out.pairs, run.load(policy)
+    forward = run.forward(model, policy)
     prompts = [(pair.prompt, list(pair.prompt_ids)) for pair in pairs]
     real, end = [pair.real for pair in pairs], pairs[0].real_ids[-1]
 

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -34,7 +34,10 @@ from spin.runtime.tracking import Tracker
 
 @dataclass
 class Run:
-    """One run. `policies`: its start, and with stage=evaluate the one to compare it with, if any."""
+    """One run, with at most one model in memory.
+
+    `policies`: its start, and with stage=evaluate the one to compare it with, if any.
+    """
 
     config: Config
     folder: Path
@@ -47,6 +50,8 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     stop_ids: frozenset[int]
     data: Dataset
+    _loaded: tuple[str, PreTrainedModel] | None = field(default=None, init=False)  # by policy's id
+    _forwards: dict[str, Forward] = field(default_factory=dict, init=False)  # by policy's id
 
     @property
     def start(self) -> Policy:
@@ -71,10 +76,6 @@ class Run:
             return fp32_bytes(self.start.folder)
         return 4 * adapter_size(self.config, self.start)
 
-    @cached_property
-    def models(self) -> "Models":
-        return Models(self)
-
     def say(self, text: str) -> None:
         self.tracker.say(text)
 
@@ -88,20 +89,11 @@ class Run:
         bar.add_for_all = self.ranks.counter() if self.ranks.size > 1 else None
         return bar
 
-
-class Models:
-    """The model in memory, one at a time, and how its log-probs are computed."""
-
-    def __init__(self, run: Run):
-        self.run = run
-        self._loaded: tuple[str, PreTrainedModel] | None = None
-        self._forwards: dict[str, Forward] = {}
-
     def load(self, policy: Policy) -> PreTrainedModel:
         """The policy in memory, in the compute dtype. Releases the model that was loaded before."""
         if self._loaded is None or self._loaded[0] != policy.id:
             self.release()
-            self._loaded = (policy.id, load_policy(policy, self.run.dtype, self.run.device))
+            self._loaded = (policy.id, load_policy(policy, self.dtype, self.device))
         return self._loaded[1]
 
     def release(self) -> None:
@@ -116,14 +108,14 @@ class Models:
         """
         if policy.id not in self._forwards:
             choice = self._choose_forward(model)
-            forward, remark = self.run.ranks.broadcast(choice)  # ranks may have different processors
+            forward, remark = self.ranks.broadcast(choice)  # ranks may have different processors
             if remark and forward not in self._forwards.values():
-                self.run.say(remark)
+                self.say(remark)
             self._forwards[policy.id] = forward
         return self._forwards[policy.id]
 
     def _choose_forward(self, model: PreTrainedModel) -> tuple[Forward, str | None]:
-        config, data, engine = self.run.config, self.run.data, self.run.config.engine
+        config, data, engine = self.config, self.data, self.config.engine
         examples = data.train[:5]
         # Two answers to one prompt: if a layout lets one see the other, the log-probs differ.
         samples = [
@@ -137,14 +129,14 @@ class Models:
 
     def engine(self, policy: Policy) -> Engine:
         """A training engine that starts from `policy`. Releases the loaded model."""
-        run, engine, optimizer = self.run, self.run.config.engine, self.run.config.optimizer
+        engine, optimizer = self.config.engine, self.config.optimizer
         if engine.name == "single":
             self.release()
-            return SingleEngine(policy, run.dtype, run.device, engine, optimizer)
+            return SingleEngine(policy, self.dtype, self.device, engine, optimizer)
         if policy.id not in self._forwards:  # chosen on a model that is not sharded
             self.forward(self.load(policy), policy)
         self.release()
-        return DeepSpeedEngine(policy, run.dtype, run.device, engine, optimizer, run.ranks)
+        return DeepSpeedEngine(policy, self.dtype, self.device, engine, optimizer, self.ranks)
 
 
 def prepare_run(config: Config, folder: Path, tracker: Tracker) -> Run:

@@ -66,17 +66,17 @@ class Benchmark(External):
         }
 
     def build(self, run: Run, work: Work, policy: Policy) -> dict:
-        run.models.release()  # the model may have been given another attention, which rounds differently
+        run.release()  # the model may have been given another attention, which rounds differently
         row = harness.run_task(
             self.task,
-            run.models.load(policy),
+            run.load(policy),
             load_tokenizer(policy.tokenizer),
             run.config.evaluation,
             run.config.seed,
             run.say,
             run.ranks,
         )
-        run.models.release()
+        run.release()
         self.write(work, row)
         work.log({"step": 0, f"{self.task.task}/{self.task.metric.partition(':')[0]}": row["value"]})
         return {"value": row["value"]}
@@ -114,7 +114,7 @@ class MtBench(External):
         questions = mt_bench.read_questions(settings.questions)
         with run.progress(self.title, mt_bench.TURNS * len(questions), "answers") as bar:
             answers = mt_bench.answer_questions(
-                run.models.load(policy),
+                run.load(policy),
                 run.tokenizer,
                 questions,
                 config,
@@ -191,5 +191,5 @@ def device_inputs(run: Run) -> dict:
 def open_judge(run: Run) -> judges.Judge:
     """The judge that the settings name. Releases the loaded model, because the judge may be one."""
     settings = run.config.evaluation
-    run.models.release()
+    run.release()
     return judges.open_judge(str(settings.judge), settings.judge_model, settings.judge_timeout, run.dtype, run.device)

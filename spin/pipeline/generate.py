@@ -128,10 +128,10 @@ def answer_prompts(
     use_vllm = run.config.generation.engine == "vllm"
     generate: Callable[[AnswerRequest], Rows[Answer]]
     if use_vllm:
-        run.models.release()  # vLLM's processes load the stored weights
+        run.release()  # vLLM's processes load the stored weights
         generate = partial(generate_with_vllm, policy, run.dtype, run.folder)
     else:
-        generate = partial(generate_answers, run.models.load(policy))
+        generate = partial(generate_answers, run.load(policy))
     total = len(examples) * num_answers
     with run.progress(work.stage.title, total, "answers") as bar:
         return generate(

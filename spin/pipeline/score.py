@@ -92,7 +92,7 @@ class Score(Stage[Scores]):
         rate = len(pairs) / (time.perf_counter() - started + work.earlier_seconds)
         means = {f"logps/{name}": value.double().mean().item() for name, value in logps.items()}
         work.log({"step": 0, "pairs": len(pairs), **means, "pairs_per_second": rate})
-        forward = run.models.forward(run.models.load(policy), policy)
+        forward = run.forward(run.load(policy), policy)
         return {"pairs": len(pairs), "dropped": dropped, "layout": forward.layout, "head": forward.head}
 
     def read(self, run: Run, artifact: Artifact, **needs) -> Scores:
@@ -104,10 +104,10 @@ def score_items(
     run: Run, work: Work, policy: Policy, items: Sequence[Continuations], bar: Progress | None = None
 ) -> Tensor:
     """Log-probs of every response of every item under the policy, by all ranks, resumed by shards."""
-    model = run.models.load(policy)
+    model = run.load(policy)
     shards = work.shards("scores", bar, len(items) / sum(len(item.responses) for item in items))  # a row per response
     advance = bar.advance if bar else lambda items: None
-    forward = run.models.forward(model, policy)
+    forward = run.forward(model, policy)
     return compute_logps(model, items, forward, advance, shards, run.shard_size(len(items)))
 
 

@@ -64,8 +64,8 @@ class Training(Stage[Policy]):
         loop, prompts = self.loop(run, **needs)
         start = ranks.broadcast(_prepare_start(run, work, policy) if ranks.is_main_process else None)
         checkpoints = Checkpoints(work.resume / "training", checkpoint.minutes, checkpoint.steps, run.say, ranks)
-        engine = run.models.engine(start)
-        forward = run.models.forward(engine.model, start)
+        engine = run.engine(start)
+        forward = run.forward(engine.model, start)
         with run.tracker.progress(self.title, max(1, round(prompts * settings["epochs"])), "prompts") as bar:
 
             def log(row: dict) -> None:
@@ -155,7 +155,7 @@ class Merge(Stage[Artifact]):
         return {"policy": policy.id}
 
     def build(self, run: Run, work: Work, policy: Policy) -> dict:
-        run.models.release()
+        run.release()
         if run.ranks.is_main_process:
             run.store.check_free(fp32_bytes(policy.base_or_self.folder), self.title)
             save_merged(policy, work.folder / "merged")
