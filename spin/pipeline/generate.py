@@ -134,7 +134,7 @@ def answer_prompts(
         generate = partial(generate_answers, run.load(policy))
     total = len(examples) * num_answers
     with run.progress(work.stage.title, total, "answers") as bar:
-        return generate(
+        request = AnswerRequest(
             run.tokenizer,
             examples,
             run.config.generation,

@@ -14,7 +14,8 @@ from transformers import AutoConfig
 
 from spin.config.load import changed_settings
 from spin.config.schema import Config
-from spin.engines.memory_load import check_run_memory
+from spin.engines import memory
+from spin.engines.device_memory import free_memory
 from spin.evaluation.external.judges import check_judge
 from spin.evaluation.measures import held_out_margins
 from spin.method.pairs import write_pairs
@@ -117,8 +118,14 @@ def check_resources(run: Run, stages: Sequence[Stage]) -> None:
 
 def check_memory(run: Run) -> None:
     """Say how much memory the run needs. Raises UserError if it cannot fit."""
-    adapter = run.policy_bytes // 4 if run.config.model.adapter == "lora" else None
-    for line in check_run_memory(run.config, run.start, run.data, adapter, run.device, run.dtype, run.ranks):
+    base = run.start.base_or_self
+    architecture = AutoConfig.from_pretrained(base.folder, trust_remote_code=False)
+    shape = memory.shape_of(architecture)
+    if run.config.model.adapter == "lora":
+        parameters = run.policy_bytes // 4
+        shape = replace(shape, adapter=parameters, largest=min(shape.largest, parameters))
+    load = memory.load_of(shape, run.config, run.data, base, run.device, run.dtype, run.ranks)
+    for line in memory.check_memory(load, free_memory(run.device, run.ranks.here), architecture):
         run.say(line)
 
 
