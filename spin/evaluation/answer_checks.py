@@ -1,4 +1,4 @@
-"""Answers that can be checked: `data.check`."""
+"""Checks of model answers against human answers, for `data.check`."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -22,10 +22,10 @@ def _last_number(text: str) -> float | None:
     return float(numbers[-1].replace(",", "")) if numbers else None
 
 
-# exact: the same text but for whitespace and case. number: the last number in both is the same (a sum, GSM8K's answers).
+# exact: equal texts up to whitespace and case. number: equal last numbers (sums, answers to GSM8K).
 CHECKS: dict[str, Callable[[str, str], bool]] = {"exact": _same_text, "number": _same_number}
 
 
 def correct(pairs: Sequence[Pair], check: str) -> np.ndarray | None:
-    """[prompts]: 1 where the model answer is right by `check` (a name in `CHECKS`), else 0; None for "none"."""
+    """Return [prompts]: 1 if a model answer is right by `check` (a key of `CHECKS`), else 0; return None for "none"."""
     return None if check == "none" else np.array([float(CHECKS[check](p.generated, p.real)) for p in pairs])

@@ -1,4 +1,4 @@
-"""The held-out measures in one table: what each is called and means, which values are good, how it is printed."""
+"""The table of held-out measures: their names and meanings, which values are good, and number formats."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -10,22 +10,22 @@ from typing import Any, Literal, TypeGuard
 class Measure:
     """A measure of a policy on held-out prompts."""
 
-    name: str  # its key in game.json, sweep.csv and W&B; `<name>_interval` has the ends of its 95 % interval
+    name: str  # key in game.json, sweep.csv and W&B; `<name>_interval` has the ends of its 95 % interval
     title: str
     unit: str
     meaning: str
-    heading: str = ""  # on the console, two lines; a measure without one is in the report only
-    better: Literal["lower", "higher", "near"] | None = None  # near `ideal`; None: it does not rank policies
+    heading: str = ""  # two lines, for the console; a measure without a heading is shown in the report only
+    better: Literal["lower", "higher", "near"] | None = None  # near `ideal`; None if it does not rank policies
     ideal: float | None = None
     format: str = ".2f"
-    min_prompts: int = 1  # with fewer held-out prompts it is left out
+    min_prompts: int = 1  # the measure is omitted if there are fewer held-out prompts
 
     @property
     def goal(self) -> str:
         return f"{self.ideal:g} is ideal" if self.better == "near" else f"{self.better} is better"
 
     def badness(self, value: float) -> float:
-        """How far a value is from good: of two policies the one with the lower badness is better."""
+        """Return the badness of a value: of two policies, the one with the lower badness is better."""
         if self.better == "near":
             assert self.ideal is not None
             return abs(value - self.ideal)
@@ -35,15 +35,15 @@ class Measure:
         return show(value, None, self.format)
 
     def cell(self, row: Mapping[str, Any], template: str = " [{}, {}]") -> str:
-        """The measure's value in a row, with the ends of its interval in `template`, or ± its standard error."""
+        """Return the measure's value in a row with its interval, formatted by `template`, or ± its standard error."""
         if f"{self.name}_se" in row:
             return f"{self.show(row[self.name])} ± {self.show(row[f'{self.name}_se'])}"
         return show(row.get(self.name), row.get(f"{self.name}_interval"), self.format, template)
 
 
-# At these counts human answers to other prompts are caught in at least 80 % of samples (docs/evaluation.md).
+# With this many prompts, human answers to other prompts are detected in at least 80 % of samples (docs/evaluation.md).
 CLASSIFIER_PROMPTS, MAUVE_PROMPTS = 40, 25
-# In the order in which they are shown.
+# In the order of display.
 _MEASURES = (
     Measure("exact_match", "right answers", "share of prompts", "pass@1", "right\nanswers", "higher"),
     Measure(
@@ -90,18 +90,18 @@ COMPARED = [measure for measure in _MEASURES if measure.better]
 
 
 def known_measures(rows: Iterable[Mapping[str, Any]]) -> list[Measure]:
-    """The measures that at least one of the evaluations `rows` has."""
+    """Return the measures with a known value in at least one of the evaluations `rows`."""
     rows = list(rows)
     return [measure for measure in _MEASURES if any(is_known(row.get(measure.name)) for row in rows)]
 
 
 def ranking_measures(rows: Iterable[Mapping[str, Any]]) -> list[Measure]:
-    """The known measures that rank policies and fit a console. A sweep is sorted by the first."""
+    """Return the known measures that rank policies and have a heading. A sweep is sorted by the first."""
     return [measure for measure in known_measures(rows) if measure.better and measure.heading]
 
 
 def missing_prompts(n: int) -> list[str]:
-    """The measures that too few held-out prompts leave out: "MAUVE: needs 25 held-out prompts, there are 8"."""
+    """Return a note per measure that needs more than `n` prompts: "MAUVE: needs 25 held-out prompts, there are 8"."""
     return [
         f"{measure.title}: needs {measure.min_prompts} held-out prompts, there are {n}"
         for measure in _MEASURES
@@ -110,13 +110,13 @@ def missing_prompts(n: int) -> list[str]:
 
 
 def is_known(value: Any) -> TypeGuard[Any]:
-    """Whether a number is there and finite; of an interval, both ends."""
+    """Return whether a number is not None and finite; for an interval, whether both ends are."""
     if isinstance(value, (list, tuple)):
         return all(is_known(end) for end in value)
     return value is not None and math.isfinite(value)
 
 
 def show(value: float | None, interval: Any, form: str, template: str = " [{}, {}]") -> str:
-    """`value` in a format, followed by the ends of its interval in `template` where they are known."""
+    """Return `value` in the format `form` and, if known, the ends of its interval in `template`."""
     shown = f"{value:{form}}" if is_known(value) else "–"
     return shown + template.format(*(f"{end:{form}}" for end in interval)) if is_known(interval) else shown

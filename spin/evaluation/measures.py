@@ -1,4 +1,4 @@
-"""Measures on held-out prompts, each with an interval over prompts."""
+"""Measures of policies on held-out prompts, with bootstrap intervals over prompts."""
 
 import hashlib
 import json
@@ -14,16 +14,16 @@ from spin.method.pairs import Pair
 from spin.runtime.tables import Rows
 
 Statistic = Callable[[np.ndarray], float]
-ARRAYS = ("scores", "clusters", "correct")  # of a HeldOut, where there are any
+ARRAYS = ("scores", "clusters", "correct")  # optional fields of HeldOut
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A policy on the held-out prompts: `pairs` of the human and the model answer.
+    """A policy's answers to the held-out prompts, in `pairs` of human and model answers, and values per prompt.
 
-    `policy_logps`: summed log-probs under this policy (nats), [prompts] each, of the "real" answers, the "generated"
-    ones and, except for the first policy, its opponent's answers ("opponent_generated").
-    `scores`, `clusters`: [2, prompts], of human (row 0) and model answers, from `two_sample`. `correct`: [prompts], where
+    `policy_logps`: log-probs under this policy, summed over tokens (nats), [prompts] each, of the "real" answers, the
+    "generated" answers and, except for the first policy, its opponent's answers ("opponent_generated").
+    `scores`, `clusters`: [2, prompts], of human (row 0) and model answers, from `two_sample`. `correct`: [prompts], if
     answers can be checked.
     """
 
@@ -35,20 +35,20 @@ class HeldOut:
 
     @property
     def per_prompt(self) -> dict:
-        """All but the pairs, as JSON; the inverse is `held_out_of`."""
+        """All fields except the pairs, in JSON types; `held_out_of` is the inverse."""
         arrays = {name: getattr(self, name) for name in ARRAYS}
         logps = {name: logps.tolist() for name, logps in self.policy_logps.items()}
         return {"policy_logps": logps} | {name: a if a is None else a.tolist() for name, a in arrays.items()}
 
     @property
     def digest(self) -> str:
-        """A hash of the answers and of this policy's log-probs of them, which its successor's margin depends on."""
+        """A hash of the answers and of this policy's log-probs of them, on which the next policy's margin depends."""
         logps = {name: self.policy_logps[name].tolist() for name in ("real", "generated")}
         return hashlib.sha256(json.dumps([[asdict(pair) for pair in self.pairs], logps]).encode()).hexdigest()
 
 
 def held_out_of(pairs: Rows[Pair], per_prompt: dict) -> HeldOut:
-    """The inverse of `HeldOut.per_prompt`."""
+    """Return the HeldOut of `pairs` and the content of `HeldOut.per_prompt`."""
     logps = {name: np.array(values) for name, values in per_prompt["policy_logps"].items()}
     return HeldOut(
         pairs, logps, **{name: np.array(per_prompt[name]) for name in ARRAYS if per_prompt[name] is not None}
@@ -56,11 +56,11 @@ def held_out_of(pairs: Rows[Pair], per_prompt: dict) -> HeldOut:
 
 
 def measures(now: HeldOut, before: HeldOut | None, resamples: int, seed: int) -> dict:
-    """Held-out measures of a policy, and against its opponent `before` where there is one; described in `measure_table`.
+    """Return a policy's measures (see `measure_table`), including those relative to its opponent `before` if given.
 
-    Keys: the number of prompts `n`, each measure's name, and `<name>_interval`: 2.5 and 97.5 % of `resamples` bootstrap
-    resamples over prompts. `mauve_if_equal` (the value of MAUVE with so few prompts if the distributions are equal)
-    has no interval. Measures that need more prompts than there are (`Measure.min_prompts`) are left out.
+    The keys are `n`, the number of prompts, each measure's name, and `<name>_interval`: the 2.5 and 97.5 % quantiles of
+    `resamples` bootstrap resamples over prompts. `mauve_if_equal` (the value of MAUVE for this number of prompts if the
+    distributions are equal) has no interval. Measures that need more prompts (`Measure.min_prompts`) are omitted.
     """
     n = len(now.pairs)
     draws = bootstrap_draws(n, resamples, seed)
@@ -74,16 +74,16 @@ def measures(now: HeldOut, before: HeldOut | None, resamples: int, seed: int) ->
 
 
 def differences(last: HeldOut, first: HeldOut, resamples: int, seed: int) -> dict:
-    """How two policies differ on the same prompts, for each measure that ranks policies and that both have.
+    """Return the differences of two policies on the same prompts, for each ranking measure that both have.
 
     `{name: {"first", "last", "change", "interval", "verdict"}}`: the interval is that of last - first over bootstrap
-    resamples of prompts, the same for both. "better" and "worse" where the 95 % interval of the difference in badness
-    leaves 0 out, else "same".
+    resamples of prompts, the same for both policies. The verdict is "better" or "worse" if the 95 % interval of the
+    difference in badness excludes 0, else "same".
     """
     assert [p.id for p in last.pairs] == [p.id for p in first.pairs]
     of_first, of_last = statistics(first, None), statistics(last, None)
     n, result = len(last.pairs), {}
-    # All prompts as they are, then the resamples.
+    # First all prompts, then the resamples.
     draws = [np.arange(n), *bootstrap_draws(n, resamples, seed)]
     for measure in COMPARED:
         name = measure.name
@@ -102,7 +102,7 @@ def differences(last: HeldOut, first: HeldOut, resamples: int, seed: int) -> dic
 
 
 def statistics(now: HeldOut, before: HeldOut | None) -> dict[str, Statistic]:
-    """Each measure that has enough prompts, as a function of the indices of prompts (with repetitions)."""
+    """Return each measure that has enough prompts, as a function of prompt indices, which may repeat."""
     pairs = now.pairs
     real, generated = now.policy_logps["real"], now.policy_logps["generated"]
     real_length = np.array([len(p.real_ids) for p in pairs], dtype=float)
@@ -140,24 +140,24 @@ def _mean_of(values: Sequence[float] | np.ndarray) -> Statistic:
 
 
 def bootstrap_draws(prompts: int, resamples: int, seed: int) -> np.ndarray:
-    """Indices of resampled prompts, [resamples, prompts]."""
+    """Return the indices of resampled prompts, [resamples, prompts]."""
     return np.random.default_rng(seed).integers(0, prompts, size=(resamples, prompts))
 
 
 def interval(values: Sequence[float] | np.ndarray) -> list[float]:
-    """2.5 and 97.5 % of the values."""
+    """Return the 2.5 and 97.5 % quantiles of the values."""
     return np.quantile(values, [0.025, 0.975]).tolist()
 
 
 def held_out_margins(now: HeldOut, before: HeldOut) -> np.ndarray:
-    """[prompts], nats: the policy's log-ratio to its opponent on the human answer, less that on the opponent's answer."""
+    """Return [prompts], nats: the log-ratio to the opponent on the human answer minus that on the opponent's answer."""
     assert [p.id for p in now.pairs] == [p.id for p in before.pairs]
     policy, opponent = now.policy_logps, before.policy_logps
     return (policy["real"] - opponent["real"]) - (policy["opponent_generated"] - opponent["generated"])
 
 
 def _wins(differences: np.ndarray) -> np.ndarray:
-    """1 where positive, 0.5 at a tie."""
+    """Return 1 for positive differences, 0.5 for ties, and 0 for negative differences."""
     return (differences > 0) + 0.5 * (differences == 0)
 
 
@@ -165,7 +165,7 @@ def _wins(differences: np.ndarray) -> np.ndarray:
 
 
 def rouge_l(candidate: str, reference: str) -> float:
-    """F1 of the longest common subsequence of lower-cased words (Lin, 2004); 0 where either has none."""
+    """Return the F1 of the longest common subsequence of lower-cased words (Lin, 2004); 0 if a text has no words."""
     a, b = candidate.lower().split(), reference.lower().split()
     row = [0] * (len(b) + 1)
     for word in a:
@@ -180,17 +180,17 @@ def word_pairs(text: str) -> list[tuple[str, str]]:
 
 
 def distinct_2(text: str) -> float:
-    """Share of a text's pairs of neighbouring words that are distinct: low where it repeats itself; 1 if it has none.
+    """Return the share of distinct pairs of adjacent words in a text; 1 without pairs. Repetition lowers it.
 
-    Within each answer: over all answers the share depends on how many there are.
+    It is computed within each answer, because over all answers it would depend on their number.
     """
     pairs = word_pairs(text)
     return len(set(pairs)) / len(pairs) if pairs else 1.0
 
 
 def diversity(real: Sequence[str], generated: Sequence[str]) -> Statistic:
-    """Distinct word pairs over all model answers, by their number, against those of the human answers: below 1 where the
-    policy says the same to many prompts. Compared at the same prompts, since the share falls with more text."""
+    """Return the share of distinct word pairs over all model answers, relative to human answers: below 1 if the policy
+    repeats itself across prompts. Both shares are of the same prompts, since the share falls with more text."""
     index: dict[tuple[str, str], int] = {}
 
     def encode(text: str) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Which of several policies is the best on the same prompts."""
+"""Selection of the best of several policies on the same prompts."""
 
 from collections.abc import Sequence
 
@@ -11,10 +11,10 @@ LIKELIHOOD = "nll_per_token"
 
 
 def best_policy(candidates: Sequence[HeldOut], name: str, resamples: int, seed: int) -> int:
-    """The index of the best candidate by the measure `name`.
+    """Return the index of the best candidate by the measure `name`.
 
-    Candidates within one standard error of the best value count as equal. Of these the one with the lowest NLL of human
-    answers is the best, then the earliest.
+    Candidates within one standard error of the best value count as equal. Of these, the one with the lowest NLL of
+    human answers is selected; ties go to the earliest.
     """
     everything = np.arange(len(candidates[0].pairs))
     values = [statistics(candidate, None)[name](everything) for candidate in candidates]
@@ -32,7 +32,7 @@ def best_policy(candidates: Sequence[HeldOut], name: str, resamples: int, seed: 
 
 
 def badness_error(a: HeldOut, b: HeldOut, name: str, resamples: int, seed: int) -> float:
-    """The bootstrap standard error, over prompts, of how much worse `a` is than `b` in the measure `name`."""
+    """Return the bootstrap standard error over prompts of the difference in badness, a - b, in the measure `name`."""
     badness, of_a, of_b = MEASURES[name].badness, statistics(a, None)[name], statistics(b, None)[name]
     draws = bootstrap_draws(len(a.pairs), resamples, seed)
     return float(np.std([badness(of_a(draw)) - badness(of_b(draw)) for draw in draws]))

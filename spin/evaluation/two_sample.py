@@ -1,7 +1,7 @@
-"""How far model answers differ from human ones: a classifier two-sample test, and a divergence of the MAUVE kind.
+"""Differences between model answers and human answers: a classifier two-sample test, and a divergence similar to MAUVE.
 
-The fixed point of SPIN is a policy whose answers have the human distribution (Theorem 5.2 of the paper). Both measures see
-each answer with its prompt, so that good answers to the wrong prompts differ as well.
+The fixed point of SPIN is a policy whose answers have the human distribution (Theorem 5.2 of the paper). Both measures
+use each answer together with its prompt, so that good answers to the wrong prompts differ as well.
 """
 
 import contextlib
@@ -17,21 +17,21 @@ from spin.runtime.errors import explaining
 Features = Any  # a sparse matrix [2 * prompts, features], human answers first
 
 FOLDS = 5
-DIMENSIONS = 20  # of the space in which answers are clustered
-ANSWERS_A_CLUSTER = 10  # as in the paper on MAUVE, section 2.2
+DIMENSIONS = 20  # dimension of the space in which answers are clustered
+ANSWERS_A_CLUSTER = 10  # as in the MAUVE paper, section 2.2
 MOST_CLUSTERS = 500
-SCALE = 5.0  # its c: how fast similarity falls with divergence
+SCALE = 5.0  # c in the MAUVE paper: how fast similarity falls with divergence
 MIXTURES = np.linspace(0, 1, 27)[1:-1]
-SWAPS = 200  # draws of what equal distributions would give
+SWAPS = 200  # number of samples under equal distributions
 
 
 def features(prompts: Sequence[str], real: Sequence[str], generated: Sequence[str]) -> Features:
-    """[2 * prompts, features], human answers first: word and character n-grams (tf-idf), and a few numbers.
+    """Return [2 * prompts, features], human answers first: tf-idf of word and character n-grams, and a few numbers.
 
-    The numbers: length in words and characters, repeated words, and how much answer and prompt have in common. Neither
-    the labels nor the policy's log-probs are among them.
+    The numbers are the length in words and in characters, the share of distinct words, and the overlap of answer and
+    prompt. Neither the labels nor the policy's log-probs are included.
     """
-    from scipy.sparse import csr_matrix, hstack  # here and below: the import takes a second
+    from scipy.sparse import csr_matrix, hstack  # imported locally, here and below, because it takes a second
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.preprocessing import StandardScaler
 
@@ -39,7 +39,7 @@ def features(prompts: Sequence[str], real: Sequence[str], generated: Sequence[st
     columns = []
     words = {"analyzer": "word", "ngram_range": (1, 2), "token_pattern": r"(?u)\b\w+\b|[^\w\s]"}
     for ngrams in (words, {"analyzer": "char_wb", "ngram_range": (1, 3)}):
-        with contextlib.suppress(ValueError):  # no n-gram is in two answers
+        with contextlib.suppress(ValueError):  # no n-gram occurs in two answers
             columns.append(TfidfVectorizer(sublinear_tf=True, min_df=2, **ngrams).fit_transform(answers))
     numbers = np.array([_numbers(prompt, answer) for prompt, answer in zip([*prompts, *prompts], answers, strict=True)])
     columns.append(csr_matrix(0.5 * StandardScaler().fit_transform(numbers)))
@@ -60,10 +60,10 @@ def _numbers(prompt: str, answer: str) -> list[float]:
 
 
 def classifier_scores(x: Features) -> np.ndarray:
-    """[2, prompts]: how human a classifier finds each human answer (row 0) and each model answer (row 1).
+    """Return [2, prompts]: a classifier's scores of human (row 0) and model answers (row 1), higher for "human".
 
-    Logistic regression, cross-validated over prompts: both answers to a prompt are scored by a classifier that has seen
-    neither. The AUC of these scores is 0.5 where the distributions are equal (Lopez-Paz and Oquab, 2017, use accuracy).
+    It is a logistic regression, cross-validated over prompts: both answers to a prompt are scored by a model trained on
+    neither. The AUC of these scores is 0.5 if the distributions are equal (Lopez-Paz and Oquab, 2017, use accuracy).
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GroupKFold, cross_val_predict
@@ -77,7 +77,7 @@ def classifier_scores(x: Features) -> np.ndarray:
 
 
 def clusters(x: Features, seed: int) -> np.ndarray:
-    """[2, prompts]: the cluster of each answer, human answers in row 0. Clustering does not see which are human."""
+    """Return [2, prompts]: the cluster of each answer, human answers in row 0. Clustering does not use the labels."""
     from sklearn.cluster import KMeans
     from sklearn.decomposition import TruncatedSVD
 
@@ -88,30 +88,30 @@ def clusters(x: Features, seed: int) -> np.ndarray:
 
 
 def mauve(real: np.ndarray, generated: np.ndarray) -> float:
-    """How alike two samples of clusters are: 1 for equal shares, 0 for none in common.
+    """Return the similarity of two samples of clusters: 1 for equal shares, 0 for no common cluster.
 
-    The area under the divergence curve of Pillutla et al. (2021), section 2.1: for mixtures R of the two distributions P
-    (human) and Q (model), the points exp(-c KL(Q|R)), exp(-c KL(P|R)). Theirs clusters the states of a large model.
+    It is the area under the divergence curve of Pillutla et al. (2021), section 2.1, with the points exp(-c KL(Q|R)),
+    exp(-c KL(P|R)) for mixtures R of P (human) and Q (model). The paper clusters the hidden states of a large model.
     """
     count = int(max(real.max(), generated.max())) + 1
     p, q = (np.bincount(sample, minlength=count) / len(sample) for sample in (real, generated))
     r = MIXTURES[:, None] * p + (1 - MIXTURES[:, None]) * q
     y, x = (np.exp(-SCALE * _kl(distribution, r)) for distribution in (p, q))
-    x, y = np.array([1.0, *x, 0.0]), np.array([0.0, *y, 1.0])  # its ends, where R is one of the two
+    x, y = np.array([1.0, *x, 0.0]), np.array([0.0, *y, 1.0])  # the curve's ends, where R is P or Q
     order = np.lexsort((-y, x))
     return float(np.trapezoid(y[order], x[order]))
 
 
 def _kl(p: np.ndarray, r: np.ndarray) -> np.ndarray:
-    """KL(p | r) of one distribution to each row of r, nats."""
+    """Return KL(p | r) of one distribution to each row of r, in nats."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(p > 0, p * np.log(p / r), 0.0).sum(-1)
 
 
 def mauve_if_equal(labels: np.ndarray, seed: int) -> float:
-    """The median of `mauve` if human and model answers have one distribution: below 1, since two samples of one
-    distribution differ. Computed from `labels` [2, prompts] with the two answers of random prompts swapped, which
-    changes nothing about such answers."""
+    """Return the median of `mauve` if human and model answers have the same distribution: below 1, since two samples of
+    one distribution differ. It is computed from `labels` [2, prompts] by swapping the two answers of random prompts,
+    which leaves the distribution of such answers unchanged."""
     rng = np.random.default_rng(seed)
     values = []
     for _ in range(SWAPS):
@@ -121,7 +121,7 @@ def mauve_if_equal(labels: np.ndarray, seed: int) -> float:
 
 
 def check_embedder(model: str) -> None:
-    """Raise UserError if `model` is not an embedding model that can be opened; loads no weights."""
+    """Raise UserError unless config and tokenizer of the embedding model `model` can be loaded; load no weights."""
     from transformers import AutoConfig, AutoTokenizer
 
     for cls in (AutoConfig, AutoTokenizer):
@@ -135,9 +135,9 @@ def _load_part(cls: Any, model: str, **settings: Any) -> Any:
 
 @torch.inference_mode()
 def embed(model: str, prompts: Sequence[str], answers: Sequence[str], device: torch.device) -> np.ndarray:
-    """[answers, width]: the mean state of an embedding model over each prompt with its answer.
+    """Return [answers, width]: the mean last hidden state of an embedding model over each prompt with its answer.
 
-    `model` is a folder or hub name that AutoModel opens. Raises UserError if its weights can't be opened.
+    `model` is a folder or hub name for AutoModel. Raises UserError if it can't be loaded.
     """
     from transformers import AutoModel, AutoTokenizer
 
@@ -146,14 +146,14 @@ def embed(model: str, prompts: Sequence[str], answers: Sequence[str], device: to
     longest = min(tokenizer.model_max_length, getattr(encoder.config, "max_position_embeddings", 512), 512)
     rows = []
     for prompt, answer in zip(prompts, answers, strict=True):
-        # One by one: padding would change the states of some models.
+        # One at a time, because padding changes the hidden states of some models.
         inputs = tokenizer(f"{prompt}\n\n{answer}", truncation=True, max_length=longest, return_tensors="pt").to(device)
         rows.append(encoder(**inputs).last_hidden_state[0].float().mean(0).cpu().numpy())
     return np.stack(rows)
 
 
 def with_embeddings(x: Features, embeddings: np.ndarray) -> Features:
-    """Features with the states of an embedding model, scaled to weigh together as much as the n-grams."""
+    """Return the features with embeddings appended, which are scaled to the same total weight as the n-grams."""
     from scipy.sparse import csr_matrix, hstack
     from sklearn.preprocessing import StandardScaler
 

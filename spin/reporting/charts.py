@@ -1,4 +1,4 @@
-"""A matplotlib figure as plain data, which the page in the browser draws again with values to point at."""
+"""Conversion of matplotlib figures to plain data, from which the HTML page draws interactive charts."""
 
 import base64
 import io
@@ -11,12 +11,12 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import StepPatch
 
-MOST_POINTS = 400  # of a line; of longer ones every second, third, ... point
+MOST_POINTS = 400  # per line; of longer lines only every second, third, ... point is kept
 
 
 def chart_data(figure: Figure) -> list[dict[str, Any]] | str:
-    """The panels of a figure: titles, axes with ticks, `lines`, `rules` (straight lines over the whole panel), `bars`
-    (intervals) and `steps` (histograms); a heat map as a data URL."""
+    """Return the panels of a figure: titles, axes with ticks, `lines`, `rules` (straight lines across the whole panel),
+    `bars` (intervals) and `steps` (histograms). Return a heat map as a data URL."""
     if any(axes.images for axes in figure.axes):
         figure.savefig(image := io.BytesIO(), dpi=150)
         return f"data:image/png;base64,{base64.b64encode(image.getvalue()).decode()}"
@@ -60,7 +60,7 @@ def _axis(axis: Axis, low: float, high: float) -> dict[str, Any]:
 def _style(artist: Any, color: Any) -> dict[str, Any]:
     label = str(artist.get_label())
     return {
-        "label": "" if label.startswith("_") else label,  # matplotlib's mark of an artist without a label
+        "label": "" if label.startswith("_") else label,  # matplotlib's prefix for artists without a label
         "color": to_hex(color),
         "width": artist.get_linewidth(),
         "dashed": artist.get_linestyle() not in ("-", "solid"),

@@ -17,17 +17,17 @@ from matplotlib.ticker import MaxNLocator
 from spin.evaluation.measure_table import Measure, is_known, known_measures
 from spin.reporting.text import plain_number
 
-# Okabe and Ito's colours, told apart with any colour vision; one meaning each, in every figure.
+# Okabe and Ito's colours, distinguishable with any colour vision; each has the same meaning in all figures.
 REAL, GENERATED, NEUTRAL, REFERENCE, PLAIN = "#0072B2", "#D55E00", "#333333", "#777777", "#56B4E9"
-WIDTH = 7.2  # inches: 1080 pixels at 150 dpi, so that 9 point type can be read at 900 pixels
+WIDTH = 7.2  # inches: 1080 pixels at 150 dpi, so that 9 point type is legible at 900 pixels
 DASHES: Any = (0, (4, 3))
 STYLE: Any = rc_params_from_file(Path(__file__).parent / "assets" / "figures.mplstyle", use_default_template=False)
-# Measures that are drawn as dashes in the panel of another.
+# Measures whose panel also shows another measure, as a dashed line.
 DASHED = {"model_length": "human_length", "mauve": "mauve_if_equal"}
 
 
 def panels(count: int, columns: int, height: float, **shared: Any) -> tuple[Figure, list[Axes]]:
-    """A figure with `count` panels, `columns` in a row, each `height` inches high; axes are shared as `subplots` does."""
+    """Return a figure with `count` panels, `columns` per row, each `height` inches high; `shared` is for `subplots`."""
     rows = math.ceil(count / columns)
     figure = Figure(figsize=(WIDTH, height * rows + 0.3), layout="constrained")
     grid = list(figure.subplots(rows, columns, squeeze=False, **shared).flatten())
@@ -39,7 +39,7 @@ def panels(count: int, columns: int, height: float, **shared: Any) -> tuple[Figu
 
 
 def _iteration_panels(count: int, height: float, label: str, **shared: Any) -> tuple[Figure, list[Axes]]:
-    """`panels`, one for each iteration, with a common label of the vertical axis."""
+    """Return `panels`, one per iteration, with a common label of the vertical axis."""
     figure, grid = panels(count, 2 if count == 4 else min(count, 3), height, sharey=True, **shared)
     figure.supylabel(label, fontsize=9)
     return figure, grid
@@ -50,7 +50,7 @@ def add_legend(figure: Figure, axes: Axes, columns: int = 2) -> None:
 
 
 def save_figures(folder: Path, figures: Mapping[str, Figure | None]) -> dict[str, Path]:
-    """Save each figure as `folder/figures/<name>.png` and return the paths; remove older ones of those that are None."""
+    """Save each figure as `folder/figures/<name>.png` and return the paths. Remove old files of those that are None."""
     paths = {name: folder / "figures" / f"{name}.png" for name in figures}
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
@@ -61,15 +61,15 @@ def save_figures(folder: Path, figures: Mapping[str, Figure | None]) -> dict[str
 
 
 def label_measure(axes: Axes, measure: Measure) -> None:
-    """Write a measure's title and unit at its panel, and draw its ideal value."""
+    """Label a panel with a measure's title and unit, and draw its ideal value."""
     axes.set(title=measure.title, ylabel=measure.unit)
     if measure.ideal is not None:
         axes.axhline(measure.ideal, color=REFERENCE, linestyle=DASHES, linewidth=1.2)
 
 
 def plot_measure(axes: Axes, measure: Measure, x: Sequence[float], rows: Sequence[dict], **style: Any) -> None:
-    """Draw a line with a marker for each known value in `rows`, and a bar from end to end of its interval, which need not
-    contain the value, or from value - standard error to value + standard error."""
+    """Draw a line with a marker for each known value in `rows`, and a bar for its interval, which need not contain the
+    value, or for the value ± standard error."""
     points = [(at, row) for at, row in zip(x, rows, strict=True) if is_known(row.get(measure.name))]
     axes.plot([at for at, _ in points], [row[measure.name] for _, row in points], marker="o", markersize=4.5, **style)
     bars = []
@@ -83,7 +83,7 @@ def plot_measure(axes: Axes, measure: Measure, x: Sequence[float], rows: Sequenc
 
 
 def draw_measures(evaluations: Sequence[dict]) -> Figure | None:
-    """Each known measure by policy, with its interval."""
+    """Draw each known measure by policy, with its interval."""
     measures = [measure for measure in known_measures(evaluations) if measure.name not in DASHED.values()]
     if not measures:
         return None
@@ -104,7 +104,7 @@ def draw_measures(evaluations: Sequence[dict]) -> Figure | None:
 
 
 def draw_logps(train: dict[int, list[dict]], iterations: Sequence[dict]) -> Figure | None:
-    """How log p of the real and the generated answers changes over each iteration's steps, thin, and smoothed."""
+    """Draw the change of log p of real and generated answers over each iteration's steps, raw (thin) and smoothed."""
     played = [iteration for iteration in iterations if train.get(iteration["iter"])]
     if not played:
         return None
@@ -131,9 +131,9 @@ def draw_logps(train: dict[int, list[dict]], iterations: Sequence[dict]) -> Figu
 
 
 def _log_ratios(rows: Sequence[dict], key: str, beta: float) -> np.ndarray:
-    """[steps]: the log-ratio to the opponent, nats. Raw log p would mostly show how long the answers of a step are.
+    """Return [steps]: the log-ratio to the opponent, in nats. Raw log p would mostly show a step's answer lengths.
 
-    A reward is beta times it, except in variants of the loss, which log the log-ratio itself.
+    A reward is beta times the log-ratio. Variants of the loss log the log-ratio itself.
     """
     if f"gains/{key}" in rows[0]:
         return np.array([row[f"gains/{key}"] for row in rows], dtype=float)
@@ -141,7 +141,7 @@ def _log_ratios(rows: Sequence[dict], key: str, beta: float) -> np.ndarray:
 
 
 def draw_margins(folder: Path, iterations: Sequence[dict]) -> Figure | None:
-    """Histograms of the margins of held-out prompts, from `iter<t>/margins.json`."""
+    """Draw histograms of the margins on held-out prompts, from `iter<t>/margins.json`."""
     margins = {}
     for iteration in iterations:
         path = folder / f"iter{iteration['iter']}" / "margins.json"
@@ -153,7 +153,7 @@ def draw_margins(folder: Path, iterations: Sequence[dict]) -> Figure | None:
     low, high = np.quantile(np.concatenate(list(margins.values())), [0.01, 0.99])
     low, high = min(low, 0.0), max(high, 0.0)
     width = (high - low) / _num_bins(margins.values()) or 1.0
-    # 0 is an edge: no bin holds both prompts that are told apart and prompts that are not.
+    # 0 is a bin edge, so that no bin contains both positive and negative margins.
     bins = width * np.arange(math.floor(low / width), math.ceil(high / width) + 2)
     figure, grid = _iteration_panels(len(margins), 2.2, "share of prompts", sharex=True)
     for axes, (iteration, values) in zip(grid, margins.items(), strict=True):
@@ -166,7 +166,7 @@ def draw_margins(folder: Path, iterations: Sequence[dict]) -> Figure | None:
 
 
 def draw_lengths(folder: Path, iterations: Sequence[dict]) -> Figure | None:
-    """Histograms of the lengths of the training pairs' answers, from `iter<t>/pairs.parquet`."""
+    """Draw histograms of the answer lengths in the training pairs, from `iter<t>/pairs.parquet`."""
     lengths = {}
     for iteration in iterations:
         path = folder / f"iter{iteration['iter']}" / "pairs.parquet"
@@ -176,7 +176,7 @@ def draw_lengths(folder: Path, iterations: Sequence[dict]) -> Figure | None:
         return None
     every_length = np.concatenate([array for columns in lengths.values() for array in columns])
     longest = max(2, math.ceil(np.quantile(every_length, 0.99)))
-    # Whole tokens a bin, or some bins hold more lengths than others.
+    # With a fractional bin width some bins would cover more lengths than others.
     width = max(1, math.ceil((longest + 1) / _num_bins(real for real, _ in lengths.values())))
     bins = np.arange(0, longest + 1 + width, width) - 0.5
     figure, grid = _iteration_panels(len(lengths), 2.4, "share of answers", sharex=True)
@@ -194,10 +194,10 @@ def draw_lengths(folder: Path, iterations: Sequence[dict]) -> Figure | None:
 
 
 def _num_bins(samples: Any) -> int:
-    """How many bins show the shape of the smallest sample and not its noise."""
+    """Return the number of bins that shows the shape of the smallest sample, but not its noise."""
     return min(40, max(10, round(1.2 * math.sqrt(min(map(len, samples))))))
 
 
 def _shares(values: np.ndarray, bins: np.ndarray) -> np.ndarray:
-    """The share of the values in each bin."""
+    """Return the share of the values in each bin."""
     return np.histogram(values, bins)[0] / len(values)

@@ -1,4 +1,4 @@
-"""report.html and sweep.html: one file that loads nothing, from the page's Markdown and data."""
+"""Self-contained HTML pages, report.html and sweep.html, from Markdown and data."""
 
 import base64
 import hashlib
@@ -17,10 +17,10 @@ from spin.runtime.tracking import to_json_types
 
 
 def html_page(title: str, head: str, body: str, figures: Mapping[str, Figure | None], **data: Any) -> str:
-    """The page: `head` in Markdown, the samples of `data["sets"]`, then `body`.
+    """Return the page: `head` in Markdown, the samples in `data["sets"]`, then `body`.
 
-    The page's script draws the figures that the Markdown shows, by the names of their files. Texts are escaped: in Markdown
-    as for report.md, in data as JSON without "<". The page may run its own script only.
+    The page's script draws the figures that the Markdown shows, identified by file name. Texts are escaped, in Markdown
+    as for report.md, and in data as JSON without "<". The page may run only its own script.
     """
     script, style = ((ASSETS / f"page.{kind}").read_text(encoding="utf-8") for kind in ("js", "css"))
     data["charts"] = {name: chart_data(figure) for name, figure in figures.items() if figure is not None}
@@ -41,7 +41,7 @@ def _hash(text: str) -> str:
 
 
 def _render(text: str) -> str:
-    """Markdown as HTML. Every "<" in it is the renderer's: those in texts are escaped."""
+    """Render Markdown as HTML. Every "<" in the result comes from the renderer, because those in texts are escaped."""
     page = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
     heading = ""
 

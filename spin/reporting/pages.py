@@ -1,4 +1,4 @@
-"""Pages of Markdown from the templates in `assets`."""
+"""Rendering of the page templates in `assets`."""
 
 from pathlib import Path
 from statistics import mean
@@ -21,5 +21,5 @@ PAGES.globals.update({function.__name__: function for function in FUNCTIONS})
 
 
 def render(template: str, **values: Any) -> str:
-    """Return the page of a template in `assets`; texts of users and models are escaped in the template."""
+    """Return the page rendered from a template in `assets`, which must escape texts of users and models."""
     return PAGES.get_template(template).render(values)

@@ -1,4 +1,4 @@
-"""`publish.hub`: the selected policy and its card on the Hugging Face hub, once the game is finished."""
+"""Publish the selected policy and its card on the Hugging Face hub after the game (`publish.hub`)."""
 
 import json
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from spin.runtime.errors import UserError, explaining
 
 
 def check_hub(config: Config, start: Policy) -> None:
-    """Raise UserError, before anything is played, if the game's result could not be published."""
+    """Raise UserError if the game's result could not be published. Called before anything is played."""
     name = f"publish.hub={config.publish.hub}"
     if config.publish.hub is None:
         return
@@ -32,10 +32,10 @@ def check_hub(config: Config, start: Policy) -> None:
 
 
 def publish(folder: Path, game: dict, config: Config, say: Callable[[str], None]) -> None:
-    """Upload the selected, or else the last, policy of the run in `folder`, or its merged model if there is one.
+    """Upload the selected policy of the run in `folder`, or else the last one, or its merged model if there is one.
 
-    The upload has the files that the game made, without the hashes of training prompts, and the card. `game` is the
-    content of game.json. Raises UserError if the hub refuses; the next run publishes again.
+    The upload has the files that the game wrote, except the hashes of training prompts, and the card. `game` is the
+    content of game.json. Raises UserError if the upload fails; the next run repeats it.
     """
     selected, name = game["selected"], config.publish.hub
     place = "best" if selected else f"iter{len(game['iterations']) - 1}"

@@ -1,4 +1,4 @@
-"""The report of a run: tables, figures and samples, from its folder and game.json, as Markdown and for a browser."""
+"""The report of a run as Markdown and HTML: tables, figures and samples from its folder and game.json."""
 
 import json
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ from spin.runtime.files import write_text
 
 
 def write_report(folder: Path, game: dict, sets: Sequence[dict] = (), status: str | None = None) -> Path:
-    """Write `folder/report.html` and, once the run has ended, `report.md` with `figures/*.png`. Return the path of report.md.
+    """Write `folder/report.html` and, after the run, `report.md` with `figures/*.png`. Return the path of report.md.
 
-    `game` is the content of game.json; figures are drawn from metrics.jsonl, `iter<t>/pairs.parquet` and
-    `iter<t>/margins.json` in `folder`, and left out where these are missing. `sets` are the samples of report.html
-    (`spin.reporting.samples`). `status` says what a run that has not ended is doing.
+    `game` is the content of game.json. Figures are drawn from metrics.jsonl, `iter<t>/pairs.parquet` and
+    `iter<t>/margins.json` in `folder`, and omitted if these are missing. `sets` are the samples for report.html
+    (`spin.reporting.samples`). `status` describes the current activity of an unfinished run.
     """
     iterations, page = game["iterations"], folder / "report.md"
     with matplotlib.rc_context(STYLE):
@@ -45,7 +45,7 @@ def write_report(folder: Path, game: dict, sets: Sequence[dict] = (), status: st
 
 
 def _train_rows(folder: Path) -> dict[int, list[dict]]:
-    """The rows of metrics.jsonl that are steps of training, by iteration."""
+    """Return the rows of metrics.jsonl for training steps, by iteration."""
     path = folder / "metrics.jsonl"
     rows: dict[int, list[dict]] = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
@@ -56,7 +56,7 @@ def _train_rows(folder: Path) -> dict[int, list[dict]]:
 
 
 def conclude(game: dict, ended: bool = True) -> str:
-    """The section "Result": whether self-play helped, by how much, on how many prompts, and which policy to take."""
+    """Return the section "Result": whether self-play helped, how much, on how many prompts, and which policy to use."""
     first = game["differences"][0] if game["differences"] else None
     verdicts = {row["verdict"] for row in first["measures"].values()} if first else set()
     return _render("result.md", game, ended=ended, first=first, better="better" in verdicts, worse="worse" in verdicts)
@@ -68,9 +68,9 @@ def _render(template: str, game: dict, **values: Any) -> str:
 
 
 def describe_selection(selected: dict) -> str:
-    """Which policy was selected, by what, and whether it is the last.
+    """Return which policy was selected, by which value, and whether it is the last.
 
-    "iter0, not the last (iter1); classifier AUC 0.63 [0.55, 0.70] on 96 validation prompts".
+    Example: "iter0, not the last (iter1); classifier AUC 0.63 [0.55, 0.70] on 96 validation prompts".
     """
     measure = MEASURES.get(selected["measure"])
     title = measure.title if measure else f"benchmark {selected['measure']}"
@@ -81,20 +81,20 @@ def describe_selection(selected: dict) -> str:
 
 
 def paper_values(row: dict) -> list[float]:
-    """The paper's values (percent) for a policy's benchmarks, in their order; none unless it has all of them."""
+    """Return the paper's values (percent) for a policy's benchmarks, in order; none unless it has all of them."""
     paper = row["paper"] or {}
     tasks = [task["task"] for task in row["harness"]]
     return [paper[task] for task in tasks] if paper.keys() >= set(tasks) else []
 
 
 def known_changes(difference: dict) -> list[tuple[Measure, dict]]:
-    """The measures in which two policies are compared, each with its entry in `differences`."""
+    """Return the measures with a known difference between two policies, each with its entry in `difference`."""
     changes = [(measure, difference["measures"].get(measure.name)) for measure in COMPARED]
     return [(measure, change) for measure, change in changes if change and is_known(change["change"])]
 
 
 def verdict(difference: dict) -> str:
-    """A sentence on two policies: in which measures they differ, by the interval of the difference."""
+    """Return a sentence on the measures in which two policies differ, according to the intervals of the differences."""
     measures: dict[str, list[str]] = {"better": [], "worse": [], "same": []}
     for measure, change in known_changes(difference):
         values = "" if change["verdict"] == "same" else f" ({change['first']:.3f} → {change['last']:.3f})"

@@ -1,20 +1,20 @@
-"""The answers that report.html shows side by side, searches and sorts by the numbers here."""
+"""Sample answers for report.html, which shows them side by side and can search and sort them."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from spin.evaluation.measures import HeldOut, held_out_margins
 
-# What a set has at most: prompts, characters of a text, and characters in all.
+# Limits of a set: prompts, characters per text, and total characters.
 MOST_PROMPTS, MOST_CHARACTERS, BUDGET = 200, 4000, 1_000_000
 
 
 def sample_set(name: str, policies: Sequence[tuple[str, HeldOut, HeldOut | None]]) -> dict[str, Any]:
-    """The first prompts, as many as the limits allow, of `total`, with the human answer and that of each policy.
+    """Return as many of the `total` prompts as the limits allow, with the human answer and that of each policy.
 
-    `policies`: label, answers, and the answers of its opponent if there is a margin over it. An answer has "text" and
-    "tokens"; that of a policy also "gap" (nats per token: log p of the human answer less that of its own), and "score"
-    (how human the classifier finds it) and "margin" where they are known.
+    `policies`: label, answers, and the opponent's answers if there is a margin over it. An answer has "text" and
+    "tokens". A policy's answer also has "gap" (nats per token: log p of the human answer minus that of its own answer)
+    and, if known, "score" (the classifier's, higher for more human) and "margin".
     """
     pairs, columns, budget = policies[0][1].pairs, [], BUDGET
     rows: list[dict] = []

@@ -1,4 +1,4 @@
-"""The console's summary of a run: the measures of every policy, their differences, and answers side by side."""
+"""The console summary of a run: the measures of every policy, their differences, and sample answers side by side."""
 
 import math
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from spin.reporting.text import shorten
 
 
 def print_summary(game: dict, console: Console) -> None:
-    """Print the summary of game.json."""
+    """Print the summary of `game`, the content of game.json."""
     if game["evaluations"]:
         for template, note in (("\n{}, {}", "below: 95 % intervals"), ("", "intervals are in the report")):
             table = _measures_table(game["evaluations"], template, note)
@@ -49,7 +49,7 @@ def _measures_table(evaluations: Sequence[dict], template: str, note: str) -> Ta
 
 
 def measure_table(title: str) -> Table:
-    """An empty table in the style of all tables of measures."""
+    """Return an empty table in the common style of tables of measures."""
     return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
 
 
@@ -57,7 +57,7 @@ def _print_sample(sample: dict, console: Console) -> None:
     console.print()
     console.print(Text("Prompt: ", style="bold").append(shorten(sample["prompt"], 400), style="not bold"))
     answers = {"human": sample["real"], **sample["answers"]}
-    # A column of fewer than about 24 characters can't be read: then the answers go on in a second table.
+    # Columns narrower than about 24 characters are illegible, so the answers are split into several tables.
     tables = math.ceil(len(answers) / max(1, console.width // 26))
     for policies in np.array_split(list(answers), tables):
         table = Table(expand=True)

@@ -11,14 +11,14 @@ from spin.evaluation.measure_table import Measure, is_known, ranking_measures
 from spin.reporting.figures import add_legend, label_measure, panels, plot_measure
 from spin.reporting.sweep_rows import settings_of
 
-# Okabe and Ito's colours, for as many lines as can be told apart.
+# Okabe and Ito's colours for lines; further lines differ in line style.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333")
 
 
 def draw(rows: Sequence[dict]) -> dict[str, Figure]:
-    """{"heatmap": figure} if exactly two settings are swept, both numbers; {"lines": figure} if one of them is a number.
+    """Return {"heatmap": figure} if two settings are swept, both numeric, {"lines": figure} if exactly one is numeric.
 
-    Where `seed` is swept as well the means over seeds are drawn.
+    If `seed` is swept too, the means over seeds are drawn.
     """
     settings = [key for key in settings_of(rows) if key != "seed"]
     kind = "mean" if any(row["kind"] == "mean" for row in rows) else "point"
@@ -40,7 +40,7 @@ def _is_number(text: str) -> bool:
 
 
 def _heat_map(rows: Sequence[dict], settings: Sequence[str], measures: Sequence[Measure]) -> Figure:
-    """The first setting vertically, the second horizontally, in the order of their numbers and evenly spaced."""
+    """Draw the first setting vertically and the second horizontally, both in numeric order and evenly spaced."""
     up, right = (sorted({row[key] for row in rows}, key=float) for key in settings)
     cells = {(row[settings[0]], row[settings[1]]): row for row in rows}
     colors = matplotlib.colormaps["cividis_r"].with_extremes(bad="#D9D9D9")
@@ -62,7 +62,7 @@ def _heat_map(rows: Sequence[dict], settings: Sequence[str], measures: Sequence[
 
 
 def _lines(rows: Sequence[dict], setting: str, line_settings: Sequence[str], measures: Sequence[Measure]) -> Figure:
-    """Each measure over `setting`, a line for each combination of `line_settings`."""
+    """Draw each measure over `setting`, with one line per combination of `line_settings`."""
     figure, grid = panels(len(measures), min(2, len(measures)), 2.2)
     groups: dict[str, list[dict]] = {}
     ticks: dict[float, str] = {}

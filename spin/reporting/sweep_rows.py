@@ -11,13 +11,13 @@ from typing import Any
 from spin.evaluation.measure_table import MEASURES, Measure, is_known, ranking_measures
 
 VALIDATION = "validation_"  # prefix of the column that points are sorted by
-RECORD = "point.json"  # in a point's folder: its status, and a hash of what it was made of
+RECORD = "point.json"  # in a point's folder: its status, and a hash of its configuration
 
 
 @dataclass(frozen=True)
 class Point:
-    """One point of a sweep: the values of the swept settings, its folder (None: it could not be composed), and the reason
-    why it has no result, if that is known without its folder."""
+    """One point of a sweep: the values of the swept settings, its folder (None if it could not be composed), and the
+    reason why it has no result, if this is known without the folder."""
 
     swept: dict[str, str]
     folder: Path | None
@@ -25,7 +25,7 @@ class Point:
 
 
 def read_record(folder: Path) -> dict:
-    """The record that `pipeline.points.record_status` wrote last; empty where there is none or it can't be read."""
+    """Return the latest record of `pipeline.points.record_status`; an empty one if it is missing or unreadable."""
     try:
         record = json.loads((folder / RECORD).read_bytes())
     except (OSError, ValueError):
@@ -34,13 +34,13 @@ def read_record(folder: Path) -> dict:
 
 
 def rows_of(points: Sequence[Point]) -> list[dict]:
-    """The table, best point first: rows of kind "point", "mean" (over seeds, where `seed` is swept) and "start".
+    """Return the table, best point first: rows of kind "point", "mean" (over seeds, if `seed` is swept) and "start".
 
-    A point's row has its swept settings, status (done, failed, unfinished), reason, and the held-out measures of its
-    selected, or else its last, policy with their intervals. Points are sorted by the value that selected their policies
-    (`validation_<measure>`), which is independent of the held-out measures, or else by the first held-out measure. A mean's
-    row has the means over seeds with equal other settings, their number `seeds`, and standard errors `<measure>_se`. There
-    is a start's row if all points share the policy that self-play started from.
+    A point's row has its swept settings, status (done, failed, unfinished), reason, and the held-out measures, with
+    intervals, of its selected policy or else its last one. Points are sorted by the value that selected their policies
+    (`validation_<measure>`), which is independent of the held-out measures, or else by the first held-out measure. A
+    "mean" row has the means over points that differ only in the seed, their number `seeds`, and standard errors
+    `<measure>_se`. There is a "start" row if all points share the policy that self-play started from.
     """
     played = [_read_point(point) for point in points]
     rows = [row for row, _ in played]
@@ -58,7 +58,7 @@ def rows_of(points: Sequence[Point]) -> list[dict]:
 
 
 def sorted_by(rows: Sequence[dict]) -> tuple[str, Measure] | None:
-    """The column that the rows are sorted by, and its measure; None if there is none."""
+    """Return the column that the rows are sorted by, and its measure; None if there is no such column."""
     for key in (key for row in rows for key in row if key.startswith(VALIDATION)):
         name = key.removeprefix(VALIDATION)
         return key, MEASURES.get(name, Measure(name, name, "share", "", better="higher"))
@@ -67,13 +67,13 @@ def sorted_by(rows: Sequence[dict]) -> tuple[str, Measure] | None:
 
 
 def settings_of(rows: Iterable[dict]) -> list[str]:
-    """The swept settings: the keys of a point's row between its kind and its status."""
+    """Return the swept settings: the keys of a point's row between `kind` and `status`."""
     keys = list(next(row for row in rows if row["kind"] == "point"))
     return keys[1 : keys.index("status")]
 
 
 def _read_point(point: Point) -> tuple[dict, dict | None]:
-    """The row of a point, and its game.json where it is done."""
+    """Return the row of a point, and the content of its game.json if it is done."""
     folder, game = point.folder, None
     record = read_record(folder) if folder and not point.problem else {}
     row: dict[str, Any] = {"kind": "point", **point.swept, "status": "done", "reason": None}
@@ -90,8 +90,8 @@ def _read_point(point: Point) -> tuple[dict, dict | None]:
 
 
 def result(game: dict) -> dict:
-    """The policy that game.json's content names as selected, or else the last one: its label, the value that it was
-    selected by, held-out measures and benchmarks."""
+    """Return the results of the selected policy in game.json's content, or else of the last one: its label, the value
+    that it was selected by, held-out measures and benchmarks."""
     row: dict[str, Any] = {}
     evaluations, selected = game["evaluations"], game["selected"]
     if selected:
@@ -114,13 +114,13 @@ def _without_iter(evaluation: dict) -> dict:
 
 
 def _start(game: dict) -> dict | None:
-    """The evaluation of the policy that self-play started from."""
+    """Return the evaluation of the policy that self-play started from, if any."""
     before = [evaluation for evaluation in game["evaluations"] if evaluation["iter"] is None]
     return _without_iter(before[-1]) if before and game["iterations"] else None
 
 
 def _means_over_seeds(rows: Sequence[dict]) -> list[dict]:
-    """The means of points that are done and differ in their seed alone."""
+    """Return the means over finished points that differ only in the seed."""
     settings = [key for key in settings_of(rows) if key != "seed"]
     groups: dict[tuple, list[dict]] = {}
     for row in rows:

@@ -1,21 +1,21 @@
-"""Texts of users and models in Markdown and on a terminal, shown as they are and without harm."""
+"""Functions to show texts of users and models literally and safely in Markdown and on a terminal."""
 
 import textwrap
 
 
 def escape(text: str) -> str:
-    """`text` as Markdown shows it literally, also inside a table cell."""
+    """Return `text` escaped, so that Markdown shows it literally, also in a table cell."""
     escaped = "".join(f"\\{char}" if char in "\\`*_{}[]<>#|!~$&" else char for char in printable(text))
     return " ".join(escaped.split())
 
 
 def inline_code(text: str) -> str:
-    """`text` as inline code; escaped instead where it has a backtick, or a bar, which would end a table cell."""
+    """Return `text` as inline code, or escaped if it has a backtick or a bar, which would end a table cell."""
     return escape(text) if "`" in text or "|" in text else f"`{' '.join(printable(text).split())}`"
 
 
 def code_block(text: str, language: str = "text") -> str:
-    """`text` as a code block, long lines wrapped; the fence is longer than any run of backticks within."""
+    """Return `text` as a code block with long lines wrapped. The fence is longer than any run of backticks in it."""
     wrapper = textwrap.TextWrapper(100, replace_whitespace=False, break_on_hyphens=False)
     lines = []
     for line in printable(text).split("\n"):
@@ -26,7 +26,7 @@ def code_block(text: str, language: str = "text") -> str:
 
 
 def printable(text: str) -> str:
-    """`text` without control characters: a model's answer must not be able to control a terminal."""
+    """Return `text` without control characters, with which a model's answer could control a terminal."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     return "".join(char if char.isprintable() or char in "\n\t" else "�" for char in text)
 
@@ -37,5 +37,5 @@ def shorten(text: str, length: int) -> str:
 
 
 def plain_number(value: float) -> str:
-    """3e-5, 0.1, 512: as settings are written."""
+    """Format a number as in settings: 3e-5, 0.1, 512."""
     return f"{value:g}".replace("e-0", "e-")

@@ -1,7 +1,7 @@
-"""Benchmarks of EleutherAI's lm-evaluation-harness, with which the paper measured its models.
+"""Benchmarks of EleutherAI's lm-evaluation-harness, which the paper used to evaluate its models.
 
-Prompts are what the tasks write, without a chat template, as in the paper. Its harness was 0.4.0; since then GSM8K's stop
-words, TruthfulQA and the choice of few-shot examples have changed: compare with `PAPER` by differences.
+Prompts are those of the tasks, without a chat template, as in the paper. The paper used version 0.4.0; since then
+GSM8K's stop words, TruthfulQA and the choice of few-shot examples have changed: compare only differences with `PAPER`.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ VERSION = "0.4.13"  # scores differ between versions
 KEY = "evaluation.harness"
 LOCAL_FORMATS = ("json", "csv", "parquet", "text", "arrow")
 
-# Percent; arXiv 2401.01335, the table of Open LLM Leaderboard results by iteration. "sft" is zephyr-7b-sft-full.
+# Percent, from arXiv 2401.01335, table of Open LLM Leaderboard results by iteration. "sft" is zephyr-7b-sft-full.
 PAPER: dict[str, dict[str, float]] = json.loads((Path(__file__).parent / "assets" / "paper.json").read_text())
 
 
@@ -49,7 +49,7 @@ class Task:
 
 
 def parse_tasks(entries: Sequence[str]) -> list[Task]:
-    """Tasks from `name:shots:metric` or `name:shots:metric:filter`. Raises UserError for malformed and repeated ones."""
+    """Parse `name:shots:metric` and `name:shots:metric:filter`. Raises UserError for malformed and repeated entries."""
     tasks: list[Task] = []
     for entry in entries:
         parts = re.fullmatch(r"([^:]+):([0-9]+):([^:]+(?::[^:]+)?)", str(entry))
@@ -66,9 +66,9 @@ def parse_tasks(entries: Sequence[str]) -> list[Task]:
 
 
 def identity(task: Task, include: str | None) -> dict[str, Any]:
-    """The part of a cache key that stands for a task: the harness's version, the task, a hash of all files in `include`.
+    """Return a task's part of a cache key: the harness's version, the task, and a hash of all files in `include`.
 
-    Data from the hub are taken to be constant. Raises UserError: no such version of the harness, no such folder.
+    Data from the hub are assumed constant. Raises UserError: missing harness or wrong version, missing folder.
     """
     result = {"lm_eval": _installed_version(), "tasks": [[task.task, task.shots, task.metric]], "include": None}
     if folder := _folder(include):
@@ -85,10 +85,10 @@ def identity(task: Task, include: str | None) -> dict[str, Any]:
 
 
 def check_tasks(tasks: Sequence[Task], include: str | None) -> None:
-    """Raise UserError if a task cannot be run; needs neither the model nor the task's data.
+    """Raise UserError if a task cannot be run. This needs neither the model nor the task's data.
 
-    Reasons: the harness is missing or of another version; no folder `include`; an unknown task, metric or filter; shots
-    for a task that is defined without; a task that runs code of the model.
+    Reasons are a missing harness or a wrong version, a missing folder `include`, an unknown task, metric or filter,
+    few-shot examples for a zero-shot task, and a task that executes code written by the model.
     """
     _installed_version()
     for task in tasks:
@@ -108,7 +108,7 @@ def _check_task(task: Task, index: dict[str, Any]) -> None:
             raise UserError(f"{KEY}: {leaf.get('task')} is defined without examples: say {task.task}:0:{task.metric}.")
         if leaf.get("unsafe_code"):
             raise UserError(f"{KEY}: {leaf.get('task')} runs code that the model writes; this is not done here.")
-    config = index[task.task].cfg or {}  # a tag has none
+    config = index[task.task].cfg or {}  # None for a tag
     values = _listed_values(config, leaves)
     if (values or config not in leaves) and _pick(task.metric, values) is None:
         members = ", ".join(str(leaf["task"]) for leaf in leaves)
@@ -117,7 +117,7 @@ def _check_task(task: Task, index: dict[str, Any]) -> None:
 
 
 def _leaf_configs(member: str | dict, index: dict[str, Any]) -> Iterator[dict]:
-    """The configurations of the tasks below `member`: the name of a task, tag or group, or a group's changes to one."""
+    """Yield the configurations of the tasks in `member`: a task, tag or group by name, or a group's changes to one."""
     changes = member if isinstance(member, dict) else {}
     entry = index.get(member if isinstance(member, str) else str(member.get("group", member.get("task"))))
     config = {**(entry.cfg or {} if entry else {}), **changes}
@@ -130,24 +130,24 @@ def _leaf_configs(member: str | dict, index: dict[str, Any]) -> Iterator[dict]:
 
 
 def _listed_values(config: dict, leaves: Iterable[dict]) -> list[str]:
-    """The values (`metric:filter`) that a configuration lists; none where only code or the output type decides."""
+    """Return the values (`metric:filter`) that a configuration lists; none if code or output type determine them."""
     filters = list(dict.fromkeys(f["name"] for leaf in leaves for f in leaf.get("filter_list") or [{"name": "none"}]))
     values = []
     for listed in config.get("aggregate_metric_list") or config.get("metric_list") or []:
-        metric = str(listed["metric"]).rpartition(".")[2]  # a function is given by its path
+        metric = str(listed["metric"]).rpartition(".")[2]  # functions are given by their paths
         chosen = listed.get("filter_list") or filters
         values += [f"{metric}:{name}" for name in ([chosen] if isinstance(chosen, str) else chosen)]
     return values
 
 
 def _pick(metric: str, values: Iterable[str]) -> str | None:
-    """The only one of `values` (`metric:filter`) that `metric`, with or without a filter, names; None if there is none."""
+    """Return the only one of `values` (`metric:filter`) that matches `metric`, with or without a filter, else None."""
     matches = [value for value in values if metric in (value, value.partition(":")[0])]
     return matches[0] if len(matches) == 1 else None
 
 
 def _installed_version() -> str:
-    """Return the harness's version; raise UserError unless it is `VERSION`."""
+    """Return the harness's version. Raises UserError unless it is `VERSION`."""
     version = "not installed"
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         version = importlib.metadata.version("lm_eval")
@@ -165,7 +165,7 @@ def _folder(include: str | None) -> Path | None:
 
 
 def _task_manager(name: str, folder: Path | None) -> Any:
-    """The harness's TaskManager for the task `name`; files in `folder` go before the harness's own."""
+    """Return the harness's TaskManager for the task `name`. Files in `folder` take precedence over the harness's."""
     from lm_eval.tasks import TaskManager
 
     if folder and name in (manager := TaskManager(include_path=folder, include_defaults=False)).all_subtasks:
@@ -180,7 +180,7 @@ def _full_task_manager(folder: Path | None) -> Any:
     return TaskManager(include_path=folder)  # reads 15,000 files, which takes seconds
 
 
-# --- a task's run -----------------------------------------------------------------------------------------------------
+# --- running a task ---------------------------------------------------------------------------------------------------
 
 
 def run_task(
@@ -192,19 +192,19 @@ def run_task(
     say: Callable[[str], None],
     ranks: ProcessGroup = SINGLE_PROCESS,
 ) -> dict[str, Any]:
-    """The model's result on a task: task, shots, metric, value, stderr, n (questions), version.
+    """Return the model's result on a task: task, shots, metric, value, stderr, n (questions), version.
 
-    Value and stderr are in the harness's unit (a share in [0, 1] for acc and exact_match); stderr may be None. `seed` draws
-    the few-shot examples. Data files of tasks in `harness_include` are relative to that folder. Only data from the hub are
-    written, to its usual cache; the tokenizer may get a padding token.
+    Value and stderr are in the harness's unit (a share in [0, 1] for acc and exact_match); stderr may be None. `seed`
+    determines the few-shot examples. Data files of tasks in `harness_include` are relative to that folder. Nothing is
+    written but data from the hub, to its usual cache. A padding token may be added to the tokenizer.
 
-    Raises UserError: data are missing, memory is short, or the harness cannot run the task.
+    Raises UserError: missing data, too little memory, or a task that the harness cannot run.
     """
     from lm_eval.models.huggingface import HFLM
 
     batch_size = settings.harness_batch_size
     with model.register_forward_pre_hook(_stop_if_pending), _contained(task.task, batch_size) as log:
-        # Sums of log-probs are never rounded to bf16, which would make choices tie.
+        # Log-probs are at least float32, because rounding to bf16 would cause ties between choices.
         softmax_dtype = torch.promote_types(model.dtype, torch.float32)
         lm: Any = HFLM(model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype=softmax_dtype)
         if ranks.is_main_process:
@@ -230,7 +230,7 @@ def run_task(
 
 
 def _evaluate(task: Task, lm: Any, settings: EvaluationConfig, seed: int) -> dict:
-    """The harness's row for a task, and the task's version."""
+    """Return the harness's results for a task, with the task's version."""
     from lm_eval import simple_evaluate
 
     folder = _folder(settings.harness_include)
@@ -253,7 +253,7 @@ def _evaluate(task: Task, lm: Any, settings: EvaluationConfig, seed: int) -> dic
 
 
 def _load(name: str, manager: Any, folder: Path | None, cache: str) -> Any:
-    """The harness's Task or Group with its data; local files are read anew, for they may change under the same name."""
+    """Return the harness's Task or Group with its data. Local files are not cached, since their content may change."""
     leaves = _leaf_configs(name, manager.task_index)
     is_local = all(leaf.get("dataset_path") in LOCAL_FORMATS for leaf in leaves)
     cache_folder = mock.patch.object(datasets.config, "HF_DATASETS_CACHE", cache)
@@ -263,17 +263,17 @@ def _load(name: str, manager: Any, folder: Path | None, cache: str) -> Any:
 
 
 def _answer_requests(lm: Any, ranks: ProcessGroup, name: str, requests: Sequence[Any]) -> list:
-    """The answers of all ranks to the harness's requests of the kind `name`. Called on the main process."""
+    """Return the answers of all ranks to the harness's requests of type `name`. Only the main process calls this."""
     from lm_eval.models.utils import normalize_gen_kwargs
 
     if name == "generate_until" and any(normalize_gen_kwargs(request.args[1]).get("do_sample") for request in requests):
-        return getattr(type(lm), name)(lm, requests)  # each batch goes on with the random numbers of the one before
+        return getattr(type(lm), name)(lm, requests)  # each batch continues the previous one's random numbers
     ranks.broadcast((name, requests))
     return _answer_share(lm, ranks, name, requests)
 
 
 def _answer_share(lm: Any, ranks: ProcessGroup, name: str, requests: Sequence[Any]) -> list:
-    """The answers of all ranks, of which each answers every n-th question. Called on all ranks."""
+    """Return the answers of all ranks, each of which answers every n-th question. All ranks must call this."""
     share = [request for request in requests if request.doc_id % ranks.size == ranks.rank]
     answers = []
     with contextlib.suppress(InterruptedError):
@@ -284,25 +284,25 @@ def _answer_share(lm: Any, ranks: ProcessGroup, name: str, requests: Sequence[An
 
 
 def _stop_if_pending(*_: object) -> None:
-    """Raise InterruptedError before a batch if a stop signal waits: ranks stop together, after their shares."""
+    """Raise InterruptedError before a batch if a stop signal is pending; all ranks stop after their shares."""
     if pending_signal():
         raise InterruptedError
 
 
 @contextlib.contextmanager
 def _contained(name: str, batch_size: int) -> Iterator[list[logging.LogRecord]]:
-    """Collect the harness's log silently, restore random states and settings, and raise errors as one line."""
+    """Collect the harness's log silently, restore random states and settings, and convert errors to UserError."""
     log, handler, records = logging.getLogger("lm_eval"), logging.Handler(), list[logging.LogRecord]()
     handler.emit = records.append  # type: ignore[method-assign, assignment]
     states = random.getstate(), np.random.get_state()
     with (
         mock.patch.multiple(log, handlers=[handler], propagate=False),
-        mock.patch.object(sys, "dont_write_bytecode", True),  # of tasks' functions, in the user's folder
+        mock.patch.object(sys, "dont_write_bytecode", True),  # for task functions in the user's folder
         torch.random.fork_rng(devices=range(torch.cuda.device_count())),
     ):
         try:
             yield records
-        except Exception as error:  # a library computes with a user's task and data
+        except Exception as error:  # the user's task and data can cause any error
             if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
                 raise UserError(f"{KEY}: {name}: memory is short: lower {KEY}_batch_size={batch_size}.") from error
             is_about_data = isinstance(error, OSError) or "Couldn't find cache" in str(error)

@@ -1,4 +1,4 @@
-"""A judge (a chat model behind an address or in a folder), and which of two policies it prefers."""
+"""Judges (chat models at an address or in a folder), and comparison of two policies by a judge."""
 
 import os
 import re
@@ -29,27 +29,27 @@ from spin.runtime.errors import UserError, brief, explaining
 from spin.runtime.shards import Shard, ShardDriver, compute_shards
 
 INSTALL = "pip install openai==3.57.0"
-KEY = "SPIN_JUDGE_KEY"  # an environment variable: the key stands in no configuration, log or shell history
-MAX_TOKENS = 2048  # of a judgment, as in FastChat
+KEY = "SPIN_JUDGE_KEY"  # an environment variable, so that no configuration, log or shell history contains the key
+MAX_TOKENS = 2048  # per judgment, as in FastChat
 MAX_REPLY = 2**20  # bytes
 BAD_REPLIES = 5
-SHARD = 8  # judgments that are stored together: each may cost money
+SHARD = 8  # judgments that are stored together: few, because each may cost money
 PAIR = (Path(__file__).parent / "assets" / "pair.txt").read_text("utf-8")
 POINTS = {"win": 1.0, "tie": 0.5, "loss": 0.0}
 SHARES = {"wins": 1.0, "ties": 0.5, "losses": 0.0}
 
-# A conversation -> the judge's reply at temperature 0; "" where it cannot answer this one (too long, say).
+# Maps a conversation to the judge's reply at temperature 0, or to "" if it cannot answer (if too long, for example).
 Judge = Callable[[list[Message]], str]
 
 
 def open_judge(setting: str, model: str | None, timeout: float, dtype: torch.dtype, device: torch.device) -> Judge:
-    """The judge that `evaluation.judge` names: `model` behind an address, or a chat model in a folder. Raises UserError."""
+    """Return the judge of `evaluation.judge`: `model` at an address, or a chat model in a folder. Raises UserError."""
     identity(setting, model)
     if "://" in setting:
         return ApiJudge(setting, str(model), timeout, is_checked=True)
     folder = Path(setting).expanduser()
     tokenizer = load_tokenizer(folder)
-    render_chat(tokenizer, [QUESTION])  # starts the template's process while this one is small
+    render_chat(tokenizer, [QUESTION])  # forks the template's process while this process is small
     judge = load_model(folder, dtype, device)
     stops, greedy = stop_ids(folder, tokenizer), GenerationConfig.from_defaults(temperature=0.0, batch_size=1)
     context = getattr(judge.config, "max_position_embeddings", None) or 2**31
@@ -66,9 +66,9 @@ def open_judge(setting: str, model: str | None, timeout: float, dtype: torch.dty
 
 
 def identity(setting: str, model: str | None) -> str:
-    """What the judge is, for a cache key: address and model's name, or the content of its weights; loads nothing.
+    """Return the judge's part of a cache key: address and model name, or a hash of its weights. Nothing is loaded.
 
-    Raises UserError: neither an address (without a secret in it, which would be logged) nor a folder with a model.
+    Raises UserError: neither an address (without a secret, which would be logged) nor a folder with a model.
     """
     if "://" not in setting:
         folder = Path(setting).expanduser()
@@ -85,20 +85,20 @@ def identity(setting: str, model: str | None) -> str:
 
 
 def check_judge(setting: str, model: str | None, timeout: float) -> None:
-    """Raise JudgeError unless the judge behind an address answers a short question; a folder is not loaded here."""
+    """Raise JudgeError unless the judge at an address answers a short question. A judge in a folder is not checked."""
     if "://" in setting:
         ApiJudge(setting, str(model), timeout, retries=2)([{"role": "user", "content": "Say yes."}])
 
 
 class JudgeError(UserError):
-    """The judge behind an address gives no verdicts (any more)."""
+    """The judge at an address gives no verdicts, or has stopped giving them."""
 
 
 class ApiJudge:
-    """`model` behind an OpenAI-compatible address. The openai client retries with growing pauses.
+    """`model` at an OpenAI-compatible address. The openai client retries with increasing delays.
 
-    A reply that cannot be used is no verdict (""), up to `BAD_REPLIES` in a row: then, and where a new request makes no
-    sense, JudgeError is raised. Unless the server `is_checked`, its first reply must be a good one.
+    An unusable reply is returned as "". JudgeError is raised after `BAD_REPLIES` in a row, or if another request is
+    pointless. Unless the server `is_checked`, its first reply must be usable.
     """
 
     def __init__(self, address: str, model: str, timeout: float, retries: int = 5, is_checked: bool = False):
@@ -106,9 +106,9 @@ class ApiJudge:
 
         self.address, self.model, self.timeout = address, model, timeout
         self.key = os.environ.get(KEY, "").strip()
-        if not (self.key.isascii() and self.key.isprintable()):  # the client's own error would show it
+        if not (self.key.isascii() and self.key.isprintable()):  # the client's own error would show the key
             raise UserError(f"{KEY} holds characters that no key has: set it again.")
-        # A kept connection, which the server may close at any time, would fail the next request.
+        # Connections are not reused: the server may close them at any time, and the next request would fail.
         limits, headers = httpx2.Limits(max_keepalive_connections=0), {"Accept-Encoding": "identity"}
         client = BoundedClient(timeout=timeout, headers=headers, limits=limits)
         self.client: Any = OpenAI(
@@ -130,18 +130,18 @@ class ApiJudge:
         return text
 
     def _no_verdict(self, error: Exception) -> str:
-        """Return "" for a reply that cannot be used, or raise JudgeError."""
+        """Return "" for an unusable reply, or raise JudgeError."""
         import openai
 
         status, cause = getattr(error, "status_code", 0), error.__cause__
         if status in (400, 413, 422) and self.bad_replies < BAD_REPLIES:
-            return ""  # the fault is in this conversation: too long, or filtered
+            return ""  # only this conversation is affected: too long, or filtered
         self.bad_replies += 1
         is_final = 400 <= status < 500 or isinstance(cause, httpx2.ConnectError)
         if not is_final and self.bad_replies < BAD_REPLIES:
             return ""
         fault = "the reply is no chat completion; an OpenAI-compatible server has /v1 at the end of its address"
-        if status in (401, 403):  # without the server's words, which may repeat the key
+        if status in (401, 403):  # without the server's message, which may contain the key
             fault = f"HTTP {status}, the server refuses the key; set {KEY} to one that it knows"
         elif isinstance(error, openai.APIStatusError):
             fault = f"HTTP {status}, asked for {self.model} ({brief(error.response.text or error.message)})"
@@ -155,12 +155,12 @@ class ApiJudge:
 
 
 class BoundedClient(httpx2.Client):
-    """An HTTP client whose timeout is for a whole reply (httpx2: for each part of it) of up to `MAX_REPLY` bytes,
-    which stay compressed. It follows no redirect, which would send the answers elsewhere."""
+    """An HTTP client whose timeout applies to the whole reply (in httpx2, to each part), of at most `MAX_REPLY`
+    bytes, which are not decompressed. It follows no redirects, which would send the answers elsewhere."""
 
     def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
         body = b""
-        previous = signal.signal(signal.SIGALRM, _end_wait)  # judges are called in the main thread
+        previous = signal.signal(signal.SIGALRM, _end_wait)  # possible because judges are called in the main thread
         signal.setitimer(signal.ITIMER_REAL, self.timeout.read or 0)
         try:
             with closing(super().send(request, **options | {"stream": True})) as response:
@@ -189,15 +189,15 @@ def compare(
     advance: Callable[[int], None] = lambda prompts: None,
     keep: ShardDriver = compute_shards,
 ) -> dict[str, Any]:
-    """A judge's preference between a policy's answers and its opponent's to the same prompts, blind.
+    """Return a judge's blind preference between the answers of a policy and its opponent to the same prompts.
 
-    Each pair is judged in both orders: a win is a verdict that both give, all else is a tie, so that a preference for a
-    position wins nothing (Zheng et al. 2023, arXiv 2306.05685, section 3.4). Equal answers are ties and not judged.
+    Each pair is judged in both orders. A win needs the same verdict in both orders, all else is a tie, so that position
+    bias has no effect (Zheng et al. 2023, arXiv 2306.05685, section 3.4). Equal answers are ties and not judged.
 
-    Returns `outcomes` ("win", "tie", "loss", or "unparsed", which counts nowhere else), `n` and the shares `wins`,
-    `ties`, `losses` of the prompts with an outcome, `win_rate` (a tie is half a win) with its 95 % bootstrap interval over
-    prompts, `p_value` of the exact sign test, and `inconsistent`, the share of judged prompts whose verdict changed with
-    the order. Shares of nothing are None.
+    The result has `outcomes` ("win", "tie", "loss", or "unparsed", which is excluded from the rest), the number `n` of
+    parsed outcomes and their shares `wins`, `ties`, `losses`, `win_rate` (a tie is half a win) with its 95 % bootstrap
+    interval over prompts, `p_value` of the exact sign test, and `inconsistent`, the share of judged prompts whose
+    verdict depends on the order. A share is None if there is nothing to count.
     """
 
     def judged(i: int) -> dict:
@@ -228,14 +228,14 @@ def compare(
 
 
 def _verdict(judge: Judge, prompt: str, first: str, second: str) -> str:
-    """The better answer, "1", "2" or "tie"; "unparsed" where the judge names none, or several."""
+    """Return the better answer, "1", "2" or "tie"; "unparsed" if the judge names none or several."""
     reply = judge([{"role": "user", "content": PAIR.format(prompt=prompt, first=first, second=second)}])
     verdicts = {text.lower() for text in re.findall(r"\[\[\s*(?:answer\s*)?(1|2|tie)\s*\]\]", reply, re.I)}
     return verdicts.pop() if len(verdicts) == 1 else "unparsed"
 
 
 def finding(comparison: dict[str, Any], policy: str, opponent: str) -> str:
-    """A comparison in one sentence; a preference needs both the interval and the sign test (at 5 %)."""
+    """Return a comparison as a sentence. A preference must be significant by the interval and the sign test (5 %)."""
     if comparison["win_rate"] is None:
         return f"no verdict between {policy} and {opponent}: none of {comparison['unparsed']} can be read."
     rate, (low, high), p_value = (comparison[key] for key in ("win_rate", "win_rate_interval", "p_value"))
@@ -249,7 +249,7 @@ def finding(comparison: dict[str, Any], policy: str, opponent: str) -> str:
 def in_shards(
     make: Callable[[Any], dict], tasks: Mapping[str, Any], keep: ShardDriver, advance: Callable[[int], None]
 ) -> list[dict]:
-    """A row of `make` for every task, through `keep` in shards of `SHARD`: a resumed run makes no shard twice."""
+    """Return `make(task)` for all tasks, computed through `keep` in shards of `SHARD`, which a resumed run reuses."""
 
     def rows_of(ids: Sequence[str]) -> list[dict]:
         rows = []

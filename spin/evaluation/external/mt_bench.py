@@ -1,7 +1,7 @@
-"""MT-Bench (Zheng et al. 2023, arXiv 2306.05685): a policy's answers in FastChat's layout, graded as FastChat does.
+"""MT-Bench (Zheng et al. 2023, arXiv 2306.05685): a policy's answers in FastChat's format, graded as in FastChat.
 
-Questions, judge prompts and references are the files of fastchat/llm_judge/data. Its Python package is not called: it needs
-openai < 1, accepts only its own list of judges, and its wheel lacks these files.
+Questions, judge prompts and reference answers are the files of fastchat/llm_judge/data. FastChat's package is not used:
+it needs openai < 1, accepts only its own list of judges, and its wheel lacks these files.
 """
 
 import hashlib
@@ -30,17 +30,17 @@ from spin.runtime.shards import Say, ShardDriver, compute_shards
 
 SOURCE = "take the folder fastchat/llm_judge/data of github.com/lm-sys/FastChat and its mt_bench/question.jsonl"
 TURNS = 2
-MAX_TOKENS = 1024  # of an answer, as in FastChat, unless generation.max_new_tokens is set
-# FastChat's, by category; 0.7 for others.
+MAX_TOKENS = 1024  # per answer, as in FastChat, unless generation.max_new_tokens is set
+# FastChat's sampling temperatures by category; 0.7 for others.
 TEMPERATURES = {"extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0, "stem": 0.1, "humanities": 0.1}
 WITH_REFERENCE = ("math", "reasoning", "coding")
-NO_ANSWER = "ERROR"  # FastChat's word where a model could not answer
-UNRATED = -1.0  # FastChat's score where a judge gave none
+NO_ANSWER = "ERROR"  # FastChat's text for a missing answer
+UNRATED = -1.0  # FastChat's score for a judgment without a rating
 
 
 @dataclass(frozen=True)
 class Question:
-    """Two turns of a user."""
+    """A question of two user turns."""
 
     id: int | str
     category: str
@@ -48,7 +48,7 @@ class Question:
 
 
 def read_questions(path: str | None) -> list[Question]:
-    """The questions in a file like FastChat's question.jsonl. Raises UserError."""
+    """Return the questions in a file in the format of FastChat's question.jsonl. Raises UserError."""
     questions: list[Question] = []
     for number, record in enumerate(_read_records(Path(path or "question.jsonl")), 1):
         with explaining(
@@ -62,8 +62,8 @@ def read_questions(path: str | None) -> list[Question]:
 
 
 def read_grading(path: str, questions: Sequence[Question]) -> dict[str, dict]:
-    """The files beside FastChat's question.jsonl at `path`: the judge `prompts` by name, and `references`, GPT-4's answers
-    by question. Raises UserError if any is missing."""
+    """Return the grading data that belong to FastChat's question.jsonl at `path`: the judge `prompts` by name, and
+    `references`, GPT-4's answers by question id. Raises UserError if any is missing."""
     folder = Path(path).expanduser().parent
     names = [f"single{math}-v1{turns}" for math in ("", "-math") for turns in ("", "-multi-turn")]
     ids = [str(question.id) for question in questions if question.category in WITH_REFERENCE]
@@ -75,7 +75,7 @@ def read_grading(path: str, questions: Sequence[Question]) -> dict[str, dict]:
 
 
 def _read_records(path: Path) -> list[dict]:
-    """The objects in a file of JSON lines. Raises UserError."""
+    """Return the objects in a JSON Lines file. Raises UserError if it can't be read."""
     with explaining(f"evaluation.questions: {brief(path, 300)}: can't be read", SOURCE):
         lines = Path(os.path.expanduser(path)).read_text("utf-8-sig").splitlines()
         return [json.loads(line) for line in lines if line.strip()]
@@ -92,11 +92,11 @@ def answer_questions(
     keep: Callable[[str], ShardDriver] = lambda part: compute_shards,
     ranks: int = 1,
 ) -> list[dict]:
-    """The model's answers to both turns, as rows of FastChat's model_answer files; the second prompt holds the first turn.
+    """Return the answers to both turns as rows of FastChat's model_answer files. The second prompt has the first turn.
 
-    The benchmark sets the temperature, by category, and top_p 1. `keep(part)` drives the shards of a part, of which each of
-    `ranks` processes gets some. Where the model's context leaves less than the tokens of an answer, it is that much shorter,
-    or "ERROR", and `say` names it. `answer_id` is a hash and `tstamp` 0: a seed gives the same bytes.
+    The benchmark sets the temperature, by category, and top_p (1). `keep(part)` returns the driver for the shards of a
+    part, which `ranks` processes share. If the model's context has too little room, an answer is shorter, or "ERROR",
+    and `say` lists it. `answer_id` is a hash and `tstamp` is 0, so that equal seeds give equal bytes.
     """
     conversations: list[list[Message]] = [[] for _ in questions]
     context = getattr(model.config, "max_position_embeddings", None) or 2**31
@@ -121,7 +121,7 @@ def answer_questions(
             replies |= {answer.id: answer.text for answer in generate_answers(model, request)}
         for question, conversation in zip(questions, conversations, strict=True):
             reply = replies.get(f"{question.id}/{turn + 1}", NO_ANSWER)
-            for special in special_texts(tokenizer):  # a spelt one would be a control token in the second prompt
+            for special in special_texts(tokenizer):  # in the second prompt this text would become a control token
                 reply = reply.replace(special, "")
             conversation.append({"role": "assistant", "content": reply.strip()})
     if short:
@@ -132,7 +132,7 @@ def answer_questions(
     rows = []
     for question, conversation in zip(questions, conversations, strict=True):
         turns = [message["content"] for message in conversation[1::2]]
-        answer_id = hashlib.sha256(json.dumps([question.id, turns]).encode()).hexdigest()[:22]  # as long as FastChat's
+        answer_id = hashlib.sha256(json.dumps([question.id, turns]).encode()).hexdigest()[:22]  # FastChat's length
         choices = [{"index": 0, "turns": turns}]
         rows.append(
             {"question_id": question.id, "answer_id": answer_id, "model_id": "", "choices": choices, "tstamp": 0.0}
@@ -141,8 +141,8 @@ def answer_questions(
 
 
 def write_answers(rows: Sequence[dict], model_id: str, folder: Path) -> Path:
-    """Write `folder`/model_answer/<model_id>.jsonl, as FastChat's gen_judgment.py reads it, and return its path."""
-    model_id = re.sub(r"[^\w.+-]", "_", model_id)  # FastChat takes the file's name for the model's
+    """Write `folder`/model_answer/<model_id>.jsonl in the format of FastChat's gen_judgment.py, and return its path."""
+    model_id = re.sub(r"[^\w.+-]", "_", model_id)  # FastChat uses the file name as the model id
     path = folder / "model_answer" / f"{model_id}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps({**row, "model_id": model_id}) + "\n" for row in rows), "utf-8")
@@ -157,10 +157,10 @@ def grade_answers(
     advance: Callable[[int], None] = lambda judgments: None,
     keep: ShardDriver = compute_shards,
 ) -> list[dict]:
-    """The judge's rating of both turns of each question's answers (single-answer grading, section 3.1 of the paper).
+    """Return the judge's ratings of both answers to each question (single-answer grading, section 3.1 of the paper).
 
-    `grading` is what `read_grading` returns. The rows have FastChat's names: question_id, turn, score (-1 where there is
-    no rating), judgment; and category. Raises UserError as the judge does.
+    `grading` is the result of `read_grading`. The rows have FastChat's keys question_id, turn, score (-1 without a
+    rating) and judgment, and additionally category. Raises UserError if the judge does.
     """
 
     def graded(task: tuple[Question, list[str], int]) -> dict:
@@ -188,17 +188,17 @@ def _grading_messages(question: Question, answers: Sequence[str], turn: int, gra
 
 
 def parse_rating(judgment: str) -> float:
-    """The first number in double brackets, else in single ones, as FastChat reads it; -1 unless it is from 1 to 10."""
-    number = r"(\d+(?:\.\d*)?)"  # `\d+\.?\d*` would take hours for a long row of digits
+    """Return the first number in double brackets, else in single brackets, as FastChat does; -1 unless from 1 to 10."""
+    number = r"(\d+(?:\.\d*)?)"  # `\d+\.?\d*` would take hours on a long string of digits
     match = re.search(rf"\[\[{number}\]\]", judgment) or re.search(rf"\[{number}\]", judgment)
     return float(match[1]) if match and 1 <= float(match[1]) <= 10 else UNRATED
 
 
 def mt_bench_score(judgments: Sequence[dict], resamples: int = 1000, seed: int = 0) -> dict:
-    """Mean ratings, 1 to 10: `score` over both turns, `first_turn`, `second_turn`, each with `<name>_interval`, 95 % of
-    bootstrap resamples over questions; `by_category`. None where nothing is rated; `unparsed` counts the unrated.
+    """Return mean ratings (1 to 10, None if all are missing): `score` over both turns, `first_turn`, `second_turn`,
+    each with `<name>_interval` (95 %, bootstrap over questions), and `by_category`. `unparsed` counts missing ratings.
 
-    `judgments` are those of `grade_answers`: both turns of a question are neighbours.
+    `judgments` come from `grade_answers`, where both turns of a question are adjacent.
     """
     ratings = np.array([judgment["score"] for judgment in judgments], dtype=float).reshape(-1, TURNS)
     ratings[ratings == UNRATED] = np.nan
@@ -217,5 +217,5 @@ def mt_bench_score(judgments: Sequence[dict], resamples: int = 1000, seed: int =
 
 
 def _mean(ratings: np.ndarray) -> float | None:
-    """The mean of the known ratings; None if there is none."""
+    """Return the mean of the known ratings; None if there are none."""
     return float(np.nanmean(ratings)) if np.isfinite(ratings).any() else None
