@@ -125,11 +125,14 @@ def quiet_transformers() -> Iterator[None]:
     show_bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     logger = logging.getLogger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.addFilter(_is_not_load_report)  # a higher level would make transformers print its sharding plan
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(_is_not_load_report)
         if show_bars:
             transformers.utils.logging.enable_progress_bar()
+
+
+def _is_not_load_report(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in record.getMessage()

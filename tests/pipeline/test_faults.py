@@ -267,7 +267,7 @@ def test_disk_fills_up(place, reference):
     done = play_limited(limits, place.words(*WORDS))
     assert done.returncode == 1, done.stdout + done.stderr
     assert "no space left" in done.stderr and len(done.stderr.strip().splitlines()) == 1
-    assert place.stages() == {"evaluate": 1} and unfinished(place) == ["sft"]
+    assert place.stages() == {"evaluate": 1} and unfinished(place) == []  # the first checkpoint did not fit
     place.play(*WORDS)
     assert_same(place, reference)
 
