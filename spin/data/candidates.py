@@ -1,4 +1,4 @@
-"""Candidates: the exchanges of a data set whose texts are sound, read once and kept by content."""
+"""Candidates: the exchanges of a data set with valid texts, read once and cached by a hash of the inputs."""
 
 import hashlib
 import json
@@ -20,15 +20,15 @@ from spin.runtime.errors import brief
 from spin.runtime.progress import with_progress_lines
 from spin.runtime.tables import Rows, schema_of, write_arrow
 
-# End tokens of common chat templates, which data sets carry over, whatever tokenizer is used here.
+# End tokens of common chat templates, which texts in data sets may contain, whatever tokenizer is used here.
 END_MARKS = ("</s>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>")
-SURROGATE = re.compile("[\ud800-\udfff]")  # half a pair, in JSON: no tokenizer accepts it
-VERSION = 4  # raise it when equal sources come to give other candidates
+SURROGATE = re.compile("[\ud800-\udfff]")  # half of a surrogate pair in JSON, which no tokenizer accepts
+VERSION = 4  # increment it when equal sources give different candidates
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """An exchange as JSON. `id` is a hash of its content, `prompt` one of its messages' texts."""
+    """An exchange as JSON. `id` is a hash of its content, and `prompt` a hash of the texts before the answer."""
 
     id: str
     prompt: str
@@ -40,10 +40,10 @@ class Candidates:
     """All candidates of a data set in the order of its records."""
 
     rows: Rows[Candidate]
-    counts: Counter[str]  # answers that were read, and dropped by reason
+    counts: Counter[str]  # numbers of answers read, and dropped for each reason
     names: set[str]  # roles and keys of all messages
     key: str  # a hash of the inputs
-    dropped: dict[str, str]  # the text of one dropped answer, or record, by reason
+    dropped: dict[str, str]  # by reason, the text of one dropped answer or record
 
     def text(self, row: int) -> str:
         return text_of(Exchange(**json.loads(self.rows[row].exchange)))
@@ -52,9 +52,9 @@ class Candidates:
 def read_candidates(
     config: DataConfig, specials: Sequence[str], renders_tools: bool, cache: Path, say: Callable[[str], None]
 ) -> Candidates:
-    """Read and check the data set, unless an earlier run has done so.
+    """Read and check the data set, or reuse the result of an earlier run.
 
-    `specials`: the texts of special tokens. Raises UserError: the source cannot be read.
+    `specials` are the texts of special tokens. Raises UserError if the source cannot be read.
     """
     source = find_source(config, cache)
     keep_blanks = config.template != "chat"  # chat templates strip texts
@@ -84,14 +84,14 @@ def read_candidates(
 
 
 class _Checker:
-    """Cleans exchanges, and drops and counts those that are not sound or came before."""
+    """A filter that cleans exchanges, and drops and counts those that are invalid or duplicates."""
 
     def __init__(self, specials: Sequence[str], config: DataConfig, keep_blanks: bool, counts: Counts):
         self.specials, self.config, self.keep_blanks, self.counts = specials, config, keep_blanks, counts
         self.names: set[str] = set()
 
     def check(self, exchanges: Iterable[Exchange]) -> Iterator[dict]:
-        """Yield the rows of the sound exchanges."""
+        """Yield a `Candidate` row for each valid exchange."""
         ids: set[str] = set()
         for exchange in exchanges:
             exchange, reason = self._checked(exchange)
@@ -110,7 +110,7 @@ class _Checker:
             yield {"id": id, "prompt": prompt, "exchange": json.dumps(vars(exchange), default=str)}
 
     def _checked(self, exchange: Exchange) -> tuple[Exchange, str | None]:
-        """Return the exchange with clean texts, and the reason why it is dropped, if any."""
+        """Return the exchange with cleaned texts, and the reason why it is dropped, if any."""
         turns = [self._clean(turn) for turn in [*exchange.messages, exchange.answer]]
         turns = [turn for turn in turns if turn["content"].strip() or turn["role"] != "system"]
         exchange = replace(exchange, messages=turns[:-1], answer=turns[-1])
@@ -123,7 +123,7 @@ class _Checker:
         return exchange, reason
 
     def _clean(self, message: Message) -> Message:
-        """Return the message without surrounding blanks and, an assistant's, final end marks."""
+        """Strip surrounding blanks, unless `keep_blanks`, and the end marks at the end of an assistant's message."""
         text = message["content"] if self.keep_blanks else message["content"].strip()
         marks = (*self.specials, *END_MARKS) if message["role"] == "assistant" else ()
         while mark := next((mark for mark in marks if text.rstrip().endswith(mark)), None):
@@ -149,7 +149,7 @@ class _Checker:
 
 
 def _identity(message: Message) -> list[Any]:
-    """Return a message's role, its text, and anything else that a template may render."""
+    """Return a message's role, its text, and everything else that a template may render."""
     extras = {key: value for key, value in message.items() if key not in ("role", "content", "learn")}
     return [message["role"], message["content"].strip(), *([extras] if extras else [])]
 

@@ -1,22 +1,22 @@
-"""How many exchanges were dropped for which reason, and the first one of each reason to look at."""
+"""Count the exchanges dropped for each reason, and keep the text of the first one."""
 
 import json
 from collections import Counter
 
 from spin.data.messages import Exchange, as_text
 
-LONGEST = 1000  # characters of an example
+LONGEST = 1000  # characters of a dropped exchange that are kept
 
 
 class Counts(Counter[str]):
-    """Exchanges by reason; `examples` has the text of the first one that was dropped for each reason."""
+    """Numbers of exchanges by reason; `examples` has the text of the first one dropped for each reason."""
 
     def __init__(self, **counts: int):
         super().__init__(**counts)
         self.examples: dict[str, str] = {}
 
     def drop(self, reason: str, item: object) -> None:
-        """Count an exchange, or a record as it was read, that is dropped for a reason."""
+        """Count a dropped exchange or raw record under `reason`."""
         self[reason] += 1
         if reason not in self.examples:
             self.examples[reason] = text_of(item)

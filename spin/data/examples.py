@@ -1,4 +1,4 @@
-"""Examples: token ids, and which prompts are held out."""
+"""Encode exchanges as token ids, and split them into training, held-out and validation examples."""
 
 import json
 from collections.abc import Callable, Collection, Iterator
@@ -21,37 +21,37 @@ from spin.runtime.tables import Rows, schema_of, write_arrow
 
 REJECTED: Message = {"role": "assistant"}
 TokenIds = tuple[tuple[int, ...], tuple[int, ...]]  # of a prompt and its answer
-BLOCK = 512  # prompts tokenised together: enough for the tokenizer's threads
-VERSION = 2  # raise it when equal candidates come to give other token ids
+BLOCK = 512  # exchanges tokenised together: enough for the tokenizer's threads
+VERSION = 2  # increment it when equal candidates give different token ids
 
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and the human answer to it, as text and as token ids."""
+    """A prompt and its human answer, as text and as token ids."""
 
-    id: str  # hash of the content: independent of file and position
-    prompt: str  # to read: the last user message, after the earlier turns if there are any
-    prompt_ids: tuple[int, ...]  # with the template; for generation and training alike
+    id: str  # hash of the content, independent of file and position
+    prompt: str  # for display: the user message, after the earlier turns if any
+    prompt_ids: tuple[int, ...]  # rendered with the template; the same for generation and training
     real: str
-    real_ids: tuple[int, ...]  # ends with one end token, unless the answer was cut
-    opening: str = ""  # hash of the first user message: examples that share it count as the same prompt
-    rejected: tuple[int, ...] = ()  # with data.generated=file: the token ids of the data's other answer
+    real_ids: tuple[int, ...]  # ends with one end token, unless the answer was truncated
+    opening: str = ""  # hash of the first user message; examples with the same one count as the same prompt
+    rejected: tuple[int, ...] = ()  # with data.generated=file: token ids of the rejected answer
 
 
-# Of a candidate that gives no example: the reason why. Of one that does: its highest token id.
+# `dropped` is the reason why a candidate gives no example, otherwise null; `highest` is an example's highest token id.
 ENCODED = schema_of(Example).append(pa.field("dropped", pa.string())).append(pa.field("highest", pa.int64()))
 
 
 @dataclass
 class Dataset:
-    """The training, held-out and validation examples, and how many exchanges were kept or dropped."""
+    """The training, held-out and validation examples, and the numbers of exchanges kept and dropped."""
 
     train: Rows[Example]
     held_out: Rows[Example]
-    counts: dict[str, int]  # by reason, "kept": in the three sets, and "read": the sum of all others
-    seen: int  # prompts that could not be held out, since the model was trained on them
+    counts: dict[str, int]  # by reason; "kept": those in the three sets; "read": the sum of all others
+    seen: int  # number of prompts not held out because the model was trained on them
     validation: Rows[Example]
-    dropped: dict[str, str] = field(default_factory=dict)  # the text of one answer, or record, by reason
+    dropped: dict[str, str] = field(default_factory=dict)  # by reason, the text of one dropped answer or record
 
     @property
     def all(self) -> Rows[Example]:
@@ -60,7 +60,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Encoding:
-    """How exchanges become token ids."""
+    """An encoder that converts exchanges to token ids."""
 
     config: DataConfig
     tokenizer: Any
@@ -70,7 +70,7 @@ class Encoding:
     say: Callable[[str], None]
 
     def encode_once(self, rows: Rows[Candidate], inputs: dict) -> tuple[Rows[Example], str]:
-        """Return the ENCODED candidates, which `inputs` identify, and what the template refused first."""
+        """Return the ENCODED candidates, cached by `inputs` and settings, and the template's first refusal."""
         names = ("template", "template_options", "max_prompt_length", "max_response_length", "min_response_length")
         settings = self.config.model_dump(include={*names, "max_length", "overlong", "generated"})
         inputs |= {"version": VERSION, "tokenizer": tokenizer_digest(self.tokenizer), "end": self.end, **settings}
@@ -85,7 +85,7 @@ class Encoding:
         return Rows.open(Example, folder / "examples.arrow"), facts["refusal"]
 
     def encode(self, rows: Rows[Candidate]) -> Iterator[dict]:
-        """Yield a row of ENCODED for each candidate; tokenise one block at a time."""
+        """Yield a row of ENCODED for each candidate, tokenising one block at a time."""
         for table in rows.blocks(["id", "exchange"], BLOCK):
             exchanges = [Exchange(**json.loads(text)) for text in table["exchange"].to_pylist()]
             answers = self._token_ids(exchanges)
@@ -95,17 +95,17 @@ class Encoding:
             yield from map(_row, table["id"].to_pylist(), exchanges, answers, rejected)
 
     def _token_ids(self, exchanges: list[Exchange]) -> list[TokenIds | str]:
-        """Return the ids of each prompt and of its answer, or the reason why the exchange is dropped."""
+        """Return the token ids of each prompt and its answer, or the reason why the exchange is dropped."""
         encoded = encode_exchanges(self.tokenizer, exchanges, self.config.template, self.chat)
         return [tokens if isinstance(tokens, str) else self._within_limits(*tokens) for tokens in encoded]
 
     def _within_limits(self, prompt_ids: list[int], response_ids: list[int]) -> TokenIds | str:
         config = self.config
-        # A prompt is never cut: it may start with the question, and ends with the answer's header.
+        # A prompt is never truncated: it may start with the question, and it ends with the answer's header.
         if len(prompt_ids) > config.max_prompt_length:
             return "prompt too long"
         if self.end in response_ids:
-            return "special token in text"  # in a spelling that only the tokenizer knows
+            return "special token in text"  # in another spelling that the tokenizer recognises
         real_ids = [*response_ids, self.end]
         limit = config.max_length - len(prompt_ids)
         if config.max_response_length is not None:
@@ -113,14 +113,14 @@ class Encoding:
         if len(real_ids) > limit:
             if config.overlong == "drop":
                 return "answer too long"
-            real_ids = real_ids[:limit]  # without the end token: the human did not stop here
+            real_ids = real_ids[:limit]  # without the end token, since the human answer continues
         if len(real_ids) < config.min_response_length:
             return "answer too short"
         return tuple(prompt_ids), tuple(real_ids)
 
 
 def _row(id: str, exchange: Exchange, tokens: TokenIds | str, rejected: TokenIds | str | None) -> dict:
-    """Return a candidate's row of ENCODED. `rejected`: the same prompt with the data's other answer."""
+    """Return a candidate's row of ENCODED. `rejected` is like `tokens`, but for the rejected answer, if any."""
     if isinstance(tokens, str):
         return _dropped_row(id, tokens)
     if isinstance(rejected, str):
@@ -136,7 +136,7 @@ def _row(id: str, exchange: Exchange, tokens: TokenIds | str, rejected: TokenIds
         prompt_ids,
         exchange.answer["content"],
         real_ids,
-        # The first user message alone: so no later turn can show a held-out answer as its history.
+        # Only the first user message, so that no training example has a held-out answer in its history.
         opening=hash_of(" ".join(first.split()).casefold()),
         rejected=rejected[1] if rejected else (),
     )
@@ -158,16 +158,16 @@ def load_dataset(
 ) -> Dataset:
     """Read, check, order, encode and split the data set.
 
-    The order depends on `seed` and content only. The first `config.held_out` prompts, one example each, are held out, the
-    next `config.validation` ones are for validation; their other examples are dropped. The training set is the next
-    `config.size` examples, so a smaller one is part of a larger one.
+    The order depends only on `seed` and the content. The first `config.held_out` prompts are held out, and the next
+    `config.validation` prompts are for validation, with one example each; other examples of these prompts are dropped.
+    The next `config.size` examples are the training set, so a smaller training set is a subset of a larger one.
 
-    `stop_ids`: the tokens at which the model stops. `seen`: the `opening` of the prompts that it was trained on, which
-    are not held out. `cache` keeps files, records and token ids. `say` gets notes on data and template.
+    `stop_ids` are the tokens at which the model stops. `seen` has the `opening` of the prompts that it was trained on,
+    which are not held out. `cache` stores files, records and token ids. `say` receives notes on data and template.
 
-    Raises UserError: the source cannot be read, the template does not fit the tokenizer, too few examples.
+    Raises UserError if the source cannot be read, the template does not fit the tokenizer, or too few examples remain.
     """
-    # First: a wrong template fails before the reading.
+    # First, so that a wrong template fails before the data is read.
     end = end_of_turn(tokenizer, config.template, config.template_options)
     chat = ChatTemplate(tokenizer, config.template_options) if config.template == "chat" else None
     for note in chat.notes(stop_ids) if chat else ():
@@ -195,7 +195,7 @@ def load_dataset(
 
 
 def _unique_prompts(order: list[int], candidates: Candidates) -> list[int]:
-    """Return the first row of each prompt."""
+    """Return the first row of each prompt, and count the others as repeated."""
     prompts, first = candidates.rows.column("prompt"), dict[str, int]()
     for row in order:
         first.setdefault(prompts[row], row)
@@ -208,7 +208,7 @@ def _unique_prompts(order: list[int], candidates: Candidates) -> list[int]:
 def _encode_and_split(
     order: np.ndarray, candidates: Candidates, encoding: Encoding, seed: int, seen: Collection[str]
 ) -> Dataset:
-    """Encode all candidates, once for all seeds, or only the first ones if far fewer are needed."""
+    """Encode and split all candidates, encoded once for all seeds, or only the first ones if far fewer are needed."""
     config = encoding.config
     needed = config.held_out + config.validation + (config.size or len(order))
     few = 2 * needed + BLOCK
@@ -227,36 +227,36 @@ def _encode_and_split(
 def _split(
     examples: Rows[Example], order: np.ndarray, candidates: Candidates, config: DataConfig, seen: Collection[str]
 ) -> Dataset:
-    """Take examples until the sets are full, and count the others. `order`: the rows of their candidates."""
+    """Fill the three sets from `examples`, and count the others. `order` has the row of each example's candidate."""
     counts, dropped_rows = candidates.counts.copy(), dict[str, int]()
     train: list[int] = []
-    apart: list[int] = []  # held out, then validation
+    reserved: list[int] = []  # held-out, then validation examples
     openings: set[str] = set()
     needed = config.held_out + config.validation
-    tried = trained_before = 0
+    examined = trained_before = 0
     columns = examples.column("dropped"), examples.column("opening")
     for row, (dropped, opening) in enumerate(zip(*columns, strict=True)):
-        tried += 1
+        examined += 1
         if dropped is None and opening in openings:
             dropped = "of a held-out prompt"
         if dropped is not None:
             counts[dropped] += 1
             dropped_rows.setdefault(dropped, int(order[row]))
-        elif len(apart) < needed and opening not in seen:
+        elif len(reserved) < needed and opening not in seen:
             openings.add(opening)
-            apart.append(row)
+            reserved.append(row)
         else:
-            trained_before += len(apart) < needed
+            trained_before += len(reserved) < needed
             if len(train) == config.size:
                 counts["trained on before"] += 1
             else:
                 train.append(row)
-        if len(train) == config.size and len(apart) == needed:
+        if len(train) == config.size and len(reserved) == needed:
             break
-    counts["not needed"] = len(order) - tried
-    counts["kept"] = len(train) + len(apart)
+    counts["not needed"] = len(order) - examined
+    counts["kept"] = len(train) + len(reserved)
     nonzero = {reason: count for reason, count in counts.items() if count or reason in ("read", "kept")}
     texts = candidates.dropped | {reason: candidates.text(row) for reason, row in dropped_rows.items()}
-    parts = (train, apart[: config.held_out], apart[config.held_out :])
+    parts = (train, reserved[: config.held_out], reserved[config.held_out :])
     taken, held_out, validation = (examples.at(np.array(rows, np.int64)) for rows in parts)
     return Dataset(taken, held_out, nonzero, trained_before, validation, texts)

@@ -1,4 +1,4 @@
-"""Data files: JSON lines, JSON lists and Parquet, read record by record in bounded memory."""
+"""Read data files (JSON lines, JSON lists, Parquet) record by record in bounded memory."""
 
 import codecs
 import io
@@ -14,31 +14,31 @@ from spin.data.counts import Counts
 from spin.runtime.errors import UserError, explaining
 
 FILE_TYPES = (".jsonl", ".ndjson", ".json", ".parquet")
-MAX_RECORD = 2**26  # bytes of one record: a longer one is no conversation
+MAX_RECORD = 2**26  # bytes of one record; a longer one is not a conversation
 TOO_LONG = f"a record of more than {MAX_RECORD >> 20} MiB"
-MAX_OBJECT = 2**30  # bytes of a file that is one JSON object, which has to be read at once
-CHUNK = 2**20  # characters of a JSON list that are read together
-ROWS = 64  # of a Parquet file that are decoded together: a small file may repeat a long text many times
+MAX_OBJECT = 2**30  # bytes of a file that is one JSON object, which must be read as a whole
+CHUNK = 2**20  # characters of a JSON list read at a time
+ROWS = 64  # rows of a Parquet file decoded at a time; a small file may repeat a long text many times
 FIX = "fix it, or save one record per line as .jsonl"
 UTF8 = "convert it to UTF-8, for example with iconv -f latin1 -t utf-8"
-# The first bytes of files.
+# Signatures at the start of files.
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
 COMPRESSED = (b"\x1f\x8b", b"(\xb5/\xfd", b"BZh", b"\xfd7zX", b"PK\3\4")
 DECODER = json.JSONDecoder()
-# The mark before an item of a JSON list, and the list's end.
+# The delimiter before the first or next item of a JSON list, and the list's end.
 FIRST = re.compile(r"\s*\[\s*"), re.compile(r"\s*\[\s*\]")
 NEXT = re.compile(r"\s*,\s*"), re.compile(r"\s*\]")
 
-Located = Iterator[tuple[str, Any]]  # where a record stands, and the record
+Located = Iterator[tuple[str, Any]]  # the location of a record, for errors, and the record
 
 
 def read_file(path: Path, name: str, cut_counts: Counts | None = None) -> Iterator[dict[str, Any]]:
-    """Yield the records of a file; `name` stands for it in errors.
+    """Yield the records of a file, which errors call `name`.
 
-    A .json file has a list of records, an object of records by id, or JSON lines; a .jsonl file lines or a list. Parquet is
-    known by its content. With `cut_counts`, a list may be cut off, which is counted there.
+    A .json file has a list of records, an object with records by id, or JSON lines; a .jsonl file has lines or a list.
+    Parquet is recognised by its content. With `cut_counts`, a list may be truncated, which is counted there.
 
-    Raises UserError: unreadable content, with its line or record number, or a record over MAX_RECORD.
+    Raises UserError if content is unreadable, with its line or record number, or if a record is larger than MAX_RECORD.
     """
     with path.open("rb") as file:
         head = file.read(4)
@@ -89,8 +89,8 @@ def _lines(file: BinaryIO, name: str) -> Located:
 
 
 def _list_items(file: TextIO, name: str, cut_counts: Counts | None) -> Located:
-    """Yield the items of a list, with one item or CHUNK characters in memory."""
-    text, start, line, number = "", 0, 1, 0  # `text` begins on `line`, the next item at `start`
+    """Yield the items of a list, keeping one item or CHUNK characters in memory."""
+    text, start, line, number = "", 0, 1, 0  # `text` begins on `line`, and the next item at `start`
     mark, end = FIRST
     while not (closing := end.match(text, start)):
         try:
@@ -123,7 +123,7 @@ def _list_items(file: TextIO, name: str, cut_counts: Counts | None) -> Located:
 
 
 def _next_item(text: str, start: int, mark: re.Pattern[str]) -> tuple[Any, int]:
-    """Return the item after the mark at `start`, and its end. Raises JSONDecodeError."""
+    """Return the item after the delimiter at `start`, and the position of its end. Raises JSONDecodeError."""
     before = mark.match(text, start)
     if before is None:
         raise json.JSONDecodeError("Expecting ',' delimiter", text, len(text) - len(text[start:].lstrip()))
@@ -135,7 +135,7 @@ def _not_json(name: str, reason: str, line: int) -> UserError:
 
 
 def _object_items(file: BinaryIO, name: str) -> Located:
-    """Yield the values of an object that holds records by id."""
+    """Yield the values of a JSON object that holds records by id."""
     raw = file.read(MAX_OBJECT + 1)
     if len(raw) > MAX_OBJECT:
         raise UserError(f"{name}: a JSON object of more than {MAX_OBJECT >> 30} GiB; {FIX}")

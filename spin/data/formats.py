@@ -1,4 +1,4 @@
-"""Record formats: from a record to conversations and the human answers in them."""
+"""Record formats: extract the conversations in a record and their human answers."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -25,18 +25,18 @@ Record = dict[str, Any]
 SYSTEM, HISTORY, TOOLS, INPUT = ("system", "system_prompt"), "history", "tools", ("input", "context")
 QUESTIONS = ("prompt", "question", "query", "problem", "input")
 ANSWERS = ("response", "completion", "output", "solution", "answer")
-PROMPTS = ("instruction", *QUESTIONS, "conversations", "conversation")  # of two answers
-CONTEXT = (*SYSTEM, TOOLS, "id")  # columns that are read with every format
+PROMPTS = ("instruction", *QUESTIONS, "conversations", "conversation")  # of preference data
+CONTEXT = (*SYSTEM, TOOLS, "id")  # columns read with every format
 
 
 @dataclass(frozen=True)
 class Format:
-    """A record format. `data.format=auto` takes the first one whose columns a record has."""
+    """A record format. `data.format=auto` selects the first one whose columns a record has."""
 
-    columns: tuple[str, ...]  # one of them holds the conversation
-    answers: tuple[str, ...] = ()  # one of them holds the answer; none: the conversation does
-    more: tuple[str, ...] = ()  # columns that are read if there are any
-    rejected: tuple[str, ...] = ()  # one of them holds the answer that is set against the human one
+    columns: tuple[str, ...]  # one of them holds the conversation or prompt
+    answers: tuple[str, ...] = ()  # one of them holds the answer; if empty, the conversation does
+    more: tuple[str, ...] = ()  # optional columns that are read
+    rejected: tuple[str, ...] = ()  # one of them holds the rejected answer
 
     def missing_columns(self, names: Iterable[str]) -> str | None:
         needed = [group for group in (self.columns, self.answers, self.rejected) if group]
@@ -49,7 +49,7 @@ class Format:
 
 
 def _chitchat(record: Record) -> list[Message]:
-    """Return the messages of two speakers who alternate: each inner list has the texts of one turn."""
+    """Return the messages of two alternating speakers. Each inner list has the texts of one turn."""
     messages: list[Message] = []
     for number, turn in enumerate(_as_list(record.get("messages"))):
         texts = [text.get("text") for text in _as_list(turn) if isinstance(text, dict)]
@@ -59,7 +59,7 @@ def _chitchat(record: Record) -> list[Message]:
 
 
 def _prompt(record: Record, names: Iterable[str]) -> list[Message]:
-    """Return the messages in one of the columns; a text with its input, as in Alpaca's records."""
+    """Return the messages in the first non-null column of `names`; append the input to text, as in Alpaca's records."""
     value, context = first_of(record, names), first_of(record, INPUT)
     if isinstance(value, str) and isinstance(context, str) and context.strip() and context is not value:
         value = f"{value.strip()}\n\n{context.strip()}"
@@ -83,12 +83,12 @@ FORMATS = {
 def exchanges(
     records: Iterable[Record], config: DataConfig, counts: Counts, renders_tools: bool, say: Callable[[str], None]
 ) -> Iterator[Exchange]:
-    """Yield the first exchange of each record, or with `config.turns=all` every one; `say` what is not read.
+    """Yield the first usable exchange of each record, or all with `config.turns=all`; `say` which columns are not read.
 
-    `counts["read"]` counts the answers, and records without any; `drop` counts those that are not yielded.
-    `renders_tools`: the template knows tools, so calls and results can be history.
+    `counts["read"]` counts answers, and records without any; `counts.drop` counts those that are not yielded.
+    With `renders_tools`, the template renders tools, so tool calls and results may be in the history.
 
-    Raises UserError: no record has the format's columns, or a known format's.
+    Raises UserError if no record has the columns of the format, or of any known format.
     """
     first: Record | None = None
     unread: dict[str, None] = {}
@@ -105,7 +105,7 @@ def exchanges(
         unread |= dict.fromkeys(key for key in present if key not in FORMATS[name].read)
         answers = _read(record, name, config, renders_tools)
         if config.turns == "first":
-            answers = sorted(answers, key=lambda answer: isinstance(answer, str))[:1]  # the first that can be learnt
+            answers = sorted(answers, key=lambda answer: isinstance(answer, str))[:1]  # the first usable one
         for answer in answers:
             counts["read"] += 1
             if isinstance(answer, str):
@@ -125,7 +125,7 @@ def exchanges(
 
 
 def _detect(record: Record) -> str | None:
-    """Return the first format whose columns the record has, if possible without nulls."""
+    """Return the first format whose columns the record has, preferably with non-null values, or None."""
     if any(isinstance(turn, list) for turn in _as_list(record.get("messages"))[:1]):
         return "chitchat"
     for names in ([name for name in record if record[name] is not None], record):
@@ -136,9 +136,9 @@ def _detect(record: Record) -> str | None:
 
 
 def _read(record: Record, name: str, config: DataConfig, renders_tools: bool) -> list[Exchange | str]:
-    """Return the answers in a record, or the reason why each can't be read."""
+    """Return the exchange of each answer in a record, or the reason why it is dropped."""
     format, id = FORMATS[name], record.get("id")
-    # The pinned set is cut into records with the ids <name>_0, <name>_30, ...
+    # The pinned data set splits conversations into records with the ids <name>_0, <name>_30, ...
     is_pinned = name == "sharegpt" and config.path is None
     if is_pinned and isinstance(id, str) and re.search(r"_0*[1-9][0-9]*$", id):
         return ["not a conversation's start"]
@@ -147,7 +147,7 @@ def _read(record: Record, name: str, config: DataConfig, renders_tools: bool) ->
     if format.rejected:
         return [_preferred(record, format, tools, config.generated)]
     if format.answers:
-        if record.get("label") is False:  # an answer that was judged bad, as in data for KTO
+        if record.get("label") is False:  # an undesirable answer, as in data for KTO
             return ["not to be learnt"]
         messages = _with_context(record, _prompt(record, format.columns), record.get(HISTORY))
         return [_answered(messages, messages_of(first_of(record, format.answers), "assistant"), tools)]
@@ -157,7 +157,7 @@ def _read(record: Record, name: str, config: DataConfig, renders_tools: bool) ->
 
 
 def _answered(messages: list[Message], answer: list[Message], tools: list[Any] | None) -> Exchange | str:
-    """Return the exchange of a prompt and a separate answer, or why there is none."""
+    """Return the exchange of a prompt and a separate answer, or the reason why there is none."""
     if not messages or messages[-1]["role"] not in ("user", "tool"):
         return reason_in(messages, "no prompt")
     if not answer or answer[-1]["role"] != "assistant":
@@ -166,7 +166,7 @@ def _answered(messages: list[Message], answer: list[Message], tools: list[Any] |
 
 
 def _preferred(record: Record, format: Format, tools: list[Any] | None, generated: str) -> Exchange | str:
-    """Return the exchange of the better of two answers, with the other one as `rejected`."""
+    """Return the exchange of the chosen answer, with the other one as `rejected`, or the reason why there is none."""
     columns = (format.columns, format.rejected)
     chosen, rejected = (join(messages_of(first_of(record, names), "assistant")) for names in columns)
     prompt = [] if any(turn["role"] == "user" for turn in chosen) else _prompt(record, PROMPTS)
@@ -180,7 +180,7 @@ def _preferred(record: Record, format: Format, tools: list[Any] | None, generate
 
 
 def _with_context(record: Record, messages: list[Message], history: Any = None) -> list[Message]:
-    """Return the messages after a `history` of earlier turns and the record's system message."""
+    """Return the record's system message, the earlier turns in `history`, and `messages`."""
     history = from_json(history)
     turns = _as_list(history)
     are_pairs = any(isinstance(turn, list) for turn in turns)

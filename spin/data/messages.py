@@ -1,4 +1,4 @@
-"""Messages: what stands in a conversation, under whatever names and in whatever shape."""
+"""Parse conversations into messages, whatever their role names, keys and shape."""
 
 import json
 import math
@@ -10,8 +10,8 @@ from typing import Any
 
 from spin.runtime.errors import brief
 
-# "role" is system, user, assistant, tool, or BROKEN, whose "content" is the reason. Optional keys: "reasoning_content",
-# a text; "tool_calls", a list; TOOL_KEYS; "learn", False for an answer that is not to be learnt.
+# "role" is system, user, assistant, tool, or BROKEN, whose "content" is the reason. Optional keys: "reasoning_content"
+# (text), "tool_calls" (list), TOOL_KEYS, and "learn", which is False for an answer to exclude from training.
 Message = dict[str, Any]
 BROKEN = "broken"
 NAMES = {
@@ -22,27 +22,27 @@ NAMES = {
     "tool": "tool function function_response observation ipython tool_response tool_result tool_results tool_output",
 }
 ROLES = {name: role for role, names in NAMES.items() for name in names.split()}
-CALLS = ("function_call", "tool_call")  # roles whose content is the call
+CALLS = ("function_call", "tool_call")  # roles whose content is a tool call
 SPEAKERS = ("role", "from", "speaker", "sender", "author")
 CONTENTS = ("content", "value", "text", "message", "parts")
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-# 0 or false: not to be learnt.
+# A message is excluded from training if one of these is 0 or false.
 FLAGS = ("weight", "train", "trainable", "training", "train_on_turn", "learn", "loss", "loss_mask", "loss_weight")
 TOOL_KEYS = ("name", "tool_call_id")
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """A human answer, the messages before it, and the tools that they may call."""
+    """A human answer, the messages before it, and the tools that may be called."""
 
     messages: list[Message]
     answer: Message
     tools: list[Any] | None = None
-    rejected: str | None = None  # the answer that the data sets against the human one
+    rejected: str | None = None  # the other answer of a preference pair
 
 
 def from_json(value: Any) -> Any:
-    """Return a list or an object that is written as JSON text; any other value as it is."""
+    """Return the list or object that `value` holds as JSON text, or any other value unchanged."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         with suppress(ValueError, RecursionError):
             return json.loads(value)
@@ -50,7 +50,7 @@ def from_json(value: Any) -> Any:
 
 
 def messages_of(value: Any, role: str = "user") -> list[Message]:
-    """Return the messages in a column: a list, or a text or number as one message of `role`."""
+    """Return the messages in a column: a list, a transcript, or any other text or a number as one message of `role`."""
     parsed = from_json(value)
     if isinstance(parsed, dict):
         parsed = [parsed]
@@ -72,7 +72,7 @@ def _has_role(item: Any) -> bool:
 
 
 def _turns(item: Any) -> list[dict[str, Any]]:
-    """Return a message as a list; a question and its answer, by names of roles, as two messages."""
+    """Return a message as a list; split an object whose keys are roles, such as question and answer, into messages."""
     if not isinstance(item, dict) or first_of(item, SPEAKERS) is not None:
         return [item] if isinstance(item, dict) else []
     roles = sorted((key for key in item if key in ROLES), key=lambda key: list(NAMES).index(ROLES[key]))
@@ -80,7 +80,7 @@ def _turns(item: Any) -> list[dict[str, Any]]:
 
 
 def _transcript(text: str) -> list[Message]:
-    """Return the messages of a text in which Human and Assistant take turns, as in Anthropic's data."""
+    """Return the messages of a transcript of Human and Assistant, as in Anthropic's data; [] for any other text."""
     opening, *parts = re.split(r"\n\n(Human|Assistant):", f"\n\n{text.lstrip()}")
     if opening or parts[:3:2] != ["Human", "Assistant"]:
         return []
@@ -89,12 +89,12 @@ def _transcript(text: str) -> list[Message]:
 
 
 def first_of(record: dict[str, Any], names: Iterable[str]) -> Any:
-    """Return the first value under one of the names that is not null."""
+    """Return the first non-null value under the given names, or None."""
     return next((record[name] for name in names if record.get(name) is not None), None)
 
 
 def _message(item: Any) -> Message | None:
-    """Return the message in `item`, broken if it can't be read; None if it is empty."""
+    """Return the message in `item`, a broken message if it cannot be read, or None if it is empty."""
     if item is None:
         return None
     speaker = first_of(item, SPEAKERS) if isinstance(item, dict) else None
@@ -128,7 +128,7 @@ def broken(reason: str) -> Message:
 
 
 def text_of(content: Any) -> str | None:
-    """Return the text of a message's content, or of its parts; None if anything else is in it."""
+    """Return the text of a message's content or of its parts, or None if it has anything but text."""
     texts = []
     for part in content if isinstance(content, list) else [content]:
         text = part.get("text") if isinstance(part, dict) else part
@@ -140,7 +140,7 @@ def text_of(content: Any) -> str | None:
 
 
 def _calls(item: dict[str, Any], speaker: str) -> list[Any]:
-    """Return the tool calls of a message, with arguments as objects, as chat templates expect."""
+    """Return the tool calls of a message, with JSON arguments parsed to objects, as chat templates expect."""
     calls = from_json(item.get("tool_calls")) or from_json(item.get("function_call"))
     if speaker in CALLS:
         calls = from_json(first_of(item, CONTENTS))
@@ -155,7 +155,7 @@ def _calls(item: dict[str, Any], speaker: str) -> list[Any]:
 
 
 def join(messages: list[Message]) -> list[Message]:
-    """Return the messages with neighbours of one role joined, but for tool calls and results."""
+    """Join adjacent messages of the same role, except tool calls, tool results and broken messages."""
     joined: list[Message] = []
     for message in messages:
         last = joined[-1] if joined else {}
@@ -171,7 +171,7 @@ def join(messages: list[Message]) -> list[Message]:
 
 
 def alternating(messages: list[Message]) -> list[Message]:
-    """Return the messages, with a broken one where user and assistant do not alternate."""
+    """Insert a broken message at the first place where user and assistant do not alternate, if any."""
     start = 1 if messages and messages[0]["role"] == "system" else 0
     expected = ["system"] * start + ["user", "assistant"] * len(messages)
     for number, (message, role) in enumerate(zip(messages, expected, strict=False)):
@@ -181,12 +181,12 @@ def alternating(messages: list[Message]) -> list[Message]:
 
 
 def answers_of(messages: list[Message], tools: list[Any] | None) -> list[Exchange | str]:
-    """Return each answer to a user's message, with the messages before it, or the reason why it can't be learnt.
+    """Return the exchange of each answer to a user's message, or the reason why it is not used for training.
 
-    Without any answer, return the reason for that. `tools`: None if the template can't render any.
+    If there is no answer, return the reason for that. `tools` is None if there are none or none can be rendered.
     """
     answers: list[Exchange | str] = []
-    unreadable = ""  # why what follows can't be read
+    unreadable = ""  # why this answer and the following ones can't be read
     for number, message in enumerate(messages):
         history = messages[:number]
         if message["role"] == BROKEN:
@@ -213,10 +213,10 @@ def answers_of(messages: list[Message], tools: list[Any] | None) -> list[Exchang
 
 
 def reason_in(messages: list[Message], default: str) -> str:
-    """Return the reason of the first broken message; `default` if none is broken."""
+    """Return the reason of the first broken message, or `default` if none is broken."""
     return next((message["content"] for message in messages if message["role"] == BROKEN), default)
 
 
 def as_text(messages: list[Message]) -> str:
-    """Return a conversation as a text to read."""
+    """Return a conversation as readable text."""
     return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages)

@@ -2,7 +2,7 @@
 
 import re
 
-# Blanks before a list's mark, but no line feeds: a text of many empty lines would take minutes.
+# Blanks are allowed before a list marker, but no line feeds: a text of many empty lines would take minutes.
 _MARKUP = re.compile(
     r"[`<>{}\[\]|\\#*=_~^@]|https?:|www\.|\.(?:com|org|net|io)\b|^[^\S\n]*(?:[-•–]|\d+[.)])\s", re.I | re.M
 )
@@ -20,7 +20,7 @@ _ENGLISH = frozenset(
 
 
 def is_prose(text: str) -> bool:
-    """Whether `text` is English prose: no code, markup, list or link; ASCII letters but for a few; English words."""
+    """Return whether `text` is English prose: common English words, nearly all ASCII, no code, markup, list or link."""
     letters = [character for character in text if character.isalpha()]
     if _MARKUP.search(text) or not letters:
         return False
@@ -31,5 +31,5 @@ def is_prose(text: str) -> bool:
 
 
 def is_prose_answer(text: str) -> bool:
-    """Whether `text` is prose that ends as a sentence does and speaks of its subject, not of being a model."""
+    """Return whether `text` is prose that ends like a sentence and does not mention being a language model."""
     return bool(_SENTENCE_END.search(text)) and not _OF_ITSELF.search(text) and is_prose(text)

@@ -1,7 +1,7 @@
-"""Render chat templates, which are untrusted programs, in a child process with bounds on time, memory and output.
+"""Render chat templates, which are untrusted programs, in a child process with limits on time, memory and output.
 
-transformers runs them in jinja's sandbox. Here they also end, and give the same text each time: on a fixed date, without
-random numbers and addresses of objects.
+transformers runs them in Jinja's sandbox. The child also ensures that they end and always give the same text: the date
+is fixed, and random numbers and object addresses raise an error.
 """
 
 import re
@@ -18,20 +18,20 @@ from spin.runtime.bounded import Bounded
 
 Program = tuple[str, Sequence[dict[str, Any]], dict[str, Any]]  # source, messages, variables
 TODAY = datetime(2026, 1, 1)
-LONGEST = 2**16  # characters beyond eight times what is given
+LONGEST = 2**16  # characters of output, in addition to eight times the input
 
 
 def render_programs(programs: Sequence[Program]) -> list[tuple[bool, str]]:
-    """Return, for each, True and its text, or False and what it raises. Raises `Exceeded`."""
+    """Return for each program (True, text) or (False, error). Raises `Exceeded`."""
     return _child.map(programs)
 
 
 def _render(program: Program) -> str:
-    """Render in the child, where libraries can be changed."""
+    """Render a program in the child process, where libraries can be patched."""
     chat_template_utils.datetime = SimpleNamespace(now=lambda: TODAY)  # type: ignore[assignment, misc]
     DEFAULT_FILTERS["random"] = DEFAULT_NAMESPACE["lipsum"] = _refuse_random
     source, messages, variables = program
-    # As `apply_chat_template` does, which would need the tokenizer.
+    # As in `apply_chat_template`, which would need the tokenizer.
     messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
     text = chat_template_utils.render_jinja_template([messages], chat_template=source, **variables)[0][0]
     if len(text) > LONGEST and len(text) > LONGEST + 8 * len(repr(program[1:])):

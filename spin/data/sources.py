@@ -1,4 +1,4 @@
-"""Sources: files, folders, wheels and names on the Hugging Face hub, read as raw records."""
+"""Read raw records from files, folders, wheels, the Hugging Face hub and built-in tasks."""
 
 import contextlib
 import hashlib
@@ -25,21 +25,21 @@ _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 @dataclass(frozen=True)
 class Source:
-    """Where records come from."""
+    """A source of records."""
 
     digest: str  # a hash of the content
-    read: Callable[[Counts], Iterator[Record]]  # yields the records, and counts those that cannot be read
-    left_out: tuple[str, ...] = ()  # data files of the folder that are not read
+    read: Callable[[Counts], Iterator[Record]]  # yields the records and counts those that cannot be read
+    left_out: tuple[str, ...] = ()  # data files in the folder that are not read
 
 
 def find_source(config: DataConfig, cache: Path) -> Source:
-    """Return the source at `config.path` or, where that is null, of `config.file` in the wheel `config.package`.
+    """Return the source at `config.path` or, if that is null, for `config.file` in the wheel `config.package`.
 
     A path is a .jsonl, .json or .parquet file, a `save_to_disk` folder, a folder of data files as on the hub, a hub name,
-    `asset:<file>` of this package, or `builtin:<task>` (see tasks.py). `cache` keeps files from wheels. In a wheel, a .json
-    list may be cut off: this is one `truncated record`.
+    `asset:<file>` of this package, or `builtin:<task>` (see tasks.py). `cache` stores files from wheels. A .json list
+    in a wheel may be truncated, which counts as one `truncated record`.
 
-    Raises UserError: nothing at the path, no such split or configuration, unreadable content (from `read`, too).
+    Raises UserError if the path, split or configuration does not exist. It and `read` raise it for unreadable content.
     """
     if config.path and config.path.startswith("builtin:"):
         task = config.path.removeprefix("builtin:")
@@ -56,7 +56,7 @@ def find_source(config: DataConfig, cache: Path) -> Source:
             if config.path is None or not _HUB_NAME.fullmatch(config.path) or suffix in FILE_TYPES:
                 raise UserError(f"{name}: no such file or folder")
             return _hub(config.path, config)
-        if not path.is_file():  # opening a pipe blocks, and a device may have no end
+        if not path.is_file():  # opening a pipe blocks, and a device may be endless
             raise UserError(f"{name}: a pipe or device; write the records to a file and give that")
         if config.splits:
             raise UserError(f"data.splits={config.splits}: the file {name} has no splits; set it to null")
@@ -80,7 +80,7 @@ def _locate(config: DataConfig, cache: Path) -> Path:
 def _reading(name: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, RuntimeError) as error:  # RuntimeError: expanduser does not know the user
+    except (OSError, RuntimeError) as error:  # expanduser raises RuntimeError for an unknown user
         raise UserError(f"{name}: cannot be read ({brief(error)})") from error
 
 
@@ -92,14 +92,14 @@ def _read_files(paths: list[Path], cut_counts: Counts | None = None) -> Iterator
 
 
 def _folder(path: Path, name: str, config: DataConfig) -> Source:
-    """Return the source of a `save_to_disk` folder, or of data files, if of FILE_TYPES read one by one."""
+    """Return the source for a `save_to_disk` folder or for data files, read one by one if all are of FILE_TYPES."""
     import datasets
 
     if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
         files = sorted(file for file in path.rglob("*") if file.is_file())
         splits = _select(datasets.load_from_disk(str(path)), config.splits, name)
         return Source(_digest_of(files), partial(_read_splits, splits, name))
-    # Absolute: a relative name such as "json" is also a format of the library.
+    # An absolute path, since the library would take a relative one such as "json" for a format.
     place = str(path.absolute())
     if re.search(r"[\[\]]|::", place):
         problem = "[, ] and :: stand for patterns in the datasets library"
@@ -110,7 +110,7 @@ def _folder(path: Path, name: str, config: DataConfig) -> Source:
     data_files = builder.config.data_files or {}
     splits = _select(data_files, config.splits, name)
     files = [Path(file) for split in splits.values() for file in split]
-    # The library reads files of one type, and says nothing of others.
+    # The library reads files of one type and silently ignores the others.
     known = {Path(file) for split in data_files.values() for file in split}
     unread = {file for file in Path(place).rglob("*.*") if file.suffix.lower() in FILE_TYPES} - known
     left_out = tuple(sorted({file.name for file in unread} - {"dataset_infos.json"})) if len(names) == 1 else ()
@@ -133,7 +133,7 @@ def _hub(name: str, config: DataConfig) -> Source:
 
 
 def _configurations(place: str, name: str, config: DataConfig) -> list[str]:
-    """Return a data set's configurations. Raises UserError: one must be chosen, or it has no such one."""
+    """Return a data set's configurations. Raises UserError if one must be chosen, or the chosen one does not exist."""
     import datasets
 
     names = datasets.get_dataset_config_names(place, revision=config.revision)
@@ -151,7 +151,7 @@ def _digest_of(paths: list[Path]) -> str:
 
 
 def _select(loaded: Any, names: list[str] | None, source: str) -> dict[str, Any]:
-    """Return the splits to read, by name: all, or those of `names`."""
+    """Return the splits to read by name: those in `names`, or else all. Raises UserError if one does not exist."""
     loaded = loaded if isinstance(loaded, dict) else {"all": loaded}
     splits = {str(name): split for name, split in loaded.items()}
     for name in names or ():
@@ -163,7 +163,7 @@ def _select(loaded: Any, names: list[str] | None, source: str) -> dict[str, Any]
 def _read_splits(splits: dict[str, Any], name: str, counts: Counts) -> Iterator[Record]:
     for split, loaded in splits.items():
         with _reading(name), explaining(f"{name}: split {brief(split)} cannot be read"):
-            part = loaded.with_format(None)  # the saved format may hide columns or turn texts into arrays
-            if hasattr(part, "data"):  # mapped into memory: Arrow would follow a damaged offset out of the file
+            part = loaded.with_format(None)  # the saved format may hide columns or convert texts to arrays
+            if hasattr(part, "data"):  # memory-mapped: Arrow would follow a corrupt offset beyond the file
                 part.data.validate(full=True)
             yield from part

@@ -1,4 +1,4 @@
-"""Synthetic tasks whose answers are right or wrong, for a tiny model."""
+"""Synthetic tasks with exactly one right answer, for a tiny model."""
 
 import random
 from collections.abc import Iterator
@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from spin.runtime.errors import UserError
 
 TASKS = ("sort", "sum", "reverse")
-COUNT = 20_000  # records of a task; a few come twice
+COUNT = 20_000  # records of a task, including a few duplicates
 
 
 def records(name: str) -> Iterator[dict[str, str]]:
-    """Yield the `COUNT` records {"prompt", "response"} of a task. Raises UserError: no such task."""
+    """Yield the `COUNT` records {"prompt", "response"} of a task. Raises UserError if it does not exist."""
     if name not in TASKS:
         raise UserError(f"data.path=builtin:{name}: there is no such task; there are {', '.join(TASKS)}.")
     rng = random.Random(name)

