@@ -68,7 +68,8 @@ def _stats_of_files(path: Path) -> list:
 
 @functools.cache
 def _program_hash() -> str:
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(PACKAGE.rglob("*.py")))).hexdigest()
+    files = [path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix != ".pyc"]  # assets, too
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()
 
 
 def is_done(folder: Path, config: Config) -> bool:

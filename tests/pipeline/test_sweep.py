@@ -205,8 +205,9 @@ def test_content_hash_of_hub_names():
     assert content_hash(load("evaluation.judge='http://x/v1'")) is not None
 
 
-def test_program_hash(tmp_path, monkeypatch):
-    module = tmp_path / "engines" / "head.py"
+@pytest.mark.parametrize("name", ["head.py", "pair.txt"])  # a judge's prompt, too, determines results
+def test_program_hash(tmp_path, monkeypatch, name):
+    module = tmp_path / "engines" / name
     module.parent.mkdir()
     monkeypatch.setattr(points, "PACKAGE", tmp_path)
     hashes = set()
