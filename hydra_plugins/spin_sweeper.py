@@ -1,7 +1,7 @@
-"""Hydra's basic sweeper, for games: looks at every point first, plays what is missing, and ends with a leaderboard.
+"""A Hydra sweeper for games, which checks every point first, plays the missing ones, and writes a leaderboard.
 
-Hydra takes sweepers from the package `hydra_plugins` only. A callback is not enough: it can neither skip a point
-that does not compose nor one that is done.
+Hydra loads sweepers only from the package `hydra_plugins`. A callback would not suffice, because it cannot skip points
+that do not compose or that are done.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ ROOT = Path(__file__).parent.parent
 
 @dataclass(frozen=True)
 class Job:
-    """A point before it is played: its overrides, and its configuration or why there is none."""
+    """A point to be played: its overrides, and its configuration or the reason why it has none."""
 
     overrides: tuple[str, ...]
     swept: dict[str, str]
@@ -46,7 +46,7 @@ def say(text: str) -> None:
 
 
 def error_line(error: Exception) -> str:
-    """A launcher's error in one line; of a job's output, which it may hold, the last line."""
+    """Return a launcher's error as one line, with only the last line of a job's output, if the error contains it."""
     lines = [line for line in str(error).splitlines() if line.strip(" -")]
     text = " ".join(lines if len(lines) < 4 else [lines[0], "...", lines[-1]])
     return user_message(error) or brief(f"{type(error).__name__}: {text}", 600)
@@ -54,10 +54,10 @@ def error_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def waiting_for_all(launcher: object) -> Iterator[list[Exception]]:
-    """Yield a list that collects the errors of jobs launched in the block.
+    """Yield a list that collects the errors of jobs launched in the block; a launch there waits for all jobs.
 
-    submitit's launchers raise the error of the first job that dies, while others still run or are queued: in this block
-    they wait for all jobs.
+    Outside the block, submitit's launchers raise the error of the first job that dies, while others still run or are
+    queued.
     """
     errors: list[Exception] = []
     if "submitit" not in type(launcher).__module__:
@@ -82,17 +82,17 @@ def waiting_for_all(launcher: object) -> Iterator[list[Exception]]:
 
 
 class SpinSweeper(BasicSweeper):
-    """Plays the product of all comma-separated values. A failing point is reported, and the others continue.
+    """A sweeper that plays the product of all comma-separated values. Failing points are reported, and others continue.
 
-    Points that are done are not launched again. The process ends with status 1 where a point has no result.
+    Points that are done are not launched again. The process ends with status 1 if a point has no result.
     """
 
     def sweep(self, arguments: list[str]) -> None:
         assert self.config is not None and self.hydra_context is not None
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # where a point fails, one process would go on without the others
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # if a point failed, one process would continue without the others
             raise UserError("a sweep is started as one process: start torchrun for each of its points.")
         folder = Path(self.config.hydra.sweep.dir)
-        # One folder for all points: it contains `name`, which may differ between them.
+        # Fix one folder for all points, because its name contains `name`, which may differ between points.
         with open_dict(self.config):
             quoted = str(folder).replace("'", "\\'")
             self.config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{quoted}'")
@@ -122,7 +122,7 @@ class SpinSweeper(BasicSweeper):
         say(f"{len(jobs)} points in {folder}: {counts}")
         for job in missing:
             assert job.folder
-            (job.folder / RECORD).unlink(missing_ok=True)  # of the last attempt
+            (job.folder / RECORD).unlink(missing_ok=True)  # from the last attempt
         died = self._launch(missing)
         points = [Point(job.swept, job.folder, job.problem or died.get(job.overrides)) for job in jobs]
         failed = self._report(folder, points, ready, bool(missing))
@@ -143,7 +143,7 @@ class SpinSweeper(BasicSweeper):
             tracker.close()
 
     def _jobs(self, arguments: list[str]) -> list[Job]:
-        """Every point, composed and checked; nothing heavy is loaded for it."""
+        """Return all points, composed and checked, without importing large libraries."""
         assert self.config is not None and self.hydra_context is not None
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         overrides = parser.parse_overrides([quote(rename(word), True) for word in (*self._parse_config(), *arguments)])
@@ -171,11 +171,11 @@ class SpinSweeper(BasicSweeper):
             return replace(job, problem=str(error))
 
     def _launch(self, jobs: Sequence[Job]) -> dict[tuple[str, ...], str]:
-        """Launch the jobs until each has a record of its end. Returns the reason for those whose processes died without one.
+        """Launch the jobs until each has a record of its end. Return the reasons for those that died without a record.
 
-        A launcher may give up with the first process that dies, although others run. Jobs that were playing then are
-        launched again one by one (each waits for its lock and continues from finished work), the others together. A point
-        that was stopped by a signal is not launched again. Raises UserError if nothing can be launched.
+        A launcher may give up when the first process dies, although others are running. Jobs that were playing then are
+        launched again one by one (each waits for its lock and continues from finished work), the others together.
+        Points that a signal stopped are not launched again. Raises UserError if nothing can be launched.
         """
         from spin.reporting.sweep_rows import read_record
 
@@ -187,7 +187,7 @@ class SpinSweeper(BasicSweeper):
         size = self.max_batch_size or len(jobs) or 1
         waiting = [list(jobs[start : start + size]) for start in range(0, len(jobs), size)]
         number = 0
-        # A cluster's processes start in this working directory, but do not have the program on their path.
+        # Processes on a cluster start in this working directory, but do not have this program on their module path.
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         while waiting:
             batch = waiting.pop(0)

@@ -1,6 +1,6 @@
 """SPIN, self-play fine-tuning of language models (Chen et al., ICML 2024, arXiv 2401.01335).
 
-`spin.play(...)` plays a game and returns a `Result`; it raises `UserError` for what a user can put right.
+`spin.play(...)` plays a game and returns a `Result`. It raises `UserError` for errors that a user can fix.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Import `play` and `Result` when they are used: the command line imports parts of the package only."""
+    """Import `play` and `Result` at first use, because the command line imports only parts of the package."""
     if name in ("play", "Result"):
         from spin import api
 

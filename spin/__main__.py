@@ -1,4 +1,4 @@
-"""`python -m spin`, and the command `spin` of the installed package."""
+"""Entry point of `python -m spin` and of the installed command `spin`."""
 
 from spin.run import main
 

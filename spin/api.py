@@ -1,4 +1,4 @@
-"""Games from Python, for notebooks and scripts: `spin.play(model=..., data=...)`."""
+"""The Python interface, for notebooks and scripts: `spin.play(model=..., data=...)`."""
 
 import os
 import shlex
@@ -13,12 +13,12 @@ from spin.runtime.errors import UserError, user_message
 
 @dataclass(frozen=True)
 class Result:
-    """A finished game, or with stage="evaluate" the measures of a model.
+    """The result of a finished game or, with stage="evaluate", the measures of a model.
 
-    `policies` are model folders by label, in playing order ("sft", "iter0", ...); `best` is the selected or else the last.
-    `measures` are those of all policies and the start on held-out prompts, by label and name ("nll_per_token",
-    "nll_per_token_interval": its ends); `pairs` the parquet files of training pairs, by iteration. `summary` is the
-    content of game.json; all files are in `folder`.
+    `policies` are model folders by label, in playing order ("sft", "iter0", ...). `best` is the folder of the selected
+    policy or else the last. `measures` are those of all policies and the start on held-out prompts, by label and name
+    ("nll_per_token", and "nll_per_token_interval" for its bounds). `pairs` are the parquet files of training pairs, by
+    iteration. `summary` is the content of game.json. All files are in `folder`.
     """
 
     folder: Path
@@ -31,10 +31,10 @@ class Result:
 
 
 def play(*words: str, **settings: Any) -> Result:
-    """Play a game as `python run.py` does, in the same folder and with the same store, which has what was played before.
+    """Play a game as `python run.py` does, in the same folder and with the same store, reusing stages played before.
 
-    `settings` are groups and keys: `model="zephyr"`, `loss={"beta": 0.1}`, `iter=2`; `words` are settings as on the
-    command line: "loss=hinge". `model` and `data` may also be a path or a hub name. Raises UserError, with one line.
+    `settings` are groups and keys: `model="zephyr"`, `loss={"beta": 0.1}`, `iter=2`. `words` are settings as on the
+    command line: "loss=hinge". `model` and `data` may also be a path or a hub name. Raises UserError with one line.
     """
     try:
         given = [*words, *to_words(settings)]
@@ -52,7 +52,7 @@ def play(*words: str, **settings: Any) -> Result:
     policies |= {f"iter{played['iter']}": folder / played["policy"] for played in summary["iterations"]}
     best = next(reversed(policies.values()), None)
     if summary["selected"]:
-        path = Path(summary["selected"]["path"])  # absolute if it is the start
+        path = Path(summary["selected"]["path"])  # absolute for the start
         best = path if path.is_absolute() else folder / "best" / "policy"
     return Result(
         folder,

@@ -1,6 +1,6 @@
-"""Self-play fine-tuning: the outer loop of the paper (arXiv 2401.01335, algorithm 1).
+"""Self-play fine-tuning: the outer loop of the paper (arXiv 2401.01335, Algorithm 1).
 
-`declare_game` is the algorithm. It declares stages, which `play` finds in the store or builds, and `show_plan` looks up.
+`declare_game` is the algorithm. It declares stages, which `play` finds in the store or builds and `show_plan` looks up.
 """
 
 from collections.abc import Iterator
@@ -29,8 +29,8 @@ from spin.runtime.tracking import Tracker
 def declare_game(run: Run) -> Iterator[IterationRecord]:
     """Declare the stages of a game: the start, SFT, then generate -> score -> train -> evaluate for t = 0, 1, 2, ...
 
-    At iteration t the opponent p_t answers every training prompt, and the policy p_(t+1) starts as p_t and learns to tell
-    the human answers from those of p_t (section 4.2).
+    At iteration t the opponent p_t answers every training prompt, and the policy p_(t+1) starts as p_t and learns to
+    distinguish the human answers from those of p_t (section 4.2).
     """
     config = run.config
     policy: PolicySource = run.start
@@ -58,7 +58,7 @@ def declare_game(run: Run) -> Iterator[IterationRecord]:
 
 
 def declare_evaluations(run: Run) -> Iterator[IterationRecord]:
-    """Declare the stages of stage=evaluate: measures of the start, and of the policy to compare it with, if any."""
+    """Declare the stages of stage=evaluate: measurement of the start and of the policy to compare it with, if any."""
     evaluation = None
     for policy in reversed(run.policies):
         measured = declare_measures(run, None, policy, evaluation)
@@ -69,7 +69,7 @@ def declare_evaluations(run: Run) -> Iterator[IterationRecord]:
 def declare_measures(
     run: Run, iteration: int | None, policy: PolicySource, opponent: Evaluate | None = None
 ) -> dict[str, Any]:
-    """The stages that measure a policy, as fields of its record. `opponent` is the evaluation of its opponent."""
+    """Return the stages that measure a policy, as fields of its record. `opponent` is its opponent's evaluation."""
     config, data, enabled = run.config, run.data, run.config.evaluation.enabled
     evaluation = Evaluate(iteration, policy, opponent) if enabled and data.held_out else None
     validates = enabled and data.validation and config.stage == "game"
@@ -81,15 +81,15 @@ def declare_measures(
 
 
 def declare(run: Run) -> tuple[list[IterationRecord], list[Stage]]:
-    """All that the run's settings ask for, in playing order, as records and as stages."""
+    """Return all records and all stages that the run's settings require, in playing order."""
     records = [*(declare_evaluations(run) if run.config.stage == "evaluate" else declare_game(run))]
     return records, [*(stage for record in records for stage in record.stages), *final_stages(run, records)]
 
 
 def play(config: Config, folder: Path, command: str, group: str | None = None) -> dict:
-    """Play the game in the run's folder. Returns the summary that game.json holds and the report shows.
+    """Play the game in the run's folder. Return the summary, which is the content of game.json and of the report.
 
-    `group` is the sweep's name, if any. Raises UserError for what a user can fix, before long work if it is known then.
+    `group` is the sweep's name, if any. Raises UserError for errors that a user can fix, as early as possible.
     """
     with open_run(config, folder, group) as tracker:
         run = prepare_run(config, folder, tracker)
@@ -111,6 +111,6 @@ def play(config: Config, folder: Path, command: str, group: str | None = None) -
 
 
 def show_plan(config: Config, folder: Path) -> None:
-    """Print which stages `play` would reuse, resume and play. Computes nothing, and leaves the run's folder as it is."""
-    run = prepare_run(config, folder, Tracker(folder, name=config.name, config={}, rank=1))  # which logs nothing
+    """Print which stages `play` would reuse, resume and play. Nothing is computed or written to the run's folder."""
+    run = prepare_run(config, folder, Tracker(folder, name=config.name, config={}, rank=1))  # logs nothing
     print_plan(run, declare(run)[1])

@@ -1,4 +1,4 @@
-"""The resolvers that conf/ uses, composition from Python, and Hydra's errors in one line."""
+"""The resolvers that conf/ uses, composition from Python, and one-line versions of Hydra's errors."""
 
 import hashlib
 import json
@@ -22,12 +22,12 @@ from spin.config.schema import CONF, Config, did_you_mean, settings
 from spin.runtime.errors import UserError
 
 DATA_FILES = (".jsonl", ".json", ".parquet")
-NAMED = ("experiment", "model", "data", "model.path", "data.path")  # a run's folder is named after these already
+NAMED = ("experiment", "model", "data", "model.path", "data.path")  # already part of the name of a run's folder
 PATHS = re.compile(r"[+]*([\w.]+\.(path|dir)|evaluation\.(embedder|against|questions|judge))")
 
 
 def slug(text: str) -> str:
-    """`text` as a folder's name: below 100 characters, and different for different texts."""
+    """Return a folder name for `text`: fewer than 100 characters, and distinct for distinct texts."""
     safe = re.sub(r"[^\w.,=+-]+", "_", text)
     if safe == text and len(safe) < 100:
         return safe
@@ -35,7 +35,7 @@ def slug(text: str) -> str:
 
 
 def basename(path: str | None, default: str) -> str:
-    """The name of a user's own model or data set: the last part of its path, or `default` without one."""
+    """Return the name of a user's model or data set: the last part of its path, or `default` without a path."""
     if not path:
         return default
     file = Path(path)
@@ -43,9 +43,9 @@ def basename(path: str | None, default: str) -> str:
 
 
 def run_folder(name: str, stage: str, overrides: Sequence[str]) -> str:
-    """The folder of a run in outputs/: `name`, and the typed settings that change its result, in a stable order.
+    """Return the name of a run's folder in outputs/: `name`, and other overrides that affect its result, sorted by key.
 
-    It has no "," and "=", which Hydra would want quoted in `model.path=outputs/<folder>/iter1/policy`.
+    It contains no "=", which Hydra would require to be quoted in `model.path=outputs/<folder>/iter1/policy`.
     """
     words = {}
     for word in overrides:
@@ -63,8 +63,8 @@ for resolver in (slug, basename, run_folder):
 
 
 def quote(word: str, is_sweep: bool = False) -> str:
-    """The override `word`, its value in Hydra's quotes if Hydra cannot read it, or would read a path as something else:
-    a user quotes for the shell only. In a sweep, commas separate values."""
+    """Return the override `word`, with its value in Hydra's quotes if Hydra cannot parse it or would parse a path
+    as another value, because users quote for the shell only. In a sweep, commas separate values."""
     key, equals, value = word.partition("=")
     if not equals or not re.fullmatch(r"[+~]*[\w.@/]+", key) or value[:1] + value[-1:] in ("''", '""'):
         return word
@@ -75,16 +75,16 @@ def quote(word: str, is_sweep: bool = False) -> str:
             return word
     except HydraException:
         if value.startswith("[") and not is_file:
-            return word  # a list, in which Hydra names what is wrong
+            return word  # a list: Hydra reports the error in it
         if is_sweep and not is_file and "," in value:
             return f"{key}=" + ",".join(quote(f"x={part}")[2:] for part in value.split(","))
     return f"{key}={QuotedString(value, Quote.single).with_quotes()}"
 
 
 def rename(word: str) -> str:
-    """The override `word` under its key's new name, with a printed note for an old one.
+    """Return the override `word` with the new name of its key, and print a note if the name was old.
 
-    `data.template_options` gets Hydra's "++", because its keys are the template's own.
+    `data.template_options` gets Hydra's prefix "++", because its keys depend on the template.
     """
     if word.startswith("data.template_options"):
         return f"++{word}"
@@ -96,18 +96,18 @@ def rename(word: str) -> str:
 
 
 def compose(*overrides: str, return_hydra_config: bool = False) -> DictConfig:
-    """What `python run.py *overrides` composes."""
+    """Return the configuration that `python run.py *overrides` composes."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return hydra_compose("config", [quote(rename(word)) for word in overrides], return_hydra_config)
 
 
 def load(*overrides: str) -> Config:
-    """The checked configuration of `python run.py *overrides`."""
+    """Return the checked configuration of `python run.py *overrides`."""
     return load_config(compose(*overrides))
 
 
 def load_run(overrides: Sequence[str]) -> tuple[Config, Path]:
-    """The checked configuration of `python run.py *overrides`, and its folder. Raises UserError."""
+    """Return the checked configuration of `python run.py *overrides` and the run's folder. Raises UserError."""
     try:
         composed = compose(*overrides, return_hydra_config=True)
         return load_config(composed), Path(composed.hydra.run.dir)
@@ -117,14 +117,14 @@ def load_run(overrides: Sequence[str]) -> tuple[Config, Path]:
 
 # --- settings given in Python -----------------------------------------------------------------------------------------
 
-PATH_KEYS = {"model": ["model.path"], "data": ["data=local", "data.path"]}  # what a path given as model= or data= sets
+PATH_KEYS = {"model": ["model.path"], "data": ["data=local", "data.path"]}  # what a path as model= or data= sets
 PLAIN = re.compile(r"(?!(true|false|null|nan|inf)$)[A-Za-z_/.][A-Za-z0-9_/.-]*", re.IGNORECASE)  # needs no quotes
 
 
 def to_words(settings: Mapping[str, Any]) -> list[str]:
-    """Settings as words of the command line: {"loss": "hinge"}, {"loss": {"beta": 0.1}} or {"loss.beta": 0.1}.
+    """Convert settings to overrides: {"loss": "hinge"}, {"loss": {"beta": 0.1}} or {"loss.beta": 0.1}.
 
-    A model or data set that conf/ does not name is a path or a hub name.
+    A model or data set that has no file in conf/ is taken as a path or a hub name.
     """
     words: list[str] = []
     for key, value in settings.items():
@@ -137,7 +137,7 @@ def to_words(settings: Mapping[str, Any]) -> list[str]:
 
 
 def to_text(value: Any) -> str:
-    """A value in Hydra's grammar: 0.1, null, [1,2], {a:1}, word, 'quoted text'."""
+    """Format a value in Hydra's grammar: 0.1, null, [1,2], {a:1}, word, 'quoted text'."""
     if isinstance(value, Mapping):
         return "{" + ",".join(f"{key}:{to_text(part)}" for key, part in value.items()) + "}"
     if isinstance(value, list | tuple):
@@ -157,9 +157,9 @@ LAUNCHERS = {
 
 
 def hydra_error_line(error: Exception) -> str:
-    """Hydra's error in one line: what is wrong and what to do."""
+    """Return one line for an error of Hydra that says what is wrong and what to do."""
     cause: BaseException | None = error
-    while cause is not None and not str(cause):  # Hydra wraps some errors in an empty one
+    while cause is not None and not str(cause):  # Hydra wraps some errors in one without a message
         cause = cause.__cause__
     text = str(cause or error)
     if (match := re.search(r"Could not (?:find|load) 'hydra/launcher/(\w+)'", text)) and match[1] in LAUNCHERS:

@@ -1,4 +1,4 @@
-"""From what Hydra composed to a checked `Config`."""
+"""Conversion of the configuration that Hydra composed to a checked `Config`."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from spin.config.schema import Config, base_values, setting_line, validate
 from spin.runtime.errors import UserError, explaining
 from spin.runtime.output import note_secrets
 
-# Settings that have an effect only with some values of another one: elsewhere only their default is accepted.
+# Settings that have an effect only with certain values of another setting; otherwise only their default is accepted.
 USED_WITH = {
     "model.merge": ("model.adapter", "lora"),
     "data.template_options": ("data.template", "chat"),
@@ -33,13 +33,13 @@ USED_WITH = {
     "evaluation.against": ("stage", "evaluate"),
     "publish.hub": ("stage", "game"),
 }
-# Settings that change no result of a game, except how far it is played.
+# Settings that do not affect the results of a game, except how many iterations are played.
 NO_RESULT = re.compile(
     r"name|(model|data)\.name|model\.merge|iter|schedule\.(iterations|patience)|plan|stage|(store|cache)\.path|(tracking|publish|hydra)\b.*|checkpoint\.(minutes|steps)"
     r"|engine\.(device|gradient_checkpointing|zero_stage|offload_optimizer)|evaluation\.judge_timeout"
     r"|generation\.(python|tensor_parallel|data_parallel|gpu_memory)"
 )
-RESERVED = {"add_generation_prompt", "messages", "tools"}  # variables of a chat template that are no options
+RESERVED = {"add_generation_prompt", "messages", "tools"}  # variables of a chat template that are not options
 RENAMED = {"generation.answers": "generation.num_answers"}  # old key -> new key; both are accepted
 
 
@@ -48,15 +48,15 @@ def note_renamed(old: str, new: str) -> None:
 
 
 def load_config(composed: DictConfig) -> Config:
-    """Turn what Hydra composed, its own settings left out, into a checked `Config`.
+    """Convert the configuration that Hydra composed, without Hydra's own settings, to a checked `Config`.
 
-    Raises UserError: an unknown key, a value of the wrong type or out of range, or values that do not go together.
+    Raises UserError: an unknown key, a value of the wrong type or out of range, or inconsistent values.
     """
     composed = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
     with explaining("the configuration cannot be resolved", catch=OmegaConfBaseException):
         values: Any = OmegaConf.to_container(composed, resolve=True)
     note_secrets(OmegaConf.to_yaml(composed))
-    for old, new in RENAMED.items():  # in a user's YAML file; `spin.config.hydra.rename` does it for overrides
+    for old, new in RENAMED.items():  # in a user's YAML files; `spin.config.hydra.rename` handles overrides
         group, key = old.split(".")
         if key in values.get(group, {}):
             note_renamed(old, new)
@@ -70,7 +70,7 @@ def load_config(composed: DictConfig) -> Config:
 
 
 def _unresolved(composed: DictConfig) -> Any:
-    """The settings with everything resolved except what comes from the environment."""
+    """Return the settings with everything resolved except values from environment variables."""
 
     def text_of(name: str, *default: Any) -> str:
         return f"${{oc.env:{','.join([name, *map(json.dumps, default)])}}}"
@@ -83,8 +83,8 @@ def _unresolved(composed: DictConfig) -> Any:
 
 
 def changed_settings(path: Path, config: Config) -> list[str]:
-    """The settings in config.yaml at `path` with which a game gives other results than with `config`, as "loss.beta=0.1,
-    not 0.2". None if the file is missing or damaged."""
+    """Return the settings in the config.yaml at `path` that differ from `config` and affect a game's results, as
+    "loss.beta=0.1, not 0.2"; an empty list if the file is missing or damaged."""
     try:
         old, new = (_flat(settings) for settings in (yaml.safe_load(path.read_bytes()), config.shown))
     except (OSError, yaml.YAMLError, ValueError, AttributeError):
@@ -94,18 +94,18 @@ def changed_settings(path: Path, config: Config) -> list[str]:
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings by their keys as typed, such as `loss.beta`."""
+    """Return the settings by their command-line keys, such as `loss.beta`."""
     groups = [(name, group if isinstance(group, dict) else {"": group}) for name, group in settings.items()]
     return {f"{name}.{key}".rstrip("."): value for name, group in groups for key, value in group.items()}
 
 
 # --- rules between settings -------------------------------------------------------------------------------------------
 
-Rule = tuple[bool, str, str]  # whether it holds, the key to blame, what is allowed
+Rule = tuple[bool, str, str]  # whether it holds, the key to report, and what is allowed
 
 
 def _data_rules(config: Config) -> Iterator[Rule]:
-    """The rules on the model, the data, and what is generated and measured."""
+    """Yield the rules on the model, the data, generation and evaluation."""
     model, data, generation, evaluation = config.model, config.data, config.generation, config.evaluation
     named = model.path is not None or model.package is not None
     yield named, "model.path", "must name a model: a local folder or a Hugging Face name"
@@ -133,7 +133,7 @@ def _data_rules(config: Config) -> Iterator[Rule]:
 
 
 def _training_rules(config: Config) -> Iterator[Rule]:
-    """The rules on the loss, the schedule, the optimiser and the engine, and `USED_WITH`."""
+    """Yield the rules on the loss, the schedule, the optimiser and the engine, and those of `USED_WITH`."""
     engine, optimizer, loss, is_space = config.engine, config.optimizer, config.loss, config.loss.objective == "space"
     yield is_space or loss.beta is not None, "loss.beta", "must be a number"
     yield not is_space or loss.beta is None, "loss.beta", "loss.objective=space has no beta: set loss.beta=null"

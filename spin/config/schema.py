@@ -1,4 +1,4 @@
-"""The types and ranges of a configuration. Defaults and explanations are in `conf/` only."""
+"""Types and ranges of the configuration. Defaults and explanations are only in `conf/`."""
 
 from difflib import get_close_matches
 from functools import cache
@@ -21,17 +21,17 @@ Share = Annotated[float, Field(gt=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 StrictPositive = Annotated[float, Field(gt=0, strict=True)]
 Names = Annotated[list[str], BeforeValidator(lambda names: names if isinstance(names, list) else [names])]  # or one
-PerIteration = StrictPositive | list[StrictPositive]  # one number, or a list with one entry an iteration
+PerIteration = StrictPositive | list[StrictPositive]  # one number, or a list with one entry per iteration
 
 
 class Section(BaseModel):
-    """A part of the configuration. Immutable; `model_copy(update=...)` makes a changed copy."""
+    """An immutable part of the configuration. `model_copy(update=...)` returns a changed copy."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True, allow_inf_nan=False)
 
     @classmethod
     def from_defaults(cls, **changes: Any) -> Self:
-        """The group's defaults (conf/<group>/base.yaml) with `changes`. Raises UserError for a bad value."""
+        """Return the group's defaults (conf/<group>/base.yaml) with `changes`. Raises UserError for bad values."""
         group = cls.__name__.removesuffix("Config").lower()
         return validate(cls, {**base_values()[group], **changes}, group)
 
@@ -213,44 +213,44 @@ class Config(Section):
 
     @property
     def shown(self) -> dict[str, Any]:
-        """All settings as files show them: what comes from the environment is not resolved."""
+        """All settings as they are shown in files, with unresolved references to environment variables."""
         return self._shown or self.model_dump()
 
     @property
     def yaml(self) -> str:
-        """The text of config.yaml."""
+        """The content of config.yaml."""
         return OmegaConf.to_yaml(OmegaConf.create(self.shown))
 
     @property
     def iterations(self) -> int:
-        """The number of iterations: `iter=2` plays 0, 1 and 2."""
+        """The number of iterations: `iter=2` plays iterations 0, 1 and 2."""
         return self.schedule.iterations if self.iter is None else self.iter + 1
 
     @property
     def answers_per_prompt(self) -> int:
-        """Model answers that are scored with a prompt in training: the opponent's, and iteration 0's if they are used."""
+        """The number of model answers scored per prompt in training: the opponent's, and iteration 0's if used."""
         return self.generation.num_answers * (2 if self.loss.history_weight else 1)
 
     @property
     def max_new_tokens(self) -> int:
-        """The cap on model answers: by default that on human ones, so that length does not tell them apart."""
+        """The maximum length of model answers: by default that of human ones, so that it does not distinguish them."""
         return self.generation.max_new_tokens or self.data.max_response_length or 256
 
 
 def value_at_iteration(value: Any, iteration: int) -> float:
-    """The value of a per-iteration setting at `iteration` (0-based)."""
+    """Return the value of a per-iteration setting at `iteration` (0-based)."""
     return float(value[iteration] if isinstance(value, list) else value)
 
 
 @cache
 def base_values() -> dict[str, dict]:
-    """The defaults of every group, from conf/<group>/base.yaml."""
+    """Return the defaults of every group, from conf/<group>/base.yaml."""
     groups = {path.parent.name: OmegaConf.load(path) for path in CONF.glob("*/base.yaml")}
     return OmegaConf.to_container(OmegaConf.create(groups), resolve=True)  # type: ignore[return-value]
 
 
 def settings() -> list[str]:
-    """Every key as typed on the command line, such as `loss.beta`, and the groups' names."""
+    """Return all command-line keys, such as `loss.beta`, and the names of the groups."""
     keys = list(Config.model_fields)
     for name, field in Config.model_fields.items():
         keys += [f"{name}.{key}" for key in getattr(field.annotation, "model_fields", ())]
@@ -258,19 +258,19 @@ def settings() -> list[str]:
 
 
 def did_you_mean(word: str, known: list[str]) -> str:
-    near = get_close_matches(word, known, n=1)
-    return f" Did you mean {near[0]}?" if near else " `python run.py --help` lists the settings."
+    matches = get_close_matches(word, known, n=1)
+    return f" Did you mean {matches[0]}?" if matches else " `python run.py --help` lists the settings."
 
 
 T = TypeVar("T", bound=Section)
 
 
 def validate(section: type[T], values: dict[str, Any], prefix: str = "") -> T:
-    """`section` with `values`. Raises UserError as one line, such as "loss.beta=-1: must be greater than 0."."""
+    """Return `section` with `values`. Raises UserError with a line such as "loss.beta=-1: must be greater than 0."."""
     try:
         return section.model_validate(values)
     except ValidationError as error:
-        problem = max(error.errors(), key=lambda problem: len(problem["loc"]))  # a list's entry rather than the list
+        problem = max(error.errors(), key=lambda problem: len(problem["loc"]))  # a list entry's error, not the list's
         path = [prefix] * bool(prefix) + [str(part) for part in problem["loc"]]
         key = ".".join(path[:2])
         if problem["type"] == "extra_forbidden":

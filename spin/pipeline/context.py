@@ -1,4 +1,4 @@
-"""What the stages of one run share: settings, store, data, and the model in memory."""
+"""The state that all stages of a run share: settings, store, data, and the model in memory."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -34,9 +34,9 @@ from spin.runtime.tracking import Tracker
 
 @dataclass
 class Run:
-    """One run, with at most one model in memory.
+    """A run, with at most one model in memory.
 
-    `policies`: its start, and with stage=evaluate the one to compare it with, if any.
+    `policies` holds the policy that the run starts from and, with stage=evaluate, the one to compare it with, if any.
     """
 
     config: Config
@@ -50,8 +50,8 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     stop_ids: frozenset[int]
     data: Dataset
-    _loaded: tuple[str, PreTrainedModel] | None = field(default=None, init=False)  # by policy's id
-    _forwards: dict[str, Forward] = field(default_factory=dict, init=False)  # by policy's id
+    _loaded: tuple[str, PreTrainedModel] | None = field(default=None, init=False)  # policy id and model
+    _forwards: dict[str, Forward] = field(default_factory=dict, init=False)  # by policy id
 
     @property
     def start(self) -> Policy:
@@ -59,7 +59,7 @@ class Run:
 
     @property
     def numerics(self) -> dict:
-        """The settings that decide the bits of a forward pass, except the number of threads."""
+        """The settings that determine the bits of a forward pass, except the number of threads."""
         engine = self.config.engine
         return {
             "precision": str(self.dtype).removeprefix("torch."),
@@ -71,7 +71,7 @@ class Run:
 
     @cached_property
     def policy_bytes(self) -> int:
-        """The size of a policy that this run trains."""
+        """The size in bytes of a policy that this run trains."""
         if self.config.model.adapter == "none" or self.start.base:
             return fp32_bytes(self.start.folder)
         return 4 * adapter_size(self.config, self.start)
@@ -80,17 +80,17 @@ class Run:
         self.tracker.say(text)
 
     def shard_size(self, count: int) -> int:
-        """The number of rows of a shard: at most so many that every rank gets some of `count`."""
+        """Return the number of rows per shard, which is small enough that every rank gets some of `count` rows."""
         return min(self.config.checkpoint.shard_size, -(-count // self.ranks.size))
 
     def progress(self, title: str, total: int, unit: str) -> Progress:
-        """A bar like the tracker's that counts the work of all ranks. All must call this."""
+        """Return a progress bar that counts the work of all ranks. All ranks must call this."""
         bar = self.tracker.progress(title, total, unit)
         bar.add_for_all = self.ranks.counter() if self.ranks.size > 1 else None
         return bar
 
     def load(self, policy: Policy) -> PreTrainedModel:
-        """The policy in memory, in the compute dtype. Releases the model that was loaded before."""
+        """Return the policy's model in the compute dtype, loading it if needed. Releases the model loaded before."""
         if self._loaded is None or self._loaded[0] != policy.id:
             self.release()
             self._loaded = (policy.id, load_policy(policy, self.dtype, self.device))
@@ -102,9 +102,9 @@ class Run:
         release_free_memory()
 
     def forward(self, model: PreTrainedModel, policy: Policy) -> Forward:
-        """How this policy's log-probs are computed, chosen by comparison with the model's own forward.
+        """Return the way to compute this policy's log-probs, chosen by comparison with the model's own forward.
 
-        Each policy has its own choice, so that a resumed run does not depend on which policy came first.
+        The choice is made per policy, so that the result of a resumed run does not depend on which policy came first.
         """
         if policy.id not in self._forwards:
             choice = self._choose_forward(model)
@@ -117,32 +117,32 @@ class Run:
     def _choose_forward(self, model: PreTrainedModel) -> tuple[Forward, str | None]:
         config, data, engine = self.config, self.data, self.config.engine
         examples = data.train[:5]
-        # Two answers to one prompt: if a layout lets one see the other, the log-probs differ.
+        # Two answers per prompt: the log-probs differ if a layout's attention mask does not separate the answers.
         samples = [
             Continuations(first.prompt_ids, (first.real_ids, second.real_ids))
             for first, second in zip(examples, examples[1:] or examples, strict=False)
         ]
-        answers = max(2, config.answers_per_prompt)  # an evaluation scores two
+        answers = max(2, config.answers_per_prompt)  # an evaluation scores up to two
         lengths = data.all.lengths("prompt_ids") + data.all.lengths("real_ids")
         longest = int(lengths.max()) + answers * config.max_new_tokens
         return choose_forward(model, samples, engine.layout, engine.tokens_per_batch, engine.head_chunk, longest)
 
     def engine(self, policy: Policy) -> Engine:
-        """A training engine that starts from `policy`. Releases the loaded model."""
+        """Return a training engine that starts from `policy`. Releases the loaded model."""
         engine, optimizer = self.config.engine, self.config.optimizer
         if engine.name == "single":
             self.release()
             return SingleEngine(policy, self.dtype, self.device, engine, optimizer)
-        if policy.id not in self._forwards:  # chosen on a model that is not sharded
+        if policy.id not in self._forwards:  # must be chosen on an unsharded model
             self.forward(self.load(policy), policy)
         self.release()
         return DeepSpeedEngine(policy, self.dtype, self.device, engine, optimizer, self.ranks)
 
 
 def prepare_run(config: Config, folder: Path, tracker: Tracker) -> Run:
-    """Find the model, read the data and check that everything fits together; no weights are loaded.
+    """Find the model, read the data and check that they are compatible. No weights are loaded.
 
-    The main process does what needs no rank of its own, and the other ranks receive its results.
+    The main process does the work that is not specific to a rank, and sends the results to the other ranks.
     """
     ranks = current_group()
     device = select_device(config.engine)
@@ -154,14 +154,14 @@ def prepare_run(config: Config, folder: Path, tracker: Tracker) -> Run:
     if ranks.is_main_process:
         check_start(config, start, tracker.say)
     data = share_data(partial(read_data, config, policies, tokenizer, stops), tracker.say, ranks)
-    # A model that was never taught its template's end token would play on as the user.
+    # Without the template's end token, a model that was not trained to stop there would continue as the user.
     stops |= {end_of_turn(tokenizer, config.data.template, config.data.template_options)}
     store = Store(Path(config.store.path), tracker.say)
     return Run(config, folder, tracker, ranks, store, device, dtype, policies, tokenizer, stops, data)
 
 
 def share_data(read: Callable[[Say], Dataset], say: Say, ranks: ProcessGroup) -> Dataset:
-    """The data set, read by the main process, or by all ranks if one does not see its files."""
+    """Return the data set that the main process reads. All ranks read it if one of them cannot access its files."""
     data = read(say) if ranks.is_main_process else None
     path = ranks.broadcast(data.train.path if data else None)
     if ranks.all_reduce_max(not path.exists()):
@@ -170,9 +170,9 @@ def share_data(read: Callable[[Say], Dataset], say: Say, ranks: ProcessGroup) ->
 
 
 def find_policies(config: Config, ranks: ProcessGroup) -> list[Policy]:
-    """The policies of a run, see `Run`."""
+    """Return the policies of a run, see `Run`."""
     policies = ranks.broadcast(_find_policies(config) if ranks.is_main_process else None)
-    if not all(policy.folder.is_dir() for policy in policies):  # a cache of this machine alone
+    if not all(policy.folder.is_dir() for policy in policies):  # the main process's cache is on another machine
         policies = _find_policies(config)
     return policies
 
@@ -189,8 +189,8 @@ def _find_policies(config: Config) -> list[Policy]:
 
 
 def distinct_labels(paths: Sequence[str]) -> list[str]:
-    """Names that differ, also as file names: the last parts of each path ("iter1/policy"), at least two, and a number
-    after equal paths."""
+    """Return labels that are distinct, also as file names: the last parts of each path ("iter1/policy"), at least two
+    parts, with a number appended to repetitions of equal paths."""
     parts = [Path(path).expanduser().parts for path in paths]
     for length in range(2, max(2, *map(len, parts)) + 1):
         labels = ["/".join(part[-length:]) for part in parts]
@@ -202,7 +202,7 @@ def distinct_labels(paths: Sequence[str]) -> list[str]:
 def read_data(
     config: Config, policies: Sequence[Policy], tokenizer: PreTrainedTokenizerBase, stops: frozenset[int], say: Say
 ) -> Dataset:
-    """The examples. Raises UserError if the model lacks tokens of one, or the context for it."""
+    """Return the examples. Raises UserError if the model lacks a token of an example, or its context is too short."""
     seen = set().union(*(trained_on(policy.folder_with(TRAINED_ON)) for policy in policies))
     cache = Path(config.cache.path).expanduser()
     data = load_dataset(config.data, tokenizer, stops, config.seed, cache, seen, say)

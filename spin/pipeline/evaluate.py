@@ -1,4 +1,4 @@
-"""The evaluate stage: a policy's answers to the held-out prompts, and measures of them."""
+"""The evaluate stage: a policy's answers to the held-out prompts and the measures computed from them."""
 
 import json
 from collections.abc import Sequence
@@ -21,12 +21,12 @@ from spin.runtime.random import seed_of
 from spin.runtime.store import Artifact
 from spin.runtime.tables import Rows
 
-EVALUATION_STREAM = -2  # of random numbers, beside the iterations'
+EVALUATION_STREAM = -2  # random stream, besides those of the iterations
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The held-out answers and measures of a policy, named by its label."""
+    """The held-out answers and measures of the policy with the given label."""
 
     label: str
     iteration: int | None
@@ -36,7 +36,7 @@ class Evaluation:
 
 @dataclass(frozen=True, eq=False)
 class Evaluate(Measurement[Evaluation]):
-    """Measure `policy` on the held-out prompts, and against its opponent if there is its evaluation."""
+    """The measurement of `policy` on the held-out prompts, also against the opponent if its evaluation is given."""
 
     name, title_format = "evaluate", "{stage.name} {stage.policy.label}"
     shows_samples: ClassVar[bool] = True
@@ -61,7 +61,7 @@ class Evaluate(Measurement[Evaluation]):
 
     def build(self, run: Run, work: Work, policy: Policy, opponent: Evaluation | None = None) -> dict:
         config = run.config
-        # The same random numbers for all policies: they do not differ by sampling noise.
+        # All policies use the same random numbers, which reduces the sampling noise of their differences.
         seed = seed_of(config.seed, EVALUATION_STREAM, bits=32)
         examples = self.examples(run)
         answers = answer_prompts(run, work, policy, examples, 1, seed)
@@ -103,7 +103,7 @@ class Evaluate(Measurement[Evaluation]):
 
 
 class Validate(Evaluate):
-    """Measure `policy` on the validation prompts, which the selection of a policy uses."""
+    """The measurement of `policy` on the validation prompts, which are used to select the final policy."""
 
     name = "validate"
     shows_samples = False
@@ -113,7 +113,7 @@ class Validate(Evaluate):
 
 
 def _features(run: Run, pairs: Sequence[Pair]) -> Features:
-    """What the two-sample tests compare human and model answers by."""
+    """Return the features by which the two-sample tests compare human and model answers."""
     prompts, real, generated = ([getattr(pair, name) for pair in pairs] for name in ("prompt", "real", "generated"))
     observed = features(prompts, real, generated)
     if (embedder := run.config.evaluation.embedder) is None:

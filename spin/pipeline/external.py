@@ -1,4 +1,4 @@
-"""Optional stages that measure a policy: benchmarks, MT-Bench, a judge's comparison."""
+"""Optional stages that measure a policy: benchmarks, MT-Bench, and comparison by a judge."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -18,7 +18,7 @@ from spin.runtime.store import Artifact
 def declare_external(
     config: Config, iteration: int | None, policy: PolicySource, evaluation: Evaluate | None, opponent: Evaluate | None
 ) -> list["External"]:
-    """The external evaluations of a policy that the settings ask for."""
+    """Return the external evaluations of a policy that the settings request."""
     settings = config.evaluation
     stages: list[External] = [
         Benchmark(iteration, policy, task) for task in harness.parse_tasks(settings.harness or [])
@@ -43,12 +43,12 @@ class External(Measurement[Any]):
         return json.loads((artifact.folder / self.result_file).read_text())
 
     def show(self, result: Any, run: Run) -> None:
-        """Write files for other programs into the run's folder."""
+        """Write files for other programs to the run's folder."""
 
 
 @dataclass(frozen=True, eq=False)
 class Benchmark(External):
-    """One task of the lm-evaluation-harness: a stage for each, so that an interrupted run keeps some."""
+    """One task of the lm-evaluation-harness. Each task is a stage, so that an interrupted run keeps finished tasks."""
 
     name, title_format = "harness", "{stage.task.task} of {stage.policy.label}"
     result_file = "result.json"
@@ -66,7 +66,7 @@ class Benchmark(External):
         }
 
     def build(self, run: Run, work: Work, policy: Policy) -> dict:
-        run.release()  # the model may have been given another attention, which rounds differently
+        run.release()  # the loaded model may use another attention implementation, which rounds differently
         row = harness.run_task(
             self.task,
             run.load(policy),
@@ -83,7 +83,7 @@ class Benchmark(External):
 
 
 class MtBench(External):
-    """Answers to MT-Bench's questions in FastChat's layout, graded if there is a judge."""
+    """Answers to the MT-Bench questions in FastChat's format, graded if there is a judge."""
 
     name, title_format = "mt_bench", "MT-Bench of {stage.policy.label}"
     result_file = "mt_bench.json"
@@ -179,17 +179,17 @@ class Compare(External):
 
     def read(self, run: Run, artifact: Artifact, **needs) -> dict:
         comparison = super().read(run, artifact)
-        names = [self.policy.label, self.opponent.policy.label]  # of this run; they do not decide the stage's content
+        names = [self.policy.label, self.opponent.policy.label]  # specific to this run, therefore not in the artifact
         return {**comparison, "names": names, "finding": judges.finding(comparison, *names)}
 
 
 def device_inputs(run: Run) -> dict:
-    """What decides the bits of a forward pass of the model as transformers loads it."""
+    """Return the settings that determine the bits of a forward pass of the model as transformers loads it."""
     return {key: run.numerics[key] for key in ("precision", "device")}
 
 
 def open_judge(run: Run) -> judges.Judge:
-    """The judge that the settings name. Releases the loaded model, because the judge may be one."""
+    """Return the judge that the settings name. Releases the loaded model, because the judge may be a local model."""
     settings = run.config.evaluation
     run.release()
     return judges.open_judge(str(settings.judge), settings.judge_model, settings.judge_timeout, run.dtype, run.device)

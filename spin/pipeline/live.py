@@ -1,4 +1,4 @@
-"""The report of a running game, rewritten before every stage that is built, and when the game stops."""
+"""The report of a running game, rewritten before each stage is built and when the game stops."""
 
 import contextlib
 import functools
@@ -21,11 +21,11 @@ STATUS = "The run goes on."  # a placeholder in the page
 def live_report(
     player: Player, records: Sequence[IterationRecord], stages: Sequence[Stage], command: str
 ) -> Iterator[None]:
-    """Keep report.html up to date while stages are played in the block; `finish` writes the last one."""
+    """Keep report.html up to date while the block plays stages. `finish` writes the final report."""
     report = player.run.folder / "report.html"
 
     @functools.lru_cache(maxsize=1)
-    def draw(count: int) -> str:  # slow; between two results only the status changes
+    def draw(count: int) -> str:  # slow, and between two results only the status changes
         game, sets = summarize(player, records[:count], None, command), sample_sets(player, records[:count])
         write_report(player.run.folder, game, sets, STATUS)
         return report.read_text(encoding="utf-8")
@@ -35,7 +35,7 @@ def live_report(
         missing = [f"{stage.name} of {stage.subject}" for stage in stages if stage not in player.results]
         later = ", ".join(missing[running:]) or "nothing"
         status = f"{title}, {time.strftime('%Y-%m-%d %H:%M:%S')}. Left{' after that' * running}: {later}."
-        with contextlib.suppress(OSError):  # a full disk: the stage itself says so
+        with contextlib.suppress(OSError):  # if the disk is full, the stage reports it
             write_text(report, draw(count).replace(STATUS, html.escape(status), 1))
 
     player.on_build = lambda title: write(f"Running: {title}", running=True)

@@ -1,4 +1,4 @@
-"""What a command would do: every declared stage looked up in the store, none built."""
+"""The plan of a command: each declared stage is looked up in the store, and none is built."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ from spin.runtime.tracking import Tracker
 
 @dataclass(frozen=True)
 class Planned:
-    """What would happen to a stage: "reuse", "resume" (from `resumable_bytes` in the store) or "play"."""
+    """The planned `status` of a stage: "reuse", "resume" (from `resumable_bytes` in the store) or "play"."""
 
     stage: str
     subject: str
@@ -26,17 +26,17 @@ class Planned:
 
 
 def look_up(run: Run, stages: Sequence[Stage], thorough: bool = False) -> list[Planned]:
-    """Look up every stage, in order. `thorough` verifies the files of policies, too."""
+    """Look up every stage, in order. With `thorough`, also verify the files of policies."""
     silent = replace(run, tracker=Tracker(run.folder, name="", config={}, rank=1))  # reading a result may log and warn
     results = Results()
     return [Planned(stage.name, stage.subject, *_look_up(silent, stage, results, thorough)) for stage in stages]
 
 
 def _look_up(run: Run, stage: Stage, results: Results, thorough: bool) -> tuple[str, str, int]:
-    """The last three fields of the stage's `Planned`. Adds its result, if it is there, to `results`."""
+    """Return the last three fields of the stage's `Planned`. Add its result, if it exists, to `results`."""
     try:
         needs = stage.needs(results)
-    except KeyError:  # its key is a hash of results that do not exist yet
+    except KeyError:  # its key depends on results that do not exist yet
         return "play", "", 0
     inputs = stage.inputs(run, **needs)
     artifact = run.store.peek(stage.name, inputs)
@@ -55,7 +55,7 @@ def _look_up(run: Run, stage: Stage, results: Results, thorough: bool) -> tuple[
 
 
 def bytes_to_write(run: Run, planned: Sequence[Planned]) -> int:
-    """Bytes that the planned stages may still write to the store."""
+    """Return the number of bytes that the planned stages may still write to the store."""
     missing = [entry for entry in planned if entry.status != "reuse"]
     trainings = [entry for entry in missing if entry.stage in ("sft", "train")]
     merged = fp32_bytes(run.start.base_or_self.folder) if any(entry.stage == "merge" for entry in missing) else 0
@@ -66,7 +66,7 @@ def bytes_to_write(run: Run, planned: Sequence[Planned]) -> int:
 
 
 def print_plan(run: Run, stages: Sequence[Stage]) -> None:
-    """Print what would happen to the stages as a table, and a line with its totals."""
+    """Print a table of the planned stages, and a line with totals."""
     planned, console = look_up(run, stages, thorough=True), run.tracker.console
     table = Table("stage", "of", "would", "", box=None, pad_edge=False)
     for entry in planned:

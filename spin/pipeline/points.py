@@ -1,4 +1,4 @@
-"""Playing the points of a sweep, and finding those that are done."""
+"""Play the points of a sweep, and detect those that are done."""
 
 import functools
 import hashlib
@@ -26,7 +26,7 @@ def record_status(folder: Path, status: str, **more: Any) -> None:
 
 
 def play_point(config: Config, folder: Path, play: Callable[[], object]) -> None:
-    """Play the point in `folder` and record its status. Failures are not raised: other points follow."""
+    """Play the point in `folder` and record its status. Failures are not raised, so that other points follow."""
     made_of = content_hash(config)
     record_status(folder, "playing")
     try:
@@ -47,11 +47,11 @@ def play_point(config: Config, folder: Path, play: Callable[[], object]) -> None
 
 
 def content_hash(config: Config) -> str | None:
-    """A hash of the settings, of this program, and of size and time of every file that a setting names: it decides a
-    point's results. None if a model or data set of the hub has no revision, because its content may change.
+    """Return a hash of all that determines a point's results: settings, this program, and size and time of every file
+    that a setting names. Return None if a model or data set on the hub has no revision: its content may change.
     """
     settings = config.model_dump()
-    for name in ("plan", "tracking", "checkpoint"):  # they change no result
+    for name in ("plan", "tracking", "checkpoint"):  # they do not affect results
         del settings[name]
     sources = [(settings[group]["path"], settings[group]["revision"]) for group in ("model", "data")]
     if any(path and ":" not in path and not exists(expanduser(path)) and not revision for path, revision in sources):
@@ -73,7 +73,7 @@ def _program_hash() -> str:
 
 
 def is_done(folder: Path, config: Config) -> bool:
-    """Whether this very point was played to its end and all of its results are still there."""
+    """Return whether this point was played to the end with the same `content_hash` and all results still exist."""
     record = read_record(folder)
     if record.get("status") != "done" or record.get("made_of") is None or record["made_of"] != content_hash(config):
         return False

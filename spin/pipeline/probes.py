@@ -1,4 +1,4 @@
-"""Checks of a run's settings against its start and the installed libraries, before long work."""
+"""Checks, made before any long computation, of a run's settings against its start and the installed libraries."""
 
 import re
 import shutil
@@ -17,21 +17,21 @@ from spin.runtime.shards import Say
 
 
 def lora_settings(model: ModelConfig) -> adapters.Lora:
-    """The settings of a fresh adapter."""
+    """Return the settings of a fresh adapter."""
     targets = model.lora_targets
     if isinstance(targets, str) and targets != "all-linear" and re.fullmatch(r"[\w.]+", targets):
-        targets = [targets]  # a name; PEFT takes a text for a pattern of complete names
-    names = targets if isinstance(targets, str) else sorted(set(targets))  # their order changes nothing
+        targets = [targets]  # a single name; PEFT would match a string against full module names
+    names = targets if isinstance(targets, str) else sorted(set(targets))  # their order does not matter
     return adapters.Lora(model.lora_rank, model.lora_alpha, names)
 
 
 def adapter_size(config: Config, start: Policy) -> int:
-    """The number of parameters of a fresh adapter. Raises UserError if a target module does not exist."""
+    """Return the number of parameters of a fresh adapter. Raises UserError if a target module does not exist."""
     return adapters.num_parameters(adapters.empty_model(start.folder, lora_settings(config.model))[0])
 
 
 def check_start(config: Config, start: Policy, say: Say) -> None:
-    """Raise UserError if the settings do not fit the start, or a library or file is missing."""
+    """Raise UserError if the settings are incompatible with the start, or a library or file is missing."""
     model, weight = config.model, config.loss.router_aux_weight
     if model.adapter == "lora":
         if start.base:
@@ -73,6 +73,6 @@ def check_libraries(config: Config, start: Policy) -> None:
     if evaluation.judge is not None:
         judges.identity(evaluation.judge, evaluation.judge_model)
     if evaluation.questions is not None or evaluation.name == "mt_bench":
-        questions = mt_bench.read_questions(evaluation.questions)  # without a file: says where to get it
+        questions = mt_bench.read_questions(evaluation.questions)  # if None, the error says where to get them
         if evaluation.judge is not None:
             mt_bench.read_grading(str(evaluation.questions), questions)

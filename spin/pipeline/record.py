@@ -1,4 +1,4 @@
-"""What a game declares for its start, its SFT stage and each iteration."""
+"""Records of the stages that a game declares for its start, its SFT stage and each iteration."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from spin.pipeline.train import Sft, Train
 
 @dataclass(frozen=True)
 class IterationRecord:
-    """The stages of an iteration, or of the start or the SFT stage (`iteration` None), and the policy that results."""
+    """The stages and the resulting policy of an iteration, of the start, or of SFT (`iteration` is None for both)."""
 
     iteration: int | None
     policy: PolicySource
@@ -36,6 +36,6 @@ class IterationRecord:
 
 
 def replayed(config: Config, iteration: int, answers: Sequence[Generate]) -> dict[int, Generate]:
-    """The answers used in `iteration`, by iteration: its own, then those that schedule.replay adds."""
+    """Return the answers used in `iteration`, by iteration: first its own, then those that schedule.replay adds."""
     first = {"none": iteration, "previous": max(0, iteration - 1), "all": 0}[config.schedule.replay]
     return {k: answers[k] for k in (iteration, *range(first, iteration))}

@@ -1,4 +1,4 @@
-"""A run's folder: opened by one game at a time, and what it shows of each iteration."""
+"""The folder of a run, which one game at a time may use: checks, and the files written for each iteration."""
 
 import json
 import sys
@@ -39,14 +39,14 @@ WRITTEN = ("config.yaml", "metrics.jsonl", "game.json", "report.md", "report.htm
 
 @contextmanager
 def open_run(config: Config, folder: Path, group: str | None) -> Iterator[Tracker]:
-    """Join the other processes, lock the run's folder, and log to it until the game ends.
+    """Join the process group, lock the run's folder, and yield a tracker that logs to it.
 
     Raises UserError if the folder holds files of the user, or another game.
     """
     ranks = process_group.join_group(config.engine.name, config.engine.device)
     with ExitStack() as stack:
         if ranks.size > 1:
-            stack.enter_context(signals.deferred())  # ranks stop together, at `ProcessGroup.raise_if_stopped`
+            stack.enter_context(signals.deferred())  # ranks stop together in `ProcessGroup.raise_if_stopped`
         if ranks.is_main_process:
             check_folder(folder)
             if not (folder / LOCK).exists():
@@ -72,7 +72,7 @@ def open_run(config: Config, folder: Path, group: str | None) -> Iterator[Tracke
 
 
 def check_folder(folder: Path) -> None:
-    """Raise UserError if no run has written to the folder (there is no lock), and a run would overwrite files in it."""
+    """Raise UserError if a run would overwrite files in a folder that no earlier run has used (it has no lock)."""
     if (folder / LOCK).exists():
         return
     for path in (*(folder / name for name in (*WRITTEN, "sft", "best")), *iteration_folders(folder)):
@@ -83,7 +83,7 @@ def check_folder(folder: Path) -> None:
 
 
 def remove_unused(folder: Path) -> None:
-    """Remove the lock, and the folder if it is empty then, of a run that ended before it wrote anything."""
+    """Remove the lock of a run that ended before it wrote anything, and the folder if it is then empty."""
     if not any((folder / name).exists() for name in WRITTEN):
         (folder / LOCK).unlink(missing_ok=True)
         with suppress(OSError):  # not empty
@@ -91,7 +91,7 @@ def remove_unused(folder: Path) -> None:
 
 
 def check_resources(run: Run, stages: Sequence[Stage]) -> None:
-    """Raise UserError if the disk or the device is too small for the run; print what it will do."""
+    """Raise UserError if the disk or the device memory is too small for the run, and print a description of the run."""
     config, data = run.config, run.data
     if run.ranks.is_main_process:
         check_hub(config, run.start)
@@ -117,7 +117,7 @@ def check_resources(run: Run, stages: Sequence[Stage]) -> None:
 
 
 def check_memory(run: Run) -> None:
-    """Say how much memory the run needs. Raises UserError if it cannot fit."""
+    """Print how much memory the run needs. Raises UserError if it does not fit."""
     base = run.start.base_or_self
     architecture = AutoConfig.from_pretrained(base.folder, trust_remote_code=False)
     shape = memory.shape_of(architecture)
@@ -130,7 +130,7 @@ def check_memory(run: Run) -> None:
 
 
 def check_shared_store(path: Path, ranks: ProcessGroup) -> None:
-    """Raise UserError unless every rank sees the disk on which the main process keeps the store."""
+    """Raise UserError unless every rank can access the disk with the main process's store."""
     if ranks.size == 1:
         return
     path.mkdir(parents=True, exist_ok=True)
@@ -145,7 +145,7 @@ def check_shared_store(path: Path, ranks: ProcessGroup) -> None:
 
 
 def remove_stale(folder: Path, records: Sequence[IterationRecord]) -> None:
-    """Remove what an earlier, longer game showed of policies that are not in `records`; the store keeps them."""
+    """Remove the folders of policies that an earlier, longer game had beyond `records`. They remain in the store."""
     labels = {record.policy.label for record in records}
     for path in (folder / "sft", *iteration_folders(folder)):
         if path.name not in labels:
@@ -153,7 +153,7 @@ def remove_stale(folder: Path, records: Sequence[IterationRecord]) -> None:
 
 
 def iteration_folders(folder: Path) -> list[Path]:
-    """The folders iter0, iter1, ... in a run's folder."""
+    """Return the folders iter0, iter1, ... in a run's folder."""
     return [path for path in folder.glob("iter*") if path.name[4:].isdecimal() and path.is_dir()]
 
 
@@ -165,19 +165,19 @@ def remove_shown(folder: Path) -> None:
         show_model(None, folder / name)
     for name in ("pairs.parquet", "manifest.json", "margins.json", "selection.json"):
         (folder / name).unlink(missing_ok=True)
-    with suppress(OSError):  # not there, or not empty
+    with suppress(OSError):  # does not exist, or is not empty
         folder.rmdir()
 
 
 def show_model(source: Path | None, folder: Path) -> None:
-    """Show the model `source` in `folder`; with None remove the one shown there, and its card."""
+    """Link the files of the model `source` into `folder`. With None, remove the linked model and its card."""
     if source is None and is_own(folder / CARD):
         (folder / CARD).unlink(missing_ok=True)
     link_tree(source, folder)
 
 
 def show_record(player: Player, record: IterationRecord) -> None:
-    """Write a played record: `sft/policy`, or `iter<t>/` with pairs.parquet, policy/ and manifest.json."""
+    """Write the files of a played record: `sft/policy`, or `iter<t>/` with pairs.parquet, policy/ and manifest.json."""
     folder = player.run.folder
     for stage in record.external:
         if (result := player.result(stage)) is not None:
@@ -206,7 +206,7 @@ def _show_pairs(player: Player, record: IterationRecord, path: Path) -> None:
 
 
 def _manifest(player: Player, record: IterationRecord) -> dict:
-    """What made the iteration, for readers and scripts."""
+    """Return a description of how the iteration was made, for readers and scripts."""
     config, score = player.run.config, record.scores["opponent"]
     assert record.opponent and isinstance(record.train, Train)
     policy, opponent = player.results[record.policy], player.results[record.opponent]

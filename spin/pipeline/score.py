@@ -1,4 +1,4 @@
-"""The score stage: log-probs of every pair under a frozen model, computed once for all trainings."""
+"""The score stage: log-probs of every pair under a frozen model, computed once and used by all trainings."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -33,7 +33,7 @@ from spin.runtime.tables import Rows
 
 @dataclass(frozen=True)
 class Scores:
-    """Pairs and their log-probs under one model, by response."""
+    """Pairs and their log-probs under one model by response."""
 
     pairs: Rows[Pair]
     logps: Logps
@@ -42,9 +42,9 @@ class Scores:
 
 @dataclass(frozen=True, eq=False)
 class Score(Stage[Scores]):
-    """The pairs of an iteration and of the iterations replayed with it, scored by `model` ("opponent" or "start").
+    """The pairs of an iteration and of the iterations that it replays, scored by `model` ("opponent" or "start").
 
-    `answers` has the answers by iteration, first those of this one.
+    `answers` holds the answers by iteration, beginning with this one's.
     """
 
     name = "score"
@@ -61,7 +61,7 @@ class Score(Stage[Scores]):
         return {"iter": self.iteration} | ({"under": self.model} if self.model == "start" else {})
 
     def pairs(self, run: Run, answers: Mapping[int, Rows[Answer]]) -> tuple[Rows[Pair], dict[str, int]]:
-        """The pairs, and how many were dropped by reason. Raises UserError if none is left."""
+        """Return the pairs and the number of dropped pairs by reason. Raises UserError if no pair is left."""
         parts = [make_pairs(run.data.train, of_iteration, t) for t, of_iteration in answers.items()]
         pairs = reduce(add, [rows for rows, _ in parts])
         dropped = {reason: sum(counts[reason] for _, counts in parts) for reason in parts[0][1]}
@@ -103,14 +103,14 @@ class Score(Stage[Scores]):
 def score_items(
     run: Run, work: Work, policy: Policy, items: Sequence[Continuations], bar: Progress | None = None
 ) -> Tensor:
-    """Log-probs of every response of every item under the policy, by all ranks, resumed by shards."""
+    """Return the log-probs of all responses of `items` under the policy, computed by all ranks, resumed from shards."""
     model = run.load(policy)
-    shards = work.shards("scores", bar, len(items) / sum(len(item.responses) for item in items))  # a row per response
+    shards = work.shards("scores", bar, len(items) / sum(len(item.responses) for item in items))  # one row per response
     advance = bar.advance if bar else lambda items: None
     forward = run.forward(model, policy)
     return compute_logps(model, items, forward, advance, shards, run.shard_size(len(items)))
 
 
 def format_counts(counts: Mapping[str, int]) -> str:
-    """ "3 identical, 1 empty", zeros left out."""
+    """Format counts as in "3 identical, 1 empty", without zeros."""
     return ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)

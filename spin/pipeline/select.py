@@ -1,4 +1,4 @@
-"""Which policy a game hands over: the best one on validation prompts, which no report is made on."""
+"""Selection of a game's final policy: the best on validation prompts, which are not the held-out ones of reports."""
 
 import json
 from collections.abc import Sequence
@@ -17,16 +17,16 @@ from spin.pipeline.train import Merge
 from spin.runtime.errors import UserError
 from spin.runtime.files import write_text
 
-UNKNOWN = Policy("the final policy", Path(), id="")  # before one is selected; no stage has its id
+UNKNOWN = Policy("the final policy", Path(), id="")  # placeholder before the selection; no stage has its id
 HARNESS = "harness"  # evaluation.select=harness: the mean over the benchmarks' tasks
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The selected policy, its folder, and the value it was selected by.
+    """The selected policy, its folder, and the value that it was selected by.
 
-    `path` is relative to the run's folder, or absolute for the start. `interval`: 95 %, by bootstrap over `n` prompts;
-    None for benchmarks. `last` is the label of the last policy.
+    `path` is relative to the run's folder, or absolute for the start. `interval` is a 95 % bootstrap interval over `n`
+    prompts, or None for benchmarks. `last` is the label of the last policy.
     """
 
     policy: str
@@ -40,9 +40,9 @@ class Selection:
 
 
 def criterion(run: Run) -> str | None:
-    """What the policy is selected by: evaluation.select, or a default for what the run measures; None: by nothing.
+    """Return the selection criterion: evaluation.select, or a default among the run's measures. None: no selection.
 
-    Raises UserError if the run does not measure it.
+    Raises UserError if the run does not measure the criterion.
     """
     config, n = run.config, len(run.data.validation) if run.config.evaluation.enabled else 0
     name, tasks = config.evaluation.select, [task.task for task in parse_tasks(config.evaluation.harness or [])]
@@ -64,9 +64,9 @@ def criterion(run: Run) -> str | None:
 
 
 def select_policy(player: Player, records: Sequence[IterationRecord]) -> Selection | None:
-    """The best of the played policies, the start included; None if nothing is selected.
+    """Return the best of the played policies, including the start, or None if there is no criterion.
 
-    The main process decides: on validation prompts by `best_policy`, by benchmarks the highest value.
+    The main process selects by `best_policy` on validation prompts, or by the highest benchmark value.
     """
     ranks, name = player.run.ranks, criterion(player.run)
     if name is None:
@@ -92,25 +92,25 @@ def _best(player: Player, records: Sequence[IterationRecord], name: str) -> Sele
 
 
 def _benchmark(player: Player, record: IterationRecord, name: str) -> tuple[float, int]:
-    """The value of a task, or the mean over all, and the number of questions."""
+    """Return the value of a task, or the mean over all tasks, and the number of questions."""
     results = [player.result(stage) for stage in record.external if stage.name == HARNESS]
     chosen = [result for result in results if name in (HARNESS, result["task"])]
     return sum(result["value"] for result in chosen) / len(chosen), sum(result["n"] for result in chosen)
 
 
 def final_stages(run: Run, records: Sequence[IterationRecord]) -> list[Stage]:
-    """What `hand_over` will play. Raises UserError if the run cannot measure what it is to select by."""
+    """Return the stages that `hand_over` will play. Raises UserError if the run does not measure its criterion."""
     policy = records[-1].policy if criterion(run) is None else UNKNOWN
     return [Merge(None, policy)] if run.config.model.merge else []
 
 
 def gains_no_more(player: Player, records: Sequence[IterationRecord]) -> bool:
-    """Whether schedule.stop=no_gain ends the game: the best policy is schedule.patience iterations old."""
+    """Return whether schedule.stop=no_gain ends the game: the best policy is schedule.patience iterations old."""
     run, t = player.run, records[-1].iteration
     if run.config.schedule.stop == "none" or t is None or t == run.config.iterations - 1:
         return False
     selection = select_policy(player, records)
-    assert selection is not None  # schedule.stop needs data.validation
+    assert selection is not None  # schedule.stop requires data.validation
     best = -1 if selection.iter is None else selection.iter
     if t - best < run.config.schedule.patience:
         return False
@@ -119,9 +119,9 @@ def gains_no_more(player: Player, records: Sequence[IterationRecord]) -> bool:
 
 
 def hand_over(player: Player, records: Sequence[IterationRecord]) -> Selection | None:
-    """Select a policy and show it in `best/`; merge its adapter, or the last policy's, if the settings ask for that.
+    """Select a policy and link it into `best/`. With model.merge, merge its adapter, or else the last policy's.
 
-    If the start is selected, `best/` has no model: it is the user's own.
+    If the start is selected, `best/` contains no model, because the start is the user's own.
     """
     run, record, selection = player.run, records[-1], select_policy(player, records)
     if selection:

@@ -1,7 +1,7 @@
-"""Stages as data, and the one walk over them that plays, reuses or resumes each.
+"""Declarations of stages, and the player that builds, resumes or reuses each of them.
 
-A stage declares what it needs, what decides its content, how it is built and how its result is read. `Player` plays
-stages; `spin.pipeline.plan` looks the same declarations up without playing them.
+A stage declares its needs, the inputs that determine its content, how it is built and how its result is read. `Player`
+plays stages; `spin.pipeline.plan` looks up the same declarations without playing them.
 """
 
 import json
@@ -26,7 +26,7 @@ Result = TypeVar("Result", covariant=True)
 
 
 class Results(dict[Any, Any]):
-    """The results of stages that were played or found. A given policy is its own result."""
+    """The results of stages that were built or found in the store. A `Policy` is its own result."""
 
     def __missing__(self, key: Any) -> Any:
         if isinstance(key, Policy):
@@ -36,14 +36,13 @@ class Results(dict[Any, Any]):
 
 @dataclass(frozen=True, eq=False)
 class Stage(Generic[Result]):
-    """A stage of a run. Its fields are settings and the stages that it needs, first the policy that it is about.
+    """A stage of a run. Its fields are settings and the stages that it needs; `policy` is what it uses or measures.
 
     The results of these stages are passed to `inputs`, `build` and `read` under the fields' names. All ranks build a
-    stage together. An error in `may_fail`, which all ranks raise together, ends the stage but not the game: the result
-    is None.
+    stage together. An error in `may_fail`, which all ranks raise together, ends only the stage, whose result is None.
     """
 
-    name: ClassVar[str]  # the folder in the store
+    name: ClassVar[str]  # also the name of its folder in the store
     title_format: ClassVar[str] = "{stage.subject}: {stage.name}"
     may_fail: ClassVar[tuple[type[UserError], ...]] = ()
     iteration: int | None
@@ -51,12 +50,12 @@ class Stage(Generic[Result]):
 
     @property
     def label(self) -> str:
-        """The name of the policy that results, for display: "iter0"."""
+        """The display name of the resulting policy, such as "iter0"."""
         raise NotImplementedError
 
     @property
     def subject(self) -> str:
-        """What the stage is about, for display: "iter 0", or before iteration 0 the policy's label."""
+        """The display name of the stage's subject: "iter 0", or before iteration 0 the policy's label."""
         return self.policy.label if self.iteration is None else f"iter {self.iteration}"
 
     @property
@@ -65,11 +64,11 @@ class Stage(Generic[Result]):
 
     @property
     def labels(self) -> dict:
-        """Columns of each row of metrics that name this run's parts and do not decide the stage's content."""
+        """Columns of each row of metrics that identify parts of this run and do not affect the stage's content."""
         return {"iter": self.iteration}
 
     def needs(self, results: Results) -> dict[str, Any]:
-        """The results of the stages among the fields, by field. Raises KeyError if one is not known yet."""
+        """Return the results of the stages among the fields, by field. Raises KeyError if one is not available yet."""
         needed = {}
         for field, value in vars(self).items():
             if isinstance(value, Stage | Policy):
@@ -79,11 +78,11 @@ class Stage(Generic[Result]):
         return needed
 
     def inputs(self, run: Run, *args: Any, **needs: Any) -> dict:
-        """Return everything that decides the content. Its hash is the stage's key."""
+        """Return everything that determines the stage's content. Its hash is the stage's key."""
         raise NotImplementedError
 
     def build(self, run: Run, work: "Work", *args: Any, **needs: Any) -> dict:
-        """Compute the artifact in `work.folder`. Returns facts for its manifest."""
+        """Compute the artifact in `work.folder`, and return facts for its manifest."""
         raise NotImplementedError
 
     def read(self, run: Run, artifact: Artifact, *args: Any, **needs: Any) -> Result:
@@ -91,7 +90,7 @@ class Stage(Generic[Result]):
         raise NotImplementedError
 
 
-PolicySource = Policy | Stage[Policy]  # a policy that is given, or results from a stage
+PolicySource = Policy | Stage[Policy]  # a given policy, or a stage that results in one
 
 
 class Measurement(Stage[Result]):
@@ -104,8 +103,8 @@ class Measurement(Stage[Result]):
 
 @dataclass
 class Work:
-    """What a stage is built with: `folder` becomes the artifact, `resume` has what an interrupted attempt continues
-    from, and `earlier_seconds` what earlier attempts spent on the reused parts."""
+    """The context in which a stage is built: `folder` becomes the artifact, `resume` holds the data from which an
+    interrupted stage resumes, and `earlier_seconds` is the time that earlier attempts spent on the reused parts."""
 
     run: Run
     stage: Stage
@@ -114,13 +113,13 @@ class Work:
     earlier_seconds: float = 0.0
 
     def log(self, row: dict) -> None:
-        """Log a row of metrics, and keep it in the artifact."""
+        """Log a row of metrics, and store it in the artifact."""
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(to_json_types(row)) + "\n")
         self.run.tracker.log({**self.stage.labels, "stage": self.stage.name, **row})
 
     def shards(self, name: str, bar: Progress | None = None, per_row: float = 1, **options: bool) -> ResumableShards:
-        """Shards stored in `resume`. Reused ones advance `bar` by `per_row` for each row."""
+        """Return a driver for shards stored in `resume`. Reused shards advance `bar` by `per_row` per row."""
 
         def on_reused(rows: int, seconds: float) -> None:
             self.earlier_seconds += seconds
@@ -131,10 +130,10 @@ class Work:
 
 
 class Player:
-    """Plays stages in order, each found in the store or built, and keeps their results and artifacts.
+    """A player of stages, which finds each in the store or builds it, and keeps the results and artifacts.
 
-    `references` are the store entries ("train/<key>") in use. `given_up`: why a stage failed, by title. `on_build` is
-    called with a stage's title before it is built, on the main process.
+    `references` are the store entries ("train/<key>") in use. `given_up` holds the reasons for failed stages by title.
+    The main process calls `on_build` with a stage's title before building the stage.
     """
 
     def __init__(self, run: Run):
@@ -147,7 +146,7 @@ class Player:
         self.started = time.perf_counter()
 
     def result(self, stage: Stage[Result]) -> Result:
-        """The result of a stage that was played."""
+        """Return the result of a played stage."""
         return self.results[stage]
 
     def play(self, stage: Stage) -> None:

@@ -1,4 +1,4 @@
-"""The summary of a finished game: game.json, the report, and the lines printed at the end."""
+"""The summary of a finished game: game.json, the report, and the final output."""
 
 import json
 import time
@@ -33,9 +33,9 @@ from spin.runtime.progress import format_seconds
 def finish(
     player: Player, records: Sequence[IterationRecord], selection: Selection | None, command: str
 ) -> dict[str, Any]:
-    """Write game.json and the report, print the summary, and record the store entries in use. Returns the summary.
+    """Write game.json and the report, print the summary, record the store entries in use, and return the summary.
 
-    Raises UserError at the end, before anything is published, if a stage was given up.
+    Raises UserError at the end, but before anything is published, if a stage was given up.
     """
     run = player.run
     summary = summarize(player, records, selection, command)
@@ -73,7 +73,7 @@ def finish(
 
 
 def _send_policies(run: Run, summary: dict) -> None:
-    """Upload the policies that tracking.policies names, but not the start, which is the user's own."""
+    """Upload the policies that tracking.policies selects, except the start, which is the user's own."""
     setting, paths = run.config.tracking.policies, [iteration["policy"] for iteration in summary["iterations"]]
     if setting == "best":
         paths = [summary["selected"]["path"]] if summary["selected"] else paths[-1:]
@@ -85,7 +85,7 @@ def _send_policies(run: Run, summary: dict) -> None:
 def summarize(
     player: Player, records: Sequence[IterationRecord], selection: Selection | None, command: str
 ) -> dict[str, Any]:
-    """The game's settings, measures, samples and costs, as game.json holds them."""
+    """Return the content of game.json: the game's settings, measures, samples and costs."""
     config, data = player.run.config, player.run.data
     evaluations = [player.result(record.evaluation) for record in records if record.evaluation]
     validations = [player.result(record.validation) for record in records if record.validation]
@@ -133,7 +133,7 @@ def _iteration(player: Player, record: IterationRecord) -> dict:
 
 
 def _external(player: Player, records: Sequence[IterationRecord]) -> list[dict]:
-    """The results of benchmarks and judges for every policy that has some."""
+    """Return the results of benchmarks and judges for each policy that has external stages."""
     has_sft = any(record.iteration is None and record.train for record in records)
     rows = []
     for record in records:
@@ -150,7 +150,7 @@ def _external(player: Player, records: Sequence[IterationRecord]) -> list[dict]:
             "harness": results["harness"] or None,
             "mt_bench": results["mt_bench"][0]["score"] if results["mt_bench"] else None,
             "comparison": results["compare"][0] if results["compare"] else None,
-            # The start of a game without an SFT stage is what the paper calls the SFT model.
+            # The start of a game without an SFT stage corresponds to the SFT model of the paper.
             "paper": PAPER.get("sft" if label == "start" and not has_sft else label),
         }
         rows.append(row)
@@ -158,8 +158,8 @@ def _external(player: Player, records: Sequence[IterationRecord]) -> list[dict]:
 
 
 def _differences(evaluations: Sequence[Evaluation], selection: Selection | None, config: Config) -> list[dict]:
-    """The selected or else the last policy against the start of self-play, and the last against the selected or else
-    the first; with stage=evaluate the two that are measured."""
+    """Return comparisons of the selected (or else the last) policy with the start of self-play, and of the last policy
+    with the selected (or else the first) one; with stage=evaluate, of the two measured policies."""
     played = [e for e in evaluations if e.iteration is not None]
     before = [e for e in evaluations if e.iteration is None]
     result = [e for e in played if selection and e.label == selection.policy] or played[-1:]
@@ -179,7 +179,7 @@ def _differences(evaluations: Sequence[Evaluation], selection: Selection | None,
 
 
 def sample_sets(player: Player, records: Sequence[IterationRecord]) -> list[dict]:
-    """The samples of report.html: held-out answers of all policies, and training pairs by iteration."""
+    """Return the samples of report.html: held-out answers of all policies, and training pairs by iteration."""
     policies: list[tuple[str, HeldOut, HeldOut | None]] = []
     pairs = []
     for record in records:
@@ -196,7 +196,7 @@ def sample_sets(player: Player, records: Sequence[IterationRecord]) -> list[dict
 
 
 def _samples(evaluations: Sequence[Evaluation], count: int) -> list[dict]:
-    """The first held-out prompts, with the human answer and every policy's."""
+    """Return the first held-out prompts with the human answer and the answers of all policies."""
     samples = []
     for i, pair in enumerate(evaluations[0].held_out.pairs[:count] if evaluations else ()):
         answers = {e.label: e.held_out.pairs[i].generated for e in evaluations}

@@ -1,4 +1,4 @@
-"""The stages that make a policy: SFT, the training of an iteration, and the merging of an adapter."""
+"""The stages that produce a model: SFT, the training of an iteration, and the merging of an adapter."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,21 +27,21 @@ from spin.runtime.signals import deferred
 from spin.runtime.store import Artifact
 from spin.runtime.tables import Lazy, Rows
 
-# Parts of the random stream beside the iterations, which count from 0.
+# Names of random streams, besides the iterations, which count from 0.
 SFT_STREAM, ADAPTER_STREAM = -1, -3
-# The values beside the progress bar, and their columns in the rows of metrics.
+# The values shown beside the progress bar, and their columns in the rows of metrics.
 SHOWN = {"loss": "loss", "margin": "rewards/margins"}
 
 
 class Training(Stage[Policy]):
-    """A stage that trains a policy from `policy`."""
+    """A stage that trains a new policy, starting from `policy`."""
 
     @property
     def label(self) -> str:
         return "sft" if self.iteration is None else f"iter{self.iteration}"
 
     def settings(self, run: Run) -> dict:
-        """The settings of the training loop."""
+        """Return the settings of the training loop."""
         config, schedule, t = run.config, run.config.schedule, self.iteration
         return {
             "lr": schedule.sft_lr if t is None else value_at_iteration(config.optimizer.lr, t),
@@ -55,11 +55,11 @@ class Training(Stage[Policy]):
         return {"start": policy.id, **self.settings(run), **training_inputs(run, policy)}
 
     def loop(self, run: Run, *args: Any, **needs: Any) -> tuple[Callable[..., TrainState], int]:
-        """Return the training loop, which has its data, and the number of prompts."""
+        """Return the training loop with its data bound, and the number of prompts."""
         raise NotImplementedError
 
     def build(self, run: Run, work: Work, policy: Policy, *args: Any, **needs: Any) -> dict:
-        """Train, resuming from a checkpoint, and save the policy."""
+        """Train, resuming from a checkpoint if there is one, and save the policy."""
         ranks, settings, checkpoint = run.ranks, self.settings(run), run.config.checkpoint
         loop, prompts = self.loop(run, **needs)
         start = ranks.broadcast(_prepare_start(run, work, policy) if ranks.is_main_process else None)
@@ -94,7 +94,7 @@ class Training(Stage[Policy]):
 
 
 class Sft(Training):
-    """Fine-tune the start on the human answers: iteration 0's opponent is an SFT model of the data."""
+    """Fine-tuning of the start on the human answers, since the opponent of iteration 0 is an SFT model of the data."""
 
     name, title_format = "sft", "SFT"
 
@@ -112,9 +112,9 @@ class Sft(Training):
 
 @dataclass(frozen=True, eq=False)
 class Train(Training):
-    """The main player: starts as the opponent `policy` and learns to tell its answers from the human ones.
+    """The training of the main player: it starts as the opponent `policy` and learns to distinguish human answers.
 
-    `scores`: the pairs' log-probs by model. `first`: iteration 0's answers, if the objective needs them.
+    `scores` holds the pairs' log-probs by model, `first` iteration 0's answers if the objective needs them.
     """
 
     name = "train"
@@ -147,7 +147,7 @@ class Train(Training):
 
 
 class Merge(Stage[Artifact]):
-    """The policy's adapter merged into its base: a complete model folder, `merged/` in the artifact."""
+    """The merging of the policy's adapter into its base: a complete model folder, `merged/` in the artifact."""
 
     name = "merge"
 
@@ -167,9 +167,9 @@ class Merge(Stage[Artifact]):
 
 
 def training_inputs(run: Run, start: Policy) -> dict:
-    """What decides the weights beside the data and the schedule."""
+    """Return the inputs that determine the weights, other than the data and the schedule."""
     config = run.config
-    # The files beside the weights (tokenizer, template, ...) are copied to every policy.
+    # The files besides the weights (tokenizer, template, ...) are copied to every policy.
     inputs: dict[str, Any] = {
         "optimizer": config.optimizer.model_dump() | {"lr": None},
         "numerics": run.numerics,
@@ -177,16 +177,16 @@ def training_inputs(run: Run, start: Policy) -> dict:
     }
     if config.engine.compile:
         inputs["compile"] = True
-    if config.engine.name != "single":  # the number of ranks changes rounding only, as threads do
+    if config.engine.name != "single":  # the number of ranks affects only rounding, as the number of threads does
         inputs["engine"] = config.engine.name
-    if config.model.adapter == "lora" and not start.base:  # a fresh adapter; a given one has its own settings
+    if config.model.adapter == "lora" and not start.base:  # a fresh adapter; an existing one has its own settings
         lora = lora_settings(config.model)
         inputs["adapter"] = {**vars(lora), "seed": config.seed}
     return inputs
 
 
 def _prepare_start(run: Run, work: Work, start: Policy) -> Policy:
-    """Check the disk, and attach a fresh adapter if the settings ask for one."""
+    """Check the free disk space, and return the start, with a fresh adapter if the settings require one."""
     needed = run.policy_bytes + training_bytes(run.policy_bytes, run.config.optimizer) - folder_size(work.resume)
     run.store.check_free(needed, f"{work.stage.title}: a policy and its checkpoints")
     model = run.config.model
