@@ -73,13 +73,13 @@ class Generate(Stage[Rows[Answer]]):
         if cut > CUT_SHARE:
             run.say(
                 f"note: {cut:.0%} of the answers were cut at generation.max_new_tokens={run.config.max_new_tokens}: "
-                "their length alone tells them from human answers. Raise it if human answers are longer."
+                "their length alone distinguishes them from human answers. Raise it if human answers are longer."
             )
         if tokens := telling_tokens(run.data.train.first("real_ids"), answers.first("ids")):
             names = ", ".join(repr(run.tokenizer.decode([token])) for token in tokens)
             run.say(
-                f"note: the first token alone ({brief(names)}) tells human from generated answers, and the policy may learn "
-                f"little else. Compare them in iter{self.iteration}/pairs.parquet; data.template_options or data.template "
+                f"note: the first token alone ({brief(names)}) distinguishes human from generated answers, and the policy may "
+                f"learn little else. Compare them in iter{self.iteration}/pairs.parquet; data.template_options or data.template "
                 "may help."
             )
         return answers

@@ -100,7 +100,7 @@ def test_base_data_and_licence(words, start, expected, tmp_path):
     text = card_text("iter0", tmp_path, GAME_JSON, config, Policy("start", tmp_path, "id"))
     data = ModelCard(text).data
     assert (data.base_model, data.datasets, data.license, data.get("base_model_relation")) == expected
-    assert ("licence of the start is not known" in text) == (expected[2] is None)
+    assert ("licence of the starting model could not be determined" in text) == (expected[2] is None)
     assert str(tmp_path) not in text and "Nothing was measured" in text
 
 

@@ -56,11 +56,11 @@ def open_judge(setting: str, model: str | None, timeout: float, dtype: torch.dty
 
     def reply(messages: list[Message]) -> str:
         [ids] = token_ids(tokenizer, [render_chat(tokenizer, messages, add_generation_prompt=True)])
-        room = min(MAX_TOKENS, context - len(ids))
+        budget = min(MAX_TOKENS, context - len(ids))
         example = Example("question", "", tuple(ids), "", ())
-        if room <= 0:
+        if budget <= 0:
             return ""
-        return generate_answers(judge, AnswerRequest(tokenizer, [example], greedy, room, stops, seed=0))[0].text
+        return generate_answers(judge, AnswerRequest(tokenizer, [example], greedy, budget, stops, seed=0))[0].text
 
     return reply
 

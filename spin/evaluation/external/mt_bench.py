@@ -95,7 +95,7 @@ def answer_questions(
     """Return the answers to both turns as rows of FastChat's model_answer files. The second prompt has the first turn.
 
     The benchmark sets the temperature, by category, and top_p (1). `keep(part)` returns the driver for the shards of a
-    part, which `ranks` processes share. If the model's context has too little room, an answer is shorter, or "ERROR",
+    part, which `ranks` processes share. If the model's context leaves too little budget, an answer is shorter, or "ERROR",
     and `say` lists it. `answer_id` is a hash and `tstamp` is 0, so that equal seeds give equal bytes.
     """
     conversations: list[list[Message]] = [[] for _ in questions]
@@ -108,16 +108,16 @@ def answer_questions(
         groups: dict[tuple[float, int], list[Example]] = defaultdict(list)
         encoded = encode_prompts(tokenizer, conversations, config.data.template, config.data.template_options)
         for question, (text, ids) in zip(questions, encoded, strict=True):
-            room = max(0, min(max_new_tokens, context - len(ids)))
+            budget = max(0, min(max_new_tokens, context - len(ids)))
             example = Example(f"{question.id}/{turn + 1}", text, tuple(ids), "", ())
-            groups[TEMPERATURES.get(question.category, 0.7), room].append(example)
-            short += [example.id] if room < max_new_tokens else []
+            groups[TEMPERATURES.get(question.category, 0.7), budget].append(example)
+            short += [example.id] if budget < max_new_tokens else []
         replies: dict[str, str] = {}
-        for temperature, room in sorted(group for group in groups if group[1] > 0):
-            examples = groups[temperature, room]
+        for temperature, budget in sorted(group for group in groups if group[1] > 0):
+            examples = groups[temperature, budget]
             sampling = config.generation.model_copy(update={"temperature": temperature, "top_p": 1.0})
-            part, size = keep(f"{turn + 1}-{temperature:g}-{room}"), min(256, -(-len(examples) // ranks))
-            request = AnswerRequest(tokenizer, examples, sampling, room, stop_ids, seed, 1, advance, part, size)
+            part, size = keep(f"{turn + 1}-{temperature:g}-{budget}"), min(256, -(-len(examples) // ranks))
+            request = AnswerRequest(tokenizer, examples, sampling, budget, stop_ids, seed, 1, advance, part, size)
             replies |= {answer.id: answer.text for answer in generate_answers(model, request)}
         for question, conversation in zip(questions, conversations, strict=True):
             reply = replies.get(f"{question.id}/{turn + 1}", NO_ANSWER)
