@@ -1,9 +1,9 @@
-"""Layers that store fewer activations for the backward pass than autograd would, and recompute the cheap ones.
+"""Layers that store fewer activations for the backward pass than autograd does, and recompute those that are cheap.
 
-An RMSNorm of transformers stores its input in fp32 and the normalised input; here it stores its unchanged input. A gated
-feed-forward block stores the gate before and after its activation function, the other factor and their product; here it
-stores the results of its two matrix products. Both run the model's own code in pieces that fit the processor's cache, in
-the forward pass and again in the backward pass: the same bits with less memory and less memory traffic.
+An RMSNorm of transformers stores its input in fp32 and the normalised input; here it stores only its unchanged input. A
+gated feed-forward block stores the gate before and after its activation function, the other factor and their product;
+here it stores only the results of the two matrix products. In both passes the model's own code runs on pieces that fit
+the processor's cache. Results are bitwise identical, with less memory and less memory traffic.
 """
 
 import weakref
@@ -15,18 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-PIECE = {"cpu": 2**18}  # numbers computed together, by device: they fit a CPU's cache
-LARGE_PIECE = 2**26  # on a GPU
+PIECE = {"cpu": 2**18}  # elements per piece, by device type: a piece fits a CPU's cache
+LARGE_PIECE = 2**26  # for GPUs
 
 
 def save_less_for_backward(model: nn.Module, in_checkpoints: bool = False) -> None:
-    """Wrap the norms and gated feed-forward blocks of `model`; modules of another structure stay as they are.
+    """Replace the forward methods of RMSNorms and gated feed-forward blocks in `model`; leave other modules unchanged.
 
-    With `in_checkpoints` (gradient checkpointing: whole layers are recomputed in the backward pass) the product of a
-    feed-forward block is stored while its layer runs: recomputing it would keep its factors alive from the first pass.
+    With `in_checkpoints` (gradient checkpointing, which recomputes whole layers in the backward pass) a feed-forward
+    block stores its product while its layer runs: recomputing it would keep its factors from the first pass alive.
     """
     for module in model.modules():
-        module_ref = weakref.ref(module)  # no cycle: it would be freed only by the garbage collector
+        module_ref = weakref.ref(module)  # a reference cycle would be freed only by the garbage collector
         if _is_row_norm(module):
             module.forward = partial(_norm, module_ref)
         elif _is_gated(module):
@@ -34,14 +34,14 @@ def save_less_for_backward(model: nn.Module, in_checkpoints: bool = False) -> No
 
 
 def _is_row_norm(module: nn.Module) -> bool:
-    """Return whether the module is an RMSNorm over the last dimension with no parameter but its weight."""
+    """Return whether the module is an RMSNorm over the last dimension whose only parameter is its weight."""
     weights = dict(module.named_parameters())
     return type(module).__name__.endswith("RMSNorm") and list(weights) == ["weight"] and weights["weight"].ndim == 1
 
 
 @torch.no_grad()
 def _is_gated(module: nn.Module) -> bool:
-    """Return whether `_feed_forward` gives the bits of the module's own forward on a random input."""
+    """Return whether `_feed_forward` and the module's own forward are bitwise equal on a random input."""
     parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")]
     if not all(isinstance(part, nn.Module) for part in parts):
         return False
@@ -58,7 +58,7 @@ def _is_gated(module: nn.Module) -> bool:
 def _norm(module_ref: Callable[[], Any], states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     module = module_ref()
     forward = partial(type(module).forward, module)
-    if args or kwargs or states.shape[-1:] != module.weight.shape:  # gated norms, or norms over groups
+    if args or kwargs or states.shape[-1:] != module.weight.shape:  # a gated norm, or a norm over groups
         return forward(states, *args, **kwargs)
     return _Recompute.apply(forward, (module.weight,), states, module.weight)
 
@@ -93,9 +93,9 @@ def _feed_forward(
 
 
 class _Recompute(torch.autograd.Function):
-    """function(*inputs), for a function of each row (last dimension) by itself, recomputed in the backward pass.
+    """The result of function(*inputs), recomputed in the backward pass, so that only the inputs are stored.
 
-    Only the inputs are stored. `tensors` are the inputs, then `weights`, which the function uses.
+    The function must process each row (last dimension) independently. `tensors` are the inputs, then its `weights`.
     """
 
     @staticmethod
@@ -127,7 +127,7 @@ class _Recompute(torch.autograd.Function):
 
 
 def _by_pieces(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Tensor:
-    """Return function(*inputs) without gradients, in the inputs' shape."""
+    """Return function(*inputs), computed in pieces and without gradients, in the shape of the inputs."""
     rows = [_rows(x) for x in inputs]
     result = torch.empty_like(rows[0])
     with torch.no_grad():

@@ -1,8 +1,8 @@
 """Attention over a packed row, registered with transformers as an attention implementation.
 
-A packed row is one sequence `prompt | answer | answer | ... | prompt | ...` without padding. An answer attends to its own
-prompt and to itself. The row's structure is passed in place of a 4D mask, which transformers does not change: a table of
-lengths, int64 [1, 1, items, 1 + answers], each item's prompt first, filled with zeros at the end.
+A packed row is one sequence `prompt | answer | answer | ... | prompt | ...` without padding. An answer attends to its
+prompt and to itself. The row's structure is passed instead of a 4D mask, which transformers leaves unchanged. It is a
+table of lengths, int64 [1, 1, items, 1 + answers]: for each item its prompt, then its answers, padded with zeros.
 """
 
 from collections.abc import Sequence
@@ -20,13 +20,13 @@ PACKED_ATTENTION = "spin_packed"
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
-    """Set `packed_attention` as the model's attention: plain SDPA unless there is a table of lengths."""
+    """Set the model's attention to `packed_attention`, which is plain SDPA for ordinary masks."""
     if model.config.get_text_config()._attn_implementation != PACKED_ATTENTION:
         model.set_attn_implementation(PACKED_ATTENTION)
 
 
 def attention_window(model: PreTrainedModel) -> int | None:
-    """Return how many tokens the model's sliding-window layers attend to; None if it has none."""
+    """Return the number of tokens that the model's sliding-window layers attend to, or None without such layers."""
     config = model.config.get_text_config()
     return getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
 
@@ -41,11 +41,11 @@ def packed_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return [rows, length, heads, width] of query, key, value: [rows, heads, length, width], as in transformers.
+    """Return the attention output, [rows, length, heads, width], of query, key and value, [rows, heads, length, width].
 
-    `attention_mask` is a table of lengths (see above), a BlockMask, or a mask of SDPA. With a table, each sequence
-    prompt + answer is a causal attention by itself, without a mask. A prompt's queries are computed again with each
-    answer, which costs less than a masked rectangle.
+    `attention_mask` is a table of lengths (see above), a BlockMask, or an SDPA mask. With a table, causal attention is
+    computed for each sequence prompt + answer separately, without a mask. A prompt's queries are recomputed for each
+    answer, which costs less than masked attention from the answer's queries alone.
     """
     if isinstance(attention_mask, BlockMask):
         return flex_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
@@ -64,10 +64,10 @@ AttentionMaskInterface.register(PACKED_ATTENTION, sdpa_mask)
 
 
 def _parts(table: list[list[int]]) -> tuple[list[int], list[tuple[int, int, int]]]:
-    """Split a row into parts: a prompt with its first answer is one part, each further answer another.
+    """Split a row into parts: each prompt with its first answer, and each further answer.
 
-    Returns the lengths of the parts, and for each sequence the part with its prompt, the prompt's length, and the part
-    with its answer.
+    Returns the lengths of the parts, and for each sequence the index of the part with its prompt, the prompt's length,
+    and the index of the part with its answer.
     """
     lengths: list[int] = []
     sequences = []
@@ -85,7 +85,7 @@ class _Sequences(torch.autograd.Function):
     """Causal attention over each sequence prompt + answer.
 
     query, key, value: [1, heads, length, width], with fewer heads in key and value if query heads share them. Returns
-    [1, length, heads, width]. If the CPU has no matrix units for bf16, it computes in fp32, which is twice as fast as
+    [1, length, heads, width]. On a CPU without matrix units for bf16, it computes in fp32, which is twice as fast as
     SDPA's emulation and more accurate.
     """
 
@@ -115,7 +115,7 @@ class _Sequences(torch.autograd.Function):
         for (first, prompt, part), normaliser in zip(sequences, normalisers, strict=True):
             q, k, v, out, grad = _sequence(rows, first, prompt, part)
             if part != first:
-                grad[:, :, :prompt] = 0  # the result at the prompt is taken from its first answer
+                grad[:, :, :prompt] = 0  # the prompt's output comes from the sequence of its first answer
             of_q, of_k, of_v = _FLASH_BACKWARD(
                 grad, q, k, v, out, normaliser, dropout_p=0.0, **_causal(q, ctx.window), scale=ctx.scale
             )
@@ -128,7 +128,7 @@ class _Sequences(torch.autograd.Function):
         return *joined, None, None, None
 
 
-_attend = torch.compiler.disable(_Sequences.apply)  # a row has other lengths each time
+_attend = torch.compiler.disable(_Sequences.apply)  # the lengths differ from row to row
 
 
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -136,14 +136,14 @@ _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 
 def _cut(row: Tensor, shared: int, lengths: list[int]) -> tuple[Tensor, ...]:
-    """Return parts [length, key heads, query heads per key head or 1, width] of [1, length, heads, width]."""
+    """Split a row, [1, length, heads, width], into parts [length, key heads, query heads per key head or 1, width]."""
     is_emulated = row.dtype == torch.bfloat16 and not torch.cpu.get_capabilities().get("amx_bf16")
     dtype = torch.float32 if is_emulated else row.dtype
     return row[0].to(dtype).unflatten(1, (shared, -1)).split(lengths)
 
 
 def _sequence(rows: Sequence[Sequence[Tensor]], first: int, prompt: int, part: int) -> list[Tensor]:
-    """Return a sequence of each row: [key heads, query heads per key head, length, width]."""
+    """Return the same sequence from each of `rows`: [key heads, query heads per key head, length, width]."""
     parts = [torch.cat((row[first][:prompt], row[part])) if part != first else row[part] for row in rows]
     return [x.permute(1, 2, 0, 3).expand(-1, parts[0].shape[2], -1, -1) for x in parts]
 

@@ -1,4 +1,4 @@
-"""The interface of the engines, and their choice of device and precision."""
+"""The common interface of the engines, and the choice of device and precision."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ from spin.models.policy import Policy
 from spin.runtime.errors import explaining
 from spin.runtime.process_group import ProcessGroup
 
-# The files of a checkpoint: the fp32 masters by name, and the optimiser states as "<state>.<name>", flat.
+# Files of a checkpoint: the fp32 masters by name, and the flattened optimiser states as "<state>.<name>".
 MASTERS, OPTIMIZER = "masters.safetensors", "optimizer.safetensors"
 
 
@@ -33,9 +33,9 @@ def select_device(config: EngineConfig) -> torch.device:
 
 
 def select_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
-    """Return the type that the model computes in. "auto" is bf16 if the processor has instructions for it.
+    """Return the model's compute type. "auto" selects bf16 if the processor has instructions for it.
 
-    A choice by timing could differ in the next run and change the bits.
+    A choice based on timings could differ between runs and change the results.
     """
     if config.precision != "auto":
         return {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision]
@@ -46,22 +46,22 @@ def select_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
 
 
 class Engine(ABC):
-    """Holds a model in training and its optimiser, in one process (`SingleEngine`) or several (`DeepSpeedEngine`).
+    """A model in training and its optimiser, in one process (`SingleEngine`) or several (`DeepSpeedEngine`).
 
-    With several ranks, every rank calls every method, in the same order.
+    With several ranks, all ranks must call the same methods in the same order.
     """
 
     def __init__(
         self, policy: Policy, dtype: torch.dtype, device: torch.device, engine: EngineConfig, ranks: ProcessGroup
     ):
-        """Load the policy, which computes in `dtype` on `device`."""
+        """Load the policy to compute in `dtype` on `device`."""
         self.policy, self.dtype, self.device, self.ranks = policy, dtype, device, ranks
-        # ZeRO 3 partitions the weights from the CPU, one after another: no device has to hold them all.
+        # ZeRO 3 partitions the weights one by one from the CPU, so no device has to hold all of them.
         is_partitioned = engine.name == "deepspeed" and engine.zero_stage == 3
         self.model = load_policy(policy, dtype, torch.device("cpu") if is_partitioned else device)
         if engine.gradient_checkpointing:
             checkpoint_activations(self.model)
-        if engine.compile:  # each layer at its first use, once for all lengths
+        if engine.compile:  # each layer is compiled at its first use, once for all lengths
             for module in self.model.modules():
                 if isinstance(module, GradientCheckpointingLayer):
                     module.compile(dynamic=True)
@@ -72,24 +72,24 @@ class Engine(ABC):
 
     @abstractmethod
     def micro_batches(self, items: Sequence[Continuations], forward: Forward) -> Iterator[tuple[Batch, float]]:
-        """Return the batches of one step's `items` on this rank, each with its weight in the loss.
+        """Yield this rank's batches of one step's `items`, each with its weight in the loss.
 
-        The weight is 1, or 0 for a batch that only keeps this rank in step with the others.
+        The weight is 1, or 0 for a batch that is only added because all ranks must process equally many.
         """
 
     @abstractmethod
     def logps(self, batch: Batch, forward: Forward) -> Tensor:
-        """Return the log-prob of each response, fp32 [batch.responses]: see `sequence_logps`."""
+        """Return the log-prob of each response, fp32 [batch.responses] (see `sequence_logps`)."""
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of `loss`, a scalar, to those of the step."""
+        """Add the gradients of the scalar `loss` to those of the current step."""
 
     @abstractmethod
     def step(self, lr: float | None) -> float:
         """Clip the gradients, update the masters with learning rate `lr`, and clear the gradients.
 
-        Returns the norm before clipping. If it is not finite, or `lr` is None, nothing is updated.
+        Returns the norm before clipping. Nothing is updated if it is not finite or if `lr` is None.
         """
 
     @abstractmethod
@@ -98,22 +98,22 @@ class Engine(ABC):
 
     @abstractmethod
     def save_state(self, folder: Path) -> None:
-        """Write the masters and the optimiser states, which the next step needs."""
+        """Write the masters and the optimiser states, from which training can resume."""
 
     @abstractmethod
     def load_state(self, folder: Path) -> None:
-        """Restore what `save_state` wrote: training continues with the same bits."""
+        """Restore the state that `save_state` wrote. Training then continues bitwise identically."""
 
     @abstractmethod
     def close(self) -> None:
-        """Release the hooks and memory that would outlive the engine."""
+        """Release hooks and memory that would otherwise outlive the engine."""
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Let the layers of `model` recompute their activations in the backward pass."""
+    """Enable gradient checkpointing: the layers of `model` recompute their activations in the backward pass."""
     model.activation_checkpointing_enable({"use_reentrant": False})
     for module in model.modules():
-        # Layers checkpoint in train mode only; submodules stay in evaluation mode, and dropout is set to 0.
+        # Layers checkpoint only in training mode. Submodules stay in evaluation mode, and dropout is set to 0.
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True
             for name, value in vars(module).items():

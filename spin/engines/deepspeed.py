@@ -1,8 +1,8 @@
-"""Training on several processes by DeepSpeed's ZeRO (Rajbhandari et al., arXiv 1910.02054), as an `Engine`.
+"""Training in several processes with DeepSpeed's ZeRO (Rajbhandari et al., arXiv 1910.02054), as an `Engine`.
 
-Each rank computes a part of each step's items. The ZeRO stage decides what a rank holds of each weight: everything (0), or
-a part of its master and optimiser states (1), also of its gradient (2), also of the weight itself (3). Policies and
-checkpoints are saved whole, in the format of `SingleEngine`.
+Each rank processes a share of each step's items. The ZeRO stage determines what is partitioned over the ranks: nothing
+(0), masters and optimiser states (1), also gradients (2), also weights (3). Policies and checkpoints are saved
+unpartitioned, in the format of `SingleEngine`.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ from spin.runtime.errors import UserError
 from spin.runtime.process_group import ProcessGroup
 
 DEEPSPEED = "deepspeed==0.19.8"
-BUCKET = 500_000_000  # numbers that are reduced or gathered together: DeepSpeed's default
+BUCKET = 500_000_000  # elements that are reduced or gathered at a time (DeepSpeed's default)
 
 
 def check_deepspeed() -> None:
@@ -47,23 +47,23 @@ def check_deepspeed() -> None:
 
 
 def _deepspeed() -> Any:
-    """Import the library and silence it. On a CPU disable its own transport, which is compiled on first use."""
+    """Import DeepSpeed and silence it. On a CPU, disable its own transport, which is compiled on first use."""
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import deepspeed
 
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of its own calls
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # from its own calls
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    for name, module in list(sys.modules.items()):  # it prints, and resets the peak memory
+    for name, module in list(sys.modules.items()):  # `see_memory_usage` prints, and resets the peak memory
         if name.startswith("deepspeed.") and "see_memory_usage" in vars(module):
             module.see_memory_usage = lambda message, force=False: None  # type: ignore[attr-defined]
     return deepspeed
 
 
 class _Root(torch.nn.Module):
-    """Log-probs as one module: DeepSpeed gathers weights around the forward of each module."""
+    """A module that computes log-probs, because DeepSpeed gathers weights around the forward of each module."""
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
@@ -75,7 +75,7 @@ class _Root(torch.nn.Module):
 
 
 class DeepSpeedEngine(Engine):
-    """The `Engine` of several processes. DeepSpeed is initialised at the first use, after `load_state`."""
+    """An `Engine` of several processes. DeepSpeed is initialised at the first use, after any `load_state`."""
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class DeepSpeedEngine(Engine):
         self.config = optimizer
         self.shapes = {name: weight.shape for name, weight in self.trained.items()}
         self.updates = 0
-        self._checkpoint: Path | None = None  # to continue from
+        self._checkpoint: Path | None = None  # to resume from
         self._initialized: Any = None
         self._closed = False
 
@@ -119,10 +119,10 @@ class DeepSpeedEngine(Engine):
             self.optimizer: Any = torch.optim.RMSprop(self.trained.values(), alpha=c.alpha, **options)
         else:
             self.optimizer = torch.optim.AdamW(self.trained.values(), betas=(c.betas[0], c.betas[1]), **options)
-        # DeepSpeed rounds buffers to bf16: rotary positions would differ from those of scoring.
+        # DeepSpeed rounds buffers to bf16, so rotary embeddings would differ from those in scoring.
         buffers = {name: value.clone() for name, value in self.model.named_buffers()}
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints how much memory is free
-            deepspeed.init_distributed(verbose=False)  # finds the process group of `ranks`
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints the free memory
+            deepspeed.init_distributed(verbose=False)  # uses the existing process group of `ranks`
             ds, *_ = deepspeed.initialize(model=_Root(self.model), optimizer=self.optimizer, config=self._settings())
         for name, value in buffers.items():
             module, _, leaf = name.rpartition(".")
@@ -136,7 +136,7 @@ class DeepSpeedEngine(Engine):
         if self.offload:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": self.device.type == "cuda"}
         settings: dict[str, Any] = {
-            # The training loop makes the batches; `micro_batches` marks where a step ends.
+            # The training loop forms the batches, and `micro_batches` marks the end of a step.
             "train_batch_size": self.ranks.size,
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
@@ -152,12 +152,12 @@ class DeepSpeedEngine(Engine):
         return settings
 
     def _set_state(self) -> None:
-        """Set masters, which DeepSpeed has made from rounded weights, and optimiser states."""
+        """Set the optimiser states, and the masters, which DeepSpeed has made from rounded weights."""
         if self._checkpoint is None:
             if self.dtype != torch.float32:
                 masters, self.buffers = masters_of(self.policy, torch.device("cpu"))
                 self._set_masters(masters.__getitem__)
-            for part in self._parts():  # at stage 0 DeepSpeed has made an empty update: AdamW counts it
+            for part in self._parts():  # at stage 0 DeepSpeed makes an empty update, which AdamW counts
                 if "step" in (state := self.optimizer.state.get(part, {})):
                     state["step"].zero_()
             return
@@ -170,7 +170,7 @@ class DeepSpeedEngine(Engine):
                 def value_of(name: str, state: str = state) -> Tensor:
                     return file.get_tensor(f"{state}.{name}").view(self.shapes[name])
 
-                # States are partitioned as masters are: set masters to their values, and copy each rank's part.
+                # States are partitioned like masters: set the masters to their values, then copy each rank's part.
                 self._set_masters(value_of)
                 for part in self._parts():
                     self.optimizer.state[part][state] = part.detach().clone()
@@ -178,13 +178,13 @@ class DeepSpeedEngine(Engine):
             self._set_masters(file.get_tensor)
 
     def _parts(self) -> list[Tensor]:
-        """Return this rank's parts of the fp32 masters: the keys of the optimiser's states."""
-        if self.stage == 3:  # DeepSpeed gives them to the optimiser one after another
+        """Return this rank's parts of the fp32 masters, which are the keys of the optimiser's states."""
+        if self.stage == 3:  # DeepSpeed passes them to the optimiser one at a time
             return self._ds.optimizer.fp32_partitioned_groups_flat
         return [part for group in self.optimizer.param_groups for part in group["params"]]
 
     def _set_masters(self, value_of: Callable[[str], Tensor]) -> None:
-        """Set each master, or this rank's part of it, to the whole tensor `value_of(name)`."""
+        """Set each master, or this rank's part of it, from the full tensor `value_of(name)`."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
         masters = self._whole_masters()
@@ -194,13 +194,13 @@ class DeepSpeedEngine(Engine):
                 masters[name].data.copy_(value)
             elif self.stage < 3:
                 safe_set_full_fp32_param(weight, value.to(self.device))
-            else:  # parts have one length: the last one is padded
+            else:  # all parts have the same length, and the last is padded
                 length = weight.ds_tensor.numel()  # type: ignore[attr-defined]
                 flat = torch.nn.functional.pad(value.flatten(), (0, length * self.ranks.size - value.numel()))
                 safe_set_local_fp32_param(weight, flat[self.ranks.rank * length :][:length].to(self.device))
 
     def _gather_masters(self) -> dict[str, Tensor]:
-        """Return the whole masters by name on rank 0's CPU; nothing on other ranks."""
+        """Return the full masters by name on rank 0, in main memory, and an empty dict on other ranks."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         masters, gathered = self._whole_masters(), {}
@@ -211,8 +211,8 @@ class DeepSpeedEngine(Engine):
         return gathered
 
     def _whole_masters(self) -> Mapping[str, Tensor]:
-        """Return at stage 0 the masters by name, whole on each rank; at other stages the weights, unused."""
-        optimizer = self._ds.optimizer  # is initialised first
+        """Return the full masters by name at stage 0. At other stages return the weights, which callers do not use."""
+        optimizer = self._ds.optimizer  # initialises DeepSpeed if necessary
         if self.stage > 0 or self.dtype == torch.float32:
             return self.trained
         masters = zip(chain(*optimizer.fp16_groups), chain(*optimizer.fp32_groups), strict=True)
@@ -222,7 +222,7 @@ class DeepSpeedEngine(Engine):
     # --- the engine's interface ---------------------------------------------------------------------------------------
 
     def micro_batches(self, items: Sequence[Continuations], forward: Forward) -> Iterator[tuple[Batch, float]]:
-        # All ranks run equally many forward passes: one with fewer batches repeats an item with weight 0.
+        # All ranks must run equally many forward passes. A rank with fewer batches repeats an item with weight 0.
         shares = balance_by_tokens(items, self.ranks.size)
         plans = [forward.plan([items[i] for i in share]) for share in shares]
         share, plan = shares[self.ranks.rank], plans[self.ranks.rank]
@@ -238,11 +238,11 @@ class DeepSpeedEngine(Engine):
         return self._ds(batch.to(self.device), forward)
 
     def backward(self, loss: Tensor) -> None:
-        # DeepSpeed averages over ranks. It skips a step whose gradients are not finite.
+        # DeepSpeed averages over ranks, and skips a step whose gradients are not finite.
         scale = self.ranks.size if loss.isfinite() else math.nan
         self._ds.backward(loss * scale)
 
-    def step(self, lr: float | None) -> float:  # without a rate gradients are not finite: see `backward`
+    def step(self, lr: float | None) -> float:  # if `lr` is None, gradients are not finite: see `backward`
         norm = None
         if self.stage == 0 and self.dtype == torch.float32:  # DeepSpeed does not check the norm
             grads = [weight.grad for weight in self.trained.values() if weight.grad is not None]
@@ -271,7 +271,7 @@ class DeepSpeedEngine(Engine):
         states: dict[str, Tensor] = {}
         parts = self._parts()
         saved = [part.detach().clone() for part in parts]
-        for state in STATES[self.config.name]:  # gathered as masters: see `_set_state`
+        for state in STATES[self.config.name]:  # gathered like masters (see `_set_state`)
             for part in parts:
                 part.data.copy_(self.optimizer.state[part][state])
             states |= {f"{state}.{name}": value.view(-1) for name, value in self._gather_masters().items()}
@@ -281,7 +281,7 @@ class DeepSpeedEngine(Engine):
             save_file(states, folder / OPTIMIZER, {"updates": str(self.updates)})
 
     def load_state(self, folder: Path) -> None:
-        """Continue from what any number of ranks saved; call it before the engine's first use."""
+        """Resume from a checkpoint of any number of ranks. Must be called before the engine's first use."""
         assert self._initialized is None and not self._closed
         self._checkpoint = folder
 
@@ -292,7 +292,7 @@ class DeepSpeedEngine(Engine):
         from deepspeed.runtime.zero import parameter_offload
 
         ds.destroy()
-        # Its module stack, hooks and caches hold weights, gradients and states until the process ends.
+        # Its module stack, hooks and caches would hold weights, gradients and states until the process ends.
         parameter_offload.FWD_MODULE_STACK.clear()
         for holder in (ds.optimizer, self.optimizer, *self.model.parameters()):
             vars(holder).clear()

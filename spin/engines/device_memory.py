@@ -1,4 +1,4 @@
-"""Free memory of a device."""
+"""Free and used memory of a device."""
 
 import contextlib
 import ctypes
@@ -11,12 +11,12 @@ import psutil
 import torch
 
 GIB = 2**30
-LIBRARIES = 0.35 * GIB  # what libraries that are imported later take of a CPU's memory
+LIBRARIES = 0.35 * GIB  # main memory for libraries that are imported later
 
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """Bytes of a device: `free` for this process, `total`, and those in use `before` weights are loaded."""
+    """A device's memory in bytes: `free` for this process, `total`, and in use `before` weights are loaded."""
 
     free: float
     total: float
@@ -24,7 +24,7 @@ class DeviceMemory:
 
 
 def free_memory(device: torch.device, processes: int = 1) -> DeviceMemory:
-    """Return the memory of `device` now; a CPU's, swap included, is divided by the `processes`."""
+    """Return the current memory of `device`. For a CPU it includes swap and is divided by the number of `processes`."""
     if device.type == "cuda":
         return DeviceMemory(*torch.cuda.mem_get_info(device), before=0.0)
     memory, swap, resident = psutil.virtual_memory(), psutil.swap_memory(), resident_bytes()
@@ -39,21 +39,21 @@ def free_memory(device: torch.device, processes: int = 1) -> DeviceMemory:
 def release_free_memory() -> None:
     """Return freed memory to the system.
 
-    glibc keeps the holes between small tensors, which add up to most of a training's memory; torch keeps GPU memory.
+    glibc keeps the gaps between small tensors, which can be most of the memory in training; torch caches GPU memory.
     """
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
 
 def resident_bytes() -> int:
-    """Return the bytes that this process holds in memory."""
+    """Return the resident memory of this process in bytes."""
     return psutil.Process().memory_info().rss
 
 
 def peak_memory_gib() -> float:
-    """Return the peak memory of this process: on the GPU if it computed there, else resident."""
+    """Return the peak memory of this process in GiB: on the GPU if it used one, else resident."""
     devices = range(torch.cuda.device_count())
     if on_gpu := max((torch.cuda.max_memory_allocated(device) for device in devices), default=0):
         return on_gpu / GIB

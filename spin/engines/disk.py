@@ -1,4 +1,4 @@
-"""Disk space that policies and checkpoints need."""
+"""Disk space needed by policies and checkpoints."""
 
 import math
 from pathlib import Path
@@ -12,7 +12,7 @@ from spin.runtime.checkpoints import KEPT
 
 
 def fp32_bytes(folder: Path) -> int:
-    """Return the size of a model folder's weights in fp32."""
+    """Return the size in bytes of a model folder's weights in fp32."""
     total = 0
     for path in weight_files(folder):
         with safe_open(path, "pt") as file:
@@ -21,5 +21,5 @@ def fp32_bytes(folder: Path) -> int:
 
 
 def training_bytes(policy: int, optimizer: OptimizerConfig) -> int:
-    """Return the bytes of a training's checkpoints, for a policy of `policy` bytes."""
+    """Return the size in bytes of a training's checkpoints, for a policy of `policy` bytes."""
     return int(KEPT * policy * (1 + state_values_per_weight(optimizer)))

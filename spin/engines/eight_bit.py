@@ -1,4 +1,4 @@
-"""Optimisers with 8-bit states, by bitsandbytes."""
+"""Optimisers of bitsandbytes, with 8-bit states."""
 
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from spin.models.quantization import import_bitsandbytes
 
 
 class EightBit:
-    """bitsandbytes' RMSprop or AdamW with the interface of `Optimizer`: one optimiser for each weight."""
+    """RMSprop or AdamW of bitsandbytes, one optimiser per weight, with the interface of `Optimizer`."""
 
     def __init__(self, config: OptimizerConfig, weights: Tensors):
         import_bitsandbytes()
@@ -25,7 +25,7 @@ class EightBit:
             make: Any = partial(bitsandbytes.optim.RMSprop8bit, alpha=config.alpha, **options)
         else:
             make = partial(bitsandbytes.optim.AdamW8bit, betas=tuple(config.betas), **options)
-        # Each holds its fp32 master during its update only.
+        # Each parameter holds its fp32 master only during its update.
         self.parameters = {name: torch.nn.Parameter(torch.empty(0, device=w.device)) for name, w in weights.items()}
         self.optimizers = {name: make([parameter]) for name, parameter in self.parameters.items()}
 
@@ -44,8 +44,8 @@ class EightBit:
             parameter.data = weight.new_empty(0)
 
     def save(self, file: Path) -> None:
-        """Write the states as "<state>.<weight>"."""
-        # bitsandbytes counts steps in plain numbers, and its states share their quantisation maps.
+        """Write the states under the names "<state>.<weight>"."""
+        # bitsandbytes counts steps in plain numbers, and its states share quantisation maps (hence the copies).
         tensors = {
             f"{key}.{name}": value.clone() if isinstance(value, Tensor) else torch.tensor(value)
             for name, optimizer in self.optimizers.items()

@@ -4,20 +4,20 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-FLEX_BLOCK = 128  # FlexAttention's block size; rows on a GPU are padded to a multiple
+FLEX_BLOCK = 128  # block size of FlexAttention; rows on a GPU are padded to a multiple of it
 
 
 def block_mask(table: Tensor, length: int) -> BlockMask:
-    """Return the block mask of a packed row of `length` tokens, padded at its end; `table` as in `attention.py`.
+    """Return the block mask of a packed row, padded at its end to `length` tokens; `table` as in `attention.py`.
 
-    A block of queries attends to the blocks from the start of its first query's item up to itself, which
-    `create_block_mask` would find by evaluating length * length entries.
+    A block of queries attends to the blocks from the start of its first query's item up to itself.
+    `create_block_mask` would determine them by evaluating length * length entries.
     """
     lengths = table[0, 0].cpu()
-    parts = torch.arange(lengths.numel()).repeat_interleave(lengths.flatten())  # of each token
+    parts = torch.arange(lengths.numel()).repeat_interleave(lengths.flatten())  # flat index into the table, per token
     items, answers = parts // lengths.shape[1], parts % lengths.shape[1]  # answer 0 is the prompt
     item_lengths = lengths.sum(1)
-    begin = torch.arange(length)  # of each token's item; padding attends to itself only
+    begin = torch.arange(length)  # start of each token's item; padding attends only to itself
     begin[: len(parts)] = (item_lengths.cumsum(0) - item_lengths)[items]
     blocks = -(-length // FLEX_BLOCK)
     first = begin[::FLEX_BLOCK] // FLEX_BLOCK

@@ -1,4 +1,4 @@
-"""The language model head on response positions, with an explicit backward pass."""
+"""The language model head at response positions, with an explicit backward pass."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -17,7 +17,7 @@ def logit_transform(model: PreTrainedModel) -> tuple[float, float]:
 
 
 class OutputLayer(torch.nn.Module):
-    """Computes log-probs with the weights of a model's output layer: see `ResponseHead`."""
+    """A module that computes log-probs with the weights of a model's output layer (see `ResponseHead`)."""
 
     weight: Tensor
 
@@ -33,14 +33,14 @@ class OutputLayer(torch.nn.Module):
 class ResponseHead(torch.autograd.Function):
     """log softmax(cap(scale * (hidden @ weight.T + bias)))[target]: hidden [n, width], target [n] -> fp32 [n].
 
-    It iterates over pieces of `chunk` words, and in each over blocks of positions: the logits of a block fit the
-    processor's cache, and each piece of the weight's gradient is one matrix product. The backward pass recomputes the
-    logits from log-sum-exps. Memory is n * chunk in the weights' type.
+    It iterates over pieces of `chunk` words, and in each piece over blocks of positions, so that the logits of a block
+    fit the processor's cache and each piece of the weight gradient is one matrix product. The backward pass recomputes
+    the logits, and normalises them with the stored log-sum-exps. Memory is n * chunk numbers of the weights' type.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, target, scale, cap, chunk):
-        # Written in place: small allocations between large ones would fragment the heap.
+        # Results are written in place: small allocations between large ones would fragment the heap.
         logps = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         normalisers = torch.full_like(logps, -torch.inf)
         for part, blocks in vocabulary_pieces(target, len(weight), chunk):
@@ -57,11 +57,11 @@ class ResponseHead(torch.autograd.Function):
     def backward(ctx, *grads):
         (grad,) = grads
         hidden, weight, bias, target, normalisers = ctx.saved_tensors
-        # Products are in the weights' type; their sums over pieces are in fp32.
+        # Matrix products are in the weights' type, and their sums over pieces in fp32.
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
-        slopes = weight.new_empty(len(hidden), min(ctx.chunk, len(weight)))  # of one piece
+        slopes = weight.new_empty(len(hidden), min(ctx.chunk, len(weight)))  # gradients of one piece's logits
         for part, blocks in vocabulary_pieces(target, len(weight), ctx.chunk):
             slopes = slopes[:, : part.stop - part.start]
             for block, rows, words in blocks:
@@ -83,15 +83,15 @@ class ResponseHead(torch.autograd.Function):
         return grad_hidden.to(hidden.dtype), grad_weight, grad_bias, *[None] * 4
 
 
-BLOCK = {"cpu": 256}  # positions whose logits are computed together; all of them on a GPU
+BLOCK = {"cpu": 256}  # positions per block; on a GPU one block has all positions
 
 
 def vocabulary_pieces(
     target: Tensor, words: int, chunk: int
 ) -> Iterator[tuple[slice, list[tuple[slice, Tensor, Tensor]]]]:
-    """Yield each piece of the vocabulary with its blocks of positions.
+    """Yield each piece of the vocabulary with the blocks of positions.
 
-    A block comes with the positions in it whose target lies in the piece, and the target's offset in the piece.
+    Each block comes with the positions in it whose target is in the piece, and these targets' offsets in the piece.
     """
     count = len(target)
     size = BLOCK.get(target.device.type, max(1, count))
@@ -110,7 +110,7 @@ def vocabulary_pieces(
 
 
 def _logits(hidden, weight, bias, part, scale, cap):
-    """Return the logits of the words in `part`, and their hyperbolic tangents if there is a cap."""
+    """Return the logits of the words in `part`, and tanh(logits / cap) or None without a cap."""
     logits = torch.nn.functional.linear(hidden, weight[part], None if bias is None else bias[part]).float()
     if scale != 1:
         logits *= scale

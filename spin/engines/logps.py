@@ -1,4 +1,4 @@
-"""log p(response | prompt), summed over the response's tokens, in fp32 from the logits on."""
+"""Compute log p(response | prompt), summed over the response's tokens, in fp32 from the logits on."""
 
 import hashlib
 import json
@@ -18,19 +18,19 @@ from spin.engines.packing import Batch, Continuations, collate, plan_packed, pla
 from spin.runtime.errors import UserError, brief, user_message
 from spin.runtime.shards import Shard, ShardDriver, compute_shards
 
-LAYOUTS = ("packed", "padded")  # the fastest first
-# The largest difference due to rounding, in nats per response token: several times that of the embedded model, and less
-# than that of a wrong mask.
+LAYOUTS = ("packed", "padded")  # fastest first
+# Largest difference attributed to rounding, in nats per response token: several times that of the embedded model, and
+# less than that of a wrong mask.
 TOKEN_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.03}
 
 
 @dataclass(frozen=True)
 class Forward:
-    """How log-probs are computed; all ways agree up to rounding.
+    """A method of computing log-probs. All methods agree up to rounding.
 
-    layout: "packed" (one row per batch, prompts shared, attention over each sequence) or "padded", for models that need
-    their own attention. head: "chunked" (logits of response positions only, in pieces of `head_chunk` words that are not
-    stored) or "full" (the model's own logits, for heads that are not one product).
+    layout: "packed" (one row per batch, prompts shared, attention within each sequence) or "padded", for models that
+    need their own attention. head: "chunked" (logits at response positions only, in pieces of `head_chunk` words that
+    are not stored) or "full" (the model's own logits, for heads that are not a single matrix product).
     """
 
     layout: str
@@ -44,14 +44,14 @@ class Forward:
         return plan(items, self.tokens_per_batch)
 
     def batches(self, items: Sequence[Continuations]) -> Iterator[Batch]:
-        """Yield the batches of `items` one by one: together they could exceed memory."""
+        """Yield the batches of `items` one at a time, as all of them together could exceed memory."""
         return (collate(items, self.layout, chosen) for chosen in self.plan(items))
 
 
 def sequence_logps(model: PreTrainedModel, batch: Batch, forward: Forward, head: "OutputLayer | None" = None) -> Tensor:
-    """Return the sum over each response's tokens of log p(token | prompt, earlier tokens): fp32 [batch.responses], in nats.
+    """Return the sum of log p(token | prompt, earlier tokens) over each response: fp32 [batch.responses], in nats.
 
-    `head` is the model's output layer, if that must be a registered module: its weights are sharded.
+    `head` is the model's output layer, if it must be a registered module because its weights are sharded.
     """
     inputs = _inputs(model, batch, forward.layout)
     if forward.head == "full":
@@ -76,7 +76,7 @@ def _inputs(model: PreTrainedModel, batch: Batch, layout: str) -> dict:
 
 
 def reference_logps(model: PreTrainedModel, item: Continuations) -> list[Tensor]:
-    """Return the token log-probs of each response by the model's own forward, one sequence at a time."""
+    """Return the token log-probs of each response, from the model's own forward on one sequence at a time."""
     result = []
     for response in item.responses:
         ids = torch.tensor([[*item.prompt_ids, *response]], device=model.device)
@@ -95,10 +95,10 @@ def compute_logps(
 ) -> Tensor:
     """Return `sequence_logps` of all responses of all items, without gradients, in the items' order: fp32, on the CPU.
 
-    `keep` computes or restores shards of whole batches, of at least `shard_size` items; the division changes no bits.
-    `advance` gets the number of items scored since its last call. Raises UserError if a log-prob is not finite.
+    `keep` computes or restores shards of whole batches, with at least `shard_size` items each; sharding does not affect
+    the results. `advance` is called with the number of items just scored. Raises UserError if a log-prob is not finite.
     """
-    first = [0, *accumulate(len(item.responses) for item in items)]  # the number of each item's first response
+    first = [0, *accumulate(len(item.responses) for item in items)]  # index of each item's first response
     result = torch.empty(first[-1])
 
     @torch.inference_mode()
@@ -116,7 +116,7 @@ def compute_logps(
         text = json.dumps([[items[i].prompt_ids, *items[i].responses] for chosen in plan for i in chosen])
         return hashlib.sha256(text.encode()).hexdigest()
 
-    plans: list[list[list[int]]] = []  # of each shard
+    plans: list[list[list[int]]] = []  # batches of each shard
     for chosen in forward.plan(items):
         if not plans or sum(map(len, plans[-1])) >= shard_size:
             plans.append([])
@@ -147,8 +147,8 @@ def choose_forward(
     """Choose the fastest forward that agrees with the model's own on a few of `items`.
 
     A wrong attention mask or head raises no error, so each candidate's log-probs are compared with `reference_logps`.
-    `longest` is the number of tokens of the run's longest item, which may exceed an attention window. Returns the forward,
-    and a note if it is not the first choice. Raises UserError if no candidate that `layout` allows agrees with the model.
+    `longest` is the length in tokens of the run's longest item, which may exceed an attention window. Returns the
+    forward, and a note if it is not the first choice. Raises UserError if no candidate that `layout` allows agrees.
     """
     sample = list(items[:4])
     window = attention_window(model)
@@ -167,7 +167,7 @@ def choose_forward(
             try:
                 logps = compute_logps(model, sample, forward)
             except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
-                is_plain = (candidate_layout, head) == ("padded", "full")  # the model's own forward, but for the batch
+                is_plain = (candidate_layout, head) == ("padded", "full")  # the model's own forward, only batched
                 if is_plain or (user_message(error) and not isinstance(error, UserError)):
                     raise
                 reason = f"the model does not support it ({brief(error)})"
@@ -185,12 +185,12 @@ def choose_forward(
 
 
 def _unpackable(model: PreTrainedModel, longest: int) -> str | None:
-    """Return why the model's config rules out packed rows, or None."""
+    """Return the reason why the model's config rules out packed rows, or None."""
     config = model.config.get_text_config()
     if config._attn_implementation not in ("sdpa", PACKED_ATTENTION):
         return f"its attention ({config._attn_implementation}) is not SDPA"
     window = attention_window(model)
-    # Packed rows on a CPU apply the window to each sequence; a GPU's block mask has none.
+    # Packed attention on a CPU applies the window to each sequence; the block mask on a GPU has no window.
     if window and window < longest and model.device.type != "cpu":
         return f"its attention window of {window} is shorter than an item"
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])

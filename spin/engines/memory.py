@@ -1,6 +1,6 @@
 """Estimate the memory that a run needs, before weights are loaded.
 
-Weights, gradients and optimiser states are counted; activations are estimated by formulas for a Llama's layer.
+Weights, gradients and optimiser states are counted; activations are estimated with formulas for a Llama layer.
 `benchmarks/memory_table.py` prints which settings fit on which GPU.
 """
 
@@ -22,20 +22,20 @@ from spin.runtime.process_group import ProcessGroup
 from spin.runtime.tables import Rows
 
 BYTES = {"fp32": 4, "bf16": 2}
-NF4 = 0.5 + 0.127 / 8  # bytes per weight: 4 bits, and 0.127 bits for the 8-bit scales of blocks of 64 weights
-LIVE = 1_000_000_000  # weights that ZeRO 3 keeps gathered at most
-RANK = 16  # of the adapter that advice is computed for
+NF4 = 0.5 + 0.127 / 8  # bytes per weight: 4 bits plus 0.127 bits for the 8-bit scales of blocks of 64 weights
+LIVE = 1_000_000_000  # largest number of weights that ZeRO 3 keeps gathered
+RANK = 16  # rank of the adapter that `advice` assumes
 COUNTED = ("weights", "masters", "gradients", "optimiser states")
 Parts = dict[str, float]  # bytes by purpose
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's sizes.
+    """The sizes of a model.
 
-    `weights` counts all weights, tied ones once; `linear` those that quantisation rounds; `adapter` those of its adapter;
-    `largest` those of the largest trained tensor. `queries` and `keys` are widths of all heads together, `inner` is that
-    of the feed-forward part.
+    `weights` counts all weights (tied weights once), `linear` those that quantisation rounds, `adapter` those of the
+    adapter, and `largest` those of the largest trained tensor. `queries` and `keys` are the total widths of all heads,
+    and `inner` is the width of the feed-forward block.
     """
 
     weights: int
@@ -52,7 +52,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Load:
-    """The model, settings and lengths that decide how much memory a process needs."""
+    """The model, settings and lengths that determine how much memory a process needs."""
 
     shape: Shape
     precision: str
@@ -61,19 +61,19 @@ class Load:
     quantization: str | None
     training_tokens: int  # of the largest micro-batch
     scoring_tokens: int
-    row: int  # tokens of the longest item in a batch: a packed row, or a padded row for each answer
+    row: int  # tokens of the longest item in a batch: a packed row, or one padded row per answer
     head_chunk: int
-    decoded: int  # answers that are decoded together
+    decoded: int  # answers that are decoded at a time
     prompt: int  # tokens of the longest prompt
     length: int  # tokens of the longest prompt and its generated answer
-    files: int = 0  # bytes of the weight files, if they are read into the same memory: on a CPU
+    files: int = 0  # bytes of the weight files if they are read into the same memory (on a CPU)
     trains: bool = True
-    states: str = "fp32"  # the type of the optimiser's averages
-    passes: int = 2  # micro-batches of a step
-    zero_stage: int | None = None  # of DeepSpeed; None: one process trains
+    states: str = "fp32"  # type of the optimiser's states
+    passes: int = 2  # micro-batches per step
+    zero_stage: int | None = None  # of DeepSpeed; None for training in one process
     ranks: int = 1
     offload: bool = False  # DeepSpeed keeps masters and optimiser states in main memory
-    on_cpu: bool = False  # main memory is the device's
+    on_cpu: bool = False  # the device's memory is main memory
 
     @property
     def bytes(self) -> int:
@@ -85,7 +85,7 @@ class Load:
 
 
 def shape_of(architecture: PretrainedConfig, rank: int = 0) -> Shape:
-    """Count a model's weights and those of an adapter of `rank` beside its linear layers, without allocating them."""
+    """Count the weights of a model and of an adapter of `rank` on its linear layers, without allocating them."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(architecture, trust_remote_code=False)
     head = model.get_output_embeddings()
@@ -118,24 +118,24 @@ def load_of(
     dtype: torch.dtype,
     ranks: ProcessGroup,
 ) -> Load:
-    """Return the sizes that decide a run's peak memory on one rank."""
+    """Return the sizes that determine a run's peak memory on one rank."""
     engine, generation = config.engine, config.generation
     new, is_on_cpu = config.max_new_tokens, device.type == "cpu"
     prompt = int(data.all.lengths("prompt_ids").max())
 
     def longest(examples: Rows[Example], num_answers: int) -> int:
         prompts, answers = examples.lengths("prompt_ids"), examples.lengths("real_ids")
-        if engine.layout == "padded":  # a row for each answer
+        if engine.layout == "padded":  # one row per answer
             return int(((1 + num_answers) * (prompts + np.maximum(answers, new))).max(initial=0))
         return int((prompts + answers + num_answers * new).max(initial=0))
 
-    # An evaluation scores two generated answers to a prompt: the policy's and its opponent's.
+    # An evaluation scores two generated answers per prompt: the policy's and its opponent's.
     measured = data.held_out + data.validation
     train_row, held_out_row = longest(data.train, config.answers_per_prompt), longest(measured, 2)
     row = max(train_row, held_out_row)
     scored = max(len(data.train) * train_row, len(measured) * held_out_row)
     batch = max(engine.tokens_per_batch, train_row)
-    items = -(-config.schedule.batch_size // ranks.size)  # of a step, on this rank
+    items = -(-config.schedule.batch_size // ranks.size)  # per step, on this rank
     answers = max(len(data.train) * generation.num_answers, len(measured))
     return Load(
         shape,
@@ -162,10 +162,10 @@ def load_of(
 
 
 def bytes_per_weight(load: Load) -> Parts:
-    """Return the bytes that training holds for each trained weight.
+    """Return the bytes that training holds per trained weight, by purpose.
 
-    In `SingleEngine` an fp32 weight is its own master, and a bf16 one is completed by 2 bytes; sums of gradients are
-    fp32. A rank of `DeepSpeedEngine` has fp32 masters beside the weights, and from stage 1 on fp32 gradients.
+    In `SingleEngine` an fp32 weight is its own master, a bf16 weight has 2 more bytes for its master, and sums of
+    gradients are fp32. In `DeepSpeedEngine` a rank has separate fp32 masters, and fp32 gradients from stage 1 on.
     """
     width, stage, is_bf16 = load.bytes, load.zero_stage, load.precision == "bf16"
     optimizer = OptimizerConfig.from_defaults(name=load.optimizer, states=load.states)
@@ -185,31 +185,31 @@ def bytes_per_weight(load: Load) -> Parts:
 
 
 def training(load: Load) -> Parts:
-    """Return the peak of a step: in one process the start of the backward pass, or the update."""
+    """Return the peak memory of a step. In one process it is at the start of the backward pass or in the update."""
     shape, width, tokens = load.shape, load.bytes, load.training_tokens
     constant = {name: load.trained * size for name, size in bytes_per_weight(load).items()}
     constant["weights"] = _weights(load)
     layer = tokens * _kept_by_layer(load)
     between_layers = tokens * shape.width * width
     activations = shape.layers * between_layers + layer if load.checkpointing else shape.layers * layer
-    if load.quantization:  # a layer at a time is widened
+    if load.quantization:  # one layer at a time is dequantised
         activations += shape.width * max(shape.inner, shape.queries) * width
     head = _head(load, tokens, trained=not shape.adapter) + 3 * between_layers
     passing = {"activations": activations, "output layer": head}
     if load.zero_stage is not None:
         moments = _moments_of_rank(load, load.zero_stage, constant, passing)
     else:
-        update = max(2 * 4 * shape.largest, layer)  # the quotient and the denominator, a tensor at a time
+        update = max(2 * 4 * shape.largest, layer)  # quotient and denominator of one tensor at a time
         moments = [{**constant, **passing}, {**constant, "update": update}]
-        if load.passes == 1:  # there are no gradients yet
+        if load.passes == 1:  # there are no gradients at the start of the backward pass
             del moments[0]["gradients"]
     return max(moments, key=total)
 
 
 def _moments_of_rank(load: Load, stage: int, constant: Parts, passing: Parts) -> list[Parts]:
-    """Return what a rank holds before the backward pass, when gradients are summed, in the update and in a checkpoint.
+    """Return a rank's memory before the backward pass, while gradients are summed, in the update and in a checkpoint.
 
-    The copies are those that DeepSpeed's stage_1_and_2.py and stage3.py make.
+    It includes the copies that DeepSpeed's stage_1_and_2.py and stage3.py make.
     """
     width, is_bf16, trained, largest = load.bytes, load.precision == "bf16", load.trained, load.shape.largest
     part = trained / load.ranks if stage else trained
@@ -219,15 +219,15 @@ def _moments_of_rank(load: Load, stage: int, constant: Parts, passing: Parts) ->
         gathered = width * min(load.shape.weights, LIVE)
         constant["weights"] /= load.ranks
         constant |= {"gradients": gradients, "buckets": 4 * bucket}  # allocated once
-    if load.offload and load.on_cpu:  # second copies: of gradients, and of weights on their way to the "device"
+    if load.offload and load.on_cpu:  # second copies of gradients, and of weights on their way to the "device"
         constant["offload"] = 4 * part + (0 if stage == 3 else width * (part + 2 * largest))
     before = {**constant, **passing, "gathered weights": gathered}
     if load.passes > 1:
         before["gradients"] = gradients
-    if stage in (1, 2) and not load.on_cpu:  # allocated with the first gradient; a CPU takes memory as it is written
+    if stage in (1, 2) and not load.on_cpu:  # allocated with the first gradient; on a CPU, memory counts once written
         before["buckets"] = (4 if stage == 1 else width) * bucket
-    # Gradients are moved into a bucket, flattened into a copy and, at stage 2, widened into another. At stage 1 the
-    # whole gradients are the bucket, and a rank's part is added. Gloo copies what it scatters.
+    # Gradients are moved into a bucket, flattened into a copy and, at stage 2, converted to fp32 in another copy. At
+    # stage 1 the full gradients serve as the bucket, and a rank's part is added. Gloo copies the tensors it scatters.
     buckets = (
         width * bucket,
         4 * (bucket + part),
@@ -235,47 +235,47 @@ def _moments_of_rank(load: Load, stage: int, constant: Parts, passing: Parts) ->
         4 * bucket * (3 if load.on_cpu else 2),
     )[stage]
     summing = {**constant, "gradients": gradients, "buckets": buckets}
-    if stage > 1:  # which begins as soon as the first bucket is full
+    if stage > 1:  # summing begins as soon as the first bucket is full
         remaining = 1 - bucket / trained
         summing["activations"] = remaining * passing["activations"]
         summing["gathered weights"] = max(remaining * gathered, width * largest if stage == 3 else 0)
-    # Stage 0 widens all gradients and updates a tensor at a time; a rank's part of all weights is one tensor. The
-    # update takes as many temporary values as there are states.
+    # Stage 0 converts all gradients to fp32 and updates one tensor at a time; at other stages a rank's part of all
+    # weights is one tensor. The update needs as many temporary values as there are states.
     if stage == 0:
         update = {"gradients": gradients, "update": 4 * trained * is_bf16 + states * largest / trained}
     else:
         update = {"update": states + (0 if load.offload and not load.on_cpu else 4 * part)}
     moments = [before, summing, {**constant, **update}]
-    if load.on_cpu:  # parts are put aside, and all states gathered
+    if load.on_cpu:  # masters are set aside, and all states gathered
         moments.append({**constant, "checkpoint": 4 * part + states * trained / part})
     return moments
 
 
 def scoring(load: Load) -> Parts:
-    """Return the peak of log-probs without gradients: the activations of one layer at a time."""
+    """Return the peak memory of computing log-probs without gradients, with activations of one layer at a time."""
     activations = load.scoring_tokens * _passing(load)
     head = _head(load, load.scoring_tokens, trained=False)
     return {"weights": _weights(load), "activations": activations, "output layer": head}
 
 
 def generating(load: Load) -> Parts:
-    """Return the key-value cache at its longest, and the larger of the prefill and the sampling of a token."""
+    """Return the peak memory of decoding: the full key-value cache, and the larger of prefill and sampling."""
     shape, width = load.shape, load.bytes
     cache = 2 * shape.layers * shape.keys * width * load.decoded * load.length
     prefill = load.decoded * load.prompt * (_passing(load) + load.prompt * width)
-    # Logits, probabilities and their sums; and a second copy of one layer's cache while it grows.
+    # Logits, probabilities and their cumulative sums, and a second copy of one layer's cache while it grows.
     sampling = load.decoded * shape.vocabulary * (width + 16) + cache / shape.layers
     return {"weights": _weights(load), "key-value cache": cache, "activations": max(prefill, sampling)}
 
 
 def loading(load: Load) -> Parts:
-    """Return the base's weights and their files, which stay mapped until the last is read."""
+    """Return the memory of the base's weights and of their files, which stay mapped until the last one is read."""
     base = replace(load, shape=replace(load.shape, adapter=0))
     return {"weights": _weights(base), "files": load.files}
 
 
 def stages(load: Load) -> dict[str, Parts]:
-    """Return the peak of each stage by its name."""
+    """Return the peak memory of each stage by name."""
     peaks = {"generating": generating(load), "scoring": scoring(load)}
     peaks |= {"training": training(load)} if load.trains else {}
     return peaks | ({"loading": loading(load)} if load.files else {})
@@ -286,21 +286,21 @@ def total(parts: Parts) -> float:
 
 
 def peak(load: Load) -> float:
-    """Return the bytes of the largest stage."""
+    """Return the peak memory in bytes of the largest stage."""
     return max(map(total, stages(load).values()))
 
 
 def _weights(load: Load) -> float:
-    """Return the bytes of the model's weights and its adapter's."""
+    """Return the bytes of the weights of the model and its adapter."""
     shape = load.shape
     linear = shape.linear * (NF4 if load.quantization else load.bytes)
     return linear + load.bytes * (shape.weights - shape.linear + shape.adapter)
 
 
 def _kept_by_layer(load: Load) -> float:
-    """Return the bytes per token that a layer keeps for its backward pass (`activations.py`)."""
-    # Inputs and results of two norms; rotated queries, keys, values, attention's result; factors of the feed-forward part,
-    # and with checkpointing their product.
+    """Return the bytes per token that a layer stores for its backward pass (see `activations.py`)."""
+    # Inputs and outputs of two norms; rotated queries, keys, values, the attention output; factors of the feed-forward
+    # block, and with checkpointing their product.
     shape, factors = load.shape, 3 if load.checkpointing else 2
     return load.bytes * (4 * shape.width + 3 * shape.queries + 2 * shape.keys + factors * shape.inner)
 
@@ -312,22 +312,22 @@ def _passing(load: Load) -> float:
 
 
 def _head(load: Load, tokens: int, trained: bool) -> float:
-    """Return the bytes of the output layer: logits in fp32 and in the compute type, for a chunk of words.
+    """Return the bytes of the output layer: logits of a chunk of words, in fp32 and in the compute type.
 
-    If it is trained: also its gradient, the (tied) embeddings' and their sum.
+    If it is trained, this includes its gradient, that of the (tied) embeddings, and their sum.
     """
     width, vocabulary = load.bytes, load.shape.vocabulary
     logits = tokens * min(load.head_chunk, vocabulary) * (4 + width)
     return logits + (load.shape.width * vocabulary * 3 * width if trained else 0)
 
 
-# --- is there enough? -------------------------------------------------------------------------------------------------
+# --- check and advice -------------------------------------------------------------------------------------------------
 
 
 def check_memory(load: Load, device: DeviceMemory, architecture: PretrainedConfig) -> list[str]:
-    """Return a line that says what the run needs, and if that exceeds the free memory a warning with advice.
+    """Return a line with the memory that the run needs and, if that exceeds the free memory, a warning with advice.
 
-    Raises UserError if what is counted, not estimated, exceeds all memory of the device.
+    Raises UserError if the counted part, without estimates, exceeds the total memory of the device.
     """
     stage, worst = max(stages(load).items(), key=lambda item: total(item[1]))
     shown = {"process": device.before, **worst}
@@ -350,7 +350,7 @@ def check_memory(load: Load, device: DeviceMemory, architecture: PretrainedConfi
 
 
 def advice(load: Load, device: DeviceMemory, architecture: PretrainedConfig) -> str:
-    """Return the settings that make the run fit; those that keep finished stages are tried first."""
+    """Return advice on settings that make the run fit. Settings that keep finished stages are tried first."""
 
     def missing(load: Load) -> float:
         return sum(max(0.0, device.before + total(parts) - device.free) for parts in stages(load).values())
@@ -359,7 +359,7 @@ def advice(load: Load, device: DeviceMemory, architecture: PretrainedConfig) -> 
     smaller = {name: min(load.row, getattr(load, name)) for name in ("training_tokens", "scoring_tokens")}
     optimizer = f"{load.optimizer}8bit" if is_single and load.optimizer in STATES else load.optimizer
     adapted = load.shape if load.shape.adapter else shape_of(architecture, RANK)
-    # Each with the fields that it changes, in the order of what it costs.
+    # Settings and the fields that they change, in order of increasing cost.
     changes: list[tuple[str, dict[str, Any]]] = [
         ("engine.gradient_checkpointing=true", {"checkpointing": True}),
         ("engine.zero_stage=3", {"zero_stage": None if is_single else 3}),

@@ -1,7 +1,7 @@
-"""RMSprop and AdamW: PyTorch's own updates on fp32 master weights, computed in pieces that fit the processor's cache.
+"""RMSprop and AdamW: PyTorch's own updates of fp32 master weights, computed in pieces that fit the processor's cache.
 
-A weight may be stored as bf16 with its residual bits (see `residual_bits`): together they are the fp32 master, and the
-model computes with the bf16 half.
+A weight may be stored as a bf16 number and its residual bits (see `residual_bits`). Together they are the fp32 master;
+the model computes with the bf16 half.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,12 +18,12 @@ from torch.optim.rmsprop import rmsprop
 from spin.config.schema import OptimizerConfig
 from spin.runtime.random import seed_of
 
-Tensors = Mapping[str, Tensor]  # by the weights' names
-STATES = {"rmsprop": ("square_avg",), "adamw": ("exp_avg", "exp_avg_sq")}  # kept for each weight
-# 8-bit states with a scale for each 256 weights, in units of four bytes a weight.
+Tensors = Mapping[str, Tensor]  # by weight name
+STATES = {"rmsprop": ("square_avg",), "adamw": ("exp_avg", "exp_avg_sq")}  # per weight
+# Size of 8-bit states with one scale per 256 weights, in units of four bytes per weight.
 EIGHT_BIT = {"rmsprop8bit": 0.254, "adamw8bit": 0.508}
-PIECE = {"cpu": 2**17}  # weights updated together, by device: they fit a CPU's cache
-LARGE_PIECE = 2**26  # on a GPU
+PIECE = {"cpu": 2**17}  # weights per piece, by device type: a piece fits a CPU's cache
+LARGE_PIECE = 2**26  # for GPUs
 
 
 def state_values_per_weight(config: OptimizerConfig) -> float:
@@ -36,8 +36,8 @@ def state_values_per_weight(config: OptimizerConfig) -> float:
 class Optimizer:
     """RMSprop or AdamW with states in fp32, or in bf16 with stochastic rounding.
 
-    Stochastic rounding keeps the expected value, so that changes too small for bf16 still add up. Its noise depends only
-    on the number of the update and the name of the weight: a resumed run draws the same.
+    Stochastic rounding preserves the expected value, so changes too small for bf16 still accumulate. Its noise depends
+    only on the number of the update and the name of the weight, so a resumed run draws the same noise.
     """
 
     def __init__(self, config: OptimizerConfig, weights: Tensors):
@@ -50,7 +50,7 @@ class Optimizer:
         }
 
     def step(self, weights: Tensors, residuals: Tensors, grads: Tensors, lr: float, scale: float) -> None:
-        """Update the weights, and the residual bits of those that have them, with `scale` times the gradients."""
+        """Update the weights, and their residual bits if any, with `scale` times the gradients."""
         self.updates += 1
         for name, grad in grads.items():
             weight, residual, states = weights[name].view(-1), residuals.get(name), self.states[name]
@@ -97,17 +97,17 @@ def _pieces(weight: Tensor) -> Iterator[slice]:
 
 
 def global_norm(grads: Iterable[Tensor]) -> float:
-    """Return the fp32 norm of all gradients together; in pieces, as PyTorch would copy a whole tensor to fp32."""
+    """Return the norm of all gradients in fp32, computed in pieces as PyTorch would copy whole tensors to fp32."""
     flat = [grad.view(-1) for grad in grads]
     norms = [torch.linalg.vector_norm(grad[piece], dtype=torch.float32) for grad in flat for piece in _pieces(grad)]
     return torch.linalg.vector_norm(torch.stack(norms)).item()
 
 
-# --- bf16 numbers that lose nothing of fp32 ---------------------------------------------------------------------------
+# --- conversion of fp32 to bf16 ---------------------------------------------------------------------------------------
 
 
 def residual_bits(master: Tensor, rounded: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return the int16 difference between the bits of `master` (fp32) and of `rounded`, the nearest bf16.
+    """Return the int16 difference between the bits of `master` (fp32) and of `rounded`, the nearest bf16 number.
 
     A master exactly half-way below an even bf16 (one in 131,072) is stored as its fp32 neighbour.
     """
@@ -116,11 +116,11 @@ def residual_bits(master: Tensor, rounded: Tensor, out: Tensor | None = None) ->
 
 
 def combine(rounded: Tensor, residual: Tensor) -> Tensor:
-    """Return the fp32 master of a bf16 weight and its residual bits."""
+    """Return the fp32 master from a bf16 weight and its residual bits."""
     return rounded.float().view(torch.int32).add_(residual).view(torch.float32)
 
 
 def round_stochastically(value: Tensor, generator: torch.Generator) -> Tensor:
-    """Round `value` (fp32, finite) up or down to bf16; the probabilities keep its expected value."""
+    """Round `value` (fp32, finite) randomly up or down to bf16, so that its expected value is preserved."""
     noise = torch.randint(0, 2**16, value.shape, generator=generator, device=value.device, dtype=torch.int32)
     return ((value.view(torch.int32) + noise) & -(2**16)).view(torch.float32).to(torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Pack prompts and responses into batches, as tensors."""
+"""Pack prompts and responses into batches of tensors."""
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ class Continuations:
 
     @property
     def tokens(self) -> int:
-        """Length when the responses share their prompt."""
+        """The number of tokens if the responses share their prompt."""
         return len(self.prompt_ids) + sum(map(len, self.responses))
 
 
@@ -29,10 +29,10 @@ class Continuations:
 class Batch:
     """Items that share one forward pass.
 
-    input_ids, position_ids: [rows, length]. attention_mask, by layout: "packed", always one row: the table of lengths
-    that `attention.py` reads; "padded": int [rows, length]. For each response token n: `target[n]` is its id, `source[n]`
-    the index into rows * length of the position that predicts it, `sequence[n]` the number of its response, from 0 in the
-    order of `items`. `tokens` excludes padding.
+    input_ids, position_ids: [rows, length]. attention_mask: with the layout "packed" (always one row) the table of
+    lengths that `attention.py` describes; with "padded" int [rows, length]. For each response token n, `target[n]` is
+    its id, `source[n]` the index into rows * length of the position that predicts it, and `sequence[n]` the index of
+    its response, in the order of `items`. `tokens` excludes padding.
     """
 
     items: list[int]
@@ -51,9 +51,9 @@ class Batch:
 
 
 def collate(items: Sequence[Continuations], layout: str, chosen: Sequence[int]) -> Batch:
-    """Return the items `chosen` as one batch.
+    """Return a batch of the items with the indices `chosen`.
 
-    layout "packed": one row of all items, each prompt once. "padded": a row for each response, the prompt repeated.
+    layout "packed": one row with all items, each prompt once. "padded": one row per response, with the prompt repeated.
     """
     batch = [items[i] for i in chosen]
     responses = [response for item in batch for response in item.responses]
@@ -100,8 +100,8 @@ def collate(items: Sequence[Continuations], layout: str, chosen: Sequence[int]) 
 def plan_packed(items: Sequence[Continuations], tokens_per_row: int) -> list[list[int]]:
     """Divide the indices of `items` into packed rows of at most `tokens_per_row` tokens.
 
-    Best fit decreasing: each item, longest first, goes into the fullest row that has space for it. An item longer than
-    the budget has a row to itself. Takes n log n operations.
+    Best-fit decreasing: each item, longest first, goes into the fullest row with enough space for it. An item longer
+    than the limit gets a row of its own. Takes n log n operations.
     """
     rows: list[list[int]] = []
     # (free tokens, row), sorted, so that bisection finds the fullest row with space.
@@ -120,7 +120,7 @@ def plan_packed(items: Sequence[Continuations], tokens_per_row: int) -> list[lis
 
 
 def plan_padded(items: Sequence[Continuations], tokens_per_batch: int) -> list[list[int]]:
-    """Divide the indices of `items`, longest first, into batches of at most `tokens_per_batch` tokens, padding included.
+    """Divide the indices of `items`, longest first, into batches of at most `tokens_per_batch` tokens with padding.
 
     All responses of an item are in one batch.
     """
@@ -138,7 +138,7 @@ def plan_padded(items: Sequence[Continuations], tokens_per_batch: int) -> list[l
 
 
 def balance_by_tokens(items: Sequence[Continuations], ranks: int) -> list[list[int]]:
-    """Divide the indices of `items` over `ranks`: each item, longest first, goes to the rank with the fewest tokens."""
+    """Divide the indices of `items` among ranks: each item, longest first, goes to the rank with the fewest tokens."""
     shares: list[list[int]] = [[] for _ in range(ranks)]
     tokens = [0] * ranks
     for index in sorted(range(len(items)), key=lambda i: -items[i].tokens):

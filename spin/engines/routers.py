@@ -1,4 +1,4 @@
-"""The routers of a mixture of experts, and the auxiliary loss that keeps its experts evenly used."""
+"""The routers of mixture-of-experts models, and the auxiliary loss that balances the load of the experts."""
 
 import contextlib
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from spin.engines.packing import Batch
 def find_routers(model: PreTrainedModel) -> list[tuple[nn.Module, int]]:
     """Return the routers of `model`, each with the index of its logits among its outputs.
 
-    There are none if the model is dense, or if transformers has no auxiliary loss for its kind of router.
+    The list is empty if the model is dense, or if transformers has no auxiliary loss for its kind of router.
     """
     recorder = (getattr(model, "_can_record_outputs", None) or {}).get("router_logits")
     config = model.config.get_text_config()
@@ -26,9 +26,9 @@ def find_routers(model: PreTrainedModel) -> list[tuple[nn.Module, int]]:
 
 @contextlib.contextmanager
 def record_router_logits(model: PreTrainedModel | None) -> Iterator[list[Tensor]]:
-    """Yield a list that gets each router's logits, [tokens, experts], of the forward passes within the context.
+    """Yield a list that collects each router's logits, [tokens, experts], during forward passes within the context.
 
-    Without a model it stays empty.
+    Without a model the list stays empty.
     """
     recorded: list[Tensor] = []
     hooks = [
@@ -43,18 +43,18 @@ def record_router_logits(model: PreTrainedModel | None) -> Iterator[list[Tensor]
 
 
 def balance_losses(model: PreTrainedModel, logits: list[Tensor], batch: Batch, layout: str) -> Tensor:
-    """Return the load-balancing loss of each prompt with its response: fp32 [batch.responses], with gradients.
+    """Return the load-balancing loss of each sequence prompt + response: fp32 [batch.responses], with gradients.
 
         loss = mean over layers of E sum_e f_e p_e
 
-    E is the number of experts, f_e the share of the tokens that go to expert e, p_e its mean probability (Switch
-    Transformer, arXiv 2101.03961, equations 4 to 6). With k experts per token the f_e add up to k, and the loss is k if
-    all are used evenly. `logits` has those of each layer, from one forward pass.
+    E is the number of experts, f_e the fraction of tokens routed to expert e, p_e its mean probability (Switch
+    Transformer, arXiv 2101.03961, equations 4 to 6). With k experts per token the f_e sum to k, and the loss is k if
+    the load is balanced. `logits` holds one tensor per layer, from one forward pass.
     """
     top_k, count = model.config.get_text_config().num_experts_per_tok, logits[0].shape[-1]
     probs = torch.stack([layer.reshape(-1, count).float().softmax(-1) for layer in logits], dim=1)
     chosen = torch.zeros_like(probs).scatter_(-1, probs.detach().topk(top_k, dim=-1).indices, 1.0)
-    values = torch.stack([chosen, probs], dim=1).flatten(1)  # of [tokens, 2, layers, experts]
+    values = torch.stack([chosen, probs], dim=1).flatten(1)  # flattened from [tokens, 2, layers, experts]
     values = torch.cat([values, values.new_ones(len(values), 1)], dim=1)
     sums = _sum_by_sequence(values, batch.attention_mask.to(values.device), layout)
     shares = sums[:, :-1] / sums[:, -1:]
@@ -63,10 +63,10 @@ def balance_losses(model: PreTrainedModel, logits: list[Tensor], batch: Batch, l
 
 
 def _sum_by_sequence(values: Tensor, mask: Tensor, layout: str) -> Tensor:
-    """Return sums over each prompt and its response, [responses, n], of [tokens of the batch, n]; `mask` as in `Batch`."""
+    """Sum `values`, [tokens of the batch, n], over each prompt + response: [responses, n]. `mask` as in `Batch`."""
     if layout == "padded":
         return (values.view(*mask.shape, -1) * mask[..., None]).sum(1)
-    table = mask[0, 0]  # of lengths: a prompt and its responses in each row
+    table = mask[0, 0]  # of lengths: each row has a prompt and its responses
     part = torch.arange(table.numel(), device=table.device).repeat_interleave(table.flatten())
     sums = values.new_zeros(table.numel(), values.shape[1]).index_add(0, part, values[: len(part)])
     sums = sums.view(*table.shape, -1)

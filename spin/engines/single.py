@@ -25,11 +25,11 @@ from spin.runtime.process_group import SINGLE_PROCESS
 
 
 class SingleEngine(Engine):
-    """The `Engine` of one process. The model computes in `dtype`; the optimiser updates fp32 master weights.
+    """An `Engine` of one process. The model computes in `dtype`; the optimiser updates fp32 master weights.
 
-    In bf16 a weight of 0.02 has a neighbour 6e-5 away, and an update with a learning rate of 5e-7 would be rounded away.
-    Each bf16 weight is stored with the 16 `residuals` bits that complete it to the fp32 master. Gradients of the first
-    micro-batch stay in `dtype`; those of further micro-batches are added in fp32.
+    The spacing of bf16 numbers near 0.02 is 1.2e-4, so an update with a learning rate of 5e-7 would be rounded away.
+    Each bf16 weight is therefore stored with the 16 `residuals` bits that complete it to the fp32 master. Gradients of
+    the first micro-batch stay in `dtype`; those of further micro-batches are added in fp32.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class SingleEngine(Engine):
         if dtype != torch.float32:
             masters, self.buffers = masters_of(policy, device)
             self._set_masters(masters)
-            del masters  # before the optimiser takes memory
+            del masters  # before the optimiser allocates memory
         self.grads: dict[str, Tensor] = {}
         self._hooks: list[Any] = []
         for name, weight in self.trained.items():
@@ -54,7 +54,7 @@ class SingleEngine(Engine):
 
     @property
     def masters(self) -> dict[str, Tensor]:
-        """The fp32 master weights by name, on the CPU, as a GPU may not have memory for all."""
+        """The fp32 master weights by name, on the CPU because a GPU may not have enough memory."""
         return {
             name: (combine(weight, self.residuals[name]) if name in self.residuals else weight).cpu()
             for name, weight in self.weights.items()
@@ -90,7 +90,7 @@ class SingleEngine(Engine):
         return norm
 
     def save(self, folder: Path) -> None:
-        release_free_memory()  # of the activations, before the fp32 masters are made
+        release_free_memory()  # of the activations, before the fp32 masters are allocated
         save_model(self.model, {**self.buffers, **self.masters}, self.policy, folder)
 
     def save_state(self, folder: Path) -> None:
@@ -104,6 +104,6 @@ class SingleEngine(Engine):
         self.optimizer.load(folder / OPTIMIZER)
 
     def close(self) -> None:
-        """Remove the hooks: a reference cycle of weights and engine that the garbage collector cannot see."""
+        """Remove the hooks: the garbage collector cannot detect their reference cycle of weights and engine."""
         while self._hooks:
             self._hooks.pop().remove()

@@ -1,4 +1,4 @@
-"""Requests for answers, and the answers that a model generated."""
+"""Requests for generated answers, and the answers."""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ Ids = Sequence[int]
 
 @dataclass(frozen=True)
 class Answer:
-    """Answer number `index` (from 0) to the example `id`: token ids, "stop" or "length", and the text."""
+    """Answer number `index` (from 0) to the example `id`. `finish_reason` is "stop" or "length"."""
 
     id: str
     index: int
@@ -31,9 +31,9 @@ class Answer:
 
 @dataclass(frozen=True)
 class AnswerRequest:
-    """A request for `num_answers` answers to each example, of up to `max_new_tokens` or up to one of `stop_ids`.
+    """A request for `num_answers` answers per example. Each ends with one of `stop_ids` or after `max_new_tokens`.
 
-    `keep` drives shards of `shard_size` answers; `advance` gets the number of answers that ended.
+    `keep` computes or restores shards of `shard_size` answers; `advance` is called with the number of finished answers.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -49,10 +49,10 @@ class AnswerRequest:
 
 
 def answer_in_shards(request: AnswerRequest, decode: Callable[[list[Ids], list[int]], list[list[int]]]) -> Rows[Answer]:
-    """Return the answers in the examples' order. Shards have prompts of similar length.
+    """Return the answers in the order of the examples. The prompts of a shard have similar lengths.
 
-    `decode(prompts, seeds)` returns the token ids of each answer. Each has its own stream of random numbers: a first
-    answer does not depend on how many follow.
+    `decode(prompts, seeds)` returns the token ids of each answer. Each answer has its own stream of random numbers, so
+    the first answers do not depend on `num_answers`.
     """
     examples = Rows.of(Example, request.examples)
     ids, lengths = examples.column("id"), examples.lengths("prompt_ids")

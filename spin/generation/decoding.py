@@ -1,4 +1,4 @@
-"""Decode many prompts together: waiting prompts take the rows of answers that have ended."""
+"""Continuous batching: decode many prompts at a time, and give the rows of finished answers to waiting prompts."""
 
 import inspect
 from collections import deque
@@ -13,14 +13,14 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from spin.engines.attention import PACKED_ATTENTION, attention_window, use_packed_attention
 from spin.runtime.errors import UserError
 
-# Rows are removed, and prompts join, once this share of the rows is free: a row that has ended costs as much as
-# another, but a prefill of few prompts costs more per prompt.
+# Finished rows are removed, and prompts join, once this share of the rows is free. A finished row costs as much as a
+# running one, but a prefill of few prompts costs more per prompt.
 FREE = 0.125
-# The largest difference due to rounding, in nats, weighted by probability. A wrong mask gives more.
+# Largest difference attributed to rounding, in nats, weighted by probability. A wrong mask causes larger ones.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 Ids = Sequence[int]
-# logits [rows, vocabulary], the prompt of each row, the length of its answer -> token ids [rows]
+# (logits [rows, vocabulary], index of each row's prompt, length of its answer) -> token ids [rows]
 Choose = Callable[[Tensor, list[int], list[int]], Tensor]
 
 
@@ -34,14 +34,14 @@ def decode(
     rows: int,
     advance: Callable[[int], None] = lambda ended: None,
 ) -> list[list[int]]:
-    """Return the token ids that follow each prompt, up to and including a stop id, at most `max_new_tokens`.
+    """Return the generated token ids for each prompt, up to and including a stop id, at most `max_new_tokens`.
 
-    At most `rows` prompts are decoded at a time. `advance` gets the number of answers that ended in each step.
+    At most `rows` prompts are decoded at a time. `advance` is called with the number of answers that end in a step.
     """
     batch = make_batch(model, prompts, min(rows, len(prompts)), max(map(len, prompts)) + max_new_tokens)
     answers: list[list[int]] = [[] for _ in prompts]
     waiting = deque(range(len(prompts)) if batch.pads else sorted(range(len(prompts)), key=lambda i: len(prompts[i])))
-    prompt_of: list[int] = []  # of each row
+    prompt_of: list[int] = []  # index of each row's prompt
     tokens = torch.empty(0, dtype=torch.long, device=model.device)
 
     def is_running(prompt: int) -> bool:
@@ -49,7 +49,7 @@ def decode(
         return len(answer) < max_new_tokens and (not answer or answer[-1] not in stop_ids)
 
     def extend(logits: Tensor, first: int) -> Tensor:
-        """Choose the next token of each row from `first` on, and append it to answers that run."""
+        """Choose the next token of each row from `first` on, and append it to answers that have not ended."""
         active = prompt_of[first:]
         chosen = choose(logits, active, [min(len(answers[i]), max_new_tokens - 1) for i in active])
         extended = [(i, token) for i, token in zip(active, chosen.tolist(), strict=True) if is_running(i)]
@@ -78,7 +78,7 @@ def decode(
 
 
 def _compact(is_running: Sequence[bool]) -> list[int]:
-    """Return the running rows; the last ones fill the places of ended rows."""
+    """Return the running rows, with the last ones moved to the places of finished rows."""
     rows = [row for row, running in enumerate(is_running) if running]
     movers = iter(row for row in rows if row >= len(rows))
     return [row if is_running[row] else next(movers) for row in range(len(rows))]
@@ -87,12 +87,12 @@ def _compact(is_running: Sequence[bool]) -> list[int]:
 def make_batch(
     model: PreTrainedModel, prompts: Sequence[Ids], rows: int, longest: int
 ) -> "ContinuousBatch | StaticBatch":
-    """Return a `ContinuousBatch` if the model allows it, else a `StaticBatch`, for `rows` rows of `longest` tokens.
+    """Return a `ContinuousBatch` if the model supports it, else a `StaticBatch`, for `rows` rows of `longest` tokens.
 
-    Each is compared with the model's own forward: a wrong mask, position or cache raises no error. A
-    `ContinuousBatch` needs layers that cache plain keys and values of all tokens; on a CPU its prompts are packed if
-    possible. A `StaticBatch` pads; for a state space that reads the padding it takes prompts of one length.
-    Raises UserError if no batch agrees.
+    Each candidate is compared with the model's own forward, because a wrong mask, position or cache raises no error. A
+    `ContinuousBatch` requires layers that cache the plain keys and values of all tokens; on a CPU its prompts are
+    packed if possible. A `StaticBatch` pads prompts, or takes prompts of equal length for state-space models that do
+    not ignore padding. Raises UserError if no candidate agrees.
     """
     window = attention_window(model)
     layers = DynamicCache(config=model.config).layers
@@ -114,7 +114,7 @@ def make_batch(
 
 @torch.inference_mode()
 def _agrees_with_forward(batch: "ContinuousBatch | StaticBatch", prompts: Sequence[Ids]) -> bool:
-    """Return whether a batch gives the model's own log-probs after a row has left, and one joined."""
+    """Return whether a batch gives the model's own log-probs after a row has been removed and another has joined."""
     model, token = batch.model, prompts[0][0]
     longest = max(prompts, key=len)
     second = min(prompts, key=len) if batch.pads else longest[::-1]
@@ -141,9 +141,9 @@ def _agrees_with_forward(batch: "ContinuousBatch | StaticBatch", prompts: Sequen
 
 
 class StaticBatch:
-    """A batch in the model's own cache, for any architecture: rows leave, but none joins.
+    """A batch that uses the model's own cache, for any architecture. Rows can be removed, but none can join.
 
-    With `pads` prompts may differ in length, and are padded on the left; without it there is no mask.
+    With `pads`, prompts may differ in length and are padded on the left; without it there is no mask.
     """
 
     joins = False
@@ -152,13 +152,13 @@ class StaticBatch:
         self.model, self.pads = model, pads
 
     def start(self, prompts: Sequence[Ids]) -> Tensor:
-        """Read the prompts, a row each. Returns the logits of the next token, [rows, vocabulary]."""
+        """Process the prompts, one per row. Returns the logits of the next token, [rows, vocabulary]."""
         self.cache = DynamicCache(config=self.model.config)
         ids, self.mask = _pad(prompts, self.model.device)
         return self._forward(ids)
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Read the last token of each row, [rows]. Returns the logits of the next one."""
+        """Process the last token of each row, [rows]. Returns the logits of the next token."""
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
         return self._forward(tokens[:, None])
 
@@ -167,17 +167,17 @@ class StaticBatch:
         return _forward(self.model, ids, positions, self.mask if self.pads else None, self.cache)
 
     def keep(self, rows: list[int]) -> None:
-        """Continue with these rows, in this order; if there is none, `start` comes next."""
+        """Keep only these rows, in this order. If there are none, `start` must be called next."""
         if rows:
             index = torch.tensor(rows, device=self.mask.device)
-            self.cache.reorder_cache(cast(torch.LongTensor, index))  # state spaces have no `batch_select_indices`
+            self.cache.reorder_cache(cast(torch.LongTensor, index))  # state-space caches have no `batch_select_indices`
             self.mask = self.mask[index]
 
 
 class ContinuousBatch:
-    """As `StaticBatch`, but prompts can join: the keys and values of each row start at column 0.
+    """A batch like `StaticBatch` that prompts can join, as the keys and values of each row start at column 0.
 
-    The cache is allocated once. With `packed`, prompts are read as one row without padding.
+    The cache is allocated once. With `packed`, prompts are processed as one row without padding.
     """
 
     joins = pads = True
@@ -209,7 +209,7 @@ class ContinuousBatch:
         mask = (torch.arange(width, device=tokens.device) <= self.lengths[:, None])[:, None, None]
         self._write_to(torch.arange(len(tokens), device=tokens.device), self.lengths, (slice(None), 0), width)
         logits = _forward(self.model, tokens[:, None], self.lengths[:, None], mask, self.cache)
-        # Rows whose answer has ended stay for some steps, and overwrite their last column.
+        # Rows with finished answers stay for some steps, and overwrite their last column.
         self.lengths = (self.lengths + 1).clamp(max=self.longest - 1)
         return logits
 
@@ -226,10 +226,10 @@ class ContinuousBatch:
 
 
 class _RowsLayer(DynamicLayer):
-    """keys, values: [rows, heads, columns, width], written in place at `rows` and `columns`, an entry for each token.
+    """A layer of the cache, with keys and values [rows, heads, columns, width] that are written in place.
 
-    `tokens` selects the tokens in [rows, length] of a forward pass. Attention reads the first `width` columns of `rows`,
-    or only the pass's keys and values if `width` is None.
+    Token n of a forward pass is written to `rows[n]`, `columns[n]`; `tokens` selects the tokens from [rows, length].
+    Attention reads the first `width` columns of `rows`, or only the pass's own keys and values if `width` is None.
     """
 
     keys: Tensor
@@ -245,7 +245,7 @@ class _RowsLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         keys, values = (x.transpose(1, 2)[self.tokens] for x in (key_states, value_states))  # [tokens, heads, width]
-        if not self.is_initialized:  # with zeros: masked values must be finite
+        if not self.is_initialized:  # zeros, as masked values must be finite
             self.keys, self.values = (
                 x.new_zeros(self.most_rows, x.shape[1], self.longest, x.shape[2]) for x in (keys, values)
             )
@@ -257,11 +257,11 @@ class _RowsLayer(DynamicLayer):
         return self.keys[: len(self.rows), :, : self.width], self.values[: len(self.rows), :, : self.width]
 
     def get_seq_length(self) -> int:
-        return 0  # for the mask of prompts, which have nothing before them; `step` makes its own mask
+        return 0  # for the mask of prompts, which start at position 0; `step` makes its own mask
 
 
 def _pad(prompts: Sequence[Ids], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return token ids and mask, [prompts, length], padded on the left."""
+    """Return the token ids and the mask, [prompts, length], of prompts padded on the left."""
     length = max(map(len, prompts))
     ids = torch.tensor([[0] * (length - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
@@ -275,10 +275,10 @@ def _positions(mask: Tensor) -> Tensor:
 def _forward(
     model: PreTrainedModel, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: Cache, at: Tensor | None = None
 ) -> Tensor:
-    """Return the logits, [rows * positions, vocabulary], at the positions `at`, by default the last one."""
-    # An index: for a slice, which is not contiguous, the output layer would copy its weights for each row.
+    """Return the logits, [rows * positions, vocabulary], at the positions `at` (default: the last one)."""
+    # An index, because a slice is not contiguous and the output layer would then copy its weights for each row.
     at = torch.tensor([ids.shape[1] - 1], device=ids.device) if at is None else at
-    # Mamba's name for the cache; it ignores the other one silently.
+    # Mamba models name the cache `cache_params`, and silently ignore `past_key_values`.
     name = "cache_params" if "cache_params" in inspect.signature(model.forward).parameters else "past_key_values"
     options = {name: cache, "use_cache": True, "logits_to_keep": at}
     return model(input_ids=ids, attention_mask=mask, position_ids=positions, **options).logits.flatten(0, 1)

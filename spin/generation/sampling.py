@@ -1,4 +1,4 @@
-"""Answers by the model itself, sampled from its distribution."""
+"""Generate answers with the model itself, by sampling from its distribution."""
 
 import torch
 from torch import Tensor
@@ -9,16 +9,16 @@ from spin.generation.decoding import decode
 from spin.runtime.errors import UserError
 from spin.runtime.tables import Rows
 
-CHUNK = 2**18  # logits that are sampled from at once on a CPU: they fit its cache
+CHUNK = 2**18  # logits processed at a time on a CPU: they fit its cache
 
 
 def generate_answers(model: PreTrainedModel, request: AnswerRequest) -> Rows[Answer]:
     """Generate the answers that `request` describes, in the examples' order.
 
-    Tokens are drawn from the model's distribution (temperature, then top_p; the model's generation_config is ignored), or
-    greedily at temperature 0. An answer depends on the other rows of its batch by rounding only. At most `batch_size`
-    answers are decoded at a time, and fewer where their tokens could exceed `settings.tokens`. Raises UserError if the
-    model's logits are not finite.
+    Tokens are sampled from the model's distribution (temperature, then top_p; the model's generation_config is
+    ignored), or chosen greedily at temperature 0. The other rows of a batch affect an answer only through rounding. At
+    most `settings.batch_size` answers are decoded at a time, fewer if their tokens could exceed `settings.tokens`.
+    Raises UserError if the model's logits are not finite.
     """
     settings, max_new_tokens = request.settings, request.max_new_tokens
 
@@ -43,10 +43,10 @@ def generate_answers(model: PreTrainedModel, request: AnswerRequest) -> Rows[Ans
 
 
 def sample_tokens(logits: Tensor, uniform: Tensor, temperature: float, top_p: float = 1.0) -> Tensor:
-    """Return a token for each row: the argmax at temperature 0, else the inverse distribution function at `uniform`.
+    """Return a token per row: the argmax at temperature 0, else the inverse cumulative distribution at `uniform`.
 
-    logits: [rows, vocabulary]; uniform: [rows] in [0, 1). Inversion takes one random number per token, where an
-    exponential race takes one for each entry of the vocabulary.
+    logits: [rows, vocabulary]; uniform: [rows] in [0, 1). Inversion takes one random number per token, whereas an
+    exponential race takes one per vocabulary entry.
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -59,7 +59,7 @@ def _sample(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -
     probs = (logits.float() / temperature).softmax(-1)
     if top_p < 1:
         ordered, order = probs.sort(dim=-1, descending=True)
-        # Keep the smallest set that reaches top_p: drop the tokens before which top_p is reached.
+        # Keep the smallest set that reaches top_p: drop each token whose predecessors already reach it.
         ordered[ordered.cumsum(-1) - ordered >= top_p] = 0
         probs = torch.zeros_like(probs).scatter(-1, order, ordered)
     cumulative = probs.cumsum(-1)

@@ -1,8 +1,8 @@
 """Generate answers with vLLM, which is optional and not imported here.
 
-vLLM pins versions of torch and transformers other than ours. It runs in separate processes (`vllm_worker.py`), with the
-interpreter of another environment if `generation.python` names one. They load the policy from its folder in the store.
-vLLM's log-probs differ from those of a forward pass, so pairs are scored by our engines.
+vLLM pins other versions of torch and transformers than spin. It runs in separate processes (`vllm_worker.py`), with the
+interpreter of another environment if `generation.python` is set. They load the policy from its folder in the store.
+vLLM's log-probs differ from those of a forward pass, so pairs are scored with the training engines.
 """
 
 import json
@@ -29,19 +29,19 @@ from spin.runtime.errors import TRY_AGAIN, UserError, brief
 from spin.runtime.signals import raise_if_stopped
 from spin.runtime.tables import Rows
 
-INSTALL = "python -m venv .venv-vllm && .venv-vllm/bin/pip install vllm==0.32.0"  # the version that was tried
-# torchrun's variables: with them vLLM's processes would join the wrong process group.
+INSTALL = "python -m venv .venv-vllm && .venv-vllm/bin/pip install vllm==0.32.0"  # the tested version
+# Environment variables of torchrun, with which vLLM's processes would join the wrong process group.
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
 WORKER = Path(__file__).with_name("vllm_worker.py")
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values that vLLM takes for `max_lora_rank`
-# A line of vLLM's log: the process; level, date, time and place; the text. Warnings have tracebacks, too.
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values that vLLM accepts for `max_lora_rank`
+# A line of vLLM's log: process; level, date, time and source location; text. Warnings may have tracebacks, too.
 LINE = re.compile(r"^(?:\[rank\d+\]: |\(\S+ pid=\d+\) )?(?:([A-Z]+) \S+ \S+ \[\S+\] )?(.*)$", re.MULTILINE)
 
 
 def check_vllm(config: GenerationConfig, start: Policy, rank: int) -> None:
-    """Raise UserError if vLLM can't generate here; another process imports it and checks its interface.
+    """Raise UserError if vLLM cannot be used. A separate process imports it and checks its interface.
 
-    `rank` is that of the policies' adapters, 0 if there are none.
+    `rank` is the rank of the policies' adapters, or 0 without adapters.
     """
     python, quantization = config.python or sys.executable, start.base_or_self.quantization
     if quantization:
@@ -80,9 +80,9 @@ def check_vllm(config: GenerationConfig, start: Policy, rank: int) -> None:
 
 
 def generate_with_vllm(policy: Policy, dtype: torch.dtype, logs: Path, request: AnswerRequest) -> Rows[Answer]:
-    """As `sampling.generate_answers`, by vLLM, whose processes write to the folder `logs`.
+    """Generate answers like `sampling.generate_answers`, but with vLLM, whose processes log to the folder `logs`.
 
-    They start with the first shard that is not stored. Raises UserError if one ends early.
+    The processes start with the first shard that is not stored. Raises UserError if one ends early.
     """
     settings, max_new_tokens, stop_ids = request.settings, request.max_new_tokens, request.stop_ids
     longest = max(len(example.prompt_ids) for example in request.examples) + max_new_tokens
@@ -106,14 +106,14 @@ def llm_arguments(
     """Return the arguments of `vllm.LLM` for up to `longest` tokens and adapters of up to `rank` (0: none)."""
     arguments = {
         "model": str(policy.base_or_self.folder.resolve()),
-        "skip_tokenizer_init": True,  # token ids in and out: the stop tokens are the ones that each request names
+        "skip_tokenizer_init": True,  # prompts and answers are token ids; each request names its stop tokens
         "generation_config": "vllm",  # ignore the model's own sampling settings
         "trust_remote_code": False,
         "dtype": str(dtype).removeprefix("torch."),
         "max_model_len": longest,
         "tensor_parallel_size": config.tensor_parallel,
         "gpu_memory_utilization": config.gpu_memory,
-        "seed": 0,  # each request has its own
+        "seed": 0,  # each request has its own seed
     }
     if rank:
         arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": next(r for r in RANKS if r >= rank)}
@@ -135,7 +135,7 @@ def sampling_arguments(
         "max_tokens": max_new_tokens,
         "seed": seed,
         "stop_token_ids": sorted(stop_ids),
-        "ignore_eos": True,  # else the end tokens in the model's folder stop an answer, too
+        "ignore_eos": True,  # otherwise the end tokens in the model's folder also stop an answer
         "detokenize": False,
     }
 
@@ -160,9 +160,9 @@ def checked_ids(output: dict[str, Any], stop_ids: Collection[int]) -> list[int]:
 
 @contextmanager
 def run_workers(arguments: dict, config: GenerationConfig, logs: Path) -> Iterator[Callable]:
-    """Yield `ask(prompts, sampling)`, which returns the outputs of `data_parallel` workers in order.
+    """Yield `ask(prompts, sampling)`, which returns the outputs of `data_parallel` workers in the order of the prompts.
 
-    The first call starts the workers, each on separate GPUs. They end with this process, however it ends.
+    The first call starts the workers, each on its own GPUs. They end with this process, even if it is killed.
     """
     with tempfile.TemporaryDirectory(prefix="spin-vllm-") as name:
         folder, workers = Path(name), list[subprocess.Popen]()
@@ -196,22 +196,22 @@ def _start(folder: Path, number: int, config: GenerationConfig, logs: Path) -> s
     with (logs / f"vllm-{number}.log").open("wb") as log:
         return subprocess.Popen(
             [config.python or sys.executable, str(WORKER), *paths],
-            stdin=subprocess.PIPE,  # tells the worker when this process has ended
+            stdin=subprocess.PIPE,  # closed when this process ends, which the worker detects
             stdout=log,
             stderr=log,
             env=_environment(CUDA_VISIBLE_DEVICES=gpus),
-            start_new_session=True,  # signals reach this process alone, which then ends the worker's process group
+            start_new_session=True,  # signals reach only this process, which then ends the worker's process group
         )
 
 
 def _environment(**more: str) -> dict[str, str]:
-    """Return this process's environment without torchrun's variables and our modules."""
+    """Return this process's environment without torchrun's variables, and with spin's modules off the import path."""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(TORCHRUN)}
     return {**inherited, "PYTHONSAFEPATH": "1", "VLLM_NO_USAGE_STATS": "1", **more}
 
 
 def _receive(path: Path, worker: subprocess.Popen, log: Path) -> list[dict]:
-    """Wait for a worker's outputs. Raises UserError, with the first error in its log, if it ends."""
+    """Wait for a worker's outputs and return them. Raises UserError with the first error in its log if it ends."""
     while not path.exists():
         raise_if_stopped()
         if (status := worker.poll()) is not None and not path.exists():
@@ -229,7 +229,7 @@ def _receive(path: Path, worker: subprocess.Popen, log: Path) -> list[dict]:
 
 
 def first_error(log: str) -> str:
-    """Return the error of the first traceback in a log, which causes later ones, or else the last line."""
+    """Return the error of the first traceback in a log, which causes later ones, or the last line without one."""
     lines = [text for level, text in LINE.findall(log.strip()) if level not in ("INFO", "WARNING")]
     traceback = list(dropwhile(lambda text: not text.startswith("Traceback "), lines))
     error = list(dropwhile(lambda text: text.startswith(" "), traceback[1:])) or lines[-1:]
@@ -237,7 +237,7 @@ def first_error(log: str) -> str:
 
 
 def _end(worker: subprocess.Popen) -> None:
-    """End a worker and its process group, and wait until none is left and their GPU memory is free."""
+    """End a worker and its process group, and wait until all its processes are gone and their GPU memory is free."""
     with suppress(ProcessLookupError):
         for number in (signal.SIGTERM, signal.SIGKILL):
             os.killpg(worker.pid, number)

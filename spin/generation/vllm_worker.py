@@ -1,12 +1,12 @@
-"""Run vLLM in a separate process and environment: token ids in, token ids out. Imports nothing of spin.
+"""Run vLLM in a separate process and environment. Prompts and answers are token ids. Imports nothing from spin.
 
-    python -P spin/generation/vllm_worker.py check NAMES       print as JSON: version, devices, names that vLLM lacks
-    python -P spin/generation/vllm_worker.py ENGINE.json PATH  answer the requests in PATH, again and again
+    python -P spin/generation/vllm_worker.py check NAMES       print version, devices and missing arguments as JSON
+    python -P spin/generation/vllm_worker.py ENGINE.json PATH  process the requests that appear at PATH, in a loop
 
-NAMES: a JSON object of the argument names that are used, by class. ENGINE.json: the arguments of `LLM` ("llm") and of
-`LoRARequest` ("lora", or null). PATH appears atomically with "prompts" (token ids) and "sampling" (arguments of
-`SamplingParams` for each prompt); it is removed, and the outputs are written to PATH.out, atomically. The process group
-ends when standard input is closed, as it is when the parent is killed.
+NAMES is a JSON object with the names of the arguments in use, by class. ENGINE.json has the arguments of `LLM` ("llm")
+and of `LoRARequest` ("lora", or null). A request is created atomically at PATH, with "prompts" (token ids) and
+"sampling" (arguments of `SamplingParams` per prompt). The worker removes it and writes the outputs atomically to
+PATH.out. The process group ends when standard input is closed, which also happens when the parent is killed.
 """
 
 import inspect
@@ -19,7 +19,7 @@ import time
 
 
 def check(names: dict[str, list[str]]) -> dict:
-    """Return vLLM's version, its devices (None for the CPU), and the arguments in `names` that it lacks."""
+    """Return vLLM's version, its number of devices (None on a CPU), and the arguments in `names` that it lacks."""
     import torch
     import vllm
     from vllm.engine.arg_utils import EngineArgs
@@ -27,7 +27,7 @@ def check(names: dict[str, list[str]]) -> dict:
     from vllm.platforms import current_platform
 
     owners = {
-        "LLM": (vllm.LLM, vllm.LLM.generate, EngineArgs),  # LLM passes on what it does not know
+        "LLM": (vllm.LLM, vllm.LLM.generate, EngineArgs),  # LLM passes unknown arguments on to EngineArgs
         "SamplingParams": (vllm.SamplingParams,),
         "LoRARequest": (LoRARequest,),
     }
@@ -40,24 +40,24 @@ def check(names: dict[str, list[str]]) -> dict:
 
 
 def watch(worker: int) -> None:
-    """Exit as the process `worker` does; kill the process group once standard input is closed."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # ends after the worker
+    """Exit with the status of the process `worker`. Kill the process group when standard input is closed."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # this process ends after the worker
     while not (ended := os.waitpid(worker, os.WNOHANG))[0]:
         if select.select([0], [], [], 0.1)[0] and not os.read(0, 1):
             os.killpg(0, signal.SIGKILL)
     status = os.waitstatus_to_exitcode(ended[1])
-    sys.exit(status if status >= 0 else 128 - status)  # as a shell reports a signal
+    sys.exit(status if status >= 0 else 128 - status)  # reports a signal as a shell does
 
 
 def settings_for_cpu(is_alone: bool) -> dict:
-    """Set environment variables of vLLM's CPU build, and return further arguments of `LLM`."""
-    if is_alone:  # the engine runs in this process: starts in half the time
+    """Set environment variables of vLLM's CPU build, and return additional arguments of `LLM`."""
+    if is_alone:  # run the engine in this process, which halves the startup time
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else all engines of a machine get the same cores
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")  # GiB; else a share of all memory, which others use, too
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else all engines of a machine share the same cores
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")  # GiB; else a share of all memory, which others also use
     return {
-        "enforce_eager": True,  # compilation takes a minute a start, and a C++ compiler
-        "enable_chunked_prefill": False,  # a prompt in parts rewinds its random numbers; a CPU's generator cannot
+        "enforce_eager": True,  # compilation costs a minute per start and needs a C++ compiler
+        "enable_chunked_prefill": False,  # it rewinds random generators, which those of a CPU do not support
     }
 
 
@@ -83,13 +83,13 @@ def main(engine_path: str, path: str) -> None:
             use_tqdm=False,
             lora_request=adapter,
         )
-        completions = [completion for output in outputs for completion in output.outputs]  # one for each prompt
+        completions = [completion for output in outputs for completion in output.outputs]  # one per prompt
         with open(path + ".tmp", "w") as file:
             json.dump([{"token_ids": list(c.token_ids), "finish_reason": c.finish_reason} for c in completions], file)
         os.rename(path + ".tmp", path + ".out")
 
 
-if __name__ == "__main__":  # vLLM's own processes import this file, too
+if __name__ == "__main__":  # vLLM's own processes also import this file
     if sys.argv[1] == "check":
         print(json.dumps(check(json.loads(sys.argv[2]))))
     elif worker := os.fork():

@@ -1,4 +1,4 @@
-"""The SPIN objective and its variants, as pure functions of named log-probs."""
+"""The SPIN objective and its variants, as pure functions of log-probs."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ from spin.method.pairs import RESPONSES, Logps
 
 Metrics = dict[str, Tensor]
 
-# The convex decreasing link functions l of section 4.1 of the paper.
+# The convex, decreasing link functions l of section 4.1 of the paper.
 LINKS: dict[str, Callable[[Tensor], Tensor]] = {
     "logistic": lambda z: F.softplus(-z),
     "hinge": lambda z: F.relu(1 - z),
@@ -25,17 +25,17 @@ LINKS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class Objective:
-    """What an iteration minimises, and what has to be computed for it.
+    """The loss that an iteration minimises, and the inputs that it requires.
 
-    loss(policy, references, lengths) returns the loss of each pair, [pairs], and detached metrics, each [pairs]. `policy`
-    has log-probs by response, `references` by model and response, `lengths` tokens by response. Losses are not reduced:
-    the training loop gives every prompt the same weight.
+    loss(policy, references, lengths) returns the loss of each pair, [pairs], and detached metrics, each [pairs].
+    `policy` has log-probs by response, `references` by model and response, `lengths` token counts by response. Losses
+    are not reduced, because the training loop gives every prompt the same weight.
 
-    `references` names the models that score the responses: "opponent" (always: the first step is compared with it), and
-    "start", the policy that self-play started from. `responses` names what the policy scores: the pair, and "first",
-    iteration 0's answer to the same prompt, if needed. `initial_loss` is the loss while the policy still equals the
-    opponent; None if it depends on the log-probs. `settings` decide the content of what is trained. The training loop
-    adds the routers' load-balancing loss with `router_aux_weight`.
+    `references` names the models that score the responses: "opponent" (always, for comparison at the first step), and
+    "start", the policy that self-play started from. `responses` names the responses that the policy scores: the pair,
+    and if needed "first", iteration 0's answer to the same prompt. `initial_loss` is the loss while the policy still
+    equals the opponent, or None if it depends on the log-probs. `settings` are those that affect the trained policy.
+    The training loop adds the routers' load-balancing loss with weight `router_aux_weight`.
     """
 
     loss: Callable[[Logps, Mapping[str, Logps], Logps], tuple[Tensor, Metrics]]
@@ -47,13 +47,13 @@ class Objective:
 
 
 def make_objective(config: LossConfig, iteration: int, num_answers: int = 1) -> Objective:
-    """Return the objective that `config` describes, with `num_answers` generated answers to a prompt."""
+    """Return the objective that `config` describes, with `num_answers` generated answers per prompt."""
     make = {"spin": make_spin, "space": make_space}[config.objective]
     return add_terms(make(config, iteration, num_answers), config, iteration)
 
 
 def make_spin(config: LossConfig, iteration: int, num_answers: int) -> Objective:
-    """Return SPIN (`spin_loss`) with the reference that `config` names, and the beta of `iteration`."""
+    """Return the SPIN objective (`spin_loss`) with the reference that `config` names and the beta of `iteration`."""
     assert config.beta is not None
     beta = value_at_iteration(config.beta, iteration)
     has_reference = config.reference != "none"
@@ -67,7 +67,7 @@ def make_spin(config: LossConfig, iteration: int, num_answers: int) -> Objective
             reference = mix_references(opponent, references["start"], alpha)
         divisors = lengths if config.length_normalised else None
         losses, metrics = spin_loss(policy, reference, beta, config.link, divisors)
-        if reference is not opponent or divisors:  # rewards then do not show how log p has changed
+        if reference is not opponent or divisors:  # rewards then do not show the change in log p
             metrics |= {f"gains/{name}": (policy[name] - opponent[name]).detach() for name in RESPONSES}
         return losses, metrics
 
@@ -84,7 +84,7 @@ def make_spin(config: LossConfig, iteration: int, num_answers: int) -> Objective
 
 
 def make_space(config: LossConfig, iteration: int, num_answers: int) -> Objective:
-    """Return SPACE (`space_loss`); mu, the ratio of noise to data, is by default `num_answers`."""
+    """Return the SPACE objective (`space_loss`). mu, the ratio of noise to data, defaults to `num_answers`."""
     mu = float(num_answers) if config.mu is None else config.mu
 
     def loss(policy: Logps, references: Mapping[str, Logps], lengths: Logps) -> tuple[Tensor, Metrics]:
@@ -95,15 +95,15 @@ def make_space(config: LossConfig, iteration: int, num_answers: int) -> Objectiv
 
 
 def add_terms(objective: Objective, config: LossConfig, iteration: int) -> Objective:
-    """Return `objective` plus the terms of `config` whose weight is not 0.
+    """Return `objective` plus the terms with a nonzero weight in `config`.
 
     - sft_weight w adds -w log p(y|x) / |y|, which keeps log p(y|x) from falling while the margin grows (Iterative RPO,
       arXiv 2404.19733, equation 1).
-    - real_floor w adds w max(0, log p_t(y|x) - log p(y|x)), which costs only while the policy gives the human answer less
-      than its opponent does. It is the penalty of DPOP (arXiv 2402.13228, equation 3), there inside the link; outside of
-      it the gradient does not vanish where the margin is large.
-    - history_weight b adds, from iteration 1 on, b l(beta [log p(y'|x) - log p(y0|x)]), where y0 is iteration 0's answer:
-      the policy should not fall behind the game's start (the second term of T-SPIN, arXiv 2601.08198).
+    - real_floor w adds w max(0, log p_t(y|x) - log p(y|x)), which is positive only while the policy gives the human
+      answer a lower probability than its opponent does. DPOP (arXiv 2402.13228, equation 3) has this penalty inside the
+      link; outside the link its gradient does not vanish at large margins.
+    - history_weight b adds, from iteration 1 on, b l(beta [log p(y'|x) - log p(y0|x)]), y0 being iteration 0's answer,
+      so that the policy does not fall behind the start of self-play (the second term of T-SPIN, arXiv 2601.08198).
     - router_aux_weight: see `Objective`.
     """
     history = config.history_weight if iteration > 0 else 0.0
@@ -139,7 +139,7 @@ def add_terms(objective: Objective, config: LossConfig, iteration: int) -> Objec
 
 
 def link_at_zero(link: str) -> float:
-    """Return l(0), the loss of a policy that equals its opponent: ln 2 for logistic, 1 for the others."""
+    """Return l(0), the loss of a policy equal to its opponent: ln 2 for logistic, 1 for the others."""
     return LINKS[link](torch.zeros((), dtype=torch.float64)).item()
 
 
@@ -150,12 +150,12 @@ def spin_loss(
 
         loss = l( beta [log p(y|x) - log p_t(y|x)] - beta [log p(y'|x) - log p_t(y'|x)] )
 
-    y is the real and y' the generated response, p the policy, p_t the reference (the opponent), beta the paper's lambda.
-    Without a reference both log p_t are left out (the first term of T-SPIN, arXiv 2601.08198).
+    y is the real, y' the generated response, p the policy, p_t the reference (the opponent), beta the paper's lambda.
+    Without a reference both log p_t terms are omitted (the first term of T-SPIN, arXiv 2601.08198).
 
-    With `lengths`, in tokens with the end token, each bracket is divided by the length of its response (SimPO, arXiv
-    2405.14734, section 2.2; with a reference: Tulu 3, arXiv 2411.15124, section 5.1). Margins shrink by that length, so
-    beta has to grow (2 to 10).
+    With `lengths`, in tokens including the end token, each bracket is divided by the length of its response (SimPO,
+    arXiv 2405.14734, section 2.2; with a reference: Tulu 3, arXiv 2411.15124, section 5.1). Margins shrink by that
+    factor, so beta must be larger (2 to 10).
     """
     gains = {name: policy[name] if reference is None else policy[name] - reference[name] for name in RESPONSES}
     if lengths is not None:
@@ -168,12 +168,12 @@ def spin_loss(
 def space_loss(policy: Logps, opponent: Logps, mu: float) -> tuple[Tensor, Metrics]:
     """Return the SPACE loss of each pair, [pairs], and detached metrics (arXiv 2512.07175).
 
-        loss = -log s_mu(r(y)) - mu log s_{1/mu}(-r(y')),   s_mu(z) = 1 / (1 + mu e^-z),   r(u) = log p(u|x) - log p_t(u|x)
+        loss = -log s_mu(r(y)) - mu log s_{1/mu}(-r(y')), s_mu(z) = 1 / (1 + mu e^-z), r(u) = log p(u|x) - log p_t(u|x)
 
-    Noise-contrastive estimation with the opponent's answers y' as noise: 1 - s_mu(z) = s_{1/mu}(-z) is the probability
-    that an answer is noise if there are mu times as many noise as human answers. Its mean over pairs is lowest at the
-    distribution of the human answers, for every mu. A scale on r would change that, so there is no beta. Derived from
-    the definition of noise-contrastive estimation; the paper was read in secondary sources.
+    This is noise-contrastive estimation with the opponent's answers y' as noise: 1 - s_mu(z) = s_{1/mu}(-z) is the
+    probability that an answer is noise if there are mu times as many noise answers as human answers. For every mu, the
+    mean loss is lowest at the distribution of the human answers. Scaling r would change that, so there is no beta. The
+    formula follows from the definition of noise-contrastive estimation; the paper was read only in secondary sources.
     """
     rewards = {name: policy[name] - opponent[name] for name in RESPONSES}
     losses = F.softplus(math.log(mu) - rewards["real"]) + mu * F.softplus(rewards["generated"] - math.log(mu))
@@ -181,14 +181,14 @@ def space_loss(policy: Logps, opponent: Logps, mu: float) -> tuple[Tensor, Metri
 
 
 def describe(losses: Tensor, rewards: Logps, policy: Logps) -> Metrics:
-    """Return the detached metrics that all objectives have."""
+    """Return the detached metrics that all objectives share."""
     margins = rewards["real"] - rewards["generated"]
     metrics = {
         "loss": losses,
         "rewards/real": rewards["real"],
         "rewards/generated": rewards["generated"],
         "rewards/margins": margins,
-        # A tie counts as half: a policy equal to its opponent shows 0.5.
+        # A tie counts as half, so a policy equal to its opponent has an accuracy of 0.5.
         "rewards/accuracies": (margins > 0).float() + 0.5 * (margins == 0).float(),
         "logps/real": policy["real"],
         "logps/generated": policy["generated"],
@@ -199,9 +199,9 @@ def describe(losses: Tensor, rewards: Logps, policy: Logps) -> Metrics:
 def mix_references(opponent: Logps, start: Logps, alpha: float) -> Logps:
     """Return the log-probs of the unnormalised geometric mixture p_t^alpha p_0^(1 - alpha) of opponent and start.
 
-    Regularising towards both, alpha KL(p || p_t) + (1 - alpha) KL(p || p_0), leads to this reference (alpha-SPIN, arXiv
-    2404.04291): alpha = 1 is SPIN, alpha = 0 keeps the start as reference. The normaliser Z(x) cancels in the margin, so
-    the loss is exact; `rewards/real` and `rewards/generated` miss a common offset. It does not cancel where brackets are
-    divided by lengths.
+    Regularisation towards both, alpha KL(p || p_t) + (1 - alpha) KL(p || p_0), leads to this reference (alpha-SPIN,
+    arXiv 2404.04291). alpha = 1 is SPIN; alpha = 0 keeps the start as reference. The normaliser Z(x) cancels in the
+    margin, so the loss is exact, but `rewards/real` and `rewards/generated` lack a common offset. It does not cancel if
+    brackets are divided by lengths.
     """
     return {name: alpha * opponent[name] + (1 - alpha) * start[name] for name in RESPONSES}

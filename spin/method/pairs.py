@@ -1,4 +1,4 @@
-"""Pairs: a prompt with its human answer and an opponent's answer to it."""
+"""Pairs of a human answer and an opponent's answer to the same prompt."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from spin.engines.packing import Continuations
 from spin.generation.answers import Answer
 from spin.runtime.tables import BLOCK, Lazy, Rows, read_parquet, schema_of, write_parquet
 
-# Log-probs of each response by its name, "real" or "generated": [pairs], summed over tokens, in nats.
+# Log-probs by response, "real" or "generated": [pairs], summed over tokens, in nats.
 Logps = Mapping[str, Tensor]
 RESPONSES = ("real", "generated")
 Ids = tuple[int, ...]
@@ -26,11 +26,11 @@ Ids = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt with its human (`real`) and its opponent's (`generated`) answer.
+    """A prompt with a human answer (`real`) and an opponent's answer (`generated`).
 
-    `id` is the example's, `answer` counts the opponent's answers to one prompt, `iter` is the iteration whose opponent
-    answered (an earlier one in a replayed pair). Losses and log-probs are computed from the ids; texts are for display.
-    `generated_ids` ends with a stop token only if `finish_reason` is "stop"; "length" means it was cut off.
+    `id` is the example's id, `answer` numbers the opponent's answers to a prompt, and `iter` is the iteration of the
+    opponent (an earlier one in a replayed pair). Losses and log-probs are computed from the ids; texts are for display.
+    `generated_ids` ends with a stop token only if `finish_reason` is "stop"; "length" means that it was cut off.
     """
 
     id: str
@@ -48,14 +48,14 @@ class Pair:
 def make_pairs(
     examples: Sequence[Example], answers: Sequence[Answer], iteration: int = 0, keep_all: bool = False
 ) -> tuple[Rows[Pair], dict[str, int]]:
-    """Return pairs of examples and answers with one id, and how many were dropped: they give no gradient.
+    """Return the pairs of examples and answers with equal ids, and the number of dropped pairs by reason.
 
-    With `keep_all` none is dropped.
+    Pairs with identical answers, which give no gradient, or an empty generated answer are dropped unless `keep_all`.
     """
     examples, answers = Rows.of(Example, examples), Rows.of(Answer, answers)
     row_of = {id: row for row, id in enumerate(examples.column("id"))}
     example_rows = np.array([row_of.get(id, -1) for id in answers.column("id")], np.int64)
-    order = np.argsort(example_rows, kind="stable")  # in the examples' order, and an example's answers in theirs
+    order = np.argsort(example_rows, kind="stable")  # by example, each example's answers in their given order
     order = order[example_rows[order] >= 0]
     batches, dropped = [], {"identical": 0, "empty": 0}
     for start in range(0, len(order), BLOCK):
@@ -69,7 +69,7 @@ def make_pairs(
 
 
 def _join(examples: pa.Table, answers: pa.Table, iteration: int) -> tuple[pa.Table, list[str | None]]:
-    """Return the pairs of examples and answers row by row, and why each is dropped, if it is."""
+    """Pair examples and answers row by row. Returns the pairs, and for each the reason to drop it or None."""
     columns = {name: examples[name] for name in ("id", "prompt", "real", "prompt_ids", "real_ids")}
     columns |= {"generated": answers["text"], "generated_ids": answers["ids"], "answer": answers["index"]}
     columns |= {"finish_reason": answers["finish_reason"], "iter": pa.array([iteration] * len(answers), pa.int64())}
@@ -83,7 +83,7 @@ def _join(examples: pa.Table, answers: pa.Table, iteration: int) -> tuple[pa.Tab
 
 
 def group_by_prompt(pairs: Sequence[Pair]) -> list[list[int]]:
-    """Return the indices of consecutive pairs that share a prompt and an iteration: one group per prompt."""
+    """Group the indices of consecutive pairs that share a prompt and an iteration."""
     pairs = Rows.of(Pair, pairs)
     keys = list(zip(pairs.column("id"), pairs.column("iter"), strict=True))
     return [list(group) for _, group in groupby(range(len(keys)), keys.__getitem__)]
@@ -92,9 +92,9 @@ def group_by_prompt(pairs: Sequence[Pair]) -> list[list[int]]:
 def to_continuations(
     pairs: Sequence[Pair], first: Mapping[tuple[str, int], Ids] | None = None
 ) -> Sequence[Continuations]:
-    """Return an item per group of `group_by_prompt`: the human answer once, then every generated one.
+    """Return one item per group of `group_by_prompt`: the human answer once, then every generated answer.
 
-    If `first` has iteration 0's answers, by example's id and answer index, as many of them follow.
+    If `first` (iteration 0's answers, by example id and answer index) is given, one of them per pair follows.
     """
     rows, groups = Rows.of(Pair, pairs), group_by_prompt(pairs)
 
@@ -111,7 +111,7 @@ def to_continuations(
 def split_responses(
     values: Tensor, pairs_per_prompt: Sequence[int], names: Sequence[str] = RESPONSES
 ) -> dict[str, Tensor]:
-    """Return values per pair, by response, of values per response as in `to_continuations`."""
+    """Convert values per response, in the order of `to_continuations`, to values per pair, by response name."""
     rows: dict[str, list[int]] = {name: [] for name in names}
     start = 0
     for count in pairs_per_prompt:
@@ -124,7 +124,7 @@ def split_responses(
 
 
 def write_pairs(path: Path, pairs: Sequence[Pair], logps: Mapping[str, Logps]) -> None:
-    """Write pairs as Parquet, with a column `<model>_logp_<response>` for each model and response."""
+    """Write pairs as Parquet, with a column `<model>_logp_<response>` per model and response."""
     table = Rows.of(Pair, pairs).table
     for model, responses in logps.items():
         for response, values in responses.items():
@@ -134,7 +134,7 @@ def write_pairs(path: Path, pairs: Sequence[Pair], logps: Mapping[str, Logps]) -
 
 
 def read_pairs(path: Path) -> tuple[Rows[Pair], dict[str, Logps]]:
-    """Read what `write_pairs` wrote: the pairs, and log-probs by model and response."""
+    """Read a file of `write_pairs`. Returns the pairs, and the log-probs by model and response."""
     columns = [column for column in pq.read_schema(path).names if "_logp_" in column]
     table = pq.read_table(path, columns=columns)
     logps: dict[str, dict[str, Tensor]] = defaultdict(dict)

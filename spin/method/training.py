@@ -1,4 +1,4 @@
-"""The main player's training loop."""
+"""The training loop of the main player."""
 
 import math
 import time
@@ -27,14 +27,14 @@ from spin.runtime.random import seed_of
 from spin.runtime.signals import deferred
 from spin.runtime.tables import Rows
 
-# batch_loss(batch, logps, indices, step): the loss and metrics of each item of a micro-batch, both [items]. `logps` are
-# those of its responses, `indices` say which items it has, `step` counts from 0.
+# batch_loss(batch, logps, indices, step) returns the loss and metrics of each item of a micro-batch, each [items].
+# `logps` are the log-probs of its responses, `indices` the indices of its items, and `step` counts from 0.
 BatchLoss = Callable[[Batch, Tensor, list[int], int], tuple[Tensor, Metrics]]
 
 MAX_SKIPPED_IN_A_ROW = 5
 NO_CHECKPOINTS = Checkpoints()
-# The largest difference of a response's log-probs in two batches, in nats per root of its tokens: rounding errors add up
-# like a random walk. Several times what real models show.
+# Largest accepted difference between a response's log-probs in two batches, in nats per square root of its token count,
+# as rounding errors add up like a random walk. Several times the difference observed with real models.
 FIRST_STEP_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
@@ -56,9 +56,9 @@ def fit(
 ) -> TrainState:
     """Minimise the mean of `batch_loss` over batches of `batch_size` items. Returns the final state.
 
-    `epochs` may be a fraction. The learning rate rises linearly over the first `warmup_ratio` of the steps and
-    then falls linearly to 0. `log` gets one row per step, restored steps first. `router_aux_weight` adds the mean
-    over each item's responses of the routers' load-balancing loss. On a stop signal the last complete step is saved.
+    `epochs` may be fractional. The learning rate rises linearly over the first `warmup_ratio` of the steps, then falls
+    linearly to 0. `log` is called with one row per step, restored steps first. `router_aux_weight` is the weight of the
+    routers' load-balancing loss, averaged over each item's responses. On a stop signal the last complete step is saved.
 
     A step whose loss or gradients are not finite is skipped. Raises UserError after several in a row.
     """
@@ -72,7 +72,7 @@ def fit(
             started, chosen = time.perf_counter(), steps[state.step]
             row = _accumulate_gradients(engine, items, batch_loss, forward, chosen, state.step, router_aux_weight)
             rate = lr * learning_rate_factor(state.step, len(steps), warmup_ratio)
-            with deferred():  # a signal must not separate the weights from their state
+            with deferred():  # a signal must not interrupt between the update and its record
                 norm = engine.step(rate if math.isfinite(row["loss"]) else None)
                 seconds = time.perf_counter() - started
                 row |= {"grad_norm": norm, "learning_rate": rate, "tokens_per_second": row.pop("tokens") / seconds}
@@ -95,7 +95,7 @@ def _accumulate_gradients(
     step: int,
     router_aux_weight: float,
 ) -> dict[str, float]:
-    """Add up the gradients of a step. Returns the means of its metrics, and `tokens` over all ranks."""
+    """Accumulate the gradients of a step. Returns the means of its metrics and its `tokens`, both over all ranks."""
     metrics: dict[str, list[Tensor]] = {}
     tokens = 0.0
     for batch, weight in engine.micro_batches([items[i] for i in chosen], forward):
@@ -117,7 +117,7 @@ def _accumulate_gradients(
 
 
 def plan_steps(count: int, epochs: float, batch_size: int, seed: int) -> list[list[int]]:
-    """Return the item indices of each step, by a permutation per epoch; batches continue across epochs."""
+    """Return the item indices of each step. Each epoch is a new permutation; batches may span two epochs."""
     order: list[int] = []
     for epoch in range(math.ceil(epochs)):
         generator = torch.Generator().manual_seed(seed_of(seed, epoch))
@@ -128,7 +128,7 @@ def plan_steps(count: int, epochs: float, batch_size: int, seed: int) -> list[li
 
 
 def learning_rate_factor(step: int, steps: int, warmup_ratio: float) -> float:
-    """Return the factor of a linear warm-up, then of a linear decay to 0 one step after the last one."""
+    """Return the learning rate's factor: linear warm-up, then linear decay that reaches 0 one step after the last."""
     warmup = math.ceil(steps * warmup_ratio)
     if step < warmup:
         return (step + 1) / warmup
@@ -153,11 +153,11 @@ def train_spin(
     first: Mapping[tuple[str, int], Ids] | None = None,
     **settings,
 ) -> TrainState:
-    """Train the policy to tell the human answers from its opponent's (section 4.1 of the paper). Settings as for `fit`.
+    """Train the policy to distinguish human answers from its opponent's (section 4.1 of the paper).
 
     `references` holds the pairs' log-probs under each model that the objective names, `first` iteration 0's answers by
-    the example's id and the answer's index. Pairs that share a prompt are one item, and together weigh as much as a
-    prompt's only pair. Raises UserError if the policy does not equal its opponent at the first step.
+    example id and answer index; `settings` are those of `fit`. Pairs that share a prompt are one item, with the same
+    total weight as a single pair. Raises UserError if the policy does not equal its opponent at the first step.
     """
     groups = group_by_prompt(pairs)
     items = to_continuations(pairs, first if "first" in objective.responses else None)
@@ -184,7 +184,7 @@ def train_spin(
 
 
 def mean_per_item(values: Tensor, counts: Sequence[int]) -> Tensor:
-    """Return the mean of each item's `values`, [pairs], as [items]; `counts`, [items], are its numbers of pairs."""
+    """Average `values`, [pairs], over each item: [items]. `counts`, [items], are the items' numbers of pairs."""
     sizes = torch.tensor(counts, device=values.device)
     item = torch.arange(len(counts), device=values.device).repeat_interleave(sizes)
     return values.new_zeros(len(counts)).index_add(0, item, values / sizes[item])
@@ -205,7 +205,7 @@ def check_first_step(
 
 
 def train_sft(engine: Engine, items: Sequence[Continuations], forward: Forward, **settings) -> TrainState:
-    """Fine-tune on the human answers: minimise their mean negative log-likelihood per token."""
+    """Fine-tune on the human answers by minimising their mean negative log-likelihood per token."""
 
     def batch_loss(batch: Batch, logps: Tensor, indices: list[int], step: int) -> tuple[Tensor, Metrics]:
         lengths = torch.tensor([len(items[i].responses[0]) for i in indices], device=logps.device)
