@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, islice
 
 import torch
 from torch import Tensor
@@ -150,7 +150,7 @@ def choose_forward(
     `longest` is the length in tokens of the run's longest item, which may exceed an attention window. Returns the
     forward, and a note if it is not the first choice. Raises UserError if no candidate that `layout` allows agrees.
     """
-    sample = list(items[:4])
+    sample = list(islice(items, 4))
     window = attention_window(model)
     if window and window < longest:  # include a sequence longer than the window
         ids = [token for item in items for response in item.responses for token in response]
