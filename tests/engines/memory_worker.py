@@ -1,7 +1,7 @@
 """One process of test_memory.py, or one rank of it under torchrun: `python -m tests.engines.memory_worker CASE` (JSON).
 
-Trains two steps and prints in bytes, above what the process held before the model was loaded, its peak and what is left
-when the engine is closed. A tiny model goes first: what libraries allocate for themselves is not part of the estimate.
+It trains for two steps and prints its peak memory and the memory after the engine is closed, in bytes above the memory
+before the model was loaded. A tiny model is trained first: the estimate excludes what libraries allocate for themselves.
 """
 
 import json
@@ -53,13 +53,13 @@ def main(case: dict) -> None:
     train(case, Path(case["tiny"]), 258)
     release_free_memory()
     before = resident_bytes()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     train(case, Path(case["folder"]), case["vocabulary"])
     status = Path("/proc/self/status").read_text().splitlines()
     peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024
     release_free_memory()
     line = json.dumps({"peak": peak - before, "left": resident_bytes() - before}) + "\n"
-    os.write(1, line.encode())  # at once, as ranks share the pipe
+    os.write(1, line.encode())  # in one write, because ranks share the pipe
     leave_group()
 
 

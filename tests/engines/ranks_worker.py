@@ -1,6 +1,6 @@
 """One rank of test_deepspeed.py: `torchrun ... -m tests.engines.ranks_worker FOLDER` trains the cases in FOLDER/cases.json.
 
-Each case leaves a folder of its name: rows, facts, the policy. `play` also trains a case in one process."""
+Each case writes a folder of its name with rows, facts and the policy. `play` also trains a case in one process."""
 
 import json
 import sys
@@ -32,14 +32,14 @@ from tests.conftest import random_items
 
 CPU = torch.device("cpu")
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-PAIRS = 10  # in batches of 3: the ranks' shares differ, and the last step has one pair
+PAIRS = 10  # in batches of 3, so that the ranks' shares differ and the last step has one pair
 
 
 @dataclass(frozen=True)
 class Case:
-    """A training. `objective`: "spin", or one that is not finite for one item in the steps `broken`, in its "loss" (and
-    gradient) or in its "gradient" alone. `checkpoints`: their folder, one after every step. `cut`: the step at which
-    the process dies."""
+    """A training run. `objective` is "spin", or one that is not finite for one item in the steps `broken`: in "loss" (and
+    gradient), or in the "gradient" alone. `checkpoints` is the folder of the checkpoints, one per step. `cut` is the step
+    at which the process dies."""
 
     name: str
     model: str
@@ -49,7 +49,7 @@ class Case:
     base: str | None = None
     lr: float = 1e-3
     clip: float = 0.5
-    tokens: int = 64  # of a micro-batch: fewer than most two pairs have
+    tokens: int = 64  # per micro-batch: fewer than those of most two pairs
     epochs: float = 1
     checkpointing: bool = False
     offload: bool = False
@@ -69,12 +69,12 @@ class Case:
 
 
 class Cut(Exception):
-    """The process dies."""
+    """The simulated death of the process."""
 
 
 @lru_cache
 def scored_pairs(policy: Policy, precision: str, forward: Forward) -> tuple[list[Pair], dict]:
-    """Pairs, and their log-probs under the policy that training starts from: the references of `train_spin`."""
+    """Return pairs and their log-probs under the initial policy, which are the references of `train_spin`."""
     items = random_items(PAIRS, seed=5, longest=30)
     pairs = [Pair(f"p{i}", "", "", "", "stop", item.prompt_ids, *item.responses) for i, item in enumerate(items)]
     values = compute_logps(load_policy(policy, TYPES[precision], CPU), to_continuations(pairs), forward)
@@ -82,7 +82,7 @@ def scored_pairs(policy: Policy, precision: str, forward: Forward) -> tuple[list
 
 
 def broken_at(case: Case) -> Callable:
-    """The negative log-prob of a response, not finite for one item, and so on one rank, in the broken steps."""
+    """Return as objective the negative log-prob, not finite for one item, and so on one rank, in the broken steps."""
     steps = plan_steps(PAIRS, case.epochs, 3, 0)
 
     def objective(batch, logps, indices, step):
@@ -94,8 +94,8 @@ def broken_at(case: Case) -> Callable:
     return objective
 
 
-def play(case: Case, folder: Path, together: ProcessGroup = SINGLE_PROCESS) -> SingleEngine | DeepSpeedEngine:
-    """Train the case, with `SingleEngine` if there is one rank. Returns the closed engine."""
+def play(case: Case, folder: Path, group: ProcessGroup = SINGLE_PROCESS) -> SingleEngine | DeepSpeedEngine:
+    """Train the case, with `SingleEngine` if there is one rank. Return the closed engine."""
     folder = folder / case.name
     options = EngineConfig.from_defaults(
         name="deepspeed",
@@ -105,14 +105,14 @@ def play(case: Case, folder: Path, together: ProcessGroup = SINGLE_PROCESS) -> S
     )
     optimizer = OptimizerConfig.from_defaults(name=case.optimizer, max_grad_norm=case.clip)
     arguments = (case.policy, TYPES[case.precision], CPU, options, optimizer)
-    engine = SingleEngine(*arguments) if together is SINGLE_PROCESS else DeepSpeedEngine(*arguments, together)
+    engine = SingleEngine(*arguments) if group is SINGLE_PROCESS else DeepSpeedEngine(*arguments, group)
     rows: list[dict] = []
     facts: dict = {"passes": 0, "first": None}
-    usual = engine.logps
+    original = engine.logps
 
     def logps(batch, forward):
-        result = usual(batch, forward)
-        if facts["passes"] == 0 and together is not SINGLE_PROCESS:  # compare with the policy as it was scored
+        result = original(batch, forward)
+        if facts["passes"] == 0 and group is not SINGLE_PROCESS:  # compare with the scores of the policy
             plain = load_policy(case.policy, TYPES[case.precision], CPU)
             with torch.no_grad():
                 expected = sequence_logps(plain, batch, forward)
@@ -126,7 +126,7 @@ def play(case: Case, folder: Path, together: ProcessGroup = SINGLE_PROCESS) -> S
             raise Cut
 
     engine.logps = logps  # type: ignore[method-assign]
-    checkpoints = Checkpoints(Path(case.checkpoints) if case.checkpoints else None, steps=1, ranks=together)
+    checkpoints = Checkpoints(Path(case.checkpoints) if case.checkpoints else None, steps=1, ranks=group)
     settings = dict(lr=case.lr, epochs=case.epochs, batch_size=3, warmup_ratio=0.0, seed=0, log=log)
     try:
         if case.objective == "spin":
@@ -143,34 +143,34 @@ def play(case: Case, folder: Path, together: ProcessGroup = SINGLE_PROCESS) -> S
                 **settings,
             )
         engine.save(folder / "policy")
-        if together is not SINGLE_PROCESS:
+        if group is not SINGLE_PROCESS:
             (folder / "state").mkdir(parents=True, exist_ok=True)
             engine.save_state(folder / "state")  # `save` leaves the engine usable
     except Cut:
         pass
-    if together is not SINGLE_PROCESS:
-        facts["bytes"] = measured(engine)
-    if together is not SINGLE_PROCESS and case.base:
+    if group is not SINGLE_PROCESS:
+        facts["bytes"] = held_bytes(engine)
+    if group is not SINGLE_PROCESS and case.base:
         names = {name for name, weight in engine.model.named_parameters() if weight.requires_grad}
         facts["trained"] = sorted(names)
     engine.close()
-    if together is not SINGLE_PROCESS:
+    if group is not SINGLE_PROCESS:
         try:
             engine.save_state(folder)
         except AssertionError as error:
             facts["after close"] = str(error)
     facts["restored"] = checkpoints.restored.step
-    facts["passes of all"] = together.all_reduce_sum(facts["passes"])
-    facts["first"] = together.all_reduce_max(facts["first"] or 0.0)
-    if together.is_main_process:
+    facts["passes of all"] = group.all_reduce_sum(facts["passes"])
+    facts["first"] = group.all_reduce_max(facts["first"] or 0.0)
+    if group.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "facts.json").write_text(json.dumps(facts))
         (folder / "rows.json").write_text(json.dumps(rows))
     return engine
 
 
-def measured(engine: DeepSpeedEngine) -> dict[str, int]:
-    """Bytes that this rank holds by purpose, each storage once."""
+def held_bytes(engine: DeepSpeedEngine) -> dict[str, int]:
+    """Return the bytes that this rank holds by purpose; a shared storage counts once."""
 
     def bytes_of(tensors) -> int:
         return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
@@ -201,8 +201,8 @@ def examples() -> list[Example]:
     return [Example(f"e{i}", "", item.prompt_ids, "", ()) for i, item in enumerate(items)]
 
 
-def answered(model_folder: Path, keep, size: int) -> tuple[list[dict], list[float]]:
-    """Answers and log-probs by the model, in shards of `size`."""
+def answer_and_score(model_folder: Path, keep, size: int) -> tuple[list[dict], list[float]]:
+    """Return the model's answers and log-probs, computed in shards of `size`."""
     model = load_model(model_folder, torch.float32, CPU)
     settings = GenerationConfig.from_defaults(batch_size=3, temperature=1.0)
     tokenizer = load_tokenizer(model_folder)
@@ -213,58 +213,58 @@ def answered(model_folder: Path, keep, size: int) -> tuple[list[dict], list[floa
     return [asdict(answer) for answer in answers], logps.tolist()
 
 
-def share_work(folder: Path, model_folder: Path, together: ProcessGroup) -> dict:
-    """Generate and score in shards together, again with one shard damaged, and use all of the process group."""
+def share_work(folder: Path, model_folder: Path, group: ProcessGroup) -> dict:
+    """Generate and score in shards together, repeat it with one shard damaged, and use the whole process group."""
     messages: list[str] = []
 
     def keep(name: str) -> ResumableShards:
-        return ResumableShards(folder / name, messages.append, ranks=together)
+        return ResumableShards(folder / name, messages.append, ranks=group)
 
-    first = answered(model_folder, keep, 2)
-    together.barrier()
-    if together.is_main_process:
+    first = answer_and_score(model_folder, keep, 2)
+    group.barrier()
+    if group.is_main_process:
         path = folder / "answers" / "00002" / "rows.parquet"
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 4
         path.write_bytes(content)
-    together.barrier()
-    again = answered(model_folder, keep, 2)
-    if together.rank == 1:  # transformers would have rank 0 write
+    group.barrier()
+    repeated = answer_and_score(model_folder, keep, 2)
+    if group.rank == 1:  # transformers would write on rank 0 only
         find_model(ModelConfig.from_defaults(path="builtin:tiny"), folder / "cache")
-    taken = []
-    for number in together.claim_indices():
+    claimed = []
+    for number in group.claim_indices():
         if number >= 200:
             break
-        taken.append(number)
-    together.claim_indices()  # a queue counts even if no rank takes from it
-    add = together.counter()
-    add(together.rank + 1)
-    together.barrier()
+        claimed.append(number)
+    group.claim_indices()  # a queue is counted even if no rank takes from it
+    add = group.counter()
+    add(group.rank + 1)
+    group.barrier()
     return {
         "first": first,
-        "again": again,
+        "again": repeated,
         "messages": messages,
-        "taken": taken,
+        "taken": claimed,
         "files": sorted(path.name for path in (folder / "cache").glob("tiny-*/*")),
         "counted": add(0),
-        "shared": together.broadcast({"rank": together.rank}),
-        "most": together.all_reduce_max(together.rank),
-        "total": together.all_reduce_sum(0.5),
-        "mean": together.mean(torch.tensor([1.0, 2.0, 6.0][: 3 * together.rank])),  # nothing on rank 0
-        "firsts": together.is_first_to_fail() + 2 * together.is_first_to_fail(),
+        "shared": group.broadcast({"rank": group.rank}),
+        "most": group.all_reduce_max(group.rank),
+        "total": group.all_reduce_sum(0.5),
+        "mean": group.mean(torch.tensor([1.0, 2.0, 6.0][: 3 * group.rank])),  # empty on rank 0
+        "firsts": group.is_first_to_fail() + 2 * group.is_first_to_fail(),
     }
 
 
 def main(folder: Path) -> None:
-    together = ranks.join_group("deepspeed", "cpu")
+    group = ranks.join_group("deepspeed", "cpu")
     job = json.loads((folder / "cases.json").read_text())
-    torch.manual_seed(together.rank)  # what is random must not matter
+    torch.manual_seed(group.rank)  # the random state must not matter
     for case in job["cases"]:
-        play(Case(**case), folder, together)
+        play(Case(**case), folder, group)
     if job["shared"]:
-        results = share_work(folder / "shared", Path(job["shared"]), together)
-        (folder / f"shared-{together.rank}.json").write_text(json.dumps(results))
-    together.barrier()
+        results = share_work(folder / "shared", Path(job["shared"]), group)
+        (folder / f"shared-{group.rank}.json").write_text(json.dumps(results))
+    group.barrier()
     ranks.leave_group()
 
 

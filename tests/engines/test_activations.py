@@ -1,4 +1,4 @@
-"""save_less_for_backward: the same bits forward and the same gradients for every architecture; other modules unchanged."""
+"""Tests of save_less_for_backward: it keeps forward bits and gradients for every architecture, and other modules as is."""
 
 import gc
 import weakref
@@ -32,12 +32,12 @@ WRAPPED = {
     "cohere": (0, 3),
     "falcon_h1": (7, 3),  # its multipliers are 1
     "glm4": (13, 0),
-    # Of two layers.
+    # Models of two layers.
     **dict.fromkeys(["phi3", "gpt_oss", "mixtral"], (5, 0)),
     "olmo2": (9, 2),
     "gpt_neox": (0, 0),
     "cohere2": (0, 2),
-    **dict.fromkeys(["mamba", "mamba2"], (3, 0)),  # the gated norms stay as they are
+    **dict.fromkeys(["mamba", "mamba2"], (3, 0)),  # the gated norms are unchanged
     "qwen3_next": (7, 2),  # the shared experts
     "lfm2": (7, 0),
     "qwen3_moe": (9, 0),
@@ -46,7 +46,7 @@ WRAPPED = {
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
-    """Several pieces, the last one smaller."""
+    """Tensors are processed in several pieces, the last of which is smaller."""
     monkeypatch.setitem(activations.PIECE, "cpu", 32 * 37)
 
 
@@ -58,8 +58,8 @@ def model_of(name: str, dtype: torch.dtype) -> tf.PreTrainedModel:
         return tf.AutoModelForCausalLM.from_config(OTHERS[name], dtype=dtype).eval()
 
 
-def uneven(model: nn.Module) -> None:
-    """Norms' weights that are not all alike."""
+def perturb_norms(model: nn.Module) -> None:
+    """Add noise to the weights of norms (and to biases), which otherwise are all equal."""
     generator = torch.Generator().manual_seed(1)
     for weight in model.parameters():
         if weight.ndim == 1:
@@ -79,7 +79,7 @@ def test_same_logps_and_gradients(name, dtype):
     plain, lean = model_of(name, dtype), model_of(name, dtype)
     forward, _ = choose_forward(plain, random_items(3), "auto", 512, 16, longest=64)
     for model in (plain, lean):
-        uneven(model)
+        perturb_norms(model)
     save_less_for_backward(lean)
     wrapped = [module.forward for module in lean.modules() if "forward" in vars(module)]
     counts = [sum(call.func is kind for call in wrapped) for kind in (activations._norm, activations._feed_forward)]
@@ -90,43 +90,43 @@ def test_same_logps_and_gradients(name, dtype):
     assert torch.equal(logps, expected)
     assert lean_grads.keys() == grads.keys()
     for key, grad in lean_grads.items():
-        off = (grad.double() - grads[key].double()).norm() / grads[key].double().norm()
-        assert off < (1e-5 if dtype == torch.float32 else 2e-2), key
+        error = (grad.double() - grads[key].double()).norm() / grads[key].double().norm()
+        assert error < (1e-5 if dtype == torch.float32 else 2e-2), key
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_against_float64(dtype):
-    """The gradients are as close to those of float64 as PyTorch's own."""
+    """The gradients are as close to those in float64 as PyTorch's own gradients."""
     exact = model_of("llama", torch.float64)
-    uneven(exact)
+    perturb_norms(exact)
     exact.to(dtype).double()  # the rounded weights
     _, grads = gradients(exact, PACKED)
-    off = {}
+    errors = {}
     for lean in (False, True):
         model = model_of("llama", torch.float64)
-        uneven(model)
+        perturb_norms(model)
         model.to(dtype)
         if lean:
             save_less_for_backward(model)
         _, rounded_grads = gradients(model, PACKED)
-        off[lean] = {
+        errors[lean] = {
             key: (grad.double() - grads[key]).norm() / grads[key].norm() for key, grad in rounded_grads.items()
         }
-    assert all(off[True][key] <= 1.2 * off[False][key] + 1e-7 for key in grads)
+    assert all(errors[True][key] <= 1.2 * errors[False][key] + 1e-7 for key in grads)
 
 
-def kept_bytes(model: tf.PreTrainedModel) -> int:
-    """The bytes that autograd stores between forward and backward."""
+def stored_bytes(model: tf.PreTrainedModel) -> int:
+    """Return the bytes that autograd stores between forward and backward."""
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     sizes = {}
 
-    def keep(tensor):
+    def record_storage(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(record_storage, lambda tensor: tensor):
         logps = sequence_logps(model, next(PACKED.batches(random_items(40))), PACKED)
     assert logps.requires_grad
     return sum(sizes.values())
@@ -135,10 +135,10 @@ def kept_bytes(model: tf.PreTrainedModel) -> int:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
 def test_less_memory_stored(name, dtype):
-    before = kept_bytes(model_of(name, dtype))
+    before = stored_bytes(model_of(name, dtype))
     lean = model_of(name, dtype)
     save_less_for_backward(lean)
-    assert kept_bytes(lean) < 0.75 * before
+    assert stored_bytes(lean) < 0.75 * before
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -150,7 +150,7 @@ def test_checkpointed_layers_store_no_factors(checkpointing):
     save_less_for_backward(model, checkpointing)
     factors: list[weakref.ref] = []
     for layer in model.model.layers:
-        layer.mlp.up_proj.register_forward_hook(lambda module, given, result: factors.append(weakref.ref(result)))
+        layer.mlp.up_proj.register_forward_hook(lambda module, inputs, result: factors.append(weakref.ref(result)))
     batch = next(PACKED.batches(random_items(12, longest=16)))
     logps = sequence_logps(model, batch, PACKED)
     gc.collect()
@@ -163,10 +163,10 @@ def test_checkpointed_layers_store_no_factors(checkpointing):
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_adapters_on_quantized_weights(tmp_path, quantization):
     small_model("llama").save_pretrained(tmp_path / "model")
-    whole = Policy("start", tmp_path / "model", content_id(tmp_path / "model"))
-    whole = Policy("start", whole.folder, whole.id, quantization=None if quantization == "none" else quantization)
+    base = Policy("start", tmp_path / "model", content_id(tmp_path / "model"))
+    base = Policy("start", base.folder, base.id, quantization=None if quantization == "none" else quantization)
     lora = Lora(rank=4, alpha=8, targets="all-linear")
-    policy = fresh_adapter(whole, lora, 0, ModelConfig.from_defaults(path=str(whole.folder)), tmp_path / "adapter")
+    policy = fresh_adapter(base, lora, 0, ModelConfig.from_defaults(path=str(base.folder)), tmp_path / "adapter")
     results = []
     for lean in (False, True):
         model = load_policy(policy, torch.float32, torch.device("cpu"))
@@ -193,14 +193,14 @@ def test_engine_wraps_model(tiny_folder):
         settings = EngineConfig.from_defaults(gradient_checkpointing=checkpointing)
         engine = SingleEngine(policy, torch.float32, torch.device("cpu"), settings, OptimizerConfig.from_defaults())
         wrapped = [module.forward for module in engine.model.modules() if "forward" in vars(module)]
-        forgotten = [call.args[1] for call in wrapped if call.func is activations._feed_forward]
-        assert forgotten == [not checkpointing] * 2
+        recomputed = [call.args[1] for call in wrapped if call.func is activations._feed_forward]
+        assert recomputed == [not checkpointing] * 2
         assert len(wrapped) == 7
         engine.close()
 
 
 def test_wrapped_model_freed_without_collector():
-    """No reference cycle keeps its weights alive."""
+    """A wrapped model is freed without the garbage collector, since no reference cycle keeps its weights alive."""
     model = small_model("llama")
     save_less_for_backward(model)
     gradients(model, PACKED)
@@ -215,7 +215,7 @@ def test_wrapped_model_freed_without_collector():
 
 
 class Doubled(nn.Module):
-    """A feed-forward block with the attributes of a gated one but another forward."""
+    """A feed-forward block with the attributes of a gated one but a different forward."""
 
     def __init__(self, part: nn.Module):
         super().__init__()

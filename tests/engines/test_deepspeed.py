@@ -1,4 +1,4 @@
-"""engine=deepspeed: two real processes (gloo, on a CPU) against one: losses, weights, answers, checkpoints and games."""
+"""Tests of engine=deepspeed: two real processes (gloo, CPU) against one: losses, weights, answers, checkpoints, games."""
 
 import importlib.util
 import json
@@ -27,7 +27,7 @@ from spin.runtime.process_group import SINGLE_PROCESS
 from spin.runtime.shards import compute_shards
 from tests.config.test_schema import load
 from tests.conftest import random_items, small_model
-from tests.engines.ranks_worker import Case, answered, play
+from tests.engines.ranks_worker import Case, answer_and_score, play
 from tests.engines.test_memory import LOAD
 from tests.games import Place
 from tests.models.test_adapters import adapted
@@ -37,7 +37,7 @@ TIMINGS = {"tokens_per_second", "pairs_per_second"}
 
 
 def torchrun(size: int, *words: str, timeout: float = 250, env: dict[str, str] | None = None):
-    """Run `torchrun --nproc-per-node SIZE *words` to its end."""
+    """Run `torchrun --nproc-per-node SIZE *words` and wait for its end."""
     return subprocess.run(
         launch(size, *words),
         cwd=ROOT,
@@ -50,13 +50,13 @@ def torchrun(size: int, *words: str, timeout: float = 250, env: dict[str, str] |
 
 
 def launch(size: int, *words: str) -> list[str]:
-    """torchrun's command line; `--standalone` takes a free port."""
+    """Return torchrun's command line; `--standalone` selects a free port."""
     runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
     return [*runner, *words]
 
 
 class Results:
-    """The results of `cases` by `size` ranks, in `folder`, and of the same cases by one process."""
+    """The results of `cases` on `size` ranks, in `folder`, and of the same cases in one process."""
 
     def __init__(self, folder: Path, cases: list[Case], size: int = 2, shared: str | None = None):
         self.folder, self.cases = folder, {case.name: case for case in cases}
@@ -67,47 +67,47 @@ class Results:
         self.printed = done.stdout + done.stderr
 
     def alone(self, name: str) -> Path:
-        """The folder of a case's results by one process."""
+        """Return the folder of a case's results in one process, which trains the case if the folder is missing."""
         if not (self.folder / "alone" / name).exists():
             play(self.cases[name], self.folder / "alone")
         return self.folder / "alone" / name
 
-    def of(self, name: str) -> tuple[dict, list[dict]]:
-        """The ranks' facts and rows."""
+    def read(self, name: str) -> tuple[dict, list[dict]]:
+        """Return the facts and rows that the ranks wrote."""
         facts, rows = (json.loads((self.folder / name / f"{part}.json").read_text()) for part in ("facts", "rows"))
         return facts, rows
 
-    def moves(self, name: str, folder: Path | None = None) -> torch.Tensor:
-        """The difference that training made to each weight."""
+    def weight_changes(self, name: str, folder: Path | None = None) -> torch.Tensor:
+        """Return the change of every weight by training, as one vector."""
         saved = weights_of((folder or self.folder / name) / "policy")
         start = weights_of(Path(self.cases[name].model))
         assert saved.keys() == start.keys()
         return torch.cat([(saved[key].double() - start[key].double()).flatten() for key in sorted(saved)])
 
     def compare(self, name: str) -> None:
-        """Compare rows and weights of the ranks with those of one process.
+        """Assert that rows and weights of the ranks are near those of one process.
 
-        In fp32 they differ by the order of sums, 1e-6 of a gradient. RMSprop and AdamW divide a gradient by its own size, so
-        the few weights whose gradients are rounding alone move by the full rate in either direction: the bound is on all
-        moves together. In bf16 a gradient is rounded to 2^-9 of itself when it is summed over layers and, at stage 0, over
-        micro-batches and ranks, and later log-probs see weights that differ in their last bit.
+        In fp32 the order of sums changes a gradient by 1e-6 of its size. RMSprop and AdamW divide a gradient by its size, so
+        the few weights whose gradients consist of rounding errors change by the full learning rate in either direction: the
+        bound applies to all changes together. In bf16 a gradient is rounded to 2^-9 of its size when it is summed over
+        layers and, at stage 0, over micro-batches and ranks, and later log-probs use weights that differ in the last bit.
         """
         fp32 = self.cases[name].precision == "fp32"
-        alone = self.alone(name)
-        rows, expected = self.of(name)[1], json.loads((alone / "rows.json").read_text())
+        single_folder = self.alone(name)
+        rows, expected = self.read(name)[1], json.loads((single_folder / "rows.json").read_text())
         assert len(rows) == len(expected) > 0
-        for row, alone_row in zip(rows, expected, strict=True):
-            assert row.keys() == alone_row.keys()
+        for row, single_row in zip(rows, expected, strict=True):
+            assert row.keys() == single_row.keys()
             for key in row.keys() - TIMINGS:
                 if isinstance(row[key], float):
                     bound = dict(rel=1e-4, abs=1e-4) if fp32 else dict(rel=0.02, abs=0.1)
-                    assert row[key] == pytest.approx(alone_row[key], nan_ok=True, **bound), (key, row, alone_row)
+                    assert row[key] == pytest.approx(single_row[key], nan_ok=True, **bound), (key, row, single_row)
                 else:
-                    assert row[key] == alone_row[key], key
-            assert row["loss"] == pytest.approx(alone_row["loss"], nan_ok=True, rel=1e-5 if fp32 else 0.01)
-        moved, should = self.moves(name), self.moves(name, alone)
-        assert should.norm() > 0
-        share = ((moved - should).norm() / should.norm()).item()
+                    assert row[key] == single_row[key], key
+            assert row["loss"] == pytest.approx(single_row["loss"], nan_ok=True, rel=1e-5 if fp32 else 0.01)
+        changes, expected_changes = self.weight_changes(name), self.weight_changes(name, single_folder)
+        assert expected_changes.norm() > 0
+        share = ((changes - expected_changes).norm() / expected_changes.norm()).item()
         assert share < (1e-4 if fp32 else 0.1), (name, share)
 
 
@@ -123,7 +123,7 @@ def same_weights(first_folder: Path, second_folder: Path) -> bool:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """As each rank has."""
+    """This process uses one thread, like each rank."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -188,7 +188,7 @@ def more_cases(models: dict[str, str], folder: Path) -> list[Case]:
 def two(models, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     cases = some_cases(models, folder)
-    play(replace(cases[-1], name="cut by one", cut=2), folder)  # leaves a checkpoint, which two go on from
+    play(replace(cases[-1], name="cut by one", cut=2), folder)  # leaves a checkpoint, from which two ranks resume
     return Results(folder, cases, shared=models["untied"])
 
 
@@ -205,14 +205,14 @@ def test_training_matches_one_process(two):
     for name, case in two.cases.items():
         if case.checkpoints is None:
             two.compare(name)
-    rows = two.of("0")[1]
+    rows = two.read("0")[1]
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
-    assert [row["pairs"] for row in rows] == [3, 3, 3, 1]  # of 2 and 1 on the ranks, at last of 1 and 0
+    assert [row["pairs"] for row in rows] == [3, 3, 3, 1]  # 2 and 1 on the ranks, in the last step 1 and 0
     assert all(row["grad_norm"] > two.cases["0"].clip for row in rows)  # clipped
 
 
 @pytest.mark.slow
-def test_training_matches_one_process_in_more_cases(more):
+def test_more_trainings_match_one_process(more):
     for name, case in more.cases.items():
         if case.checkpoints is None:
             more.compare(name)
@@ -222,23 +222,23 @@ def test_training_matches_one_process_in_more_cases(more):
 
 
 def test_ranks_run_equally_many_passes(two):
-    """ZeRO 3 gathers weights in every pass: a rank without a batch runs one with weight 0."""
-    facts, _ = two.of("0")
+    """A rank without a batch runs a pass with weight 0, because ZeRO 3 gathers weights in every pass."""
+    facts, _ = two.read("0")
     assert facts["passes of all"] == 2 * facts["passes"] > 2 * 4
 
 
 def test_first_logps_are_bit_identical(two):
-    """In bf16, too: DeepSpeed also rounds buffers, and rounded rotary positions would show."""
+    """The first log-probs have the bits of the scores, also in bf16, where DeepSpeed would round rotary positions."""
     for name, case in two.cases.items():
         if case.cut is not None or case.checkpoints is None:
-            assert two.of(name)[0]["first"] == 0.0, name
+            assert two.read(name)[0]["first"] == 0.0, name
 
 
 @pytest.mark.parametrize("name", ["2 bf16 small steps", "3 bf16 small steps"])
 def test_masters_keep_full_precision(two, name):
-    """All steps together are smaller than bf16 resolves: masters that start as rounded weights would show."""
-    moved = two.moves(name).abs()
-    assert 0 < moved.max() < 4 * 10 * 1e-7 * 1.1  # RMSprop's first steps are of ten times the rate
+    """All steps together are below the resolution of bf16, so masters that start as rounded weights would be noticed."""
+    moved = two.weight_changes(name).abs()
+    assert 0 < moved.max() < 4 * 10 * 1e-7 * 1.1  # RMSprop's first steps are ten times the learning rate
     assert (moved > 1e-8).double().mean() > 0.5
     saved, start = weights_of(two.folder / name / "policy"), weights_of(Path(two.cases[name].model))
     assert any((start[key] != start[key].bfloat16().float()).any() for key in start)
@@ -246,25 +246,25 @@ def test_masters_keep_full_precision(two, name):
     assert unchanged.double().mean() > 0.95
 
 
-def test_step_not_finite_on_one_rank_is_skipped_by_all(two):
-    rows = two.of("3 broken")[1]  # the weights after it are compared above
+def test_nonfinite_step_is_skipped_by_all_ranks(two):
+    rows = two.read("3 broken")[1]  # the weights are compared above
     assert [row["skipped"] for row in rows] == [0, 1, 2, 2, 3, 3, 3]
     assert [math.isnan(row["grad_norm"]) for row in rows] == [False, True, True, False, True, False, False]
 
 
 def test_only_the_adapter_is_trained_and_saved(two):
-    facts, _ = two.of("3 lora")
+    facts, _ = two.read("3 lora")
     assert facts["trained"] and all(".lora_" in name for name in facts["trained"])
     assert all(".lora_" in name for name in weights_of(two.folder / "3 lora" / "policy"))
 
 
 def check_bytes(results: Results) -> None:
     for name, case in results.cases.items():
-        sizes = results.of(name)[0]["bytes"]
+        sizes = results.read(name)[0]["bytes"]
         numbers = sum(value.numel() for value in weights_of(Path(case.model)).values())
         load = replace(LOAD, precision=case.precision, optimizer=case.optimizer, zero_stage=case.stage, ranks=2)
         expected = bytes_per_weight(load)
-        for part in sizes if case.base is None else ():  # of parts of one length, the last is filled up
+        for part in sizes if case.base is None else ():  # parts have equal lengths, so the last is padded
             assert sizes[part] == pytest.approx(numbers * expected[part], rel=0.01), (name, part)
 
 
@@ -272,9 +272,9 @@ def test_memory_estimate_matches_a_rank(two):
     check_bytes(two)
 
 
-def test_save_leaves_the_engine_usable_until_close(two):
+def test_save_leaves_the_engine_usable(two):
     for name, case in two.cases.items():
-        facts, _ = two.of(name)
+        facts, _ = two.read(name)
         assert facts["after close"] == "this engine is closed", name
         if case.cut is None and case.base is None:  # the files of an adapter have other names
             policy, state = weights_of(two.folder / name / "policy"), load_file(two.folder / name / "state" / MASTERS)
@@ -285,29 +285,29 @@ def test_save_leaves_the_engine_usable_until_close(two):
 
 
 def test_resume_is_bit_identical(two):
-    facts, rows = two.of("3 again")
-    whole = two.of("3 adamw checkpointing")[1]
+    facts, rows = two.read("3 again")
+    uninterrupted = two.read("3 adamw checkpointing")[1]
     assert facts["restored"] == 2
     assert [{k: v for k, v in row.items() if k not in TIMINGS} for row in rows] == [
-        {k: v for k, v in row.items() if k not in TIMINGS} for row in whole
+        {k: v for k, v in row.items() if k not in TIMINGS} for row in uninterrupted
     ]
     assert same_weights(two.folder / "3 again" / "policy", two.folder / "3 adamw checkpointing" / "policy")
 
 
 def test_resume_on_another_number_of_ranks(two):
-    """With AdamW the number of updates decides how far the next one goes."""
-    whole = two.moves("3 adamw checkpointing", two.alone("3 adamw checkpointing"))
-    assert two.of("3 after one")[0]["restored"] == 2
-    assert (two.moves("3 after one") - whole).norm() < 1e-4 * whole.norm()
+    """A checkpoint resumes on another number of ranks. AdamW's next update depends on the number of updates."""
+    expected = two.weight_changes("3 adamw checkpointing", two.alone("3 adamw checkpointing"))
+    assert two.read("3 after one")[0]["restored"] == 2
+    assert (two.weight_changes("3 after one") - expected).norm() < 1e-4 * expected.norm()
     checkpoint = checkpoint_at(two, 3)
     play(replace(two.cases["3 again"], name="one after two", checkpoints=str(checkpoint)), two.folder)
-    facts, _ = two.of("one after two")
+    facts, _ = two.read("one after two")
     assert facts["restored"] == 3
-    assert (two.moves("3 again", two.folder / "one after two") - whole).norm() < 1e-4 * whole.norm()
+    assert (two.weight_changes("3 again", two.folder / "one after two") - expected).norm() < 1e-4 * expected.norm()
 
 
 def checkpoint_at(two: Results, step: int) -> Path:
-    """A folder with the checkpoint of that step alone."""
+    """Return a new folder that contains only the checkpoint of `step`."""
     folder = two.folder / f"kept at {step}, {time.monotonic_ns()}"
     shutil.copytree(two.folder / "kept" / f"step-{step:08d}", folder / f"step-{step:08d}")
     return folder
@@ -315,16 +315,16 @@ def checkpoint_at(two: Results, step: int) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 3])
-def test_resume_on_one_or_three_ranks_at_another_stage(two, tmp_path, size):
+def test_resume_on_other_ranks_and_stages(two, tmp_path, size):
     cases = [
         replace(two.cases["3 again"], name=f"stage {stage}", stage=stage, checkpoints=str(checkpoint_at(two, 3)))
         for stage in (0, 2, 3)
     ]
     results = Results(tmp_path, cases, size)
-    whole = two.moves("3 adamw checkpointing", two.alone("3 adamw checkpointing"))
+    expected = two.weight_changes("3 adamw checkpointing", two.alone("3 adamw checkpointing"))
     for case in cases:
-        assert results.of(case.name)[0]["restored"] == 3
-        assert (results.moves(case.name) - whole).norm() < 1e-4 * whole.norm()
+        assert results.read(case.name)[0]["restored"] == 3
+        assert (results.weight_changes(case.name) - expected).norm() < 1e-4 * expected.norm()
 
 
 # --- shared work --------------------------------------------------------------------------------------------------------
@@ -333,20 +333,20 @@ def test_resume_on_one_or_three_ranks_at_another_stage(two, tmp_path, size):
 def test_balance_by_tokens():
     for count in (1, 2, 7, 40):
         items = random_items(count, seed=count)
-        for hands in (1, 2, 3, 8):
-            dealt = balance_by_tokens(items, hands)
-            assert len(dealt) == hands and sorted(i for hand in dealt for i in hand) == list(range(count))
-            tokens = [sum(items[i].tokens for i in hand) for hand in dealt]
+        for ranks in (1, 2, 3, 8):
+            shares = balance_by_tokens(items, ranks)
+            assert len(shares) == ranks and sorted(i for share in shares for i in share) == list(range(count))
+            tokens = [sum(items[i].tokens for i in share) for share in shares]
             assert max(tokens) - min(tokens) <= max(item.tokens for item in items)
 
 
 def test_shared_answers_and_scores(two, models):
-    """A damaged shard is made again, by one rank."""
+    """A damaged shard is computed again by one rank."""
     results = [json.loads((two.folder / f"shared-{rank}.json").read_text()) for rank in (0, 1)]
-    alone = json.loads(json.dumps(answered(Path(models["untied"]), lambda name: compute_shards, 2)))
+    expected = json.loads(json.dumps(answer_and_score(Path(models["untied"]), lambda name: compute_shards, 2)))
     for answers, logps in (result[when] for result in results for when in ("first", "again")):
-        assert answers == alone[0]
-        assert logps == pytest.approx(alone[1], abs=1e-4)
+        assert answers == expected[0]
+        assert logps == pytest.approx(expected[1], abs=1e-4)
     (message,) = [line for result in results for line in result["messages"]]
     assert "00002" in message and "made again" in message
 
@@ -373,7 +373,7 @@ def test_library_is_quiet(two):
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
         (["model.adapter=lora", "model.quantization=nf4"], "model.quantization=nf4"),
         (["optimizer=rmsprop8bit"], "rmsprop8bit"),
@@ -382,15 +382,15 @@ def test_library_is_quiet(two):
         (["engine.zero_stage=4"], "engine.zero_stage=4: must be less than or equal to 3"),
     ],
 )
-def test_unsupported_settings(words, says):
-    with pytest.raises(UserError) as refused:
+def test_unsupported_settings(words, message):
+    with pytest.raises(UserError) as error:
         load("engine=deepspeed", *words)
-    assert says in str(refused.value) and "\n" not in str(refused.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_missing_deepspeed(monkeypatch):
-    usual = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *args: None if name == "deepspeed" else usual(name))
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *args: None if name == "deepspeed" else find(name))
     with pytest.raises(UserError, match=r"pip install deepspeed==\d"):
         check_deepspeed()
 
@@ -412,12 +412,12 @@ def play_ranks(place: Place, *words: str, run: str = "run", size: int = 2) -> su
 
 
 def assert_near(place: Place, ranks: str, single: str) -> None:
-    """The rows of two runs up to the end of iteration 0 agree, closely up to its first update.
+    """Assert that the rows of two runs agree until the end of iteration 0, and closely until its first update.
 
-    RMSprop's first updates are full steps whatever the size of a gradient, rounding included: after them two packings of
-    one process differ, too, by some hundredths of the loss.
+    RMSprop's first updates are full steps whatever the size of a gradient, even if it is a rounding error: after them, two
+    packings in one process also differ by some hundredths of the loss.
     """
-    stages, parted = ("sft", "generate", "score", "train"), False
+    stages, updated = ("sft", "generate", "score", "train"), False
     rows, expected = (
         [row for row in place.metrics(run) if row["stage"] in stages and row["iter"] in (None, 0)]
         for run in (ranks, single)
@@ -425,15 +425,15 @@ def assert_near(place: Place, ranks: str, single: str) -> None:
     assert {row["stage"] for row in rows} >= {"generate", "score", "train"}
     for row, expected_row in zip(rows, expected, strict=True):
         assert row.keys() == expected_row.keys() and row["step"] == expected_row["step"]
-        for key in row.keys() - TIMINGS if not parted else {"loss"}:
-            bound = dict(abs=0.2) if parted else dict(rel=1e-3, abs=1e-3)
+        for key in row.keys() - TIMINGS if not updated else {"loss"}:
+            bound = dict(abs=0.2) if updated else dict(rel=1e-3, abs=1e-3)
             value = expected_row[key]
             assert row[key] == (pytest.approx(value, **bound) if isinstance(value, float) else value), key
-        parted = parted or row["stage"] == "train"
+        updated = updated or row["stage"] == "train"
 
 
 def test_game_matches_one_process(place):
-    """ZeRO 3. Self-play from the start: answers and scores of iteration 0 are the same to the bit."""
+    """Self-play from the start with ZeRO 3 has the same bits in answers and scores of iteration 0 as one process."""
     words = ["schedule.sft_epochs=0", "iter=0", "tracking.wandb=offline"]
     done = play_ranks(place, *GAME, *words, run="ranks")
     assert "2 processes, ZeRO stage 3" in done.stdout and done.stdout.count("report: ") == 1
@@ -449,8 +449,8 @@ def test_game_matches_one_process(place):
     assert len(list((runs[0] / "wandb").glob("offline-run-*"))) == 1
     for name in ("report.md", "config.yaml", "game.json", "iter0/manifest.json"):
         assert (runs[0] / name).is_file()
-    again = play_ranks(place, *GAME, *words, run="ranks")
-    assert "nothing was computed again" in again.stdout
+    repeated = play_ranks(place, *GAME, *words, run="ranks")
+    assert "nothing was computed again" in repeated.stdout
 
 
 def test_typo_is_reported_once(place):
@@ -460,14 +460,14 @@ def test_typo_is_reported_once(place):
 
 
 def start_second(place: Place, *words: str) -> subprocess.Popen:
-    """run.py as torchrun starts the second of two processes, without the first."""
+    """Start run.py as torchrun starts the second of two processes, without the first."""
     env = {**os.environ, "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
     command = [sys.executable, "run.py", *place.words(*words)]
     return subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def test_other_ranks_wait_for_the_first_to_report(place):
-    """If they ended, torchrun would end the first before it reports."""
+    """Other ranks wait until the first reports an error; if they ended, torchrun would end the first before that."""
     second = start_second(place, "loss.bta=1")
     with pytest.raises(subprocess.TimeoutExpired):
         second.wait(timeout=12)
@@ -484,7 +484,7 @@ def test_only_failing_rank_reports(place):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
         (["engine=deepspeed", "loss.beta=-1"], "loss.beta=-1"),
         (["engine=single"], "2 processes were started, and engine=single plays in one"),
@@ -492,9 +492,9 @@ def test_only_failing_rank_reports(place):
         (["-m", "engine=deepspeed", "loss.beta=0.1,0.2"], "a sweep is started as one process"),
     ],
 )
-def test_user_errors_are_one_line(place, words, says):
+def test_user_errors_are_one_line(place, words, message):
     done = torchrun(2, "run.py", *place.words(*words))
-    assert done.returncode == 1 and len(errors(done)) == 1 and says in errors(done)[0], done.stderr
+    assert done.returncode == 1 and len(errors(done)) == 1 and message in errors(done)[0], done.stderr
     assert "report:" not in done.stdout
 
 
@@ -538,37 +538,37 @@ def await_path(place: Place, pattern: str, game: subprocess.Popen) -> None:
 
 
 def await_steps(place: Place, count: int, game: subprocess.Popen) -> None:
-    """Wait until so many steps of training against an opponent are in the record."""
+    """Wait until metrics.jsonl has `count` steps of training against an opponent."""
     path, end = place.folder / "run" / "metrics.jsonl", time.monotonic() + 120
     while not path.exists() or path.read_text().count('"stage": "train"') < count:
         assert game.poll() is None and time.monotonic() < end
         time.sleep(0.005)
 
 
-def ended(game: subprocess.Popen) -> subprocess.CompletedProcess:
+def wait_for_end(game: subprocess.Popen) -> subprocess.CompletedProcess:
     out, err = game.communicate(timeout=120)
     return subprocess.CompletedProcess(game.args, game.returncode, out, err)
 
 
 @pytest.mark.slow
 def test_resume_after_kill_and_stop(place):
-    """SIGKILL of one rank while it trains, then SIGTERM to torchrun while the next try does, then to the end."""
+    """A game ends with the same bits after SIGKILL of a rank and, at the next attempt, SIGTERM to torchrun in training."""
     words = [*GAME, "engine.zero_stage=2", "iter=0", "schedule.epochs=3"]
     play_ranks(place, *words, f"store.path={place.folder}/whole", run="whole")
     game = start_ranks(place, *words)
     await_path(place, "sft/*.part/resume/training/step-00000003", game)
     children = Path(f"/proc/{game.pid}/task/{game.pid}/children").read_text().split()
     os.kill(int(children[1]), signal.SIGKILL)
-    done = ended(game)
+    done = wait_for_end(game)
     assert done.returncode != 0 and len(errors(done)) == 1, done.stderr
-    # Whichever comes first: the other one notices, or torchrun has noticed and asks it to stop.
+    # Either the other rank notices first, or torchrun does and stops it.
     assert errors(done)[0].startswith(("error: another process of this game has ended", "stopped by SIGTERM: "))
 
-    rare = [word.replace("steps=1", "steps=null") for word in words] + ["checkpoint.minutes=60"]
-    game = start_ranks(place, *rare)
+    rarely_saved = [word.replace("steps=1", "steps=null") for word in words] + ["checkpoint.minutes=60"]
+    game = start_ranks(place, *rarely_saved)
     await_steps(place, 3, game)
     game.send_signal(signal.SIGTERM)
-    done = ended(game)
+    done = wait_for_end(game)
     assert done.returncode != 0
     assert errors(done) == ["stopped by SIGTERM: finished work is kept, run the same command to continue."], done.stderr
     assert "SFT: resuming, training up to step" in done.stdout

@@ -1,4 +1,4 @@
-"""The parts that a GPU computes otherwise than a CPU, on a GPU if there is one; and compiled layers, on any device."""
+"""Tests of what a GPU computes differently from a CPU, on a GPU if there is one, and of compiled layers on any device."""
 
 import copy
 from dataclasses import replace
@@ -23,7 +23,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gpt2"])
 def test_logps(name):
-    """Packed where the layout is chosen, against a float64 loop on the CPU."""
+    """Log-probs, packed if `choose_forward` selects it, match those of a float64 loop on the CPU."""
     model = small_model(name)
     items = random_items(8, longest=80)
     expected = naive_logps(copy.deepcopy(model), items)
@@ -33,7 +33,7 @@ def test_logps(name):
 
 
 def train_on(device, folder, **engine):
-    """A SingleEngine after three updates on `device`, and their metrics."""
+    """Return a SingleEngine after three updates on `device`, and their metrics."""
     settings, optimizer = EngineConfig.from_defaults(**engine), OptimizerConfig.from_defaults()
     trained, rows = SingleEngine(policy_of(folder), torch.float32, device, settings, optimizer), []
     pairs = pairs_of(12)
@@ -52,7 +52,7 @@ def test_training_matches_cpu(tiny_folder):
 @pytest.mark.slow  # compiles for a minute
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_compiled_training(tiny_folder, checkpointing):
-    """The same as eager up to rounding; lengths of later batches compile nothing anew."""
+    """Compiled training equals eager training up to rounding, and batches of other lengths need no recompilation."""
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     compiled, rows = train_on(DEVICE, tiny_folder, compile=True, gradient_checkpointing=checkpointing)
@@ -66,7 +66,7 @@ def test_compiled_training(tiny_folder, checkpointing):
     for batch in batches:
         compiled.backward(compiled.logps(batch, PACKED).sum())
     assert len({batch.tokens for batch in batches}) >= 4
-    # A size of 1, or one that equals the number of heads, is compiled once more; other lengths are not.
+    # A size of 1, or one that equals the number of heads, is compiled separately; other lengths are not.
     assert torch._dynamo.utils.counters["frames"]["ok"] <= frames + 4
 
 

@@ -1,4 +1,4 @@
-"""Log-probs against a naive float64 loop and the models' own forward, in every layout, for several architectures."""
+"""Tests of log-probs in every layout against a naive float64 loop and the models' own forward, for many architectures."""
 
 import subprocess
 import sys
@@ -23,12 +23,12 @@ LAYOUTS = ["packed", "padded"]
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Blocks of positions in the output layer: two in the gradcheck, several elsewhere."""
+    """The output layer processes positions in blocks: two in the gradcheck, several in other tests."""
     monkeypatch.setitem(head_module.BLOCK, "cpu", 3)
 
 
 def naive_logps(model, items: list[Continuations]) -> torch.Tensor:
-    """Token by token in float64, one sequence at a time: no masks, no batches, no shift by slicing."""
+    """Compute log-probs token by token in float64, one sequence at a time: without masks, batches and shifts by slicing."""
     sums = []
     for item in items:
         for response in item.responses:
@@ -64,7 +64,7 @@ def test_packed_layout_chosen(name):
 
 @pytest.mark.parametrize("name", sorted(CONFIGS.keys() - set(PACKABLE)))
 def test_unpackable_models_padded(name):
-    """Attention sinks, soft caps and states that go through a row."""
+    """Models with attention sinks, soft caps or a recurrent state use padded rows."""
     model, items = small_model(name), random_items(6)
     forward, remark = choose_forward(model, items, "auto", 128, 7, longest=64)
     assert (forward.layout, forward.head) == ("padded", "chunked") and remark
@@ -72,7 +72,7 @@ def test_unpackable_models_padded(name):
 
 @pytest.mark.parametrize("name", ["mamba", "mamba2"])
 def test_fp32_hidden_states_in_bf16(name):
-    """Mamba's sum of all layers' outputs is fp32, and its output layer bf16."""
+    """The chunked head supports Mamba, whose residual stream is fp32 and whose output layer is bf16."""
     model, items = small_model(name, torch.bfloat16), random_items(4)
     forward, _ = choose_forward(model, items, "auto", 128, 7, longest=64)
     assert forward.head == "chunked"
@@ -87,7 +87,7 @@ def test_prompts_longer_than_the_window(prompt):
 
 @pytest.mark.parametrize("name", ["mistral", "gemma3"])
 def test_short_window_packed_exact(name):
-    """Gemma 3 has layers with and without a window."""
+    """Packed rows are exact with a short window, also if only some layers have one, as in Gemma 3."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = type(CONFIGS[name])(**SMALL, **BODY, head_dim=8, sliding_window=8)
@@ -100,7 +100,7 @@ def test_short_window_packed_exact(name):
 
 
 def test_wrong_layout_refused(monkeypatch):
-    """Packed rows whose attention ignores the window differ silently without the check."""
+    """Packed rows are refused if the attention ignores the window; without the check they would differ silently."""
     monkeypatch.setattr(attention, "_causal", lambda query, window: {"is_causal": True})
     model, items = small_model("mistral-short-window"), random_items(4)
     with pytest.raises(UserError, match=r"packed rows .* differs from the model's own forward"):
@@ -166,8 +166,8 @@ def test_gradients_match_plain_forward(name, layout):
     model.zero_grad()
     forward = Forward(layout, "chunked", 128, 7)
     for batch in forward.batches(items):
-        which = torch.tensor([2 * i + k for i in batch.items for k in range(2)])
-        (sequence_logps(model, batch, forward) * weights[which]).sum().backward()
+        indices = torch.tensor([2 * i + k for i in batch.items for k in range(2)])
+        (sequence_logps(model, batch, forward) * weights[indices]).sum().backward()
     for n, p in model.named_parameters():
         assert torch.allclose(p.grad, expected[n], atol=2e-4, rtol=1e-3), n
 
@@ -180,14 +180,14 @@ def test_response_head_gradcheck():
     def head(h, w, b):
         return ResponseHead.apply(h, w, b, target, 0.7, 3.0, 2)
 
-    # fp32 from the logits on, so the check is at fp32's precision.
+    # The head computes in fp32 from the logits on, so the check has the precision of fp32.
     assert torch.autograd.gradcheck(head, (hidden, weight, bias), eps=1e-3, atol=1e-2, rtol=1e-2)
 
 
 def test_response_positions():
     items = random_items(7, responses=2)
     for layout in LAYOUTS:
-        seen = []
+        batched_items = []
         for batch in Forward(layout, "chunked", 100, 64).batches(items):
             assert batch.input_ids.numel() <= 100 or len(batch.items) == 1
             ids = batch.input_ids.flatten()
@@ -198,14 +198,14 @@ def test_response_positions():
                 assert (
                     ids[batch.source[is_own][0]] == item.prompt_ids[-1]
                 )  # the shift: the prompt's end predicts the first
-            seen += batch.items
-        assert sorted(seen) == list(range(7))
+            batched_items += batch.items
+        assert sorted(batched_items) == list(range(7))
 
 
 @pytest.mark.parametrize(("head", "at_least", "at_most"), [("chunked", 0, 120), ("full", 180, 4000)])
 def test_head_peak_memory(head, at_least, at_most):
-    """Peak memory, measured: 1,500 response tokens over 40,000 words are 229 MiB of fp32 logits. The peak counter is
-    reset before the step."""
+    """The chunked head's measured peak is less than 1,500 response tokens times 40,000 words, 229 MiB of fp32 logits. The
+    peak counter is reset before the step."""
     script = rf"""
 import re, sys, torch, transformers as tf
 sys.path.insert(0, {str(Path(__file__).parents[2])!r})
@@ -231,7 +231,7 @@ print(held("VmHWM") - before)
 
 
 def test_window_checked_against_longest_item(monkeypatch):
-    """The sample fits into the window, a later pair does not."""
+    """The layout is checked with an item of the maximal length, because the sample may fit into the window."""
     config = tf.MistralConfig(**{**SMALL, **BODY}, sliding_window=64)
     model = tf.AutoModelForCausalLM.from_config(config).eval()
     monkeypatch.setattr(attention, "_causal", lambda query, window: {"is_causal": True})
@@ -254,7 +254,7 @@ def test_packed_row_size():
 
 @pytest.mark.parametrize("padding", [0, 40])
 def test_block_mask_against_rule(padding):
-    """FlexAttention's mask against the rule written out; no block with an allowed pair is missing."""
+    """FlexAttention's mask equals the rule that is written out here; no block with an allowed pair is missing."""
     items = random_items(12, responses=2)
     (batch,) = Forward("packed", "chunked", 999, 64).batches(items)
     total = batch.tokens + padding
@@ -263,8 +263,8 @@ def test_block_mask_against_rule(padding):
     ]
     mask = block_mask(batch.attention_mask, total)
     blocks = mask.to_dense()[0, 0]
-    every = torch.arange(total)
-    may_attend = mask.mask_mod(0, 0, every[:, None], every)
+    positions = torch.arange(total)
+    may_attend = mask.mask_mod(0, 0, positions[:, None], positions)
     for q in range(total):
         for k in range(total):
             if q < batch.tokens and k < batch.tokens:
@@ -277,7 +277,7 @@ def test_block_mask_against_rule(padding):
 
 
 def test_flex_attention_matches_sequences(monkeypatch):
-    """Not compiled, on a CPU, with the mask and the call of a GPU."""
+    """FlexAttention, uncompiled on a CPU but with the mask and the call of a GPU, equals attention per sequence."""
     from torch.nn.attention.flex_attention import flex_attention
     from transformers.integrations.flex_attention import WrappedFlexAttention
 

@@ -1,4 +1,4 @@
-"""The memory estimate: against an engine's tensors, what autograd keeps, the batches of a run, and the measured peak."""
+"""Tests of the memory estimate against an engine's tensors, autograd's storage, a run's batches and the measured peak."""
 
 import json
 import os
@@ -62,7 +62,7 @@ def test_weight_counts(tmp_path):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("optimizer", ["rmsprop", "adamw"])
 def test_bytes_per_weight(tiny_folder, precision, optimizer):
-    """All tensors of an engine after a step, each storage once."""
+    """The estimate equals the bytes of all tensors of an engine after a step; a shared storage counts once."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     policy = Policy("start", tiny_folder, content_id(tiny_folder))
     engine = SingleEngine(
@@ -84,7 +84,7 @@ def test_bytes_per_weight(tiny_folder, precision, optimizer):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_activations_of_a_layer(dtype, checkpointing):
-    """Against autograd's storages in two models that differ by two layers."""
+    """The estimate for a layer matches autograd's storage in two models that differ by two layers."""
     stored = []
     for layers in (2, 4):
         config = tf.LlamaConfig(
@@ -97,34 +97,34 @@ def test_activations_of_a_layer(dtype, checkpointing):
         batch = next(forward.batches(random_items(60)))
         sizes = {}
 
-        def keep(tensor, sizes=sizes, weights=weights):
+        def record_storage(tensor, sizes=sizes, weights=weights):
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in weights:
                 sizes[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(record_storage, lambda tensor: tensor):
             logps = sequence_logps(model, batch, forward)
         stored.append(sum(sizes.values()))
         assert logps.requires_grad
-    a_token = (stored[1] - stored[0]) / 2 / batch.input_ids.numel()
+    bytes_per_token = (stored[1] - stored[0]) / 2 / batch.input_ids.numel()
     precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
     load = replace(LOAD, shape=shape_of(config), precision=precision, checkpointing=checkpointing)
     formula = memory._kept_by_layer(load)
-    assert a_token == pytest.approx(formula, rel=0.1)
+    assert bytes_per_token == pytest.approx(formula, rel=0.1)
 
 
 # --- the peak ---------------------------------------------------------------------------------------------------------
 
-# Return freed memory to the system at once. Otherwise glibc keeps holes between small tensors, by chance up to half of the
-# peak where weights are rounded to 4 bits while they are read (docs/memory.md).
+# Return freed memory to the system at once. Otherwise glibc keeps holes between small tensors, sometimes up to half of the
+# peak if weights are rounded to 4 bits while they are loaded (docs/memory.md).
 AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
 
 
-def measured(
+def measure(
     folder: Path, vocabulary: int, load: Load, rank: int = 0, engine: dict | None = None
 ) -> list[dict[str, float]]:
-    """Bytes that memory_worker.py measures in one process, or in each of several ranks."""
+    """Return the bytes that memory_worker.py measures in one process, or in each of several ranks."""
     runner = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={load.ranks}"] if load.ranks > 1 else []
     with tempfile.TemporaryDirectory() as tiny:
         make_tiny_model(Path(tiny))
@@ -180,7 +180,7 @@ SLOW = ("fp32", "LoRA on nf4, checkpointing")
     [pytest.param(*case, id=name, marks=pytest.mark.slow if name in SLOW else ()) for name, case in CASES.items()],
 )
 def test_measured_peak(medium, change, rank):
-    """A model this small is overestimated: in fp32 by the gradients of its logits, with an adapter by its activations."""
+    """The estimate is near the peak. It is high for a small model, by the logits' gradients (fp32) or activations (LoRA)."""
     load = replace(
         LOAD,
         shape=shape_of(MEDIUM, rank),
@@ -189,9 +189,9 @@ def test_measured_peak(medium, change, rank):
         files=sum(path.stat().st_size for path in medium.glob("*.safetensors")),
     )
     expected = max(total(memory.training(load)), total(memory.loading(load)))
-    peak = measured(medium, MEDIUM.vocab_size, load, rank)[0]["peak"]
-    off = 0.3 if load.precision == "fp32" or rank else 0.2
-    assert expected == pytest.approx(peak, rel=off), f"{expected / 1e6:.0f} MB, measured {peak / 1e6:.0f} MB"
+    peak = measure(medium, MEDIUM.vocab_size, load, rank)[0]["peak"]
+    tolerance = 0.3 if load.precision == "fp32" or rank else 0.2
+    assert expected == pytest.approx(peak, rel=tolerance), f"{expected / 1e6:.0f} MB, measured {peak / 1e6:.0f} MB"
 
 
 RANKS = {
@@ -217,11 +217,11 @@ RANKS = {
     "case", [pytest.param(case, id=name, marks=pytest.mark.slow if name != "3" else ()) for name, case in RANKS.items()]
 )
 def test_measured_peak_of_ranks(medium, case):
-    """Of each of two ranks, which keep next to nothing once the engine is closed."""
+    """The estimate is near the peak of each of two ranks, which hold almost nothing after the engine is closed."""
     load = replace(LOAD, **{"passes": 1, **case}, ranks=2, on_cpu=True)
     expected = total(memory.training(load))
     engine = {"zero_stage": load.zero_stage, "offload_optimizer": load.offload}
-    for result in measured(medium, MEDIUM.vocab_size, load, engine=engine):
+    for result in measure(medium, MEDIUM.vocab_size, load, engine=engine):
         assert expected == pytest.approx(result["peak"], rel=0.2), f"{expected / 1e6:.0f} MB, measured {result}"
         assert result["left"] < 2.5 * load.shape.weights, result
 
@@ -250,7 +250,7 @@ def test_measured_peak_of_the_embedded_model(change, rank, tmp_path):
         **change,
     )
     expected = max(total(memory.training(load)), total(memory.loading(load)))
-    peak = measured(copy, architecture.vocab_size, load, rank)[0]["peak"]
+    peak = measure(copy, architecture.vocab_size, load, rank)[0]["peak"]
     assert expected == pytest.approx(peak, rel=0.2), f"{expected / 1e6:.0f} MB, measured {peak / 1e6:.0f} MB"
 
 
@@ -261,7 +261,7 @@ def test_measured_peak_of_the_embedded_model(change, rank, tmp_path):
 @pytest.mark.parametrize("num_answers", [1, 3])
 @pytest.mark.parametrize("tokens_per_batch", [256, 800, 10**6])
 def test_load_of_a_run(tmp_path, layout, num_answers, tokens_per_batch):
-    """Against the batches that are made of the examples with answers of full length."""
+    """The estimated load matches the batches of the examples with answers of the maximal length."""
     words = [f"cache.path={tmp_path}/cache", f"store.path={tmp_path}/store", f"generation.num_answers={num_answers}"]
     words += [f"engine.layout={layout}", f"engine.tokens_per_batch={tokens_per_batch}", "generation.batch_size=1000"]
     config = load_config("experiment=smoke", *words)
@@ -314,29 +314,29 @@ def test_estimated_parts_only_warn():
 
 
 def test_advice_order():
-    """First what keeps finished stages, then as little as helps of what computes them again."""
+    """The advice prefers settings that keep finished stages, then the smallest change that computes them again."""
     load = replace(LARGE, training_tokens=4096)
     checkpointed = total(memory.training(replace(load, checkpointing=True))) / GIB
-    words = advice(load, device(checkpointed + 1), SEVEN)
-    assert words.startswith("set engine.gradient_checkpointing=true (then about ")
-    assert words.endswith("; finished stages are kept)")
-    words = advice(load, device(checkpointed - 1), SEVEN)
-    assert words.startswith("set engine.gradient_checkpointing=true engine.tokens_per_batch=256 ")
-    assert words.endswith("; all stages are computed again)")
+    text = advice(load, device(checkpointed + 1), SEVEN)
+    assert text.startswith("set engine.gradient_checkpointing=true (then about ")
+    assert text.endswith("; finished stages are kept)")
+    text = advice(load, device(checkpointed - 1), SEVEN)
+    assert text.startswith("set engine.gradient_checkpointing=true engine.tokens_per_batch=256 ")
+    assert text.endswith("; all stages are computed again)")
     assert "gradient_checkpointing" not in advice(replace(load, checkpointing=True), device(60), SEVEN)
     assert "model.adapter=lora (" in advice(load, device(20), SEVEN)
     assert "model.adapter=lora model.quantization=nf4 (" in advice(load, device(8), SEVEN)
     assert advice(load, device(1), SEVEN).endswith("GiB: take a smaller model or more memory")
-    many = replace(LARGE, decoded=4096, trains=False)
-    assert advice(many, device(20), SEVEN).startswith("set generation.batch_size=8 (")
-    small = replace(LARGE, decoded=8, training_tokens=256, scoring_tokens=256, trains=False)
-    assert advice(small, device(1), SEVEN) == "take a smaller model or more memory"
+    many_answers = replace(LARGE, decoded=4096, trains=False)
+    assert advice(many_answers, device(20), SEVEN).startswith("set generation.batch_size=8 (")
+    few_tokens = replace(LARGE, decoded=8, training_tokens=256, scoring_tokens=256, trains=False)
+    assert advice(few_tokens, device(1), SEVEN) == "take a smaller model or more memory"
 
 
 def test_advice_for_several_ranks():
     load = replace(LARGE, ranks=8, zero_stage=2, checkpointing=True)
-    words = advice(load, device(26), SEVEN)
-    assert words.startswith("set engine.zero_stage=3 ") and words.endswith("; finished stages are kept)")
+    text = advice(load, device(26), SEVEN)
+    assert text.startswith("set engine.zero_stage=3 ") and text.endswith("; finished stages are kept)")
     assert "nf4" not in advice(load, device(1), SEVEN)
 
 
@@ -351,13 +351,13 @@ def test_smaller_settings_need_less():
 def test_line_comes_before_weights_are_loaded(place):
     process = place.play("iter=0", "schedule.sft_epochs=0", "evaluation=none")
     lines = process.stdout.splitlines()
-    (at,) = [i for i, line in enumerate(lines) if line.startswith("memory needed: about ")]
-    assert "GiB free" in lines[at] and not any("iter 0" in line for line in lines[:at])
-    again = place.play("iter=0", "schedule.sft_epochs=0", "evaluation=none")
-    assert "memory needed" not in again.stdout  # nothing is loaded
-    stated = float(lines[at].split("about ")[1].split()[0])
+    (index,) = [i for i, line in enumerate(lines) if line.startswith("memory needed: about ")]
+    assert "GiB free" in lines[index] and not any("iter 0" in line for line in lines[:index])
+    repeated = place.play("iter=0", "schedule.sft_epochs=0", "evaluation=none")
+    assert "memory needed" not in repeated.stdout  # nothing is loaded
+    estimate = float(lines[index].split("about ")[1].split()[0])
     peak = json.loads((place.folder / "run" / "game.json").read_text())["peak_memory_gib"]
-    assert stated == pytest.approx(peak, abs=0.6)
+    assert estimate == pytest.approx(peak, abs=0.6)
 
 
 @pytest.mark.parametrize("words", ["", "--ranks 8 --sizes 24 40 80"])
@@ -376,7 +376,7 @@ def test_table_sizes(capsys):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc only")
 def test_release_free_memory():
-    """glibc keeps the memory of small tensors while one of them is alive, until it is released."""
+    """Memory of small tensors, which glibc keeps while one of them is alive, is released."""
     script = """
 import torch
 from spin.engines.device_memory import resident_bytes, release_free_memory

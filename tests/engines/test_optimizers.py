@@ -1,4 +1,4 @@
-"""Updates against PyTorch's own optimisers, residual bits, and stochastic rounding."""
+"""Tests of the optimisers: updates against PyTorch's own, residual bits, and stochastic rounding."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def optimizer(name, shaped, **settings):
 @pytest.mark.parametrize("halves", [False, True])
 @pytest.mark.parametrize("name", REFERENCE)
 def test_updates_equal_pytorch(name, halves):
-    """In pieces, and from bf16 weights with residual bits, as on whole fp32 tensors."""
+    """Updates in pieces, also of bf16 weights with residual bits, equal PyTorch's updates of complete fp32 tensors."""
     expected, start = weights(), weights()
     reference = REFERENCE[name](list(expected.values()))
     rounded = {k: w.bfloat16() for k, w in start.items()} if halves else start
@@ -45,9 +45,9 @@ def test_updates_equal_pytorch(name, halves):
         ours.step(rounded, residuals, grads, lr=1e-3, scale=0.5)
     for k, w in expected.items():
         master = combine(rounded[k], residuals[k]) if halves else start[k]
-        off = (master.view(torch.int32) - w.view(torch.int32)).abs()
-        assert off.max() <= (3 if halves else 0)  # a tie is one last bit off
-        assert (off == 0).float().mean() > 0.999
+        difference = (master.view(torch.int32) - w.view(torch.int32)).abs()
+        assert difference.max() <= (3 if halves else 0)  # a tie is off by one in the last bit
+        assert (difference == 0).float().mean() > 0.999
         if halves:
             assert torch.equal(rounded[k], w.bfloat16())
 
@@ -58,10 +58,10 @@ def test_residual_bits_restore_master(value):
     rounded = master.bfloat16()
     if not rounded.isfinite().all():
         return  # beyond bf16's largest number
-    again = combine(rounded, residual_bits(master, rounded))
-    off = (again.view(torch.int32) - master.view(torch.int32)).abs().item()
+    restored = combine(rounded, residual_bits(master, rounded))
+    difference = (restored.view(torch.int32) - master.view(torch.int32)).abs().item()
     tie = master.view(torch.int32).item() & 0xFFFF == 0x8000
-    assert off == 0 or (tie and off == 1)
+    assert difference == 0 or (tie and difference == 1)
 
 
 def test_stochastic_rounding_keeps_mean():
@@ -69,15 +69,15 @@ def test_stochastic_rounding_keeps_mean():
     mean = round_stochastically(value, torch.Generator().manual_seed(0)).double().mean().item()
     assert mean == pytest.approx(1 + 2**-10, abs=5e-5)
     grads, shaped = {"a": torch.full((4096,), 0.1)}, {"a": torch.zeros(4096)}
-    small = optimizer("adamw", shaped, states="bf16")
-    whole = optimizer("adamw", {"a": torch.zeros(4096)})
+    bf16 = optimizer("adamw", shaped, states="bf16")
+    fp32 = optimizer("adamw", {"a": torch.zeros(4096)})
     for _ in range(40):
-        small.step(shaped, {}, grads, 1e-4, 1.0)
-        whole.step({"a": torch.zeros(4096)}, {}, grads, 1e-4, 1.0)
-    assert small.states["a"]["exp_avg_sq"].dtype == torch.bfloat16
+        bf16.step(shaped, {}, grads, 1e-4, 1.0)
+        fp32.step({"a": torch.zeros(4096)}, {}, grads, 1e-4, 1.0)
+    assert bf16.states["a"]["exp_avg_sq"].dtype == torch.bfloat16
     for state in ("exp_avg", "exp_avg_sq"):
-        small_mean, whole_mean = (o.states["a"][state].double().mean().item() for o in (small, whole))
-        assert small_mean == pytest.approx(whole_mean, rel=2e-3)
+        bf16_mean, fp32_mean = (o.states["a"][state].double().mean().item() for o in (bf16, fp32))
+        assert bf16_mean == pytest.approx(fp32_mean, rel=2e-3)
 
 
 def test_rounding_noise_differs_between_tensors():
@@ -89,7 +89,7 @@ def test_rounding_noise_differs_between_tensors():
         ours.step(shaped, {}, {name: torch.linspace(0.1, 0.2, 4096) for name in shaped}, 1e-3, 1.0)
         results.append({name: ours.states[name]["square_avg"].clone() for name in shaped})
     first, second = results
-    # Stochastic rounding of both by independent noise: about a third of the values differ.
+    # With independent noise about a third of the rounded values differ.
     assert (first["a"] != first["b"]).float().mean() > 0.2
     assert all(torch.equal(first[name], second[name]) for name in first)
 

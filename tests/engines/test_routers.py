@@ -1,4 +1,4 @@
-"""The routers' load-balancing loss, against transformers' own on one sequence at a time."""
+"""Tests of the routers' load-balancing loss against that of transformers on one sequence at a time."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ EXPERTS = ["mixtral", "qwen3_moe", "gpt_oss", "qwen3_next"]
 
 
 def losses_of(model, items, forward: Forward) -> torch.Tensor:
-    """By response, in the items' order."""
+    """Return the loss of each response, in the items' order."""
     by_response: list = [None] * (2 * len(items))
     for batch in forward.batches(items):
         with record_router_logits(model) as logits:
@@ -24,7 +24,7 @@ def losses_of(model, items, forward: Forward) -> torch.Tensor:
 
 
 def expected_losses(model, items) -> torch.Tensor:
-    """Transformers' loss of each layer of each sequence, unpacked; the mean over layers."""
+    """Return transformers' loss of each sequence, unpacked: the mean of the losses of its layers."""
     losses = []
     for item in items:
         for response in item.responses:
@@ -37,7 +37,7 @@ def expected_losses(model, items) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", EXPERTS)
 def test_losses_match_transformers(name):
-    """In one row, in several, and padded."""
+    """Losses match transformers' in one packed row, in several, and in padded rows."""
     model, items = small_model(name), random_items(6)
     expected = expected_losses(model, items)
     layouts = ["padded"] if name in ("gpt_oss", "qwen3_next") else ["packed", "padded"]
@@ -66,15 +66,15 @@ def test_gradients_match_transformers(layout):
 
 
 def test_even_routing_costs_top_k():
-    """Equal logits: every expert has probability 1/4, and each token counts twice."""
+    """With equal logits every expert has probability 1/4, and each token counts twice."""
     model, items = small_model("mixtral"), random_items(3)
     (batch,) = Forward("packed", "chunked", 999, 7).batches(items)
     losses = balance_losses(model, [torch.zeros(batch.tokens, 4)] * 2, batch, "packed")
     assert torch.allclose(losses, torch.full((6,), 2.0))
 
 
-def test_layers_do_not_make_up_for_each_other():
-    """Two experts get all tokens in the one layer, the other two in the other: nowhere even, but so over all layers."""
+def test_layers_do_not_compensate():
+    """Two experts get all tokens in one layer, the other two in the other: uneven in each layer, but even over both."""
     model, items = small_model("mixtral"), random_items(3)
     (batch,) = Forward("packed", "chunked", 999, 7).batches(items)
     first = torch.tensor([9.0, 9.0, 0.0, 0.0]).expand(batch.tokens, 4)

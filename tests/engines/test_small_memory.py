@@ -1,4 +1,4 @@
-"""4-bit base models and 8-bit optimiser states, with bitsandbytes on the CPU."""
+"""Tests of 4-bit base models and 8-bit optimiser states, with bitsandbytes on the CPU."""
 
 import json
 from dataclasses import replace
@@ -22,7 +22,7 @@ from tests.games import Place
 from tests.models.test_adapters import CPU, LORA, PACKED, adapted, base_or_self, train
 
 WORDS = ["model.adapter=lora", "model.quantization=nf4", "model.merge=true", "iter=0"]
-# Dettmers et al., arXiv 2305.14314, appendix E: the 16 values of a normal float of 4 bits.
+# Dettmers et al., arXiv 2305.14314, appendix E: the 16 values of 4-bit NormalFloat.
 LEVELS = torch.tensor(
     [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
      -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -37,7 +37,7 @@ def played(tmp_path_factory, games):
     return place
 
 
-def naive(weight: torch.Tensor) -> torch.Tensor:
+def quantize_naively(weight: torch.Tensor) -> torch.Tensor:
     """Round to the nearest level in blocks of 64, with scales in full precision."""
     blocks = weight.flatten().view(-1, 64)
     scale = blocks.abs().amax(1, keepdim=True)
@@ -50,13 +50,13 @@ def test_nf4_levels(tiny_folder):
     exact = load_model(tiny_folder, torch.float32, CPU)
     for name, weight in exact.named_parameters():
         quantized = rounded.get_parameter(name)
-        if "proj" not in name:  # embeddings, tied to the output layer, and norms are not quantized
+        if "proj" not in name:  # norms, and embeddings tied to the output layer, are not quantized
             assert torch.equal(quantized, weight), name
             continue
         scale = weight.flatten().view(-1, 64).abs().amax(1)
         # The scales are quantized to 8 bits, relative to the largest of 256.
-        off = (quantized - naive(weight)).abs().max() / scale.max()
-        assert off < 0.02 and (quantized - weight).abs().mean() > 0.01 * weight.abs().mean(), name
+        error = (quantized - quantize_naively(weight)).abs().max() / scale.max()
+        assert error < 0.02 and (quantized - weight).abs().mean() > 0.01 * weight.abs().mean(), name
 
 
 def test_nf4_size_matches_estimate(tiny_folder):
@@ -79,8 +79,8 @@ def test_nf4_size_matches_estimate(tiny_folder):
 def test_nf4_game_starts_at_opponent(played):
     firsts = [row for row in played.metrics() if row["stage"] == "train" and row["step"] == 0]
     assert len(firsts) == 1 and firsts[0]["loss"] == pytest.approx(0.6931, abs=0.01)
-    about = json.loads((played.folder / "run/iter0/policy/base.json").read_text())
-    assert about["quantization"] == "nf4"
+    metadata = json.loads((played.folder / "run/iter0/policy/base.json").read_text())
+    assert metadata["quantization"] == "nf4"
     assert load_file(played.folder / "run/iter0/policy/adapter_model.safetensors")
     assert not list((played.folder / "store").glob("train/*/policy/model.safetensors"))
 
@@ -101,9 +101,9 @@ def test_merged_model_same_logits(played):
         merged = load_model(played.folder / "run/iter0/merged", torch.float32, CPU)
         assert (merged(ids).logits - adapted).abs().max() < 0.01 * adapted.abs().max()
     assert merged.dtype == torch.float32 and getattr(merged.config, "quantization_config", None) is None
-    whole_base = load_model(policy.base.folder, torch.float32, CPU)
+    unquantized = load_model(policy.base.folder, torch.float32, CPU)
     with torch.no_grad():
-        assert (whole_base(ids).logits - adapted).abs().max() > 0.05
+        assert (unquantized(ids).logits - adapted).abs().max() > 0.05
 
 
 def test_quantization_changes_model_id(tiny_folder):
@@ -117,10 +117,10 @@ def states_of(optimizer, key):
     return optimizer.states[key]
 
 
-@pytest.mark.parametrize(("name", "whole_name"), [("rmsprop8bit", "rmsprop"), ("adamw8bit", "adamw")])
-def test_eight_bit_states_size_and_step(tiny_folder, name, whole_name):
-    moved, bytes_per_weight = [], []
-    for optimizer_name in (whole_name, name):
+@pytest.mark.parametrize(("name", "fp32_name"), [("rmsprop8bit", "rmsprop"), ("adamw8bit", "adamw")])
+def test_eight_bit_states_size_and_step(tiny_folder, name, fp32_name):
+    changes, bytes_per_weight = [], []
+    for optimizer_name in (fp32_name, name):
         engine = SingleEngine(
             base_or_self(tiny_folder),
             torch.float32,
@@ -130,7 +130,7 @@ def test_eight_bit_states_size_and_step(tiny_folder, name, whole_name):
         )
         before = {key: master.clone() for key, master in engine.masters.items()}
         train(engine, batch_size=5)
-        moved.append(torch.cat([(engine.masters[key] - before[key]).flatten() for key in before]))
+        changes.append(torch.cat([(engine.masters[key] - before[key]).flatten() for key in before]))
         large = {
             key: master for key, master in engine.masters.items() if master.numel() >= 4096
         }  # smaller ones keep fp32 states
@@ -141,12 +141,12 @@ def test_eight_bit_states_size_and_step(tiny_folder, name, whole_name):
         bytes_per_weight.append(
             sum(t.numel() * t.element_size() for t in tensors) / sum(master.numel() for master in large.values())
         )
-    assert bytes_per_weight[0] == 4 * state_values_per_weight(OptimizerConfig.from_defaults(name=whole_name))
+    assert bytes_per_weight[0] == 4 * state_values_per_weight(OptimizerConfig.from_defaults(name=fp32_name))
     assert bytes_per_weight[1] == pytest.approx(
         4 * state_values_per_weight(OptimizerConfig.from_defaults(name=name)), rel=0.02
     )
-    similar = torch.nn.functional.cosine_similarity(moved[0], moved[1], dim=0)
-    assert similar > 0.9 and moved[1].abs().mean() == pytest.approx(moved[0].abs().mean().item(), rel=0.2)
+    similar = torch.nn.functional.cosine_similarity(changes[0], changes[1], dim=0)
+    assert similar > 0.9 and changes[1].abs().mean() == pytest.approx(changes[0].abs().mean().item(), rel=0.2)
 
 
 @pytest.mark.parametrize("name", ["rmsprop8bit", "adamw8bit"])
@@ -183,7 +183,7 @@ def test_eight_bit_resume_same_bits(tiny_folder, tmp_path, name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_through_quantized_layers(tiny_folder, tmp_path, dtype, checkpointing):
-    """Against the same weights dequantized to fp32, after a pass without gradients as in a game."""
+    """Gradients match those of the same weights dequantized to fp32, after a pass without gradients as in a game."""
     policy = adapted(tiny_folder, tmp_path / "policy")
     policy = replace(policy, base=with_quantization(policy.base, "nf4"))
     engine = SingleEngine(
@@ -195,14 +195,14 @@ def test_gradients_through_quantized_layers(tiny_folder, tmp_path, dtype, checkp
     )
     items = random_items(6)
     compute_logps(engine.model, items, PACKED)
-    wide = adapters.attach_adapter(load_model(tiny_folder, dtype, CPU, "nf4").dequantize().float(), policy.folder)
-    trained = {name: w.requires_grad_(True) for name, w in wide.named_parameters() if "lora_" in name}
+    full = adapters.attach_adapter(load_model(tiny_folder, dtype, CPU, "nf4").dequantize().float(), policy.folder)
+    trained = {name: w.requires_grad_(True) for name, w in full.named_parameters() if "lora_" in name}
     for batch in PACKED.batches(items):
         engine.backward(sequence_logps(engine.model, batch, PACKED).sum())
-        sequence_logps(wide, batch, PACKED).sum().backward()
+        sequence_logps(full, batch, PACKED).sum().backward()
     for name, weight in trained.items():  # gradients of the first layer passed through all others
-        off = (engine.grads[name] - weight.grad).norm() / weight.grad.norm()
-        assert off < {torch.float32: 0.01, torch.bfloat16: 0.1}[dtype], name
+        error = (engine.grads[name] - weight.grad).norm() / weight.grad.norm()
+        assert error < {torch.float32: 0.01, torch.bfloat16: 0.1}[dtype], name
 
 
 def test_adapter_on_nf4_trains(tiny_folder, tmp_path):

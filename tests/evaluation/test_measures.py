@@ -1,4 +1,4 @@
-"""Held-out measures against their definitions, and on answers whose quality is known."""
+"""Tests of the held-out measures: against their definitions, and on answers of known quality."""
 
 import json
 import math
@@ -37,18 +37,18 @@ def held_out(pairs: list[Pair], real, generated, opponent_generated=None, **arra
 
 def test_definitions():
     pairs = [pair(0), pair(1, model_length=5, finish="length", generated="x y")]
-    now = held_out(pairs, [-10, -20], [-30, -10], [-29, -11])
-    before = held_out([pair(0), pair(1)], [-15, -22], [-25, -12])
-    result = measures(now, before, 200, 0)
+    policy = held_out(pairs, [-10, -20], [-30, -10], [-29, -11])
+    opponent = held_out([pair(0), pair(1)], [-15, -22], [-25, -12])
+    result = measures(policy, opponent, 200, 0)
     assert result["n"] == 2
     assert result["nll_per_token"] == pytest.approx(30 / 20)
-    assert result["human_likelier"] == 0.75  # -1 against -3 a token: won; -2 against -2: a tie
+    assert result["human_likelier"] == 0.75  # -1 against -3 per token is a win, -2 against -2 a tie
     assert result["length_auc"] == pytest.approx((0.5 + 1 + 0.5 + 1) / 4)
     assert result["model_length"] == 7.5 and result["human_length"] == 10
     assert result["finished"] == 0.5
     assert result["rouge_l"] == pytest.approx(0.5)
     # (-10 + 15) - (-29 + 25) = 9 and (-20 + 22) - (-11 + 12) = 1
-    assert held_out_margins(now, before).tolist() == [9, 1]
+    assert held_out_margins(policy, opponent).tolist() == [9, 1]
     assert result["margin"] == 5 and result["accuracy"] == 1
 
 
@@ -58,14 +58,14 @@ def test_equal_and_broken_policies():
     lengths = rng.integers(5, 20, (2, 300))
     logps = -lengths * rng.gamma(4, 0.5, (2, 300))
     equal = [pair(i, lengths[0, i], lengths[1, i], generated=texts[i]) for i in range(300)]
-    fair = measures(held_out(equal, *logps), None, 300, 0)
+    equal_result = measures(held_out(equal, *logps), None, 300, 0)
     for name in ("human_likelier", "length_auc"):
-        low, high = fair[f"{name}_interval"]
+        low, high = equal_result[f"{name}_interval"]
         assert low < 0.5 < high, name
     broken = [pair(i, 15, 3, generated="the the the the the") for i in range(300)]
-    caught = measures(held_out(broken, -30, -1), None, 300, 0)
-    assert caught["human_likelier"] == 0 and caught["length_auc"] == 1
-    assert caught["distinct_2"] == 0.25 and fair["distinct_2"] > 0.95 and caught["rouge_l"] == 0
+    broken_result = measures(held_out(broken, -30, -1), None, 300, 0)
+    assert broken_result["human_likelier"] == 0 and broken_result["length_auc"] == 1
+    assert broken_result["distinct_2"] == 0.25 and equal_result["distinct_2"] > 0.95 and broken_result["rouge_l"] == 0
 
 
 def test_interval_width():
@@ -104,36 +104,36 @@ def test_json_round_trip():
     }
     first = held_out(pairs, rng.normal(size=30), -12)
     last = held_out(pairs, rng.normal(size=30), -12.5, rng.normal(size=30), **arrays)
-    again = [held_out_of(pairs, json.loads(json.dumps(policy.per_prompt))) for policy in (first, last)]
-    assert measures(again[0], None, 50, 0) == measures(first, None, 50, 0)
-    assert measures(again[1], again[0], 50, 0) == measures(last, first, 50, 0)
-    assert "opponent_generated" not in again[0].policy_logps
-    assert [policy.digest for policy in again] == [first.digest, last.digest]
+    restored = [held_out_of(pairs, json.loads(json.dumps(policy.per_prompt))) for policy in (first, last)]
+    assert measures(restored[0], None, 50, 0) == measures(first, None, 50, 0)
+    assert measures(restored[1], restored[0], 50, 0) == measures(last, first, 50, 0)
+    assert "opponent_generated" not in restored[0].policy_logps
+    assert [policy.digest for policy in restored] == [first.digest, last.digest]
     assert first.digest != last.digest
 
 
 @pytest.mark.parametrize("name", ["mauve", "classifier_auc"])
 def test_min_prompts(name):
-    def of(n: int) -> HeldOut:
+    def held_out_with(n: int) -> HeldOut:
         scores, labels = np.array([[1.0] * n, [0.0] * n]), np.zeros((2, n), int)
         return held_out([pair(i) for i in range(n)], -10, -12, scores=scores, clusters=labels)
 
-    enough = MEASURES[name].min_prompts
-    assert enough > 8
-    for n, is_taken in ((enough - 1, False), (enough, True)):
-        assert (name in measures(of(n), None, 10, 0)) is is_taken
-        assert (name in differences(of(n), of(n), 10, 0)) is is_taken
-        note = f"{MEASURES[name].title}: needs {enough} held-out prompts, there are {n}"
-        assert (note in missing_prompts(n)) is not is_taken
-    assert "mauve_if_equal" not in measures(of(8), None, 10, 0)
+    minimum = MEASURES[name].min_prompts
+    assert minimum > 8
+    for n, is_measured in ((minimum - 1, False), (minimum, True)):
+        assert (name in measures(held_out_with(n), None, 10, 0)) is is_measured
+        assert (name in differences(held_out_with(n), held_out_with(n), 10, 0)) is is_measured
+        note = f"{MEASURES[name].title}: needs {minimum} held-out prompts, there are {n}"
+        assert (note in missing_prompts(n)) is not is_measured
+    assert "mauve_if_equal" not in measures(held_out_with(8), None, 10, 0)
 
 
 def policies(n: int, shift: float):
-    """Two policies on the same prompts: the second gives human answers `shift` nats more, a little by chance."""
+    """Return two policies on the same prompts; the second's log-probs of human answers are `shift` nats higher, plus noise."""
     rng = np.random.default_rng(3)
-    hard = rng.normal(-40, 15, n)
+    logps = rng.normal(-40, 15, n)
     pairs = [pair(i) for i in range(n)]
-    return held_out(pairs, hard, -30), held_out(pairs, hard + shift + rng.normal(0, 1, n), -30)
+    return held_out(pairs, logps, -30), held_out(pairs, logps + shift + rng.normal(0, 1, n), -30)
 
 
 def test_paired_difference():
@@ -141,8 +141,8 @@ def test_paired_difference():
     change = differences(last, first, 400, 0)["nll_per_token"]
     assert change["verdict"] == "better" and change["interval"][1] < 0
     assert change["change"] == pytest.approx(-0.2, abs=0.05)
-    alone = [measures(policy, None, 400, 0)["nll_per_token_interval"] for policy in (first, last)]
-    assert alone[0][0] < alone[1][1] and alone[1][0] < alone[0][1]
+    intervals = [measures(policy, None, 400, 0)["nll_per_token_interval"] for policy in (first, last)]
+    assert intervals[0][0] < intervals[1][1] and intervals[1][0] < intervals[0][1]
 
 
 def test_no_difference():
@@ -161,14 +161,14 @@ def test_false_verdicts_are_rare():
 
 def test_diversity():
     real = [f"word{i} another{i} third{i}" for i in range(30)]
-    everything = np.arange(30)
-    assert diversity(real, real)(everything) == 1
-    assert diversity(real, [real[0]] * 30)(everything) == pytest.approx(1 / 30)
-    assert diversity(real, [""] * 30)(everything) == 1  # no word pairs: nothing is repeated
+    all_prompts = np.arange(30)
+    assert diversity(real, real)(all_prompts) == 1
+    assert diversity(real, [real[0]] * 30)(all_prompts) == pytest.approx(1 / 30)
+    assert diversity(real, [""] * 30)(all_prompts) == 1  # no word pairs: nothing is repeated
 
 
 @pytest.mark.parametrize(
-    ("check", "answer", "real", "right"),
+    ("check", "answer", "real", "is_correct"),
     [
         ("exact", " 1 2\n3", "1 2 3", True),
         ("exact", "1 2", "1 2 3", False),
@@ -179,8 +179,8 @@ def test_diversity():
         ("number", "3", "none", False),
     ],
 )
-def test_checks(check, answer, real, right):
-    assert CHECKS[check](answer, real) == right
+def test_checks(check, answer, real, is_correct):
+    assert CHECKS[check](answer, real) == is_correct
 
 
 def test_exact_match():

@@ -1,4 +1,4 @@
-"""The rule by which a policy is selected."""
+"""Tests of the rule that selects a policy."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ from spin.method.pairs import Pair
 
 
 def held_out(nll: float, separation: float, prompts: int = 60, seed: int = 5) -> HeldOut:
-    """Made-up evaluations: an NLL a token, and how far a classifier's scores of human and model answers lie apart."""
+    """Return fabricated evaluations with an NLL per token and the separation of human and model answers by a classifier."""
     pairs = [Pair(str(i), "p", "a b", "c d", "stop", (1,), (2, 3), (4, 5)) for i in range(prompts)]
     logps = {"real": np.full(prompts, -2 * nll), "generated": np.full(prompts, -3.0)}
     noise = np.random.default_rng(seed).normal(size=(2, prompts))
@@ -29,4 +29,4 @@ def test_equal_values():
     gap = measures(near, None, 50, 0)["classifier_auc"] - measures(best, None, 50, 0)["classifier_auc"]
     assert 0 < gap < badness_error(near, best, "classifier_auc", 200, 0)
     assert select("classifier_auc", best, near, far) == 1 and select("classifier_auc", far, near, best) == 1
-    assert select("classifier_auc", best, best) == 0  # the earliest of equals
+    assert select("classifier_auc", best, best) == 0  # the earliest of equal policies

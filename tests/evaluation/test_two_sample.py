@@ -1,4 +1,4 @@
-"""Answers of one distribution cannot be told apart, broken ones can; each measure against its definition."""
+"""Tests of the two-sample measures on equal distributions and broken answers, and against their definitions."""
 
 import random
 
@@ -33,7 +33,7 @@ def answer(rng: random.Random, topic: str) -> str:
 
 
 def human_answers(n: int, seed: int = 0) -> tuple[list[str], list[str], list[str]]:
-    """Prompts on some topic, and two answers to each from one distribution."""
+    """Return prompts on random topics, and two answers to each from one distribution."""
     rng = random.Random(seed)
     topics = [rng.choice(list(TOPICS)) for _ in range(n)]
     prompts = [" ".join(["tell", "me", *rng.choices(TOPICS[topic], k=3)]) for topic in topics]
@@ -45,7 +45,7 @@ def auc(scores: np.ndarray) -> float:
 
 
 def two_sample(prompts, real, generated) -> tuple[float, float, float]:
-    """AUC, MAUVE, and what MAUVE is if the distributions are equal."""
+    """Return the AUC, MAUVE, and the MAUVE of equal distributions."""
     x = features(prompts, real, generated)
     labels = clusters(x, 0)
     return auc(classifier_scores(x)), mauve(labels[0], labels[1]), mauve_if_equal(labels, 0)
@@ -94,7 +94,7 @@ def test_broken_answers_are_caught(kind):
 
 
 def test_classifier_sees_word_order():
-    """MAUVE of so few answers does not: its few clusters are of subjects and lengths."""
+    """The classifier detects shuffled words; MAUVE of so few answers does not, as its clusters are topics and lengths."""
     rng = random.Random(0)
     prompts, _, _ = human_answers(100)
     real = [" ".join(f"{a} {a}s" for a in rng.choices("cat dog cow hen owl fox ant bee".split(), k=6)) for _ in prompts]
@@ -103,7 +103,7 @@ def test_classifier_sees_word_order():
 
 
 def test_scores_are_cross_validated():
-    """Answers of pure noise: a classifier that had seen them would separate them all."""
+    """The AUC of pure noise is near 0.5; a classifier that is tested on its training set would separate all answers."""
     rng = random.Random(1)
     noise = [[" ".join(f"w{rng.randrange(40)}" for _ in range(12)) for _ in range(120)] for _ in range(3)]
     assert abs(auc(classifier_scores(features(*noise))) - 0.5) < 0.12
@@ -129,10 +129,10 @@ def test_mauve():
     real, generated = rng.integers(0, 5, 400), np.minimum(rng.integers(0, 7, 400), 4)
     p, q = ([float((sample == k).mean()) for k in range(5)] for sample in (real, generated))
     points = [(0.0, 1.0)]
-    for weight in MIXTURES[::-1]:  # from R near P to R near Q: x, which measures the way from Q to R, rises
+    for weight in MIXTURES[::-1]:  # from R near P to R near Q, so that x, which falls with KL(Q | R), rises
         r = [weight * a + (1 - weight) * b for a, b in zip(p, q, strict=True)]
-        to = [sum(a * np.log(a / c) for a, c in zip(shares, r, strict=True) if a > 0) for shares in (q, p)]
-        points.append((np.exp(-SCALE * to[0]), np.exp(-SCALE * to[1])))
+        divergences = [sum(a * np.log(a / c) for a, c in zip(shares, r, strict=True) if a > 0) for shares in (q, p)]
+        points.append((np.exp(-SCALE * divergences[0]), np.exp(-SCALE * divergences[1])))
     points.append((1.0, 0.0))
     area = sum((x2 - x1) * (y1 + y2) / 2 for (x1, y1), (x2, y2) in zip(points, points[1:], strict=False))
     assert mauve(real, generated) == pytest.approx(area, abs=1e-9)
@@ -142,7 +142,7 @@ def test_mauve():
 
 
 def test_embeddings(tiny_folder):
-    """The states are those of transformers' own forward, and join the features."""
+    """Embeddings are the mean states of transformers' own forward, and are appended to the features."""
     prompts, real, generated = human_answers(20)
     states = embed(str(tiny_folder), [*prompts, *prompts], [*real, *generated], torch.device("cpu"))
     model, tokenizer = AutoModel.from_pretrained(tiny_folder), AutoTokenizer.from_pretrained(tiny_folder)

@@ -1,4 +1,4 @@
-"""Generation: the model's distribution, exact ids and finish reasons, and independence of the batch."""
+"""Tests of generation: the sampling distribution, exact ids, finish reasons, and independence of the batch."""
 
 import hashlib
 
@@ -18,7 +18,7 @@ from tests.conftest import CONFIGS, random_items, small_model
 
 
 class Ids:
-    """Decodes ids as numbers: the small models of other architectures come without a tokenizer."""
+    """A tokenizer that decodes ids as numbers, because the small models of other architectures have none."""
 
     def decode(self, ids, skip_special_tokens=True):
         return " ".join(map(str, ids))
@@ -31,24 +31,24 @@ def examples(count: int, longest: int = 12) -> list[Example]:
     ]
 
 
-def generate(model, chosen, settings, max_new_tokens, stop_ids, seed=0, **options) -> list[Answer]:
-    return generate_answers(model, AnswerRequest(Ids(), chosen, settings, max_new_tokens, stop_ids, seed, **options))
+def generate(model, inputs, settings, max_new_tokens, stop_ids, seed=0, **options) -> list[Answer]:
+    return generate_answers(model, AnswerRequest(Ids(), inputs, settings, max_new_tokens, stop_ids, seed, **options))
 
 
 def greedy(**settings):
     return GenerationConfig.from_defaults(temperature=0.0, **settings)
 
 
-def batch_for(model, chosen, longest=40):
-    return make_batch(model, [example.prompt_ids for example in chosen], 5, longest)
+def batch_for(model, inputs, longest=40):
+    return make_batch(model, [example.prompt_ids for example in inputs], 5, longest)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_greedy_matches_transformers(name):
-    """Prompts of different lengths, answers that end at different times."""
-    model, chosen = small_model(name), examples(7)
+    """Greedy answers equal those of transformers for prompts of different lengths and answers of different lengths."""
+    model, inputs = small_model(name), examples(7)
     stops = {1, 7, 30, 60}
-    for example, answer in zip(chosen, generate(model, chosen, greedy(batch_size=3), 12, stops), strict=True):
+    for example, answer in zip(inputs, generate(model, inputs, greedy(batch_size=3), 12, stops), strict=True):
         ids = torch.tensor([example.prompt_ids])
         expected = model.generate(
             ids,
@@ -74,33 +74,33 @@ def test_finish_reason():
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_answers_are_independent_of_batch_and_order(temperature):
-    model, chosen = small_model("llama"), examples(12)
-    many = GenerationConfig.from_defaults(temperature=temperature, batch_size=5)
+def test_answers_independent_of_batch_and_order(temperature):
+    model, inputs = small_model("llama"), examples(12)
+    batched = GenerationConfig.from_defaults(temperature=temperature, batch_size=5)
     expected = generate(
-        model, chosen, GenerationConfig.from_defaults(temperature=temperature, batch_size=1), 10, {1, 9}, seed=3
+        model, inputs, GenerationConfig.from_defaults(temperature=temperature, batch_size=1), 10, {1, 9}, seed=3
     )
-    assert generate(model, chosen, many, 10, {1, 9}, seed=3) == expected
-    assert generate(model, chosen[::-1], many, 10, {1, 9}, seed=3)[::-1] == expected
-    assert generate(model, chosen, many, 10, {1, 9}, seed=3, shard_size=5) == expected
+    assert generate(model, inputs, batched, 10, {1, 9}, seed=3) == expected
+    assert generate(model, inputs[::-1], batched, 10, {1, 9}, seed=3)[::-1] == expected
+    assert generate(model, inputs, batched, 10, {1, 9}, seed=3, shard_size=5) == expected
     if temperature:
-        assert generate(model, chosen, many, 10, {1, 9}, seed=4) != expected
+        assert generate(model, inputs, batched, 10, {1, 9}, seed=4) != expected
 
 
-# --- several answers to a prompt --------------------------------------------------------------------------------------
+# --- several answers per prompt ---------------------------------------------------------------------------------------
 
 
 def test_seeds_of_answers():
-    chosen = [Example(id, "p", (2, 3), "r", (5, 1)) for id in ("a", "b#1")]
+    inputs = [Example(id, "p", (2, 3), "r", (5, 1)) for id in ("a", "b#1")]
     seeds = []
 
     def decode(prompts, shard_seeds):
         seeds.extend(shard_seeds)
         return [[seed % 90, 1] for seed in shard_seeds]
 
-    answers = answer_in_shards(AnswerRequest(Ids(), chosen, greedy(), 5, {1}, seed=7, num_answers=3), decode)
+    answers = answer_in_shards(AnswerRequest(Ids(), inputs, greedy(), 5, {1}, seed=7, num_answers=3), decode)
     assert [(a.id, a.index) for a in answers] == [(id, k) for id in ("a", "b#1") for k in range(3)]
-    # The streams of random numbers that earlier results were drawn from: by id, then "#k".
+    # Stored results depend on these names of random streams: the id, then "#k".
     expected = [f"7:{name}" for name in ("a", "a#1", "a#2", "b#1", "b#1#1", "b#1#2")]
     digests = [hashlib.sha256(text.encode()).digest()[:7] for text in expected]
     assert seeds == [int.from_bytes(digest, "big") for digest in digests]
@@ -108,12 +108,12 @@ def test_seeds_of_answers():
 
 
 def test_num_answers(tmp_path):
-    """The first answer is the one that a prompt gets with one answer; the others come from other streams."""
-    model, chosen = small_model("llama"), examples(20)
+    """The first of several answers equals a single answer; the others are drawn from other random streams."""
+    model, inputs = small_model("llama"), examples(20)
     config = GenerationConfig.from_defaults(batch_size=64)
-    first = generate(model, chosen, config, 10, {1})
-    answers = generate(model, chosen, config, 10, {1}, num_answers=3)
-    assert [(a.id, a.index) for a in answers] == [(e.id, k) for e in chosen for k in range(3)]
+    first = generate(model, inputs, config, 10, {1})
+    answers = generate(model, inputs, config, 10, {1}, num_answers=3)
+    assert [(a.id, a.index) for a in answers] == [(e.id, k) for e in inputs for k in range(3)]
     assert answers[::3] == first
     assert len({answer.ids for answer in answers}) > 0.9 * len(answers)
     write_parquet(answers.table, tmp_path / "answers.parquet")
@@ -160,30 +160,30 @@ def test_global_random_state_is_untouched(tiny_folder):
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "gpt2", "granite", "cohere"])
 def test_joining_rows_change_nothing(name):
-    model, chosen = small_model(name), examples(30)
-    assert isinstance(batch_for(model, chosen), ContinuousBatch)
-    expected = generate(model, chosen, greedy(batch_size=1), 15, {1, 7, 30})
-    assert generate(model, chosen, greedy(batch_size=5), 15, {1, 7, 30}) == expected
-    assert len({len(answer.ids) for answer in expected}) > 3  # they end at different times
+    model, inputs = small_model(name), examples(30)
+    assert isinstance(batch_for(model, inputs), ContinuousBatch)
+    expected = generate(model, inputs, greedy(batch_size=1), 15, {1, 7, 30})
+    assert generate(model, inputs, greedy(batch_size=5), 15, {1, 7, 30}) == expected
+    assert len({len(answer.ids) for answer in expected}) > 3  # the answers end at different steps
 
 
 def test_padded_prefill_matches_packed(monkeypatch):
-    """A GPU reads padded rows, a CPU a packed one."""
-    model, chosen = small_model("llama"), examples(30)
-    assert batch_for(model, chosen).packed
-    packed = generate(model, chosen, greedy(batch_size=5), 15, {1, 7, 30})
-    usual = decoding._agrees_with_forward
+    """Prefill of padded rows, as on a GPU, gives the same answers as that of a packed row, as on a CPU."""
+    model, inputs = small_model("llama"), examples(30)
+    assert batch_for(model, inputs).packed
+    packed = generate(model, inputs, greedy(batch_size=5), 15, {1, 7, 30})
+    original = decoding._agrees_with_forward
     monkeypatch.setattr(
-        decoding, "_agrees_with_forward", lambda batch, prompts: not batch.packed and usual(batch, prompts)
+        decoding, "_agrees_with_forward", lambda batch, prompts: not batch.packed and original(batch, prompts)
     )
-    assert batch_for(model, chosen).packed is False
-    assert generate(model, chosen, greedy(batch_size=5), 15, {1, 7, 30}) == packed
+    assert batch_for(model, inputs).packed is False
+    assert generate(model, inputs, greedy(batch_size=5), 15, {1, 7, 30}) == packed
 
 
 def test_fewer_passes_than_static_batches():
-    model, chosen, passes = small_model("llama"), examples(40), []
+    model, inputs, passes = small_model("llama"), examples(40), []
     model.register_forward_hook(lambda *args: passes.append(1))
-    answers = generate(model, chosen, GenerationConfig.from_defaults(batch_size=8), 40, {1, 2, 3, 4, 5, 6})
+    answers = generate(model, inputs, GenerationConfig.from_defaults(batch_size=8), 40, {1, 2, 3, 4, 5, 6})
     static = sum(max(len(a.ids) for a in answers[start : start + 8]) for start in range(0, 40, 8))
     assert len(passes) < 0.8 * static
 
@@ -192,27 +192,27 @@ def test_fewer_passes_than_static_batches():
     "name", ["falcon_h1", "mamba2", "qwen3_next", "lfm2", "mistral-short-window", "gemma2", "gpt_oss"]
 )
 def test_partial_caches_use_static_batches(name):
-    model, chosen = small_model(name), examples(9)
-    batch = batch_for(model, chosen)
+    model, inputs = small_model(name), examples(9)
+    batch = batch_for(model, inputs)
     assert isinstance(batch, StaticBatch) and batch.pads
-    expected = generate(model, chosen, greedy(batch_size=1), 12, {1, 7, 30})
-    assert generate(model, chosen, greedy(batch_size=4), 12, {1, 7, 30}) == expected
+    expected = generate(model, inputs, greedy(batch_size=1), 12, {1, 7, 30})
+    assert generate(model, inputs, greedy(batch_size=4), 12, {1, 7, 30}) == expected
 
 
-def test_state_space_that_sees_padding():
-    """Mamba reads rows of one length."""
-    model, chosen, lengths = small_model("mamba"), examples(30), []
-    batch = batch_for(model, chosen)
+def test_state_space_without_padding():
+    """Mamba, which does not support padding, is given rows of equal length."""
+    model, inputs, lengths = small_model("mamba"), examples(30), []
+    batch = batch_for(model, inputs)
     assert isinstance(batch, StaticBatch) and not batch.pads
-    expected = generate(model, chosen, greedy(batch_size=1), 8, {1, 7, 30})
+    expected = generate(model, inputs, greedy(batch_size=1), 8, {1, 7, 30})
     model.register_forward_pre_hook(lambda m, a, k: lengths.append(k["input_ids"].shape), with_kwargs=True)
-    assert generate(model, chosen, greedy(batch_size=4), 8, {1, 7, 30}) == expected
+    assert generate(model, inputs, greedy(batch_size=4), 8, {1, 7, 30}) == expected
     assert max(rows for rows, length in lengths if length > 1) > 1
 
 
 def test_wrong_cache_is_an_error():
-    """A model that does not read its cache gives plausible answers to its last token alone."""
-    model, chosen = small_model("mamba2"), examples(5)
+    """A model that ignores its cache is refused; its answers, to the last token alone, would look plausible."""
+    model, inputs = small_model("mamba2"), examples(5)
     forward = model.forward
 
     def without_cache(cache_params=None, **kwargs):
@@ -220,41 +220,41 @@ def test_wrong_cache_is_an_error():
 
     model.forward = without_cache
     with pytest.raises(UserError, match="differs from its own forward"):
-        batch_for(model, chosen)
+        batch_for(model, inputs)
 
 
-def test_model_that_ignores_positions_uses_static_batches():
-    """Positions that the model makes itself would be wrong, silently."""
-    model, chosen = small_model("llama"), examples(2)
+def test_ignored_positions_use_static_batches():
+    """A model that ignores `position_ids` uses static batches, since positions that it computes would be silently wrong."""
+    model, inputs = small_model("llama"), examples(2)
     forward = model.forward
 
     def without_positions(position_ids=None, **kwargs):
         return forward(**kwargs)
 
-    assert isinstance(batch_for(model, chosen), ContinuousBatch)
+    assert isinstance(batch_for(model, inputs), ContinuousBatch)
     model.forward = without_positions
-    assert isinstance(batch_for(model, chosen), StaticBatch)
+    assert isinstance(batch_for(model, inputs), StaticBatch)
 
 
 def test_token_budget_limits_rows():
-    model, chosen, widths = small_model("llama"), examples(20), []
+    model, inputs, widths = small_model("llama"), examples(20), []
     model.model.register_forward_pre_hook(lambda m, a, k: widths.append(len(k["input_ids"])), with_kwargs=True)
-    generate(model, chosen, greedy(batch_size=16, tokens=100), 12, {1})
+    generate(model, inputs, greedy(batch_size=16, tokens=100), 12, {1})
     assert max(widths) <= 100 // 13
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_progress_is_reported_once_a_step(name):
-    """With several ranks each report is a round trip to their store: one a step, not one a row and token."""
-    model, chosen, steps, reports = small_model(name), examples(30), [], []
-    batch = batch_for(model, chosen)
-    usual = type(batch).start, type(batch).step
+    """Progress is reported per step, not per row and token, since a report is a round trip to the store of the ranks."""
+    model, inputs, steps, reports = small_model(name), examples(30), [], []
+    batch = batch_for(model, inputs)
+    originals = type(batch).start, type(batch).step
     with pytest.MonkeyPatch.context() as patch:
-        for method, function in zip(("start", "step"), usual, strict=True):
+        for method, function in zip(("start", "step"), originals, strict=True):
             patch.setattr(type(batch), method, lambda *a, function=function: steps.append(1) or function(*a))
         patch.setattr(decoding, "make_batch", lambda *args: batch)
         answers = generate(
-            model, chosen, GenerationConfig.from_defaults(batch_size=5), 15, {1, 7, 30}, advance=reports.append
+            model, inputs, GenerationConfig.from_defaults(batch_size=5), 15, {1, 7, 30}, advance=reports.append
         )
     assert sum(reports) == len(answers) == 30
     assert len(reports) == len(steps) < sum(len(answer.ids) for answer in answers) / 2

@@ -1,6 +1,6 @@
-"""Generation by vLLM as far as it can be tested without it, which is not imitated: arguments, outputs, failures.
+"""Tests of generation with vLLM that need neither vLLM nor a mock of it: arguments, outputs and failures.
 
-tests/generation/test_vllm_cpu.py runs the real one.
+tests/generation/test_vllm_cpu.py runs vLLM itself.
 """
 
 import sys
@@ -37,7 +37,7 @@ def test_policy_arguments(tiny_folder, tmp_path):
     policy = fresh_adapter(start, LORA, 0, ModelConfig.from_defaults(path=str(tiny_folder)), tmp_path / "policy")
     arguments = vllm_engine.llm_arguments(policy, torch.float32, CONFIG, 300, 4)
     assert arguments["model"] == str(tiny_folder)  # the adapter's base
-    assert arguments["enable_lora"] and arguments["max_lora_rank"] == 8  # the smallest that holds rank 4
+    assert arguments["enable_lora"] and arguments["max_lora_rank"] == 8  # the smallest supported value of at least 4
     assert vllm_engine.lora_arguments(policy)["lora_path"] == str(tmp_path / "policy")
 
 
@@ -61,7 +61,7 @@ def test_output_is_checked():
 
     assert ids_of([3, 4, 1], "stop") == [3, 4, 1]
     assert ids_of([3, 4, 5], "length") == [3, 4, 5]
-    # A stop token cut off, an unknown stop, an aborted request, a stop token at the cap, no reason.
+    # A missing stop token, an unknown stop, an aborted request, a stop token at the maximal length, no reason.
     for ids, reason in (([3, 4], "stop"), ([], "stop"), ([3], "abort"), ([3, 1], "length"), ([3], None)):
         with pytest.raises(UserError, match="its ids can't be trusted") as error:
             ids_of(ids, reason)
@@ -78,7 +78,7 @@ def test_missing_vllm(place):
 
 
 def test_worker_that_fails(tiny_folder, tmp_path):
-    """The real worker, in an interpreter without vLLM."""
+    """The error of a worker whose interpreter lacks vLLM is reported in one line with the path of its log."""
     config = CONFIG.model_copy(update={"python": sys.executable, "data_parallel": 2})
     request = AnswerRequest(load_tokenizer(tiny_folder), EXAMPLES, config, 8, {1}, 0)
     with pytest.raises(
@@ -105,7 +105,7 @@ HARMLESS = [
         ([], "no output"),
         (["INFO 11-27 15:33:20 [a.py:1] start", "Segmentation fault"], "Segmentation fault"),
         (["Traceback (most recent call last):", '  File "a.py"', "KeyError: 'a'", "Error: later"], "KeyError: 'a'"),
-        # The worker of an engine fails: engine and main process follow, with errors of their own.
+        # The worker of an engine fails; then the engine and the main process fail with other errors.
         (
             [
                 *HARMLESS,
@@ -134,7 +134,7 @@ def test_first_error(lines, error):
 
 
 def test_stored_answers_need_no_worker(tiny_folder, tmp_path):
-    """A resumed run starts workers for the first missing shard; here none is missing."""
+    """A run starts workers at the first missing shard, and so none if all shards are stored."""
     config = CONFIG.model_copy(update={"python": "/nowhere/python"})
     shards = []
 
@@ -153,7 +153,7 @@ def test_stored_answers_need_no_worker(tiny_folder, tmp_path):
     assert answers == [Answer(example.id, k, (2, 1), "stop", "a") for example in EXAMPLES for k in (0, 1)]
 
 
-def test_engine_decides_the_keys_of_answers_alone(tmp_path):
+def test_engine_changes_only_keys_of_answers(tmp_path):
     words = [f"cache.path={tmp_path}/cache", f"store.path={tmp_path}/store"]
     smoke = load("experiment=smoke", *words)
     run = prepare_run(smoke, tmp_path, Tracker(tmp_path, name="", config={}, rank=1))
@@ -162,9 +162,9 @@ def test_engine_decides_the_keys_of_answers_alone(tmp_path):
         run.config = smoke.model_copy(update={"generation": GenerationConfig.from_defaults(**settings)})
         return generation_inputs(run, 4), training_inputs(run, run.start), run.numerics
 
-    ours, vllm = inputs(), inputs(engine="vllm")
-    assert ours[1:] == vllm[1:]
-    assert set(vllm[0]["generation"].items()) - set(ours[0]["generation"].items()) == {("engine", "vllm")}
+    transformers, vllm = inputs(), inputs(engine="vllm")
+    assert transformers[1:] == vllm[1:]
+    assert set(vllm[0]["generation"].items()) - set(transformers[0]["generation"].items()) == {("engine", "vllm")}
     for change in (
         {"tensor_parallel": 2},
         {"data_parallel": 2},
@@ -173,11 +173,11 @@ def test_engine_decides_the_keys_of_answers_alone(tmp_path):
         {"batch_size": 3},
     ):
         assert inputs(engine="vllm", **change) == vllm
-    assert "engine" not in ours[0]["generation"]
+    assert "engine" not in transformers[0]["generation"]
 
 
 def test_workers_do_not_inherit_torchrun(monkeypatch):
-    """They would try to join the run's process group."""
+    """Workers do not inherit torchrun's variables, which would make them join the run's process group."""
     for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE"):
         monkeypatch.setenv(key, "1")
     monkeypatch.setenv("HF_TOKEN", "kept")

@@ -1,6 +1,6 @@
-"""Generation by vLLM's own build for the CPU, which `make vllm` installs once: minutes (marked slow).
+"""Tests of generation with vLLM's CPU build, which `make vllm` installs once. They take minutes (marked slow).
 
-A random Llama plays games; the embedded model's answers are compared with our own decoding, token by token.
+A random Llama plays games. Answers of the embedded model are compared with the project's own decoding token by token.
 """
 
 import json
@@ -45,7 +45,7 @@ def installed():
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    """The tiny model with larger heads: vLLM's attention on a CPU takes no heads of 16."""
+    """The tiny model with heads of size 32, because vLLM's attention on a CPU does not support size 16."""
     folder = tmp_path_factory.mktemp("models") / "llama"
     tiny.make_tiny_model(folder)
     with torch.random.fork_rng(devices=[]):
@@ -57,7 +57,7 @@ def llama(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory):
-    """A run of the embedded model with 32 prompts of its data. Nothing is played."""
+    """A run of the embedded model with 32 prompts of its data, of which no stage is played."""
     folder = tmp_path_factory.mktemp("smollm2")
     config = load("data.size=32", "data.held_out=2", "data.validation=0", f"store.path={folder}/store")
     return prepare_run(config, folder, Tracker(folder, name="", config={}, wandb="disabled"))
@@ -67,14 +67,14 @@ def ids(answers) -> list[tuple[int, ...]]:
     return [answer.ids for answer in answers]
 
 
-def ours(policy, examples, new, stops, dtype=torch.float32) -> list[tuple[int, ...]]:
-    """Our own greedy answers."""
+def own_answers(policy, examples, new, stops, dtype=torch.float32) -> list[tuple[int, ...]]:
+    """Return the greedy answers of the project's own decoding."""
     model, tokenizer = load_policy(policy, dtype, CPU), load_tokenizer(policy.tokenizer)
     return ids(generate_answers(model, AnswerRequest(tokenizer, examples, GREEDY, new, stops, 0)))
 
 
 def next_logps(model, example, answer) -> torch.Tensor:
-    """[tokens of the answer, vocabulary]: the model's own log-probs, temperature 1."""
+    """Return the model's log-probs at temperature 1, [tokens of the answer, vocabulary]."""
     with torch.no_grad():
         logits = model(torch.tensor([[*example.prompt_ids, *answer]])).logits[0, len(example.prompt_ids) - 1 : -1]
     return logits.double().log_softmax(-1)
@@ -84,28 +84,28 @@ def test_greedy(smollm2, tmp_path):
     run = smollm2
     request = AnswerRequest(run.tokenizer, run.data.train, GREEDY, 24, run.stop_ids, 0)
     answers = ids(generate_with_vllm(run.start, torch.float32, tmp_path, request))
-    assert len(answers) >= 32 and answers == ours(run.start, run.data.train, 24, run.stop_ids)
+    assert len(answers) >= 32 and answers == own_answers(run.start, run.data.train, 24, run.stop_ids)
 
 
 def test_greedy_bf16(smollm2, tmp_path):
-    """Prints (pytest -s) how many answers are equal although both round, and where the rest first differ."""
+    """Some answers are equal in spite of rounding. Prints (pytest -s) how many, and where the others first differ."""
     run = smollm2
     request = AnswerRequest(run.tokenizer, run.data.train, GREEDY, 24, run.stop_ids, 0)
     answers = ids(generate_with_vllm(run.start, torch.bfloat16, tmp_path, request))
-    expected = ours(run.start, run.data.train, 24, run.stop_ids, torch.bfloat16)
-    first = sorted(
+    expected = own_answers(run.start, run.data.train, 24, run.stop_ids, torch.bfloat16)
+    differences = sorted(
         next((n for n, (a, b) in enumerate(zip(*pair, strict=False)) if a != b), min(map(len, pair)))
         for pair in zip(answers, expected, strict=True)
         if pair[0] != pair[1]
     )
     print(
-        f"\nbf16: {len(answers) - len(first)} of {len(answers)} answers are equal; the rest differ after {first} tokens"
+        f"\nbf16: {len(answers) - len(differences)} of {len(answers)} answers are equal; the rest differ after {differences} tokens"
     )
-    assert len(first) < len(answers)
+    assert len(differences) < len(answers)
 
 
 def test_sampled(smollm2, tmp_path):
-    """The negative log-prob of each token less its expectation, the entropy, has mean 0 and a known variance."""
+    """The negative log-prob of a sampled token minus its expectation, the entropy, has mean 0 and a known variance."""
     run, model = smollm2, load_policy(smollm2.start, torch.float32, CPU)
     request = AnswerRequest(run.tokenizer, run.data.train, SETTINGS, 24, run.stop_ids, 0)
     answers = generate_with_vllm(run.start, torch.float32, tmp_path, request)
@@ -120,7 +120,7 @@ def test_sampled(smollm2, tmp_path):
 
 
 def test_adapter_and_stop_tokens(llama, smollm2, tmp_path):
-    """The tokens that stop are the given ones, not those of the model's folder."""
+    """Generation with an adapter stops at the given tokens, not at those of the model's folder."""
     policy = adapted(llama, tmp_path / "adapter")
     tokenizer = load_tokenizer(llama)
     ends = stop_ids(llama, tokenizer)
@@ -131,20 +131,20 @@ def test_adapter_and_stop_tokens(llama, smollm2, tmp_path):
     stops = {7, 30, 60}
     request = AnswerRequest(tokenizer, examples, GREEDY, 40, stops, 0, shard_size=9)
     answers = ids(generate_with_vllm(policy, torch.float32, tmp_path, request))
-    assert answers == ours(policy, examples, 40, stops)
-    assert answers != ours(base_or_self(llama), examples, 40, stops)
+    assert answers == own_answers(policy, examples, 40, stops)
+    assert answers != own_answers(base_or_self(llama), examples, 40, stops)
     assert any(ends & set(answer) for answer in answers) and any(answer[-1] in stops for answer in answers)
 
 
 def test_more_prompts_than_fit_a_pass(llama, tmp_path):
-    """Sampled answers to more prompts than vLLM reads together: a prompt that was read in parts ended its engine."""
+    """More prompts than vLLM reads in one pass are answered repeatably; a prompt read in parts once crashed its engine."""
     tokenizer, stops = load_tokenizer(llama), stop_ids(llama, load_tokenizer(llama))
     examples = [Example(f"p{i}", "", tuple(3 + (i + k) % 200 for k in range(120)), "", ()) for i in range(80)]
     sampled = SETTINGS.model_copy(update={"temperature": 1.0})
     policy = base_or_self(llama)
     request = AnswerRequest(tokenizer, examples, sampled, 8, stops, 0)
-    first, again = (ids(generate_with_vllm(policy, torch.float32, tmp_path, request)) for _ in range(2))
-    assert len(first) == 80 and len({*first}) > 70 and first == again
+    first, second = (ids(generate_with_vllm(policy, torch.float32, tmp_path, request)) for _ in range(2))
+    assert len(first) == 80 and len({*first}) > 70 and first == second
 
 
 def words(model) -> list[str]:
@@ -161,12 +161,12 @@ def vllm_words(model) -> list[str]:
 
 
 def play_both(games, folder, model, *more) -> str:
-    """Play a game with vLLM and with our own decoding: all answers are equal. Returns what the first printed."""
+    """Play a game with vLLM and one without, assert that all answers are equal, and return the output of the first."""
     stored, printed = [], []
-    for name, chosen in (("vllm", vllm_words(model)), ("ours", [*words(model), "generation=greedy"])):
+    for name, settings in (("vllm", vllm_words(model)), ("ours", [*words(model), "generation=greedy"])):
         place = Place(folder / name, games)
         place.folder.mkdir(exist_ok=True)
-        done = place.start(*chosen, *more).wait(1200)
+        done = place.start(*settings, *more).wait(1200)
         assert done.returncode == 0, done.stderr
         printed.append(done.stdout)
         stored.append(sorted(ids(read_answers(p)) for p in place.folder.glob("store/generate/*/answers.parquet")))
@@ -175,19 +175,19 @@ def play_both(games, folder, model, *more) -> str:
 
 
 def test_game_of_the_embedded_model(games, tmp_path):
-    """A whole iteration: vLLM's answers are also those to the held-out prompts."""
+    """An iteration with vLLM, which also answers the held-out prompts, has the evaluations of one without."""
     play_both(games, tmp_path, "model=smollm2", "iter=0", "generation.max_new_tokens=24", "evaluation.bootstrap=50")
     games = [json.loads((tmp_path / name / "run" / "game.json").read_text()) for name in ("vllm", "ours")]
     assert games[0]["evaluations"] == games[1]["evaluations"] and len(games[0]["evaluations"]) == 2
 
 
 def test_game_with_adapters(games, llama, tmp_path):
-    """The opponent of the second iteration is an adapter, which vLLM loads on its base."""
+    """vLLM loads the opponent of the second iteration, an adapter, on its base model."""
     play_both(games, tmp_path, llama, "model.adapter=lora", "optimizer.lr=0.01", "iter=1", "evaluation=none")
 
 
 def group_of(pid: int, wait: float) -> list[int]:
-    """The processes that are left of a process group after at most `wait` seconds, zombies left out."""
+    """Return the processes, except zombies, that remain of a process group after at most `wait` seconds."""
     end = time.monotonic() + wait
     while True:
         members = []
@@ -208,7 +208,7 @@ def children(pid: int) -> list[int]:
 
 
 def start_and_wait(place, llama, env=None):
-    """A game in which vLLM has stored two more shards: the game and vLLM's process group."""
+    """Start a game and wait until vLLM has stored two more shards. Return the game and vLLM's process group."""
 
     def stored() -> int:
         return len(list(place.folder.glob("store/generate/*/*/answers/0*")))
@@ -225,7 +225,7 @@ def start_and_wait(place, llama, env=None):
 
 
 def test_kills(games, llama, tmp_path):
-    """vLLM's process, then the game's own is killed: nothing is left, and the answers are those of our own decoding."""
+    """If vLLM's process or the game's is killed, no process remains, and a repeated game has the answers of one without."""
     place = Place(tmp_path / "vllm", games)
     place.folder.mkdir()
     game, group = start_and_wait(place, llama)
@@ -235,7 +235,7 @@ def test_kills(games, llama, tmp_path):
     assert "vLLM was killed" in done.stderr and f"{place.folder}/run/vllm-0.log" in done.stderr
     assert group_of(group, wait=0) == []
 
-    # The engine in processes of its own, as on GPUs.
+    # The engine runs in separate processes, as on GPUs.
     game, group = start_and_wait(place, llama, {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"})
     assert len(group_of(group, wait=0)) >= 4  # a watcher, a client, the engine and its worker
     game.kill()
@@ -245,7 +245,7 @@ def test_kills(games, llama, tmp_path):
 
 
 def test_interface_is_checked(llama, monkeypatch):
-    """Names that this version of vLLM does not have, as after a rename."""
+    """Arguments that the installed vLLM does not have, as after a rename, are reported."""
     start = base_or_self(llama)
     check_vllm(SETTINGS, start, 8)
     monkeypatch.setattr("spin.generation.vllm.lora_arguments", lambda policy: {"lora_name": "", "lora_local_path": ""})
@@ -254,7 +254,7 @@ def test_interface_is_checked(llama, monkeypatch):
 
 
 def test_error_is_the_first(tiny_folder, llama, smollm2, tmp_path):
-    """Two engine processes and ours fail after the one that met the error."""
+    """The first error is reported, although two engine processes and this one fail after the process that raised it."""
     settings = SETTINGS.model_copy(update={"tensor_parallel": 2})
     request = AnswerRequest(None, smollm2.data.train[:1], settings, 8, {1}, 0)
     with pytest.raises(UserError, match="RuntimeError: Unsupported CPU attention configuration: head_dim=16") as error:

@@ -1,4 +1,4 @@
-"""A whole game of one iteration with each architecture: scored, trained, saved, loaded again, and measured."""
+"""Tests of complete games of one iteration with each architecture: scoring, training, saving, loading, measuring."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from spin.models.policy import Policy
 from spin.models.save import save_model
 from tests.conftest import CONFIGS, model_folder
 
-# gpt_oss has attention sinks, and gemma2 a soft cap: their own attention. The others have a state.
+# gpt_oss (attention sinks) and gemma2 (soft cap) need their own attention. The others have a recurrent state.
 PADDED = {"gpt_oss", "gemma2", "mamba", "mamba2", "qwen3_next", "falcon_h1", "lfm2"}
 QUICK = {"gemma3", "gpt_oss", "mamba2"}
 EXPERTS = {"mixtral", "qwen3_moe"}
@@ -38,14 +38,14 @@ def test_game(place, name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_saved_model_is_the_same(tmp_path, name):
-    """Experts, for one, are stored otherwise than they are computed with."""
+    """A saved model loads with the same weights, also if they are stored in another layout, as with experts."""
     folder = model_folder(name, tmp_path / "model")
     model = load_model(folder, torch.float32, torch.device("cpu"))
     weights = {**saved_buffers(model), **dict(model.named_parameters())}
     save_model(model, weights, Policy("start", folder, "id"), tmp_path / "saved")
-    again = load_model(tmp_path / "saved", torch.float32, torch.device("cpu")).state_dict()
-    assert all(torch.equal(again[key], weight) for key, weight in model.state_dict().items())
-    assert again.keys() == model.state_dict().keys()
+    loaded = load_model(tmp_path / "saved", torch.float32, torch.device("cpu")).state_dict()
+    assert all(torch.equal(loaded[key], weight) for key, weight in model.state_dict().items())
+    assert loaded.keys() == model.state_dict().keys()
 
 
 # --- mixtures of experts ----------------------------------------------------------------------------------------------
@@ -67,18 +67,18 @@ def test_game_of_experts(place, name, adapter):
 
 
 def test_router_loss_in_a_game(place):
-    """The same in packed and padded rows, and added to the loss."""
+    """The router loss is equal in packed and padded rows, and is added to the loss."""
     words = ["loss.router_aux_weight=0.1", "engine.precision=fp32", "evaluation=none"]
     folder = model_folder("mixtral", place.folder / "model")
-    first = []
+    first_losses = []
     for layout in ("packed", "padded"):
         run = f"{layout}-run"
         place.play(f"model.path={folder}", "iter=0", f"engine.layout={layout}", *words, run=run)
         rows = [row for row in place.metrics(run) if "loss/router" in row]
-        assert all(row["loss/router"] >= 1.9 for row in rows)  # 2 experts a token: 2 where all are used evenly
-        first.append(rows[0]["loss/router"])
-        assert rows[0]["loss"] == pytest.approx(0.693147 + 0.1 * first[-1], abs=1e-4)
-    assert first[0] == pytest.approx(first[1], abs=1e-4)
+        assert all(row["loss/router"] >= 1.9 for row in rows)  # 2 experts per token: 2 if all are used evenly
+        first_losses.append(rows[0]["loss/router"])
+        assert rows[0]["loss"] == pytest.approx(0.693147 + 0.1 * first_losses[-1], abs=1e-4)
+    assert first_losses[0] == pytest.approx(first_losses[1], abs=1e-4)
 
 
 def test_dense_model_has_no_router_loss(place):

@@ -1,4 +1,4 @@
-"""What is checked before anything is played, and what a run says of its data."""
+"""Tests of the checks before a game, and of the messages of a run on its data."""
 
 import json
 import shutil
@@ -21,8 +21,8 @@ def prepare(folder: Path, *words: str):
     return prepare_run(load("experiment=smoke", "tracking.wandb=disabled", *places, *words), folder, tracker)
 
 
-def spoilt(folder: Path, tokens: list[str], **changes: str) -> Path:
-    """The tiny model with tokens that it was not resized for and changes of its tokenizer."""
+def write_mismatched(folder: Path, tokens: list[str], **changes: str) -> Path:
+    """Write the tiny model with `tokens` beyond its embedding and with `changes` to its tokenizer's attributes."""
     tiny.make_tiny_model(folder)
     tokenizer = load_tokenizer(folder)
     tokenizer.add_special_tokens({"additional_special_tokens": tokens})
@@ -33,7 +33,7 @@ def spoilt(folder: Path, tokens: list[str], **changes: str) -> Path:
 
 
 def test_tokens_beyond_the_embedding(tmp_path):
-    folder = spoilt(
+    folder = write_mismatched(
         tmp_path / "model", ["<|im_end|>"], chat_template=tiny.CHAT_TEMPLATE.replace(tiny.END, "<|im_end|>")
     )
     with pytest.raises(
@@ -45,8 +45,8 @@ def test_tokens_beyond_the_embedding(tmp_path):
 
 
 def test_template_end_stops_generation(tmp_path, capsys):
-    """As with ChatML on a base model: tokenizer and generation config name another token than the template."""
-    folder = spoilt(tmp_path / "model", [], eos_token=tiny.START)
+    """Generation stops at the template's end, too, if tokenizer and generation config name others (ChatML, base model)."""
+    folder = write_mismatched(tmp_path / "model", [], eos_token=tiny.START)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 0}))
     end = load_tokenizer(folder).convert_tokens_to_ids(tiny.END)
     run = prepare(folder, "data.template=chat")
@@ -59,13 +59,13 @@ def test_template_end_stops_generation(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("human", "generated", "expected"),
     [
-        (list(range(30)), [99] * 30, [99]),  # every answer of the model opens a thought
+        (list(range(30)), [99] * 30, [99]),  # every answer of the model starts with a thought
         ([99] * 30, [*range(29), 99], [99]),
         ([98, 99] * 15, [97, 96] * 15, [98, 99]),
         (list(range(30)), list(range(30)), []),
-        (list(range(30)), list(range(100, 130)), []),  # all differ, as first words may
+        (list(range(30)), list(range(100, 130)), []),  # all differ, as first words can
         ([99] * 20 + [1] * 10, [1] * 30, []),
-        ([99] * 5, [1] * 5, []),  # too few to say
+        ([99] * 5, [1] * 5, []),  # too few answers
     ],
 )
 def test_telling_tokens(human, generated, expected):

@@ -1,4 +1,4 @@
-"""Benchmarks, MT-Bench and a judge's preference within a game; names of two measured policies."""
+"""Tests of benchmarks, MT-Bench and a judge's preference in a game, and of the names of two measured policies."""
 
 import json
 import shutil
@@ -40,13 +40,13 @@ def test_benchmarks(place):
     assert "## Benchmarks" in page and "spin\\_choice, 2 shots, acc\\_norm" in page and "(n=6)" in page
     assert {row["stage"] for row in place.metrics()} >= {"harness", "evaluate", "train"}
     assert place.stages()["harness"] == 6
-    again = place.play(*words)
-    assert "nothing was computed again" in again.stdout
+    repeated = place.play(*words)
+    assert "nothing was computed again" in repeated.stdout
     assert "harness   iter 0  reuse" in place.play(*words, "plan=true").stdout
 
 
 def question_file(folder, records=QUESTIONS):
-    """The path of a file with these questions, with what FastChat's judge needs beside it."""
+    """Write a file of questions, and beside it the files that FastChat's judge needs. Return its path."""
     questions = folder / "data" / "mt_bench" / "question.jsonl"
     (questions.parent / "reference_answer").mkdir(parents=True)
     reference = {"question_id": 101, "choices": [{"index": 0, "turns": ["4", "8"]}]}
@@ -61,19 +61,19 @@ def question_file(folder, records=QUESTIONS):
     return questions
 
 
-def judged(prompt: str) -> str:
-    """The words of a judge who likes longer answers, and gives everything a 7."""
+def judge_reply(prompt: str) -> str:
+    """Return the reply of a judge that prefers longer answers and rates every answer 7."""
     return longer(prompt) if "=== Answer 1 ===" in prompt else "Good. Rating: [[7]]"
 
 
 def judge_words(server, questions, *words: str) -> list[str]:
-    """The settings of MT-Bench and of a judge behind this server."""
+    """Return the settings of MT-Bench and of a judge behind `server`."""
     words = [*words, "evaluation=mt_bench", f"evaluation.questions={questions}", "evaluation.judge_model=longer"]
     return [*words, f"evaluation.judge={server.address}", "generation.max_new_tokens=24"]
 
 
 def test_judge(place, serve):  # noqa: F811
-    server = serve(judged)
+    server = serve(judge_reply)
     words = judge_words(server, question_file(place.folder), "iter=0")
     done = place.play(*words, run="judged")
     game = json.loads((place.folder / "judged" / "game.json").read_text())
@@ -97,19 +97,19 @@ def test_judge(place, serve):  # noqa: F811
 
 MORE = [*QUESTIONS, *({"question_id": i, "category": "writing", "turns": ["a", "b"]} for i in range(5))]
 JSON = {"Content-Type": "application/json"}
-ONCE = {"x-should-retry": "false"}  # the client asks no second time
+ONCE = {"x-should-retry": "false"}  # the client does not retry
 
 
 @pytest.fixture(scope="module")
 def played(tmp_path_factory, games):
-    """A played game without judges, and questions with verdicts for more than one shard."""
+    """A played game without judges, and a file of questions whose verdicts fill more than one shard."""
     place = Place(tmp_path_factory.mktemp("played"), games)
     place.play("iter=0", "generation.max_new_tokens=24")
     return place, question_file(place.folder, MORE)
 
 
 @pytest.mark.parametrize(
-    ("fault", "says"),
+    ("fault", "message"),
     [
         ((401, JSON, b"{}"), "set SPIN_JUDGE_KEY"),
         ((404, JSON, {"error": {"message": "no such model"}}), "asked for longer"),
@@ -117,19 +117,19 @@ def played(tmp_path_factory, games):
         ((500, ONCE, b"oh"), "HTTP 500"),
     ],
 )
-def test_judge_is_asked_before_long_work(played, serve, tmp_path, fault, says):  # noqa: F811
+def test_judge_is_asked_before_long_work(played, serve, tmp_path, fault, message):  # noqa: F811
     place, questions = played
-    server = serve(judged)
+    server = serve(judge_reply)
     server.faults = [fault]
     words = judge_words(server, questions, f"store.path={tmp_path}/store", f"hydra.run.dir={tmp_path}/run")
     done = place.play(*words, status=1)
     [line] = done.stderr.splitlines()
-    assert says in line and line.startswith(f"error: evaluation.judge={server.address}")
+    assert message in line and line.startswith(f"error: evaluation.judge={server.address}")
     assert len(server.seen) == 1 and not list((tmp_path / "store").glob("*/*/manifest.json"))
 
 
 @pytest.mark.parametrize(
-    ("faults", "says"),
+    ("faults", "message"),
     [
         ([(200, JSON, b"{")] * 5, "no chat completion"),
         pytest.param([(500, ONCE, b"oh")] * 5, "HTTP 500", marks=pytest.mark.slow),
@@ -137,14 +137,14 @@ def test_judge_is_asked_before_long_work(played, serve, tmp_path, fault, says): 
         pytest.param([(401, JSON, b"{}")], "set SPIN_JUDGE_KEY", marks=pytest.mark.slow),
     ],
 )
-def test_game_goes_on_without_a_judge(played, serve, faults, says):  # noqa: F811
-    """The verdicts on the start's answers fail after the first shard; the SFT policy's and the comparison follow."""
+def test_game_goes_on_without_a_judge(played, serve, faults, message):  # noqa: F811
+    """If the verdicts on the start's answers fail after a shard, those on the SFT policy's and the comparison follow."""
     place, questions = played
 
     def rule(prompt: str) -> str:
         if not server.faults:
             pages.append((place.folder / run / "report.html").read_text())
-        return judged(prompt)
+        return judge_reply(prompt)
 
     pages, server = [], serve(rule)
     server.faults = [None] * (1 + 8) + faults
@@ -153,10 +153,10 @@ def test_game_goes_on_without_a_judge(played, serve, faults, says):  # noqa: F81
     done = place.play(*words, run=run, status=1)
     [line] = done.stderr.splitlines()
     assert line.startswith(f"error: no result of MT-Bench of start: evaluation.judge={server.address}: ")
-    assert says in line and "run the same command again" in line
+    assert message in line and "run the same command again" in line
     assert "MT-Bench of start: given up, the game continues" in done.stdout
     assert sum("[[rating]]" in prompt for prompt in server.prompts) == 8 + len(faults) + 14 + 14
-    assert "Missing: MT-Bench of start" in pages[0] and "Left after that: generate of iter 0" in pages[0]  # meanwhile
+    assert "Missing: MT-Bench of start" in pages[0] and "Left after that: generate of iter 0" in pages[0]
     game = json.loads((place.folder / run / "game.json").read_text())
     assert list(game["given_up"]) == ["MT-Bench of start"]
     start, sft, last = game["external"]
@@ -174,12 +174,12 @@ def test_game_goes_on_without_a_judge(played, serve, faults, says):  # noqa: F81
     assert game["given_up"] == {} and game["external"][0]["mt_bench"]["score"] == 7
     assert "Missing" not in (place.folder / run / "report.md").read_text()
     place.play(*words, run=run)
-    assert len(server.seen) == count + 1 + 6  # a finished game sends none
+    assert len(server.seen) == count + 1 + 6  # a finished game sends no request
 
 
 def test_bad_first_replies(played, serve):  # noqa: F811
     place, questions = played
-    server = serve(judged)
+    server = serve(judge_reply)
     server.faults = [None] + [(200, JSON, b"{")] * 4
     place.play(*judge_words(server, questions, "iter=0"), run="judged4")
     graded = json.loads((place.folder / "judged4" / "game.json").read_text())["external"][0]["mt_bench"]
@@ -194,7 +194,7 @@ def test_server_that_goes_away(played, serve):  # noqa: F811
         if len(server.seen) == 4:
             server.server.shutdown()
             server.server.server_close()
-        return judged(prompt)
+        return judge_reply(prompt)
 
     server = serve(rule)
     model = f"model.path={place.folder}/run/iter0/policy"
@@ -205,17 +205,17 @@ def test_server_that_goes_away(played, serve):  # noqa: F811
 
 @pytest.mark.slow
 def test_two_ranks(place, serve):  # noqa: F811
-    """Two processes without a judge, then with one, and one process give the same results. Both ranks ask the judge."""
-    meeting = threading.Barrier(2)
+    """Two processes, first without a judge and then with one, have the results of one process. Both send requests."""
+    barrier = threading.Barrier(2)
 
     def rule(prompt: str) -> str:
-        if "[[rating]]" in prompt and not met:  # the first waits for another one
+        if "[[rating]]" in prompt and not broken:  # the first request waits for another
             with suppress(threading.BrokenBarrierError):
-                meeting.wait(30)
-            met.append(meeting.broken)
-        return judged(prompt)
+                barrier.wait(30)
+            broken.append(barrier.broken)
+        return judge_reply(prompt)
 
-    met, server = [], serve(rule)
+    broken, server = [], serve(rule)
     words = [
         *GAME,
         *judge_words(server, question_file(place.folder / "ranks", MORE), "iter=0", "schedule.sft_epochs=0"),
@@ -230,7 +230,7 @@ def test_two_ranks(place, serve):  # noqa: F811
     assert [f"{name}: given up" in done.stdout for name in names] == [True] * 3
     server.faults = []
     done = play_ranks(place, *words, run="ranks/run")
-    assert "3 stages played" in done.stdout and met == [False, False]
+    assert "3 stages played" in done.stdout and broken == [False, False]
     stages = {path.parent.parent.name for path in (place.folder / "ranks" / "store").glob("*/*/manifest.json")}
     assert stages >= {"train", "evaluate", "harness", "mt_bench", "compare"}
 
@@ -246,7 +246,7 @@ def test_two_ranks(place, serve):  # noqa: F811
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
         (["evaluation=mt_bench"], "question.jsonl"),
         (["evaluation.questions=/nowhere.jsonl"], "/nowhere.jsonl"),
@@ -257,9 +257,9 @@ def test_two_ranks(place, serve):  # noqa: F811
         (["evaluation.harness_limit=0"], "must be greater than or equal to 1"),
     ],
 )
-def test_missing_parts(place, words, says, tmp_path):
+def test_missing_parts(place, words, message, tmp_path):
     done = place.play(*words, f"store.path={tmp_path}/store", f"hydra.run.dir={tmp_path}/run", status=1)
-    assert says in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1
     assert not list((tmp_path / "store").glob("*/*/manifest.json"))
 
 
@@ -278,14 +278,14 @@ def test_distinct_labels(paths, labels):
 
 
 def test_evaluation_folder():
-    """Policies of one name from two runs are measured in two folders, and a policy always in the same."""
+    """Policies of the same name from two runs are measured in two folders, each always in the same one."""
     a, b = "model.path=outputs/a/iter1/policy", "model.path=outputs/b/iter1/policy"
     names = [run_folder("spin", "evaluate", ["stage=evaluate", word]) for word in (a, b, a)]
     assert names[0] == names[2] != names[1] and all(name.startswith("spin-evaluation") for name in names)
 
 
 def test_evaluate_policies_of_one_name(place):
-    """Measures, samples and MT-Bench answers of iter0/policy of two runs are kept apart."""
+    """Measures, samples and MT-Bench answers of iter0/policy of two runs are kept separate."""
     questions = place.folder / "question.jsonl"
     questions.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
     for run, seed in (("one", 0), ("two", 1)):

@@ -1,6 +1,6 @@
-"""Complete games that are killed, stopped, damaged, short of disk or memory, or started twice at once.
+"""Tests of complete games that are killed, stopped, damaged, short of disk or memory, or started twice at once.
 
-Running the same command again always ends with the bits of an undisturbed game.
+Repeating the same command always yields the bits of an undisturbed game.
 """
 
 import json
@@ -36,7 +36,7 @@ TIMINGS = {"tokens_per_second", "pairs_per_second"}
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory, games):
-    """An undisturbed game. It also makes the model that the others start from."""
+    """An undisturbed game, which also creates the model that the other games start from."""
     place = Place(tmp_path_factory.mktemp("reference"), games)
     place.play(*WORDS)
     return place
@@ -53,7 +53,7 @@ def records(place: Place, run: str) -> list[dict]:
 
 
 def assert_same(place: Place, reference: Place, run: str = "run") -> None:
-    """Compare policies tensor by tensor, pairs, metrics except speeds, and the summary; no row may appear twice."""
+    """Assert that policies, pairs, metrics except speeds, and the summary are equal, and that no row appears twice."""
     for name in ("sft", "iter0", "iter1"):
         weights, expected = (
             load_file(p / name / "policy" / "model.safetensors") for p in (place.folder / run, reference.folder / "run")
@@ -76,12 +76,12 @@ def assert_same(place: Place, reference: Place, run: str = "run") -> None:
 
 
 def unfinished(place: Place) -> list[str]:
-    """The names of unfinished stages."""
+    """Return the names of unfinished stages."""
     return sorted(path.parent.name for path in (place.folder / "store").glob("*/*.part"))
 
 
 def await_path(place: Place, game, pattern: str) -> Path:
-    """Wait until a path that matches `pattern` is in the store."""
+    """Wait for a path in the store that matches `pattern`, and return it."""
     while game.poll() is None:
         if paths := sorted((place.folder / "store").glob(pattern)):
             return paths[0]
@@ -98,7 +98,7 @@ def flip(path: Path) -> None:
 
 
 def at_call(function: str, count: int, action: str, moment: str = "before") -> str:
-    """Code that runs `action` before or after the `count`-th call (from 1) of a function, named by module and attribute."""
+    """Return code that runs `action` before or after the `count`-th call (from 1) of `function` ("module.name")."""
     module, _, name = function.rpartition(".")
     return f"""
 import os, signal
@@ -121,7 +121,7 @@ KILL = "os.kill(os.getpid(), signal.SIGKILL)"
 
 
 def test_kill_at_every_stage(place, reference):
-    """One attempt is killed right before, and one right after, each of the eleven stages gets its name."""
+    """A game that is killed just before or just after a stage is committed resumes, for each of the eleven stages."""
     for number in range(len(ORDER)):
         for moment, finished in (("before", number), ("after", number + 1)):
             done = place.start(*WORDS, code=at_call("spin.runtime.store.commit_atomically", 1, KILL, moment)).wait()
@@ -134,7 +134,7 @@ def test_kill_at_every_stage(place, reference):
 @pytest.mark.parametrize("moment", ["before", "after"])
 @pytest.mark.parametrize("function", ["shards", "checkpoints"])
 def test_kill_between_shards(place, reference, function, moment):
-    """Eight attempts are killed at their second shard or checkpoint."""
+    """A game resumes after eight attempts that are killed at their second shard or checkpoint."""
     code, killed = at_call(f"spin.runtime.{function}.commit_atomically", 2, KILL, moment), 0
     for _ in range(8):
         killed += place.start(*WORDS, code=code).wait().returncode == -signal.SIGKILL
@@ -154,7 +154,7 @@ def test_kill_while_the_run_folder_is_written(place, reference, function):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_stop_by_signal(place, reference, number):
-    """No checkpoint is due: the signal itself makes training save its state."""
+    """A stop signal makes training save its state although no checkpoint is due."""
     words = [*WORDS, "checkpoint.steps=null", "checkpoint.minutes=60"]
     send = f"os.kill(os.getpid(), {int(number)})"
     stops = [
@@ -261,7 +261,7 @@ def play_limited(limits: str, words: list[str]) -> subprocess.CompletedProcess:
 
 
 def test_disk_fills_up(place, reference):
-    """Files may not exceed a size that scores fit in and a checkpoint does not; then the limit is lifted."""
+    """A game ends at a limit on file sizes that a checkpoint exceeds and scores do not, and resumes without the limit."""
     limits = "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
     limits += "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000));"
     done = play_limited(limits, place.words(*WORDS))
@@ -274,19 +274,19 @@ def test_disk_fills_up(place, reference):
 
 def test_same_command_twice(place, reference):
     games = [place.start(*WORDS), place.start(*WORDS)]
-    done = [game.wait() for game in games]
-    assert [game.returncode for game in done] == [0, 0], done
-    assert sum("another run plays in" in game.stdout for game in done) == 1
-    assert sum("11 stages played" in game.stdout for game in done) == 1
-    assert sum("nothing was computed again" in game.stdout for game in done) == 1
+    results = [game.wait() for game in games]
+    assert [game.returncode for game in results] == [0, 0], results
+    assert sum("another run plays in" in game.stdout for game in results) == 1
+    assert sum("11 stages played" in game.stdout for game in results) == 1
+    assert sum("nothing was computed again" in game.stdout for game in results) == 1
     assert_same(place, reference)
 
 
 def test_two_runs_share_a_store(place, reference):
     games = [place.start(*WORDS, run=run) for run in ("one", "two")]
-    done = [game.wait() for game in games]
-    assert [game.returncode for game in done] == [0, 0], done
-    played = [re.search(r"(\d+) stages played", game.stdout) for game in done]
+    results = [game.wait() for game in games]
+    assert [game.returncode for game in results] == [0, 0], results
+    played = [re.search(r"(\d+) stages played", game.stdout) for game in results]
     assert sum(int(match[1]) for match in played if match) == len(ORDER)
     for run in ("one", "two"):
         assert_same(place, reference, run)
@@ -331,7 +331,7 @@ def test_nonfinite_weights(place):
 
 
 def test_out_of_memory(tmp_path, place):
-    """The address space may grow by 1 GiB after the imports: less than one batch of 400 long answers takes."""
+    """The address space may grow by 1 GiB after the imports, which is less than a batch of 400 long answers needs."""
     records = ({"prompt": f"Tell {i}.", "response": f"{i} " + "and so on " * 90} for i in range(408))
     (tmp_path / "long.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     limits = "import re, spin.game, transformers.models.llama.modeling_llama, matplotlib.pyplot;"
@@ -347,8 +347,8 @@ def test_out_of_memory(tmp_path, place):
 
 def test_docs_name_existing_tests():
     text = (ROOT / "docs" / "faults.md").read_text()
-    named = re.findall(r"`([\w/]*test_\w+\.py)(?:::(test_\w+))?`", text)
-    assert len(named) > 20
-    for file, test in named:
+    mentions = re.findall(r"`([\w/]*test_\w+\.py)(?:::(test_\w+))?`", text)
+    assert len(mentions) > 20
+    for file, test in mentions:
         path = ROOT / "tests" / file
         assert path.is_file() and (not test or f"def {test}(" in path.read_text()), (file, test)

@@ -1,4 +1,4 @@
-"""Complete games on a tiny model, started as users start them."""
+"""Tests of complete games on a tiny model, started as users start them."""
 
 import json
 import os
@@ -70,16 +70,16 @@ def test_iterations_start_with_margin_0(played):
 
 
 def test_replayed_pairs(played):
-    """Iteration 1 trains on its own pairs and iteration 0's, all with log-probs of the policy that iteration 0 made."""
-    now, logps = read_pairs(played.folder / "run" / "iter1" / "pairs.parquet")
-    pairs, before = read_pairs(played.folder / "run" / "iter0" / "pairs.parquet")
-    old = {pair.id: (pair, before["opponent"]["generated"][index]) for index, pair in enumerate(pairs)}
-    assert {pair.iter for pair in now} == {0, 1}
+    """Iteration 1 trains on its own pairs and iteration 0's, all with log-probs of iteration 0's policy."""
+    current, logps = read_pairs(played.folder / "run" / "iter1" / "pairs.parquet")
+    earlier, earlier_logps = read_pairs(played.folder / "run" / "iter0" / "pairs.parquet")
+    by_id = {pair.id: (pair, earlier_logps["opponent"]["generated"][index]) for index, pair in enumerate(earlier)}
+    assert {pair.iter for pair in current} == {0, 1}
     opponent = load_model(played.folder / "run" / "iter0" / "policy", torch.float32, torch.device("cpu"))
-    replayed = [index for index, pair in enumerate(now) if pair.iter == 0]
+    replayed = [index for index, pair in enumerate(current) if pair.iter == 0]
     for index in replayed[:6]:
-        pair = now[index]
-        old_pair, old_logp = old[pair.id]
+        pair = current[index]
+        old_pair, old_logp = by_id[pair.id]
         assert pair.generated_ids == old_pair.generated_ids
         stored = {name: values[index].item() for name, values in logps["opponent"].items()}
         assert stored["generated"] != old_logp
@@ -102,12 +102,12 @@ def test_ids_are_those_sampled(played):
 def test_second_run_reuses_everything(played):
     before, rows = played.stages(), played.metrics()
     game = json.loads((played.folder / "run" / "game.json").read_text())
-    again = played.play("schedule.replay=previous")
-    assert "nothing was computed again" in again.stdout
+    repeated = played.play("schedule.replay=previous")
+    assert "nothing was computed again" in repeated.stdout
     assert played.stages() == before
-    assert played.metrics() == rows  # replaced whole: the same rows, none twice
-    now = json.loads((played.folder / "run" / "game.json").read_text())
-    assert now["seconds"] == game["seconds"] and now["peak_memory_gib"] == game["peak_memory_gib"]
+    assert played.metrics() == rows  # the file is replaced: no row appears twice
+    repeated_game = json.loads((played.folder / "run" / "game.json").read_text())
+    assert repeated_game["seconds"] == game["seconds"] and repeated_game["peak_memory_gib"] == game["peak_memory_gib"]
 
 
 def test_iter_2_continues_after_iter_1(played):
@@ -124,7 +124,7 @@ def test_sweep_over_beta_shares_stages(played):
 
 
 def test_same_bits_in_a_new_interpreter(played, place):
-    """The only game here that is not forked from the server; its hash seed differs, too."""
+    """A game has the same bits in a new interpreter, which is not forked from the server and has another hash seed."""
     done = subprocess.run(
         [sys.executable, "run.py", *place.words("schedule.replay=previous")],
         cwd=ROOT,
@@ -163,23 +163,23 @@ def test_context_too_short(played, place):
 
 
 def test_shorter_game_removes_iterations(played, tmp_path):
-    shown = tmp_path / "run"
-    words = ["schedule.replay=previous", f"hydra.run.dir={shown}"]
+    run = tmp_path / "run"
+    words = ["schedule.replay=previous", f"hydra.run.dir={run}"]
     played.play(*words)
     played.play(*words, "iter=0")
-    assert (shown / "iter0" / "policy").is_dir() and not (shown / "iter1").exists()
+    assert (run / "iter0" / "policy").is_dir() and not (run / "iter1").exists()
 
 
 def test_files_of_the_user_stay(played, tmp_path):
-    shown = tmp_path / "run"
-    words = ["schedule.replay=previous", f"hydra.run.dir={shown}"]
+    run = tmp_path / "run"
+    words = ["schedule.replay=previous", f"hydra.run.dir={run}"]
     played.play(*words)
-    note = shown / "iter1" / "policy" / "README.md"
+    note = run / "iter1" / "policy" / "README.md"
     note.write_text("mine")
     played.play(*words)
-    assert note.read_text() == "mine" and (shown / "iter1" / "policy" / "model.safetensors").is_file()
+    assert note.read_text() == "mine" and (run / "iter1" / "policy" / "model.safetensors").is_file()
     played.play(*words, "iter=0")
-    assert [path.name for path in (shown / "iter1").rglob("*") if path.is_file()] == ["README.md"]
+    assert [path.name for path in (run / "iter1").rglob("*") if path.is_file()] == ["README.md"]
 
 
 def test_unwritable_store(tmp_path, place):
@@ -199,12 +199,12 @@ def test_local_chat_data_and_model(played, tmp_path, place):
     (tmp_path / "chat.jsonl").write_text("".join(record % (i, i) for i in range(20)))
     model = next((played.folder / "cache").glob("tiny-*[0-9]"))
     place.play(f"model.path={model}", "data=local", f"data.path={tmp_path}/chat.jsonl", "data.held_out=4", "iter=0")
-    (answered,) = (tmp_path / "store" / "generate").glob("*/answers.parquet")
-    answers = {answer.id: answer.text for answer in read_answers(answered)}
+    (answers_file,) = (tmp_path / "store" / "generate").glob("*/answers.parquet")
+    answers = {answer.id: answer.text for answer in read_answers(answers_file)}
     assert len(answers) == 16
     pairs = pairs_in(tmp_path / "run" / "iter0" / "pairs.parquet")
     generated = {pair.id: pair.generated for pair in pairs}
-    # Answers that are empty or equal the human's make no pair; which they are depends on the processor's rounding.
+    # Answers that are empty or equal to the human's make no pair; which ones depends on the processor's rounding.
     assert generated == {id: text for id, text in answers.items() if text.strip() and id in generated}
     assert all(
         not answers[id].strip() or re.fullmatch(r"Yes: \d+\.", answers[id]) for id in answers.keys() - generated.keys()
@@ -225,7 +225,7 @@ def test_rejected_answers_are_played(played, tmp_path, place):
 
 
 def test_all_answers_empty(played, tmp_path, place):
-    """With a last norm of 0 all logits are equal, and greedy decoding repeats one special token."""
+    """A game without pairs ends. With a final norm of 0 all logits are equal, and greedy answers are one special token."""
     model = next((played.folder / "cache").glob("tiny-*[0-9]"))
     mute = tmp_path / "mute"
     shutil.copytree(model, mute)
@@ -248,7 +248,7 @@ def test_disk_too_small(played, tmp_path, place):
 
 
 def test_disk_fills_up(tmp_path, place):
-    """Files may not exceed 200 kB, so the policy cannot be written. Finished stages stay."""
+    """With file sizes limited to 200 kB the policy cannot be written, and the game ends. Finished stages stay."""
     limit = "import resource, runpy, signal, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000));"
     limit += "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); sys.argv[0] = 'run.py'; runpy.run_path('run.py', run_name='__main__')"
     words = [
@@ -279,7 +279,7 @@ def test_exit_status_after_signal(place):
 
 
 def test_server_failure_is_reported(tmp_path):
-    """The error shows what the server printed."""
+    """The error contains the output of the failed server."""
     (tmp_path / "hydra.py").write_text("raise ImportError('broken on purpose')")
     games = Games(tmp_path)
     with pytest.MonkeyPatch.context() as patch:
@@ -308,18 +308,18 @@ def test_evaluate_a_policy(played):
     refused = played.play(*words, status=1)
     assert "run holds another game (" in refused.stderr and "stage=game, not evaluate" in refused.stderr
     done = played.play(*words, run="measured")
-    shown = json.loads((played.folder / "measured" / "game.json").read_text())
+    evaluated = json.loads((played.folder / "measured" / "game.json").read_text())
     game = json.loads((played.folder / "run" / "game.json").read_text())
-    (now,), then = shown["evaluations"], game["evaluations"][-1]
-    assert now["policy"] == "iter1/policy" and shown["iterations"] == []
+    (row,), expected = evaluated["evaluations"], game["evaluations"][-1]
+    assert row["policy"] == "iter1/policy" and evaluated["iterations"] == []
     for name in ("nll_per_token", "human_likelier", "length_auc", "rouge_l", "model_length", "n"):
-        assert now[name] == then[name], name
+        assert row[name] == expected[name], name
     assert "likelier" in done.stdout and (played.folder / "measured" / "report.md").is_file()
     assert not (played.folder / "measured" / "iter0").exists()
 
 
 def test_template_is_copied_to_policies(played, tmp_path):
-    """A changed template beside the same weights makes new policies, which hold a copy of it."""
+    """A changed template with the same weights leads to new policies, which contain a copy of it."""
     model = tmp_path / "model"
     shutil.copytree(next((played.folder / "cache").glob("tiny-*[0-9]")), model)
     template = model / "chat_template.jinja"
@@ -331,18 +331,18 @@ def test_template_is_copied_to_policies(played, tmp_path):
 def test_evaluate_two_policies(played):
     words = [f"model.path={played.folder}/run/iter1/policy", f"evaluation.against={played.folder}/run/iter0/policy"]
     done = played.play("stage=evaluate", *words, run="against")
-    shown = json.loads((played.folder / "against" / "game.json").read_text())
-    then = json.loads((played.folder / "run" / "game.json").read_text())["evaluations"][-1]
-    assert [row["policy"] for row in shown["evaluations"]] == ["iter0/policy", "iter1/policy"]
-    # Iteration 1 against its opponent once more, in other rows: equal up to rounding.
-    assert shown["evaluations"][1]["margin"] == pytest.approx(then["margin"], abs=1e-3)
+    evaluated = json.loads((played.folder / "against" / "game.json").read_text())
+    expected = json.loads((played.folder / "run" / "game.json").read_text())["evaluations"][-1]
+    assert [row["policy"] for row in evaluated["evaluations"]] == ["iter0/policy", "iter1/policy"]
+    # The margin of iteration 1 over its opponent, computed in other rows, is equal up to rounding.
+    assert evaluated["evaluations"][1]["margin"] == pytest.approx(expected["margin"], abs=1e-3)
     assert "iter1/policy against iter0/policy, n=8: " in done.stdout
     same = [words[0], f"evaluation.against={played.folder}/run/iter1/policy"]
     assert "no difference seen" in played.play("stage=evaluate", *same, run="itself").stdout
 
 
 def test_trained_prompts_are_not_measured(played):
-    """Another seed holds out other prompts; those that the policy was trained on are left out."""
+    """Prompts that the policy was trained on are not measured, even if another seed holds them out."""
     policy = f"model.path={played.folder}/run/iter1/policy"
     done = played.play("stage=evaluate", policy, "seed=5", run="elsewhere")
     assert re.search(r"\d+ prompts are not held out: the model was trained on them", done.stdout)
@@ -382,7 +382,7 @@ def test_invalid_evaluation_settings(played, words, message, tmp_path):
 
 
 def test_files_of_the_user_are_left_alone(played, tmp_path):
-    """In a folder that is no run's, and in one that a run has written."""
+    """Files of the user stay in a folder that no run has written, and in a run's folder."""
     project = tmp_path / "project"
     for name in ("sft/policy/model.safetensors", "iter7/pairs.parquet", "iter7/notes.txt"):
         (project / name).parent.mkdir(parents=True, exist_ok=True)
@@ -410,7 +410,7 @@ def test_folder_of_a_user(played, tmp_path, name):
 
 
 def test_another_game_in_the_folder(played, tmp_path):
-    """A longer game of the same settings continues there; other settings are refused, and nothing is replaced."""
+    """A longer game with the same settings continues in the folder; other settings are refused and change no file."""
 
     def content() -> dict:
         return {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
@@ -431,7 +431,7 @@ PLANTED = {"PLANTED": "sk-planted-0123", "SPIN_JUDGE_KEY": "judge-key-0123", "WA
 
 
 def test_secrets_are_in_no_file(played, tmp_path):
-    """In texts of several settings, in W&B's files, in the store, and in errors."""
+    """Secrets in several settings do not appear in the run's files, W&B's files, the store, or errors."""
 
     def has_secret(data: bytes) -> bool:
         return any(value.encode() in data for value in PLANTED.values())
@@ -468,7 +468,7 @@ def test_surroundings(played, code):
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_read_only_store_of_another_user(played, tmp_path):
-    """A user without a name or a home, who may read everything and write to one folder."""
+    """A run works for a user without name and home directory, who may read everything and write to one folder."""
     tmp_path.chmod(0o777)
     capability = ["+dac_read_search"] * 2
     user = ["setpriv", "--reuid", "12345", "--regid", "12345", "--clear-groups"]

@@ -1,4 +1,4 @@
-"""Settings that are not in any stage's key change no bit of a game."""
+"""Tests that settings which are in no stage's key change no bit of a game."""
 
 import json
 
@@ -10,7 +10,7 @@ PLAIN = ["iter=0", "generation.num_answers=2"]
 HARMLESS = {
     "name": ["name=other"],
     "checkpoints": ["checkpoint.steps=1", "checkpoint.minutes=0"],
-    "shards": ["checkpoint.shard_size=5000"],  # as the default, more than there are answers
+    "shards": ["checkpoint.shard_size=5000"],  # like the default, more than there are answers
     "recomputed activations": ["engine.gradient_checkpointing=true"],
     "logging": ["tracking.wandb=offline", "tracking.policies=all"],
     "samples": ["evaluation.samples=1"],
@@ -18,7 +18,7 @@ HARMLESS = {
 
 
 def bits(place, run: str) -> dict:
-    """The checksums of all files that the game made, by stage, but for the times in the metrics."""
+    """Return the checksums of the game's files by stage, without metrics.jsonl, which contains times."""
     used = json.loads((place.folder / run / "stages.json").read_text())["stages"]
     assert len(used) == 7
     facts = {
@@ -49,6 +49,6 @@ def test_changes_no_bit(plain, name):
 
 @pytest.mark.parametrize("word", ["checkpoint.shard_size=4", "generation.batch_size=3"])
 def test_changes_keys(plain, word):
-    """These round answers differently, so that nothing of the first game is found."""
+    """Settings that change the rounding of answers change the keys: no answers of the first game are reused."""
     done = plain.play(*PLAIN, word, f"store.path={plain.folder}/plain/store", run=word)
     assert "generate: reused" not in done.stdout and "SFT: reused" in done.stdout

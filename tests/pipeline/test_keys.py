@@ -1,4 +1,4 @@
-"""A stage's key changes with what decides its content and with nothing else: every setting, on a played game."""
+"""Tests, for every setting and on a played game, that a stage's key depends only on what determines its content."""
 
 import json
 import shutil
@@ -24,11 +24,11 @@ NOTHING = "nothing"  # every stage is reused
 EVALUATIONS = "evaluations"
 EVERYTHING = "everything"
 SFT = "sft"  # the SFT stage and all later ones; the start's evaluation stays
-ANSWERS = "answers"  # whatever is generated, and later stages; the SFT stage stays
+ANSWERS = "answers"  # all generation, and later stages; the SFT stage stays
 TRAIN = "train"  # iteration 0's training and later stages; its pairs and scores stay
 TRAIN_1 = "train 1"  # iteration 1's training and its evaluation
 SCORE_1 = "score 1"  # iteration 1's scores and later stages
-PAIRS = "pairs"  # what is generated to train on, and later stages
+PAIRS = "pairs"  # the generation of training pairs, and later stages
 
 ORDER = [
     ("evaluate", "start"),
@@ -47,8 +47,8 @@ PLAYED_AGAIN = {
     SCORE_1: ORDER[ORDER.index(("score", "iter 1")) :],
     PAIRS: ORDER[ORDER.index(("generate", "iter 0")) :],
 }
-# For every setting a value that is not its default, and which stages it makes play again. COPY stands for a copy of the
-# model or of the data. Settings that have an effect only beside others name these in GIVEN.
+# For every setting, a value other than its default and the stages that the value makes play again. COPY stands for a copy
+# of the model or of the data. For settings that have an effect only together with others, GIVEN lists the others.
 TABLE = {
     "name=other": NOTHING,
     "seed=1": EVERYTHING,
@@ -83,11 +83,11 @@ TABLE = {
     "data.generated=file": PAIRS,
     "data.turns=all": NOTHING,  # the data has one turn
     "data.template='Q: {prompt} A: '": EVERYTHING,
-    "data.template_options={unknown: 1}": NOTHING,  # the template does not ask for it
+    "data.template_options={unknown: 1}": NOTHING,  # the template does not use it
     "data.filter=prose": NOTHING,  # drops none
     "data.size=20": SFT,  # what is held out stays the same
     "data.held_out=7": EVERYTHING,
-    "data.validation=6": SFT,  # takes examples from the training set; and four more stages
+    "data.validation=6": SFT,  # takes examples from the training set; four more stages
     "data.max_prompt_length=120": NOTHING,  # drops none
     "data.max_response_length=100": ANSWERS,  # drops none, but caps the generated answers
     "data.min_response_length=2": NOTHING,  # drops none
@@ -123,17 +123,17 @@ TABLE = {
     "schedule.replay=previous": SCORE_1,
     "schedule.sft_epochs=2": SFT,
     "schedule.sft_lr=1e-3": SFT,
-    "schedule.stop=no_gain": SFT,  # by data.validation; it decides no key itself
+    "schedule.stop=no_gain": SFT,  # through data.validation; it is in no key itself
     "schedule.patience=2": NOTHING,
     "generation.name=other": NOTHING,
     "generation.temperature=0.5": ANSWERS,
     "generation.top_p=0.9": ANSWERS,
     "generation.max_new_tokens=64": ANSWERS,
     "generation.num_answers=2": PAIRS,
-    "generation.batch_size=5": ANSWERS,  # changes rounding, as the next
+    "generation.batch_size=5": ANSWERS,  # changes rounding, like the next
     "generation.tokens=900": ANSWERS,
     "generation.engine=vllm": ANSWERS,
-    "generation.python=a": NOTHING,  # used with vllm, as the next three
+    "generation.python=a": NOTHING,  # used with vllm, like the next three
     "generation.tensor_parallel=2": NOTHING,
     "generation.data_parallel=2": NOTHING,
     "generation.gpu_memory=0.5": NOTHING,
@@ -141,11 +141,11 @@ TABLE = {
     "engine.device=cpu": NOTHING,  # what auto selects
     "engine.precision=OTHER": EVERYTHING,
     "engine.layout=padded": EVERYTHING,
-    "engine.tokens_per_batch=1500": EVERYTHING,  # changes rounding, as the next
+    "engine.tokens_per_batch=1500": EVERYTHING,  # changes rounding, like the next
     "engine.head_chunk=20": EVERYTHING,
     "engine.gradient_checkpointing=true": NOTHING,  # the same bits
     "engine.compile=true": SFT,
-    "engine.zero_stage=1": SFT,  # by engine=deepspeed, as the next; neither decides a key itself
+    "engine.zero_stage=1": SFT,  # through engine=deepspeed, like the next; neither is in a key itself
     "engine.offload_optimizer=true": SFT,
     "evaluation.name=other": NOTHING,
     "evaluation.enabled=false": NOTHING,  # four stages fewer
@@ -174,7 +174,7 @@ TABLE = {
 }
 
 
-# What a setting needs beside it to have an effect.
+# The other settings that a setting needs to have an effect.
 LORA, MIXTURE, ADAMW = ["model.adapter=lora"], ["loss.reference=mixture"], ["optimizer=adamw"]
 SPACE, HARNESS = ["loss=space"], ["evaluation.harness_include=TASKS", "evaluation.harness=[spin_choice:0:acc]"]
 CHAT = ["data.template=chat"]
@@ -235,7 +235,7 @@ def plan(place: Place, *words: str) -> list:
         "evaluation.bootstrap": 50,
     }
     config = load("experiment=smoke", *(f"{k}={v}" for k, v in settings.items() if k not in given), *words)
-    # Probes of vLLM would refuse its engine here; the keys do not depend on them.
+    # The check of vLLM would fail here; the keys do not depend on it.
     transformers = config.generation.model_copy(update={"engine": "transformers"})
     folder = place.folder / "none"
     run = prepare_run(
@@ -291,9 +291,9 @@ def resolve(word: str, place: Place, folder: Path) -> str:
 def test_key(played, tmp_path, word, kind):
     given = GIVEN.get(word.lstrip("+").partition("=")[0], [])
     planned = plan(played, *(resolve(entry, played, tmp_path) for entry in [*given, word]))
-    again = [(entry.stage, entry.subject) for entry in planned if entry.status != "reuse"]
-    assert {entry for entry in again if entry not in ORDER} == EXTRA.get(word, set())
-    assert [entry for entry in ORDER if entry in again] == PLAYED_AGAIN[kind]
+    replayed = [(entry.stage, entry.subject) for entry in planned if entry.status != "reuse"]
+    assert {entry for entry in replayed if entry not in ORDER} == EXTRA.get(word, set())
+    assert [entry for entry in ORDER if entry in replayed] == PLAYED_AGAIN[kind]
 
 
 def test_table_is_complete():
@@ -309,7 +309,7 @@ def test_table_is_complete():
 
 
 def test_table_leaves_no_default(played, tmp_path):
-    """Every value differs from the one that the smoke game has."""
+    """Every value in TABLE differs from that of the smoke game."""
     default = load("experiment=smoke", "evaluation.bootstrap=50", "tracking.wandb=disabled")
     for number, word in enumerate(TABLE):
         key = word.lstrip("+").partition("=")[0]

@@ -1,10 +1,10 @@
-"""The report of a running game, and of a stopped one."""
+"""Tests of the reports of a running and of a stopped game."""
 
 import json
 
 from spin.pipeline import live
 
-# Before iteration 0 is trained, keep the report as it is then, and do what the test asks for. Count how often it was drawn.
+# Before iteration 0 is trained, copy the report and run the test's code. Count how often the report is drawn.
 SPY = """
 import shutil
 from spin.pipeline import live
@@ -37,11 +37,11 @@ def test_report_of_a_running_game(place):
     done = place.games.play(*place.words("iter=0"), code=SPY.format(then=""))
     assert done.returncode == 0, done.stderr
     folder = place.folder / "run"
-    seen, page = (folder / "seen.html").read_text(), (folder / "report.html").read_text()
-    assert "Running: iter 0: train, " in seen and "Left after that: evaluate of iter 0." in seen
-    assert data_of(seen)["live"] and [s["labels"] for s in data_of(seen)["sets"]] == [["human", "start", "sft"]]
-    assert "there is one policy so far" in seen and seen.count("Running:") == 1 and live.STATUS not in seen
-    assert (folder / "drawn").read_text() == "3"  # before the first stage, and after each of start and sft was measured
+    running, page = (folder / "seen.html").read_text(), (folder / "report.html").read_text()
+    assert "Running: iter 0: train, " in running and "Left after that: evaluate of iter 0." in running
+    assert data_of(running)["live"] and [s["labels"] for s in data_of(running)["sets"]] == [["human", "start", "sft"]]
+    assert "there is one policy so far" in running and running.count("Running:") == 1 and live.STATUS not in running
+    assert (folder / "drawn").read_text() == "3"  # before the first stage, and after the measures of start and sft
     assert "Running" not in page and not data_of(page)["live"]
     sets = {samples["name"]: samples["labels"] for samples in data_of(page)["sets"]}
     assert sets == {

@@ -1,4 +1,4 @@
-"""The selection of a policy on validation prompts: its place in a run, early stop, and sweeps."""
+"""Tests of the selection of a policy on validation prompts: its folder in a run, early stopping, and sweeps."""
 
 import csv
 import json
@@ -51,7 +51,7 @@ def test_prompts_are_disjoint(played):
     played.play("evaluation.bootstrap=50", "iter=0", run="plain")
 
     def prompts(kind: str) -> set[tuple[str, ...]]:
-        """Of each artifact of a stage."""
+        """Return the prompts of every artifact of a stage."""
         name = "pairs.parquet" if kind == "score" else "held_out.parquet"
         tables = [pq.read_table(path) for path in (played.folder / "store" / kind).glob(f"*/{name}")]
         return {tuple(sorted(set(table["prompt"].to_pylist()))) for table in tables}
@@ -59,8 +59,8 @@ def test_prompts_are_disjoint(played):
     (validation,), (evaluation,) = (
         prompts("validate"),
         prompts("evaluate"),
-    )  # the same ones for every policy, and held-out
-    assert len(validation) == len(evaluation) == 8  # prompts that stay where they are without validation
+    )  # one set each, the same for every policy
+    assert len(validation) == len(evaluation) == 8  # the held-out prompts are the same without validation
     trained = {prompt for pairs in prompts("score") for prompt in pairs}
     assert not set(validation) & set(evaluation)
     with_validation = [set(pairs) for pairs in prompts("score") if not set(pairs) & set(validation)]
@@ -68,7 +68,7 @@ def test_prompts_are_disjoint(played):
 
 
 def test_start_can_be_best(played):
-    """Its folder is the user's own: it is named and not shown in best/."""
+    """If the start is selected, its path is named, and best/ does not contain it, because its folder is the user's."""
     done = played.play("data.validation=8", "iter=0", "schedule.sft_epochs=0", "optimizer.lr=1", run="spoiled")
     folder, selected = played.folder / "spoiled", game_of(played, "spoiled")["selected"]
     assert selected["policy"] == "start" and selected["last"] == "iter0"
@@ -77,7 +77,7 @@ def test_start_can_be_best(played):
 
 
 def test_start_that_is_a_policy(played):
-    """Its path ends as those of this run's policies do, and its folder is named."""
+    """A selected start is named by its full path, even if that ends like the paths of this run's policies."""
     start = played.folder / "run" / "iter0" / "policy"
     words = [f"model.path={start}", "data.validation=8", "iter=0", "schedule.sft_epochs=0", "optimizer.lr=1"]
     done = played.play(*words, run="continued")
@@ -98,13 +98,13 @@ def test_stop_without_gain_and_resume(played):
     assert (played.folder / "stopped" / "iter1" / "policy").exists()
     done = played.play(*words, "schedule.stop=no_gain", run="stopped")
     assert "nothing was computed again" in done.stdout
-    assert not (played.folder / "stopped" / "iter1").exists()  # of the longer game; the store keeps it
+    assert not (played.folder / "stopped" / "iter1").exists()  # it is from the longer game, and remains in the store
 
 
 def test_without_selection_no_best(played):
     shutil.copytree(played.folder / "run", played.folder / "unselected")
     (played.folder / "unselected" / "best" / "mine.txt").write_text("mine")
-    (played.folder / "unselected" / "config.yaml").unlink()  # else it would be kept as another game
+    (played.folder / "unselected" / "config.yaml").unlink()  # otherwise the folder would be refused as another game's
     done = played.play("iter=0", run="unselected")
     assert game_of(played, "unselected")["selected"] is None and "trained model: " in done.stdout
     assert [path.name for path in (played.folder / "unselected" / "best").iterdir()] == ["mine.txt"]
@@ -132,7 +132,7 @@ def test_merged_adapter_is_that_of_the_best(played):
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
         (["data.validation=8", "evaluation.select=auc"], "evaluation.select=auc: this run does not measure it. It mea"),
         (
@@ -146,10 +146,10 @@ def test_merged_adapter_is_that_of_the_best(played):
         (["data.validation=40"], "data: too little is left"),
     ],
 )
-def test_invalid_settings(played, words, says):
+def test_invalid_settings(played, words, message):
     before = played.stages()
     done = played.play(*words, "iter=0", run="invalid", status=1)
-    assert says in done.stderr and done.stderr.count("\n") == 1 and played.stages() == before
+    assert message in done.stderr and done.stderr.count("\n") == 1 and played.stages() == before
 
 
 def test_sweep_ranks_by_validation(played):

@@ -1,4 +1,4 @@
-"""Points of a sweep and batch scripts under a real SLURM, which this starts on this machine (tests/slurm_one_node.sh)."""
+"""Tests of sweep points and batch scripts under a real SLURM, started on this machine by tests/slurm_one_node.sh."""
 
 import os
 import re
@@ -36,22 +36,22 @@ SETTINGS = """
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    """A folder for sweeps, while SLURM runs."""
+    """A folder for sweeps while SLURM runs."""
     folder = tmp_path_factory.mktemp("slurm")
-    place = tempfile.mkdtemp(prefix="slurm-")  # which the database's user can reach
-    os.chmod(place, 0o755)
+    slurm_folder = tempfile.mkdtemp(prefix="slurm-")  # which the database's user can reach
+    os.chmod(slurm_folder, 0o755)
     script, env = str(ROOT / "tests" / "slurm_one_node.sh"), {**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin"}
-    subprocess.run([script, "start", place], env=env, check=True, timeout=120)
-    os.environ["SLURM_CONF"] = f"{place}/slurm.conf"
+    subprocess.run([script, "start", slurm_folder], env=env, check=True, timeout=120)
+    os.environ["SLURM_CONF"] = f"{slurm_folder}/slurm.conf"
     try:
         yield folder
     finally:
         for process in STARTED:
             process.kill()
         slurm("scancel", "--user=root")
-        subprocess.run([script, "stop", place], env=env, check=True, timeout=180)
+        subprocess.run([script, "stop", slurm_folder], env=env, check=True, timeout=180)
         del os.environ["SLURM_CONF"]
-        shutil.rmtree(place)
+        shutil.rmtree(slurm_folder)
 
 
 def slurm(*command: str) -> str:
@@ -90,13 +90,13 @@ class Sweep:
         return next((self.folder / "sweep").glob(f"*max_new_tokens={tokens},*"), self.folder / "missing")
 
     def trains(self, tokens: int) -> bool:
-        """Whether the point has trained a few steps in its present job."""
+        """Return whether the point has trained for a few steps in its current job."""
         metrics = self.point(tokens) / "metrics.jsonl"
         return metrics.exists() and metrics.read_text().count('"stage": "train"') > 3
 
     def kill(self, tokens: int) -> None:
-        """Kill the point's process, as the kernel does when memory is short."""
-        lock = str(self.point(tokens) / ".lock")  # which only it has open
+        """Kill the point's process, as the kernel does when out of memory."""
+        lock = str(self.point(tokens) / ".lock")  # open in the point's process only
         files = subprocess.run(
             ["find", *Path("/proc").glob("[0-9]*/fd"), "-lname", lock], capture_output=True, text=True
         )
@@ -116,13 +116,13 @@ class Sweep:
 
 
 def preempt() -> None:
-    """Preempt all jobs, for a second."""
+    """Preempt all jobs for a second."""
     slurm("srun", "--partition=urgent", f"--ntasks={os.cpu_count()}", "sleep", "1")
 
 
 def test_points_are_jobs(cluster):
-    """Two points are preempted, and the second is cancelled when it has continued; the last one fails. The sweep's process is
-    killed, and the second point's process in the sweep that follows."""
+    """Two points are preempted, the second is cancelled after it has resumed, and the last one fails. The sweep's process is
+    killed, and in the repeated sweep the second point's process."""
     sweep = Sweep(cluster / "points", "generation.max_new_tokens=64,65,3000", "schedule.epochs=40")
     first = sweep.start()
     wait_until(lambda: sweep.trains(64) and sweep.trains(65), first)
@@ -143,14 +143,14 @@ def test_points_are_jobs(cluster):
     assert "a point's process died, going on without it" in text and "this point failed: sequences of up to" in logs
     assert "Traceback" not in text + logs and "W&B stopped working" not in text + logs
     for tokens in (64, 65):
-        sent = runs(sweep.point(tokens))
-        steps = [row["train/step"] for log in sent for row in log.rows if "train/step" in row]
-        assert len({log.id for log in sent}) == 1 and {log.group for log in sent} == {"sweep"}
+        wandb_runs = runs(sweep.point(tokens))
+        steps = [row["train/step"] for log in wandb_runs for row in log.rows if "train/step" in row]
+        assert len({log.id for log in wandb_runs}) == 1 and {log.group for log in wandb_runs} == {"sweep"}
         assert len(steps) == len({*steps}) and len(steps) >= 240 - 4, (tokens, sorted({*range(240)} - {*steps}))
 
 
 def test_time_limit(cluster):
-    """A job of a minute is requeued once, and is then listed as unfinished."""
+    """A job with a time limit of a minute is requeued once and then listed as unfinished."""
     limit = ("timeout_min=1", "signal_delay_s=20", "max_num_timeout=1")
     sweep = Sweep(
         cluster / "limit",
@@ -165,7 +165,7 @@ def test_time_limit(cluster):
 
 
 def test_batch_script(cluster):
-    """The script of docs/cluster.md with two tasks on one node: preempted, continued, and cancelled."""
+    """The script of docs/cluster.md with two tasks on one node is preempted, resumed and cancelled."""
     (script,) = re.findall(r"```bash\n(#!/bin/bash\n#SBATCH.*?)```", (ROOT / "docs/cluster.md").read_text(), re.DOTALL)
     folder = cluster / "batch"
     words = [

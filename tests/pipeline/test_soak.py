@@ -1,4 +1,4 @@
-"""Games of many iterations and sweeps of many points in one process: what they hold does not grow."""
+"""Tests that memory and other resources do not grow in games of many iterations and sweeps of many points."""
 
 import json
 from statistics import median
@@ -8,7 +8,7 @@ import pytest
 from tests.games import Place
 
 WORDS = ("data.size=8", "data.held_out=4", "generation.max_new_tokens=8", "schedule.batch_size=4")
-# PyTorch's CPU kernels are cached by shape, 1024 of them: some hundred MiB, which hide what else grows.
+# PyTorch caches 1024 CPU kernels by shape, some hundred MiB, which would hide other growth.
 NO_KERNEL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0", "LRU_CACHE_CAPACITY": "1"}
 # After each call of a function: resident memory in MiB, bytes of live tensors, mapped files of the game, open files,
 # threads, children, bytes in the store.
@@ -40,7 +40,7 @@ module.{name} = wrapper
 
 
 def measure(place: Place, function: str, *words: str) -> dict[str, list[float]]:
-    """Play, and return what the process held after each call of `function`, by quantity."""
+    """Play, and return the process's use of every resource after each call of `function`."""
     module, _, name = function.rpartition(".")
     log = place.folder / "usage.jsonl"
     code = MEASURE.format(
@@ -55,7 +55,7 @@ def measure(place: Place, function: str, *words: str) -> dict[str, list[float]]:
     return usage
 
 
-def assert_flat(usage: dict[str, list[float]], steps: int, most: float) -> None:
+def assert_flat(usage: dict[str, list[float]], steps: int, max_growth: float) -> None:
     assert {len(values) for values in usage.values()} == {steps}
     first, later = ({name: values[part] for name, values in usage.items()} for part in (slice(5), slice(5, None)))
     for quantity in ("files", "children", "mapped"):
@@ -64,14 +64,14 @@ def assert_flat(usage: dict[str, list[float]], steps: int, most: float) -> None:
     assert max(later["threads"]) <= max(first["threads"]) + 4  # pools of libraries start threads when they need them
     per_step = (median(later["memory"][-5:]) - median(later["memory"][:5])) / (steps - 10)
     print(f"memory grows by {per_step:.2f} MiB per step after the fifth")
-    assert per_step < most
+    assert per_step < max_growth
 
 
 @pytest.mark.slow
 def test_many_iterations(place):
     usage = measure(place, "spin.game.show_record", "iter=29")
-    usage = {quantity: values[2:] for quantity, values in usage.items()}  # of the start and of SFT
-    assert_flat(usage, 30, most=2.0)  # the report shows each iteration: its text, and what Python keeps of its making
+    usage = {quantity: values[2:] for quantity, values in usage.items()}  # without those of the start and SFT
+    assert_flat(usage, 30, max_growth=2.0)  # the report grows, and with it the memory that Python keeps
     sizes = [after - before for before, after in zip(usage["store"], usage["store"][1:], strict=False)]
     print(f"the store grows by {min(sizes)} to {max(sizes)} bytes per iteration")
     assert max(sizes) < 1.05 * min(sizes)
@@ -81,4 +81,4 @@ def test_many_iterations(place):
 def test_many_points(place):
     words = ("-m", "iter=0", "seed=range(40)", "evaluation=none", f"hydra.sweep.dir={place.folder}/sweep")
     usage = measure(place, "spin.pipeline.points.play_point", *words)
-    assert_flat(usage, 40, most=0.5)  # Hydra keeps the settings of each point
+    assert_flat(usage, 40, max_growth=0.5)  # Hydra keeps the settings of each point

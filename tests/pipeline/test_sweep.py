@@ -1,4 +1,4 @@
-"""Sweeps: every point in one table, what fails beside what is done, and nothing played twice."""
+"""Tests of sweeps: a table of all points, failed and finished, and no point played twice."""
 
 import csv
 import json
@@ -77,16 +77,16 @@ def test_leaderboard(swept):
     assert "figures/heatmap.png" in page and "failed: loss.beta=-1: must be greater than 0." in page
     for link in re.findall(r"\[report\]\(<(.*?)>\)", page):
         assert (folder / link).is_file()
-    shown = done.stdout[done.stdout.index("Sweep, 6 points") :]
-    assert "loss.beta=-1, optimizer.lr=0.001: failed: loss.beta=-1: must be greater than 0." in shown
+    summary = done.stdout[done.stdout.index("Sweep, 6 points") :]
+    assert "loss.beta=-1, optimizer.lr=0.001: failed: loss.beta=-1: must be greater than 0." in summary
 
 
 def test_second_sweep_plays_missing_points(swept):
     folder = swept.folder / "sweep"
     before, text = swept.stages(), (folder / "sweep.csv").read_text()
-    again = sweep(swept, *BETA_LR, status=1)
-    assert "4 done before, 0 to play, 2 that can't be played" in again.stdout
-    assert "Launching" not in again.stdout and "reused" not in again.stdout  # not even looked up in the store
+    repeated = sweep(swept, *BETA_LR, status=1)
+    assert "4 done before, 0 to play, 2 that can't be played" in repeated.stdout
+    assert "Launching" not in repeated.stdout and "reused" not in repeated.stdout  # not even looked up in the store
     assert (folder / "sweep.csv").read_text() == text and swept.stages() == before
     (point,) = folder.glob("*loss.beta=2*lr=0.001")
     stages = json.loads((point / "stages.json").read_text())["stages"]
@@ -97,12 +97,12 @@ def test_second_sweep_plays_missing_points(swept):
     assert swept.stages() - before == {
         "train": 1,
         "evaluate": 1,
-    }  # beta 3; what was lost came back with the same content
+    }  # of beta 3; the lost stage was computed again with the same content
     assert (folder / "figures" / "lines.png").is_file() and not (folder / "figures" / "heatmap.png").exists()
 
 
 def test_failing_point(swept):
-    """The sequences of the second point do not fit the model; and where nothing is measured there still is a table."""
+    """A point whose sequences do not fit the model fails, and a table is written although nothing is measured."""
     words = ("evaluation=none", "generation.max_new_tokens=8,3000")
     done = sweep(swept, *words, status=1, name="failing")
     assert "this point failed: sequences of up to" in done.stdout
@@ -151,9 +151,9 @@ def test_points_are_a_wandb_group(swept, tmp_path):
     assert done.returncode == 1, done.stdout + done.stderr
     rows = {row["model.path"]: row for row in table(tmp_path / "models-of-mine")}
     assert rows[f"{tmp_path}/mine"]["status"] == "done" and "no such folder" in rows[f"{tmp_path}/gone"]["reason"]
-    sent = list((tmp_path / "models-of-mine").glob("**/offline-run-*/*.wandb"))
-    assert len(sent) == 2  # the point that was played, and the leaderboard
-    assert all(b"models-of-mine" in path.read_bytes() for path in sent)
+    wandb_logs = list((tmp_path / "models-of-mine").glob("**/offline-run-*/*.wandb"))
+    assert len(wandb_logs) == 2  # the point that was played, and the leaderboard
+    assert all(b"models-of-mine" in path.read_bytes() for path in wandb_logs)
 
 
 def test_standard_sweep(tmp_path, games):
@@ -200,7 +200,7 @@ def test_is_done(tmp_path):
 
 
 def test_content_hash_of_hub_names():
-    assert content_hash(load("data=local", "data.path=some/name")) is None  # tomorrow it may be another
+    assert content_hash(load("data=local", "data.path=some/name")) is None  # its content may change
     assert content_hash(load("data=local", "data.path=some/name", "data.revision=abc")) is not None
     assert content_hash(load("evaluation.judge='http://x/v1'")) is not None
 
@@ -246,19 +246,19 @@ def test_launcher_cannot_start(swept):
 
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_slurm", "cluster"])
 def test_launcher_not_installed(launcher):
-    """Hydra looks for plugins along this path; the project's own are left."""
+    """A missing launcher is reported. Hydra's search path for plugins is reduced to the project's own."""
     script = "import runpy, sys, hydra_plugins; hydra_plugins.__path__ = ['hydra_plugins'];"
     script += "sys.argv[0] = 'run.py'; runpy.run_path('run.py', run_name='__main__')"
     words = ["-m", "experiment=smoke", f"hydra/launcher={launcher}", "loss.beta=1,2"]
     done = subprocess.run([sys.executable, "-c", script, *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    named = LAUNCHERS[{"cluster": "submitit_slurm"}.get(launcher, launcher)]
+    requirement = LAUNCHERS[{"cluster": "submitit_slurm"}.get(launcher, launcher)]
     assert done.returncode == 1 and not done.stdout and len(done.stderr.splitlines()) == 1
-    assert done.stderr.endswith(f"pip install {named}\n")
-    assert named in (ROOT / "requirements.txt").read_text()
+    assert done.stderr.endswith(f"pip install {requirement}\n")
+    assert requirement in (ROOT / "requirements.txt").read_text()
 
 
 def test_slurm_settings():
-    """The script that goes to SLURM, as submitit writes it."""
+    """The batch script that submitit writes contains the launcher's settings."""
     from submitit.slurm.slurm import _make_sbatch_string
 
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
@@ -278,8 +278,8 @@ def test_slurm_settings():
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_submitit_job_is_preempted(tmp_path):
-    """Jobs that submitit starts from another folder, with relative paths, and that share their stages. The first gets its
-    timeout signal and is queued again, the second is killed and launched again, the third is terminated and left."""
+    """submitit starts jobs from another folder, with relative paths, that share their stages. The first receives its
+    timeout signal and is requeued, the second is killed and launched again, the third is terminated and not restarted."""
     words = ["experiment=smoke", "iter=0", "schedule.epochs=20", "schedule.batch_size=4", "evaluation=none"]
     words += ["cache.path=cache", "store.path=store", "hydra.sweep.dir=sweep", "tracking.wandb=disabled"]
     words += ["-m", "loss.beta=0.1,0.2,0.3,-1", "hydra/launcher=submitit_local", "checkpoint.minutes=60"]
@@ -323,7 +323,7 @@ def test_submitit_job_is_preempted(tmp_path):
 
 @pytest.mark.slow
 def test_killed_joblib_worker(tmp_path):
-    """Interpreters of their own, as a launcher starts them; the pool dies with the first, the sweep does not."""
+    """A sweep survives when a worker is killed, with which joblib's pool of interpreters ends."""
     words = ["experiment=smoke", "iter=0", "schedule.epochs=12", "evaluation=none", "tracking.wandb=disabled"]
     words += [f"cache.path={tmp_path}/cache", f"store.path={tmp_path}/store", f"hydra.sweep.dir={tmp_path}/sweep"]
     words += ["-m", "loss.beta=0.1,0.2,0.3", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]

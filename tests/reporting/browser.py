@@ -1,4 +1,4 @@
-"""Chromium without a screen, for tests of the pages."""
+"""Headless Chromium for the tests of the HTML pages."""
 
 import shutil
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ FLAGS = """
 
 @contextmanager
 def chromium(folder) -> Iterator:
-    """A browser with a new profile in `folder`, driven by selenium."""
+    """Start a browser with a new profile in `folder`, driven by selenium, and close it on exit."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium (requirements-dev.txt)")
     if not CHROMIUM or not DRIVER:
         pytest.skip("needs Chromium: apt-get install chromium chromium-driver")

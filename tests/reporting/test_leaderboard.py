@@ -1,4 +1,4 @@
-"""The rows and the figure of a sweep, from folders of made-up points."""
+"""Tests of the rows and the figure of a sweep, from folders of fabricated points."""
 
 import io
 import json
@@ -63,7 +63,7 @@ def test_means_over_seeds(tmp_path):
 
 
 def test_interval_without_its_value(tmp_path):
-    """A bootstrap interval of MAUVE may lie below its value."""
+    """An interval is drawn as given even if its value lies outside, as with bootstrap intervals of MAUVE."""
     games = {(("beta", str(beta)),): game(1.0, nll_per_token_interval=[0.5, 0.9]) for beta in (1, 2)}
     figure = draw(rows_of(points_of(tmp_path, games)))["lines"]
     assert figure.axes[0].collections[0].get_segments()[0][:, 1].tolist() == [0.5, 0.9]
@@ -84,38 +84,38 @@ def test_heat_map_cells(tmp_path):
 
 
 def test_not_drawn(tmp_path):
-    words = {(("loss", name), ("data", "x")): game(1.0) for name in ("hinge", "logistic")}
-    assert not draw(rows_of(points_of(tmp_path, words)))
-    three = {(("a", "1"), ("b", str(b)), ("c", "3")): game(1.0) for b in range(2)}
-    assert not draw(rows_of(points_of(tmp_path, three)))
+    named_settings = {(("loss", name), ("data", "x")): game(1.0) for name in ("hinge", "logistic")}
+    assert not draw(rows_of(points_of(tmp_path, named_settings)))
+    three_settings = {(("a", "1"), ("b", str(b)), ("c", "3")): game(1.0) for b in range(2)}
+    assert not draw(rows_of(points_of(tmp_path, three_settings)))
     assert not draw(rows_of([Point({"a": "1"}, None, "no"), Point({"a": "2"}, None, "no")]))
 
 
 def test_benchmarks_in_rows(tmp_path):
-    played = game(1.0)
+    record = game(1.0)
     harness = [{"task": "gsm8k", "value": 0.4, "stderr": 0.01}]
-    played["external"] = [{"policy": "iter0", "harness": harness, "mt_bench": {"score": 6.5}}]
-    (row, _) = rows_of(points_of(tmp_path, {(): played}))
+    record["external"] = [{"policy": "iter0", "harness": harness, "mt_bench": {"score": 6.5}}]
+    (row, _) = rows_of(points_of(tmp_path, {(): record}))
     assert row["gsm8k"] == 0.4 and row["gsm8k_se"] == 0.01 and row["mt_bench"] == 6.5
 
 
 def test_benchmarks_of_the_selected_policy(tmp_path):
-    """Also where nothing was measured on held-out prompts."""
-    played = game(1.0) | {"evaluations": []}
-    played["external"] = [
+    """The selected policy's benchmarks are in the row even if nothing was measured on held-out prompts."""
+    record = game(1.0) | {"evaluations": []}
+    record["external"] = [
         {"policy": f"iter{t}", "harness": [{"task": "gsm8k", "value": value, "stderr": 0.01}], "mt_bench": None}
         for t, value in enumerate((0.4, 0.3))
     ]
-    played["selected"] = {"policy": "iter0", "measure": "gsm8k", "value": 0.4}
-    (row,) = rows_of(points_of(tmp_path, {(): played}))
+    record["selected"] = {"policy": "iter0", "measure": "gsm8k", "value": 0.4}
+    (row,) = rows_of(points_of(tmp_path, {(): record}))
     assert row["policy"] == "iter0" and row["gsm8k"] == row["validation_gsm8k"] == 0.4
 
 
 def test_notes_on_few_prompts(tmp_path):
     points = points_of(tmp_path, {(("a", str(a)),): game(1.0 + a) for a in range(2)})
-    shown = io.StringIO()
-    tracker = Tracker(tmp_path, name="", config={}, wandb="disabled", console=Console(file=shown, width=100))
+    output = io.StringIO()
+    tracker = Tracker(tmp_path, name="", config={}, wandb="disabled", console=Console(file=output, width=100))
     assert write_leaderboard(tmp_path / "sweep", [*points, Point({"a": "2"}, None, "no")], tracker) == 1
     note = f"MAUVE: needs {MEASURES['mauve'].min_prompts} held-out prompts, there are 8"
-    assert note in shown.getvalue() and note in (tmp_path / "sweep" / "sweep.md").read_text()
-    assert "a=2: failed: no" in shown.getvalue()
+    assert note in output.getvalue() and note in (tmp_path / "sweep" / "sweep.md").read_text()
+    assert "a=2: failed: no" in output.getvalue()

@@ -1,4 +1,4 @@
-"""Model cards: metadata and measures of every policy, beside its files and not in the store."""
+"""Tests of model cards: each policy's card has its metadata and measures and is beside its files, not in the store."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`publish.hub`: nothing is sent unless it is set, and then the selected policy with its card, to a stand-in of the hub."""
+"""Tests of `publish.hub`, with a stand-in for the hub: the selected policy and its card are sent only if it is set."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def place(tmp_path_factory, games):
 
 
 def play(place: Place, hub: Hub, *words: str, token: str = TOKEN) -> subprocess.CompletedProcess:
-    """Play in a process of its own: the hub's library reads its settings when it is imported."""
+    """Play in a separate process, because the hub's library reads its settings at import."""
     names = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": token}
     command = [sys.executable, "run.py", *place.words(*GAME, *words)]
     return subprocess.run(command, cwd=ROOT, env={**os.environ, **names}, capture_output=True, text=True, timeout=280)
@@ -87,19 +87,19 @@ def test_no_token(place, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("words", "token", "says"),
+    ("words", "token", "message"),
     [
         (["publish.hub=me/x"], "hf_wrong", "publish.hub=me/x: the hub refuses the token, or can't be reached"),
         (["publish.hub=a/b/c"], TOKEN, "publish.hub=a/b/c (Repo id must be"),
         (["publish.hub=me/x", "model.adapter=lora"], TOKEN, "is on no hub: set model.merge=true"),
     ],
 )
-def test_errors_before_the_game(place, hub, words, token, says, tmp_path):
-    sent = len(hub.created)
+def test_errors_before_the_game(place, hub, words, token, message, tmp_path):
+    created_before = len(hub.created)
     done = play(place, hub, *words, f"store.path={tmp_path}/store", f"hydra.run.dir={tmp_path}/run", token=token)
-    assert done.returncode == 1 and says in done.stderr
+    assert done.returncode == 1 and message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and "Traceback" not in done.stdout
-    assert not list(tmp_path.glob("store/*/*/manifest.json")) and len(hub.created) == sent
+    assert not list(tmp_path.glob("store/*/*/manifest.json")) and len(hub.created) == created_before
 
 
 def test_only_with_one_game(place):

@@ -1,4 +1,4 @@
-"""The report page and the table at a run's end, from the folder of a made-up run."""
+"""Tests of the report page and of the table at the end of a run, from the folder of a fabricated run."""
 
 import io
 import json
@@ -22,12 +22,12 @@ FIGURES = {"measures", "logps", "margins", "lengths"}
 NASTY = "Is a | b?\n\n```python\nx = [bold]1[/bold]\n```\n# no heading\n<b>&amp;</b> $x$ ![i](u) \x1b[31mred"
 
 
-def around(name, value, half):
+def with_interval(name, value, half):
     return {name: value, f"{name}_interval": [value - half, value + half]}
 
 
 def evaluation(policy, iteration, better, interval=0.01):
-    """Measures that improve with `better`, by 0.02 each."""
+    """Return the measures of a policy, which improve by 0.02 times `better`."""
     row = {"policy": policy, "iter": iteration, "n": 50}
     for name, value in (
         ("nll_per_token", 2.1 - 0.02 * better),
@@ -42,22 +42,22 @@ def evaluation(policy, iteration, better, interval=0.01):
         ("finished", 0.9),
         ("distinct_2", 0.5),
     ):
-        row |= around(name, value, interval)
+        row |= with_interval(name, value, interval)
     if iteration is not None:
-        row |= around("margin", 1.5, 0.2) | around("accuracy", 0.7, 0.05)
+        row |= with_interval("margin", 1.5, 0.2) | with_interval("accuracy", 0.7, 0.05)
     return row
 
 
 def difference(policy, against, **verdicts):
-    """A comparison of two policies in all measures, with the given verdicts and "same" for the others."""
+    """Return a comparison of two policies in all measures, with the given verdicts and "same" for the others."""
     names = [measure.name for measure in COMPARED if measure.name != "exact_match"]
     change = {"first": 2.0, "last": 1.9, "change": -0.1, "interval": [-0.15, 0.02], "verdict": "same"}
     rows = {name: {**change, "verdict": verdicts.get(name, "same")} for name in names}
     return {"policy": policy, "against": against, "n": 50, "measures": rows}
 
 
-def made_up(folder, iterations=2, steps=60, margins=True):
-    """A run's folder of `iterations`; returns its `game`."""
+def write_fake_run(folder, iterations=2, steps=60, margins=True):
+    """Write the folder of a run with `iterations` iterations and return the content of its game.json."""
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
     rows = [{"iter": None, "step": 0, "stage": "sft", "loss": 2.0, "logps/real": -40.0}]
@@ -77,8 +77,8 @@ def made_up(folder, iterations=2, steps=60, margins=True):
         "peak_memory_gib": 1.234,
     }
     for t in range(iterations):
-        part = folder / f"iter{t}"
-        part.mkdir()
+        iteration_folder = folder / f"iter{t}"
+        iteration_folder.mkdir()
         real, generated = ([[5] * int(n) for n in rng.integers(1, high, 80)] for high in (60, 40))
         columns = {
             "id": [str(i) for i in range(80)],
@@ -92,16 +92,16 @@ def made_up(folder, iterations=2, steps=60, margins=True):
             "opponent_logp_real": [-1.0] * 80,
             "opponent_logp_generated": [-1.0] * 80,
         }
-        pq.write_table(pa.table(columns), part / "pairs.parquet")
+        pq.write_table(pa.table(columns), iteration_folder / "pairs.parquet")
         if margins:
-            (part / "margins.json").write_text(json.dumps({"margin": rng.normal(1, 2, 50).tolist()}))
+            (iteration_folder / "margins.json").write_text(json.dumps({"margin": rng.normal(1, 2, 50).tolist()}))
         for s in range(steps):
-            fall = s / steps
-            rewards = {"rewards/real": -0.1 * fall, "rewards/generated": -0.3 * fall, "rewards/margins": 0.2 * fall}
-            logps = {"logps/real": -40 - fall, "logps/generated": -30 - 3 * fall}
-            row = {"iter": t, "step": s, "stage": "train", "loss": 0.69 - fall / 10, **rewards, **logps}
+            done = s / steps
+            rewards = {"rewards/real": -0.1 * done, "rewards/generated": -0.3 * done, "rewards/margins": 0.2 * done}
+            logps = {"logps/real": -40 - done, "logps/generated": -30 - 3 * done}
+            row = {"iter": t, "step": s, "stage": "train", "loss": 0.69 - done / 10, **rewards, **logps}
             rows.append(row)
-        played = {
+        record = {
             "iter": t,
             "beta": 0.1,
             "objective": {"beta": 0.1},
@@ -109,7 +109,7 @@ def made_up(folder, iterations=2, steps=60, margins=True):
             "pairs": 78,
             "dropped": {"same": 2, "empty": 0},
         }
-        game["iterations"].append(played | {"policy": f"iter{t}/policy", "opponent": f"iter{t - 1}" if t else "sft"})
+        game["iterations"].append(record | {"policy": f"iter{t}/policy", "opponent": f"iter{t - 1}" if t else "sft"})
         game["evaluations"].append(evaluation(f"iter{t}", t, 2 + t))
     answers = {row["policy"]: f"{NASTY} {row['policy']}" for row in game["evaluations"]}
     game["samples"] = [{"prompt": NASTY, "real": "a human | answer", "answers": answers}]
@@ -118,7 +118,7 @@ def made_up(folder, iterations=2, steps=60, margins=True):
 
 
 def outside_fences(page):
-    """The page's Markdown without its code blocks, found the way that CommonMark does."""
+    """Return the page's Markdown without its code blocks, which are found by the rules of CommonMark."""
     prose, fence = [], None
     for line in page.splitlines():
         opening = re.match(r"(`{3,})", line)
@@ -137,7 +137,7 @@ def figures(folder):
 
 
 def test_full_run(tmp_path):
-    game = made_up(tmp_path)
+    game = write_fake_run(tmp_path)
     json.dumps(game)
     page = write_report(tmp_path, game)
     assert page == tmp_path / "report.md"
@@ -152,14 +152,14 @@ def test_full_run(tmp_path):
     for link in re.findall(r"\]\((figures/[^)]*)\)", text):
         assert (tmp_path / link).exists()
     for path in (tmp_path / "figures").iterdir():
-        head = path.read_bytes()[:24]
-        width, height = struct.unpack(">II", head[16:])
+        header = path.read_bytes()[:24]
+        width, height = struct.unpack(">II", header[16:])
         assert width == 1080
         assert 300 < height < 1200
 
 
 def test_texts_are_escaped(tmp_path):
-    text = write_report(tmp_path, made_up(tmp_path)).read_text()
+    text = write_report(tmp_path, write_fake_run(tmp_path)).read_text()
     prose = outside_fences(text)
     for piece in ("no heading", "[bold]", "<b>", "![i]", "x = "):
         assert piece in text
@@ -181,7 +181,7 @@ def test_code_block_wraps_and_keeps_indentation():
 
 
 def test_stale_figures_are_removed(tmp_path):
-    game = made_up(tmp_path)
+    game = write_fake_run(tmp_path)
     write_report(tmp_path, game)
     for path in tmp_path.glob("iter*/margins.json"):
         path.unlink()
@@ -191,15 +191,15 @@ def test_stale_figures_are_removed(tmp_path):
 
 
 def test_no_training_steps(tmp_path):
-    game = made_up(tmp_path, steps=0)
+    game = write_fake_run(tmp_path, steps=0)
     text = write_report(tmp_path, game).read_text()
     assert "No training steps are on record" in text
     assert "logps" not in figures(tmp_path)
 
 
 def test_almost_nothing(tmp_path):
-    """No evaluation, no samples, nothing computed, no metrics at all."""
-    game = made_up(tmp_path, iterations=1, steps=1, margins=False)
+    """A report is written without evaluations, samples, times and metrics."""
+    game = write_fake_run(tmp_path, iterations=1, steps=1, margins=False)
     game |= {"evaluations": [], "samples": [], "seconds": {}}
     text = write_report(tmp_path, game).read_text()
     assert figures(tmp_path) == {"logps", "lengths"}
@@ -209,13 +209,13 @@ def test_almost_nothing(tmp_path):
     (tmp_path / "iter0" / "pairs.parquet").unlink()
     write_report(tmp_path, game)
     assert figures(tmp_path) == set()
-    shown = io.StringIO()
-    print_summary(game, Console(file=shown, width=100))
-    assert shown.getvalue() == ""
+    output = io.StringIO()
+    print_summary(game, Console(file=output, width=100))
+    assert output.getvalue() == ""
 
 
 def test_unknown_numbers(tmp_path):
-    game = made_up(tmp_path)
+    game = write_fake_run(tmp_path)
     game["evaluations"][0] |= {
         "margin": None,
         "margin_interval": None,
@@ -233,13 +233,13 @@ def test_unknown_numbers(tmp_path):
 
 @pytest.mark.parametrize("constant", [0.0, 3.0])
 def test_equal_margins(constant, tmp_path):
-    game = made_up(tmp_path, iterations=1)
+    game = write_fake_run(tmp_path, iterations=1)
     (tmp_path / "iter0" / "margins.json").write_text(json.dumps({"margin": [constant] * 5}))
     write_report(tmp_path, game)
     assert "margins" in figures(tmp_path)
 
 
-# --- does the last policy differ? -------------------------------------------------------------------------------------
+# --- verdicts on the last policy --------------------------------------------------------------------------------------
 
 
 def test_verdicts_better_and_same():
@@ -257,14 +257,14 @@ def test_verdicts_worse():
     assert sentence.endswith("no difference seen in classifier AUC, NLL of human answers, MAUVE, length AUC.")
 
 
-# --- the table at a run's end -----------------------------------------------------------------------------------------
+# --- the table at the end of a run ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 160])
 def test_summary_fits(width, tmp_path):
-    shown = io.StringIO()
-    print_summary(made_up(tmp_path, iterations=4), Console(file=shown, width=width))
-    text = shown.getvalue()
+    output = io.StringIO()
+    print_summary(write_fake_run(tmp_path, iterations=4), Console(file=output, width=width))
+    text = output.getvalue()
     assert max(len(line) for line in text.splitlines()) <= width
     assert "[bold]1[/bold]" in text
     assert "\x1b" not in text
@@ -280,21 +280,21 @@ def test_summary_fits(width, tmp_path):
 
 
 def test_too_few_prompts_are_noted(tmp_path):
-    game = made_up(tmp_path)
+    game = write_fake_run(tmp_path)
     for row in game["evaluations"]:
         row["n"] = 8
     note = f"MAUVE: needs {MEASURES['mauve'].min_prompts} held-out prompts, there are 8"
     assert note in write_report(tmp_path, game).read_text()
-    shown = io.StringIO()
-    print_summary(game, Console(file=shown, width=100))
-    assert note in shown.getvalue()
+    output = io.StringIO()
+    print_summary(game, Console(file=output, width=100))
+    assert note in output.getvalue()
 
 
 def test_summary_answers_side_by_side(tmp_path):
-    shown = io.StringIO()
-    print_summary(made_up(tmp_path, iterations=1), Console(file=shown, width=100))
-    heads = [line for line in shown.getvalue().splitlines() if line.startswith("┃ ")]
-    assert [re.findall(r"\w+", line) for line in heads] == [["human", "start"], ["sft", "iter0"]]
+    output = io.StringIO()
+    print_summary(write_fake_run(tmp_path, iterations=1), Console(file=output, width=100))
+    header_lines = [line for line in output.getvalue().splitlines() if line.startswith("┃ ")]
+    assert [re.findall(r"\w+", line) for line in header_lines] == [["human", "start"], ["sft", "iter0"]]
 
 
 def test_no_torch():

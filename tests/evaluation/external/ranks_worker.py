@@ -1,8 +1,8 @@
-"""Runs benchmarks in each of the processes that torchrun started: `torchrun -m tests.evaluation.external.ranks_worker FOLDER`.
+"""One rank of test_ranks.py, which runs `torchrun -m tests.evaluation.external.ranks_worker FOLDER`.
 
 FOLDER/jobs.json lists policies' folders and tasks. Each rank writes rank-<i>.json: for each job the row, the number of its
-batches and the messages; then how shards end that one rank cannot compute, and how the first job ends if the second rank
-receives SIGTERM in its first batch.
+batches and the messages; then the outcome of shards that fail on the second rank, and the outcome of the first job if the
+second rank receives SIGTERM in its first batch.
 """
 
 import json
@@ -26,24 +26,24 @@ from tests.games import ROOT
 
 
 def run(folder: str, entry: str, ranks: ProcessGroup, stop: bool = False) -> dict:
-    """The row of a task, the number of this process's batches, and the messages. `stop`: SIGTERM in the first batch."""
+    """Return a task's row, this process's number of batches, and the messages. `stop` sends SIGTERM in the first batch."""
     from lm_eval.models.huggingface import HFLM
 
     batches, messages = [], []
     [task] = harness.parse_tasks([entry])
     model, tokenizer = load_model(Path(folder), torch.float32, torch.device("cpu")), load_tokenizer(Path(folder))
-    usual = {name: getattr(HFLM, name) for name in ("_model_call", "_model_generate")}
+    originals = {name: getattr(HFLM, name) for name in ("_model_call", "_model_generate")}
 
     def counted(name: str):
         def method(self, *args, **options):
             batches.append(name)
             if stop:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return usual[name](self, *args, **options)
+            return originals[name](self, *args, **options)
 
         return method
 
-    for name in usual:
+    for name in originals:
         setattr(HFLM, name, counted(name))
     settings = load(
         f"evaluation.harness_include={ROOT / 'tests' / 'tasks'}", "evaluation.harness_batch_size=5"
@@ -53,13 +53,13 @@ def run(folder: str, entry: str, ranks: ProcessGroup, stop: bool = False) -> dic
     except signals.Interrupted as stopped:
         return {"stopped": stopped.signal.name, "batches": len(batches)}
     finally:
-        for name, method in usual.items():
+        for name, method in originals.items():
             setattr(HFLM, name, method)
     return {"row": row, "batches": len(batches), "messages": messages}
 
 
 def failed_shards(folder: Path, ranks: ProcessGroup) -> dict:
-    """The error of a hundred shards that the second rank cannot compute, and how many the first one has."""
+    """Return the error of a hundred shards that the second rank cannot compute, and the number of computed shards."""
 
     def rows(number: int) -> list[dict]:
         time.sleep(0.05)
@@ -78,7 +78,7 @@ def failed_shards(folder: Path, ranks: ProcessGroup) -> dict:
 def main(folder: Path) -> None:
     from lm_eval import evaluator
 
-    evaluator.add_env_info = lambda results: None  # a description of the machine, which takes seconds
+    evaluator.add_env_info = lambda results: None  # skips the description of the machine, which takes seconds
     ranks = join_group("deepspeed", "cpu")
     signals.install_handlers()
     jobs = json.loads((folder / "jobs.json").read_text())

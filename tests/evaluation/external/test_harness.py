@@ -1,4 +1,4 @@
-"""Benchmarks: their numbers against log-probs and answers computed here; errors in one line."""
+"""Tests of the benchmarks: scores against log-probs and answers that are computed here, and one-line errors."""
 
 import json
 import logging
@@ -33,7 +33,7 @@ evaluator = pytest.importorskip("lm_eval.evaluator")
 
 @pytest.fixture(autouse=True)
 def _fast(monkeypatch):
-    """Without the harness's description of the machine, which takes seconds for each run and is not used."""
+    """Skip the harness's description of the machine, which takes seconds per run and is not used."""
     monkeypatch.setattr(evaluator, "add_env_info", lambda results: None)
 
 
@@ -58,7 +58,7 @@ def question(doc: dict) -> str:
 
 
 class Reference:
-    """The model's own forward, one text at a time, and log-probs in float64."""
+    """Log-probs in float64 and greedy answers by the model's own forward, one text at a time."""
 
     def __init__(self, folder: Path, dtype: torch.dtype = torch.float64):
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
@@ -71,28 +71,28 @@ class Reference:
         return float(sum(row.log_softmax(-1)[token] for row, token in zip(logits.double(), ids[1], strict=True)))
 
     @torch.no_grad()
-    def greedy(self, prompt: str, most: int) -> str:
+    def greedy(self, prompt: str, max_tokens: int) -> str:
         ids = self.tokenizer.encode(prompt, add_special_tokens=False)
-        made: list[int] = []
-        while len(made) < most and "\n" not in self.tokenizer.decode(made):
-            best = self.model(torch.tensor([ids + made])).logits[0, -1].topk(2)
+        generated: list[int] = []
+        while len(generated) < max_tokens and "\n" not in self.tokenizer.decode(generated):
+            best = self.model(torch.tensor([ids + generated])).logits[0, -1].topk(2)
             assert best.values[0] - best.values[1] > 1e-4, "a tie that fp32 may break in another way"
             if best.indices[0] == self.tokenizer.eos_token_id:
                 break
-            made.append(int(best.indices[0]))
-        return self.tokenizer.decode(made).split("\n")[0]
+            generated.append(int(best.indices[0]))
+        return self.tokenizer.decode(generated).split("\n")[0]
 
 
 def prompts(docs: list[dict], shots: int, seed: int) -> list[str]:
-    """A question behind `shots` answered ones, drawn for each anew, as the harness writes them."""
+    """Return each question after `shots` answered ones, drawn separately per question, in the harness's format."""
     rng, pool = random.Random(seed), records("choice_train")
     drawn = [rng.sample(pool, shots) for _ in docs]
     answered = ["".join(f"{question(e)} {e['choices'][e['answer']]}\n\n" for e in examples) for examples in drawn]
-    return [before + question(doc) for before, doc in zip(answered, docs, strict=True)]
+    return [examples_text + question(doc) for examples_text, doc in zip(answered, docs, strict=True)]
 
 
 def shares_correct(reference: Reference, docs: list[dict], shots: int, seed: int) -> dict[str, float]:
-    """acc by the log-prob of " " + choice, acc_norm by it per character of the choice, acc_bytes per byte."""
+    """Return acc by the log-prob of " " + choice, acc_norm by the log-prob per character, and acc_bytes per byte."""
     correct: dict[str, list[bool]] = {"acc": [], "acc_norm": [], "acc_bytes": []}
     for prompt, doc in zip(prompts(docs, shots, seed), docs, strict=True):
         logps = np.array([reference.logp(prompt, f" {choice}") for choice in doc["choices"]])
@@ -110,7 +110,7 @@ def shares_correct(reference: Reference, docs: list[dict], shots: int, seed: int
 
 @pytest.fixture(scope="module")
 def policy(tiny_folder, tmp_path_factory):
-    """The tiny model with large weights: what stands before a question then changes the answers."""
+    """The tiny model with large random weights, so that the text before a question changes the answers."""
     folder = shutil.copytree(tiny_folder, tmp_path_factory.mktemp("policies") / "policy")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.random.fork_rng(devices=[]):
@@ -154,14 +154,14 @@ def test_precision_of_log_probs(policy, reference):
 
 
 def test_bf16_sums_are_not_rounded(tiny_folder, tmp_path):
-    """In bf16 a sum near -66 is a multiple of 0.5: choices of one length would tie, and the first would be taken."""
+    """Log-probs are not summed in bf16, whose step near -66 is 0.5: choices would tie, and the first would be selected."""
     include = shutil.copytree(TASKS, tmp_path / "tasks")
     reference, rng, docs = Reference(tiny_folder, torch.bfloat16), random.Random(0), []
     while len(docs) < 16:
         choices = ["".join(rng.choices("abcdefghijklmnop", k=11)) for _ in range(4)]
         doc = {"question": "which?", "choices": choices}
         logps = [reference.logp(question(doc), f" {choice}") for choice in choices]
-        if sorted(logps)[-1] - sorted(logps)[-2] > 0.1:  # rows of a batch are not the bits of rows alone
+        if sorted(logps)[-1] - sorted(logps)[-2] > 0.1:  # in a batch the bits of a row may differ
             docs.append(doc | {"answer": int(np.argmax(logps))})
     (include / "data" / "choice_test.jsonl").write_text("\n".join(map(json.dumps, docs)))
     assert run_tasks(tiny_folder, ["spin_choice:0:acc"], include, dtype=torch.bfloat16)[0]["value"] == 1
@@ -172,16 +172,16 @@ def test_generated_answers(policy, reference, tmp_path):
     docs = records("generate")
     answers = [reference.greedy(question(doc), 8) for doc in docs]
     letters = [(re.findall("[A-Za-z]", text) or [""])[0] for text in answers]
-    # Half of the true answers are the model's, a quarter its first letter, a quarter neither.
+    # Half of the true answers are the model's, a quarter are its first letters, a quarter are neither.
     true = [(answers[i], answers[i], letters[i], "neither")[i % 4] for i in range(len(docs))]
     lines = [json.dumps({**doc, "answer": answer}) for doc, answer in zip(docs, true, strict=True)]
     (include / "data" / "generate.jsonl").write_text("\n".join(lines) + "\n")
     entries = ["spin_generate:0:exact_match:whole", "spin_generate:0:exact_match:letter"]
-    whole, letter = run_tasks(policy, entries, include)
-    assert whole["value"] == np.mean([a == b for a, b in zip(answers, true, strict=True)]) >= 0.5
-    assert letter["value"] == np.mean([a == b for a, b in zip(letters, true, strict=True)]) > 0
-    assert whole["version"] == "0" and whole["metric"] == "exact_match:whole"
-    assert whole["value"] != letter["value"]
+    whole_row, letter_row = run_tasks(policy, entries, include)
+    assert whole_row["value"] == np.mean([a == b for a, b in zip(answers, true, strict=True)]) >= 0.5
+    assert letter_row["value"] == np.mean([a == b for a, b in zip(letters, true, strict=True)]) > 0
+    assert whole_row["version"] == "0" and whole_row["metric"] == "exact_match:whole"
+    assert whole_row["value"] != letter_row["value"]
 
 
 def test_group_mean(policy, reference):
@@ -199,11 +199,11 @@ def test_limit(policy, reference):
 
 
 def test_repeatable(policy):
-    alone = run_tasks(policy, ["spin_choice:3:acc_norm"])
+    single = run_tasks(policy, ["spin_choice:3:acc_norm"])
     random.seed(5)
     torch.manual_seed(5)
-    beside = run_tasks(policy, ["spin_generate:1:exact_match:whole", "spin_choice:3:acc_norm"], batch_size=2)
-    assert beside[1:] == alone
+    combined = run_tasks(policy, ["spin_generate:1:exact_match:whole", "spin_choice:3:acc_norm"], batch_size=2)
+    assert combined[1:] == single
 
 
 def test_truncated_prompts(policy, tmp_path, caplog):
@@ -217,10 +217,10 @@ def test_truncated_prompts(policy, tmp_path, caplog):
     assert [line for line in messages if "cut" in line] == [
         "note: spin_choice, 5 shots: prompts were cut from the left to fit the model's context"
     ]
-    assert not [record for record in caplog.records if record.name.startswith("lm_eval")]  # told once, and by `say`
+    assert not [record for record in caplog.records if record.name.startswith("lm_eval")]  # reported by `say` only
 
 
-# --- what it leaves as it was -----------------------------------------------------------------------------------------
+# --- unchanged process state and files --------------------------------------------------------------------------------
 
 
 def states():
@@ -241,7 +241,7 @@ def test_restores_process_state(policy, stopped):
 
 
 def test_writes_and_logs_nothing(policy, tmp_path):
-    """Also that relative data files lie beside their task's file, and that `include` may be relative itself."""
+    """Nothing is written or logged. Data files are relative to their task's file, and `include` may be relative, too."""
     include = shutil.copytree(TASKS, tmp_path / "mine" / "tasks", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "temporary").mkdir()
     script = f"""
@@ -261,9 +261,9 @@ for task in tasks:
     print(row["task"], row["n"])
 """
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    places = {"HOME": str(tmp_path), "TMPDIR": str(tmp_path / "temporary"), "PYTHONPATH": str(ROOT)}
+    paths = {"HOME": str(tmp_path), "TMPDIR": str(tmp_path / "temporary"), "PYTHONPATH": str(ROOT)}
     unset = ("HF_HOME", "HF_DATASETS_CACHE", "XDG_CACHE_HOME", "LMEVAL_LOG_LEVEL", "PYTHONDONTWRITEBYTECODE")
-    environment = {key: value for key, value in os.environ.items() if key not in unset} | places
+    environment = {key: value for key, value in os.environ.items() if key not in unset} | paths
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=include.parent, env=environment, capture_output=True, text=True
     )
@@ -387,7 +387,7 @@ def test_run_refuses(policy, entry, parts):
 
 
 def test_missing_or_other_version(tmp_path):
-    """In a process whose packages are all but lm_eval."""
+    """If lm_eval is missing, or has another version, the error names the version to install."""
     packages = tmp_path / "packages"
     packages.mkdir()
     for path in Path(torch.__file__).parents[1].iterdir():
@@ -412,10 +412,10 @@ for more in ([], [{str(old_version.parent)!r}]):
     done = subprocess.run(
         [sys.executable, "-S", "-c", script], env=os.environ | places, capture_output=True, text=True, check=True
     )
-    missing, same, another, same_again = done.stdout.splitlines()
-    assert missing == same and another == same_again
-    assert "not installed" in missing and "0.4.0" in another
-    assert all("pip install lm-eval==0.4.13" in line for line in (missing, another))
+    missing_at_check, missing_at_identity, other_at_check, other_at_identity = done.stdout.splitlines()
+    assert missing_at_check == missing_at_identity and other_at_check == other_at_identity
+    assert "not installed" in missing_at_check and "0.4.0" in other_at_check
+    assert all("pip install lm-eval==0.4.13" in line for line in (missing_at_check, other_at_check))
 
 
 # --- keys, the paper's table, the configuration -----------------------------------------------------------------------

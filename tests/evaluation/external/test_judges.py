@@ -1,4 +1,4 @@
-"""Judges behind a real server and in a folder; the comparison of two policies."""
+"""Tests of judges, behind a real server and as local models, and of the comparison of two policies."""
 
 import contextlib
 import gzip
@@ -30,14 +30,14 @@ QUESTION = [{"role": "user", "content": "Which?"}]
 
 
 class Server:
-    """An OpenAI-compatible server on this machine. `rule(prompt)` is what it says; `faults` come before, one a request."""
+    """A local OpenAI-compatible server. It replies `rule(prompt)`, but to the first requests with `faults`, one each."""
 
     def __init__(self, rule=lambda prompt: "[[1]]"):
         self.rule, self.faults, self.seen, self.times = rule, [], [], []
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
-            def do_GET(self):  # what a followed redirect would send
+            def do_GET(self):  # only a followed redirect sends it
                 outer.seen.append(("GET", self.path, dict(self.headers), {}))
                 self.send_error(404)
 
@@ -98,8 +98,8 @@ def serve(monkeypatch):
         server.server.server_close()
 
 
-def shown(prompt: str) -> tuple[str, str]:
-    """The two answers in a judge's prompt, in its order."""
+def answers_in(prompt: str) -> tuple[str, str]:
+    """Return the two answers in a judge's prompt, in the order of the prompt."""
     first, second = (
         re.search(f"=== Answer {i} ===\n(.*?)\n=== End of answer {i} ===", prompt, re.S)[1] for i in (1, 2)
     )
@@ -107,7 +107,7 @@ def shown(prompt: str) -> tuple[str, str]:
 
 
 def longer(prompt: str) -> str:
-    first, second = map(len, map(str, shown(prompt)))
+    first, second = map(len, map(str, answers_in(prompt)))
     return "Long is good. " + ("[[tie]]" if first == second else "[[1]]" if first > second else "[[2]]")
 
 
@@ -209,7 +209,7 @@ def test_error_without_the_key(serve, monkeypatch, status):
 
 
 def test_refused_conversation(serve):
-    """After other replies, a 400 is about this conversation."""
+    """A status 400 after successful replies concerns one conversation, whose reply is then empty."""
     server = serve()
     judge = server.judge()
     judge(QUESTION)
@@ -235,7 +235,7 @@ def test_malformed_key(monkeypatch, key):
     assert one_line(caught.value)
 
 
-# --- which judge it is ------------------------------------------------------------------------------------------------
+# --- a judge's identity -----------------------------------------------------------------------------------------------
 
 
 def test_identity(tiny_folder, tmp_path):
@@ -245,7 +245,7 @@ def test_identity(tiny_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("setting", "says"),
+    ("setting", "message"),
     [
         ("gpt-4", "must be an address"),
         ("/no/such", "must be an address"),
@@ -256,9 +256,9 @@ def test_identity(tiny_folder, tmp_path):
         ("http://host/v1", "judge_model must name"),
     ],
 )
-def test_no_judge(setting, says):
+def test_no_judge(setting, message):
     for refuse in (open_here, lambda setting: judges.identity(setting, None)):
-        with pytest.raises(UserError, match=says) as caught:
+        with pytest.raises(UserError, match=message) as caught:
             refuse(setting)
         assert one_line(caught.value)
 
@@ -290,7 +290,7 @@ def test_local_judge_is_greedy(tiny_folder, tmp_path, monkeypatch):
 def test_conversation_too_long_for_local_judge(tiny_folder):
     judge = open_here(tiny_folder)
     assert judge([{"role": "user", "content": "x" * 2000}]) == ""
-    judge([{"role": "user", "content": "x" * 990}])  # as much as there is room for
+    judge([{"role": "user", "content": "x" * 990}])  # as much as fits
 
 
 # --- comparisons ------------------------------------------------------------------------------------------------------
@@ -316,15 +316,15 @@ def test_better_policy_wins(serve):
     low, high = comparison["win_rate_interval"]
     assert 0.55 < low < 0.7 < 0.8 < high < 0.95
     assert finding(comparison, "iter1", "sft").startswith("iter1 is preferred to sft: win rate 0.75 [0.")
-    first_two = [shown(prompt) for prompt in server.prompts[:2]]
+    first_two = [answers_in(prompt) for prompt in server.prompts[:2]]
     assert first_two == [("no", "short 0"), ("short 0", "no")]  # both orders
     assert len(server.seen) == 80
     for prompt, question in zip(server.prompts, [q for q in PROMPTS for _ in range(2)], strict=True):
         assert f"\n{question}\n" in prompt
     for text in ("iter1", "sft", "policy", "opponent", "model"):
         assert not any(text in prompt.lower() for prompt in server.prompts), text
-    back = compare(PROMPTS, SHORT, mixed, server.judge(), 0)
-    assert finding(back, "sft", "iter1").startswith("iter1 is preferred to sft")
+    swapped = compare(PROMPTS, SHORT, mixed, server.judge(), 0)
+    assert finding(swapped, "sft", "iter1").startswith("iter1 is preferred to sft")
 
 
 @pytest.mark.parametrize("place", ["1", "2"])
@@ -358,16 +358,16 @@ def test_no_difference(serve):
 
 
 def test_unparsed_verdicts(serve):
-    def rule(prompt):  # one order of every third question has none
+    def rule(prompt):  # no verdict for one order of every third question
         i = int(re.search(r"Question (\d+)", prompt)[1])
-        return "Hard to say." if i % 3 == 0 and shown(prompt)[0] == LONG[i] else longer(prompt)
+        return "Hard to say." if i % 3 == 0 and answers_in(prompt)[0] == LONG[i] else longer(prompt)
 
     comparison = compare(PROMPTS, LONG, SHORT, serve(rule).judge(), 0)
     assert comparison["outcomes"] == ["unparsed" if i % 3 == 0 else "win" for i in range(40)]
     assert (comparison["n"], comparison["unparsed"], comparison["wins"], comparison["inconsistent"]) == (26, 14, 1, 0)
-    none = compare(PROMPTS, LONG, SHORT, serve(lambda prompt: "Hm.").judge(), 0)
-    assert (none["n"], none["unparsed"], none["win_rate"], none["win_rate_interval"]) == (0, 40, None, None)
-    assert finding(none, "a", "b") == "no verdict between a and b: none of 40 can be read."
+    failed = compare(PROMPTS, LONG, SHORT, serve(lambda prompt: "Hm.").judge(), 0)
+    assert (failed["n"], failed["unparsed"], failed["win_rate"], failed["win_rate_interval"]) == (0, 40, None, None)
+    assert finding(failed, "a", "b") == "no verdict between a and b: none of 40 can be read."
 
 
 def test_few_prompts(serve):
@@ -377,23 +377,23 @@ def test_few_prompts(serve):
 
 
 def test_inconsistent_tie(serve):
-    server = serve(lambda prompt: "[[tie]]" if shown(prompt)[0].startswith("short") else "[[1]]")
+    server = serve(lambda prompt: "[[tie]]" if answers_in(prompt)[0].startswith("short") else "[[1]]")
     comparison = compare(PROMPTS, LONG, SHORT, server.judge(), 0)
     assert comparison["ties"] == 1 and comparison["inconsistent"] == 1
 
 
 def test_resume_after_failure(serve, tmp_path):
     server = serve(longer)
-    whole = compare(PROMPTS, LONG, SHORT, server.judge(), 0)
+    expected = compare(PROMPTS, LONG, SHORT, server.judge(), 0)
     server.seen.clear()
     server.faults = [None] * 37 + [(404, {}, b"gone")]
-    shards, done = ResumableShards(tmp_path / "verdicts", print), []
+    shards, progress = ResumableShards(tmp_path / "verdicts", print), []
     with pytest.raises(UserError):
-        compare(PROMPTS, LONG, SHORT, server.judge(), 0, keep=shards, advance=done.append)
-    assert len(server.seen) == 38 and sum(done) == 18
-    comparison = compare(PROMPTS, LONG, SHORT, server.judge(), 0, keep=shards, advance=done.append)
-    assert comparison == whole and len(server.seen) == 38 + 80 - 32  # two shards of eight prompts were kept
-    assert sum(done) == 18 + 24
+        compare(PROMPTS, LONG, SHORT, server.judge(), 0, keep=shards, advance=progress.append)
+    assert len(server.seen) == 38 and sum(progress) == 18
+    comparison = compare(PROMPTS, LONG, SHORT, server.judge(), 0, keep=shards, advance=progress.append)
+    assert comparison == expected and len(server.seen) == 38 + 80 - 32  # two shards of eight prompts are stored
+    assert sum(progress) == 18 + 24
 
 
 @pytest.mark.parametrize(
@@ -426,7 +426,7 @@ def test_interval_coverage():
     assert 0.90 <= covered / 300 <= 0.98
 
 
-# --- replies from a server that misbehaves ----------------------------------------------------------------------------
+# --- replies of a misbehaving server ----------------------------------------------------------------------------------
 
 
 def completion(text) -> bytes:
@@ -484,7 +484,7 @@ MISBEHAVIOURS = {
 
 
 class RawServer:
-    """A server that answers well, except to the requests of which `misbehave` is told: `bad` of them, after the first."""
+    """A server that replies correctly, except that `misbehave` handles `bad` requests after the first."""
 
     def __init__(self, misbehave, bad):
         outer = self
@@ -569,7 +569,7 @@ def test_comparison_goes_on(misbehaving):
 
 
 def test_texts_of_replies(serve, tmp_path):
-    """A lone surrogate can be stored, and the patterns take no time that grows with the square of the length."""
+    """A lone surrogate is replaced, so that a reply can be stored, and parsing takes no time quadratic in the length."""
     server = serve(lambda prompt: "\ud800[[1]]")
     assert server.judge()(QUESTION) == "?[[1]]"
     for text in ("[[" + "1" * 10**6, "[[" * 10**5, "[[1" + " " * 10**6, "[[answer" + " " * 10**6, "[" + "1." * 10**5):

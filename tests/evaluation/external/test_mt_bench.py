@@ -1,4 +1,4 @@
-"""MT-Bench: FastChat's files in and out, both turns from a real model, grades from a real server."""
+"""Tests of MT-Bench: FastChat's files, both turns of a real model's answers, and grades by a real server."""
 
 import hashlib
 import json
@@ -37,7 +37,7 @@ RECORDS = [
     {"question_id": 81 + i, "category": category, "turns": [f"First of {category}?", f"Second, as to {category}?"]}
     for i, category in enumerate(CATEGORIES)
 ]
-# In FastChat's layout, with prompts that show every field.
+# In FastChat's layout; the prompts contain every field.
 PROMPTS = [
     {
         "name": f"single{math}-v1{turns}",
@@ -81,7 +81,7 @@ GRADING = {
 
 @pytest.fixture(scope="module")
 def player(tiny_folder):
-    """The tiny model, drawn anew with larger weights: else it ends its greedy answers before they begin."""
+    """The tiny model with larger random weights, because with its own weights greedy answers are empty."""
     tokenizer = load_tokenizer(tiny_folder)
     model = load_model(tiny_folder, torch.float32, torch.device("cpu"))
     with torch.random.fork_rng(devices=[]):
@@ -92,9 +92,9 @@ def player(tiny_folder):
     return model, tokenizer, stop_ids(tiny_folder, tokenizer)
 
 
-def played(player, questions=QUESTIONS, template="chat", seed=0, tokens=12, batch_size=4, **options) -> list[dict]:
+def play(player, questions=QUESTIONS, template="chat", seed=0, tokens=12, batch_size=4, **options) -> list[dict]:
     model, tokenizer, stops = player
-    # What self-play samples with does not count, but for the size of a batch.
+    # The sampling settings of self-play have no effect, except for the batch size.
     generation = {"temperature": 3.0, "top_p": 0.1, "batch_size": batch_size, "max_new_tokens": tokens}
     changes = {"data": {"template": template}, "generation": generation}
     sections = {name: getattr(CONFIG, name).model_copy(update=changed) for name, changed in changes.items()}
@@ -116,7 +116,7 @@ def test_read_questions(question_file):
 
 
 @pytest.mark.parametrize(
-    ("spoilt", "says"),
+    ("record", "message"),
     [
         (b"{", "can't be read"),
         (b"\xff\xfe", "can't be read"),
@@ -127,11 +127,11 @@ def test_read_questions(question_file):
         ({"question_id": "82"}, "same question_id"),
     ],
 )
-def test_malformed_questions(question_file, spoilt, says):
-    if isinstance(spoilt, dict):
-        spoilt = json.dumps({**RECORDS[2], **spoilt}).encode()
-    question_file.write_bytes(lines(RECORDS[:2]).encode() + spoilt + b"\n")
-    with pytest.raises(UserError, match=says) as caught:
+def test_malformed_questions(question_file, record, message):
+    if isinstance(record, dict):
+        record = json.dumps({**RECORDS[2], **record}).encode()
+    question_file.write_bytes(lines(RECORDS[:2]).encode() + record + b"\n")
+    with pytest.raises(UserError, match=message) as caught:
         read_questions(str(question_file))
     assert "FastChat" in one_line(caught.value)
 
@@ -158,15 +158,15 @@ def test_read_grading(question_file):
 
 
 def test_answers_in_fastchats_layout(player, tmp_path):
-    rows = played(player)
+    rows = play(player)
     file = write_answers(rows, "iter1", tmp_path / "mt_bench")
     assert file == tmp_path / "mt_bench" / "model_answer" / "iter1.jsonl"
-    read = {}
-    for line in file.read_text("ascii").splitlines():  # as its load_model_answers reads
+    row_by_id = {}
+    for line in file.read_text("ascii").splitlines():  # like FastChat's load_model_answers
         row = json.loads(line)
-        read[row["question_id"]] = row
-    assert list(read) == [question.id for question in QUESTIONS]
-    for row in read.values():
+        row_by_id[row["question_id"]] = row
+    assert list(row_by_id) == [question.id for question in QUESTIONS]
+    for row in row_by_id.values():
         assert list(row) == ["question_id", "answer_id", "model_id", "choices", "tstamp"]
         assert row["model_id"] == "iter1" and re.fullmatch(r"\w{22}", row["answer_id"]) and row["tstamp"] == 0.0
         [choice] = row["choices"]
@@ -183,27 +183,27 @@ def test_model_id_is_a_file_name(tmp_path, name):
 
 
 def test_seed(player):
-    first, again, reseeded = played(player), played(player), played(player, seed=1)
-    assert first == again
+    first, repeated, reseeded = play(player), play(player), play(player, seed=1)
+    assert first == repeated
     for question, answers, others in zip(QUESTIONS, turns(first), turns(reseeded), strict=True):
-        assert all(answers), question.category  # no empty answers, which would all be the same
-        if TEMPERATURES.get(question.category) != 0.1:  # greedy or nearly so
+        assert all(answers), question.category  # empty answers would all be equal
+        if TEMPERATURES.get(question.category) != 0.1:  # at 0.1, nearly greedy, answers may be equal or not
             assert (answers == others) == (TEMPERATURES.get(question.category) == 0), question.category
     assert all(a["answer_id"] != b["answer_id"] for a, b in zip(first[:2], reseeded[:2], strict=True))
 
 
 def test_independence_of_questions(player):
-    whole = played(player)
-    assert played(player, QUESTIONS[::-1]) == whole[::-1]
-    assert [played(player, [question])[0] for question in QUESTIONS] == whole
+    together = play(player)
+    assert play(player, QUESTIONS[::-1]) == together[::-1]
+    assert [play(player, [question])[0] for question in QUESTIONS] == together
     twins = [replace(QUESTIONS[0], id=1), replace(QUESTIONS[0], id=2, turns=QUESTIONS[0].turns[:1] * 2)]
-    (a, _), (b, c) = turns(played(player, twins))
+    (a, _), (b, c) = turns(play(player, twins))
     assert a != b and b != c
 
 
 @pytest.mark.parametrize("template", ["chat", "paper", "Q: {prompt}\nA: "])
 def test_turns_and_temperatures(player, template):
-    """Each answer once more, by itself, from messages written out here."""
+    """Each answer equals one that is generated separately, from messages that are written out here."""
     model, tokenizer, stops = player
     expected = {
         "writing": 0.7,
@@ -216,7 +216,7 @@ def test_turns_and_temperatures(player, template):
         "humanities": 0.1,
     }
     questions = [*QUESTIONS, replace(QUESTIONS[0], id="own", category="of my own")]
-    rows = played(player, questions, template, batch_size=3)
+    rows = play(player, questions, template, batch_size=3)
     for question, (first, second) in zip(questions, turns(rows), strict=True):
         history = [{"role": "user", "content": question.turns[0]}]
         for number, reply in ((1, first), (2, second)):
@@ -230,12 +230,12 @@ def test_turns_and_temperatures(player, template):
                 "real_ids": (),
             }
             temperature = expected.get(question.category, 0.7)
-            again = again_of(model, tokenizer, example, temperature, stops)
-            assert reply == again.replace("<|start|>", "").replace("<|end|>", "").strip(), (question, number)
+            separate = answer_alone(model, tokenizer, example, temperature, stops)
+            assert reply == separate.replace("<|start|>", "").replace("<|end|>", "").strip(), (question, number)
             history += [{"role": "assistant", "content": reply}, {"role": "user", "content": question.turns[1]}]
 
 
-def again_of(model, tokenizer, example, temperature, stops) -> str:
+def answer_alone(model, tokenizer, example, temperature, stops) -> str:
     from spin.data.examples import Example
 
     config = GenerationConfig.from_defaults(temperature=temperature, batch_size=1)
@@ -246,45 +246,45 @@ def again_of(model, tokenizer, example, temperature, stops) -> str:
 
 def test_spelt_control_token(player, tiny_folder):
     model, _, stops = player
-    [(first, _)] = turns(played(player, QUESTIONS[2:3]))
+    [(first, _)] = turns(play(player, QUESTIONS[2:3]))
     word = next(a + b for a, b in pairwise(first) if (a + b).isascii())
     tokenizer = load_tokenizer(tiny_folder)
     tokenizer.add_special_tokens({"additional_special_tokens": [word]})
     assert tokenizer(word)["input_ids"] == [len(tokenizer) - 1]  # an id that the model does not have
-    [(again, second)] = turns(played((model, tokenizer, stops), QUESTIONS[2:3]))
-    assert again == first.replace(word, "").strip() and second
+    [(filtered, second)] = turns(play((model, tokenizer, stops), QUESTIONS[2:3]))
+    assert filtered == first.replace(word, "").strip() and second
 
 
 def test_short_context(player):
-    messages, done = [], []
+    messages, progress = [], []
     long = replace(QUESTIONS[4], id="long", turns=("x" * 1100, "And?"))
     tight = replace(QUESTIONS[5], id="tight", turns=("y" * 970, "And what then, what then, what then?"))
-    rows = played(player, [long, tight, QUESTIONS[0]], tokens=100, say=messages.append, advance=done.append)
+    rows = play(player, [long, tight, QUESTIONS[0]], tokens=100, say=messages.append, advance=progress.append)
     (a, b), (c, d), normal = turns(rows)
     assert (a, b, d) == ("ERROR", "ERROR", "ERROR") and c not in ("", "ERROR") and "ERROR" not in normal
     [line] = messages
     assert "context of 1024 tokens" in line and line.endswith("question/turn long/1, tight/1, long/2, tight/2")
     messages.clear()
-    assert played(player, say=messages.append) and messages == []
+    assert play(player, say=messages.append) and messages == []
 
 
 def test_resume_answers(player, tmp_path):
-    whole, done = played(player), []
+    expected, progress = play(player), []
 
     def keep(part):
         return ResumableShards(tmp_path / part, print)
 
     def stop(answers):
-        done.append(answers)
-        if sum(done) >= 12:
+        progress.append(answers)
+        if sum(progress) >= 12:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        played(player, keep=keep, advance=stop)
-    assert 12 <= sum(done) < 16
-    again = []
-    assert played(player, keep=keep, advance=again.append) == whole
-    assert 0 < sum(again) <= 16 - 8
+        play(player, keep=keep, advance=stop)
+    assert 12 <= sum(progress) < 16
+    resumed = []
+    assert play(player, keep=keep, advance=resumed.append) == expected
+    assert 0 < sum(resumed) <= 16 - 8
 
 
 # --- grades -----------------------------------------------------------------------------------------------------------
@@ -297,20 +297,20 @@ ROWS = [
 
 
 def by_length(prompt: str) -> str:
-    """10 less the number of letters a in the first answer; no rating for second turns of stem."""
+    """Rate an answer 10 minus the number of letters a in the first turn; give second turns of stem no rating."""
     if "as to stem" in prompt:
         return "I can't say."
     letters = re.search("\none (a*)\n", prompt)[1]
     return f"Well. Rating: [[{10 - len(letters)}]]"
 
 
-def graded(judge, **options) -> list[dict]:
+def grade(judge, **options) -> list[dict]:
     return grade_answers(ROWS, QUESTIONS, GRADING, judge, **options)
 
 
 def test_grades(serve):  # noqa: F811
-    server, done = serve(by_length), []
-    judgments = graded(server.judge(), advance=done.append)
+    server, progress = serve(by_length), []
+    judgments = grade(server.judge(), advance=progress.append)
     assert [(judgment["question_id"], judgment["turn"]) for judgment in judgments] == [
         (str(81 + i), t) for i in range(8) for t in (1, 2)
     ]
@@ -318,12 +318,12 @@ def test_grades(serve):  # noqa: F811
         i = int(judgment["question_id"]) - 81
         assert judgment["score"] == (-1 if (i, judgment["turn"]) == (6, 2) else 10 - i)
         assert judgment["category"] == CATEGORIES[i] and judgment["judgment"].strip()
-    assert sum(done) == 16 and len(server.seen) == 16
+    assert sum(progress) == 16 and len(server.seen) == 16
 
 
 def test_grading_prompts(serve):  # noqa: F811
     server = serve(by_length)
-    graded(server.judge())
+    grade(server.judge())
     requests = [body["messages"] for _, _, _, body in server.seen]
     for (q, row), pair in zip(
         zip(QUESTIONS, ROWS, strict=True), zip(requests[::2], requests[1::2], strict=True), strict=True
@@ -339,7 +339,7 @@ def test_grading_prompts(serve):  # noqa: F811
 
 
 def test_score(serve):  # noqa: F811
-    judgments = graded(serve(by_length).judge())
+    judgments = grade(serve(by_length).judge())
     score = mt_bench_score(judgments, 500, 0)
     first, second = [10 - i for i in range(8)], [10 - i for i in range(8) if i != 6]
     assert score["first_turn"] == np.mean(first) and score["second_turn"] == pytest.approx(np.mean(second))
@@ -353,7 +353,7 @@ def test_score(serve):  # noqa: F811
 
 
 def test_interval_over_questions():
-    """Two turns that always agree are no more to go by than one."""
+    """Intervals are over questions: a second turn whose scores equal those of the first does not narrow them."""
     rng = np.random.default_rng(0)
     scores = rng.integers(1, 11, 50)
     judgments = [
@@ -368,7 +368,7 @@ def test_interval_over_questions():
 
 
 def test_no_rating():
-    score = mt_bench_score(graded(lambda messages: "Good."))
+    score = mt_bench_score(grade(lambda messages: "Good."))
     assert score["unparsed"] == 16
     for name in ("score", "score_interval", "first_turn", "second_turn"):
         assert score[name] is None
@@ -377,13 +377,13 @@ def test_no_rating():
 
 def test_resume_grading(serve, tmp_path):  # noqa: F811
     server = serve(by_length)
-    whole = graded(server.judge())
+    expected = grade(server.judge())
     server.seen.clear()
     server.faults = [None] * 11 + [(401, {}, b"")]
     shards = ResumableShards(tmp_path / "verdicts", print)
     with pytest.raises(UserError):
-        graded(server.judge(), keep=shards)
-    assert graded(server.judge(), keep=shards) == whole
+        grade(server.judge(), keep=shards)
+    assert grade(server.judge(), keep=shards) == expected
     assert len(server.seen) == 12 + 8
 
 

@@ -1,4 +1,4 @@
-"""Benchmarks by two real processes (gloo, on a CPU) against one."""
+"""Tests of benchmarks in two real processes (gloo, on a CPU) against one process."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ TASKS = [
 
 
 def test_benchmarks_of_two_ranks_match_one(policy, tmp_path):  # noqa: F811
-    """In fp32, but for rounding. A failure or stop of one rank ends the work of both."""
+    """In fp32 the results are equal up to rounding. A failure or stop of one rank ends the work of both."""
     short = shutil.copytree(policy, tmp_path / "short")
     settings = json.loads((short / "config.json").read_text()) | {"max_position_embeddings": 48}
     (short / "config.json").write_text(json.dumps(settings))
@@ -34,12 +34,12 @@ def test_benchmarks_of_two_ranks_match_one(policy, tmp_path):  # noqa: F811
     for results in (main, second):
         assert results[-2]["error"] == "rank 1 can't" and 1 <= results[-2]["computed"] < 20
         assert results[-1]["stopped"] == "SIGTERM"
-    assert second[-1]["batches"] == 1  # though more were to come
+    assert second[-1]["batches"] == 1  # although more batches remained
     before = torch.get_num_threads()
-    torch.set_num_threads(1)  # as each rank has
-    alone = [run(*job, SINGLE_PROCESS) for job in jobs]
+    torch.set_num_threads(1)  # like each rank
+    expected = [run(*job, SINGLE_PROCESS) for job in jobs]
     torch.set_num_threads(before)
-    for (_, entry), of_main, of_second, single in zip(jobs, main[:-2], second[:-2], alone, strict=True):
+    for (_, entry), of_main, of_second, single in zip(jobs, main[:-2], second[:-2], expected, strict=True):
         assert of_main["row"] == of_second["row"], entry
         assert of_main["messages"] == of_second["messages"] == single["messages"], entry
         if entry.startswith("spin_sampled"):  # answered by the main process
@@ -49,7 +49,7 @@ def test_benchmarks_of_two_ranks_match_one(policy, tmp_path):  # noqa: F811
         numbers = [[result["row"].pop(key) for key in ("value", "stderr")] for result in (of_main, single)]
         assert numbers[0] == pytest.approx(numbers[1], rel=1e-6), entry
         assert of_main["row"] == single["row"], entry
-    assert any("cut from the left" in line for line in alone[-1]["messages"])
+    assert any("cut from the left" in line for line in expected[-1]["messages"])
 
 
 @pytest.mark.slow
