@@ -1,4 +1,4 @@
-"""Shared by all tests: no network, small models of several architectures, and games in forked processes."""
+"""Fixtures and helpers of all tests: no network, small models of several architectures, games in forked processes."""
 
 import os
 
@@ -114,7 +114,7 @@ def model_folder(name: str, folder: Path) -> Path:
     config = copy.deepcopy(CONFIGS[name])
     special = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config.update({"vocab_size": len(tokenizer), **special})
-    if hasattr(config, "max_position_embeddings"):  # not in a state space
+    if hasattr(config, "max_position_embeddings"):  # state-space models have none
         config.update({"max_position_embeddings": 1024})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

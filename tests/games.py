@@ -161,9 +161,9 @@ class Place:
     def play(
         self, *words: str, run: str = "run", status: int = 0, env: dict[str, str] | None = None
     ) -> subprocess.CompletedProcess:
-        done = self.games.play(*self.words(*words, run=run), env=env)
-        assert done.returncode == status, done.stdout + done.stderr
-        return done
+        result = self.games.play(*self.words(*words, run=run), env=env)
+        assert result.returncode == status, result.stdout + result.stderr
+        return result
 
     def stages(self) -> Counter:
         return Counter(path.parent.parent.name for path in (self.folder / "store").glob("*/*/manifest.json"))

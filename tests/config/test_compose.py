@@ -18,9 +18,9 @@ VALUES = [*TEXTS, None, True, False, 0, -3, 0.1, 5e-7, 1e20, [1, 0.5], ["a b", "
 
 def test_to_text():
     composed = compose(*(f"+v{i}={to_text(value)}" for i, value in enumerate(VALUES)))
-    arrived = OmegaConf.to_container(composed)
-    assert [arrived[f"v{i}"] for i in range(len(VALUES))] == VALUES
-    assert [type(arrived[f"v{i}"]) for i in range(len(VALUES))] == list(map(type, VALUES))
+    parsed = OmegaConf.to_container(composed)
+    assert [parsed[f"v{i}"] for i in range(len(VALUES))] == VALUES
+    assert [type(parsed[f"v{i}"]) for i in range(len(VALUES))] == list(map(type, VALUES))
 
 
 def test_to_words():

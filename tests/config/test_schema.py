@@ -1,4 +1,4 @@
-"""The boundary: what a user types is checked before anything heavy is even imported."""
+"""The validation of settings, before any heavy import."""
 
 import os
 import re
@@ -23,7 +23,7 @@ composed, load = hydra.compose, hydra.load
 
 
 @pytest.mark.parametrize(
-    ("override", "says"),
+    ("override", "message"),
     [
         ("loss.beta=abc", "loss.beta=abc: must be a valid number"),
         ("loss.beta=-1", "loss.beta=-1: must be greater than 0"),
@@ -55,15 +55,15 @@ composed, load = hydra.compose, hydra.load
         ("data=local", "data.path=null: must name the data"),
     ],
 )
-def test_bad_value(override, says):
+def test_bad_value(override, message):
     with pytest.raises(UserError) as error:
         load(override)
-    assert says in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
         (["loss.betta=1"], "loss.betta: there is no such setting. Did you mean loss.beta?"),
         (
@@ -81,15 +81,15 @@ def test_bad_value(override, says):
         (["model=tiny", "data=local", "data.path=gone.jsonl"], "gone.jsonl"),
     ],
 )
-def test_command_error(words, says, tmp_path):
-    where = [f"hydra.run.dir={tmp_path}/run", f"store.path={tmp_path}/store", f"cache.path={tmp_path}/cache"]
-    done = subprocess.run(
-        [sys.executable, "run.py", *words, *where], cwd=ROOT, capture_output=True, text=True, timeout=120
+def test_command_error(words, message, tmp_path):
+    folders = [f"hydra.run.dir={tmp_path}/run", f"store.path={tmp_path}/store", f"cache.path={tmp_path}/cache"]
+    result = subprocess.run(
+        [sys.executable, "run.py", *words, *folders], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
-    assert done.returncode == 1
-    assert says in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert not done.stdout
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    assert not result.stdout
 
 
 OPTIONS = [path for path in sorted(CONF.glob("*/*.yaml")) if path.parent.name != "experiment" and path.stem != "base"]
@@ -109,10 +109,10 @@ def test_every_option_takes_every_key(words):
 
 
 def uncommented(text: str) -> list[str]:
-    """The keys with a value, and the items of lists, that no comment explains on their line, or above their block."""
+    """Return the keys with a value and the list items without a comment on their line or above their block."""
     missing, explained = [], False
     for line in text.splitlines():
-        if "|-" in line:  # a text of many lines, the last key
+        if "|-" in line:  # a multi-line text, the last key
             break
         key, _, value = line.partition(": ")
         if re.match(r"\s*#", line):
@@ -141,7 +141,7 @@ def test_option_begins_with_a_comment(path):
 
 
 def repeated(option: dict, base: dict) -> list[str]:
-    """The keys of `option` with the value that they have in `base`."""
+    """Return the keys of `option` whose value equals that in `base`."""
     return [key for key, value in option.items() if key in base and base[key] == value]
 
 
@@ -200,8 +200,8 @@ def folder(*words: str) -> str:
 
 def test_folder_of_the_default_run():
     assert folder() == folder("iter=1") == folder("iter=2", "plan=true") == "outputs/smollm2-sharegpt"
-    same = ["store.path=x", "cache.path=y", "tracking.project=z", "checkpoint.minutes=1", "engine.device=cpu"]
-    assert folder(*same, "generation.python=p") == folder()
+    unrelated = ["store.path=x", "cache.path=y", "tracking.project=z", "checkpoint.minutes=1", "engine.device=cpu"]
+    assert folder(*unrelated, "generation.python=p") == folder()
     assert folder("experiment=smoke", "iter=1") == "outputs/smoke"
     assert folder("model=zephyr", "iter=2") == "outputs/zephyr-sharegpt"
 
@@ -276,10 +276,10 @@ def test_max_new_tokens():
 
 
 def test_help():
-    done = subprocess.run([sys.executable, "run.py", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0
+    result = subprocess.run([sys.executable, "run.py", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0
     for word in ("model: ", "schedule: ", "zephyr", "python run.py model=zephyr iter=2 loss.beta=0.1", "--cfg job"):
-        assert word in done.stdout
+        assert word in result.stdout
 
 
 def test_run_name():
@@ -303,40 +303,40 @@ def test_default_learning_rate():
     assert load("model=zephyr", "optimizer.lr=[1e-6,1e-7]").optimizer.lr == [1e-6, 1e-7]
 
 
-def hydras(words: str, **env: str) -> str:
-    """What a shell prints for a command that Hydra answers."""
+def shell_output(words: str, **env: str) -> str:
+    """Return the output of a shell command that Hydra handles."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    done = subprocess.run(
+    result = subprocess.run(
         ["bash", "--norc", "-c", words],
         cwd=ROOT,
         env={**os.environ, **env, "PATH": path},
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0 and not done.stderr, done.stdout + done.stderr
-    return done.stdout
+    assert result.returncode == 0 and not result.stderr, result.stdout + result.stderr
+    return result.stdout
 
 
 def test_tab_completion():
-    """Through the function that `eval "$(python run.py -sc install=bash)"` leaves in a shell."""
-    ask = 'eval "$(python run.py -sc install=bash)"; COMP_CWORD=2; for word in "loss=" "loss.b"; do '
-    ask += (
+    """Completion works in a shell after `eval "$(python run.py -sc install=bash)"`."""
+    script = 'eval "$(python run.py -sc install=bash)"; COMP_CWORD=2; for word in "loss=" "loss.b"; do '
+    script += (
         'COMP_LINE="python run.py $word"; COMP_POINT=${#COMP_LINE}; hydra_bash_completion; echo "${COMPREPLY[@]}"; done'
     )
     links = [f"loss={path.stem}" for path in sorted((ROOT / "conf" / "loss").glob("*.yaml"))]
-    assert hydras(ask).splitlines() == [" ".join(links), "loss.beta="]
+    assert shell_output(script).splitlines() == [" ".join(links), "loss.beta="]
 
 
 def test_show_configuration():
-    shown = OmegaConf.create(hydras("python run.py model=zephyr loss=hinge --cfg job"))
-    assert shown.model.lr == 5e-7 and shown.loss.link == "hinge" and set(shown) >= set(schema.Config.model_fields)
-    assert re.search(r"\| loss/hinge +\| loss ", hydras("python run.py loss=hinge --info defaults"))
+    config = OmegaConf.create(shell_output("python run.py model=zephyr loss=hinge --cfg job"))
+    assert config.model.lr == 5e-7 and config.loss.link == "hinge" and set(config) >= set(schema.Config.model_fields)
+    assert re.search(r"\| loss/hinge +\| loss ", shell_output("python run.py loss=hinge --info defaults"))
 
 
 def test_verbose_library(tmp_path):
-    places = f"cache.path={tmp_path}/c store.path={tmp_path}/s hydra.run.dir={tmp_path}/r tracking.wandb=disabled"
-    shown = hydras(f"python run.py experiment=smoke plan=true 'hydra.verbose=[filelock]' {places} 2>&1")
-    assert re.search(r"^\[.*\]\[filelock\]\[DEBUG\] Lock \d+ acquired", shown, re.M) and "0 stages to reuse" in shown
+    folders = f"cache.path={tmp_path}/c store.path={tmp_path}/s hydra.run.dir={tmp_path}/r tracking.wandb=disabled"
+    output = shell_output(f"python run.py experiment=smoke plan=true 'hydra.verbose=[filelock]' {folders} 2>&1")
+    assert re.search(r"^\[.*\]\[filelock\]\[DEBUG\] Lock \d+ acquired", output, re.M) and "0 stages to reuse" in output
 
 
 # --- values as users type them ----------------------------------------------------------------------------------------
@@ -352,7 +352,7 @@ x=1,y=2|outputs/a-sweep/loss.beta=0.1,optimizer.lr=1e-06/iter0/policy|### {promp
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_text_needs_no_quotes_of_hydra(text):
+def test_text_needs_no_hydra_quotes(text):
     for key in ("model.path", "evaluation.judge_model"):
         assert OverridesParser.create().parse_override(hydra.quote(f"{key}={text}")).value() == text
     if "=" in text or text[0] == "~":
@@ -391,10 +391,10 @@ def test_values_of_a_sweep(tmp_path):
 
 
 def test_commas_without_a_sweep(tmp_path):
-    """The line shows commands for a shell, and both work."""
+    """The error shows two commands for a shell, and both work."""
 
     def run(word: str) -> subprocess.CompletedProcess:
-        ending = f"seed=-1 hydra.run.dir={tmp_path}/r"  # ends each command that composes
+        ending = f"seed=-1 hydra.run.dir={tmp_path}/r"  # an invalid seed ends each valid command
         command = f"{sys.executable} run.py {word} {ending}"
         return subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60)
 
@@ -421,19 +421,19 @@ def test_environment_is_stored_unresolved(monkeypatch):
     words = ["schedule.warmup_ratio=${oc.env:RATIO}", "evaluation.judge_model=${oc.env:NONE,x}"]
     config = load("model.path=${oc.env:PLACE}/m", *words)
     assert (config.schedule.warmup_ratio, config.model.path, config.evaluation.judge_model) == (0.25, "/data/x/m", "x")
-    shown = config.shown
-    assert (shown["schedule"]["warmup_ratio"], shown["model"]["path"]) == ("${oc.env:RATIO}", "${oc.env:PLACE}/m")
-    assert OmegaConf.create(shown).evaluation.judge_model == "x" and shown["data"]["name"] == config.data.name
+    stored = config.shown
+    assert (stored["schedule"]["warmup_ratio"], stored["model"]["path"]) == ("${oc.env:RATIO}", "${oc.env:PLACE}/m")
+    assert OmegaConf.create(stored).evaluation.judge_model == "x" and stored["data"]["name"] == config.data.name
     assert load().shown["loss"] == load().loss.model_dump()
 
 
 def test_changed_settings(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(OmegaConf.to_yaml(OmegaConf.create(load("loss.beta=0.1", "optimizer.lr=1e-6").shown)))
-    same = load(
+    config = load(
         "loss.beta=0.1", "optimizer.lr=1e-6", "iter=7", "tracking.project=x", "store.path=y", "engine.device=cpu"
     )
-    assert changed_settings(path, same) == []
+    assert changed_settings(path, config) == []
     assert changed_settings(path, load("loss.beta=0.2", "optimizer.lr=1e-6")) == ["loss.beta=0.1, not 0.2"]
     assert len(changed_settings(path, load("seed=3"))) == 2
     for text in ("", "{", "a: [", "- 1", "3", "\x00", "loss: 3"):

@@ -1,4 +1,4 @@
-"""Records and token ids are cached by content, for every run, seed and size, and computed again where they must be."""
+"""The cache of records and token ids: shared by all runs, seeds and sizes, and never used for changed inputs."""
 
 import json
 import os
@@ -45,8 +45,8 @@ def test_one_tokenisation_for_all_seeds(load, tmp_path):
     path = write(tmp_path / "rows.jsonl", rows(300))
     first = load(path, held_out=20)
     assert load.encoded == [300]
-    again, other_seed = load(path, held_out=20), load(path, seed=1, held_out=7, validation=30, size=100)
-    assert load.encoded == [] and again.train == first.train and again.counts == first.counts
+    repeated, other_seed = load(path, held_out=20), load(path, seed=1, held_out=7, validation=30, size=100)
+    assert load.encoded == [] and repeated.train == first.train and repeated.counts == first.counts
     assert {example.id for example in other_seed.train} != {example.id for example in first.train}
     shutil.copy(path, tmp_path / "copy.jsonl")
     assert load(tmp_path / "copy.jsonl", held_out=20).held_out == first.held_out and load.encoded == []
@@ -54,26 +54,26 @@ def test_one_tokenisation_for_all_seeds(load, tmp_path):
     assert load.encoded == [300] and changed.counts["kept"] == 300
 
 
-def test_few_of_many(load, tmp_path):
-    """Where few examples are needed only the first candidates are tokenised, with the same result."""
+def test_few_examples_of_many(load, tmp_path):
+    """If few examples are needed, only the first candidates are tokenised, and the result is the same."""
     path = write(tmp_path / "rows.jsonl", rows(6000))
-    few = load(path, size=8, held_out=4, validation=4)
+    small = load(path, size=8, held_out=4, validation=4)
     (count,) = load.encoded
     assert count < 600
-    everything = load(path, held_out=4, validation=4)
+    complete = load(path, held_out=4, validation=4)
     assert load.encoded == [6000]
-    assert few.train == everything.train[:8] and few.held_out == everything.held_out
-    assert few.validation == everything.validation and few.counts["not needed"] == 6000 - 16
-    # More is tokenised if these were not enough.
-    long = [{"prompt": f"What is {n}?", "response": "x" * (400 if n % 100 else 10)} for n in range(6000)]
-    path = write(tmp_path / "long.jsonl", long)
+    assert small.train == complete.train[:8] and small.held_out == complete.held_out
+    assert small.validation == complete.validation and small.counts["not needed"] == 6000 - 16
+    # All candidates are tokenised if the first are not enough.
+    long_rows = [{"prompt": f"What is {n}?", "response": "x" * (400 if n % 100 else 10)} for n in range(6000)]
+    path = write(tmp_path / "long.jsonl", long_rows)
     dataset = load(path, size=20, held_out=4, max_length=128, max_prompt_length=64)
     assert load.encoded == [560, 6000] and len(dataset.train) == 20 and len(dataset.held_out) == 4
     assert dataset.counts["read"] == 6000 == sum(dataset.counts.values()) - 6000
 
 
 def test_replaced_file(load, tmp_path):
-    """A file of another content is read again, whatever its time and size."""
+    """A file with other content is read again even if its modification time and size are equal."""
     folder = tmp_path / "folder"
     folder.mkdir()
     path = write(folder / "rows.jsonl", rows(30))
@@ -112,7 +112,7 @@ def test_other_tokenizer(load, tmp_path, tokenizer):
     assert len(load.encoded) == 1 and other_tokenizer.decode(changed.train[0].prompt_ids).startswith("<What")
 
 
-def test_no_entry_of_a_failed_read(load, tmp_path):
+def test_failed_read_is_not_cached(load, tmp_path):
     path = write(tmp_path / "rows.jsonl", rows(30))
     path.write_text(path.read_text() + "{\n")
     with pytest.raises(UserError, match="31: not a line of JSON"):
@@ -120,14 +120,14 @@ def test_no_entry_of_a_failed_read(load, tmp_path):
     assert not [file for file in (tmp_path / "cache").rglob("*") if file.suffix != ".lock" and file.is_file()]
 
 
-def test_cache_that_cannot_be_written(load, tmp_path):
+def test_unwritable_cache(load, tmp_path):
     path = write(tmp_path / "rows.jsonl", rows(30))
     (tmp_path / "cache").write_text("a file in its place")
     notes = []
     assert len(load(path, say=notes.append).train) == 30 and "can't be written to" in notes[0]
 
 
-def test_notes_are_said_again(load, tmp_path):
+def test_notes_are_repeated(load, tmp_path):
     path = write(tmp_path / "rows.jsonl", [{**row, "stars": 5} for row in rows(30)])
     first, second = [], []
     load(path, say=first.append)
@@ -152,8 +152,8 @@ def test_configurations(load, tmp_path):
     assert len(load(tmp_path / "town").train) == 9
 
 
-def test_columns_of_a_folder_need_not_agree(load, tmp_path):
-    """A column that is read by nobody may have one type in one file and another in the next."""
+def test_unused_columns_of_several_types(load, tmp_path):
+    """A column that is not used may have different types in different files."""
     folder = tmp_path / "ids"
     folder.mkdir()
     write(folder / "a.jsonl", [{**row, "id": n, "tags": ["x"]} for n, row in enumerate(rows(3))])

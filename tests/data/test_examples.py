@@ -1,4 +1,4 @@
-"""From files to token ids, with real tokenizers of the two common kinds, built here."""
+"""Examples, from files to token ids, with tokenizers of the two common types."""
 
 import copy
 import json
@@ -41,7 +41,7 @@ LLAMA = (
 
 @pytest.fixture(scope="session")
 def byte_level():
-    """Like GPT-2's and SmolLM2's: bytes, no BOS of its own, pad == eos, the turn's end is not the first special."""
+    """A tokenizer like GPT-2's and SmolLM2's: byte-level, no BOS, pad == eos, EOS is not the first special token."""
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
@@ -61,7 +61,7 @@ def byte_level():
 
 @pytest.fixture(scope="session")
 def sentencepiece():
-    """Like Llama 2's and Mistral's: a blank put before every text, bytes as a fallback, a BOS and an EOS added."""
+    """A tokenizer like Llama 2's and Mistral's: a space before every text, byte fallback, adds BOS and EOS."""
     raw = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     raw.decoder = decoders.Sequence(
@@ -134,10 +134,10 @@ def test_encoding_has_one_bos_and_one_end(load, tokenizer, template):
     example = load([pair("What is it?", "Hello there.")], template=template).train[0]
     messages = [{"role": "user", "content": "What is it?"}]
     [(text, ids)] = templates.encode_prompts(tokenizer, [messages], template)
-    assert example.prompt_ids == tuple(ids)  # as for every other caller
+    assert example.prompt_ids == tuple(ids)  # equal for all callers
     assert example.real_ids.count(tokenizer.eos_token_id) == 1 and example.real_ids[-1] == tokenizer.eos_token_id
-    whole = tokenizer.decode(example.prompt_ids + example.real_ids)
-    assert whole.endswith("Hello there." + tokenizer.eos_token)
+    decoded = tokenizer.decode(example.prompt_ids + example.real_ids)
+    assert decoded.endswith("Hello there." + tokenizer.eos_token)
     if tokenizer.bos_token == "<s>":
         assert example.prompt_ids[0] == tokenizer.bos_token_id and example.prompt_ids.count(tokenizer.bos_token_id) == 1
         assert example.prompt_ids.count(tokenizer.eos_token_id) == 0
@@ -158,17 +158,17 @@ def test_text_template_with_bos(sentencepiece):
 
 
 def test_chat_template_without_bos(sentencepiece):
-    """Zephyr's has none although its tokenizer adds one to plain text: the ids are those of apply_chat_template."""
-    bare = PreTrainedTokenizerFast(
+    """The ids equal those of apply_chat_template even if only plain text gets a BOS, as with Zephyr's tokenizer."""
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=sentencepiece.backend_tokenizer,
         bos_token="<s>",
         eos_token="</s>",
         chat_template=LLAMA.removeprefix("{{ bos_token }}"),
     )
     messages = [{"role": "user", "content": "Why?"}]
-    [(_, ids)] = templates.encode_prompts(bare, [messages], "chat")
-    assert ids == bare.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
-    assert bare("a")["input_ids"][0] == bare.bos_token_id not in ids
+    [(_, ids)] = templates.encode_prompts(tokenizer, [messages], "chat")
+    assert ids == tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id not in ids
 
 
 @pytest.mark.parametrize("template", ["paper", "chat", "{prompt}", "Q: {prompt}\nA: "])
@@ -182,7 +182,7 @@ def test_prompt_ids_are_a_prefix(byte_level, template, text):
 
 
 def test_response_merging_with_prompt(sentencepiece):
-    """`Response: ` + `Hello` is one piece `▁Hello` in the whole: the ids after the prompt's must still say `Hello`."""
+    """A response decodes correctly even if the prompt's last space and its first word form one piece, `▁Hello`."""
     prompts = templates.encode_prompts(sentencepiece, [[{"role": "user", "content": "What is it?"}]], "paper")
     [ids] = templates.encode_responses(sentencepiece, prompts, ["Hello there."], "paper")
     assert not sentencepiece.convert_ids_to_tokens(ids)[0].startswith("▁")
@@ -230,28 +230,28 @@ def test_end_of_turn(byte_level, sentencepiece):
     chat = PreTrainedTokenizerFast(
         tokenizer_object=byte_level.backend_tokenizer, eos_token="<|endoftext|>", chat_template=CHATML
     )
-    assert templates.end_of_turn(chat, "chat") == end  # the turn's end is not the text's
+    assert templates.end_of_turn(chat, "chat") == end  # the end of a turn is not the end of a text
     assert templates.end_of_turn(chat, "paper") == ids("<|endoftext|>")
     endless = PreTrainedTokenizerFast(tokenizer_object=byte_level.backend_tokenizer)
     fails("end-of-sequence", templates.end_of_turn, endless, "paper")
 
 
 def test_chat_template_missing_or_refusing(load, byte_level):
-    bare = PreTrainedTokenizerFast(tokenizer_object=byte_level.backend_tokenizer, eos_token="<|im_end|>")
-    fails("set data.template=paper", load, pairs(2), tokenizer=bare, template="chat")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level.backend_tokenizer, eos_token="<|im_end|>")
+    fails("set data.template=paper", load, pairs(2), tokenizer=tokenizer, template="chat")
     strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
-    bare.chat_template = strict
+    tokenizer.chat_template = strict
     rows = [{"messages": [{"role": r, "content": r} for r in ("system", "user", "assistant")]}]
-    assert load(rows, tokenizer=bare, template="chat").counts == {"read": 1, "kept": 1}  # as the user's first words
-    bare.chat_template = "{{ raise_exception('never') }}"
-    fails("refuses messages of user, assistant", load, rows, tokenizer=bare, template="chat")
+    assert load(rows, tokenizer=tokenizer, template="chat").counts == {"read": 1, "kept": 1}  # part of the user message
+    tokenizer.chat_template = "{{ raise_exception('never') }}"
+    fails("refuses messages of user, assistant", load, rows, tokenizer=tokenizer, template="chat")
 
 
 def test_special_tokens_in_text(load, tokenizer):
     end = tokenizer.eos_token
     rows = [
         pair("One?", f"Uno. {end}"),
-        pair("Two?", "Dos.</s>\n<|im_end|>"),  # of whatever model the data came from
+        pair("Two?", "Dos.</s>\n<|im_end|>"),  # end tokens of other models
         pair("Three?", f"Tres {end} quatro."),
         pair(f"Four{end}?", "Quatro."),
         pair("Five?", end),
@@ -263,11 +263,11 @@ def test_special_tokens_in_text(load, tokenizer):
 
 
 def test_added_special_tokens(byte_level, load, tmp_path):
-    more = PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(byte_level.backend_tokenizer.to_str()), eos_token="<|im_end|>"
     )
-    more.add_tokens([AddedToken("<file_sep>", special=True)])
-    dataset = load([*pairs(2), pair("What is <file_sep>?", "A mark.")], tokenizer=more)
+    tokenizer.add_tokens([AddedToken("<file_sep>", special=True)])
+    dataset = load([*pairs(2), pair("What is <file_sep>?", "A mark.")], tokenizer=tokenizer)
     assert dataset.counts["special token in text"] == 1
 
 
@@ -284,15 +284,15 @@ def test_long_prompts(load, tokenizer):
 
 
 def test_lengths_include_end_token(load, tokenizer):
-    whole = load([pair("One?", "Hello there.")]).train[0]
-    n, prompt = len(whole.real_ids), len(whole.prompt_ids)
-    assert load([pair("One?", "Hello there.")], max_response_length=n, min_response_length=n).train == [whole]
-    assert load([pair("One?", "Hello there.")], max_length=prompt + n, max_prompt_length=prompt).train == [whole]
+    example = load([pair("One?", "Hello there.")]).train[0]
+    n, prompt = len(example.real_ids), len(example.prompt_ids)
+    assert load([pair("One?", "Hello there.")], max_response_length=n, min_response_length=n).train == [example]
+    assert load([pair("One?", "Hello there.")], max_length=prompt + n, max_prompt_length=prompt).train == [example]
     for limits in ({"max_response_length": n - 1}, {"max_length": prompt + n - 1, "max_prompt_length": prompt}):
         fails("answer too long: 1", load, [pair("One?", "Hello there.")], **limits)
-        cut = load([pair("One?", "Hello there.")], overlong="cut", **limits).train[0]
-        assert cut.real_ids == whole.real_ids[:-1] and tokenizer.eos_token_id not in cut.real_ids
-        assert cut.prompt_ids == whole.prompt_ids
+        truncated = load([pair("One?", "Hello there.")], overlong="cut", **limits).train[0]
+        assert truncated.real_ids == example.real_ids[:-1] and tokenizer.eos_token_id not in truncated.real_ids
+        assert truncated.prompt_ids == example.prompt_ids
     fails("answer too short: 1", load, [pair("One?", "Hello there.")], min_response_length=n + 1)
 
 
@@ -320,10 +320,10 @@ def test_held_out_conversations(load):
 
 def test_selection(load, monkeypatch):
     rows = pairs(40)
-    small, large, all_of_them = (load(rows, held_out=5, size=size) for size in (4, 20, None))
-    assert small.held_out == large.held_out == all_of_them.held_out
-    assert small.train == large.train[:4] and large.train == all_of_them.train[:20]
-    assert (len(small.train), len(large.train), len(all_of_them.train)) == (4, 20, 35)
+    small, large, complete = (load(rows, held_out=5, size=size) for size in (4, 20, None))
+    assert small.held_out == large.held_out == complete.held_out
+    assert small.train == large.train[:4] and large.train == complete.train[:20]
+    assert (len(small.train), len(large.train), len(complete.train)) == (4, 20, 35)
     assert small.counts["not needed"] == 31
     assert load(rows[::-1], held_out=5, size=20) == large
     monkeypatch.setattr(examples, "BLOCK", 3)
@@ -397,7 +397,7 @@ def test_format_details(load):
         {"id": "c_0", "conversations": None},
     ]
     assert load(rows).counts == {"read": 5, "kept": 2, "no prompt": 1, "no answer": 2}
-    # The pinned set alone, whose data has no path, is cut into parts.
+    # Only the packaged data set, which has no path, splits conversations into several records.
     counts = Counts()
     assert len(list(exchanges(rows, config(), counts, False, print))) == 1
     assert counts == {
@@ -408,7 +408,7 @@ def test_format_details(load):
         "no answer": 1,
     }
     history = [{"role": r, "content": c} for r, c in (("user", "A"), ("assistant", "B"), ("user", "C"))]
-    [example] = load([{"prompt": history, "completion": "D"}]).train  # the record's answer, whatever data.turns says
+    [example] = load([{"prompt": history, "completion": "D"}]).train  # the record's answer, for any data.turns
     assert example.prompt == "User: A\n\nAssistant: B\n\nUser: C" and example.real == "D"
 
 
@@ -424,7 +424,7 @@ def test_broken_records(load):
     counts = {"no prompt": 2, "no answer": 1, "unknown columns": 1, "broken characters": 1}
     dataset = load(rows)
     assert dataset.counts == {"read": 6, "kept": 1, **counts}
-    assert dataset.dropped.keys() == counts.keys()  # the first of each reason
+    assert dataset.dropped.keys() == counts.keys()  # the first record per reason
     assert dataset.dropped["no prompt"] == '{"prompt": null, "response": "R"}'
     assert dataset.dropped["unknown columns"] == '{"other": 1}'
 
@@ -453,8 +453,8 @@ def test_files_and_folders(tmp_path):
     for name in ("rows.parquet", "disk", "rows.jsonl", "list.json"):
         assert read(tmp_path, tmp_path / name) == rows, name
     for name, split in (("dict", "test"), ("hub", "test_sft")):
-        everything = read(tmp_path, tmp_path / name)
-        assert sorted(everything, key=str) == sorted(rows, key=str)
+        records = read(tmp_path, tmp_path / name)
+        assert sorted(records, key=str) == sorted(rows, key=str)
         assert read(tmp_path, tmp_path / name, splits=[split]) == rows[4:]
         fails(f"has no validation; it has .*{split}", read, tmp_path, tmp_path / name, splits=["validation"])
     fails("set it to null", read, tmp_path, tmp_path / "rows.jsonl", splits=["train"])
@@ -516,7 +516,7 @@ def test_missing_columns(load):
     fails("no known format has question, text", load, [{"question": 1, "text": 2}])
 
 
-def test_nothing_survives(load):
+def test_no_examples_left(load):
     fails("read: 2, kept: 0, empty: 2", load, [pair("", "R"), pair("P", "")])
     fails("read: 3, kept: 3", load, pairs(3), held_out=3)
     fails("read: 0", load, [])
@@ -532,12 +532,12 @@ def test_hub_name_offline():
     )
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
     root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=root, capture_output=True, text=True, timeout=60)
-    assert done.stdout.startswith("error: data.path=nobody/nothing-of-this-name"), done.stderr
-    assert done.stdout.count("\n") == 1
+    result = subprocess.run([sys.executable, "-c", code], env=env, cwd=root, capture_output=True, text=True, timeout=60)
+    assert result.stdout.startswith("error: data.path=nobody/nothing-of-this-name"), result.stderr
+    assert result.stdout.count("\n") == 1
 
 
-def test_cut_list_in_a_wheel(load, tmp_path):
+def test_truncated_list_in_a_wheel(load, tmp_path):
     text = json.dumps([{"id": f"x{n}_0", "conversations": talk(f"P{n}", "R")} for n in range(3)], indent=1)
     wheel = tmp_path / "spin_talk-1.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
@@ -552,7 +552,7 @@ def test_cut_list_in_a_wheel(load, tmp_path):
     assert dataset.counts == {"read": 3, "kept": 2, "truncated record": 1}
     fails("data.file", load, None, package=str(wheel))
     (tmp_path / "talk.json").write_text(text[:-20])
-    fails(r"talk\.json: not JSON", load, tmp_path / "talk.json")  # a user's own file is whole, or wrong
+    fails(r"talk\.json: not JSON", load, tmp_path / "talk.json")  # a user's file must be complete
 
 
 COLUMN = st.sampled_from(
@@ -582,16 +582,16 @@ ROW = st.dictionaries(COLUMN, JSON | st.lists(st.dictionaries(COLUMN, JSON, max_
 @given(
     rows=st.lists(ROW, max_size=4),
     noise=st.binary(max_size=6),
-    where=st.floats(0, 1),
+    position=st.floats(0, 1),
     suffix=st.sampled_from([".json", ".jsonl"]),
     turns=st.sampled_from(["first", "all"]),
 )
-def test_broken_files(byte_level, tmp_path, rows, noise, where, suffix, turns):
+def test_broken_files(byte_level, tmp_path, rows, noise, position, suffix, turns):
     text = json.dumps(rows) if suffix == ".json" else "\n".join(map(json.dumps, rows))
     raw = text.encode()
-    at = int(where * len(raw))
+    offset = int(position * len(raw))
     path = tmp_path / f"fuzz{suffix}"
-    path.write_bytes(raw[:at] + noise + raw[at:])
+    path.write_bytes(raw[:offset] + noise + raw[offset:])
     try:
         dataset = examples.load_dataset(config(path, turns=turns), byte_level, {2}, 0, tmp_path)
     except UserError as error:

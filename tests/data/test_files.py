@@ -1,4 +1,4 @@
-"""Data files of every kind that people name .json and .jsonl, in bounded memory."""
+"""Data files named .json and .jsonl, whatever their actual format, are read in bounded memory."""
 
 import gzip
 import json
@@ -26,7 +26,7 @@ def read(path, cut_counts=None):
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])
 @pytest.mark.parametrize("chunk", [1, 7, 2**20])
-def test_kind_is_found_by_content(tmp_path, monkeypatch, suffix, chunk):
+def test_json_kind_is_detected_by_content(tmp_path, monkeypatch, suffix, chunk):
     monkeypatch.setattr(files, "CHUNK", chunk)
     path = tmp_path / f"rows{suffix}"
     texts = [LINES, f"\n\n{LINES}", LINES.rstrip(), json.dumps(ROWS), json.dumps(ROWS, indent=2, ensure_ascii=False)]
@@ -66,7 +66,7 @@ def test_line_of_the_error(tmp_path):
 
 
 @pytest.mark.parametrize("end", ["", ",", ', {"prompt', ', {"prompt": "a"'])
-def test_cut_list(tmp_path, end):
+def test_truncated_list(tmp_path, end):
     path, counts = tmp_path / "rows.json", Counts()
     path.write_text(json.dumps(ROWS).removesuffix("]") + end)
     assert read(path, counts) == ROWS and counts == {"read": 1, "truncated record": 1}
@@ -86,7 +86,7 @@ def test_other_encodings(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.ndjson", "rows.parquet"])
-def test_type_is_found_by_content(tmp_path, name):
+def test_file_type_is_detected_by_content(tmp_path, name):
     path = tmp_path / name
     path.write_text(LINES)
     assert read(path) == ROWS
@@ -104,7 +104,7 @@ def test_type_is_found_by_content(tmp_path, name):
     ],
 )
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.parquet"])
-def test_files_that_are_no_text(tmp_path, name, content, advice):
+def test_files_that_are_not_text(tmp_path, name, content, advice):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=f"^{name}: compressed, or not UTF-8; {advice}$"):
         read(tmp_path / name)
@@ -122,7 +122,7 @@ BOMBS = {
 
 
 def inflate(path: Path, texts: list[str]) -> None:
-    """A small Parquet file of large texts."""
+    """Write a small Parquet file that holds large texts."""
     values = pa.array(dict.fromkeys(texts))
     column = pa.DictionaryArray.from_arrays(pa.array([0] * len(texts), pa.int32()), values)
     table = pa.table({"prompt": column.cast(pa.string()) if len(texts) == 1 else column})
@@ -152,10 +152,10 @@ print(rows, int(status.split("VmHWM:")[1].split()[0]) // 1024)
 def test_bombs(tmp_path, bomb):
     BOMBS[bomb](tmp_path / "bomb")
     (path,) = tmp_path.iterdir()
-    done = subprocess.run([sys.executable, "-c", READ, path], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-    *errors, last = done.stdout.splitlines()
-    rows, mib = map(int, last.split())
+    result = subprocess.run([sys.executable, "-c", READ, path], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr[-2000:]
+    *errors, last_line = result.stdout.splitlines()
+    rows, mib = map(int, last_line.split())
     assert mib < 1500, (bomb, mib)
     assert rows == {"long cells": 1000, "many rows": 5000}.get(bomb, 0) and bool(errors) == (rows == 0)
     assert all(line.startswith(f"refused: {path.name}") and len(line) < 500 for line in errors)

@@ -1,4 +1,4 @@
-"""Any content of a data file gives one printable line that says what is wrong, or counts that add up, without a hang."""
+"""Any data file gives one printable line that states the problem, or counts that add up; no file causes a hang."""
 
 import io
 import json
@@ -39,7 +39,7 @@ def read_records(config, cache):
 
 
 def fuzz(examples: int) -> settings:
-    """The same examples every time, so that a failure is the last change's."""
+    """Return settings with the same examples every time, so that the last change caused a failure."""
     checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
     return settings(max_examples=examples, derandomize=True, deadline=None, database=None, suppress_health_check=checks)
 
@@ -54,7 +54,7 @@ def check(tokenizer, tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
 
     def check(path, **changes):
-        """The message, or the data set. The path as a whole or its name stands in the message, or else the setting."""
+        """Return the data set, or the error message, which contains the file's name or the setting."""
         config = DataConfig.from_defaults(path=str(path), **{"template": "paper", **changes})
         try:
             dataset = examples.load_dataset(config, tokenizer, {1}, 0, cache)
@@ -71,7 +71,7 @@ def check(tokenizer, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def where():
+def root():
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder)
 
@@ -82,15 +82,15 @@ def table() -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-WHOLE = {".jsonl": JSONL, ".json": json.dumps(ROWS, ensure_ascii=False).encode(), ".parquet": table()}
+VALID = {".jsonl": JSONL, ".json": json.dumps(ROWS, ensure_ascii=False).encode(), ".parquet": table()}
 
 
 def damage(draw, raw: bytes) -> bytes:
-    """`raw` with some bytes put in place of others."""
-    at = draw(st.integers(0, len(raw)))
+    """Return `raw` with some bytes replaced, inserted or removed."""
+    offset = draw(st.integers(0, len(raw)))
     width = draw(st.sampled_from([0, 1, 4]))
     new = draw(st.binary(max_size=4) | st.sampled_from([b"\xff\xff\xff\x7f", b"\0", b"\n", b"\x80", b'"', b"{", b"]"]))
-    return raw[:at] + new + raw[at + width :]
+    return raw[:offset] + new + raw[offset + width :]
 
 
 # ------------------------------------------------------------------------------------------------- any bytes
@@ -98,30 +98,30 @@ def damage(draw, raw: bytes) -> bytes:
 
 @fuzz(150)
 @given(raw=st.binary(max_size=60), suffix=st.sampled_from([".jsonl", ".json", ".parquet", ".JSON", ".txt", ""]))
-def test_any_bytes(check, where, raw, suffix):
-    path = where / f"bytes{suffix}"
+def test_any_bytes(check, root, raw, suffix):
+    path = root / f"bytes{suffix}"
     path.write_bytes(raw)
     check(path)
 
 
-@pytest.mark.parametrize("suffix", WHOLE)
-def test_cut_anywhere(check, where, suffix):
-    path, raw = where / f"cut{suffix}", WHOLE[suffix]
+@pytest.mark.parametrize("suffix", VALID)
+def test_truncated_anywhere(check, root, suffix):
+    path, raw = root / f"cut{suffix}", VALID[suffix]
     path.write_bytes(raw)
     assert check(path).counts == {"read": 4, "kept": 4}
     for length in range(0, len(raw), 1 if suffix == ".jsonl" else 3):
         path.write_bytes(raw[:length])
         result = check(path)
-        # Only lines can be cut so that what is left is whole.
+        # Only JSON lines can be truncated to a valid file.
         assert isinstance(result, str) or suffix == ".jsonl"
 
 
-@pytest.mark.parametrize("suffix", WHOLE)
+@pytest.mark.parametrize("suffix", VALID)
 @fuzz(150)
 @given(draw=st.data())
-def test_damaged_anywhere(check, where, suffix, draw):
-    path = where / f"damaged{suffix}"
-    path.write_bytes(damage(draw.draw, WHOLE[suffix]))
+def test_damaged_anywhere(check, root, suffix, draw):
+    path = root / f"damaged{suffix}"
+    path.write_bytes(damage(draw.draw, VALID[suffix]))
     check(path)
 
 
@@ -163,7 +163,7 @@ RECORD = st.fixed_dictionaries(
 @fuzz(30)
 @given(
     records=st.lists(RECORD, min_size=1, max_size=4),
-    first=st.booleans(),
+    valid_first=st.booleans(),
     changes=st.fixed_dictionaries(
         {
             "turns": st.sampled_from(["first", "all"]),
@@ -173,20 +173,20 @@ RECORD = st.fixed_dictionaries(
         }
     ),
 )
-def test_any_json_as_records(check, where, format, records, first, changes):
-    path = where / "shapes.jsonl"
-    good = {"messages": ROWS[0]["messages"], "conversations": ROWS[0]["messages"], **dict.fromkeys(
+def test_any_json_as_records(check, root, format, records, valid_first, changes):
+    path = root / "shapes.jsonl"
+    valid_row = {"messages": ROWS[0]["messages"], "conversations": ROWS[0]["messages"], **dict.fromkeys(
         ("prompt", "response", "instruction", "output"), "Is it? It is.")}  # fmt: skip
-    path.write_text("".join(json.dumps(record) + "\n" for record in [good, *records][1 - first :]))
+    path.write_text("".join(json.dumps(record) + "\n" for record in [valid_row, *records][1 - valid_first :]))
     check(path, format=format, **changes)
 
 
 @fuzz(50)
 @given(shape=SHAPE)
-def test_any_json_as_a_file(check, where, shape):
+def test_any_json_as_a_file(check, root, shape):
     for name, content in (("shape.json", shape), ("listed.json", {"rows": shape}), ("shape.jsonl", shape)):
-        (where / name).write_text(json.dumps(content))
-        check(where / name)
+        (root / name).write_text(json.dumps(content))
+        check(root / name)
 
 
 DEEP = 900
@@ -278,12 +278,12 @@ def test_odd_parquet_columns(check, tmp_path, name):
 
 @fuzz(50)
 @given(records=st.lists(RECORD, min_size=1, max_size=3), format=st.sampled_from(FORMATS))
-def test_any_records_as_parquet(check, where, records, format):
-    path = where / "records.parquet"
+def test_any_records_as_parquet(check, root, records, format):
+    path = root / "records.parquet"
     try:
         pq.write_table(pa.Table.from_pylist(records), path)
     except (pa.ArrowException, OverflowError, UnicodeError, ValueError):
-        return  # no parquet file holds these
+        return  # Parquet cannot store these records
     check(path, format=format)
 
 
@@ -333,14 +333,14 @@ print(len(cut) + len(flipped) + 1, sum(seen.values()), seen["refused"], seen["re
 
 @pytest.mark.parametrize("name", [ARROW, "state.json", "dataset_info.json"])
 def test_saved_folder_damaged_anywhere(tmp_path, name):
-    """In a separate process: Arrow follows a damaged offset out of its file, which crashes the process."""
+    """A damaged folder is refused or read; in a separate process, as damaged offsets may crash Arrow."""
     folder = saved(tmp_path / "saved")
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", EVERY_BYTE, str(folder), name]
-    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-    variants, seen, refused, read = map(int, done.stdout.split())
-    assert variants == seen and refused > seen / 2 and read > 0
+    result = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr[-2000:]
+    variants, outcomes, refused, read = map(int, result.stdout.split())
+    assert variants == outcomes and refused > outcomes / 2 and read > 0
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "3", "null", '"x"', "{}", "[" * 10_000, '{"_data_files": [{}]}',
@@ -356,19 +356,19 @@ def test_saved_folder_with_broken_json(check, tmp_path, name, content):
 def test_saved_format(check, tmp_path):
     import datasets
 
-    shown = datasets.Dataset.from_list([{"prompt": "a", "response": "b"}]).with_format("numpy", columns=["prompt"])
-    shown.save_to_disk(tmp_path / "saved")
+    dataset = datasets.Dataset.from_list([{"prompt": "a", "response": "b"}]).with_format("numpy", columns=["prompt"])
+    dataset.save_to_disk(tmp_path / "saved")
     assert check(tmp_path / "saved").counts == {"read": 1, "kept": 1}
 
 
-@pytest.mark.parametrize("suffix", WHOLE)
+@pytest.mark.parametrize("suffix", VALID)
 def test_folder_with_a_broken_file(check, tmp_path, suffix):
     rng = random.Random(suffix)
     refused = 0
     for number in range(6):
         folder = tmp_path / f"hub{number}"
         folder.mkdir()
-        raw = WHOLE[suffix]
+        raw = VALID[suffix]
         (folder / f"test{suffix}").write_bytes(raw)
         at = rng.randrange(len(raw) // 4, len(raw) - 4)
         broken = raw[:at] if number % 2 else raw[:at] + bytes([rng.randrange(256) for _ in range(3)]) + raw[at + 3 :]
@@ -384,8 +384,8 @@ def test_folder_error_names_the_cause(check, tmp_path):
     assert "train.jsonl:1: not a line of JSON" in check(tmp_path)
 
 
-def test_folder_is_read_anew(check, tmp_path, monkeypatch):
-    """No cache is written, and a file that is replaced with its time and size kept is noticed."""
+def test_folder_is_read_again(check, tmp_path, monkeypatch):
+    """No cache is written, and a replaced file is read again even if its time and size are equal."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     path = tmp_path / "folder" / "train.jsonl"
     path.parent.mkdir()
@@ -397,7 +397,7 @@ def test_folder_is_read_anew(check, tmp_path, monkeypatch):
 
 
 def test_folder_named_json(check, tmp_path, monkeypatch):
-    """`load_dataset("json")` would read any JSON in the folder; a script of the folder's name is not run."""
+    """A folder named `json` is read itself, not by `load_dataset("json")`, and its script is not run."""
     folder = tmp_path / "json"
     folder.mkdir()
     (tmp_path / "other.json").write_text('[{"prompt": "wrong", "response": "wrong"}]')
@@ -408,7 +408,7 @@ def test_folder_named_json(check, tmp_path, monkeypatch):
     assert "scripts are no longer supported" in check("json") and not (tmp_path / "ran").exists()
 
 
-# ------------------------------------------------------------------------------------------------ no plain files
+# ------------------------------------------------------------------------------------------------- special files
 
 
 @pytest.mark.timeout(60)
@@ -418,7 +418,7 @@ def test_pipes_and_devices(check, tmp_path):
         assert "a pipe or device" in check(tmp_path / name)
     for name in ("/dev/null", "/dev/zero"):
         assert "a pipe or device" in check(name)
-    reader, writer = os.pipe()  # as /dev/stdin is
+    reader, writer = os.pipe()  # like /dev/stdin
     try:
         assert "a pipe or device" in check(f"/dev/fd/{reader}")
     finally:
@@ -471,7 +471,7 @@ def test_long_texts(check, tmp_path):
 @fuzz(300)
 @given(text=st.lists(st.sampled_from(list("ab1.)- •–\n\r\t\v\u2028\u00a0")), max_size=12).map("".join))
 def test_list_marks(text):
-    # The plain form of the pattern, which is slow on texts of many empty lines.
+    # The simple form of the pattern, which is slow for texts with many empty lines.
     assert bool(prose._MARKUP.search(text)) == bool(re.search(r"^\s*(?:[-•–]|\d+[.)])\s", text, re.M))
 
 
@@ -493,9 +493,9 @@ def test_list_marks(text):
 def test_failing_chat_templates(tmp_path, template, reason):
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = template
-    talk = [{"role": ("user", "assistant")[n % 2], "content": "x"} for n in range(999)]
+    messages = [{"role": ("user", "assistant")[n % 2], "content": "x"} for n in range(999)]
     with pytest.raises(UserError, match=f"refuses messages of user, assistant.*{reason}") as error:
-        templates.encode_prompts(tokenizer, [talk], "chat")
+        templates.encode_prompts(tokenizer, [messages], "chat")
     assert str(error.value).isprintable() and len(str(error.value)) < 1000
 
 
@@ -523,13 +523,13 @@ ARCHIVES = [
 
 @pytest.mark.parametrize("kind", range(len(ARCHIVES)))
 def test_wheels_damaged_anywhere(tmp_path, kind):
-    """A file from a damaged archive is intact, or one line says that the wheel is not whole."""
+    """A file from a damaged archive is intact, or one line states that the wheel is damaged."""
     raw, wheel = ARCHIVES[kind], tmp_path / "spin_cargo-1.0-py3-none-any.whl"
     rng = random.Random(kind)
     refused = 0
     variants = [raw[:length] for length in range(0, len(raw), 7)]
-    for at in range(len(raw)):
-        variants.append(raw[:at] + bytes([raw[at] ^ (1 << rng.randrange(8))]) + raw[at + 1 :])
+    for offset in range(len(raw)):
+        variants.append(raw[:offset] + bytes([raw[offset] ^ (1 << rng.randrange(8))]) + raw[offset + 1 :])
     for variant in variants:
         wheel.write_bytes(variant)
         try:

@@ -1,4 +1,4 @@
-"""Records of many shapes: columns, roles, breaks, tools. Counts add up."""
+"""Conversations from records of many formats: columns, roles, interruptions and tools; counts that add up."""
 
 import json
 import math
@@ -30,10 +30,10 @@ def texts(messages):
     return [(message["role"], message["content"]) for message in messages]
 
 
-def chat(*turns, **more):
+def chat(*turns, **columns):
     return {
         "messages": [turn if isinstance(turn, dict) else {"role": turn[0], "content": turn[1]} for turn in turns],
-        **more,
+        **columns,
     }
 
 
@@ -120,21 +120,21 @@ def test_each_record_has_its_format():
         read({"a": 1}, {"b": 2})
 
 
-def test_columns_that_are_not_read():
+def test_unread_columns():
     rows = [chat(ASK, TELL, id=1, source="x", score=None), chat(ASK, TELL, source="y", topic="z")]
     assert read(*rows)[2] == ["note: columns of the data that are not read: source, topic"]
 
 
-def test_history_that_is_no_list():
+def test_history_is_not_a_list():
     row = {"prompt": "Name a tree.", "response": "Oak.", "history": "They met at noon."}
     assert read(row)[:2] == ([], {"history that is no list": 1})
     assert read({**row, "history": ["A", "B"]})[0] == [[("user", "A"), ("assistant", "B"), ASK, TELL]]
     assert read({**row, "history": [["A", "B"], ["C", None]]})[:2] == ([], {"message without a role": 1})
-    conversations, _, notes = read(chat(ASK, TELL, history="of Rome"))  # a topic, for all we know
+    conversations, _, notes = read(chat(ASK, TELL, history="of Rome"))  # it may be a topic
     assert conversations == [[ASK, TELL]] and notes == ["note: columns of the data that are not read: history"]
 
 
-def test_chosen_answer_is_said_once():
+def test_chosen_answer_is_noted_once():
     rows = [{"prompt": "Name a tree.", "chosen": text, "rejected": "Pike."} for text in ("Oak.", "Fir.")]
     assert read(*rows)[2] == ["note: of two answers, the chosen (or real) one is the human answer"]
 
@@ -151,7 +151,7 @@ def test_answers_after_a_break():
 
 
 @pytest.mark.parametrize("flag", [{"weight": 0}, {"train": False}, {"loss_mask": 0}, {"training": False}])
-def test_answers_that_are_not_to_be_learnt(flag):
+def test_answers_excluded_from_training(flag):
     turns = [ASK, {"role": "assistant", "content": "Pike.", **flag}, ("user", "No."), TELL]
     expected = [ASK, ("assistant", "Pike."), ("user", "No."), TELL]
     assert read(chat(*turns))[:2] == ([expected], {})
@@ -159,7 +159,7 @@ def test_answers_that_are_not_to_be_learnt(flag):
     assert read(chat(*turns[:2]))[:2] == ([], {"not to be learnt": 1})
 
 
-def test_answer_that_was_judged_bad():
+def test_answer_labelled_bad():
     rows = [{"prompt": "Name a tree.", "completion": text, "label": text == "Oak."} for text in ("Oak.", "Pike.")]
     assert read(*rows) == ([[ASK, TELL]], {"not to be learnt": 1}, [])
 
@@ -167,8 +167,8 @@ def test_answer_that_was_judged_bad():
 def test_rejected_answer_to_another_prompt():
     pairs = {"Name a tree.": "Eel.", "Name a fish.": "Carp."}
     rows = [
-        {"chosen": chat(ASK, TELL)["messages"], "rejected": chat(("user", ask), ("assistant", text))["messages"]}
-        for ask, text in pairs.items()
+        {"chosen": chat(ASK, TELL)["messages"], "rejected": chat(("user", question), ("assistant", text))["messages"]}
+        for question, text in pairs.items()
     ]
     rows.append({**rows[0], "rejected": [*rows[0]["rejected"], *rows[1]["rejected"]]})
     rows.append({"prompt": "Name a tree.", "chosen": "Oak.", "rejected": rows[0]["rejected"]})
@@ -180,19 +180,19 @@ def test_rejected_answer_to_another_prompt():
 def test_tools(turns):
     row = chat(ASK, CALL, {"role": "tool", "content": "Oak"}, TELL, tools=TOOLS)
     answers = 2 if turns == "all" else 1
-    assert read(row, turns=turns)[:2] == ([], {"tool call": answers})  # the template knows no tools
+    assert read(row, turns=turns)[:2] == ([], {"tool call": answers})  # the template does not support tools
     assert read({**row, "tools": None}, turns=turns, tools=True)[:2] == ([], {"tool call": answers})
     for column in (TOOLS, json.dumps(TOOLS)):
         conversations, counts, _ = read({**row, "tools": column}, turns=turns, tools=True)
         assert conversations == [[ASK, ("assistant", "Let me look."), ("tool", "Oak"), TELL]]
         assert counts == ({"tool call": 1} if turns == "all" else {})
-    shared = [
+    messages = [
         ("human", "Name a tree."),
         ("function_call", '{"name": "f", "arguments": {}}'),
         ("observation", "Oak"),
         ("gpt", "Oak."),
     ]
-    row = {"conversations": [{"from": role, "value": text} for role, text in shared], "tools": json.dumps(TOOLS)}
+    row = {"conversations": [{"from": role, "value": text} for role, text in messages], "tools": json.dumps(TOOLS)}
     assert read(row, tools=True)[0] == [[ASK, ("assistant", ""), ("tool", "Oak"), TELL]]
 
 
@@ -215,7 +215,7 @@ ROW = st.fixed_dictionaries(
 @given(st.lists(ROW, max_size=4), st.sampled_from(["first", "all"]), st.booleans(), st.sampled_from(["model", "file"]))
 def test_counts_add_up(rows, turns, tools, generated):
     try:
-        conversations, counts, _ = read(*rows, turns=turns, tools=tools, generated=generated)  # checks that they do
+        conversations, counts, _ = read(*rows, turns=turns, tools=tools, generated=generated)  # `read` checks the sum
     except UserError:
         return
     if turns == "first":
@@ -228,8 +228,8 @@ def test_counts_add_up(rows, turns, tools, generated):
 @pytest.mark.parametrize("template", ["{prompt} ", "chat"])
 def test_rejected_answers(tmp_path, template):
     rows = [
-        {"prompt": ask, "chosen": "Oak.", "rejected": rejected}
-        for ask, rejected in (("A", "Pike. "), ("B", None), ("C", "x" * 99))
+        {"prompt": question, "chosen": "Oak.", "rejected": rejected}
+        for question, rejected in (("A", "Pike. "), ("B", None), ("C", "x" * 99))
     ]
     rows.append(
         {
@@ -245,8 +245,8 @@ def test_rejected_answers(tmp_path, template):
     reasons = {"rejected answer: empty": 1, "rejected answer: answer too long": 1}
     assert dataset.counts == {"read": 4, "kept": 2, **reasons}
     end = tokenizer.eos_token
-    blank = " " if template != "chat" else ""
-    assert {tokenizer.decode(example.rejected) for example in dataset.train} == {f"Pike.{blank}{end}", f"Eel.{end}"}
+    space = " " if template != "chat" else ""
+    assert {tokenizer.decode(example.rejected) for example in dataset.train} == {f"Pike.{space}{end}", f"Eel.{end}"}
     assert {tokenizer.decode(example.real_ids) for example in dataset.train} == {f"Oak.{end}"}
 
 

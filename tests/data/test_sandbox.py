@@ -1,4 +1,4 @@
-"""Chat templates from strangers: an ordinary text, or one line; bounded in time and memory, and the same text each time."""
+"""Untrusted chat templates: the same text each time or a one-line error, within limits on time and memory."""
 
 import os
 import resource
@@ -74,23 +74,23 @@ SLOW = ("nested loops that write", "a huge power", "a macro that calls itself tw
     "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in HOSTILE]
 )
 def test_hostile_template(tokenizer, name, tmp_path):
-    source, says = HOSTILE[name]
+    source, expected = HOSTILE[name]
     tokenizer.chat_template = source.replace("EVIL", str(tmp_path / "touched"))
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
-    with pytest.raises(UserError, match=says) as caught:
+    with pytest.raises(UserError, match=expected) as error:
         ChatTemplate(tokenizer)
-    message = str(caught.value)
+    message = str(error.value)
     assert message.startswith("data.template=chat: the tokenizer's chat template") and "set data.template" in message
     assert message.isprintable() and len(message) < 1000
-    assert time.monotonic() - started < 100  # of a busy machine: the child's 5 s are processor time
+    assert time.monotonic() - started < 100  # on a busy machine: the child's limit of 5 s is processor time
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 * 1024
     assert not (tmp_path / "touched").exists()
-    tokenizer.chat_template = PLAIN  # the next one is not affected
+    tokenizer.chat_template = PLAIN  # the next template is not affected
     assert ChatTemplate(tokenizer).prompt([{"role": "user", "content": "Hi"}]) == "<user>Hi</s><assistant>"
 
 
 def test_limits_end_the_run_early(tokenizer, tmp_path):
-    """A conversation that a template never finishes is not one of many to count: each would take as long."""
+    """A conversation that exceeds the time limit ends the run; one that the template refuses is counted."""
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "short", "completion": "yes"}\n{"prompt": "a trap", "completion": "yes"}\n')
     tokenizer.chat_template = PLAIN + "{% if 'trap' in messages[0].content %}" + LOOPS + "{% endif %}"
@@ -101,8 +101,8 @@ def test_limits_end_the_run_early(tokenizer, tmp_path):
     assert dataset.counts == {"read": 2, "kept": 1, "refused by the template": 1}
 
 
-def test_slow_for_each_conversation():
-    """Much less than the limit, but too much for many."""
+def test_slow_conversations():
+    """Many conversations together exceed the limit although each is far below it."""
     child = Bounded(lambda seconds: burn(seconds), seconds=1, each=0.02)
     assert child.map([0.001] * 300) == [[True, ""]] * 300
     assert child.map([0.3] * 2) == [[True, ""]] * 2
@@ -118,7 +118,7 @@ def burn(seconds: float) -> str:
 
 
 def test_date_is_fixed(tokenizer):
-    """As in Llama 3's template: a date in the system prompt."""
+    """A template that prints the date in the system prompt, like Llama 3's, always prints the same date."""
     date = "{% if not date_string is defined %}{% set date_string = strftime_now(F) %}{% endif %}Today: {{ date_string }}. "
     for form, printed in (("%d %b %Y", "01 Jan 2026"), ("%Y-%m-%d %H:%M:%S.%f", "2026-01-01 00:00:00.000000")):
         tokenizer.chat_template = date.replace("F", repr(form)) + PLAIN
@@ -128,7 +128,7 @@ def test_date_is_fixed(tokenizer):
     chat = ChatTemplate(tokenizer, {"date_string": "26 Jul 2024"})
     assert chat.prompt([{"role": "user", "content": "Hi"}]).startswith("Today: 26 Jul 2024. ")
     rendered = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
-    assert f"Today: {datetime.now().year}" in rendered  # this process's library is as it was
+    assert f"Today: {datetime.now().year}" in rendered  # the library in this process is unchanged
 
 
 def test_addresses_in_the_data(tokenizer):
@@ -145,8 +145,8 @@ def test_any_text(tokenizer, text):
     assert split == Split(f"<user>{text}</s><assistant>", "yes</s>")
 
 
-def test_same_as_the_library(tokenizer):
-    """Variables, tools, several templates, and what is no JSON."""
+def test_same_as_transformers(tokenizer):
+    """Variables, tools, several templates and values outside JSON are rendered as by transformers."""
     call = {"type": "function", "function": {"name": "f", "arguments": {"day": datetime(2020, 1, 1), "n": (1, 2)}}}
     messages = [
         {"role": "user", "content": "Hi", "name": None},
@@ -162,37 +162,37 @@ def test_same_as_the_library(tokenizer):
         assert render_chat(tokenizer, messages, **options) == expected and len(expected) > 100
 
 
-def test_child_of_its_own(tokenizer):
-    """It holds no files of this process, and ends with it; a forked process starts another."""
+def test_child_process(tokenizer):
+    """The child holds no files of this process open; a forked process starts its own; a killed child is replaced."""
     tokenizer.chat_template = PLAIN
     sandbox._child.close()
     before = children()
-    read, write = os.pipe()
+    reader, writer = os.pipe()
     render_chat(tokenizer, [templates.QUESTION])
     assert children() == before + 1
-    os.close(write)
-    assert os.read(read, 1) == b""  # the child does not hold the other end
-    os.close(read)
-    first = sandbox._child.child
+    os.close(writer)
+    assert os.read(reader, 1) == b""  # the child does not hold the other end
+    os.close(reader)
+    child_pid = sandbox._child.child
     if (pid := os.fork()) == 0:
         render_chat(tokenizer, [templates.QUESTION])
-        os._exit(sandbox._child.child == first)
+        os._exit(sandbox._child.child == child_pid)
     assert os.waitpid(pid, 0)[1] == 0
-    assert render_chat(tokenizer, [templates.QUESTION]) and sandbox._child.child == first
-    os.kill(first, signal.SIGKILL)  # as an out-of-memory killer does
+    assert render_chat(tokenizer, [templates.QUESTION]) and sandbox._child.child == child_pid
+    os.kill(child_pid, signal.SIGKILL)  # as an out-of-memory killer does
     with pytest.raises(UserError, match=r"crashes \(SIGKILL"):
         render_chat(tokenizer, [templates.QUESTION])
     assert render_chat(tokenizer, [templates.QUESTION])
 
 
 def test_ends_with_its_parent(tmp_path):
-    read, write = os.pipe()
+    reader, writer = os.pipe()
     if (pid := os.fork()) == 0:
         child = Bounded(lambda _: str(os.getpid()))
-        os.write(write, child.map([0])[0][1].encode())
+        os.write(writer, child.map([0])[0][1].encode())
         os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(pid, 0)
-    grandchild = int(os.read(read, 20))
+    grandchild = int(os.read(reader, 20))
     for _ in range(100):
         status = Path(f"/proc/{grandchild}/stat")
         if not status.exists() or status.read_text().rsplit(")", 1)[1].split()[0] == "Z":

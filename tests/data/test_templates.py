@@ -1,4 +1,4 @@
-"""Chat templates of today's model families, in our own words: prompt, answer and end are what the template makes of them."""
+"""Chat templates like those of current models: the ids of prompt, answer and end match the rendered template."""
 
 import copy
 import json
@@ -15,7 +15,7 @@ from tests.data.test_examples import byte_level, sentencepiece  # noqa: F401
 
 FOLDER = Path(__file__).parent / "templates"
 EOS, THINKS, NO_THOUGHT = "<|endoftext|>", ["<think>", "</think>"], "<think>\n\n</think>\n\n"
-# The template, the tokens that it writes, the one that ends an answer (the model's own EOS is EOS), and its options.
+# Template, the tokens that it writes, the token that ends an answer (EOS is that of the tokenizer), and options.
 FAMILIES = {
     "chatml": ("chatml", ["<|im_start|>"], "<|im_end|>", {}),
     "llama2": ("llama2", [], "</s>", {}),
@@ -78,16 +78,16 @@ def load(tmp_path, tokenizer, options, rows, **changes):
     return dataset, notes
 
 
-def whole_ids(tokenizer, options, messages, end):
-    """The ids of the conversation as the template renders it, up to the token that ends its last answer."""
+def rendered_ids(tokenizer, options, messages, end):
+    """Return the ids of the rendered conversation, up to the token that ends its last answer."""
     text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    while ids[-1] != end or ids[-2] == end:  # Phi's conversations end in one more token
+    while ids[-1] != end or ids[-2] == end:  # Phi's template adds one more token
         ids.pop()
     return ids
 
 
-def ending(tokenizer, options):
+def end_token(tokenizer, options):
     return end_of_turn(tokenizer, "chat", options)
 
 
@@ -95,24 +95,24 @@ def ending(tokenizer, options):
 @pytest.mark.parametrize("turns", [1, 2])
 def test_prompt_answer_and_end(family, tmp_path, turns):
     tokenizer, options = family
-    end = ending(tokenizer, options)
+    end = end_token(tokenizer, options)
     dataset, _ = load(tmp_path, *family, [{"messages": talk(HUMAN[:turns])}], turns="all")
     assert len(dataset.train) == turns
     for example in dataset.train:
         number = HUMAN.index(example.real)
-        ids = whole_ids(*family, talk(HUMAN[: number + 1]), end)
+        ids = rendered_ids(*family, talk(HUMAN[: number + 1]), end)
         assert list(example.prompt_ids + example.real_ids) == ids
         assert example.real_ids.count(end) == 1
-        # What the model answers in the human's place: the same prompt, and the template's own end.
+        # With a generated answer instead of the human one, the prompt is the same.
         for answer in MODEL:
-            ids = whole_ids(*family, talk([*HUMAN[:number], answer.strip()]), end)
+            ids = rendered_ids(*family, talk([*HUMAN[:number], answer.strip()]), end)
             assert tuple(ids[: len(example.prompt_ids)]) == example.prompt_ids
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_end(name, byte_level, sentencepiece):  # noqa: F811
     tokenizer, options = tokenizer_of(name, byte_level, sentencepiece)
-    assert tokenizer.convert_ids_to_tokens(ending(tokenizer, options)) == FAMILIES[name][2]
+    assert tokenizer.convert_ids_to_tokens(end_token(tokenizer, options)) == FAMILIES[name][2]
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3 without thoughts", "qwen3 with thoughts in pieces"], indirect=True)
@@ -158,15 +158,15 @@ def test_thought_in_a_channel(family, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["smollm3"], indirect=True)
-def test_system_message_that_turns_thoughts_off(family, tmp_path):
+def test_system_message_disables_thoughts(family, tmp_path):
     rows = [{"messages": talk(HUMAN[:1], "Be kind. /no_think")}, {"messages": talk(["A fir."])}]
     dataset, _ = load(tmp_path, *family, rows)
-    ends = {row.real: family[0].decode(row.prompt_ids).split("assistant\n")[1] for row in dataset.train}
-    assert ends == {HUMAN[0]: "<think>\n\n</think>\n", "A fir.": ""}
+    prompt_ends = {row.real: family[0].decode(row.prompt_ids).split("assistant\n")[1] for row in dataset.train}
+    assert prompt_ends == {HUMAN[0]: "<think>\n\n</think>\n", "A fir.": ""}
 
 
 @pytest.mark.parametrize("family", ["chatml", "qwen3"], indirect=True)
-def test_thought_without_a_place_is_said(family, tmp_path):
+def test_unsupported_thought_is_noted(family, tmp_path):
     row = {"messages": [*talk(HUMAN[:1])[:1], {"role": "assistant", "content": HUMAN[0], "thinking": "Trees."}]}
     dataset, notes = load(tmp_path, *family, [row])
     is_learnt = "Trees." in family[0].decode(dataset.train[0].real_ids)
@@ -222,14 +222,14 @@ def test_tools_are_rendered(family, tmp_path):
     text = family[0].decode(dataset.train[0].prompt_ids)
     for part in ('Tools:\n{"type"', '{"name": "find", "arguments": {"what": "tree"}}', "<tool_response>\noak"):
         assert part in text
-    # Mistral's and Kimi's templates need the calls' ids.
+    # Mistral's and Kimi's templates require the ids of calls.
     with_ids = copy.deepcopy(family[0])
     with_ids.chat_template += (
         "{% for m in messages if m.tool_calls %}{{ m.tool_calls[0].id or raise_exception('no id') }}{% endfor %}"
     )
     dataset, _ = load(tmp_path, with_ids, {}, [{"messages": messages, "tools": tools}, {"messages": talk(HUMAN)}])
     assert dataset.counts == {"read": 2, "kept": 2}
-    # A template without tools: dropped and counted.
+    # If the template does not support tools, such answers are dropped and counted.
     plain = copy.deepcopy(family[0])
     plain.chat_template = (FOLDER / "chatml.jinja").read_text()
     dataset, _ = load(
@@ -239,7 +239,7 @@ def test_tools_are_rendered(family, tmp_path):
 
 
 @pytest.mark.parametrize("template", ["{prompt}", "paper"])
-def test_text_template_keeps_blanks(byte_level, tmp_path, template):  # noqa: F811
+def test_text_template_keeps_spaces(byte_level, tmp_path, template):  # noqa: F811
     rows = [
         {"prompt": "def f():\n", "completion": "    return 1\n"},
         {"prompt": "Called", "completion": " the Owl.<|im_end|>"},
@@ -253,7 +253,7 @@ def test_text_template_keeps_blanks(byte_level, tmp_path, template):  # noqa: F8
     assert {example.real for example in dataset.train} == {"    return 1\n", " the Owl."}
 
 
-def test_end_that_is_no_token(sentencepiece, tmp_path):  # noqa: F811
+def test_end_is_not_a_token(sentencepiece, tmp_path):  # noqa: F811
     tokenizer = copy.deepcopy(sentencepiece)
     tokenizer.chat_template = (FOLDER / "chatml.jinja").read_text()
     dataset, notes = load(tmp_path, tokenizer, {}, [{"messages": talk(HUMAN[:1])}])

@@ -1,4 +1,4 @@
-"""The loss against its formula, and its minimiser against the paper's theorems."""
+"""The loss compared with its formula, and its minimiser with the paper's theorems."""
 
 import math
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from spin.method.objectives import LINKS, link_at_zero, make_objective, space_lo
 
 
 def named(table: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Log-probs by response from a table [pairs, 2]."""
+    """Return log-probs by response from a table [pairs, 2]."""
     return {"real": table[:, 0], "generated": table[:, 1]}
 
 
@@ -55,7 +55,7 @@ def test_large_margins_stay_finite():
 
 
 def best_response(data: torch.Tensor, opponent: torch.Tensor, loss_of: Callable) -> torch.Tensor:
-    """The exact game over two outcomes, one iteration of `loss_of(policy, opponent)` trained to convergence."""
+    """Return the policy that minimises `loss_of(policy, opponent)` in one exact iteration over two outcomes."""
     logits = opponent.log().clone().requires_grad_(True)
     outcomes = [(y, generated) for y in range(2) for generated in range(2)]
     weights = torch.stack([data[y] * opponent[generated] for y, generated in outcomes])
@@ -103,7 +103,7 @@ def test_iterations_converge_to_the_data(beta):
 
 
 @pytest.mark.parametrize("mu", [1.0, 4.0])
-def test_space_is_its_formula(mu):
+def test_space_equals_formula(mu):
     generator = torch.Generator().manual_seed(0)
     policy, opponent = (-30 * torch.rand(20, 2, generator=generator, dtype=torch.float64) for _ in range(2))
     losses, metrics = space_loss(named(policy), named(opponent), mu)
@@ -113,10 +113,10 @@ def test_space_is_its_formula(mu):
         is_noise = 1 / (1 + math.exp(generated) / mu)  # s_{1/mu}(-r(y'))
         assert losses[i].item() == pytest.approx(-math.log(is_human) - mu * math.log(is_noise), rel=1e-9)
         assert metrics["rewards/real"][i].item() == pytest.approx(real)
-    at_zero, _ = space_loss(named(opponent), named(opponent), mu)
-    declared = make_objective(LossConfig.from_defaults(objective="space", beta=None, mu=mu), 0).initial_loss
-    assert torch.allclose(at_zero, torch.full_like(at_zero, declared))
-    assert declared == pytest.approx(math.log(1 + mu) + mu * math.log(1 + 1 / mu))
+    first_losses, _ = space_loss(named(opponent), named(opponent), mu)
+    initial_loss = make_objective(LossConfig.from_defaults(objective="space", beta=None, mu=mu), 0).initial_loss
+    assert torch.allclose(first_losses, torch.full_like(first_losses, initial_loss))
+    assert initial_loss == pytest.approx(math.log(1 + mu) + mu * math.log(1 + 1 / mu))
 
 
 @pytest.mark.parametrize("mu", [1.0, 3.0])
@@ -131,8 +131,8 @@ def test_space_is_optimal_after_one_iteration(mu):
     assert torch.allclose(best_response(data, data, loss_of), data, atol=1e-6)
 
 
-def test_first_gradient_of_space_is_that_of_spin():
-    """At mu = 1 and beta = 1; in general both answers weigh mu / (1 + mu), against beta / 2."""
+def test_first_gradient_of_space_equals_spin():
+    """The gradients agree at mu = beta = 1; in general both answers have weight mu / (1 + mu), in SPIN beta / 2."""
     logps = torch.randn(4, 2, dtype=torch.float64)
     grads = []
     for loss_of in (lambda p, o: space_loss(p, o, 1.0), spin(1.0)):
@@ -143,7 +143,7 @@ def test_first_gradient_of_space_is_that_of_spin():
 
 
 def terms_of(iteration: int, **settings) -> tuple:
-    """An objective, and random log-probs and lengths for it."""
+    """Return an objective, and random log-probs and lengths for it."""
     generator = torch.Generator().manual_seed(3)
     table = -30 * torch.rand(16, 3, generator=generator, dtype=torch.float64)
     policy = {**named(table), "first": table[:, 2]}
@@ -152,14 +152,14 @@ def terms_of(iteration: int, **settings) -> tuple:
     return make_objective(LossConfig.from_defaults(**settings), iteration), policy, opponent, lengths
 
 
-def test_tspin_is_its_formula():
+def test_tspin_equals_formula():
     settings = {"reference": "none", "beta": 0.7, "history_weight": 0.3}
     for iteration, weight in ((0, 0.0), (1, 0.3)):
         objective, policy, opponent, lengths = terms_of(iteration, **settings)
         losses, metrics = objective.loss(policy, {"opponent": opponent}, lengths)
         for i, (real, generated, first) in enumerate(zip(*(x.tolist() for x in policy.values()), strict=True)):
-            z, back = 0.7 * (real - generated), 0.7 * (generated - first)
-            expected = math.log(1 + math.exp(-z)) + weight * math.log(1 + math.exp(-back))
+            z, z_history = 0.7 * (real - generated), 0.7 * (generated - first)
+            expected = math.log(1 + math.exp(-z)) + weight * math.log(1 + math.exp(-z_history))
             assert losses[i].item() == pytest.approx(expected, rel=1e-9)
             assert metrics["gains/real"][i].item() == pytest.approx(real - opponent["real"][i].item())
         assert objective.initial_loss is None and objective.references == ("opponent",)
@@ -167,7 +167,7 @@ def test_tspin_is_its_formula():
 
 
 @pytest.mark.parametrize("base", [{"objective": "space", "beta": None}, {"beta": 0.4}])
-def test_floor_costs_below_the_opponent_only(base):
+def test_floor_applies_below_the_opponent(base):
     plain, policy, opponent, lengths = terms_of(0, **base)
     floored = terms_of(0, real_floor=0.6, **base)[0]
     expected = [
@@ -184,8 +184,8 @@ def test_floor_costs_below_the_opponent_only(base):
     assert floored.initial_loss == plain.initial_loss
 
 
-def test_settings_decide_content():
-    """Those of plain SPIN stay as they were, so that stages of earlier versions are found."""
+def test_settings_in_stage_inputs():
+    """The settings of plain SPIN do not change between versions, so that earlier stages are found."""
 
     def settings(iteration=1, num_answers=1, **changes):
         return make_objective(LossConfig.from_defaults(**changes), iteration, num_answers).settings

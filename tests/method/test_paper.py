@@ -1,6 +1,6 @@
-"""The paper's run from end to end: both recipes as they stand, on the data's and the model's layout on the hub, all small.
+"""The paper's run end to end: both recipes, unchanged, on a small data set and model in the layout of the hub.
 
-The words beside `experiment=` give places and sizes, and but for one slow test the engine, which is to run without torchrun.
+The settings beside `experiment=` are paths, sizes and, except in one slow test, an engine that runs without torchrun.
 """
 
 import json
@@ -28,7 +28,7 @@ from tests.config.test_schema import ROOT, composed, load
 PAPER = ["experiment=paper", "engine=single"]
 ONE_GPU = ["experiment=paper_one_gpu"]
 SIZE, HELD_OUT = 64, 8
-# By iteration: learning rate, beta, opponent, whose pairs come again (the paper, section 6.1 and appendix B).
+# Per iteration: learning rate, beta, opponent, source of replayed pairs (paper, section 6.1 and appendix B).
 ITERATIONS = [
     (5e-7, 0.1, "start", []),
     (5e-7, 0.1, "iter0", ["iter0"]),
@@ -63,16 +63,16 @@ def model(place):
 
 
 def play(place, games, run, recipe):
-    done = games.play(*recipe, model(place), *words(place, run))
-    return outcome(place, run, done)
+    result = games.play(*recipe, model(place), *words(place, run))
+    return outcome(place, run, result)
 
 
-def outcome(place, run, done):
-    assert done.returncode == 0, done.stdout + done.stderr
+def outcome(place, run, result):
+    assert result.returncode == 0, result.stdout + result.stderr
     folder = place.folder / run
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return SimpleNamespace(
-        stdout=done.stdout,
+        stdout=result.stdout,
         folder=folder,
         training=[row for row in rows if row["stage"] == "train"],
         pairs=[read_pairs(folder / f"iter{t}" / "pairs.parquet")[0] for t in range(4)],
@@ -90,7 +90,7 @@ def paper(place, games):
 # --- the recipes ------------------------------------------------------------------------------------------------------
 
 
-def test_recipe_is_the_papers():
+def test_recipe_equals_the_papers():
     config = load(*PAPER)
     model, data, schedule, optimizer = config.model, config.data, config.schedule, config.optimizer
     assert model.path == "alignment-handbook/zephyr-7b-sft-full" and model.adapter == model.quantization == "none"
@@ -131,7 +131,7 @@ def test_recipes_fit_80_gib():
 
 
 def test_start_is_found_in_the_hub_cache(place, monkeypatch):
-    """In the hub's cache, where a download puts it."""
+    """The start model is found in the hub's cache, where a download puts it."""
     config = load(*PAPER).model
     snapshot = place.folder / "hub" / f"models--{config.path.replace('/', '--')}" / "snapshots" / config.revision
     snapshot.parent.mkdir(parents=True)
@@ -156,7 +156,7 @@ def test_splits_and_first_rounds(place, paper):
     assert (len(paper.pairs[0]), len(trained), len(held_out)) == (SIZE, SIZE, HELD_OUT)
     assert Counter(rounds[pair] for pair in trained).keys() == hub.SIZES.keys()
     read = sum(hub.SIZES.values())
-    # Two conversations start with the same round, which makes one example.
+    # Two conversations start with the same round and give one example.
     assert paper.game["data"]["counts"] == {
         "read": read,
         "kept": SIZE + HELD_OUT,
@@ -171,24 +171,24 @@ def test_splits_and_first_rounds(place, paper):
 def test_template_and_special_tokens(place, paper):
     tokenizer = AutoTokenizer.from_pretrained(place.folder / "zephyr-7b-sft-full")
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
-    cut = finished = 0
+    truncated = finished = 0
     for pair in [pair for pairs in paper.pairs for pair in pairs]:
         text = f"### Instruction: {pair.prompt}\n\n### Response: "
         assert list(pair.prompt_ids) == tokenizer(text)["input_ids"]
         assert pair.prompt_ids[0] == 1 and (*pair.prompt_ids, *pair.real_ids).count(1) == 1
         assert 2 not in pair.prompt_ids
-        whole = tokenizer.decode(pair.prompt_ids + pair.real_ids)
-        if pair.real == hub.LONG_ANSWER:  # of 2,048 tokens together; where the human went on there is no end
-            cut += 1
+        decoded = tokenizer.decode(pair.prompt_ids + pair.real_ids)
+        if pair.real == hub.LONG_ANSWER:  # truncated to 2,048 tokens in total, without an end token
+            truncated += 1
             assert len(pair.prompt_ids) + len(pair.real_ids) == 2048 and 2 not in pair.real_ids
-            assert f"<s> {text}{pair.real}".startswith(whole)
+            assert f"<s> {text}{pair.real}".startswith(decoded)
         else:
-            assert whole == f"<s> {text}{pair.real}</s>" and pair.real_ids.count(2) == 1
+            assert decoded == f"<s> {text}{pair.real}</s>" and pair.real_ids.count(2) == 1
         stopped = pair.finish_reason == "stop"
         finished += stopped
         assert pair.generated_ids.count(2) == stopped and (pair.generated_ids[-1] == 2) == stopped
         assert stopped or len(pair.generated_ids) == 256
-    assert cut and 0 < finished < sum(map(len, paper.pairs))
+    assert truncated and 0 < finished < sum(map(len, paper.pairs))
 
 
 def check_game(game):
@@ -206,7 +206,7 @@ def check_game(game):
         assert manifest["replay"] == replay and train["epochs"] == 2 and train["batch_size"] == 64
         assert train["numerics"]["precision"] == "bfloat16" and train["optimizer"]["name"] == "rmsprop"
 
-        # Its own pairs and those of the iteration before, all scored under the present opponent.
+        # Its own pairs and those of the previous iteration, all scored under the current opponent.
         ids = Counter(pair.iter for pair in pairs[t])
         assert ids == ({0: SIZE} if t == 0 else {t - 1: SIZE, t: SIZE})
         new = {pair.id for pair in pairs[t] if pair.iter == t}
@@ -234,7 +234,7 @@ def check_game(game):
         assert policy.dtype == torch.float32 and policy.config.sliding_window == 4096
         assert AutoTokenizer.from_pretrained(folder).chat_template == hub.CHAT_TEMPLATE
         now = policy.model.layers[0].mlp.up_proj.weight
-        assert start is None or 0 < (now - start).abs().max() < 1e-4  # masters take steps that bf16 would lose
+        assert start is None or 0 < (now - start).abs().max() < 1e-4  # fp32 masters keep steps that bf16 loses
         start = now.detach()
     report = (game.folder / "report.md").read_text()
     assert "| 3 | iter2 | link logistic, beta 5.0 | 1e-7 | 128 |" in report and list(
@@ -248,11 +248,11 @@ def test_four_iterations(paper):
 
 
 def test_one_gpu_recipe_reuses_stages(place, games, paper):
-    """The start's measures, the first answers and their scores."""
+    """The start's measures, the first answers and their scores are reused."""
     folder = place.folder / "first"
-    done = games.play(*ONE_GPU, "iter=0", model(place), *words(place, "first"))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("reused") == 3 and "iter 0: score: reused" in done.stdout
+    result = games.play(*ONE_GPU, "iter=0", model(place), *words(place, "first"))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("reused") == 3 and "iter 0: score: reused" in result.stdout
     manifests = [json.loads((run / "iter0" / "manifest.json").read_text()) for run in (folder, paper.folder)]
     one_gpu, eight_gpus = (manifest["stages"]["train"]["made_from"] for manifest in manifests)
     assert (one_gpu["optimizer"]["states"], eight_gpus["optimizer"]["states"]) == ("bf16", "fp32")
@@ -262,12 +262,12 @@ def test_one_gpu_recipe_reuses_stages(place, games, paper):
 
 @pytest.mark.slow
 def test_two_ranks_play_the_recipe(place):
-    """What is typed for eight cards: DeepSpeed, ZeRO-3, bf16; here two processes on a CPU."""
+    """The command for eight GPUs (DeepSpeed, ZeRO-3, bf16) runs in two processes on a CPU."""
     launch = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 2 run.py".split()]
     settings = ["experiment=paper", model(place), *words(place, "two")]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launch, *settings], cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
-    game = outcome(place, "two", done)
+    result = subprocess.run([*launch, *settings], cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
+    game = outcome(place, "two", result)
     check_game(game)
     assert all(manifest["stages"]["train"]["made_from"]["engine"] == "deepspeed" for manifest in game.manifests)
     assert "2 processes, ZeRO stage 3" in game.stdout

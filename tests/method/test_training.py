@@ -1,4 +1,4 @@
-"""Training against a naive float64 step, and the loop's edge cases."""
+"""Training compared with a naive float64 step, and edge cases of the training loop."""
 
 import gc
 import hashlib
@@ -44,13 +44,13 @@ def pairs_of(count=10) -> list[Pair]:
 
 
 def score(folder, pairs, forward=PACKED, dtype=torch.float32) -> dict:
-    """References for `train_spin`: the pairs' log-probs under the opponent in `folder`."""
+    """Return references for `train_spin`: the pairs' log-probs under the opponent in `folder`."""
     values = compute_logps(load_model(folder, dtype, CPU), to_continuations(pairs), forward)
     return {"opponent": split_responses(values, [len(group) for group in group_by_prompt(pairs)])}
 
 
 def train(engine, pairs, forward=PACKED, references=None, log=lambda row: None, loss=None, **settings):
-    """One call of `train_spin`, by default with the references that the engine's own start gives."""
+    """Call `train_spin`, by default with references from the engine's initial policy."""
     references = references or score(engine.policy.folder, pairs, forward, engine.dtype)
     objective = make_objective(LossConfig.from_defaults(**{"beta": 0.1, **(loss or {})}), 0)
     return train_spin(engine, pairs, references, objective, forward, log=log, **{**SETTINGS, **settings})
@@ -60,7 +60,7 @@ SETTINGS = dict(lr=1e-3, epochs=1, batch_size=100, warmup_ratio=0.0, seed=0)
 
 
 def test_step_equals_naive_float64(tiny_folder):
-    """One step of a whole iteration: log-probs, loss, mean over pairs, clipping, RMSprop, in plain float64."""
+    """One step equals plain float64 arithmetic: log-probs, loss, mean over pairs, clipping, RMSprop."""
     pairs = pairs_of()
     engine = engine_of(tiny_folder, max_grad_norm=0.5)
     rows = []
@@ -84,11 +84,11 @@ def test_step_equals_naive_float64(tiny_folder):
         grad = weight.grad * min(1.0, 0.5 / (norm.item() + 1e-6))
         square = 0.01 * grad**2
         expected = weight.detach() - 1e-3 * grad / (square.sqrt() + 1e-8)
-        # RMSprop divides by |grad|, so where a gradient is all rounding so is its step: compare where it is not.
-        solid = grad.abs() > 1e-6
-        assert solid.float().mean() > 0.5
+        # RMSprop divides by |grad|, so the steps of tiny gradients are rounding noise: compare the others.
+        large = grad.abs() > 1e-6
+        assert large.float().mean() > 0.5
         master = engine.masters[name].double()
-        assert torch.allclose(master[solid], expected[solid], atol=2e-5), name
+        assert torch.allclose(master[large], expected[large], atol=2e-5), name
         assert torch.equal(engine.model.get_parameter(name).data, engine.masters[name])
     assert rows[0]["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
     assert rows[0]["loss"] == pytest.approx(loss.item(), abs=1e-5)
@@ -102,7 +102,7 @@ def test_first_step_has_margin_0(tiny_folder, link):
     assert rows[0]["loss"] == pytest.approx(NAIVE[link](0.0), abs=1e-4)
 
 
-def test_wrong_opponent_is_found(tiny_folder):
+def test_wrong_opponent_is_detected(tiny_folder):
     pairs = pairs_of()
     opponent = score(tiny_folder, pairs)["opponent"]
     wrong = {"opponent": opponent | {"real": opponent["real"] - 3}}
@@ -114,11 +114,11 @@ def test_wrong_opponent_is_found(tiny_folder):
 
 
 @pytest.mark.parametrize("forward", [PADDED, Forward("packed", "chunked", 300, 64), Forward("packed", "full", 64, 1)])
-def test_gradient_does_not_depend_on_micro_batches(tiny_folder, forward):
+def test_gradient_with_any_micro_batches(tiny_folder, forward):
     """Micro-batches of unequal numbers of pairs give the gradient of the mean over pairs."""
     pairs = pairs_of(11)
     results = []
-    for way in (PACKED, forward):
+    for batching in (PACKED, forward):
         engine = engine_of(tiny_folder)
         collected = {}
 
@@ -127,7 +127,7 @@ def test_gradient_does_not_depend_on_micro_batches(tiny_folder, forward):
             return 0.0
 
         engine.step = step
-        train(engine, pairs, way, loss={"beta": 0.5})
+        train(engine, pairs, batching, loss={"beta": 0.5})
         results.append(collected)
     for name, grad in results[0].items():
         assert torch.allclose(grad, results[1][name], atol=1e-5, rtol=1e-3), name
@@ -147,7 +147,7 @@ def test_metrics_are_means_over_items(tiny_folder):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tiny_learning_rate_moves_masters(tiny_folder, dtype):
-    """In bf16 weights the same updates would be rounded away: that they are not is the masters' doing."""
+    """fp32 masters keep updates that bf16 weights would round away."""
     engine = engine_of(tiny_folder, dtype)
     before = {name: master.clone() for name, master in engine.masters.items()}
     train(engine, pairs_of(), lr=5e-7, epochs=8, batch_size=5)
@@ -203,12 +203,12 @@ def test_gradient_checkpointing_keeps_bits(tiny_folder):
 
 
 def broken_at(steps, loss=True, gradient=True):
-    """An objective whose loss, gradient or both are not finite at some steps, and usual at the others."""
+    """Return an objective whose loss, gradient or both are not finite at some steps."""
 
     def objective(batch, logps, indices, step):
-        bad = step in steps
-        losses = -logps * (torch.inf if bad and gradient else 1.0)
-        return losses, {"loss": -logps.detach() * (torch.nan if bad and loss else 1.0)}
+        is_broken = step in steps
+        losses = -logps * (torch.inf if is_broken and gradient else 1.0)
+        return losses, {"loss": -logps.detach() * (torch.nan if is_broken and loss else 1.0)}
 
     return objective
 
@@ -231,9 +231,9 @@ def test_nonfinite_step_is_skipped(tiny_folder, loss, gradient):
     assert all(torch.isfinite(master).all() for master in engine.masters.values())
 
 
-@pytest.mark.parametrize(("count", "broken", "after"), [(12, {2, 3, 4, 5, 6}, 7), (1, {0}, 1), (4, {1, 2}, 3)])
-def test_nonfinite_steps_in_a_row_end_the_run(tiny_folder, tmp_path, count, broken, after):
-    """The last checkpoint that is kept is that of the last step with an update."""
+@pytest.mark.parametrize(("count", "broken_steps", "num_rows"), [(12, {2, 3, 4, 5, 6}, 7), (1, {0}, 1), (4, {1, 2}, 3)])
+def test_nonfinite_steps_in_a_row_end_the_run(tiny_folder, tmp_path, count, broken_steps, num_rows):
+    """The newest checkpoint is that of the last step with an update."""
     messages, rows = [], []
     checkpoints = Checkpoints(tmp_path, steps=1, say=messages.append)
     settings = {**SETTINGS, "batch_size": 1}
@@ -241,15 +241,15 @@ def test_nonfinite_steps_in_a_row_end_the_run(tiny_folder, tmp_path, count, brok
         fit(
             engine_of(tiny_folder),
             random_items(count, responses=1),
-            broken_at(broken),
+            broken_at(broken_steps),
             PACKED,
             log=rows.append,
             checkpoints=checkpoints,
             **settings,
         )
-    assert len(rows) == after
+    assert len(rows) == num_rows
     restored = Checkpoints(tmp_path, steps=1).restore(engine_of(tiny_folder))
-    assert restored.step == min(broken) and restored.skipped == 0
+    assert restored.step == min(broken_steps) and restored.skipped == 0
 
 
 def test_divergence_ends_the_run(tiny_folder):
@@ -307,7 +307,7 @@ def test_buffers_are_saved(tiny_folder, tmp_path):
 
 
 def test_closed_engine_frees_weights(tiny_folder):
-    """A game trains several times in one process: what each leaves would add up."""
+    """A closed engine frees its weights, because a game trains several times in one process."""
     engine = engine_of(tiny_folder)
     train(engine, pairs_of())
     references = [weakref.ref(engine), weakref.ref(engine.model), *map(weakref.ref, engine.model.parameters())]

@@ -1,4 +1,4 @@
-"""Variants of the loss against their formulas in float64: alone, in a training step, and in complete games."""
+"""Variants of the loss compared with their formulas in float64: alone, in a training step and in complete games."""
 
 import json
 import math
@@ -37,7 +37,7 @@ VARIANTS = [
 
 
 def naive_loss(policy, reference, lengths, beta, link, length_normalised, sft_weight) -> float:
-    """One pair, in Python's floats."""
+    """Return the loss of one pair, computed with Python's floats."""
     (real, generated), (real_0, generated_0), (n, m) = policy, reference, lengths
     if length_normalised:
         z = beta * (real - real_0) / n - beta * (generated - generated_0) / m
@@ -56,15 +56,15 @@ def test_formula_and_gradient(variant, link):
     losses, metrics = objective.loss(named(policy), {"opponent": named(reference)}, named(lengths))
     (grad,) = torch.autograd.grad(losses.sum(), policy)
     for i in range(12):
-        given = [x[i].tolist() for x in (policy.detach(), reference, lengths)]
-        assert losses[i].item() == pytest.approx(naive_loss(*given, 0.4, link, **variant), rel=1e-9)
+        arguments = [x[i].tolist() for x in (policy.detach(), reference, lengths)]
+        assert losses[i].item() == pytest.approx(naive_loss(*arguments, 0.4, link, **variant), rel=1e-9)
         for column in range(2):
-            ends = []
+            values = []
             for step in (1e-6, -1e-6):
-                moved = list(given[0])
-                moved[column] += step
-                ends.append(naive_loss(moved, *given[1:], 0.4, link, **variant))
-            assert grad[i, column].item() == pytest.approx((ends[0] - ends[1]) / 2e-6, rel=1e-6, abs=1e-6)
+                shifted = list(arguments[0])
+                shifted[column] += step
+                values.append(naive_loss(shifted, *arguments[1:], 0.4, link, **variant))
+            assert grad[i, column].item() == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-6, abs=1e-6)
     if variant["sft_weight"]:
         parts = metrics["loss/spin"] + variant["sft_weight"] * metrics["loss/sft"]
         assert torch.allclose(metrics["loss"], parts) and torch.allclose(parts, losses)
@@ -79,13 +79,13 @@ def test_plain_loss_ignores_lengths():
 
 
 def test_mixture_normaliser_cancels():
-    """Over three outcomes the geometric mixture can be normalised: the losses are the same as without."""
+    """Losses with a geometric mixture are equal if it is normalised, which is possible over three outcomes."""
     opponent, start = (torch.tensor(p, dtype=torch.float64) for p in ([0.2, 0.5, 0.3], [0.6, 0.1, 0.3]))
-    naive = [math.pow(p, 0.3) * math.pow(q, 0.7) for p, q in zip(opponent.tolist(), start.tolist(), strict=True)]
+    unnormalised = [math.pow(p, 0.3) * math.pow(q, 0.7) for p, q in zip(opponent.tolist(), start.tolist(), strict=True)]
     pairs = torch.tensor([[0, 1], [2, 0], [1, 2]])
     mixed = mix_references(named(opponent.log()[pairs]), named(start.log()[pairs]), 0.3)
-    assert mixed["real"].exp().tolist() == pytest.approx([naive[k] for k in pairs[:, 0]])
-    normalised = named((torch.tensor(naive) / sum(naive)).log()[pairs])
+    assert mixed["real"].exp().tolist() == pytest.approx([unnormalised[k] for k in pairs[:, 0]])
+    normalised = named((torch.tensor(unnormalised) / sum(unnormalised)).log()[pairs])
     policy = named(torch.tensor([0.1, 0.2, 0.7], dtype=torch.float64).log()[pairs])
     losses, metrics = spin_loss(policy, mixed, 0.5, "logistic")
     expected, normalised_metrics = spin_loss(policy, normalised, 0.5, "logistic")
@@ -95,7 +95,7 @@ def test_mixture_normaliser_cancels():
 
 @pytest.mark.parametrize("alpha", [1.0, 0.4, 0.0])
 def test_optimum_with_mixed_reference(alpha):
-    """Trained to convergence, logistic: p = r (p_data / p_t)^(1/beta) / Z, theorem 5.4 with the reference r in place of p_t."""
+    """The optimum with logistic loss is p = r (p_data / p_t)^(1/beta) / Z: theorem 5.4 with r instead of p_t."""
     data, opponent, start = (
         torch.tensor(p, dtype=torch.float64) for p in ([0.5, 0.2, 0.3], [0.2, 0.5, 0.3], [0.3, 0.3, 0.4])
     )
@@ -120,11 +120,11 @@ def test_optimum_with_mixed_reference(alpha):
     assert torch.allclose(logits.detach().softmax(-1), expected, atol=1e-6)
 
 
-# --- several answers a prompt -------------------------------------------------------------------------------------------
+# --- several answers per prompt -----------------------------------------------------------------------------------------
 
 
 def answers_of(items: list[Continuations]) -> list[Pair]:
-    """Pairs of items with one to three generated answers, not scored."""
+    """Return the pairs of items with one to three generated answers, not scored."""
     return [
         Pair(f"p{i}", "", "", "", "stop", item.prompt_ids, item.responses[0], generated, answer=k)
         for i, item in enumerate(items)
@@ -167,7 +167,7 @@ def test_answers_join_their_example():
     assert all(pair.real_ids == chosen[0].real_ids for pair in pairs[:2]) and pairs[2].prompt == chosen[1].prompt
 
 
-def test_first_answer_does_not_depend_on_how_many_follow():
+def test_first_answer_with_any_number_of_answers():
     model, chosen = small_model("llama"), examples(20)
     config = GenerationConfig.from_defaults(batch_size=64)
     alone = generate_answers(model, AnswerRequest(Ids(), chosen, config, 10, {1}, 0))
@@ -196,7 +196,7 @@ def train(engine, pairs, references, forward=PACKED, log=lambda row: None, refer
 @pytest.mark.parametrize("forward", [PACKED, PADDED, Forward("packed", "full", 64, 1)])
 @pytest.mark.parametrize("variant", [PLAIN, VARIANTS[2]])
 def test_step_gradients_equal_naive_float64(tiny_folder, forward, variant):
-    """One to three answers per prompt and a separate reference: the mean over prompts of the mean over their pairs."""
+    """With 1 to 3 answers per prompt and another reference, a step uses the mean over prompts of means over pairs."""
     items = ragged(6, seed=9)
     pairs = answers_of(items)
     references = score(tiny_folder, pairs, forward)
@@ -231,13 +231,13 @@ def test_step_gradients_equal_naive_float64(tiny_folder, forward, variant):
 
 
 def naive_logps(model, item: Continuations) -> list[torch.Tensor]:
-    """With gradients and in the model's own type, which `plain_logps` does not give."""
+    """Return the log-probs per response, unlike `reference_logps` with gradients and in the model's dtype."""
     result = []
     for response in item.responses:
         ids = torch.tensor([[*item.prompt_ids, *response]])
         table = model(input_ids=ids).logits[0].log_softmax(-1)
-        at = torch.arange(len(item.prompt_ids) - 1, ids.shape[1] - 1)
-        result.append(table[at, ids[0, len(item.prompt_ids) :]])
+        positions = torch.arange(len(item.prompt_ids) - 1, ids.shape[1] - 1)
+        result.append(table[positions, ids[0, len(item.prompt_ids) :]])
     return result
 
 
@@ -265,7 +265,7 @@ def first_row(place: Place, run: str, iteration: int) -> dict:
 
 
 def test_mixed_reference_game(played):
-    """The start scores the pairs, too, and the loss follows from the columns of pairs.parquet."""
+    """The start also scores the pairs, and the loss follows from the columns of pairs.parquet."""
     before = played.stages()
     words = ["evaluation=none", "loss.reference=mixture", "loss.alpha=0.3", "loss.beta=0.5", "optimizer.lr=1e-2"]
     words += ["loss.length_normalised=true", "loss.sft_weight=0.2", "schedule.batch_size=100", "engine.precision=fp32"]
@@ -296,13 +296,13 @@ def test_mixed_reference_game(played):
     assert first_row(played, "mixed", 0)["rewards/margins"] == pytest.approx(0, abs=1e-4)
     manifest = json.loads((folder / "iter1" / "manifest.json").read_text())
     assert manifest["loss"]["reference"] == "mixture" and manifest["loss"]["alpha"] == 0.3
-    again = played.play(*words, run="mixed")
-    assert "nothing was computed again" in again.stdout
+    repeated = played.play(*words, run="mixed")
+    assert "nothing was computed again" in repeated.stdout
 
 
 def test_start_is_the_opponent_at_iteration_0(played):
-    done = played.play("evaluation=none", "iter=0", "loss.reference=start", run="same")
-    assert "nothing was computed again" in done.stdout
+    result = played.play("evaluation=none", "iter=0", "loss.reference=start", run="same")
+    assert "nothing was computed again" in result.stdout
 
 
 def test_game_with_several_answers(played):
@@ -315,8 +315,8 @@ def test_game_with_several_answers(played):
     opponent = logps["opponent"]
     assert {pair.answer for pair in many} == {0, 1, 2}
     answers = {pair.id: pair.generated_ids for pair in many if pair.answer == 0}
-    same = [pair.generated_ids == answers.get(pair.id) for pair in single]
-    assert sum(same) / len(same) > 0.5  # rounding decides a few, in bf16
+    is_equal = [pair.generated_ids == answers.get(pair.id) for pair in single]
+    assert sum(is_equal) / len(is_equal) > 0.5  # rounding decides a few, in bf16
     assert len({pair.generated_ids for pair in many}) > 0.9 * len(many)
     real_logps: dict[str, set] = {}
     for pair, real in zip(many, opponent["real"].tolist(), strict=True):
@@ -343,7 +343,7 @@ def test_references_in_a_sweep(played):
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
         (["loss.reference=base"], "loss.reference=base: must be 'opponent', 'start', 'mixture' or 'none'"),
         (["loss.alpha=1.5"], "loss.alpha=1.5: must be less than or equal to 1"),
@@ -356,29 +356,29 @@ def test_references_in_a_sweep(played):
         (["generation=greedy", "generation.num_answers=2"], "all answers to a prompt are the same"),
     ],
 )
-def test_invalid_settings(words, says):
+def test_invalid_settings(words, message):
     from tests.config.test_schema import load
 
     with pytest.raises(UserError) as error:
         load(*words)
-    assert says in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def answers_of_iteration_0(folder, pairs: list[dict]) -> dict[tuple[str, int], tuple[int, ...]]:
-    """All answers, also those that gave no pair, of the stage that gave the pairs of iteration 0."""
+    """Return all answers of the stage that generated the pairs of iteration 0, including those without a pair."""
     stages = json.loads((folder / STAGES).read_text())
-    opening = [row for row in pairs if row["iter"] == 0]
+    first_pairs = [row for row in pairs if row["iter"] == 0]
     for stage in stages["stages"]:
         if stage.startswith("generate/"):
             read = read_answers(Path(stages["store"]) / stage / "answers.parquet")
             answers = {(answer.id, answer.index): answer.ids for answer in read}
-            if all(answers[row["id"], row["answer"]] == tuple(row["generated_ids"]) for row in opening):
+            if all(answers[row["id"], row["answer"]] == tuple(row["generated_ids"]) for row in first_pairs):
                 return answers
     raise AssertionError("no answers of iteration 0")
 
 
 def test_tspin_game(played):
-    """Iteration 0's answers are a third response from iteration 1 on, generated once."""
+    """From iteration 1 on, iteration 0's answers are a third response; they are generated once."""
     before = played.stages()
     words = ["evaluation=none", "loss=tspin", "generation.num_answers=2", "engine.precision=fp32", "iter=1"]
     words += ["schedule.batch_size=100", "schedule.replay=previous"]
@@ -393,27 +393,27 @@ def test_tspin_game(played):
         responses = (row["real_ids"], row["generated_ids"], answers[row["id"], row["answer"]])
         item = Continuations(row["prompt_ids"], responses)
         real, generated, older = (logps.sum().item() for logps in reference_logps(opponent, item))
-        z, back = real - generated, generated - older
+        z, z_history = real - generated, generated - older
         loss = math.log1p(math.exp(-z)) if z > -700 else -z
-        losses.setdefault((row["id"], row["iter"]), []).append(loss + 0.1 * math.log1p(math.exp(-back)))
+        losses.setdefault((row["id"], row["iter"]), []).append(loss + 0.1 * math.log1p(math.exp(-z_history)))
     first = first_row(played, "tspin", 1)
     assert first["loss"] == pytest.approx(np.mean([np.mean(group) for group in losses.values()]), rel=1e-3)
     assert first["prompts"] == len(losses) and first["pairs"] == len(pairs)
     assert "loss/history" not in first_row(played, "tspin", 0) and first["loss/history"] > 0
-    again = played.play(*words, run="tspin")
-    assert "nothing was computed again" in again.stdout
+    repeated = played.play(*words, run="tspin")
+    assert "nothing was computed again" in repeated.stdout
 
 
 @pytest.mark.parametrize("words", [["loss=space"], ["loss.reference=none"], ["loss.real_floor=0.5"]])
 def test_game_of_objective(played, words):
     name = words[0].replace("=", "-")
-    done = played.play("evaluation=none", "iter=0", "engine.precision=fp32", *words, run=name)
+    result = played.play("evaluation=none", "iter=0", "engine.precision=fp32", *words, run=name)
     first = first_row(played, name, 0)
     if words == ["loss.reference=none"]:
         assert first["gains/real"] == pytest.approx(0, abs=1e-3)
     else:
         assert first["loss"] == pytest.approx(2 * math.log(2) if words == ["loss=space"] else math.log(2), abs=1e-4)
-    assert "stages played" in done.stdout
+    assert "stages played" in result.stdout
     report = (played.folder / name / "report.md").read_text()
-    shown = {"loss=space": "objective space, mu 1.0", "loss.reference=none": "reference none"}
-    assert shown.get(words[0], "real\\_floor 0.5") in report
+    descriptions = {"loss=space": "objective space, mu 1.0", "loss.reference=none": "reference none"}
+    assert descriptions.get(words[0], "real\\_floor 0.5") in report

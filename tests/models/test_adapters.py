@@ -1,4 +1,4 @@
-"""LoRA against PEFT's own forward pass and a naive training step; the opponent keeps the previous iteration's adapter."""
+"""LoRA compared with PEFT's forward pass and a naive training step; the opponent has the previous adapter."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def base_or_self(folder) -> Policy:
 
 
 def adapted(folder, target, seed=0, lora=LORA) -> Policy:
-    """A policy with an adapter that changes the model."""
+    """Return a policy with an adapter that changes the model's output."""
     policy = fresh_adapter(base_or_self(folder), lora, seed, ModelConfig.from_defaults(path=str(folder)), target)
     generator = torch.Generator().manual_seed(seed)
     weights = load_file(target / ADAPTER_WEIGHTS)
@@ -66,29 +66,29 @@ def peft_model(folder, dtype=torch.float32):
 
 
 def test_first_step_margin_and_loss(played):
-    firsts = [row for row in played.metrics() if row["stage"] == "train" and row["step"] == 0]
-    assert [row["iter"] for row in firsts] == [0, 1]
-    for row in firsts:
+    first_rows = [row for row in played.metrics() if row["stage"] == "train" and row["step"] == 0]
+    assert [row["iter"] for row in first_rows] == [0, 1]
+    for row in first_rows:
         assert row["loss"] == pytest.approx(0.6931, abs=0.01)
         assert row["rewards/margins"] == pytest.approx(0, abs=0.02)
         assert row["grad_norm"] > 0
 
 
 def test_opponent_uses_previous_adapter(played):
-    """With adapters off, the opponent would always be the first model. Scores are compared with peft's forward pass."""
+    """The opponent's scores equal PEFT's forward pass with the previous adapter, not that of the base model."""
     run = played.folder / "run"
     pairs, logps = read_pairs(run / "iter1" / "pairs.parquet")
     opponent = logps["opponent"]
     assert {pair.iter for pair in pairs} == {0, 1}
-    before = peft_model(run / "iter0" / "policy")
+    previous_policy = peft_model(run / "iter0" / "policy")
     items = [Continuations(pair.prompt_ids, (pair.real_ids, pair.generated_ids)) for pair in pairs[:8]]
     for k, item in enumerate(items):
-        real, generated = (values.sum().item() for values in reference_logps(before, item))
+        real, generated = (values.sum().item() for values in reference_logps(previous_policy, item))
         assert opponent["real"][k].item() == pytest.approx(real, abs=2)
         assert opponent["generated"][k].item() == pytest.approx(generated, abs=2)
-    with before.disable_adapter():
-        without = [reference_logps(before, item)[0].sum().item() for item in items]
-    assert min(abs(opponent["real"][k].item() - value) for k, value in enumerate(without)) > 5
+    with previous_policy.disable_adapter():
+        base_logps = [reference_logps(previous_policy, item)[0].sum().item() for item in items]
+    assert min(abs(opponent["real"][k].item() - value) for k, value in enumerate(base_logps)) > 5
 
 
 def test_saved_policy_opens_in_peft_and_merged(played):
@@ -114,7 +114,7 @@ def test_saved_policy_opens_in_peft_and_merged(played):
 
 
 def test_store_holds_only_adapters(played):
-    """Counted by hand: q, o: 64 to 64, k, v: 64 to 32, gate, up: 64 to 128, down: 128 to 64, in two layers, rank 4."""
+    """Only adapters are stored: rank 4, 2 layers, q, o 64 to 64, k, v 64 to 32, gate, up 64 to 128, down 128 to 64."""
     numbers = 2 * 4 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))
     store = played.folder / "store"
     paths = list(store.glob("train/*/policy/*.safetensors")) + list(store.glob("sft/*/policy/*.safetensors"))
@@ -128,29 +128,29 @@ def test_store_holds_only_adapters(played):
 
 
 def test_evaluate_stage_reused(played):
-    """Base and adapter are the policy, whatever the folder: its evaluation is that of the game."""
+    """The game's evaluation is reused for the same base and adapter, whatever the folder."""
     before = played.stages()
-    done = played.play("stage=evaluate", f"model.path={played.folder}/run/sft/policy", run="measured")
-    assert "evaluate sft/policy: reused" in done.stdout and played.stages() == before
+    result = played.play("stage=evaluate", f"model.path={played.folder}/run/sft/policy", run="measured")
+    assert "evaluate sft/policy: reused" in result.stdout and played.stages() == before
     played.play("stage=evaluate", f"model.path={played.folder}/run/iter1/policy", run="last")
-    (now,), then = (
+    (last,), game = (
         json.loads((played.folder / name / "game.json").read_text())["evaluations"] for name in ("last", "run")
     )
-    assert all(now[key] == then[-1][key] for key in ("nll_per_token", "human_likelier", "model_length", "n"))
+    assert all(last[key] == game[-1][key] for key in ("nll_per_token", "human_likelier", "model_length", "n"))
 
 
 def test_game_continues_from_adapter(played):
     policy = played.folder / "run" / "iter1" / "policy"
     words = [*WORDS, f"model.path={policy}", "schedule.sft_epochs=0", "iter=0", "evaluation=none", "model.lora_rank=7"]
-    done = played.play(*words, run="on")
-    assert "is a LoRA adapter; it is trained further as it is" in done.stdout
+    result = played.play(*words, run="on")
+    assert "is a LoRA adapter; it is trained further as it is" in result.stdout
     first = next(row for row in played.metrics("on") if row["stage"] == "train")
     assert first["loss"] == pytest.approx(0.6931, abs=0.01)
-    now, then = (load_file(path / "adapter_model.safetensors") for path in (played.folder / "on/iter0/policy", policy))
-    assert {k: v.shape for k, v in now.items()} == {k: v.shape for k, v in then.items()}
-    moved = max((now[key] - then[key]).abs().max() for key in now)
-    assert 0 < moved < 0.05  # three steps of 1e-3
-    planned = played.play(*words[:-1], "model.lora_rank=9", "plan=true", run="on")  # it has a rank already
+    new, old = (load_file(path / "adapter_model.safetensors") for path in (played.folder / "on/iter0/policy", policy))
+    assert {k: v.shape for k, v in new.items()} == {k: v.shape for k, v in old.items()}
+    change = max((new[key] - old[key]).abs().max() for key in new)
+    assert 0 < change < 0.05  # three steps of 1e-3
+    planned = played.play(*words[:-1], "model.lora_rank=9", "plan=true", run="on")  # the rank is fixed
     assert "3 stages to reuse, 0 to resume, 0 to play" in planned.stdout
     refused = played.play(f"model.path={policy}", run="none", status=1)
     assert "is a LoRA adapter: set model.adapter=lora" in refused.stderr
@@ -158,7 +158,7 @@ def test_game_continues_from_adapter(played):
 
 
 def test_base_found_by_content(played, tmp_path):
-    """Without the base's folder, the model that it was made from is used. Other weights in the folder are refused."""
+    """If the base's folder has other weights, the model it was made from is used; if that is missing, it is refused."""
     base = tmp_path / "base"
     shutil.copytree(next((played.folder / "cache").glob("tiny-*[0-9]")), base)
     policy = tmp_path / "policy"
@@ -171,10 +171,10 @@ def test_base_found_by_content(played, tmp_path):
     weights = load_file(base / "model.safetensors")
     weights["model.norm.weight"][0] += 0.5
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
-    moved = find_model(config, cache)
-    assert moved.base.folder != base and moved.id == original.id
-    about = json.loads((policy / ADAPTER_BASE).read_text())
-    (policy / ADAPTER_BASE).write_text(json.dumps(about | {"model": about["model"] | {"path": str(tmp_path / "gone")}}))
+    substitute = find_model(config, cache)
+    assert substitute.base.folder != base and substitute.id == original.id
+    facts = json.loads((policy / ADAPTER_BASE).read_text())
+    (policy / ADAPTER_BASE).write_text(json.dumps(facts | {"model": facts["model"] | {"path": str(tmp_path / "gone")}}))
     with pytest.raises(UserError, match="holds other weights") as error:
         find_model(config, cache)
     assert "\n" not in str(error.value) and "base_model_name_or_path" in str(error.value)
@@ -205,7 +205,7 @@ def pairs_of(count=10) -> list[Pair]:
 
 
 def train(engine, beta=0.1, log=lambda row: None, **settings) -> list[Pair]:
-    """Train on the pairs of `pairs_of`, scored in fp32 by the policy that the engine started from. Returns the pairs."""
+    """Train on the pairs of `pairs_of`, scored in fp32 by the initial policy of the engine. Return the pairs."""
     pairs = pairs_of()
     values = compute_logps(load_policy(engine.policy, torch.float32, CPU), to_continuations(pairs), PACKED)
     references = {"opponent": split_responses(values, [len(group) for group in group_by_prompt(pairs)])}
@@ -215,7 +215,7 @@ def train(engine, beta=0.1, log=lambda row: None, **settings) -> list[Pair]:
 
 
 def test_step_matches_naive_float64(tiny_folder, tmp_path):
-    """Packed rows, chunked head, clipping and RMSprop on an adapter, against peft's model in float64."""
+    """A step with packed rows, chunked head, clipping and RMSprop equals one of PEFT's model in float64."""
     policy = adapted(tiny_folder, tmp_path / "policy")
     engine = SingleEngine(
         policy, torch.float32, CPU, EngineConfig.from_defaults(), OptimizerConfig.from_defaults(max_grad_norm=0.5)
@@ -241,9 +241,9 @@ def test_step_matches_naive_float64(tiny_folder, tmp_path):
     for name, weight in trained.items():
         grad = weight.grad * min(1.0, 0.5 / (norm.item() + 1e-6))
         expected = weight.detach() - 1e-3 * grad / ((0.01 * grad**2).sqrt() + 1e-8)
-        solid = grad.abs() > 1e-6
-        assert solid.float().mean() > 0.5
-        assert torch.allclose(engine.masters[name].double()[solid], expected[solid], atol=2e-5), name
+        large = grad.abs() > 1e-6
+        assert large.float().mean() > 0.5
+        assert torch.allclose(engine.masters[name].double()[large], expected[large], atol=2e-5), name
     for name, weight in engine.model.named_parameters():
         assert "lora_" in name or torch.equal(weight, frozen[name]), name
 
@@ -266,8 +266,8 @@ def test_packed_logps_match_peft(name, tmp_path):
         [logps.sum() for item in items for logps in reference_logps(peft_model(policy.folder), item)]
     )
     assert torch.allclose(compute_logps(model, items, forward), expected, atol=1e-3)
-    without = compute_logps(load_model(policy.base.folder, torch.float32, CPU), items, forward)
-    assert (without - expected).abs().max() > 0.1
+    base_logps = compute_logps(load_model(policy.base.folder, torch.float32, CPU), items, forward)
+    assert (base_logps - expected).abs().max() > 0.1
 
 
 def test_merge_all_architectures(tmp_path):
@@ -354,7 +354,7 @@ def test_content_id_of_adapter(tiny_folder, tmp_path):
 
 
 def test_adapter_made_by_peft(tiny_folder, tmp_path):
-    """Made by peft, not by us: no base.json, no tokenizer, dropout, rslora and ranks by layer."""
+    """An adapter by PEFT with dropout, rslora and ranks per layer, without base.json or tokenizer, is trained."""
     torch.manual_seed(0)
     config = peft.LoraConfig(
         r=3, lora_dropout=0.5, use_rslora=True, target_modules=["q_proj", "down_proj"], rank_pattern={"q_proj": 2},
@@ -377,7 +377,7 @@ def test_adapter_made_by_peft(tiny_folder, tmp_path):
 
 @pytest.mark.parametrize("has_tokenizer", [False, True])
 def test_game_from_an_adapter_made_by_peft(played, place, tmp_path, has_tokenizer):
-    """As PEFT saves it, with or without a tokenizer beside; its base is named by a relative path."""
+    """A game starts from an adapter saved by PEFT, with or without a tokenizer, whose base is a relative path."""
     base = next((played.folder / "cache").glob("tiny-*[0-9]"))
     config = peft.LoraConfig(r=2, use_rslora=has_tokenizer, target_modules=["q_proj"], task_type="CAUSAL_LM")
     model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
@@ -394,7 +394,7 @@ def test_game_from_an_adapter_made_by_peft(played, place, tmp_path, has_tokenize
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"peft_type": "IA3"}, "only LoRA can be used"),
         ({"use_dora": True}, "a LoRA adapter with use_dora=True, which cannot be used"),
@@ -409,30 +409,30 @@ def test_game_from_an_adapter_made_by_peft(played, place, tmp_path, has_tokenize
         ({"base_model_name_or_path": None}, None),
     ],
 )
-def test_unsupported_adapters(tiny_folder, tmp_path, change, says):
+def test_unsupported_adapters(tiny_folder, tmp_path, change, message):
     policy = adapted(tiny_folder, tmp_path / "policy")
     (policy.folder / ADAPTER_BASE).unlink()
     settings = json.loads((policy.folder / ADAPTER_CONFIG).read_text())
     (policy.folder / ADAPTER_CONFIG).write_text(json.dumps(settings | change))
-    with pytest.raises(UserError, match=says or "the base of this adapter cannot be found") as error:
+    with pytest.raises(UserError, match=message or "the base of this adapter cannot be found") as error:
         find_model(ModelConfig.from_defaults(path=str(policy.folder)), tmp_path)
     assert "\n" not in str(error.value)
 
 
 def test_broken_adapter_folders(tiny_folder, tmp_path):
-    def broken(name, harm):
+    def broken(name, damage):
         policy = adapted(tiny_folder, tmp_path / name)
-        harm(policy.folder)
+        damage(policy.folder)
         with pytest.raises(UserError) as error:
             load_policy(find_model(ModelConfig.from_defaults(path=str(policy.folder)), tmp_path), torch.float32, CPU)
         assert "\n" not in str(error.value)
         return str(error.value)
 
-    def reshaped(folder):
+    def truncate_weights(folder):
         weights = load_file(folder / ADAPTER_WEIGHTS)
         save_file({key: w[:, :3].contiguous() for key, w in weights.items()}, folder / ADAPTER_WEIGHTS)
 
-    def lacking(folder):
+    def drop_weight(folder):
         weights = load_file(folder / ADAPTER_WEIGHTS)
         weights.pop(min(weights))
         save_file(weights, folder / ADAPTER_WEIGHTS)
@@ -440,15 +440,15 @@ def test_broken_adapter_folders(tiny_folder, tmp_path):
     assert "without adapter_model.safetensors" in broken("a", lambda f: (f / ADAPTER_WEIGHTS).unlink())
     assert "is broken" in broken("b", lambda f: (f / ADAPTER_WEIGHTS).write_bytes(b"no"))
     assert "cannot read its adapter_config.json as JSON" in broken("c", lambda f: (f / ADAPTER_CONFIG).write_text("{"))
-    assert "does not fit its base" in broken("d", reshaped)
-    assert "the folder is incomplete" in broken("e", lacking)
+    assert "does not fit its base" in broken("d", truncate_weights)
+    assert "the folder is incomplete" in broken("e", drop_weight)
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
-    strange = broken("f", lambda f: shutil.copyfile(tmp_path / "x.safetensors", f / ADAPTER_WEIGHTS))
-    assert "differ in x.default.weight" in strange
+    message = broken("f", lambda f: shutil.copyfile(tmp_path / "x.safetensors", f / ADAPTER_WEIGHTS))
+    assert "differ in x.default.weight" in message
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
         (
             ["model.lora_targets=[q_prj]"],
@@ -464,7 +464,7 @@ def test_broken_adapter_folders(tiny_folder, tmp_path):
         (["model.adapter=lorra"], "must be 'none' or 'lora'"),
     ],
 )
-def test_invalid_settings(played, words, says):
-    given = {word.split("=")[0] for word in words}
-    done = played.play(*words, *(w for w in WORDS if w.split("=")[0] not in given), run="refused", status=1)
-    assert says in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+def test_invalid_settings(played, words, message):
+    given_keys = {word.split("=")[0] for word in words}
+    result = played.play(*words, *(w for w in WORDS if w.split("=")[0] not in given_keys), run="refused", status=1)
+    assert message in result.stderr and len(result.stderr.strip().splitlines()) == 1, result.stderr

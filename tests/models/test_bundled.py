@@ -1,4 +1,4 @@
-"""The default game, on the real embedded model and data: minutes, and packages from the registry (marked slow)."""
+"""The default game with the real bundled model and data; takes minutes and packages from the registry (marked slow)."""
 
 import json
 import os
@@ -23,12 +23,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 
 def make_run() -> tuple[str, float]:
-    # As a user types it: not with the arguments of a make that these tests may themselves be run by.
+    # As a user would run it, without the variables of a `make` that runs these tests.
     env = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS", "ARGS", "OMP"))}
     started = time.monotonic()
-    done = subprocess.run(["make", "run"], cwd=ROOT, capture_output=True, text=True, timeout=1400, env=env)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout, time.monotonic() - started
+    result = subprocess.run(["make", "run"], cwd=ROOT, capture_output=True, text=True, timeout=1400, env=env)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout, time.monotonic() - started
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def game() -> dict:
 
 
 def test_measures_improve(game):
-    """Small numbers of prompts are noisy, so only what is far outside of the noise is tested."""
+    """The measures of later policies improve by more than the noise of few prompts."""
     by_policy = {row["policy"]: row for row in game["evaluations"]}
     assert list(by_policy) == ["start", "sft", "iter0", "iter1"]
     # SFT on the human answers makes held-out human answers likelier; self-play does not undo it.
@@ -49,17 +49,17 @@ def test_measures_improve(game):
     last = by_policy["iter1"]["human_likelier"]
     assert abs(last - 0.5) < abs(by_policy["start"]["human_likelier"] - 0.5)
     assert by_policy["iter0"]["margin"] > 0
-    # So do the two-sample tests: the start is distinguished with certainty, the last policy less well.
+    # The two-sample tests agree: the start is distinguished reliably, the last policy less well.
     start, end = by_policy["start"], by_policy["iter1"]
     assert start["classifier_auc_interval"][0] > 0.7 and end["classifier_auc"] < start["classifier_auc"] - 0.05
     assert start["mauve"] < 0.4 and end["mauve_if_equal"] > 0.8
-    # One policy's MAUVE of 96 prompts is uncertain by 0.2 and more: the mean over the trained policies is tested.
+    # One policy's MAUVE on 96 prompts is uncertain by 0.2 and more, so the mean over the trained policies is tested.
     trained = [by_policy[name]["mauve"] for name in ("sft", "iter0", "iter1")]
     assert start["mauve"] < sum(trained) / 3 - 0.15
 
 
 def test_broken_answers_detected(game):
-    """What is wrong with them is far outside of the noise in every measure that can see it."""
+    """Measures that can detect a fault of broken answers do so far outside of their noise."""
     measured = broken_answers.measure_answers([])
     for kind in ("human answers to other prompts", "one word repeated", "one answer to all prompts"):
         row = measured[kind]
@@ -76,15 +76,15 @@ def test_broken_answers_detected(game):
 
 def test_first_step_policy_equals_opponent(game):
     rows = [json.loads(line) for line in (RUN / "metrics.jsonl").read_text().splitlines()]
-    firsts = [row for row in rows if row["stage"] == "train" and row["step"] == 0]
-    assert len(firsts) == 2
-    for row in firsts:
+    first_rows = [row for row in rows if row["stage"] == "train" and row["step"] == 0]
+    assert len(first_rows) == 2
+    for row in first_rows:
         assert row["loss/spin"] == pytest.approx(0.6931, abs=0.02)
         assert abs(row["rewards/margins"]) < 0.05
 
 
 def test_stored_scores_match_opponent(game):
-    """bf16 packed scores against the fp32 forward of the saved SFT model, one sequence at a time."""
+    """Packed bf16 scores approximate the fp32 forward pass of the saved SFT model, one sequence at a time."""
     model = load_model(RUN / "sft" / "policy", torch.float32, torch.device("cpu"))
     pairs, logps = read_pairs(RUN / "iter0" / "pairs.parquet")
     for k, pair in enumerate(pairs[:3]):
@@ -100,7 +100,7 @@ def test_tokenizer_splits_digits(game):
 
 
 def test_policy_in_transformers_pipeline(game):
-    """As the README says it."""
+    """A policy works in a transformers pipeline, as the README states."""
     from transformers import pipeline
 
     chat = pipeline("text-generation", str(RUN / "iter1" / "policy"))
@@ -120,6 +120,6 @@ def test_chitchat(tmp_path):
     """The second packaged data set is read."""
     words = ["data=chitchat", "plan=true", f"store.path={tmp_path}/store", f"hydra.run.dir={tmp_path}/run"]
     command = [ROOT / ".venv/bin/python", "run.py", *words]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "0 stages to reuse" in done.stdout
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "0 stages to reuse" in result.stdout

@@ -1,4 +1,4 @@
-"""Broken model folders and folders with code: a one-line error, and no code runs. Damaged caches are converted again."""
+"""Broken model folders and folders with code give a one-line error; no code runs; damaged caches are rebuilt."""
 
 import hashlib
 import json
@@ -64,11 +64,11 @@ def shard(folder):
     weights = load_file(folder / WEIGHTS)
     (folder / WEIGHTS).unlink()
     names = sorted(weights)
-    where = {name: SHARDS[number % 2] for number, name in enumerate(names)}
+    weight_map = {name: SHARDS[number % 2] for number, name in enumerate(names)}
     for file in SHARDS:
-        save_file({name: weights[name] for name in names if where[name] == file}, folder / file, {"format": "pt"})
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": where}))
-    return where
+        save_file({name: weights[name] for name in names if weight_map[name] == file}, folder / file, {"format": "pt"})
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return weight_map
 
 
 # ---------------------------------------------------------------------------------------------------------- weights
@@ -98,19 +98,19 @@ def test_broken_weights(folder, name):
 
 
 def test_shards(folder):
-    whole = use(folder)
-    where = shard(folder)
-    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in use(folder).state_dict().items())
+    unsharded = use(folder)
+    weight_map = shard(folder)
+    assert all(torch.equal(value, unsharded.state_dict()[name]) for name, value in use(folder).state_dict().items())
     (folder / SHARDS[1]).rename(folder / "moved")
     fails(rf"^model\.path=.*incomplete: {SHARDS[1]}", start, folder)
     (folder / SHARDS[1]).write_bytes((folder / "moved").read_bytes()[:-7])
     fails(rf"^model\.path=.*{SHARDS[1]} is broken", start, folder)
     (folder / "moved").rename(folder / SHARDS[1])
-    # Of another folder: these weights would not be part of the model's identity.
+    # Weights in another folder are refused, because the model's id would not include them.
     outside_folder = folder.parent / "other"
     outside_folder.mkdir()
     shutil.copy(folder / SHARDS[1], outside_folder)
-    outside = {name: f"../other/{SHARDS[1]}" if file == SHARDS[1] else file for name, file in where.items()}
+    outside = {name: f"../other/{SHARDS[1]}" if file == SHARDS[1] else file for name, file in weight_map.items()}
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": outside}))
     fails(r"^model\.path=.*incomplete: \.\./other", start, folder)
     for content in ("", "{", "[]", "{}", '{"weight_map": [], "metadata": {}}', "[" * 99_999):
@@ -128,7 +128,7 @@ def test_unread_weight_files(folder):
     (folder / WEIGHTS).mkdir()
     fails(f"cannot read its {INDEX}", start, folder)
     (folder / WEIGHTS).rmdir()
-    os.mkfifo(folder / WEIGHTS)  # to open it would wait for ever
+    os.mkfifo(folder / WEIGHTS)  # opening it would block
     fails(f"cannot read its {INDEX}", start, folder)
 
 
@@ -155,7 +155,7 @@ def test_pickles_never_read(folder):
     fails(r"no \*\.safetensors weights", start, folder)
     assert not marker.exists()
     pickle.loads((folder / "pytorch_model.bin").read_bytes())
-    assert marker.exists()  # it would have been seen
+    assert marker.exists()  # loading the pickle does run its code
 
 
 @pytest.mark.parametrize(
@@ -261,7 +261,7 @@ assert not [name for name in sys.modules if "own_code" in name]
 
 @pytest.mark.parametrize("model_type", ["llama", "own"])
 def test_code_in_folder_never_run(folder, tmp_path, model_type):
-    """In a separate process, with `y` on standard input for any prompt."""
+    """Code in a model folder is not run, even if every prompt is answered `y`; tested in a separate process."""
     (folder / "own_code.py").write_text(CODE)
     names = dict.fromkeys(("AutoConfig", "AutoModelForCausalLM", "AutoModel"), "own_code.Own")
     change(folder / "config.json", model_type=model_type, auto_map=names)
@@ -274,11 +274,11 @@ def test_code_in_folder_never_run(folder, tmp_path, model_type):
     (folder / "custom_generate" / "generate.py").write_text(CODE)
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", LOADED, str(folder)]
-    done = subprocess.run(command, env=env, input="y\n" * 9, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert len(lines) == 3 and "[y/N]" not in done.stdout + done.stderr
-    if model_type == "llama":  # transformers has a class of its own for it
+    result = subprocess.run(command, env=env, input="y\n" * 9, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert len(lines) == 3 and "[y/N]" not in result.stdout + result.stderr
+    if model_type == "llama":  # built into transformers
         assert lines[0] == lines[2] == "loaded"
     else:
         assert lines[0].startswith("error: model.path=") and "built into transformers" in lines[0]
@@ -315,7 +315,7 @@ def test_attention_choice_kept(folder):
 def test_broken_tokenizer_files(folder, name, content):
     (folder / name).write_bytes(content)
     if name != "tokenizer.json" and content in (b"{}", b'{"model": {}}'):
-        use(folder)  # they say nothing: the defaults do
+        use(folder)  # no settings: the defaults apply
     else:
         assert str(folder) in fails("no tokenizer can be loaded|generation_config.json", use, folder)
 
@@ -330,11 +330,11 @@ def test_stop_ids(folder):
     tokenizer = load_tokenizer(folder)
     end = tokenizer.eos_token_id
     path = folder / "generation_config.json"
-    for stated, expected in ((5, {5, end}), ([5, 6], {5, 6, end}), (None, {end}), ([], {end})):
-        change(path, eos_token_id=stated)
+    for eos_token_id, expected in ((5, {5, end}), ([5, 6], {5, 6, end}), (None, {end}), ([], {end})):
+        change(path, eos_token_id=eos_token_id)
         assert stop_ids(folder, tokenizer) == expected
-    for stated in ("</s>", {"a": 1}, [[1]], True, 1.5, [None, "x\n"]):
-        change(path, eos_token_id=stated)
+    for eos_token_id in ("</s>", {"a": 1}, [[1]], True, 1.5, [None, "x\n"]):
+        change(path, eos_token_id=eos_token_id)
         assert str(folder) in fails("no token id", stop_ids, folder, tokenizer)
     path.unlink()
     assert stop_ids(folder, tokenizer) == {end}
@@ -344,22 +344,22 @@ def test_stop_ids(folder):
 
 
 def damaged(raw: bytes, rng: random.Random, reach: int) -> bytes:
-    at = rng.randrange(min(reach, len(raw)))
-    way = rng.choice(["flip", "put", "insert", "remove", "cut"])
+    offset = rng.randrange(min(reach, len(raw)))
+    kind = rng.choice(["flip", "put", "insert", "remove", "cut"])
     byte = bytes([rng.choice([*b'0123456789"[]{},.:-', rng.randrange(256)])])
     return {
-        "flip": raw[:at] + bytes([raw[at] ^ 1 << rng.randrange(8)]) + raw[at + 1 :],
-        "put": raw[:at] + byte + raw[at + 1 :],
-        "insert": raw[:at] + byte + raw[at:],
-        "remove": raw[:at] + raw[at + 1 :],
-        "cut": raw[:at],
-    }[way]
+        "flip": raw[:offset] + bytes([raw[offset] ^ 1 << rng.randrange(8)]) + raw[offset + 1 :],
+        "put": raw[:offset] + byte + raw[offset + 1 :],
+        "insert": raw[:offset] + byte + raw[offset:],
+        "remove": raw[:offset] + raw[offset + 1 :],
+        "cut": raw[:offset],
+    }[kind]
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", WEIGHTS])
 def test_random_damage_one_line(folder, name):
     raw, rng, messages = (folder / name).read_bytes(), random.Random(name), []
-    reach = int.from_bytes(raw[:8], "little") + 8 if name == WEIGHTS else len(raw)  # of weights: the header
+    reach = int.from_bytes(raw[:8], "little") + 8 if name == WEIGHTS else len(raw)  # of weights, only the header
     for _ in range(60):
         (folder / name).unlink()  # a new file: the old one may be mapped into memory
         (folder / name).write_bytes(damaged(raw, rng, reach))
@@ -377,15 +377,15 @@ def test_random_damage_one_line(folder, name):
 TINY = ModelConfig.from_defaults(path="builtin:tiny")
 
 
-def flip(path, at=-1):
+def flip(path, offset=-1):
     raw = bytearray(path.read_bytes())
-    raw[at] ^= 1
+    raw[offset] ^= 1
     path.unlink()
     path.write_bytes(raw)
 
 
 def plain_id(folder):
-    """An independent computation of `content_id`."""
+    """Compute `content_id` independently."""
     settings = json.loads((folder / "config.json").read_text())
     for key in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
         settings.pop(key, None)
@@ -406,7 +406,7 @@ def test_intact_cache_reused(tmp_path, capfd):
 
 
 @pytest.mark.parametrize(
-    "breaks",
+    "damage",
     [
         lambda folder: flip(folder / WEIGHTS),
         lambda folder: os.truncate(folder / WEIGHTS, 1000),
@@ -421,15 +421,15 @@ def test_intact_cache_reused(tmp_path, capfd):
         lambda folder: change(folder / MANIFEST, content_id="3"),
     ],
 )
-def test_damaged_cache_converted_again(tmp_path, capfd, breaks):
+def test_damaged_cache_converted_again(tmp_path, capfd, damage):
     first = find_model(TINY, tmp_path)
-    whole = {path.name: path.read_bytes() for path in first.folder.iterdir()}
-    breaks(first.folder)
+    contents = {path.name: path.read_bytes() for path in first.folder.iterdir()}
+    damage(first.folder)
     capfd.readouterr()
     assert find_model(TINY, tmp_path) == first
     lines = [line for line in capfd.readouterr().err.splitlines() if "damaged" in line]
     assert len(lines) == 1 and lines[0].startswith(f"{first.folder} is damaged (") and "converted again" in lines[0]
-    assert {path.name: path.read_bytes() for path in first.folder.iterdir()} == whole
+    assert {path.name: path.read_bytes() for path in first.folder.iterdir()} == contents
     assert find_model(TINY, tmp_path) == first and "damaged" not in capfd.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".lock") == [first.folder.name]
 

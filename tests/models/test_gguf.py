@@ -1,4 +1,4 @@
-"""docs/publish.md: llama.cpp's converter takes a policy folder, and the GGUF file holds the same model and tokens."""
+"""llama.cpp's converter accepts a policy, and the GGUF file holds the same model and tokens (docs/publish.md)."""
 
 import subprocess
 import sys
@@ -34,13 +34,13 @@ def test_policy_becomes_gguf(tmp_path):
     tools = tmp_path / "tools"
     subprocess.run([*pip, "--target", tools, "-r", tmp_path / "converter.txt"], check=True, capture_output=True)
     words = [tmp_path / "policy", "--outfile", tmp_path / "policy.gguf", "--outtype", "f32"]
-    done = subprocess.run([sys.executable, tools / "convert_hf_to_gguf.py", *words], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    result = subprocess.run([sys.executable, tools / "convert_hf_to_gguf.py", *words], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
     convert_gguf(tmp_path / "policy.gguf", tmp_path / "back")
-    back = AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
+    converted = AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
     ids = tokenizer(TEXT, return_tensors="pt")["input_ids"]
     assert AutoTokenizer.from_pretrained(tmp_path / "back")(TEXT, return_tensors="pt")["input_ids"].equal(ids)
     with torch.no_grad():
-        assert torch.allclose(model(ids).logits, back(ids).logits, atol=1e-4)
+        assert torch.allclose(model(ids).logits, converted(ids).logits, atol=1e-4)
         assert model(ids).logits.std() > 0.01

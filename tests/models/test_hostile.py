@@ -1,4 +1,4 @@
-"""Model folders from strangers: every value of every small file changed. A game, or one line; bounded in time and memory."""
+"""Untrusted model folders: changed values in small files give a game or a one-line error, with bounded resources."""
 
 import copy
 import json
@@ -40,7 +40,7 @@ SMALL = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_c
 
 
 def paths_of(value, path=()):
-    """The path of every value in a JSON document, lists cut after three."""
+    """Yield the path of every value in a JSON document, except list items after the third."""
     items = value.items() if isinstance(value, dict) else enumerate(value[:3]) if isinstance(value, list) else ()
     for key, item in items:
         yield (*path, key)
@@ -60,14 +60,14 @@ def changed(document, path, value):
 
 
 def changes(document, rng, count):
-    """`count` of all changes of the document; those of a vocabulary's entries count as those of one value."""
+    """Return `count` random changes of the document, in which a vocabulary counts as one value."""
     paths = [path for path in paths_of(document) if "vocab" not in path[:-1]]
-    every = [(path, value) for path in paths for value in [*VALUES, REMOVED]]
-    return rng.sample(every, min(count, len(every)))
+    candidates = [(path, value) for path in paths for value in [*VALUES, REMOVED]]
+    return rng.sample(candidates, min(count, len(candidates)))
 
 
 def use(folder):
-    """What a game does with a model folder, in little."""
+    """Use a model folder like a game, on a small scale."""
     policy = find_model(ModelConfig.from_defaults(path=str(folder)), folder.parent / "cache")
     tokenizer = load_tokenizer(policy.tokenizer)
     stops = stop_ids(policy.folder, tokenizer)
@@ -78,7 +78,7 @@ def use(folder):
     model = load_policy(policy, torch.float32, torch.device("cpu"))
     [(text, ids)] = encode_prompts(tokenizer, [[{"role": "user", "content": "Hi"}]], "chat")
     if max(ids) >= model.get_input_embeddings().weight.shape[0]:
-        raise UserError("the tokenizer has tokens that the model has no embedding for")  # as a game says
+        raise UserError("the tokenizer has tokens that the model has no embedding for")  # as a game reports
     items = [Continuations(tuple(ids), ((3, 4), (5,))) for _ in range(2)]
     choose_forward(model, items, "auto", 64, 64, 64)
     generation = GenerationConfig.from_defaults()
@@ -87,7 +87,7 @@ def use(folder):
 
 
 def outcome(folder, change):
-    """ "" for a game, or the one line. Fails for tracebacks, and above the bounds."""
+    """Return "" or the one-line error of `use`. Fails for a traceback or too much time or memory."""
     started, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     message: str | None = ""
     try:
@@ -103,7 +103,7 @@ def outcome(folder, change):
 
 
 def explore(name, file, count, tmp_path, seed=0):
-    """Play with `count` changes of a file. Returns the lines."""
+    """Return the outcomes of `count` changes of a file."""
     folder = model_folder(name, tmp_path / "model")
     document, lines = json.loads((folder / file).read_text()), []
     for path, value in changes(document, random.Random(f"{name} {file} {seed}"), count):
@@ -114,7 +114,7 @@ def explore(name, file, count, tmp_path, seed=0):
 
 
 FILES = [("llama", file) for file in SMALL[1:4]] + [(name, "config.json") for name in ("llama", "mixtral", "mamba2")]
-EVERY = [(name, "config.json") for name in ("gpt2", "gemma3", "gpt_oss", "qwen3_next", "falcon_h1")] + FILES
+ALL_FILES = [(name, "config.json") for name in ("gpt2", "gemma3", "gpt_oss", "qwen3_next", "falcon_h1")] + FILES
 
 
 @pytest.mark.parametrize(("name", "file"), FILES)
@@ -124,14 +124,14 @@ def test_changed_values(tmp_path, name, file):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "file"), EVERY)
+@pytest.mark.parametrize(("name", "file"), ALL_FILES)
 def test_many_changed_values(tmp_path, name, file):
     lines = explore(name, file, 40, tmp_path, seed=1)
     assert len([line for line in lines if line]) > 5 or file == "generation_config.json"
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "message"),
     [
         ({"num_hidden_layers": 10**9}, "39 tensors for num_hidden_layers=1000000000|20 tensors"),
         ({"num_hidden_layers": -1}, "the model cannot compute|no model can be built"),
@@ -145,12 +145,12 @@ def test_many_changed_values(tmp_path, name, file):
         ({"attention_dropout": "x"}, "no model can be built|config.json cannot be used|cannot compute"),
     ],
 )
-def test_sizes(tiny_folder, tmp_path, settings, says):
+def test_sizes(tiny_folder, tmp_path, settings, message):
     folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
     document = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**document, **settings}))
     line = outcome(folder, settings)
-    assert re.search(says, line) and str(folder) in line
+    assert re.search(message, line) and str(folder) in line
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_sizes_of_other_architectures(tmp_path, name, settings):
 
 
 def test_endless_architecture(tiny_folder, tmp_path, monkeypatch):
-    """Sizes that no rule names: the child is ended."""
+    """Sizes that no rule checks exceed the limits of the child process, which is ended."""
     folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
     document = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**document, "num_hidden_layers": 10**9}))
@@ -190,16 +190,16 @@ def test_other_small_files(tiny_folder, tmp_path, content):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "file"), [("llama", file) for file in SMALL[:4]] + [("mixtral", "config.json")])
 def test_games(place, name, file):
-    """Whole games: exit status 0, or 1 with one line."""
+    """A complete game ends with status 0, or with 1 and one line."""
     folder = model_folder(name, place.folder / "model")
     document = json.loads((folder / file).read_text())
     for number, (path, value) in enumerate(changes(document, random.Random(file), 4)):
         (folder / file).write_text(json.dumps(changed(document, path, value)))
         words = place.words(f"model.path={folder}", "iter=0", "schedule.sft_epochs=0", run=f"run{number}")
-        done = place.games.play(*words)
-        assert done.returncode in (0, 1) and "Traceback" not in done.stderr, (path, value, done.stderr)
-        if done.returncode == 1:
-            assert len([line for line in done.stderr.splitlines() if line.startswith("error: ")]) == 1, done.stderr
+        result = place.games.play(*words)
+        assert result.returncode in (0, 1) and "Traceback" not in result.stderr, (path, value, result.stderr)
+        if result.returncode == 1:
+            assert len([line for line in result.stderr.splitlines() if line.startswith("error: ")]) == 1, result.stderr
 
 
 HUB = """
@@ -215,9 +215,9 @@ except UserError as error:
 """
 
 
-@pytest.mark.slow  # imports everything anew
+@pytest.mark.slow  # imports everything again
 @pytest.mark.parametrize("body", [b"[1, 2]", b'{"id": 3}', b'{"id": "a/b", "sha": "x", "siblings": ["y"]}'])
-def test_hub_that_misbehaves(tmp_path, body):
+def test_invalid_hub_responses(tmp_path, body):
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             self.send_response(200)
@@ -233,10 +233,10 @@ def test_hub_that_misbehaves(tmp_path, body):
         address = f"http://127.0.0.1:{server.server_port}"
         env = os.environ | {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path), "NO_PROXY": "*"}
         command = [sys.executable, "-c", HUB, str(tmp_path)]
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=250)
+        result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=250)
         server.shutdown()
-    assert done.returncode == 0, done.stderr
+    assert result.returncode == 0, result.stderr
     assert (
-        done.stdout.startswith("model.path=a/b: no such folder, and the Hugging Face hub")
-        and done.stdout.count("\n") == 1
+        result.stdout.startswith("model.path=a/b: no such folder, and the Hugging Face hub")
+        and result.stdout.count("\n") == 1
     )

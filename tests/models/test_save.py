@@ -1,4 +1,4 @@
-"""What is saved beside a policy's weights."""
+"""Files that are saved with a policy's weights."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from spin.models.save import write_stop_ids
 
 
 @pytest.mark.parametrize(
-    ("stated", "remaining"),
+    ("settings", "remaining"),
     [
         ({"eos_token_id": 1}, {}),
         ({"eos_token_id": [7, 1], "pad_token_id": 1}, {"pad_token_id": 1}),
@@ -26,8 +26,8 @@ from spin.models.save import write_stop_ids
         (None, {}),
     ],
 )
-def test_generate_stops_where_decoding_does(tiny_folder, tmp_path, stated, remaining, recwarn, caplog):
-    """The end token of the template is one that the model's own generation_config does not name."""
+def test_generate_stops_where_decoding_does(tiny_folder, tmp_path, settings, remaining, recwarn, caplog):
+    """`generate` stops at the template's end token, which the model's own generation_config does not contain."""
     folder = tmp_path / "policy"
     shutil.copytree(tiny_folder, folder)
     tokenizer = load_tokenizer(folder)
@@ -35,28 +35,28 @@ def test_generate_stops_where_decoding_does(tiny_folder, tmp_path, stated, remai
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        for weight in model.parameters():  # larger than the initial ones, so that tokens vary
+        for weight in model.parameters():  # larger than the initial weights, so that tokens vary
             if weight.ndim > 1:
                 weight.data.normal_(0, 0.3)
     model.save_pretrained(folder)
     example = Example("0", "", tuple(tokenizer("Hello there")["input_ids"]), "", ())
-    [free] = generate_answers(model, AnswerRequest(tokenizer, [example], greedy, 12, {1}, 0))
-    end = next(token for token in free.ids[2:] if token not in free.ids[:2])
-    stops = {1, 7, end} if stated and isinstance(stated["eos_token_id"], list) else {1, end}
+    [unlimited] = generate_answers(model, AnswerRequest(tokenizer, [example], greedy, 12, {1}, 0))
+    end = next(token for token in unlimited.ids[2:] if token not in unlimited.ids[:2])
+    stops = {1, 7, end} if settings and isinstance(settings["eos_token_id"], list) else {1, end}
     [answer] = generate_answers(model, AnswerRequest(tokenizer, [example], greedy, 12, stops, 0))
     assert answer.ids[-1] == end and len(answer.ids) < 12
 
     path = folder / "generation_config.json"
-    path.unlink() if stated is None else path.write_text(json.dumps(stated))
+    path.unlink() if settings is None else path.write_text(json.dumps(settings))
     write_stop_ids(folder, stops)
     written = json.loads(path.read_text())
-    stated_ids = [] if stated is None else stated["eos_token_id"]
-    stated_ids = stated_ids if isinstance(stated_ids, list) else [stated_ids]
-    assert written.pop("eos_token_id") == stated_ids + sorted(stops - set(stated_ids)) and written == remaining
+    eos_ids = [] if settings is None else settings["eos_token_id"]
+    eos_ids = eos_ids if isinstance(eos_ids, list) else [eos_ids]
+    assert written.pop("eos_token_id") == eos_ids + sorted(stops - set(eos_ids)) and written == remaining
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        again = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        reloaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
         assert not [record for record in caplog.records if "generation flags" in record.getMessage()]
         ids = torch.tensor([example.prompt_ids])
-        shown = again.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
-    assert tuple(shown[0, ids.shape[1] :].tolist()) == tuple(answer.ids)
+        generated = reloaded.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+    assert tuple(generated[0, ids.shape[1] :].tolist()) == tuple(answer.ids)

@@ -1,4 +1,4 @@
-"""Training that is cut anywhere and goes on ends in the same bits; what is damaged is found out and not used."""
+"""Training that is interrupted at any step and resumed ends with the same bits; damaged files are not used."""
 
 import ast
 import json
@@ -27,11 +27,11 @@ from tests.method.test_training import train as train_engine
 ROOT = Path(__file__).parents[2]
 
 
-# --- sealed folders ---------------------------------------------------------------------------------------------------
+# --- artifacts --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def sealed(tmp_path):
+def artifact(tmp_path):
     beside = tmp_path / "beside"
     (beside / "inner").mkdir(parents=True)
     (beside / "a.txt").write_text("first")
@@ -40,86 +40,86 @@ def sealed(tmp_path):
     return tmp_path / "sealed"
 
 
-def test_commit_and_verify(sealed, tmp_path):
-    assert verify_artifact(sealed)["fact"] == [1, "two"]
+def test_commit_and_verify(artifact, tmp_path):
+    assert verify_artifact(artifact)["fact"] == [1, "two"]
     assert not (tmp_path / "beside").exists()
 
 
-def test_verify_finds_any_damage(sealed):
+def test_verify_finds_any_damage(artifact):
     rng = random.Random(0)
-    for path in [path for path in sealed.rglob("*") if path.is_file()]:
-        whole = path.read_bytes()
+    for path in [path for path in artifact.rglob("*") if path.is_file()]:
+        content = path.read_bytes()
         for _ in range(40):
-            at = rng.randrange(len(whole))
-            path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << rng.randrange(8))]) + whole[at + 1 :])
+            at = rng.randrange(len(content))
+            path.write_bytes(content[:at] + bytes([content[at] ^ (1 << rng.randrange(8))]) + content[at + 1 :])
             with pytest.raises(CorruptArtifact):
-                verify_artifact(sealed)
-        path.write_bytes(whole[: len(whole) // 2])
+                verify_artifact(artifact)
+        path.write_bytes(content[: len(content) // 2])
         with pytest.raises(CorruptArtifact):
-            verify_artifact(sealed)
+            verify_artifact(artifact)
         path.unlink()
         with pytest.raises(CorruptArtifact, match="No such file"):
-            verify_artifact(sealed)
-        path.write_bytes(whole)
-        verify_artifact(sealed)
+            verify_artifact(artifact)
+        path.write_bytes(content)
+        verify_artifact(artifact)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"files": 3, "xxh3": ""}', '{"xxh3": "x"}', "[" * 100_000])
-def test_damaged_manifest(sealed, text):
-    (sealed / "manifest.json").write_text(text)
+def test_damaged_manifest(artifact, text):
+    (artifact / "manifest.json").write_text(text)
     with pytest.raises(CorruptArtifact):
-        verify_artifact(sealed)
+        verify_artifact(artifact)
 
 
 # --- shards -----------------------------------------------------------------------------------------------------------
 
 
-def shards_of(folder, made, messages=None):
-    keep = ResumableShards(folder, (messages if messages is not None else []).append)
+def shards_of(folder, computed, messages=None):
+    resumable = ResumableShards(folder, (messages if messages is not None else []).append)
 
-    def part(number):
-        def make():
-            made.append(number)
+    def shard(number):
+        def compute():
+            computed.append(number)
             return [{"id": f"{number}", "ids": (number, 7), "logp": 0.1 * number}]
 
-        return Shard([f"id{number}"], make)
+        return Shard([f"id{number}"], compute)
 
-    return lambda *numbers: list(keep([part(number) for number in numbers]))
+    return lambda *numbers: list(resumable([shard(number) for number in numbers]))
 
 
 def test_shard_is_computed_once(tmp_path):
-    made = []
-    cut = shards_of(tmp_path, made)(0)
-    first = shards_of(tmp_path, made)(0, 1, 2)
-    again = shards_of(tmp_path, made)(0, 1, 2)
-    assert made == [0, 1, 2] and len(cut) == 1
+    computed = []
+    partial = shards_of(tmp_path, computed)(0)
+    first = shards_of(tmp_path, computed)(0, 1, 2)
+    reused = shards_of(tmp_path, computed)(0, 1, 2)
+    assert computed == [0, 1, 2] and len(partial) == 1
     first[0] = [{**row, "ids": tuple(row["ids"])} for row in first[0]]
-    assert [[{**row, "ids": tuple(row["ids"])} for row in rows] for rows in again] == first
+    assert [[{**row, "ids": tuple(row["ids"])} for row in rows] for rows in reused] == first
 
 
 def test_damaged_shard(tmp_path):
-    made, messages = [], []
-    rows = shards_of(tmp_path, made, messages)
+    computed, messages = [], []
+    rows = shards_of(tmp_path, computed, messages)
     rows(0, 1)
     path = tmp_path / "00001" / "rows.parquet"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 4
     path.write_bytes(content)
     assert [shard[0]["id"] for shard in rows(0, 1)] == ["0", "1"]
-    assert made == [0, 1, 1] and len(messages) == 1 and "00001" in messages[0] and "made again" in messages[0]
+    assert computed == [0, 1, 1] and len(messages) == 1 and "00001" in messages[0] and "made again" in messages[0]
 
 
 def test_shard_of_other_prompts(tmp_path):
-    made = []
-    keep = ResumableShards(tmp_path, print)
+    computed = []
+    resumable = ResumableShards(tmp_path, print)
     for ids in (["a", "b"], ["a"], ["a"]):
-        part = Shard(ids, lambda ids=ids: made.append(ids) or [{"of": ids}])
-        assert list(keep([part])) == [[{"of": ids}]]
-    assert made == [["a", "b"], ["a"]]
+        shard = Shard(ids, lambda ids=ids: computed.append(ids) or [{"of": ids}])
+        assert list(resumable([shard])) == [[{"of": ids}]]
+    assert computed == [["a", "b"], ["a"]]
 
 
 def test_on_reused(tmp_path):
-    """Called for shards of an earlier run that fit; not for those of another size, nor for damaged ones."""
+    """`on_reused` is called for matching shards of an earlier run, not for shards of another size or damaged ones."""
     shards = [Shard([f"id{n}"], lambda n=n: [{"n": n}] * 3) for n in range(4)]
     list(ResumableShards(tmp_path, print)([shards[0], Shard(["x"], list), shards[2]]))
     (tmp_path / "00002" / "rows.parquet").write_bytes(b"")
@@ -138,17 +138,17 @@ SETTINGS = {"epochs": 2, "batch_size": 3, "warmup_ratio": 0.2}
 
 
 def scored_pairs(folder, dtype=torch.float32):
-    """Twelve pairs, and their log-probs under the opponent."""
+    """Return twelve pairs and their log-probs under the opponent."""
     pairs = pairs_of(12)
     return pairs, score(folder, pairs, dtype=dtype)
 
 
 class Cut(Exception):
-    """The process dies."""
+    """The simulated end of a process."""
 
 
 def train(folder, pairs, tiny_folder, optimizer="rmsprop", dtype=torch.float32, cut=None, every=1, messages=None):
-    """`STEPS` steps with a checkpoint after each, or up to `cut`; the masters, the rows and the engine's first step."""
+    """Train for `STEPS` steps, or up to step `cut`. Return the masters, the rows and the step of the restored state."""
     rows = []
     engine = engine_of(tiny_folder, dtype, name=optimizer)
 
@@ -175,13 +175,13 @@ def same(first, second) -> bool:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_resume_after_any_step(tiny_folder, tmp_path, optimizer, dtype):
     pairs = scored_pairs(tiny_folder, dtype)
-    whole = train(None, pairs, tiny_folder, optimizer, dtype)
+    uninterrupted = train(None, pairs, tiny_folder, optimizer, dtype)
     for cut in range(0, STEPS, 2 if dtype == torch.float32 else 3):
         folder = tmp_path / str(cut)
         assert train(folder, pairs, tiny_folder, optimizer, dtype, cut=cut) is None
-        again = train(folder, pairs, tiny_folder, optimizer, dtype)
-        assert again[2] == cut and same(again, whole)
-        assert len(list(folder.glob("step-*"))) == 2  # older ones go by themselves
+        resumed = train(folder, pairs, tiny_folder, optimizer, dtype)
+        assert resumed[2] == cut and same(resumed, uninterrupted)
+        assert len(list(folder.glob("step-*"))) == 2  # older ones are removed
 
 
 def test_checkpoints_do_not_change_training(tiny_folder, tmp_path):
@@ -201,8 +201,8 @@ def test_newest_checkpoint_damaged(tiny_folder, tmp_path, name, damage):
         (newest / name).write_bytes(content[:-3])
     elif damage == "flipped":
         (newest / name).write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
-    again = train(tmp_path, pairs, tiny_folder, messages=messages)
-    assert again[2] == 4 and same(again, train(None, pairs, tiny_folder))
+    resumed = train(tmp_path, pairs, tiny_folder, messages=messages)
+    assert resumed[2] == 4 and same(resumed, train(None, pairs, tiny_folder))
     assert len(messages) == 1 and str(newest) in messages[0] and name in messages[0] and "not used" in messages[0]
 
 
@@ -211,8 +211,8 @@ def test_all_checkpoints_damaged(tiny_folder, tmp_path):
     train(tmp_path, pairs, tiny_folder, cut=5)
     for folder in tmp_path.glob("step-*"):
         (folder / "state.json").write_text("{}")
-    again = train(tmp_path, pairs, tiny_folder, messages=messages)
-    assert again[2] == 0 and len(messages) == 2 and same(again, train(None, pairs, tiny_folder))
+    resumed = train(tmp_path, pairs, tiny_folder, messages=messages)
+    assert resumed[2] == 0 and len(messages) == 2 and same(resumed, train(None, pairs, tiny_folder))
 
 
 def test_checkpoint_due(monkeypatch, tmp_path):
@@ -221,7 +221,7 @@ def test_checkpoint_due(monkeypatch, tmp_path):
 
     class Slow:
         def save_state(self, folder):
-            now[0] += 9.0  # writing takes nine seconds: the next may come after 300
+            now[0] += 9.0  # writing takes 9 s, so the next checkpoint is due after 300 s
 
         def load_state(self, folder):
             raise AssertionError
@@ -235,7 +235,7 @@ def test_checkpoint_due(monkeypatch, tmp_path):
         due.append(checkpoints.due(state))
         if due[-1]:
             assert checkpoints.write(Slow(), state)
-            assert not checkpoints.write(Slow(), state)  # it is kept already
+            assert not checkpoints.write(Slow(), state)  # it is already written
     assert due == [False, True, False, False, False, False, True, False, False, False]
 
 
@@ -249,7 +249,7 @@ def test_describe_progress(tiny_folder, tmp_path):
 
 
 class FakeEngine:
-    """Its state is one number."""
+    """An engine whose state is one number."""
 
     def __init__(self, before_save=lambda: None):
         self.before_save = before_save
@@ -272,14 +272,14 @@ def kill():
 
 @pytest.mark.parametrize("point", ["in save_state", "before commit", "after commit"])
 def test_kill_during_write(tmp_path, point):
-    """A checkpoint whose write is killed is complete or absent; the one before is kept."""
+    """A checkpoint whose write is killed is complete or absent; the previous one is kept."""
     Checkpoints(tmp_path).write(FakeEngine(), state_at(3))
     if (child := os.fork()) == 0:
-        usual = checkpoints_module.commit_atomically
+        original = checkpoints_module.commit_atomically
 
         def commit(*arguments):
             if point == "after commit":
-                usual(*arguments)
+                original(*arguments)
             kill()
 
         checkpoints_module.commit_atomically = commit
@@ -304,7 +304,7 @@ def test_write_on_interrupt(tmp_path):
 
 
 def test_nothing_is_written_after_close(tmp_path):
-    """The state of a closed engine would replace a good checkpoint."""
+    """Nothing is written after `close`, because the state of a closed engine would replace a good checkpoint."""
 
     def fail():
         raise AssertionError
@@ -325,27 +325,27 @@ def signals():
     before = {number: signal.getsignal(number) for number in interrupt.SIGNALS}
     interrupt.install_handlers()
     yield
-    interrupt.install_handlers()  # forgets what came
+    interrupt.install_handlers()  # discards received signals
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", interrupt.SIGNALS)
 def test_deferred_signal(signals, number):
-    done = []
+    events = []
 
     def work():
         with deferred():
             with deferred():
                 os.kill(os.getpid(), number)
             time.sleep(0.01)
-            done.append("whole")
-        done.append("never")
+            events.append("whole")
+        events.append("never")
 
-    with pytest.raises(Interrupted) as caught:
+    with pytest.raises(Interrupted) as error:
         work()
-    assert done == ["whole"] and caught.value.signal == number
-    os.kill(os.getpid(), signal.SIGTERM)  # schedulers say it twice: what is being written is not disturbed
+    assert events == ["whole"] and error.value.signal == number
+    os.kill(os.getpid(), signal.SIGTERM)  # schedulers send it twice; the second must not interrupt a write
     time.sleep(0.01)
 
 
@@ -356,18 +356,18 @@ def test_ignored_signal_stays_ignored(signals):
 
 
 def test_previous_handler_is_called_last(signals, monkeypatch):
-    """As submitit's, which is there first, puts the job back into the queue and ends the process."""
+    """An earlier handler is called last, like submitit's, which requeues the job and ends the process."""
     monkeypatch.setattr(interrupt, "_previous", {})
     called = []
     signal.signal(signal.SIGUSR2, lambda number, frame: called.append(number))
     signal.signal(signal.SIGTERM, lambda number, frame: called.append(number))
     interrupt.install_handlers()
-    interrupt.install_handlers()  # each point of a sweep does
-    with pytest.raises(Interrupted) as caught, deferred():
+    interrupt.install_handlers()  # as each point of a sweep does
+    with pytest.raises(Interrupted) as error, deferred():
         os.kill(os.getpid(), signal.SIGUSR2)
     assert called == []
-    interrupt.call_previous_handler(caught.value.signal)
-    interrupt.call_previous_handler(signal.SIGTERM)  # submitit's handler of this one would only ignore it
+    interrupt.call_previous_handler(error.value.signal)
+    interrupt.call_previous_handler(signal.SIGTERM)  # not called: submitit's handler ignores SIGTERM
     interrupt.call_previous_handler(signal.SIGUSR1)
     assert called == [signal.SIGUSR2]
 
@@ -390,7 +390,7 @@ def test_previous_handler_is_called_last(signals, monkeypatch):
     ],
 )
 def test_preempted_job_is_requeued(job, requeued, signals, monkeypatch, tmp_path):
-    """What SLURM's `scontrol show job` says decides; with a real SLURM this is tests/pipeline/test_slurm.py."""
+    """A job is requeued if `scontrol show job` reports a preemption; tests/pipeline/test_slurm.py uses a real SLURM."""
     if job:
         (tmp_path / "scontrol").write_text(f'#!/bin/sh\ntest "$*" = "show job --oneliner 7" && echo "JobId=7 {job}"\n')
         (tmp_path / "scontrol").chmod(0o755)
@@ -409,35 +409,35 @@ def test_second_ctrl_c_ends_at_once():
         "with signals.deferred():\n"
         "    os.kill(os.getpid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGINT); time.sleep(60)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=30)
-    assert done.returncode == 130 and done.stderr == "ended at once.\n"
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert result.returncode == 130 and result.stderr == "ended at once.\n"
 
 
-@pytest.mark.parametrize("inside", ["forward", "step"])
-def test_signal_in_training(tiny_folder, tmp_path, signals, inside, monkeypatch):
-    """In the forward pass of step 4 the state after step 3 is kept; within the update of step 4 that after step 4."""
+@pytest.mark.parametrize("phase", ["forward", "step"])
+def test_signal_in_training(tiny_folder, tmp_path, signals, phase, monkeypatch):
+    """A signal in a forward pass saves the state before that step; a signal in an update saves the state after it."""
     pairs = scored_pairs(tiny_folder)
     engine, messages = engine_of(tiny_folder), []
-    method = "backward" if inside == "forward" else "step"
-    usual = getattr(engine, method)
+    method = "backward" if phase == "forward" else "step"
+    original = getattr(engine, method)
 
-    def strike(*arguments):
+    def send_signal(*arguments):
         if len(rows) == 4:
             os.kill(os.getpid(), signal.SIGTERM)
-        return usual(*arguments)
+        return original(*arguments)
 
     rows = []
-    monkeypatch.setattr(engine, method, strike)
+    monkeypatch.setattr(engine, method, send_signal)
     checkpoints = Checkpoints(tmp_path, minutes=60, say=messages.append)
     with pytest.raises(Interrupted):
         train_engine(engine, pairs[0], references=pairs[1], log=rows.append, checkpoints=checkpoints, **SETTINGS)
-    kept = 4 if inside == "forward" else 5
-    assert messages == [f"saved the training state at step {kept} of 8"]
-    with pytest.raises(Interrupted):  # a library that swallows it only delays it
+    saved_step = 4 if phase == "forward" else 5
+    assert messages == [f"saved the training state at step {saved_step} of 8"]
+    with pytest.raises(Interrupted):  # a library that swallows the signal only delays it
         interrupt.raise_if_stopped()
-    interrupt.install_handlers()  # as the next process has it
-    again = train(tmp_path, pairs, tiny_folder)
-    assert again[2] == kept and same(again, train(None, pairs, tiny_folder))
+    interrupt.install_handlers()  # as in the next process
+    resumed = train(tmp_path, pairs, tiny_folder)
+    assert resumed[2] == saved_step and same(resumed, train(None, pairs, tiny_folder))
 
 
 def test_nothing_stored_can_execute_code(tiny_folder, tmp_path):

@@ -1,4 +1,4 @@
-"""Which errors become one line, and which do not."""
+"""Errors that are reported in one line, and errors that keep their traceback."""
 
 import errno
 import fcntl
@@ -61,11 +61,11 @@ def test_other_errors_keep_their_traceback(error):
         dist.DistBackendError(f"{NCCL}ncclUnhandledCudaError. Last error: Cuda failure 2 'out of memory'"),
     ],
 )
-def test_short_memory(error):
+def test_out_of_memory_errors(error):
     assert user_message(error).startswith("memory is short")
 
 
-def test_full_disk_as_cause_and_out_of_rust():
+def test_full_disk_as_cause_or_from_rust():
     wrapped = RuntimeError("generation of the data set failed")
     wrapped.__cause__ = OSError(errno.ENOSPC, "No space left on device")
     for error in (wrapped, Exception("I/O error: No space left on device (os error 28)")):
@@ -87,7 +87,7 @@ def test_failing_disk(number):
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
 def test_disk_without_locks(number, tmp_path, monkeypatch):
-    """As on some NFS mounts: flock fails, and nobody waits for it."""
+    """A disk without flock, like some NFS mounts, is reported instead of waited for."""
 
     def flock(descriptor, operation):
         raise OSError(number, os.strerror(number))

@@ -1,7 +1,7 @@
-"""A disk that fails at any call: every part leaves something complete or nothing, and the next game ends in the same bits.
+"""A disk that fails at any call: files are complete or absent, and the next game ends with the same bits.
 
-`failing_disk.c` counts the calls that change files below a folder, and fails the n-th: with an error, with that error
-from then on (a full disk), or by writing less than it was given.
+`failing_disk.c` counts the calls that change files below a folder, and makes the n-th fail: with an error, with this
+error from then on (a full disk), or with a short write.
 """
 
 import ctypes
@@ -56,7 +56,7 @@ WORDS = (
 
 @pytest.fixture(scope="module")
 def disk(tmp_path_factory):
-    """Games, and other code in a process of its own, on a disk that can fail."""
+    """Games and other code in separate processes, on a disk that can fail."""
     folder = tmp_path_factory.mktemp("disk")
     source = Path(__file__).with_name("failing_disk.c")
     subprocess.run(["cc", "-O1", "-shared", "-fPIC", "-o", folder / "disk.so", source, "-ldl"], check=True)
@@ -69,7 +69,7 @@ def disk(tmp_path_factory):
 
 
 def arm(folder: Path, kinds: str = ALL, number: int = 0, code: int = 0, lasting: bool = False, log: str = "") -> None:
-    """Fail the `number`-th call from now on; count only, with 0."""
+    """Make the `number`-th call from now on fail; with 0, only count calls."""
     ctypes.CDLL(None).disk_arm(str(folder).encode(), kinds.encode(), ctypes.c_long(number), code, lasting, log.encode())
 
 
@@ -81,13 +81,13 @@ def disarm() -> int:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """The files in a folder, manifests aside: they name times."""
+    """Return the files in a folder, except manifests, which contain times."""
     paths = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths if path.name != "manifest.json"}
 
 
 class Commit:
-    """`run` does the work; `check` what holds after a fault; `result` is the same after each run without one."""
+    """A part to test. `run` does the work, `check` tests it after a fault, `result` is equal after runs without one."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -160,7 +160,7 @@ class Cache(Commit):
 
 
 class FakeEngine:
-    """Its state is one tensor, which holds the step."""
+    """An engine whose state is one tensor, which holds the step."""
 
     def __init__(self, step: int = 0):
         self.weights = {"w": torch.full((5000,), float(step))}
@@ -173,7 +173,7 @@ class FakeEngine:
 
 
 class Training(Commit):
-    """Three steps with a checkpoint after each, from the newest checkpoint on; one that was written is never lost."""
+    """Three steps with a checkpoint after each, from the newest checkpoint on. A written checkpoint is never lost."""
 
     written = 0
 
@@ -199,7 +199,7 @@ class Training(Commit):
 
 
 class Shards(Commit):
-    """Three shards; one that was stored is not computed again."""
+    """Three shards. A stored shard is not computed again."""
 
     def __init__(self, folder: Path):
         super().__init__(folder)
@@ -207,11 +207,11 @@ class Shards(Commit):
         self.stored: set[int] = set()
 
     def shard(self, number: int) -> Shard:
-        def make() -> list[dict]:
+        def compute() -> list[dict]:
             assert number not in self.stored
             return [{"id": f"{number}", "ids": [number] * 20}] * 20
 
-        return Shard([f"id{number}"], make)
+        return Shard([f"id{number}"], compute)
 
     def run(self) -> None:
         shards = [self.shard(number) for number in range(3)]
@@ -229,7 +229,7 @@ class Shards(Commit):
 
 
 class Stored(Commit):
-    """A stage of the store, and the run folder that uses it."""
+    """A stage in the store and a run folder that uses it."""
 
     def run(self) -> None:
         def build(folder: Path) -> dict:
@@ -256,19 +256,19 @@ PARTS = {part.__name__.lower(): part for part in (Commit, Text, Links, Cache, Tr
 
 
 def fail_each_call(name: str, fault: str, folder: Path) -> None:
-    """Fail each call of a part in turn, and let it run once more. Prints how many there are."""
+    """Make each call of a part fail in turn, and run the part again. Prints the number of calls."""
     kinds, code, lasting = FAULTS[fault]
 
-    def part(name: str, number: int) -> Commit:
+    def new_part(name: str, number: int) -> Commit:
         (folder / f"{number}").mkdir(parents=True)
         return PARTS[name](folder / f"{number}")
 
-    undisturbed = part(name, 0)
+    undisturbed = new_part(name, 0)
     arm(folder, kinds)
     undisturbed.run()
     count = disarm()
     for number in range(1, count + 1):
-        disturbed, place = part(name, number), f"call {number} of {count}"
+        disturbed, position = new_part(name, number), f"call {number} of {count}"
         arm(folder, kinds, number, code, lasting)
         error, line = None, "none"
         try:
@@ -276,11 +276,11 @@ def fail_each_call(name: str, fault: str, folder: Path) -> None:
         except Exception as raised:
             error, line = raised, user_message(raised) if code else None
         disarm()
-        assert line and "\n" not in line, (place, repr(error))
+        assert line and "\n" not in line, (position, repr(error))
         disturbed.check()
         disturbed.run()
-        assert disturbed.result() == undisturbed.result(), place
-        assert not [path for path in files(disturbed.folder) if path.endswith(f".{os.getpid()}")], place
+        assert disturbed.result() == undisturbed.result(), position
+        assert not [path for path in files(disturbed.folder) if path.endswith(f".{os.getpid()}")], position
         shutil.rmtree(disturbed.folder)
     print(json.dumps(count))
 
@@ -288,44 +288,44 @@ def fail_each_call(name: str, fault: str, folder: Path) -> None:
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("name", PARTS)
 def test_each_call(disk, tmp_path, name, fault):
-    here = (name, fault, str(tmp_path))
+    arguments = (name, fault, str(tmp_path))
     code = "import os, sys; from tests.runtime import test_failing_disk as t; "
-    done = disk.start(code=f"{code}t.fail_each_call(*{here[:2]}, t.Path({here[2]!r})); sys.exit()").wait()
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) >= 1
+    result = disk.start(code=f"{code}t.fail_each_call(*{arguments[:2]}, t.Path({arguments[2]!r})); sys.exit()").wait()
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout.splitlines()[-1]) >= 1
 
 
 # --- games ------------------------------------------------------------------------------------------------------------
 
 
 def bits(place: Place) -> list:
-    """What must be equal after any fault: the weights of all policies, the pairs, and all measures."""
+    """Return what must be equal after any fault: the weights of all policies, the pairs and all measures."""
     manifest = json.loads((place.folder / "run" / "iter0" / "manifest.json").read_text())
     game = json.loads((place.folder / "run" / "game.json").read_text())
     weights = [load_file(place.folder / "run" / name / "policy" / "model.safetensors") for name in ("sft", "iter0")]
     pairs = pq.read_table(place.folder / "run" / "iter0" / "pairs.parquet").to_pylist()
     ids = [manifest[player]["weights"] for player in ("policy", "opponent")]
-    return [ids, [{k: v.tolist() for k, v in each.items()} for each in weights], pairs, game["evaluations"]]
+    return [ids, [{k: v.tolist() for k, v in tensors.items()} for tensors in weights], pairs, game["evaluations"]]
 
 
 def armed(place: Place, **settings: object) -> str:
-    """Code that arms the disk in a game's process."""
+    """Return code that arms the disk in a game's process."""
     return f"from tests.runtime.test_failing_disk import arm, Path; arm(Path({str(place.folder)!r}), **{settings!r})"
 
 
 @pytest.fixture(scope="module")
 def reference(disk, tmp_path_factory):
-    """An undisturbed game and the kinds of its calls."""
+    """The results of an undisturbed game and the kinds of its calls."""
     place = Place(tmp_path_factory.mktemp("reference"), disk)
     log = place.folder.parent / "calls"
-    done = place.start(*WORDS, code=armed(place, log=str(log))).wait()
-    assert done.returncode == 0, done.stderr
+    result = place.start(*WORDS, code=armed(place, log=str(log))).wait()
+    assert result.returncode == 0, result.stderr
     return bits(place), [line.split()[0] for line in log.read_text().splitlines()]
 
 
 @pytest.mark.parametrize(("seed", "games"), [(0, 5), pytest.param(1, 30, marks=pytest.mark.slow)])
 def test_games(disk, reference, tmp_path, seed, games):
-    """Game after game fails in one place, until one ends in spite of its fault; then the next place."""
+    """Games in one folder fail until one ends despite its fault; then a new folder is used."""
     expected, calls = reference
     rng, statuses, place = random.Random(seed), Counter(), None
     for count in range(games):
@@ -335,15 +335,15 @@ def test_games(disk, reference, tmp_path, seed, games):
         fault = [*FAULTS][count % len(FAULTS)]
         kinds, code, lasting = FAULTS[fault]
         number = rng.randint(1, sum(f",{kind}," in kinds for kind in calls) // 2)
-        done = place.start(*WORDS, code=armed(place, kinds=kinds, number=number, code=code, lasting=lasting)).wait()
-        about = (fault, number, place.folder, done.stdout[-2000:], done.stderr)
-        assert done.returncode == 0 or (code and done.returncode == 1), about
-        statuses[fault, done.returncode] += 1
-        if done.returncode:
-            assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: "), about
-        assert "Traceback" not in done.stdout + done.stderr, about
-        if done.returncode == 0 or count == games - 1:
+        result = place.start(*WORDS, code=armed(place, kinds=kinds, number=number, code=code, lasting=lasting)).wait()
+        details = (fault, number, place.folder, result.stdout[-2000:], result.stderr)
+        assert result.returncode == 0 or (code and result.returncode == 1), details
+        statuses[fault, result.returncode] += 1
+        if result.returncode:
+            assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("error: "), details
+        assert "Traceback" not in result.stdout + result.stderr, details
+        if result.returncode == 0 or count == games - 1:
             place.play(*WORDS)
-            assert bits(place) == expected, about
+            assert bits(place) == expected, details
             place = None
     print(dict(statuses))

@@ -33,7 +33,7 @@ def test_write_text_replaces(tmp_path):
     assert content(tmp_path) == {"a.json": "new"}
 
 
-def test_link_tree_shares_weights_and_copies_the_rest(source, tmp_path):
+def test_link_tree_shares_only_weights(source, tmp_path):
     target = tmp_path / "target"
     link_tree(source, target)
     assert content(target) == content(source)
@@ -48,13 +48,13 @@ def test_link_tree_keeps_files_of_the_user(source, tmp_path):
         link_tree(source, target)
         (target / "inner" / "mine.txt").write_text("mine")
         (target / "mine.safetensors").write_text("mine")
-    other = write_policy(tmp_path / "other", "new")
-    link_tree(other, target)
+    new_source = write_policy(tmp_path / "other", "new")
+    link_tree(new_source, target)
     link_tree(None, target)
     assert content(target) == {"inner/mine.txt": "mine", "mine.safetensors": "mine"}
 
 
-def test_link_tree_replaces_only_what_differs(source, tmp_path):
+def test_link_tree_replaces_only_changed_files(source, tmp_path):
     target = tmp_path / "target"
     link_tree(source, target)
     before = {path: path.stat().st_ino for path in target.rglob("*")}
@@ -70,9 +70,9 @@ def test_link_tree_removes_stale_links(source, tmp_path):
     (source / "model-2.safetensors").write_text("second")
     (source / "old.json").write_text("old")
     link_tree(source, target)
-    other = write_policy(tmp_path / "other", "new")
-    link_tree(other, target)
-    assert content(target) == content(other)
+    new_source = write_policy(tmp_path / "other", "new")
+    link_tree(new_source, target)
+    assert content(target) == content(new_source)
     assert (source / "model.safetensors").read_text() == "weights"
 
 
@@ -90,9 +90,9 @@ def test_link_tree_copies_on_another_disk(source, tmp_path, monkeypatch):
     target = tmp_path / "target"
     link_tree(source, target)
     assert content(target) == content(source)
-    node = (target / "model.safetensors").stat().st_ino
+    inode = (target / "model.safetensors").stat().st_ino
     link_tree(source, target)
-    assert (target / "model.safetensors").stat().st_ino == node  # not copied again
+    assert (target / "model.safetensors").stat().st_ino == inode  # not copied again
 
 
 @pytest.mark.parametrize("text", ["{", "null", "3", "[1, null]"])
@@ -111,7 +111,7 @@ def test_link_file_replaces(tmp_path):
 
 
 def test_signal_ends_wait_for_lock(tmp_path):
-    """With several processes signals are deferred; a rank that waits for a lock has to look for them."""
+    """A signal ends the wait for a lock although signals are deferred, as they are with several processes."""
     before, messages = {number: signal.getsignal(number) for number in signals_module.SIGNALS}, []
 
     def wait():

@@ -1,4 +1,4 @@
-"""A stage is found by what made it, whole or not at all."""
+"""Stages in the store are found by their inputs, and are complete or absent."""
 
 import multiprocessing
 import subprocess
@@ -25,10 +25,10 @@ def build(folder):
 def test_get_builds_once(tmp_path):
     store = Store(tmp_path)
     first = store.get("score", {"x": 1, "y": [2]}, build)
-    again = Store(tmp_path).get("score", {"y": [2], "x": 1}, lambda folder: pytest.fail("built again"))
-    assert not first.reused and again.reused and first.folder == again.folder == tmp_path / "score" / first.key
-    assert again.rows() == [{"a": 1}] and again.manifest["facts"] == {"fact": 1}
-    assert again.manifest["made_from"] == {"x": 1, "y": [2]}
+    second = Store(tmp_path).get("score", {"y": [2], "x": 1}, lambda folder: pytest.fail("built again"))
+    assert not first.reused and second.reused and first.folder == second.folder == tmp_path / "score" / first.key
+    assert second.rows() == [{"a": 1}] and second.manifest["facts"] == {"fact": 1}
+    assert second.manifest["made_from"] == {"x": 1, "y": [2]}
 
 
 def test_key_of_every_input():
@@ -51,7 +51,7 @@ JSON = st.recursive(
 def test_key_of_equal_inputs(inputs, name, value):
     assert key_of(inputs) == key_of(dict(reversed(inputs.items())))
     changed = {**inputs, name: value}
-    # 1 == 1.0 and True == 1 to Python, not to a setting.
+    # In Python 1 == 1.0 and True == 1, but as settings they differ.
     assert (key_of(inputs) == key_of(changed)) == (repr(sorted(inputs.items())) == repr(sorted(changed.items())))
 
 
@@ -63,15 +63,15 @@ def test_failed_build_keeps_resume(tmp_path):
         (folder.parent / RESUME / "half").write_text("way")
         raise RuntimeError("half way")
 
-    def go_on(folder):
-        assert list(folder.iterdir()) == []  # the rest of the first try is gone
+    def resume(folder):
+        assert list(folder.iterdir()) == []  # files of the first attempt are removed
         assert (folder.parent / RESUME / "half").read_text() == "way"
         return build(folder)
 
     with pytest.raises(RuntimeError):
         store.get("train", {}, fail)
     assert store.peek("train", {}) is None
-    stage = store.get("train", {}, go_on)
+    stage = store.get("train", {}, resume)
     assert not stage.reused and sorted(p.name for p in stage.folder.iterdir()) == [
         "manifest.json",
         "metrics.jsonl",
@@ -88,17 +88,17 @@ def test_damaged_stage_is_rebuilt(tmp_path, name):
     content = bytearray((folder / name).read_bytes())
     content[len(content) // 2] ^= 1
     (folder / name).write_bytes(content)
-    again = store.get("score", {}, build)
-    assert not again.reused and again.folder == folder and (folder / "result.txt").read_text() == "done"
+    rebuilt = store.get("score", {}, build)
+    assert not rebuilt.reused and rebuilt.folder == folder and (folder / "result.txt").read_text() == "done"
     assert len(messages) == 1 and name in messages[0] and str(folder) in messages[0]
     assert store.get("score", {}, build).reused
 
 
-def _take(folder: Path, is_waiting, messages) -> None:
-    def build_while_other_waits(place):
+def _get_stage(folder: Path, is_waiting, messages) -> None:
+    def build_while_other_waits(stage_folder):
         assert is_waiting.wait(60)
         messages.put("built")
-        return build(place)
+        return build(stage_folder)
 
     def say(text):
         messages.put(text)
@@ -111,11 +111,11 @@ def _take(folder: Path, is_waiting, messages) -> None:
 def test_two_processes_build_a_stage_once(tmp_path):
     context = multiprocessing.get_context("spawn")
     is_waiting, messages = context.Event(), context.Queue()
-    both = [context.Process(target=_take, args=(tmp_path, is_waiting, messages)) for _ in range(2)]
-    for process in both:
+    processes = [context.Process(target=_get_stage, args=(tmp_path, is_waiting, messages)) for _ in range(2)]
+    for process in processes:
         process.start()
     received = [messages.get(timeout=60) for _ in range(4)]
-    for process in both:
+    for process in processes:
         process.join()
     assert sorted(message for message in received if isinstance(message, bool)) == [False, True]
     waiting, built = sorted(message for message in received if isinstance(message, str))
@@ -128,8 +128,8 @@ def test_killed_process_releases_lock(tmp_path):
         "def die(folder): (folder.parent / 'resume' / 'shard').write_text('1'); os.kill(os.getpid(), 9)\n"
         f"Store(pathlib.Path({str(tmp_path)!r})).get('train', {{}}, die)"
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=60)
-    assert done.returncode == -9
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=60)
+    assert result.returncode == -9
     messages = []
     assert not Store(tmp_path, messages.append).get("train", {}, build).reused
     assert messages == []
@@ -139,7 +139,7 @@ def test_killed_process_releases_lock(tmp_path):
 
 
 def used_store(tmp_path: Path) -> tuple[Store, list[str]]:
-    """Three finished stages and a part: one used by a run that is there, one by a run that is gone, one by none."""
+    """Return a store with finished stages of a run, a removed run and no run and an unfinished one, and their names."""
     store, names = Store(tmp_path / "store"), []
     for number, run in enumerate(("here", "gone", None)):
         stage = store.get("train", {"number": number}, build)
@@ -167,7 +167,7 @@ def test_clean_removes_unused(tmp_path, capsys):
     main(["clean", "--path", str(store.path)])
     assert "0 stages" in capsys.readouterr().out  # all were used within the hour
     main(["clean", "--path", str(store.path), "--older-than", "0"])
-    assert "3 stages" in capsys.readouterr().out and len(entries(store)) == 4  # shown only
+    assert "3 stages" in capsys.readouterr().out and len(entries(store)) == 4  # only listed
     main(["clean", "--path", str(store.path), "--older-than", "0", "--yes"])
     assert "3 stages removed" in capsys.readouterr().out
     assert [entry.name for entry in entries(store)] == names[:1]
@@ -191,7 +191,7 @@ def test_remove_stage_used_meanwhile(tmp_path):
 
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_kill_during_commit(tmp_path, moment):
-    """Where the machine dies before the stage has its name, what the next try goes on from is still there."""
+    """A kill before a stage is renamed leaves its resume folder; a kill after it leaves the complete stage."""
     script = f"""
 import os, pathlib, spin.runtime.store as store
 def die(*arguments):
@@ -216,15 +216,15 @@ store.Store(pathlib.Path({str(tmp_path)!r})).get("train", {{}}, build)
 
 
 def test_clean_keeps_other_folders(tmp_path, capsys):
-    """Told to clean the folder above the store, or any other, it refuses; what lies in a store beside stages stays."""
+    """`clean` refuses folders that are not a store, and keeps other folders inside a store."""
     store, _ = used_store(tmp_path)
     for path in (tmp_path, tmp_path / "here"):
         with pytest.raises(SystemExit, match="not a store"):
             main(["clean", "--yes", "--older-than", "0", "--path", str(path)])
-    mine = store.path / "train" / "my_own_notes"
-    mine.mkdir()
+    user_folder = store.path / "train" / "my_own_notes"
+    user_folder.mkdir()
     main(["clean", "--yes", "--older-than", "0", "--path", str(store.path)])
-    assert mine.is_dir() and len(list((store.path / "train").glob("[0-9a-f]*"))) >= 1
+    assert user_folder.is_dir() and len(list((store.path / "train").glob("[0-9a-f]*"))) >= 1
     assert f"removed run folder, whose stages count as unused: {tmp_path}/gone" in capsys.readouterr().out
 
 
@@ -240,10 +240,10 @@ def test_store_by_another_path(tmp_path):
         ]
 
 
-@pytest.mark.parametrize("which", ["entry", "noted"])
-def test_clean_with_damaged_record(tmp_path, which):
+@pytest.mark.parametrize("record", ["entry", "noted"])
+def test_clean_with_damaged_record(tmp_path, record):
     store, _ = used_store(tmp_path)
-    for path in [tmp_path / "here" / "stages.json"] if which == "noted" else (store.path / "runs").glob("*.json"):
+    for path in [tmp_path / "here" / "stages.json"] if record == "noted" else (store.path / "runs").glob("*.json"):
         path.write_text("")
     with pytest.raises(SystemExit, match="can't be read"):
         main(["clean", "--yes", "--older-than", "0", "--path", str(store.path)])
@@ -269,16 +269,16 @@ def test_refer_only(tmp_path):
     run.mkdir()
     store.refer(run, ["train/a"])
     store.refer(run, ["train/b"])
-    assert set(store.users()) == {"train/a", "train/b"}  # until the end, what an unfinished run may go on from is kept
+    assert set(store.users()) == {"train/a", "train/b"}  # an unfinished run may resume from all of its stages
     store.refer(run, ["train/b"], only=True)
     assert store.users() == {"train/b": [run]}
 
 
 def test_missing_store_is_one_line(tmp_path):
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-m", "spin", "store", "--path", str(tmp_path / "none")],
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "no such folder" in done.stderr
+    assert result.returncode == 1 and len(result.stderr.splitlines()) == 1 and "no such folder" in result.stderr

@@ -1,4 +1,4 @@
-"""Rows in Arrow: the same rows as a list of dataclasses, however they are stored and chosen."""
+"""Rows in Arrow equal a list of dataclasses, however they are stored and selected."""
 
 import pickle
 import random
@@ -59,20 +59,20 @@ def test_chosen_rows(rows):
     assert pickle.loads(pickle.dumps(chosen)) == chosen
 
 
-def test_digest_is_of_the_content(rows):
+def test_digest_of_content(rows):
     expected = lines(20_000)
     assert rows.digest == Rows.of(Line, expected).digest
     assert rows.at(np.arange(100)).digest == Rows.of(Line, expected[:100]).digest
-    # The number is neither an id nor a token id.
-    few = expected[:3]
-    digests = {Rows.of(Line, few).digest}
-    assert Rows.of(Line, [replace(few[0], number=9), *few[1:]]).digest in digests
+    # The digest covers ids and token ids, but not the number.
+    sample = expected[:3]
+    digests = {Rows.of(Line, sample).digest}
+    assert Rows.of(Line, [replace(sample[0], number=9), *sample[1:]]).digest in digests
     for changed in (
-        [few[1], few[0], few[2]],
-        [replace(few[0], id="other"), *few[1:]],
-        [replace(few[0], text_ids=(1,)), replace(few[1], text_ids=(2, 3)), few[2]],
-        [replace(few[0], text_ids=(1, 2)), replace(few[1], text_ids=(3,)), few[2]],
-        few[:2],
+        [sample[1], sample[0], sample[2]],
+        [replace(sample[0], id="other"), *sample[1:]],
+        [replace(sample[0], text_ids=(1,)), replace(sample[1], text_ids=(2, 3)), sample[2]],
+        [replace(sample[0], text_ids=(1, 2)), replace(sample[1], text_ids=(3,)), sample[2]],
+        sample[:2],
     ):
         digests.add(Rows.of(Line, changed).digest)
     assert len(digests) == 6

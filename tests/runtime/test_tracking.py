@@ -1,4 +1,4 @@
-"""What a run leaves behind: metrics.jsonl, W&B (its real client, offline), lines and bars."""
+"""The output of a run: metrics.jsonl, W&B (the real client, offline), printed lines and progress bars."""
 
 import contextlib
 import io
@@ -24,17 +24,17 @@ KEY = "0" * 40
 
 
 @pytest.fixture(autouse=True)
-def nobody_logged_in(monkeypatch, tmp_path):
-    """No W&B variable, and a netrc file that is not there; should anything call W&B's server, it calls nobody."""
+def no_wandb_login(monkeypatch, tmp_path):
+    """Remove all W&B variables and use a missing netrc file, so that no test logs in to W&B."""
     for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
 
 
 def tracker(folder, wandb="disabled", rank=0, **console):
-    shown = io.StringIO()
-    console = Console(file=shown, width=100, **console)
-    return Tracker(folder, name="t", config={"seed": 0}, wandb=wandb, rank=rank, console=console), shown
+    output = io.StringIO()
+    console = Console(file=output, width=100, **console)
+    return Tracker(folder, name="t", config={"seed": 0}, wandb=wandb, rank=rank, console=console), output
 
 
 def rows(folder):
@@ -44,7 +44,7 @@ def rows(folder):
 # --- metrics.jsonl ----------------------------------------------------------------------------------------------------
 
 
-def test_a_row_is_on_disk_at_once_with_its_keys_as_given(tmp_path):
+def test_row_is_written_immediately(tmp_path):
     run_tracker, _ = tracker(tmp_path)
     row = {"iter": 0, "step": 1, "stage": "train", "loss": 0.5, "rewards/real": -0.1}
     run_tracker.log(row)
@@ -60,7 +60,7 @@ def test_another_run_replaces_the_rows(tmp_path):
     assert rows(tmp_path) == [{"loss": 2.0}]
 
 
-def test_what_json_cannot_hold(tmp_path):
+def test_values_outside_json(tmp_path):
     run_tracker, _ = tracker(tmp_path)
     run_tracker.log(
         {"nan": float("nan"), "inside": [np.float32("inf"), np.int64(3)], "path": Path("a/b"), "scalar": np.array(1.5)}
@@ -71,7 +71,7 @@ def test_what_json_cannot_hold(tmp_path):
 
 def test_other_ranks_leave_no_trace(tmp_path):
     folder = tmp_path / "run"
-    run_tracker, shown = tracker(folder, wandb="online", rank=1)
+    run_tracker, output = tracker(folder, wandb="online", rank=1)
     run_tracker.log({"loss": 1.0})
     run_tracker.say("hello")
     run_tracker.samples("iter0", [{"prompt": "a", "real": "b", "generated": "c"}])
@@ -79,14 +79,14 @@ def test_other_ranks_leave_no_trace(tmp_path):
         bar.advance(3, loss=1.0)
     run_tracker.close({"a": 1})
     assert not folder.exists()
-    assert shown.getvalue() == ""
+    assert output.getvalue() == ""
 
 
 # --- W&B --------------------------------------------------------------------------------------------------------------
 
 
-def test_offline_run_is_silent_and_needs_no_network(tmp_path):
-    """In a process of its own, so that all that W&B's service prints is seen."""
+def test_offline_run_needs_no_network(tmp_path):
+    """An offline run prints one line and sends nothing; in a separate process, to capture what W&B's service prints."""
     code = """
 import sys, pathlib
 from spin.runtime.tracking import Tracker
@@ -100,11 +100,11 @@ run_tracker.close({"peak_memory_gib": 1.0})
 run_tracker.close()
 run_tracker.say("after")
 """
-    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
+    result = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
     (run,) = (tmp_path / "wandb").glob("offline-run-*")
-    assert done.stdout == f"W&B is offline; to upload this run: wandb sync {run}\nafter\n"
+    assert result.stdout == f"W&B is offline; to upload this run: wandb sync {run}\nafter\n"
     assert len(rows(tmp_path)) == 6
 
     (log,) = runs(tmp_path)
@@ -116,24 +116,24 @@ run_tracker.say("after")
     longest = max(tables, key=lambda table: len(table["data"]))
     assert longest["columns"] == ["iteration", "prompt", "real", "generated"]
     assert longest["data"] == [["iter0", "p", "r", "g0"], ["iter1", "p", "r", "g1"]]
-    sent = {path.name for path in run.rglob("*") if path.is_file()}
-    assert not sent & {"requirements.txt", "diff.patch", "output.log"}
-    assert not any(name.endswith(".py") for name in sent)
+    file_names = {path.name for path in run.rglob("*") if path.is_file()}
+    assert not file_names & {"requirements.txt", "diff.patch", "output.log"}
+    assert not any(name.endswith(".py") for name in file_names)
 
 
-def test_wandb_row_is_prefixed_and_counts_steps_through(tmp_path):
+def test_wandb_row(tmp_path):
     run_tracker, _ = tracker(tmp_path)
-    sent = [
+    wandb_rows = [
         run_tracker._wandb_row({"stage": stage, "iter": t, "step": step, "loss": 0.5})
         for stage, t, step in [("sft", None, 0), ("sft", None, 1), ("train", 0, 0), ("train", 0, 1), ("train", 1, 0)]
     ]
-    assert [row["global_step"] for row in sent] == [1, 2, 3, 4, 5]
-    assert sent[0] == {"sft/step": 0, "sft/loss": 0.5, "iter": -1, "global_step": 1}
-    measured = run_tracker._wandb_row(
+    assert [row["global_step"] for row in wandb_rows] == [1, 2, 3, 4, 5]
+    assert wandb_rows[0] == {"sft/step": 0, "sft/loss": 0.5, "iter": -1, "global_step": 1}
+    evaluation = run_tracker._wandb_row(
         {"stage": "evaluate", "iter": 1, "step": 0, "a": None, "b": 2.0, "b_interval": [1.0, 3.0]}
     )
     values = {"evaluate/a": None, "evaluate/b": 2.0, "evaluate/b_interval_low": 1.0, "evaluate/b_interval_high": 3.0}
-    assert measured == {"evaluate/step": 0, **values, "iter": 1, "global_step": 5}
+    assert evaluation == {"evaluate/step": 0, **values, "iter": 1, "global_step": 5}
     run_tracker.close()
 
 
@@ -149,29 +149,29 @@ assert "wandb" not in sys.modules
     assert not (tmp_path / "wandb").exists()
 
 
-def test_a_failing_wandb_costs_one_line(tmp_path, monkeypatch):
+def test_wandb_failure_prints_one_line(tmp_path, monkeypatch):
     def fail(self):
         raise OSError("no space\nleft")
 
     monkeypatch.setattr(Tracker, "_start", fail)
-    run_tracker, shown = tracker(tmp_path, wandb="offline")
+    run_tracker, output = tracker(tmp_path, wandb="offline")
     for _ in range(3):
         run_tracker.log({"loss": 1.0})
     run_tracker.samples("iter0", [{"prompt": "a", "real": "b", "generated": "c"}])
     run_tracker.close()
     assert len(rows(tmp_path)) == 3
-    assert len(shown.getvalue().splitlines()) == 1
-    assert "(no space left)" in shown.getvalue()
+    assert len(output.getvalue().splitlines()) == 1
+    assert "(no space left)" in output.getvalue()
 
 
-def test_a_run_that_fails_is_shown_as_failed(tmp_path):
+def test_failed_run_is_marked_in_wandb(tmp_path):
     run_tracker, _ = tracker(tmp_path, wandb="offline")
     run_tracker.log({"loss": 1.0})
     try:
         raise KeyError
     except KeyError:
         run_tracker.close({"x": float("nan")})
-    for _ in range(100):  # W&B's own process writes the end
+    for _ in range(100):  # W&B's process writes the exit code later
         (log,) = runs(tmp_path)
         if log.exit_code is not None:
             break
@@ -180,7 +180,7 @@ def test_a_run_that_fails_is_shown_as_failed(tmp_path):
 
 
 def attempt(folder, steps, *, seconds=1.0, beta=0.1, **config):
-    """One attempt at a game: steps of training with samples after the second, and the last step in the summary."""
+    """Run one attempt at a game: training steps with samples after the second, and the step count in the summary."""
     settings, console = {"loss": {"beta": beta}, **config}, Console(file=io.StringIO())
     run_tracker = Tracker(folder, name="t", config=settings, wandb="offline", console=console)
     for step in range(steps):
@@ -188,20 +188,20 @@ def attempt(folder, steps, *, seconds=1.0, beta=0.1, **config):
         if step == 1:
             run_tracker.samples("iter0", [{"prompt": "p", "real": "r", "generated": "g"}])
     run_tracker.close({"last": steps})
-    time.sleep(1)  # W&B names folders by the second
+    time.sleep(1)  # W&B's folder names contain the time in seconds
 
 
 def test_continued_game_continues_its_run(tmp_path):
     attempt(tmp_path, 3, iter=0)
     with (tmp_path / SENT).open("a") as file:
-        file.write('{"iter": 0, "sta')  # cut by a kill
+        file.write('{"iter": 0, "sta')  # truncated by a kill
     attempt(tmp_path, 5, iter=1, seconds=2.0)
     first, second = runs(tmp_path)
     assert first.id == second.id and second.summary["last"] == 5
-    sent = first.rows + second.rows
-    assert [row["_step"] for row in sent] == list(range(6))
-    assert [row.get("train/step") for row in sent] == [0, 1, None, 2, 3, 4]
-    assert [row["global_step"] for row in sent] == [1, 2, 2, 3, 4, 5]
+    wandb_rows = first.rows + second.rows
+    assert [row["_step"] for row in wandb_rows] == list(range(6))
+    assert [row.get("train/step") for row in wandb_rows] == [0, 1, None, 2, 3, 4]
+    assert [row["global_step"] for row in wandb_rows] == [1, 2, 2, 3, 4, 5]
     assert len(rows(tmp_path)) == 5  # the file is complete
     attempt(tmp_path, 2, iter=1, beta=0.2)  # another game in the same folder
     attempt(tmp_path, 3, iter=1, beta=0.2)
@@ -245,24 +245,24 @@ STOPS = {
 }
 
 
-@pytest.mark.parametrize("how", ["batch system", "only W&B", "all killed", "notice"])
-def test_stopped_processes(how, tmp_path):
-    """W&B's own process gets the signals of a batch system too. No row is lost or sent twice, and nothing is raised."""
+@pytest.mark.parametrize("stop", ["batch system", "only W&B", "all killed", "notice"])
+def test_stopped_processes(stop, tmp_path):
+    """No row is lost or sent twice, and no error is raised, if W&B's process or all processes receive signals."""
 
-    def play(how):
-        command = [sys.executable, "-c", STOPPED, tmp_path, STOPS[how]]
-        env = {key: value for key, value in os.environ.items() if key != "WANDB_SERVICE"}  # of this process's own
+    def play(stop):
+        command = [sys.executable, "-c", STOPPED, tmp_path, STOPS[stop]]
+        env = {key: value for key, value in os.environ.items() if key != "WANDB_SERVICE"}  # the service of this process
         return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
 
-    done = play(how)
-    assert done.returncode == (-9 if how == "all killed" else 0) and not done.stderr, done.stderr
-    assert ("W&B stopped working" in done.stdout) == (how == "only W&B")
-    again = play("none")
-    assert again.returncode == 0 and not again.stderr, again.stderr
-    sent = [(log.id, row["train/step"]) for log in runs(tmp_path) for row in log.rows]
+    result = play(stop)
+    assert result.returncode == (-9 if stop == "all killed" else 0) and not result.stderr, result.stderr
+    assert ("W&B stopped working" in result.stdout) == (stop == "only W&B")
+    resumed = play("none")
+    assert resumed.returncode == 0 and not resumed.stderr, resumed.stderr
+    wandb_steps = [(log.id, row["train/step"]) for log in runs(tmp_path) for row in log.rows]
     last = runs(tmp_path)[-1].id
-    assert [step for run, step in sent if run == last] == [0, 1, 2, 3]
-    assert len({run for run, _ in sent}) == 1 + (how == "only W&B")  # what it has is not known
+    assert [step for run, step in wandb_steps if run == last] == [0, 1, 2, 3]
+    assert len({run for run, _ in wandb_steps}) == 1 + (stop == "only W&B")  # its rows are unknown
 
 
 def test_policies_are_uploaded_once(tmp_path):
@@ -271,15 +271,15 @@ def test_policies_are_uploaded_once(tmp_path):
     for name in ("config.json", "model.safetensors"):
         (policy / name).write_text("{}")
     for _ in range(2):
-        run_tracker, shown = tracker(tmp_path, wandb="offline")
+        run_tracker, output = tracker(tmp_path, wandb="offline")
         run_tracker.policy("iter0", policy)
         run_tracker.close()
-        assert "Warning" not in shown.getvalue()
+        assert "Warning" not in output.getvalue()
     first, second = runs(tmp_path)
     assert first.artifacts == {"t-iter0": ["config.json", "model.safetensors"]} and not second.artifacts
 
 
-# --- which mode -------------------------------------------------------------------------------------------------------
+# --- mode -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -299,86 +299,86 @@ def test_mode(setting, variable, mode, monkeypatch):
 
 
 def test_login():
-    """In processes of their own: wandb keeps a login until its process ends."""
+    """A login is found in every mode; in separate processes, because wandb keeps a login until its process ends."""
     code = "from spin.runtime.tracking import wandb_mode, _logged_in; print(_logged_in(), wandb_mode('online'))"
     for mode in ("online", "offline"):
-        environment = {**os.environ, "WANDB_API_KEY": KEY, "WANDB_MODE": mode}
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
-        assert (done.stdout, done.stderr) == ("True online\n", "")
+        env = {**os.environ, "WANDB_API_KEY": KEY, "WANDB_MODE": mode}
+        result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+        assert (result.stdout, result.stderr) == ("True online\n", "")
 
 
 @pytest.mark.parametrize(("setting", "variable"), [("online", None), ("online", "offline"), ("auto", "online")])
-def test_online_without_login_fails_before_any_work(setting, variable, tmp_path, monkeypatch):
+def test_online_without_login(setting, variable, tmp_path, monkeypatch):
     if variable:
         monkeypatch.setenv("WANDB_MODE", variable)
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match="wandb login"):
         tracker(tmp_path, wandb=setting)
-    assert rows(tmp_path) == [{}]  # what an earlier run left is still there
+    assert rows(tmp_path) == [{}]  # the rows of an earlier run are kept
 
 
-# --- what a person sees -----------------------------------------------------------------------------------------------
+# --- console output ---------------------------------------------------------------------------------------------------
 
 
 def test_say_shows_brackets_and_does_not_wrap(tmp_path):
-    run_tracker, shown = tracker(tmp_path)
+    run_tracker, output = tracker(tmp_path)
     run_tracker.say("loss.beta=[0.1, 5.0] [red]not red[/] " + "x" * 200)
     run_tracker.close()
     run_tracker.say("after")
-    assert shown.getvalue() == "loss.beta=[0.1, 5.0] [red]not red[/] " + "x" * 200 + "\nafter\n"
+    assert output.getvalue() == "loss.beta=[0.1, 5.0] [red]not red[/] " + "x" * 200 + "\nafter\n"
 
 
-def test_progress_in_a_log_file_is_a_line_now_and_then(tmp_path, monkeypatch):
+def test_progress_in_a_log_file(tmp_path, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
-    run_tracker, shown = tracker(tmp_path)
+    run_tracker, output = tracker(tmp_path)
     with run_tracker.progress("iter 0: train [x]", 100, "pairs") as bar:
         for step in range(100):
             clock[0] += 0.25
             bar.advance(1, loss=0.5, margin=step * 0.01)
     run_tracker.close()
-    assert shown.getvalue().splitlines() == [
+    assert output.getvalue().splitlines() == [
         "iter 0: train [x]: 40/100 pairs, 4.00 pairs/s, 15 s left, loss 0.500, margin 0.390",
         "iter 0: train [x]: 80/100 pairs, 4.00 pairs/s, 5 s left, loss 0.500, margin 0.790",
         "iter 0: train [x]: 100 pairs in 25 s, 4.00 pairs/s, loss 0.500, margin 0.990",
     ]
 
 
-def test_progress_of_nothing_and_of_a_failure(tmp_path):
-    run_tracker, shown = tracker(tmp_path)
+def test_progress_of_no_items_and_of_a_failure(tmp_path):
+    run_tracker, output = tracker(tmp_path)
     with run_tracker.progress("score", 0, "pairs"):
         pass
     with contextlib.suppress(KeyError), run_tracker.progress("generate", 10, "answers") as bar:
         bar.advance(4)
         raise KeyError
     run_tracker.close()
-    first, second = shown.getvalue().splitlines()
+    first, second = output.getvalue().splitlines()
     assert first == "score: 0 pairs in 0 s"
     assert second.startswith("generate: 4/10 answers, ")
     assert second.endswith(": stopped")
 
 
-def test_progress_of_ranks_counts_only_what_ended(tmp_path):
-    """Counting is a round trip between ranks: a decoding step in which no answer ended makes none."""
-    run_tracker, shown = tracker(tmp_path)
-    counted = []
+def test_progress_of_ranks_counts_ended_answers(tmp_path):
+    """Ranks exchange counts, which takes a round trip, only after a step in which an answer has ended."""
+    run_tracker, output = tracker(tmp_path)
+    exchanged = []
     with run_tracker.progress("generate", 10, "answers") as bar:
-        bar.add_for_all = lambda n: counted.append(n) or 3 + sum(counted)  # another rank has ended three
+        bar.add_for_all = lambda n: exchanged.append(n) or 3 + sum(exchanged)  # another rank has ended three
         for ended in (0, 0, 4, 0, 3, 0):
             bar.advance(ended)
     run_tracker.close()
-    assert counted == [4, 3, 0]
-    assert shown.getvalue().startswith("generate: 10 answers in ")
+    assert exchanged == [4, 3, 0]
+    assert output.getvalue().startswith("generate: 10 answers in ")
 
 
-def test_progress_on_a_terminal_is_a_bar_and_then_one_line(tmp_path):
-    run_tracker, shown = tracker(tmp_path, force_terminal=True, force_interactive=True, _environ={})
+def test_progress_on_a_terminal(tmp_path):
+    run_tracker, output = tracker(tmp_path, force_terminal=True, force_interactive=True, _environ={})
     with run_tracker.progress("train [bold]", 4, "pairs") as bar:
         bar.advance(2, loss=0.25)
         run_tracker.say("a line above the bar")
         bar.advance(2, loss=0.125)
     run_tracker.close()
-    text = shown.getvalue()
+    text = output.getvalue()
     assert "train [bold]" in text
     assert "━" in text
     assert "a line above the bar" in text
@@ -403,15 +403,15 @@ def test_format_seconds(seconds, text):
     assert format_seconds(seconds) == text
 
 
-def test_a_run_of_reused_stages_alone_leaves_nothing_in_wandb(tmp_path, monkeypatch):
+def test_reused_stages_start_no_wandb_run(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     for name, new in (("old", False), ("new", True)):
-        tracker = Tracker(tmp_path / name, name=name, config={}, wandb="offline")
-        tracker.log({"stage": "train", "iter": 0, "step": 0, "loss": 0.7}, reused=True)
-        tracker.samples("iter0", [{"prompt": "p", "real": "r", "generated": "g"}], reused=True)
+        run_tracker = Tracker(tmp_path / name, name=name, config={}, wandb="offline")
+        run_tracker.log({"stage": "train", "iter": 0, "step": 0, "loss": 0.7}, reused=True)
+        run_tracker.samples("iter0", [{"prompt": "p", "real": "r", "generated": "g"}], reused=True)
         if new:
-            tracker.log({"stage": "train", "iter": 1, "step": 0, "loss": 0.6})
-        tracker.close()
+            run_tracker.log({"stage": "train", "iter": 1, "step": 0, "loss": 0.6})
+        run_tracker.close()
     assert len((tmp_path / "old" / "metrics.jsonl").read_text().splitlines()) == 1
     assert not (tmp_path / "old" / "wandb").exists()
     assert list((tmp_path / "new" / "wandb").glob("offline-run-*"))
