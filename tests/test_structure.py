@@ -62,16 +62,16 @@ def layer_of(module: str) -> str | None:
 def violations(path: str, source: str) -> list[str]:
     """The forbidden imports of the file `path` (relative to the project)."""
     module = path.removesuffix(".py").replace("/", ".")
-    own, found = layer_of(module), []
+    own, forbidden = layer_of(module), []
     for name, is_top in imports(ast.parse(source), module.rpartition(".")[0]):
         library, layer = name.split(".")[0], layer_of(name)
         if own and layer and LAYERS.index(layer) < LAYERS.index(own):
-            found.append(f"{path} imports {name}, which is above it")
+            forbidden.append(f"{path} imports {name}, which is above it")
         if not path.startswith(RESTRICTED.get(library, path)):
-            found.append(f"{path} imports {library}")
+            forbidden.append(f"{path} imports {library}")
         if library in OPTIONAL and is_top and "vllm_worker" not in path:
-            found.append(f"{path} imports {library} at the top level")
-    return found
+            forbidden.append(f"{path} imports {library} at the top level")
+    return forbidden
 
 
 def sources(*folders: str) -> dict[str, str]:
