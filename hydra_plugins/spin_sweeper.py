@@ -136,7 +136,7 @@ class SpinSweeper(BasicSweeper):
         config = ready[0].config
         assert config
         settings = config.tracking.model_dump(exclude={"policies"})
-        tracker = Tracker(folder, name=f"{folder.name} leaderboard", config={}, group=folder.name, **settings)
+        tracker = Tracker(folder, name=f"{folder.name} leaderboard", config={}, **settings, group=folder.name)
         try:
             return leaderboard.write_leaderboard(folder, points, tracker, is_new)
         finally:

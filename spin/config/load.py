@@ -145,7 +145,9 @@ def _training_rules(config: Config) -> Iterator[Rule]:
         group, name = key.split(".")
         chosen = attrgetter(chooser)(config)
         is_default = attrgetter(key)(config) == base_values().get(group, {}).get(name)
-        yield is_default or chosen in choices, key, f"has no effect with {chooser.removesuffix('.name')}={chosen}"
+        chooser = chooser.removesuffix(".name")
+        rule = f"has no effect with {chooser}={chosen}; it goes with {chooser}={' or '.join(choices)}"
+        yield is_default or chosen in choices, key, rule
     if engine.name == "deepspeed":
         shards = engine.zero_stage > 0 or not engine.offload_optimizer
         yield shards, "engine.offload_optimizer", "needs engine.zero_stage of 1 or more"

@@ -68,7 +68,7 @@ def _stats_of_files(path: Path) -> list:
 
 @functools.cache
 def _program_hash() -> str:
-    files = [path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix != ".pyc"]  # assets, too
+    files = [path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()
 
 

@@ -62,9 +62,9 @@ def open_run(config: Config, folder: Path, group: str | None) -> Iterator[Tracke
             folder,
             name=folder.name if group else config.name,
             config=config.shown,
+            **config.tracking.model_dump(exclude={"policies"}),
             group=group,
             rank=ranks.rank,
-            **config.tracking.model_dump(exclude={"policies"}),
         )
         stack.callback(tracker.close)
         yield tracker

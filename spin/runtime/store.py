@@ -123,6 +123,9 @@ class Store:
                 shutil.rmtree(part, ignore_errors=True)  # only after the commit, which `resume` can repeat
         finally:
             shutil.rmtree(beside, ignore_errors=True)
+            with contextlib.suppress(OSError):  # not empty: there is something to resume from
+                (part / RESUME).rmdir()
+                part.rmdir()
         return Artifact(folder, manifest, reused=False)
 
     def check_free(self, needed: int, purpose: str) -> None:

@@ -203,7 +203,7 @@ def run_task(
     from lm_eval.models.huggingface import HFLM
 
     batch_size = settings.harness_batch_size
-    with model.register_forward_pre_hook(_stop_if_pending), _contained(task.task, batch_size) as log:
+    with _contained(task.task, batch_size) as log:
         # Log-probs are at least float32, because rounding to bf16 would cause ties between choices.
         softmax_dtype = torch.promote_types(model.dtype, torch.float32)
         lm: Any = HFLM(model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype=softmax_dtype)
@@ -276,7 +276,7 @@ def _answer_share(lm: Any, ranks: ProcessGroup, name: str, requests: Sequence[An
     """Return the answers of all ranks, each of which answers every n-th question. All ranks must call this."""
     share = [request for request in requests if request.doc_id % ranks.size == ranks.rank]
     answers = []
-    with contextlib.suppress(InterruptedError):
+    with contextlib.suppress(InterruptedError), lm.model.register_forward_pre_hook(_stop_if_pending):
         answers = getattr(type(lm), name)(lm, share)
     ranks.raise_if_stopped()
     parts = [iter(part) for part in ranks.gather(answers)]
