@@ -149,8 +149,13 @@ def used_store(tmp_path: Path) -> tuple[Store, list[str]]:
             store.refer(tmp_path / run, [names[-1]])
     (tmp_path / "gone" / "stages.json").unlink()
     (tmp_path / "gone").rmdir()
+
+    def fail(folder: Path) -> dict:
+        (store.resume("train", {"number": 3}) / "shard").touch()
+        raise ZeroDivisionError
+
     with pytest.raises(ZeroDivisionError):
-        store.get("train", {"number": 3}, lambda folder: 1 // 0)
+        store.get("train", {"number": 3}, fail)
     names.append(f"train/{key_of({'number': 3})}")
     return store, names
 
