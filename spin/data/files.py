@@ -98,12 +98,13 @@ def _list_items(file: TextIO, name: str, cut_counts: Counts | None) -> Located:
         except (json.JSONDecodeError, RecursionError) as error:
             reason, position = getattr(error, "msg", "nested too deep"), getattr(error, "pos", start)
             is_too_long = len(text) - start > MAX_RECORD
+            is_misplaced = mark.match(text, start) is None and bool(text[start:].strip())
             if is_too_long:
                 reason += f", or {TOO_LONG}"
             problem = _not_json(name, reason, line + text.count("\n", 0, position))
             line += text.count("\n", 0, start)
             text, start = text[start:], 0
-            if isinstance(error, RecursionError) or is_too_long:
+            if isinstance(error, RecursionError) or is_too_long or is_misplaced:
                 raise problem from error
             if more := file.read(max(CHUNK, len(text))):
                 text += more
@@ -118,8 +119,10 @@ def _list_items(file: TextIO, name: str, cut_counts: Counts | None) -> Located:
             yield f"{name}: record {number}", item
             start, (mark, end) = after, NEXT
     more_parts = iter(partial(file.read, CHUNK), "")
-    if text[closing.end() :].strip() or any(part.strip() for part in more_parts):
-        raise _not_json(name, "Extra data after the list", line + text.count("\n", 0, start))
+    tail = text[closing.end() :]
+    if tail.strip() or any(part.strip() for part in more_parts):
+        position = len(text) - len(tail.lstrip())
+        raise _not_json(name, "Extra data after the list", line + text.count("\n", 0, position))
 
 
 def _next_item(text: str, start: int, mark: re.Pattern[str]) -> tuple[Any, int]:

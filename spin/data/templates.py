@@ -155,11 +155,17 @@ class ChatTemplate:
         answer = {"role": "assistant", "content": "Answer"}
         with_system = [{"role": "system", "content": SENTINEL}, QUESTION, answer]
         with_thought = [QUESTION, answer | {"reasoning_content": SENTINEL}]
-        texts = render_chats(tokenizer, [(messages, self.options) for messages in (with_system, with_thought)])
-        self.takes_system, self.takes_thoughts = (isinstance(text, str) and SENTINEL in text for text in texts)
+        self.takes_system, self.takes_thoughts = map(self._shows, (with_system, with_thought))
         source = str(tokenizer.chat_template)
         self.takes_tools = "tool_calls" in source and "tools" in source
         self.refusal = ""  # the error for the first messages that the template refuses
+
+    def _shows(self, messages: list[Message]) -> bool:
+        """Return whether the template renders SENTINEL in the messages; not if it refuses them or takes too long."""
+        try:
+            return SENTINEL in render_chat(self.tokenizer, messages, **self.options)
+        except UserError:
+            return False
 
     @cached_property
     def end(self) -> int | None:

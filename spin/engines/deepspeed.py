@@ -255,6 +255,7 @@ class DeepSpeedEngine(Engine):
         self._ds.step()
         if not self._ds.was_step_applied():
             return math.nan
+        assert lr is not None, "a step with non-finite gradients was applied"
         self.updates += 1
         return float(self._ds.get_global_grad_norm()) if norm is None else norm
 

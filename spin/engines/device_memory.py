@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import resource
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,9 @@ def free_memory(device: torch.device, processes: int = 1) -> DeviceMemory:
     """Return the current memory of `device`. For a CPU it includes swap and is divided by the number of `processes`."""
     if device.type == "cuda":
         return DeviceMemory(*torch.cuda.mem_get_info(device), before=0.0)
-    memory, swap, resident = psutil.virtual_memory(), psutil.swap_memory(), resident_bytes()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # psutil warns if /proc lacks statistics that are not used here
+        memory, swap, resident = psutil.virtual_memory(), psutil.swap_memory(), resident_bytes()
     free, total = float(memory.available + swap.free), float(memory.total + swap.total)
     with contextlib.suppress(OSError, ValueError):  # no container, or no limit ("max")
         limit = float(Path("/sys/fs/cgroup/memory.max").read_text())

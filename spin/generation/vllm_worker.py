@@ -83,7 +83,7 @@ def main(engine_path: str, path: str) -> None:
             use_tqdm=False,
             lora_request=adapter,
         )
-        completions = [completion for output in outputs for completion in output.outputs]  # one per prompt
+        completions = [completion for (completion,) in (output.outputs for output in outputs)]
         with open(path + ".tmp", "w") as file:
             json.dump([{"token_ids": list(c.token_ids), "finish_reason": c.finish_reason} for c in completions], file)
         os.rename(path + ".tmp", path + ".out")

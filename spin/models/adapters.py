@@ -80,7 +80,8 @@ def attach_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         missing, unmatched = model.load_state_dict(weights, strict=False, assign=True)
     if unmatched := [*unmatched, *(name for name in missing if ".lora_" in name)]:
         raise UserError(
-            f"{folder}: {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS} differ in {brief(unmatched[0])}: the folder is incomplete."
+            f"{folder}: {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS} differ in {brief(unmatched[0])}: "
+            "the folder is incomplete, or holds weights that are no LoRA matrices."
         )
     return model.eval().requires_grad_(False)
 

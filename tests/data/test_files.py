@@ -74,6 +74,18 @@ def test_truncated_list(tmp_path, end):
     assert read(path, counts) == ROWS and counts.total() == 2
 
 
+def test_misplaced_text_in_a_list(tmp_path):
+    """A missing comma is an error even if the list may be truncated, and text after the list is located."""
+    path = tmp_path / "rows.json"
+    path.write_text('[{"a": 1}\n\n{"b": 2}]')
+    for counts in (None, Counts()):
+        with pytest.raises(UserError, match=r"Expecting ',' delimiter: line 3\)"):
+            read(path, counts)
+    path.write_text('[{"a": 1}\n]\n\nx')
+    with pytest.raises(UserError, match=r"Extra data after the list: line 4\)"):
+        read(path)
+
+
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "lines.json", "list.jsonl"])
 def test_other_encodings(tmp_path, name):
     path, text = (

@@ -89,6 +89,12 @@ def test_hostile_template(tokenizer, name, tmp_path):
     assert ChatTemplate(tokenizer).prompt([{"role": "user", "content": "Hi"}]) == "<user>Hi</s><assistant>"
 
 
+def test_endless_for_system_messages(tokenizer):
+    """A template that takes too long for system messages is used without them."""
+    tokenizer.chat_template = "{% if messages[0].role == 'system' %}" + LOOPS + "{% endif %}" + PLAIN
+    assert not ChatTemplate(tokenizer).takes_system
+
+
 def test_limits_end_the_run_early(tokenizer, tmp_path):
     """A conversation that exceeds the time limit ends the run; one that the template refuses is counted."""
     path = tmp_path / "rows.jsonl"

@@ -125,9 +125,11 @@ class ApiJudge:
             )
             text = (reply.choices[0].message.content or "").encode(errors="replace").decode()
         except (openai.OpenAIError, ValueError, AttributeError, LookupError, TypeError, RecursionError) as error:
-            return self._no_verdict(error)
-        self.bad_replies = 0
-        return text
+            failure = error  # handled below, so that no traceback shows the server's words, which may contain the key
+        else:
+            self.bad_replies = 0
+            return text
+        return self._no_verdict(failure)
 
     def _no_verdict(self, error: Exception) -> str:
         """Return "" for an unusable reply, or raise JudgeError."""
@@ -151,7 +153,7 @@ class ApiJudge:
             fault = f"{brief(cause or error)}; is the server up?"
         if self.key:
             fault = fault.replace(self.key, "…")
-        raise JudgeError(f"evaluation.judge={self.address}: {fault}") from error
+        raise JudgeError(f"evaluation.judge={self.address}: {fault}")
 
 
 class BoundedClient(httpx2.Client):

@@ -10,6 +10,7 @@ import socketserver
 import sys
 import threading
 import time
+import traceback
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -206,6 +207,7 @@ def test_error_without_the_key(serve, monkeypatch, status):
     ) as caught:
         server.judge(retries=0)(QUESTION)
     assert one_line(caught.value)
+    assert SECRET not in "".join(traceback.format_exception(caught.value))
 
 
 def test_refused_conversation(serve):
