@@ -140,7 +140,7 @@ def _training_rules(config: Config) -> Iterator[Rule]:
     for key in ("loss.beta", "optimizer.lr", "schedule.epochs"):
         value = attrgetter(key)(config)
         suffices = not isinstance(value, list) or len(value) >= config.iterations
-        yield suffices, key, f"must have {config.iterations} entries or more, one an iteration, or be one number"
+        yield suffices, key, f"must have {config.iterations} entries or more, one per iteration, or be one number"
     for key, (chooser, *choices) in USED_WITH.items():
         group, name = key.split(".")
         chosen = attrgetter(chooser)(config)

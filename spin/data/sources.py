@@ -124,7 +124,7 @@ def _hub(name: str, config: DataConfig) -> Source:
     import datasets
 
     shown = brief(name, 300)
-    with explaining(f"data.path={shown}: no such file or folder, and the Hugging Face hub does not give it"):
+    with explaining(f"data.path={shown}: no such file or folder, and the Hugging Face hub does not have it"):
         _configurations(name, shown, config)
         loaded = datasets.load_dataset(name, config.config, revision=config.revision)
     splits = _select(loaded, config.splits, name)

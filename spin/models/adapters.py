@@ -81,7 +81,7 @@ def attach_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     if unmatched := [*unmatched, *(name for name in missing if ".lora_" in name)]:
         raise UserError(
             f"{folder}: {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS} differ in {brief(unmatched[0])}: "
-            "the folder is incomplete, or holds weights that are no LoRA matrices."
+            "the folder is incomplete, or holds weights that are not LoRA matrices."
         )
     return model.eval().requires_grad_(False)
 

@@ -176,6 +176,6 @@ def stages_used_by(run: Path, store: Path) -> set[str]:
 
 
 def _read_record(path: Path, *keys: str) -> list:
-    with explaining(f"{path} can't be read", "remove it, and run its game once more to write it again"):
+    with explaining(f"{path} can't be read", "remove it, and run its game again to rewrite it"):
         record = json.loads(path.read_bytes())
         return [record[key] for key in keys]

@@ -33,7 +33,7 @@ composed, load = hydra.compose, hydra.load
         ("loss.link=foo", "loss.link=foo: must be 'logistic', 'hinge', 'exponential' or 'correlation'"),
         ("optimizer.lr=0", "optimizer.lr=0: must be greater than 0"),
         ("optimizer.lr=[1e-6,x]", "optimizer.lr=x: must be a valid number"),
-        ("optimizer.lr=[1e-6]", "optimizer.lr=[1e-06]: must have 2 entries or more, one an iteration"),
+        ("optimizer.lr=[1e-6]", "optimizer.lr=[1e-06]: must have 2 entries or more, one per iteration"),
         ("iter=-1", "iter=-1: must be greater than or equal to 0"),
         ("iter=2.5", "iter=2.5: must be a valid integer"),
         ("seed=x", "seed=x: must be a valid integer"),

@@ -91,7 +91,7 @@ def test_no_token(place, tmp_path):
     [
         (["publish.hub=me/x"], "hf_wrong", "publish.hub=me/x: the hub refuses the token, or can't be reached"),
         (["publish.hub=a/b/c"], TOKEN, "publish.hub=a/b/c (Repo id must be"),
-        (["publish.hub=me/x", "model.adapter=lora"], TOKEN, "is on no hub: set model.merge=true"),
+        (["publish.hub=me/x", "model.adapter=lora"], TOKEN, "is not on a hub: set model.merge=true"),
     ],
 )
 def test_errors_before_the_game(place, hub, words, token, message, tmp_path):

@@ -56,7 +56,7 @@ def parse_tasks(entries: Sequence[str]) -> list[Task]:
         if parts is None:
             raise UserError(
                 f"{KEY}: {brief(repr(entry))} must be task:shots:metric, as arc_challenge:25:acc_norm, or with a "
-                "filter behind it, as gsm8k:5:exact_match:strict-match."
+                "filter, as gsm8k:5:exact_match:strict-match."
             )
         task = Task(parts[1], int(parts[2]), parts[3])
         if task in tasks:
@@ -105,7 +105,7 @@ def _check_task(task: Task, index: dict[str, Any]) -> None:
     leaves = list(_leaf_configs(task.task, index))
     for leaf in leaves:
         if task.shots and leaf.get("num_fewshot") == 0:
-            raise UserError(f"{KEY}: {leaf.get('task')} is defined without examples: say {task.task}:0:{task.metric}.")
+            raise UserError(f"{KEY}: {leaf.get('task')} is defined without examples: use {task.task}:0:{task.metric}.")
         if leaf.get("unsafe_code"):
             raise UserError(f"{KEY}: {leaf.get('task')} runs code that the model writes; this is not done here.")
     config = index[task.task].cfg or {}  # None for a tag

@@ -107,7 +107,7 @@ class ApiJudge:
         self.address, self.model, self.timeout = address, model, timeout
         self.key = os.environ.get(KEY, "").strip()
         if not (self.key.isascii() and self.key.isprintable()):  # the client's own error would show the key
-            raise UserError(f"{KEY} holds characters that no key has: set it again.")
+            raise UserError(f"{KEY} contains characters that a key cannot have: set it again.")
         # Connections are not reused: the server may close them at any time, and the next request would fail.
         limits, headers = httpx2.Limits(max_keepalive_connections=0), {"Accept-Encoding": "identity"}
         client = BoundedClient(timeout=timeout, headers=headers, limits=limits)

@@ -52,7 +52,7 @@ def read_questions(path: str | None) -> list[Question]:
     questions: list[Question] = []
     for number, record in enumerate(_read_records(Path(path or "question.jsonl")), 1):
         with explaining(
-            f"evaluation.questions={brief(path, 300)}: record {number} is no question of two turns", SOURCE
+            f"evaluation.questions={brief(path, 300)}: record {number} is not a question with two turns", SOURCE
         ):
             first, second = (text.strip() for text in record["turns"])
             questions.append(Question(record["question_id"], str(record["category"]), (first, second)))

@@ -232,7 +232,7 @@ def test_redirect_without_the_key(serve, monkeypatch, status):
 @pytest.mark.parametrize("key", [f"{SECRET}\nX: 1", f"{SECRET}é", f"{SECRET}\x7f"])
 def test_malformed_key(monkeypatch, key):
     monkeypatch.setenv("SPIN_JUDGE_KEY", key)
-    with pytest.raises(UserError, match="SPIN_JUDGE_KEY holds characters") as caught:
+    with pytest.raises(UserError, match="SPIN_JUDGE_KEY contains characters") as caught:
         ApiJudge("http://host/v1", "m", 5)
     assert one_line(caught.value)
 

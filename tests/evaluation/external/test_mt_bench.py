@@ -120,10 +120,10 @@ def test_read_questions(question_file):
     [
         (b"{", "can't be read"),
         (b"\xff\xfe", "can't be read"),
-        (b"[]", "record 3 is no question"),
-        (b"{}", "record 3 is no question"),
-        ({"turns": ["What?"]}, "record 3 is no question"),
-        ({"turns": ["a", None]}, "record 3 is no question"),
+        (b"[]", "record 3 is not a question"),
+        (b"{}", "record 3 is not a question"),
+        ({"turns": ["What?"]}, "record 3 is not a question"),
+        ({"turns": ["a", None]}, "record 3 is not a question"),
         ({"question_id": "82"}, "same question_id"),
     ],
 )
