@@ -134,7 +134,7 @@ def measure_steps(folder: Path, stage: int | None, pairs: int) -> None:
 
     from spin.config.schema import EngineConfig
     from spin.engines.base import select_dtype
-    from spin.runtime.process_group import join_group, leave_group
+    from spin.runtime.process_group import exit_process, join_group, leave_group
 
     ranks = join_group("single" if stage is None else "deepspeed", "cpu")
     options = EngineConfig.from_defaults(**({} if stage is None else {"name": "deepspeed", "zero_stage": stage}))
@@ -143,6 +143,7 @@ def measure_steps(folder: Path, stage: int | None, pairs: int) -> None:
     if ranks.is_main_process:
         print(json.dumps({"pairs_per_second": workload.median(rows[1:], "pairs_per_second")}), flush=True)
     leave_group()
+    exit_process()
 
 
 def random_pairs(count: int, answer: int) -> list:

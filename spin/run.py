@@ -144,6 +144,6 @@ def main() -> None:
     except KeyboardInterrupt as stop:
         end_stopped(stop)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # Running threads of torch's collectives would abort the interpreter during a normal exit.
-        sys.stdout.flush()
-        os._exit(0)
+        from spin.runtime.process_group import exit_process
+
+        exit_process()

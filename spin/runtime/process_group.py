@@ -4,13 +4,15 @@
 the same game; only the main process writes to the store and prints.
 """
 
+import atexit
 import itertools
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -158,3 +160,15 @@ def leave_group() -> None:
         with suppress(RuntimeError):
             dist.destroy_process_group()
         _current = SINGLE_PROCESS
+
+
+def exit_process(status: int = 0) -> NoReturn:
+    """End this process after `atexit`'s functions, without the interpreter's shutdown.
+
+    A thread of a process group to which a library still holds a reference aborts the shutdown ("terminate called without
+    an active exception").
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

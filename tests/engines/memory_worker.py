@@ -21,7 +21,7 @@ from spin.engines.single import SingleEngine
 from spin.models.adapters import Lora
 from spin.models.find import fresh_adapter
 from spin.models.policy import Policy, with_quantization
-from spin.runtime.process_group import join_group, leave_group
+from spin.runtime.process_group import exit_process, join_group, leave_group
 
 
 def train(case: dict, folder: Path, vocabulary: int) -> None:
@@ -61,6 +61,7 @@ def main(case: dict) -> None:
     line = json.dumps({"peak": peak - before, "left": resident_bytes() - before}) + "\n"
     os.write(1, line.encode())  # in one write, because ranks share the pipe
     leave_group()
+    exit_process()
 
 
 if __name__ == "__main__":

@@ -266,6 +266,7 @@ def main(folder: Path) -> None:
         (folder / f"shared-{group.rank}.json").write_text(json.dumps(results))
     group.barrier()
     ranks.leave_group()
+    ranks.exit_process()
 
 
 if __name__ == "__main__":

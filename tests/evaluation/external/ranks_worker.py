@@ -20,7 +20,7 @@ from spin.evaluation.external import harness
 from spin.models.load import load_model, load_tokenizer
 from spin.runtime import signals
 from spin.runtime.errors import UserError
-from spin.runtime.process_group import ProcessGroup, join_group
+from spin.runtime.process_group import ProcessGroup, exit_process, join_group, leave_group
 from spin.runtime.shards import ResumableShards, Shard
 from tests.games import ROOT
 
@@ -86,6 +86,8 @@ def main(folder: Path) -> None:
         results = [run(*job, ranks) for job in jobs]
         results += [failed_shards(folder / "shards", ranks), run(*jobs[0], ranks, stop=ranks.rank == 1)]
     (folder / f"rank-{ranks.rank}.json").write_text(json.dumps(results))
+    leave_group()
+    exit_process()
 
 
 if __name__ == "__main__":
