@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import re
 import resource
 import sys
 import warnings
@@ -32,9 +33,10 @@ def free_memory(device: torch.device, processes: int = 1) -> DeviceMemory:
         warnings.simplefilter("ignore")  # psutil warns if /proc lacks statistics that are not used here
         memory, swap, resident = psutil.virtual_memory(), psutil.swap_memory(), resident_bytes()
     free, total = float(memory.available + swap.free), float(memory.total + swap.total)
-    with contextlib.suppress(OSError, ValueError):  # no container, or no limit ("max")
+    with contextlib.suppress(OSError, ValueError, IndexError):  # no container, or no limit ("max")
         limit = float(Path("/sys/fs/cgroup/memory.max").read_text())
         used = float(Path("/sys/fs/cgroup/memory.current").read_text())
+        used -= float(re.findall(r"^inactive_file (\d+)", Path("/sys/fs/cgroup/memory.stat").read_text(), re.M)[0])
         free, total = min(free, limit - used), min(total, limit)
     return DeviceMemory(free / processes + resident, total / processes, resident + LIBRARIES)
 

@@ -22,4 +22,4 @@ def fp32_bytes(folder: Path) -> int:
 
 def training_bytes(policy: int, optimizer: OptimizerConfig) -> int:
     """Return the size in bytes of a training's checkpoints, for a policy of `policy` bytes."""
-    return int(KEPT * policy * (1 + state_values_per_weight(optimizer)))
+    return int(KEPT * policy * (1 + state_values_per_weight(optimizer.name, optimizer.states)))

@@ -48,7 +48,7 @@ class Forward:
         return (collate(items, self.layout, chosen) for chosen in self.plan(items))
 
 
-def sequence_logps(model: PreTrainedModel, batch: Batch, forward: Forward, head: "OutputLayer | None" = None) -> Tensor:
+def sequence_logps(model: PreTrainedModel, batch: Batch, forward: Forward, head: OutputLayer | None = None) -> Tensor:
     """Return the sum of log p(token | prompt, earlier tokens) over each response: fp32 [batch.responses], in nats.
 
     `head` is the model's output layer, if it must be a registered module because its weights are sharded.

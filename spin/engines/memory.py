@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from spin.config.schema import Config, OptimizerConfig
+from spin.config.schema import Config
 from spin.data.examples import Dataset, Example
 from spin.engines.deepspeed import BUCKET
 from spin.engines.device_memory import GIB, DeviceMemory
@@ -168,8 +168,7 @@ def bytes_per_weight(load: Load) -> Parts:
     gradients are fp32. In `DeepSpeedEngine` a rank has separate fp32 masters, and fp32 gradients from stage 1 on.
     """
     width, stage, is_bf16 = load.bytes, load.zero_stage, load.precision == "bf16"
-    optimizer = OptimizerConfig.from_defaults(name=load.optimizer, states=load.states)
-    state_bytes = 4 * state_values_per_weight(optimizer)
+    state_bytes = 4 * state_values_per_weight(load.optimizer, load.states)
     if stage is None:
         sizes = (width, 2 * is_bf16, 4 if load.passes > 1 else width, state_bytes)
         return dict(zip(COUNTED, sizes, strict=True))

@@ -26,11 +26,11 @@ PIECE = {"cpu": 2**17}  # weights per piece, by device type: a piece fits a CPU'
 LARGE_PIECE = 2**26  # for GPUs
 
 
-def state_values_per_weight(config: OptimizerConfig) -> float:
-    """Return the size of the optimiser states of one weight, in units of four bytes."""
-    if config.name in EIGHT_BIT:
-        return EIGHT_BIT[config.name]
-    return len(STATES[config.name]) * (1.0 if config.states == "fp32" else 0.5)
+def state_values_per_weight(name: str, states: str) -> float:
+    """Return the size of the states of the optimiser `name` for one weight, in units of four bytes."""
+    if name in EIGHT_BIT:
+        return EIGHT_BIT[name]
+    return len(STATES[name]) * (1.0 if states == "fp32" else 0.5)
 
 
 class Optimizer:

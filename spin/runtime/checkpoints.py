@@ -150,8 +150,8 @@ class Checkpoints:
 def describe_progress(resume: Path) -> str | None:
     """Describe what an unfinished stage resumes from ("3 shards of answers, training up to step 40"); None if nothing."""
     parts = []
-    for name in ("answers", "scores"):
-        if count := len(list((resume / name).glob("[0-9]*"))):
+    for name in ("answers", "scores", "verdicts"):
+        if count := len(list((resume / name).rglob("[0-9]*/manifest.json"))):
             parts.append(f"{count} shard{'s' if count > 1 else ''} of {name}")
     if folders := sorted((resume / "training").glob("step-*")):
         parts.append(f"training up to step {int(folders[-1].name.removeprefix('step-'))}")

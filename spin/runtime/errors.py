@@ -23,6 +23,7 @@ LOST_PEER = {
     "DistStoreError": r"wait timeout|timed out",
 }
 OUT_OF_MEMORY = r"can't allocate memory|cannot allocate memory|out of memory"
+PATH_ERRORS = (errno.EACCES, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
 DISK_ERRORS = (errno.EIO, errno.ESTALE, errno.EXDEV, errno.ENODEV, errno.EBUSY)
 TRY_AGAIN = "then run the same command again: it continues from what is finished."
 
@@ -43,14 +44,11 @@ def user_message(error: BaseException) -> str | None:
         number = int(match[1])
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"no space left to write to (disk full, or a limit on files): free some or set another store.path, {TRY_AGAIN}"
-    if number in (errno.EACCES, errno.EROFS, errno.EEXIST, errno.ENOTDIR) and getattr(error, "filename", None):
-        reason = str(getattr(error, "strerror", "")).lower()
-        return f"{getattr(error, 'filename', '')}: {reason}; set another store.path, cache.path or hydra.run.dir."
+    if isinstance(error, OSError) and error.filename and number in PATH_ERRORS:
+        return f"{error.filename}: {str(error.strerror).lower()}; set another store.path, cache.path or hydra.run.dir."
     if number in DISK_ERRORS or (isinstance(error, OSError) and text == "error closing file"):  # the text is Arrow's
         reason = brief(text.partition("] ")[2] or text)
-        return (
-            f"the disk fails ({reason}): repair it, or set another store.path, cache.path or hydra.run.dir, {TRY_AGAIN}"
-        )
+        return f"disk error ({reason}): repair the disk, or set another store.path, cache.path or hydra.run.dir, {TRY_AGAIN}"
     if number in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):
         return "the disk has no file locks (flock): set store.path, cache.path and hydra.run.dir to one that has."
     is_runtime_error = isinstance(error, RuntimeError)
@@ -60,7 +58,7 @@ def user_message(error: BaseException) -> str | None:
         )
     if isinstance(error, MemoryError) or (is_runtime_error and re.search(OUT_OF_MEMORY, text, re.IGNORECASE)):
         return (
-            "memory is short: set engine.gradient_checkpointing=true, which keeps finished stages, or lower "
+            "out of memory: set engine.gradient_checkpointing=true, which keeps finished stages, or lower "
             "engine.tokens_per_batch, engine.head_chunk or generation.batch_size, with which all stages are computed again."
         )
     pattern = LOST_PEER.get(type(error).__name__)

@@ -1,7 +1,7 @@
 """The process group of a run: ranks and collective operations.
 
 `torchrun` starts the processes, on one machine or several, and describes them in environment variables. All ranks execute
-the same game; only the main process writes to the store and prints.
+the same game; only the main process commits stages and prints.
 """
 
 import atexit

@@ -90,7 +90,7 @@ class ResumableShards:
             if manifest["of"] == list(shard.of):
                 return pq.read_table(folder / "rows.parquet").to_pylist(), manifest["seconds"]
         except CorruptArtifact as damage:
-            self.say(f"{folder}: {damage}: this shard is made again")
+            self.say(f"{folder}: {damage}: recomputing this shard")
         shutil.rmtree(folder)
         return None
 

@@ -109,7 +109,7 @@ def _handle(number: int, frame: object) -> None:
     if _raised or _waiting:
         if number == signal.SIGINT:  # stored work is complete at any moment
             # `print` is not reentrant. The escape sequence shows the cursor that a progress bar may have hidden.
-            os.write(2, b"ended at once.\n" + (b"\x1b[?25h" if os.isatty(2) else b""))
+            os.write(2, b"terminated immediately.\n" + (b"\x1b[?25h" if os.isatty(2) else b""))
             os._exit(128 + number)
     elif _depth:  # only the first counts, because schedulers repeat their notice
         _waiting = number

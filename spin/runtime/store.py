@@ -83,7 +83,7 @@ class Store:
         if (stored := self._verified(folder)) is not None:
             return stored
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with hold_lock(Path(f"{folder}.lock"), f"another run is at the same {stage} stage", self.say):
+        with hold_lock(Path(f"{folder}.lock"), f"another run is building the same {stage} stage", self.say):
             return self._verified(folder, remove_damaged=True) or self._build(stage, inputs, folder, build)
 
     def _verified(self, folder: Path, remove_damaged: bool = False) -> Artifact | None:
@@ -93,7 +93,7 @@ class Store:
             manifest = verify_artifact(folder)
         except CorruptArtifact as damage:
             if remove_damaged:
-                self.say(f"{folder}: {damage}: this stage is made again")
+                self.say(f"{folder}: {damage}: rebuilding this stage")
                 shutil.rmtree(folder)
             return None
         with contextlib.suppress(OSError):  # the store may be read-only
@@ -146,13 +146,13 @@ class Store:
         if not only:
             with contextlib.suppress(UserError, TypeError):  # a damaged record is rewritten
                 used |= stages_used_by(run, self.path)
-        about = {"store": str(self.path.resolve()), "stages": sorted(used)}
+        folder, path = run.resolve(), self.path.resolve()
+        about = {"store": os.path.relpath(path, folder), "stages": sorted(used)}  # relative: both may be moved together
         write_text(run / STAGES, json.dumps(about, indent=2) + "\n")
-        folder = str(run.resolve())
-        entry = self.path / RUNS / f"{hashlib.sha256(folder.encode()).hexdigest()[:16]}.json"
+        entry = self.path / RUNS / f"{hashlib.sha256(str(folder).encode()).hexdigest()[:16]}.json"
         if not entry.is_file() and (os.access(self.path, os.W_OK) or not self.path.exists()):  # not another user's
             entry.parent.mkdir(parents=True, exist_ok=True)
-            write_text(entry, json.dumps({"folder": folder}))
+            write_text(entry, json.dumps({"folder": os.path.relpath(folder, path)}))
 
     def users(self) -> dict[str, list[Path]]:
         """Return the run folders that use each stage. A run whose folder was removed uses none."""
@@ -164,7 +164,8 @@ class Store:
 
     def runs(self) -> list[Path]:
         """Return all run folders that have used this store, existing or not. Raises UserError for a damaged entry."""
-        return [Path(_read_record(entry, "folder")[0]) for entry in sorted((self.path / RUNS).glob("*.json"))]
+        entries, path = sorted((self.path / RUNS).glob("*.json")), self.path.resolve()
+        return [(path / _read_record(entry, "folder")[0]).resolve() for entry in entries]
 
 
 def stages_used_by(run: Path, store: Path) -> set[str]:
@@ -172,7 +173,7 @@ def stages_used_by(run: Path, store: Path) -> set[str]:
     if not (run / STAGES).is_file():
         return set()
     stages, kept = _read_record(run / STAGES, "stages", "store")
-    return set(stages) if Path(kept).resolve() == store.resolve() else set()
+    return set(stages) if (run / kept).resolve() == store.resolve() else set()
 
 
 def _read_record(path: Path, *keys: str) -> list:

@@ -61,13 +61,13 @@ def remove(store: Store, entry: Entry) -> bool:
 
 
 def main(arguments: list[str]) -> None:
-    """Run `python -m spin store [list | clean] [--path outputs/store] [--yes]`."""
+    """Run `python -m spin store [list | clean] [--path outputs/store] [--older-than HOURS] [--yes]`."""
     parser = argparse.ArgumentParser(prog="python -m spin store", description="List and clean a store.")
     actions = "list: everything, by size (the default); clean: what no run folder uses, removed with --yes"
     parser.add_argument("action", nargs="?", choices=("list", "clean"), default="list", help=actions)
     parser.add_argument("--path", type=Path, default=Path("outputs/store"), help="the store (store.path of your runs)")
     parser.add_argument("--yes", action="store_true", help="with clean: remove, do not only show")
-    recent = "with clean: keep what was used since (1 hour)"
+    recent = "with clean: keep stages used within the last HOURS (default: 1)"
     parser.add_argument("--older-than", type=float, default=1.0, metavar="HOURS", help=recent)
     options = parser.parse_args(arguments)
     store = Store(options.path)

@@ -113,20 +113,20 @@ class Rows(Sequence[Row], Generic[Row]):
         return Rows(self.type, self.batches, self.indices[positions], self.mapped, self.path)
 
     def gather(self, positions: np.ndarray, names: Sequence[str] | None = None) -> pa.Table:
-        """Copy the columns `names` of the rows at `positions` into one table.
+        """Copy the columns `names` of the rows at `positions`, of which there is at least one, into one table.
 
         `Table.take` would first copy whole columns.
         """
         rows = self.indices[positions]
         numbers = np.searchsorted(self._starts, rows, side="right") - 1
-        parts, places = [self.batches[0].slice(0, 0).select(names or self.names)] if self.batches else [], []
+        parts, places = [], []
         for number in np.unique(numbers):
             chosen = np.flatnonzero(numbers == number)
             batch = self.batches[number].select(names or self.names)
             parts.append(batch.take(pa.array(rows[chosen] - self._starts[number])))
             places.append(chosen)
         table = pa.Table.from_batches(parts).combine_chunks()
-        return table.take(np.argsort(np.concatenate(places))) if places else table
+        return table.take(np.argsort(np.concatenate(places)))
 
     def blocks(self, names: Sequence[str], size: int = BLOCK) -> Iterator[pa.Table]:
         """Yield the columns `names` of all rows, `size` rows at a time."""

@@ -23,14 +23,7 @@ from spin.runtime.signals import received_signal
 TRAINING = ("sft", "train")  # stages whose rows are steps
 START = -1  # `iter` of policies before iteration 0 in W&B, which cannot plot null
 SENT = "wandb/sent.jsonl"  # in the run's folder: settings and id of the W&B run, then a line for each row that was sent
-VOLATILE = (
-    "plan",
-    "iter",
-    "store",
-    "cache",
-    "checkpoint",
-    "tracking",
-)  # settings that may change in a continued W&B run
+VOLATILE = ("plan", "iter", "store", "cache", "checkpoint", "tracking")  # may change in a continued W&B run
 
 
 class Tracker:
@@ -62,7 +55,8 @@ class Tracker:
 
         `stage`, `iter` and `step` identify the row. In W&B other keys are prefixed with the stage (`train/loss`), an
         interval becomes two keys, `_low` and `_high`, and `global_step` counts the steps of all iterations. Rows of `reused`
-        stages are sent with the first new row, so a run that reuses all stages sends nothing.
+        stages are sent with the first new row, so a run that reuses all stages sends only
+        the policies that tracking.policies selects.
         """
         if not self.active:
             return
@@ -258,7 +252,10 @@ def wandb_mode(setting: str) -> str:
     """
     mode = os.environ.get("WANDB_MODE", "auto") if setting == "auto" else setting
     if mode == "online" and not _logged_in():
-        raise UserError("W&B is to be online and has no login: run `wandb login`, or set tracking.wandb=offline.")
+        raise UserError(
+            "W&B is set to online (tracking.wandb or WANDB_MODE), but you are not logged in: run `wandb login`, or set "
+            "tracking.wandb=offline."
+        )
     return mode
 
 

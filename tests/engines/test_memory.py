@@ -14,7 +14,7 @@ import transformers as tf
 
 from benchmarks import memory_table
 from spin.config.schema import EngineConfig, OptimizerConfig
-from spin.engines import memory
+from spin.engines import device_memory, memory
 from spin.engines.activations import save_less_for_backward
 from spin.engines.device_memory import GIB, DeviceMemory
 from spin.engines.logps import Forward, sequence_logps
@@ -391,3 +391,12 @@ print(most - held, most - resident_bytes(), last.sum().item())
     assert process.returncode == 0, process.stderr
     freed, released, _ = map(float, process.stdout.split())
     assert freed < 50e6 and released > 200e6
+
+
+def test_free_memory_in_a_container(monkeypatch, tmp_path):
+    """The limit of the control group counts, and cached files, which the system drops if needed, do not."""
+    for name, text in {"max": "6e8", "current": "5e8", "stat": "anon 1\ninactive_file 400000000\n"}.items():
+        (tmp_path / f"memory.{name}").write_text(text)
+    monkeypatch.setattr(device_memory, "Path", lambda path: tmp_path / Path(path).name)
+    memory = device_memory.free_memory(torch.device("cpu"))
+    assert memory.total == 6e8 and memory.free - (memory.before - device_memory.LIBRARIES) == pytest.approx(5e8)

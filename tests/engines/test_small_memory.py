@@ -141,10 +141,8 @@ def test_eight_bit_states_size_and_step(tiny_folder, name, fp32_name):
         bytes_per_weight.append(
             sum(t.numel() * t.element_size() for t in tensors) / sum(master.numel() for master in large.values())
         )
-    assert bytes_per_weight[0] == 4 * state_values_per_weight(OptimizerConfig.from_defaults(name=fp32_name))
-    assert bytes_per_weight[1] == pytest.approx(
-        4 * state_values_per_weight(OptimizerConfig.from_defaults(name=name)), rel=0.02
-    )
+    assert bytes_per_weight[0] == 4 * state_values_per_weight(fp32_name, "fp32")
+    assert bytes_per_weight[1] == pytest.approx(4 * state_values_per_weight(name, "fp32"), rel=0.02)
     similar = torch.nn.functional.cosine_similarity(changes[0], changes[1], dim=0)
     assert similar > 0.9 and changes[1].abs().mean() == pytest.approx(changes[0].abs().mean().item(), rel=0.2)
 

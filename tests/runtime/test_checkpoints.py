@@ -106,7 +106,7 @@ def test_damaged_shard(tmp_path):
     content[len(content) // 2] ^= 4
     path.write_bytes(content)
     assert [shard[0]["id"] for shard in rows(0, 1)] == ["0", "1"]
-    assert computed == [0, 1, 1] and len(messages) == 1 and "00001" in messages[0] and "made again" in messages[0]
+    assert computed == [0, 1, 1] and len(messages) == 1 and "00001" in messages[0] and "recomputing" in messages[0]
 
 
 def test_shard_of_other_prompts(tmp_path):
@@ -246,6 +246,10 @@ def test_describe_progress(tiny_folder, tmp_path):
     assert describe_progress(tmp_path) == "1 shard of answers, training up to step 3"
     shutil.rmtree(tmp_path / "training" / "step-00000003")
     assert describe_progress(tmp_path).endswith("step 2")
+    (tmp_path / "answers").rename(tmp_path / "moved")
+    shutil.copytree(tmp_path / "moved", tmp_path / "answers" / "1-0-1024")  # of a part of MT-Bench's questions
+    (tmp_path / "moved").rename(tmp_path / "verdicts")
+    assert describe_progress(tmp_path).startswith("1 shard of answers, 1 shard of verdicts, training")
 
 
 class FakeEngine:
@@ -410,7 +414,7 @@ def test_second_ctrl_c_ends_at_once():
         "    os.kill(os.getpid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGINT); time.sleep(60)\n"
     )
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=30)
-    assert result.returncode == 130 and result.stderr == "ended at once.\n"
+    assert result.returncode == 130 and result.stderr == "terminated immediately.\n"
 
 
 @pytest.mark.parametrize("phase", ["forward", "step"])

@@ -62,7 +62,7 @@ def test_other_errors_keep_their_traceback(error):
     ],
 )
 def test_out_of_memory_errors(error):
-    assert user_message(error).startswith("memory is short")
+    assert user_message(error).startswith("out of memory")
 
 
 def test_full_disk_as_cause_or_from_rust():
@@ -81,8 +81,8 @@ def test_permission_denied_names_the_file():
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EXDEV])
 def test_failing_disk(number):
     line = user_message(OSError(number, os.strerror(number), "/store/a"))
-    assert line.startswith(f"the disk fails ({os.strerror(number)}: '/store/a'): ")
-    assert user_message(OSError("error closing file")).startswith("the disk fails (error closing file)")
+    assert line.startswith(f"disk error ({os.strerror(number)}: '/store/a'): ")
+    assert user_message(OSError("error closing file")).startswith("disk error (error closing file)")
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])

@@ -119,7 +119,7 @@ def test_two_processes_build_a_stage_once(tmp_path):
         process.join()
     assert sorted(message for message in received if isinstance(message, bool)) == [False, True]
     waiting, built = sorted(message for message in received if isinstance(message, str))
-    assert built == "built" and waiting.startswith("another run is at the same train stage: waiting")
+    assert built == "built" and waiting.startswith("another run is building the same train stage: waiting")
 
 
 def test_killed_process_releases_lock(tmp_path):
@@ -287,3 +287,17 @@ def test_missing_store_is_one_line(tmp_path):
         text=True,
     )
     assert result.returncode == 1 and len(result.stderr.splitlines()) == 1 and "no such folder" in result.stderr
+
+
+def test_moved_project(tmp_path):
+    """A run still uses its stages after its folder and the store were moved together."""
+    project = tmp_path / "project"
+    (project / "runs" / "a").mkdir(parents=True)
+    store = Store(project / "store")
+    store.get("train", {"a": 1}, build)
+    name = f"train/{key_of({'a': 1})}"
+    store.refer(project / "runs" / "a", [name])
+    moved = tmp_path / "elsewhere" / "renamed"
+    moved.parent.mkdir()
+    project.rename(moved)
+    assert Store(moved / "store").users() == {name: [moved / "runs" / "a"]}

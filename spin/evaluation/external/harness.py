@@ -304,7 +304,7 @@ def _contained(name: str, batch_size: int) -> Iterator[list[logging.LogRecord]]:
             yield records
         except Exception as error:  # the user's task and data can cause any error
             if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-                raise UserError(f"{KEY}: {name}: memory is short: lower {KEY}_batch_size={batch_size}.") from error
+                raise UserError(f"{KEY}: {name}: out of memory: lower {KEY}_batch_size={batch_size}.") from error
             is_about_data = isinstance(error, OSError) or "Couldn't find cache" in str(error)
             advice = "for data of the hub run once without HF_HUB_OFFLINE and HF_DATASETS_OFFLINE" * is_about_data
             with explaining(f"{KEY}: {name}: the harness can't run it", advice):

@@ -53,7 +53,7 @@ def test_benchmarks_of_two_ranks_match_one(policy, tmp_path):  # noqa: F811
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("task", "reason"), [("spin_lost", "nowhere.jsonl"), ("spin_memory", "memory is short")])
+@pytest.mark.parametrize(("task", "reason"), [("spin_lost", "nowhere.jsonl"), ("spin_memory", "out of memory")])
 def test_failure_of_the_main_process(place, task, reason):
     words = [*GAME, "stage=evaluate", f"evaluation.harness=[{task}:0:acc]", "evaluation.harness_include=tests/tasks"]
     done = torchrun(2, "run.py", *place.words(*words))
