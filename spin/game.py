@@ -16,9 +16,9 @@ from spin.pipeline.generate import Generate
 from spin.pipeline.live import live_report
 from spin.pipeline.plan import print_plan
 from spin.pipeline.record import IterationRecord, replayed
-from spin.pipeline.run_folder import check_resources, open_run, show_record
+from spin.pipeline.run_folder import check_resources, open_run, write_record
 from spin.pipeline.score import Score
-from spin.pipeline.select import final_stages, gains_no_more, hand_over
+from spin.pipeline.select import final_stages, link_selected, should_stop
 from spin.pipeline.stage import Player, PolicySource, Stage
 from spin.pipeline.summary import finish
 from spin.pipeline.train import Sft, Train
@@ -47,11 +47,11 @@ def declare_game(run: Run) -> Iterator[IterationRecord]:
         opponent = policy
         generate = Generate(t, opponent)
         answers.append(generate)
-        pairs = replayed(config, t, answers)
-        scores = {"opponent": Score(t, opponent, "opponent", pairs)}
+        scored = replayed(config, t, answers)
+        scores = {"opponent": Score(t, opponent, "opponent", scored)}
         objective = make_objective(config.loss, t)
         if "start" in objective.references:
-            scores["start"] = Score(t, first_opponent, "start", pairs)
+            scores["start"] = Score(t, first_opponent, "start", scored)
         policy = train = Train(t, opponent, scores, answers[0] if "first" in objective.responses else None)
         measured = declare_measures(run, t, policy, measured["evaluation"])
         yield IterationRecord(t, policy, generate, scores, train, **measured)
@@ -103,10 +103,10 @@ def play(config: Config, folder: Path, command: str, group: str | None = None) -
                 for stage in record.stages:
                     player.play(stage)
                 if run.ranks.is_main_process:
-                    show_record(player, record)
-                if gains_no_more(player, records[:played]):
+                    write_record(player, record)
+                if should_stop(player, records[:played]):
                     break
-            selection = hand_over(player, records[:played])
+            selection = link_selected(player, records[:played])
         return finish(player, records[:played], selection, command) if run.ranks.is_main_process else {}
 
 

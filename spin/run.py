@@ -103,7 +103,8 @@ def play_composed(composed: DictConfig) -> None:
             show_plan(config, folder)
             remove_empty_folders()
             return
-        program = ["spin"] if Path(sys.argv[0]).name == "spin" else ["python", "run.py"]
+        programs = {"spin": ["spin"], "__main__.py": ["python", "-m", "spin"]}
+        program = programs.get(Path(sys.argv[0]).name, ["python", "run.py"])
         command = shlex.join([*program, *settings.overrides.task])
         start = partial(play, config, folder, command)
         if settings.mode == RunMode.MULTIRUN:

@@ -160,7 +160,7 @@ def train_spin(
     total weight as a single pair. Raises UserError if the policy does not equal its opponent at the first step.
     """
     groups = group_by_prompt(pairs)
-    items = to_continuations(pairs, first if "first" in objective.responses else None)
+    items = to_continuations(pairs, first)
     table = Rows.of(Pair, pairs)
     lengths = {name: torch.from_numpy(table.lengths(f"{name}_ids")) for name in RESPONSES}
 

@@ -189,8 +189,8 @@ def _find_policies(config: Config) -> list[Policy]:
 
 
 def distinct_labels(paths: Sequence[str]) -> list[str]:
-    """Return labels that are distinct, also as file names: the last parts of each path ("iter1/policy"), at least two
-    parts, with a number appended to repetitions of equal paths."""
+    """Return a label for each path: its last parts ("iter1/policy"), at least two, and as many as make the labels
+    distinct, also as file names. Equal paths are numbered."""
     parts = [Path(path).expanduser().parts for path in paths]
     for length in range(2, max(2, *map(len, parts)) + 1):
         labels = ["/".join(part[-length:]) for part in parts]

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from spin.config.schema import Config
 from spin.evaluation.external import harness, judges, mt_bench
 from spin.models.load import load_tokenizer
-from spin.models.policy import Policy
+from spin.models.policy import Policy, auxiliary_digest
 from spin.pipeline.context import Run
 from spin.pipeline.evaluate import Evaluate, Evaluation
 from spin.pipeline.stage import Measurement, PolicySource, Work
@@ -42,7 +42,7 @@ class External(Measurement[Any]):
     def read(self, run: Run, artifact: Artifact, *args, **needs) -> Any:
         return json.loads((artifact.folder / self.result_file).read_text())
 
-    def show(self, result: Any, run: Run) -> None:
+    def write_files(self, result: Any, run: Run) -> None:
         """Write files for other programs to the run's folder."""
 
 
@@ -58,6 +58,7 @@ class Benchmark(External):
         settings = run.config.evaluation
         return {
             "policy": policy.id,
+            "files": auxiliary_digest(policy.tokenizer),
             "harness": harness.identity(self.task, settings.harness_include),
             "limit": settings.harness_limit,
             "batch_size": settings.harness_batch_size,  # changes rounding
@@ -97,12 +98,14 @@ class MtBench(External):
             judge = {"judge": judges.identity(settings.judge, settings.judge_model), "grading": grading}
         return {
             "policy": policy.id,
+            "files": auxiliary_digest(run.start.tokenizer),
             "questions": [asdict(question) for question in questions],
             "template": config.data.template,
             **({"template_options": config.data.template_options} if config.data.template_options else {}),
             "stop_ids": sorted(run.stop_ids),
             "max_new_tokens": config.generation.max_new_tokens or mt_bench.MAX_TOKENS,
-            "batch_size": config.generation.batch_size,  # changes rounding
+            "batch_size": config.generation.batch_size,  # changes rounding, as `tokens` does
+            "tokens": config.generation.tokens,
             "seed": config.seed,
             **device_inputs(run),
             **judge,
@@ -135,7 +138,7 @@ class MtBench(External):
         self.write(work, result)
         return {"answers": len(answers), "score": result["score"] and result["score"]["score"]}
 
-    def show(self, result: dict, run: Run) -> None:
+    def write_files(self, result: dict, run: Run) -> None:
         model_id = f"{run.config.name}-{self.policy.label.replace('/', '-')}"
         mt_bench.write_answers(result["answers"], model_id, run.folder / "mt_bench")
 

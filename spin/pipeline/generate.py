@@ -3,7 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from spin.data.examples import Example
@@ -21,7 +21,7 @@ from spin.runtime.tables import Rows, write_parquet
 # If more than this share of answers is cut at the cap, length alone distinguishes them from human answers.
 CUT_SHARE = 0.2
 # First tokens are reported if their shares on both sides differ by this much, with enough answers to rule out chance.
-TELLING_SHARE, TELLING_ANSWERS = 0.9, 20
+DISTINGUISHING_SHARE, MIN_ANSWERS = 0.9, 20
 # Generation settings that do not determine the answers (names, layout of work) or are separate inputs (num_answers).
 NOT_INPUTS = ("name", "num_answers", "python", "tensor_parallel", "data_parallel", "gpu_memory")
 
@@ -38,7 +38,7 @@ class Generate(Stage[Rows[Answer]]):
 
     def inputs(self, run: Run, policy: Policy) -> dict:
         if self.takes_file(run):
-            return {"file": answers_in_file(run).digest, "iter": self.iteration}
+            return {"file": ids_in_file(run).digest, "iter": self.iteration}
         return {
             "opponent": policy.id,
             "prompts": run.data.train.digest,
@@ -75,7 +75,7 @@ class Generate(Stage[Rows[Answer]]):
                 f"note: {cut:.0%} of the answers were cut at generation.max_new_tokens={run.config.max_new_tokens}: "
                 "their length alone distinguishes them from human answers. Raise it if human answers are longer."
             )
-        if tokens := telling_tokens(run.data.train.first("real_ids"), answers.first("ids")):
+        if tokens := distinguishing_tokens(run.data.train.first("real_ids"), answers.first("ids")):
             names = ", ".join(repr(run.tokenizer.decode([token])) for token in tokens)
             run.say(
                 f"note: the first token alone ({brief(names)}) distinguishes human from generated answers, and the policy may "
@@ -85,29 +85,37 @@ class Generate(Stage[Rows[Answer]]):
         return answers
 
 
-def telling_tokens(human: Sequence[int], generated: Sequence[int]) -> list[int]:
+def distinguishing_tokens(human: Sequence[int], generated: Sequence[int]) -> list[int]:
     """Return up to 3 tokens, by frequency, that begin nearly all answers of one side and nearly none of the other.
 
     `human` and `generated` hold the first token of each answer. Tokens that occur only once are ignored.
     """
-    if min(len(human), len(generated)) < TELLING_ANSWERS:
+    if min(len(human), len(generated)) < MIN_ANSWERS:
         return []
     counts = Counter(human), Counter(generated)
     for side, opposite in (counts, counts[::-1]):
         typical = [t for t, n in side.most_common() if n > 1 and n / side.total() > opposite[t] / opposite.total()]
         shares = [sum(tokens[token] for token in typical) / tokens.total() for tokens in (side, opposite)]
-        if shares[0] - shares[1] >= TELLING_SHARE:
+        if shares[0] - shares[1] >= DISTINGUISHING_SHARE:
             return typical[:3]
     return []
 
 
-def answers_in_file(run: Run) -> Rows[Answer]:
-    """Return the generated answers to the training prompts that the data contains besides the human ones."""
+def ids_in_file(run: Run) -> Rows[Answer]:
+    """Return the generated answers that the data contains besides the human ones, with empty texts."""
     answers = []
     for example in run.data.train:
         reason = "stop" if example.rejected[-1] in run.stop_ids else "length"
-        text = str(run.tokenizer.decode(list(example.rejected), skip_special_tokens=True))
-        answers.append(Answer(example.id, 0, example.rejected, reason, text))
+        answers.append(Answer(example.id, 0, example.rejected, reason, ""))
+    return Rows.of(Answer, answers)
+
+
+def answers_in_file(run: Run) -> Rows[Answer]:
+    """Return the answers of `ids_in_file` with their texts."""
+    answers = []
+    for answer in ids_in_file(run):
+        text = str(run.tokenizer.decode(list(answer.ids), skip_special_tokens=True))
+        answers.append(replace(answer, text=text))
     return Rows.of(Answer, answers)
 
 
@@ -140,10 +148,10 @@ def answer_prompts(
             run.config.generation,
             run.config.max_new_tokens,
             run.stop_ids,
-            seed,
-            num_answers,
-            bar.advance,
-            work.shards("answers", bar, main_process_only=use_vllm),
-            run.shard_size(total),
+            seed=seed,
+            num_answers=num_answers,
+            advance=bar.advance,
+            keep=work.shards("answers", bar, main_process_only=use_vllm),
+            shard_size=run.shard_size(total),
         )
         return generate(request)

@@ -14,7 +14,7 @@ from spin.runtime.errors import user_message
 from spin.runtime.files import write_text
 from spin.runtime.signals import Interrupted
 
-STATUS = "The run goes on."  # a placeholder in the page
+STATUS = "Running."  # a placeholder in the page
 
 
 @contextlib.contextmanager
@@ -34,7 +34,8 @@ def live_report(
         count = sum(all(stage in player.results for stage in record.stages) for record in records)
         missing = [f"{stage.name} of {stage.subject}" for stage in stages if stage not in player.results]
         later = ", ".join(missing[running:]) or "nothing"
-        status = f"{title}, {time.strftime('%Y-%m-%d %H:%M:%S')}. Left{' after that' * running}: {later}."
+        remaining = "Remaining after this stage" if running else "Remaining"
+        status = f"{title}, {time.strftime('%Y-%m-%d %H:%M:%S')}. {remaining}: {later}."
         with contextlib.suppress(OSError):  # if the disk is full, the stage reports it
             write_text(report, draw(count).replace(STATUS, html.escape(status), 1))
 
@@ -45,5 +46,6 @@ def live_report(
         if player.run.ranks.is_main_process:
             signal = error.signal.name if isinstance(error, Interrupted) else None
             with contextlib.suppress(Exception):
-                write(f"Stopped: {signal or user_message(error) or type(error).__name__}; the same command continues")
+                reason = signal or user_message(error) or type(error).__name__
+                write(f"Stopped: {reason}; run the same command to continue")
         raise

@@ -26,7 +26,7 @@ class Planned:
 
 
 def look_up(run: Run, stages: Sequence[Stage], thorough: bool = False) -> list[Planned]:
-    """Look up every stage, in order. With `thorough`, also verify the files of policies."""
+    """Look up every stage, in order. With `thorough`, also verify the files of models."""
     silent = replace(run, tracker=Tracker(run.folder, name="", config={}, rank=1))  # reading a result may log and warn
     results = Results()
     return [Planned(stage.name, stage.subject, *_look_up(silent, stage, results, thorough)) for stage in stages]
@@ -44,7 +44,7 @@ def _look_up(run: Run, stage: Stage, results: Results, thorough: bool) -> tuple[
         resume = run.store.resume(stage.name, inputs)
         progress = describe_progress(resume)
         return "resume" if progress else "play", progress or "", folder_size(resume)
-    if thorough or stage.name not in ("sft", "train"):
+    if thorough or stage.name not in ("sft", "train", "merge"):
         try:
             verify_artifact(artifact.folder)
         except CorruptArtifact as damage:
@@ -58,9 +58,9 @@ def bytes_to_write(run: Run, planned: Sequence[Planned]) -> int:
     """Return the number of bytes that the planned stages may still write to the store."""
     missing = [entry for entry in planned if entry.status != "reuse"]
     trainings = [entry for entry in missing if entry.stage in ("sft", "train")]
-    merged = fp32_bytes(run.start.base_or_self.folder) if any(entry.stage == "merge" for entry in missing) else 0
     if not trainings:
-        return merged
+        return 0
+    merged = fp32_bytes(run.start.base_or_self.folder) if any(entry.stage == "merge" for entry in missing) else 0
     written = len(trainings) * run.policy_bytes + training_bytes(run.policy_bytes, run.config.optimizer)
     return merged + max(0, written - sum(entry.resumable_bytes for entry in trainings))
 

@@ -57,6 +57,9 @@ def content_hash(config: Config) -> str | None:
     if any(path and ":" not in path and not exists(expanduser(path)) and not revision for path, revision in sources):
         return None
     named = [path for path, _ in sources] + [v for v in settings["evaluation"].values() if isinstance(v, str)]
+    if questions := settings["evaluation"]["questions"]:  # MT-Bench's other files
+        folder = Path(questions).parent
+        named += [str(folder.parent / "judge_prompts.jsonl"), str(folder / "reference_answer")]
     files = [_stats_of_files(Path(expanduser(path))) for path in named if path and exists(expanduser(path))]
     return hashlib.sha256(json.dumps([VERSION, settings, files, _program_hash()], sort_keys=True).encode()).hexdigest()
 
@@ -82,7 +85,7 @@ def is_done(folder: Path, config: Config) -> bool:
         game = json.loads((folder / "game.json").read_bytes())
         results += [iteration["policy"] for iteration in game.get("iterations", [])[-1:]]
         stages = json.loads((folder / STAGES).read_bytes())
-        manifests = [Path(stages["store"]) / stage / "manifest.json" for stage in stages["stages"]]
+        manifests = [folder / stages["store"] / stage / "manifest.json" for stage in stages["stages"]]
     except (OSError, ValueError, KeyError, TypeError):
         return False
     return all(path.exists() for path in [*(folder / name for name in results), *manifests])

@@ -49,14 +49,14 @@ def open_run(config: Config, folder: Path, group: str | None) -> Iterator[Tracke
             stack.enter_context(signals.deferred())  # ranks stop together in `ProcessGroup.raise_if_stopped`
         if ranks.is_main_process:
             check_folder(folder)
-            if not (folder / LOCK).exists():
-                stack.callback(remove_unused, folder)
             folder.mkdir(parents=True, exist_ok=True)
-            reason = f"another run plays in {folder}"
-            stack.enter_context(hold_lock(folder / LOCK, reason, partial(print, flush=True)))
+            stack.enter_context(hold_lock(folder / LOCK, f"another run plays in {folder}", partial(print, flush=True)))
+            stack.callback(remove_unused, folder)  # while the lock is held
             if changed := changed_settings(folder / "config.yaml", config):
-                reason = f"{folder} holds another game ({brief('; '.join(changed))})"
-                raise UserError(f"{reason}, which is kept: give another hydra.run.dir.")
+                raise UserError(
+                    f"{folder} holds another game ({brief('; '.join(changed))}), which would be overwritten: "
+                    "set another hydra.run.dir."
+                )
         ranks.barrier()
         tracker = Tracker(
             folder,
@@ -97,7 +97,7 @@ def check_resources(run: Run, stages: Sequence[Stage]) -> None:
         check_hub(config, run.start)
     planned = run.ranks.broadcast(look_up(run, stages) if run.ranks.is_main_process else None)
     check_shared_store(run.store.path, run.ranks)
-    missing = [entry for entry in planned if entry.status != "reuse"]
+    missing = [entry for entry in planned if entry.status != "reuse" and entry.stage != "merge"]  # loads no model
     policies = sum(entry.stage in ("sft", "train") for entry in missing)
     run.store.check_free(bytes_to_write(run, planned), f"{policies} policies and checkpoints")
     if config.stage == "evaluate" and not data.held_out:
@@ -138,10 +138,11 @@ def check_shared_store(path: Path, ranks: ProcessGroup) -> None:
     if ranks.is_main_process:
         probe.touch()
     ranks.barrier()
-    if ranks.all_reduce_max(not probe.exists()):
-        raise UserError(f"store.path={path} is not the same disk for all processes: give a folder that they share.")
+    is_shared = not ranks.all_reduce_max(not probe.exists())
     if ranks.is_main_process:
         probe.unlink()
+    if not is_shared:
+        raise UserError(f"store.path={path} is not the same disk for all processes: give a folder that they share.")
 
 
 def remove_stale(folder: Path, records: Sequence[IterationRecord]) -> None:
@@ -149,7 +150,7 @@ def remove_stale(folder: Path, records: Sequence[IterationRecord]) -> None:
     labels = {record.policy.label for record in records}
     for path in (folder / "sft", *iteration_folders(folder)):
         if path.name not in labels:
-            remove_shown(path)
+            remove_linked(path)
 
 
 def iteration_folders(folder: Path) -> list[Path]:
@@ -157,31 +158,31 @@ def iteration_folders(folder: Path) -> list[Path]:
     return [path for path in folder.glob("iter*") if path.name[4:].isdecimal() and path.is_dir()]
 
 
-def remove_shown(folder: Path) -> None:
+def remove_linked(folder: Path) -> None:
     """Remove what a game wrote to `sft/`, `iter<t>/` or `best/`, and the folder unless it holds files of the user."""
     if not any((folder / name).exists() for name in (".policy.linked", ".merged.linked", "selection.json")):
         return
     for name in ("policy", "merged"):
-        show_model(None, folder / name)
+        link_model(None, folder / name)
     for name in ("pairs.parquet", "manifest.json", "margins.json", "selection.json"):
         (folder / name).unlink(missing_ok=True)
     with suppress(OSError):  # does not exist, or is not empty
         folder.rmdir()
 
 
-def show_model(source: Path | None, folder: Path) -> None:
+def link_model(source: Path | None, folder: Path) -> None:
     """Link the files of the model `source` into `folder`. With None, remove the linked model and its card."""
     if source is None and is_own(folder / CARD):
         (folder / CARD).unlink(missing_ok=True)
     link_tree(source, folder)
 
 
-def show_record(player: Player, record: IterationRecord) -> None:
+def write_record(player: Player, record: IterationRecord) -> None:
     """Write the files of a played record: `sft/policy`, or `iter<t>/` with pairs.parquet, policy/ and manifest.json."""
     folder = player.run.folder
     for stage in record.external:
         if (result := player.result(stage)) is not None:
-            stage.show(result, player.run)
+            stage.write_files(result, player.run)
     if record.train is None:
         return
     shown = folder / record.policy.label
@@ -190,10 +191,10 @@ def show_record(player: Player, record: IterationRecord) -> None:
     if record.iteration is None:
         return
     _show_pairs(player, record, shown / "pairs.parquet")
-    show_model(None, shown / "merged")
+    link_model(None, shown / "merged")
     write_text(shown / "manifest.json", json.dumps(_manifest(player, record), indent=2) + "\n")
     if record.evaluation and record.evaluation.opponent:
-        now, before = (player.result(node).held_out for node in (record.evaluation, record.evaluation.opponent))
+        now, before = (player.result(stage).held_out for stage in (record.evaluation, record.evaluation.opponent))
         write_text(shown / "margins.json", json.dumps({"margin": held_out_margins(now, before).tolist()}) + "\n")
 
 

@@ -33,7 +33,7 @@ from spin.runtime.tables import Rows
 
 @dataclass(frozen=True)
 class Scores:
-    """Pairs and their log-probs under one model by response."""
+    """Pairs, and the log-probs of their responses under one model."""
 
     pairs: Rows[Pair]
     logps: Logps

@@ -11,7 +11,7 @@ from spin.evaluation.selection import best_policy
 from spin.models.policy import Policy
 from spin.pipeline.context import Run
 from spin.pipeline.record import IterationRecord
-from spin.pipeline.run_folder import remove_shown, show_model
+from spin.pipeline.run_folder import link_model, remove_linked
 from spin.pipeline.stage import Player, Stage
 from spin.pipeline.train import Merge
 from spin.runtime.errors import UserError
@@ -99,12 +99,12 @@ def _benchmark(player: Player, record: IterationRecord, name: str) -> tuple[floa
 
 
 def final_stages(run: Run, records: Sequence[IterationRecord]) -> list[Stage]:
-    """Return the stages that `hand_over` will play. Raises UserError if the run does not measure its criterion."""
+    """Return the stages that `link_selected` will play. Raises UserError if the run does not measure its criterion."""
     policy = records[-1].policy if criterion(run) is None else UNKNOWN
-    return [Merge(None, policy)] if run.config.model.merge else []
+    return [Merge(None, policy)] if run.config.model.merge and records[-1].train else []
 
 
-def gains_no_more(player: Player, records: Sequence[IterationRecord]) -> bool:
+def should_stop(player: Player, records: Sequence[IterationRecord]) -> bool:
     """Return whether schedule.stop=no_gain ends the game: the best policy is schedule.patience iterations old."""
     run, t = player.run, records[-1].iteration
     if run.config.schedule.stop == "none" or t is None or t == run.config.iterations - 1:
@@ -118,9 +118,10 @@ def gains_no_more(player: Player, records: Sequence[IterationRecord]) -> bool:
     return True
 
 
-def hand_over(player: Player, records: Sequence[IterationRecord]) -> Selection | None:
-    """Select a policy and link it into `best/`. With model.merge, merge its adapter, or else the last policy's.
+def link_selected(player: Player, records: Sequence[IterationRecord]) -> Selection | None:
+    """Select a policy and link it into `best/`.
 
+    With model.merge, merge the adapter of the selected policy, or of the last one if none is selected.
     If the start is selected, `best/` contains no model, because the start is the user's own.
     """
     run, record, selection = player.run, records[-1], select_policy(player, records)
@@ -133,13 +134,13 @@ def hand_over(player: Player, records: Sequence[IterationRecord]) -> Selection |
     if not run.ranks.is_main_process or run.config.stage != "game":
         return selection
     if record.train:
-        show_model(merged, run.folder / record.policy.label / "merged")
+        link_model(merged, run.folder / record.policy.label / "merged")
     best = run.folder / "best"
     if selection is None:
-        remove_shown(best)
+        remove_linked(best)
         return None
     best.mkdir(exist_ok=True)
-    show_model(player.results[record.policy].folder if record.train else None, best / "policy")
-    show_model(merged, best / "merged")
+    link_model(player.results[record.policy].folder if record.train else None, best / "policy")
+    link_model(merged, best / "merged")
     write_text(best / "selection.json", json.dumps(asdict(selection), indent=2) + "\n")
     return selection

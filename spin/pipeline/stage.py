@@ -103,7 +103,7 @@ class Measurement(Stage[Result]):
 
 @dataclass
 class Work:
-    """The context in which a stage is built: `folder` becomes the artifact, `resume` holds the data from which an
+    """The context in which a stage is built: `folder` becomes the artifact (on ranks other than 0 it is temporary), `resume` holds the data from which an
     interrupted stage resumes, and `earlier_seconds` is the time that earlier attempts spent on the reused parts."""
 
     run: Run
@@ -118,7 +118,9 @@ class Work:
             file.write(json.dumps(to_json_types(row)) + "\n")
         self.run.tracker.log({**self.stage.labels, "stage": self.stage.name, **row})
 
-    def shards(self, name: str, bar: Progress | None = None, per_row: float = 1, **options: bool) -> ResumableShards:
+    def shards(
+        self, name: str, bar: Progress | None = None, per_row: float = 1, main_process_only: bool = False
+    ) -> ResumableShards:
         """Return a driver for shards stored in `resume`. Reused shards advance `bar` by `per_row` per row."""
 
         def on_reused(rows: int, seconds: float) -> None:
@@ -126,7 +128,7 @@ class Work:
             if bar:
                 bar.skip(round(rows * per_row))
 
-        return ResumableShards(self.resume / name, self.run.say, on_reused, self.run.ranks, **options)
+        return ResumableShards(self.resume / name, self.run.say, on_reused, self.run.ranks, main_process_only)
 
 
 class Player:
@@ -181,7 +183,8 @@ class Player:
         self.results[stage] = stage.read(run, artifact, **needs)
 
     def _find_or_build(self, stage: Stage, inputs: dict, build: Callable[[Path], dict]) -> Artifact:
-        """Find the stage on the main process, or build it on all ranks. Only the main process uses the store."""
+        """Find the stage on the main process, or build it on all ranks. Only the main process looks up and commits
+        stages; all ranks write shards."""
         run, artifact = self.run, None
 
         def build_on_all(folder: Path) -> dict:

@@ -52,7 +52,8 @@ def finish(
     else:
         took = format_seconds(time.perf_counter() - player.started)
         run.say(f"{built} stages played in {took}, peak memory {summary['peak_memory_gib']:.2f} GiB.")
-    _send_policies(run, summary)
+    trained = [f"{record.policy.label}/policy" for record in records if record.train]
+    _send_policies(run, summary["selected"], trained)
     best = "selected" if selection else "last"
     measures = {f"{best}/{name}": value for name, value in (result(summary) | (summary["selected"] or {})).items()}
     run.tracker.close({"peak_memory_gib": summary["peak_memory_gib"], **measures})
@@ -60,23 +61,23 @@ def finish(
     if selection:
         path = selection.path if Path(selection.path).is_absolute() else run.folder / "best" / "policy"
         run.say(f"selected model: {path}: {describe_selection(summary['selected'])}")
-    elif summary["iterations"]:
-        last = run.folder / summary["iterations"][-1]["policy"]
+    elif trained:
+        last = run.folder / trained[-1]
         hint = " (the last policy; data.validation=64 selects the best one)" if run.config.evaluation.enabled else ""
         run.say(f"trained model: {last}{hint}")
     if player.given_up:
         names, reason = brief(", ".join(player.given_up), 300), next(reversed(player.given_up.values()))
-        raise UserError(f"no result of {names}: {reason}; run the same command again, which asks for these alone.")
+        raise UserError(f"no result of {names}: {reason}; run the same command again; only these are repeated.")
     if run.config.publish.hub:
         publish(run.folder, summary, run.config, run.say)
     return summary
 
 
-def _send_policies(run: Run, summary: dict) -> None:
-    """Upload the policies that tracking.policies selects, except the start, which is the user's own."""
-    setting, paths = run.config.tracking.policies, [iteration["policy"] for iteration in summary["iterations"]]
+def _send_policies(run: Run, selected: dict | None, paths: list[str]) -> None:
+    """Upload the policies that tracking.policies selects among those at `paths`, which excludes the user's own start."""
+    setting = run.config.tracking.policies
     if setting == "best":
-        paths = [summary["selected"]["path"]] if summary["selected"] else paths[-1:]
+        paths = [selected["path"]] if selected else paths[-1:]
     for path in map(Path, paths if setting != "none" else ()):
         if not path.is_absolute():
             run.tracker.policy(path.parts[0], run.folder / path)

@@ -94,7 +94,7 @@ class Training(Stage[Policy]):
 
 
 class Sft(Training):
-    """Fine-tuning of the start on the human answers, since the opponent of iteration 0 is an SFT model of the data."""
+    """Fine-tuning of the start on the human answers: the paper's first opponent is a model fine-tuned on the same data."""
 
     name, title_format = "sft", "SFT"
 
@@ -141,7 +141,7 @@ class Train(Training):
             pairs=pairs,
             references={model: score.logps for model, score in scores.items()},
             objective=self.objective(run),
-            first={(answer.id, answer.index): answer.ids for answer in first or ()},
+            first=None if first is None else {(answer.id, answer.index): answer.ids for answer in first},
         )
         return loop, len(group_by_prompt(pairs))
 
@@ -152,7 +152,8 @@ class Merge(Stage[Artifact]):
     name = "merge"
 
     def inputs(self, run: Run, policy: Policy) -> dict:
-        return {"policy": policy.id}
+        files = auxiliary_digest(run.start.tokenizer)
+        return {"policy": policy.id, "files": files, "stop_ids": sorted(run.stop_ids)}
 
     def build(self, run: Run, work: Work, policy: Policy) -> dict:
         run.release()

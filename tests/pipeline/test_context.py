@@ -9,7 +9,7 @@ import pytest
 from spin.models import tiny
 from spin.models.load import load_tokenizer
 from spin.pipeline.context import prepare_run
-from spin.pipeline.generate import telling_tokens
+from spin.pipeline.generate import distinguishing_tokens
 from spin.runtime.errors import UserError
 from spin.runtime.tracking import Tracker
 from tests.config.test_schema import load
@@ -68,5 +68,5 @@ def test_template_end_stops_generation(tmp_path, capsys):
         ([99] * 5, [1] * 5, []),  # too few answers
     ],
 )
-def test_telling_tokens(human, generated, expected):
-    assert telling_tokens(human, generated) == expected
+def test_distinguishing_tokens(human, generated, expected):
+    assert distinguishing_tokens(human, generated) == expected

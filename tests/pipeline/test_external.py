@@ -156,7 +156,7 @@ def test_game_goes_on_without_a_judge(played, serve, faults, message):  # noqa: 
     assert message in line and "run the same command again" in line
     assert "MT-Bench of start: given up, the game continues" in done.stdout
     assert sum("[[rating]]" in prompt for prompt in server.prompts) == 8 + len(faults) + 14 + 14
-    assert "Missing: MT-Bench of start" in pages[0] and "Left after that: generate of iter 0" in pages[0]
+    assert "Missing: MT-Bench of start" in pages[0] and "Remaining after this stage: generate of iter 0" in pages[0]
     game = json.loads((place.folder / run / "game.json").read_text())
     assert list(game["given_up"]) == ["MT-Bench of start"]
     start, sft, last = game["external"]

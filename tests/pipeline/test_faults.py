@@ -198,7 +198,7 @@ def test_damaged_shard(place, reference):
     game.wait()
     flip(shard / "rows.parquet")
     done = place.play(*WORDS)
-    assert f"{shard}: the content of rows.parquet has changed: this shard is made again" in done.stdout
+    assert f"{shard}: the content of rows.parquet has changed: recomputing this shard" in done.stdout
     assert_same(place, reference)
 
 
@@ -239,7 +239,7 @@ def test_damaged_stage(reference, place, pattern, replayed):
     assert planned == (replayed if "manifest" not in pattern else set())  # an unreadable manifest counts as none
     done = place.play(*WORDS)
     stage = Path(*damaged.parts[: len((place.folder / "store").parts) + 2])
-    assert f"{stage}: " in done.stdout and "this stage is made again" in done.stdout
+    assert f"{stage}: " in done.stdout and "rebuilding this stage" in done.stdout
     assert "1 stages played" in done.stdout
     assert_same(place, reference)
 
@@ -297,7 +297,7 @@ def test_take_over_from_a_killed_run(place, reference):
     await_path(place, first, "sft/*.part/resume/training/step-00000002")
     first.kill(signal.SIGSTOP)
     second = place.start(*WORDS, run="second")
-    while "another run is at the same sft stage" not in second.out.read_text():
+    while "another run is building the same sft stage" not in second.out.read_text():
         assert second.poll() is None, second.err.read_text()
         time.sleep(0.01)
     first.kill(signal.SIGKILL)
@@ -342,7 +342,7 @@ def test_out_of_memory(tmp_path, place):
     done = play_limited(limits, place.words(*words))
     assert done.returncode == 1, done.stdout + done.stderr
     (line,) = done.stderr.strip().splitlines()
-    assert "memory is short: set engine.gradient_checkpointing=true" in line
+    assert "out of memory: set engine.gradient_checkpointing=true" in line
 
 
 def test_docs_name_existing_tests():

@@ -8,18 +8,22 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from spin.config.hydra import load
 from spin.engines.logps import reference_logps
 from spin.engines.packing import Continuations
 from spin.generation.answers import read_answers
 from spin.method.pairs import Pair, read_pairs
 from spin.models import tiny
 from spin.models.load import load_model, load_tokenizer
+from spin.pipeline import run_folder
+from spin.runtime.signals import Interrupted
 from tests.games import ROOT, Games, Place
 
 
@@ -168,6 +172,26 @@ def test_shorter_game_removes_iterations(played, tmp_path):
     played.play(*words)
     played.play(*words, "iter=0")
     assert (run / "iter0" / "policy").is_dir() and not (run / "iter1").exists()
+
+
+def test_game_of_sft_alone(played):
+    done = played.play("schedule.iterations=0", run="sft-alone")
+    assert f"trained model: {played.folder}/sft-alone/sft/policy" in done.stdout
+
+
+def test_stop_while_waiting_keeps_the_lock(tmp_path, monkeypatch):
+    """A run that is stopped while another run holds its folder leaves the other's lock and folder alone."""
+
+    @contextmanager
+    def hold_lock(path, *_):
+        path.touch()  # by the other run
+        raise Interrupted(signal.SIGINT)
+        yield
+
+    monkeypatch.setattr(run_folder, "hold_lock", hold_lock)
+    with pytest.raises(Interrupted), run_folder.open_run(load("experiment=smoke"), tmp_path / "run", None):
+        pass
+    assert (tmp_path / "run" / ".lock").exists()
 
 
 def test_files_of_the_user_stay(played, tmp_path):

@@ -12,9 +12,13 @@ from safetensors.torch import load_file, save_file
 from spin.config import schema
 from spin.data.sources import ASSETS
 from spin.engines.base import select_device, select_dtype
+from spin.evaluation.external.harness import Task
 from spin.game import declare
-from spin.pipeline.context import prepare_run
+from spin.pipeline.context import Run, prepare_run
+from spin.pipeline.external import Benchmark, MtBench
 from spin.pipeline.plan import look_up
+from spin.pipeline.train import Merge
+from spin.runtime.store import key_of
 from spin.runtime.tracking import Tracker
 from tests.config.test_schema import load
 from tests.conftest import model_folder
@@ -226,7 +230,7 @@ def played(tmp_path_factory, games):
     return place
 
 
-def plan(place: Place, *words: str) -> list:
+def prepare(place: Place, *words: str) -> Run:
     given = {word.lstrip("+").split("=")[0] for word in words}
     settings = {
         "cache.path": place.folder / "cache",
@@ -242,6 +246,11 @@ def plan(place: Place, *words: str) -> list:
         config.model_copy(update={"generation": transformers}), folder, Tracker(folder, name="", config={}, rank=1)
     )
     run.config = config
+    return run
+
+
+def plan(place: Place, *words: str) -> list:
+    run = prepare(place, *words)
     return look_up(run, declare(run)[1])
 
 
@@ -325,6 +334,26 @@ def test_iterations_are_reused(played, words):
     planned = plan(played, *words)
     reused = [(entry.stage, entry.subject) for entry in planned if entry.status == "reuse"]
     assert reused == ORDER[: len(reused)] and len(reused) == min(len(ORDER), len(planned))
+
+
+def test_key_of_a_changed_template(played, tmp_path):
+    """Stages that use or copy the tokenizer and the template of a policy depend on them, not only on its weights."""
+    words = [resolve(word, played, tmp_path) for word in ("model.path=COPY", "evaluation.questions=QUESTIONS")]
+
+    def keys(*more: str) -> list[str]:
+        run = prepare(played, *words, *more)
+        stages = (
+            Benchmark(None, run.start, Task("spin_choice", 0, "acc")),
+            MtBench(None, run.start),
+            Merge(None, run.start),
+        )
+        return [key_of(stage.inputs(run, run.start)) for stage in stages]
+
+    before, other_tokens = keys(), keys("generation.tokens=900")
+    assert other_tokens[0] == before[0] and other_tokens[1] != before[1]  # only MT-Bench decodes with our batches
+    template = tmp_path / "copy" / "chat_template.jinja"
+    template.write_text("{# mine #}" + template.read_text())
+    assert all(new != old for new, old in zip(keys(), before, strict=True))
 
 
 def test_threads_change_no_key(played):

@@ -38,7 +38,7 @@ def test_report_of_a_running_game(place):
     assert done.returncode == 0, done.stderr
     folder = place.folder / "run"
     running, page = (folder / "seen.html").read_text(), (folder / "report.html").read_text()
-    assert "Running: iter 0: train, " in running and "Left after that: evaluate of iter 0." in running
+    assert "Running: iter 0: train, " in running and "Remaining after this stage: evaluate of iter 0." in running
     assert data_of(running)["live"] and [s["labels"] for s in data_of(running)["sets"]] == [["human", "start", "sft"]]
     assert "there is one policy so far" in running and running.count("Running:") == 1 and live.STATUS not in running
     assert (folder / "drawn").read_text() == "3"  # before the first stage, and after the measures of start and sft
@@ -57,6 +57,6 @@ def test_report_of_a_stopped_game(place):
     done = place.games.play(*place.words("iter=0", run="stopped"), code=SPY.format(then=stop))
     assert done.returncode == 1 and done.stderr.endswith("error: the disk is full of <b>cats</b>\n")
     page = (place.folder / "stopped" / "report.html").read_text()
-    assert "Stopped: the disk is full of &lt;b&gt;cats&lt;/b&gt;; the same command continues" in page
+    assert "Stopped: the disk is full of &lt;b&gt;cats&lt;/b&gt;; run the same command to continue" in page
     assert "Left: train of iter 0, evaluate of iter 0." in page
     assert not (place.folder / "stopped" / "report.md").exists()

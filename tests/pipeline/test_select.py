@@ -129,6 +129,10 @@ def test_merged_adapter_is_that_of_the_best(played):
     assert game_of(played, "merged")["selected"]["policy"] == "sft"
     assert (folder / "best" / "merged" / "model.safetensors").exists() and (folder / "sft" / "merged").exists()
     assert not (folder / "iter1" / "merged").exists()
+    repeated = played.play(*words, run="merged")
+    assert "nothing was computed again" in repeated.stdout and "memory needed" not in repeated.stdout
+    evaluation = ["stage=evaluate", "model.adapter=lora", "model.merge=true", "plan=true"]
+    assert "merge" not in played.play(*evaluation, run="none").stdout
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def assert_flat(usage: dict[str, list[float]], steps: int, max_growth: float) ->
 
 @pytest.mark.slow
 def test_many_iterations(place):
-    usage = measure(place, "spin.game.show_record", "iter=29")
+    usage = measure(place, "spin.game.write_record", "iter=29")
     usage = {quantity: values[2:] for quantity, values in usage.items()}  # without those of the start and SFT
     assert_flat(usage, 30, max_growth=2.0)  # the report grows, and with it the memory that Python keeps
     sizes = [after - before for before, after in zip(usage["store"], usage["store"][1:], strict=False)]

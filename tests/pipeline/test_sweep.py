@@ -24,6 +24,7 @@ from spin.reporting.sweep_rows import RECORD, Point, read_record, rows_of
 from spin.runtime.signals import Interrupted
 from tests.config.test_schema import composed
 from tests.games import ROOT, Place
+from tests.pipeline.test_external import question_file
 
 
 def table(folder: Path) -> list[dict]:
@@ -189,6 +190,10 @@ def test_is_done(tmp_path):
     assert is_done(folder, config)
     assert is_done(folder, load(*words, "tracking.project=other", "checkpoint.minutes=9"))  # no result depends on them
     assert not is_done(folder, load(*words, "evaluation.bootstrap=999"))
+    questions = ["stage=evaluate", f"evaluation.questions={question_file(tmp_path)}"]
+    before = content_hash(load(*words, *questions))
+    (tmp_path / "data" / "judge_prompts.jsonl").write_text("{}")
+    assert content_hash(load(*words, *questions)) != before
     os.utime(data, ns=(1, 1))
     assert not is_done(folder, config)
     record_status(folder, "done", made_of=content_hash(config))
