@@ -131,8 +131,15 @@ def test_kill_at_every_stage(place, reference):
     assert_same(place, reference)
 
 
-@pytest.mark.parametrize("moment", ["before", "after"])
-@pytest.mark.parametrize("function", ["shards", "checkpoints"])
+@pytest.mark.parametrize(
+    ("function", "moment"),
+    [
+        ("shards", "after"),
+        ("checkpoints", "before"),
+        pytest.param("shards", "before", marks=pytest.mark.slow),
+        pytest.param("checkpoints", "after", marks=pytest.mark.slow),
+    ],
+)
 def test_kill_between_shards(place, reference, function, moment):
     """A game resumes after eight attempts that are killed at their second shard or checkpoint."""
     code, killed = at_call(f"spin.runtime.{function}.commit_atomically", 2, KILL, moment), 0
@@ -152,7 +159,15 @@ def test_kill_while_the_run_folder_is_written(place, reference, function):
     assert_same(place, reference)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        signal.SIGINT,
+        pytest.param(signal.SIGHUP, marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, marks=pytest.mark.slow),
+    ],
+)
 def test_stop_by_signal(place, reference, number):
     """A stop signal makes training save its state although no checkpoint is due."""
     words = [*WORDS, "checkpoint.steps=null", "checkpoint.minutes=60"]

@@ -58,5 +58,5 @@ def test_report_of_a_stopped_game(place):
     assert done.returncode == 1 and done.stderr.endswith("error: the disk is full of <b>cats</b>\n")
     page = (place.folder / "stopped" / "report.html").read_text()
     assert "Stopped: the disk is full of &lt;b&gt;cats&lt;/b&gt;; run the same command to continue" in page
-    assert "Left: train of iter 0, evaluate of iter 0." in page
+    assert "Remaining: train of iter 0, evaluate of iter 0." in page
     assert not (place.folder / "stopped" / "report.md").exists()
