@@ -111,6 +111,6 @@ def play(config: Config, folder: Path, command: str, group: str | None = None) -
 
 
 def show_plan(config: Config, folder: Path) -> None:
-    """Print which stages `play` would reuse, resume and play. Nothing is computed or written to the run's folder."""
-    run = prepare_run(config, folder, Tracker(folder, name=config.name, config={}, rank=1))  # logs nothing
+    """Print the sizes of the data and which stages `play` would reuse, resume and play. Nothing is computed or logged."""
+    run = prepare_run(config, folder, Tracker(folder, wandb="disabled"))
     print_plan(run, declare(run)[1])

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from spin.engines.disk import fp32_bytes, training_bytes
 from spin.pipeline.context import Run
+from spin.pipeline.score import format_counts
 from spin.pipeline.stage import Results, Stage
 from spin.runtime.artifacts import CorruptArtifact, folder_size, verify_artifact
 from spin.runtime.checkpoints import describe_progress
@@ -65,17 +66,23 @@ def bytes_to_write(run: Run, planned: Sequence[Planned]) -> int:
     return merged + max(0, written - sum(entry.resumable_bytes for entry in trainings))
 
 
+def describe_run(run: Run) -> str:
+    """Return a line with the model, the sizes of the data sets, the counts of answers by reason, and the device."""
+    names, data = f"{run.config.model.name} on {run.config.data.name}", run.data
+    sizes = f"{len(data.train)} training, {len(data.validation)} validation and {len(data.held_out)} held-out examples"
+    return f"{names}: {sizes} ({format_counts(data.counts)}); {run.numerics['precision']} on {run.device}"
+
+
 def print_plan(run: Run, stages: Sequence[Stage]) -> None:
-    """Print a table of the planned stages, and a line with totals."""
-    planned, console = look_up(run, stages, thorough=True), run.tracker.console
+    """Print a line that describes the run, a table of the planned stages, and a line with totals."""
+    planned = look_up(run, stages, thorough=True)
     table = Table("stage", "of", "would", "", box=None, pad_edge=False)
     for entry in planned:
         table.add_row(entry.stage, entry.subject, entry.status, entry.remark)
-    console.print(table)
+    run.say(describe_run(run))
+    run.tracker.console.print(table)
     counts = {status: sum(entry.status == status for entry in planned) for status in ("reuse", "resume", "play")}
-    console.print(
+    run.say(
         f"{counts['reuse']} stages to reuse, {counts['resume']} to resume, {counts['play']} to play; "
-        f"up to {bytes_to_write(run, planned) / 2**30:.1f} GiB to write to {run.store.path}.",
-        soft_wrap=True,
-        highlight=False,
+        f"up to {bytes_to_write(run, planned) / 2**30:.1f} GiB to write to {run.store.path}."
     )

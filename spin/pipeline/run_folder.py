@@ -20,9 +20,8 @@ from spin.evaluation.external.judges import check_judge
 from spin.evaluation.measures import held_out_margins
 from spin.method.pairs import write_pairs
 from spin.pipeline.context import Run
-from spin.pipeline.plan import bytes_to_write, look_up
+from spin.pipeline.plan import bytes_to_write, describe_run, look_up
 from spin.pipeline.record import IterationRecord
-from spin.pipeline.score import format_counts
 from spin.pipeline.stage import Player, Stage
 from spin.pipeline.train import Train
 from spin.reporting.model_card import CARD, is_own
@@ -102,10 +101,7 @@ def check_resources(run: Run, stages: Sequence[Stage]) -> None:
     run.store.check_free(bytes_to_write(run, planned), f"{policies} policies and checkpoints")
     if config.stage == "evaluate" and not data.held_out:
         raise UserError("stage=evaluate: no prompt is left to measure on, the model was trained on all of them.")
-    run.say(
-        f"{config.model.name} on {config.data.name}: {len(data.train)} training, {len(data.validation)} validation and "
-        f"{len(data.held_out)} held-out examples ({format_counts(data.counts)}); {run.numerics['precision']} on {run.device}"
-    )
+    run.say(describe_run(run))
     if run.ranks.size > 1:
         run.say(f"{run.ranks.size} processes, ZeRO stage {config.engine.zero_stage}")
     if missing:

@@ -337,6 +337,7 @@ def test_verbose_library(tmp_path):
     folders = f"cache.path={tmp_path}/c store.path={tmp_path}/s hydra.run.dir={tmp_path}/r tracking.wandb=disabled"
     output = shell_output(f"python run.py experiment=smoke plan=true 'hydra.verbose=[filelock]' {folders} 2>&1")
     assert re.search(r"^\[.*\]\[filelock\]\[DEBUG\] Lock \d+ acquired", output, re.M) and "0 stages to reuse" in output
+    assert "24 training, 0 validation and 8 held-out examples (48 read, 32 kept, 16 not needed)" in output
 
 
 # --- values as users type them ----------------------------------------------------------------------------------------
