@@ -8,8 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
-
+from experiments.tables import mean_interval
 from spin.evaluation.measure_table import COMPARED, Measure
 
 FOLDER = Path("outputs/smollm2-sharegpt-sweep")
@@ -20,14 +19,18 @@ def read_games(folder: Path) -> list[tuple[dict, dict, str]]:
     games = []
     for page in sorted(folder.glob("*/game.json")):
         game = json.loads(page.read_text())
+        if not game["selected"]:
+            raise SystemExit(f"{page.parent} selected no policy: play the sweep with data.validation=96.")
         before = [row for row in game["evaluations"] if row["iter"] is None][-1]
         selected = next(row for row in game["evaluations"] if row["policy"] == game["selected"]["policy"])
         games.append((before, selected, page.parent.name.rpartition("seed=")[2]))
+    if not games:
+        raise SystemExit(f"{folder} has no finished game: run `python run.py -m seed=0,1,2,3,4` first.")
     return games
 
 
 def table(games: list[tuple[dict, dict, str]]) -> str:
-    """Return a table with a row "SFT → selected" per seed, and the mean change with its standard error over seeds."""
+    """Return a table with a row "SFT → selected" per seed, and a row with the mean change over seeds."""
     measures = [measure for measure in COMPARED if all(measure.name in row for row, _, _ in games)]
     header = ["seed", "selected", *(measure.title for measure in measures)]
     rows = [
@@ -39,13 +42,18 @@ def table(games: list[tuple[dict, dict, str]]) -> str:
 
 
 def mean_change(games: list[tuple[dict, dict, str]], measure: Measure) -> str:
-    """Return the mean change with its standard error, and a verdict: better or worse if it is larger than the error."""
-    pairs = [(before[measure.name], selected[measure.name]) for before, selected, _ in games]
-    changes = np.array([after - before for before, after in pairs])
-    worse = np.array([measure.badness(after) - measure.badness(before) for before, after in pairs])
-    error = worse.std(ddof=1) / len(worse) ** 0.5
-    verdict = "better" if worse.mean() < -error else "worse" if worse.mean() > error else "same"
-    return f"{changes.mean():+.3f} ± {changes.std(ddof=1) / len(changes) ** 0.5:.3f}, {verdict}"
+    """Return the mean change, half its 95 % interval over seeds, and a verdict: whether the interval excludes 0.
+
+    For measures with an ideal value, the change of the distance from it.
+    """
+    sign = -1 if measure.better == "higher" else 1
+    changes = [
+        sign * (measure.badness(selected[measure.name]) - measure.badness(before[measure.name]))
+        for before, selected, _ in games
+    ]
+    mean, half = mean_interval(changes)
+    verdict = "not significant" if not abs(mean) > half else "better" if sign * mean < 0 else "worse"
+    return f"{mean:+.3f} ± {half:.3f}, {verdict}"
 
 
 if __name__ == "__main__":

@@ -14,10 +14,11 @@ import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from scipy import stats
 
-from experiments import chains, collect, studies, tables
+from experiments import chains, collect, default_game, studies, tables
 from experiments.derivation import shares
 from experiments.language_model import arms
 from spin.config.hydra import load
+from spin.evaluation.measure_table import COMPARED
 from spin.method.objectives import spin_loss
 from spin.models.load import load_model, load_tokenizer
 
@@ -204,6 +205,37 @@ def test_numbers_of_the_overview_are_in_the_studies():
     pages = "\n".join((LAB / name / "README.md").read_text() for name in FOLDERS)
     numbers = re.findall(r"[+-]?\d\.\d+ ± \d\.\d+", (ROOT / "docs" / "studies.md").read_text())
     assert numbers and not [number for number in numbers if number not in pages]
+
+
+def test_default_game_table_agrees_with_its_rows():
+    """The README's values are rounded; the mean changes, intervals and verdicts follow from them up to rounding."""
+
+    def cells(line: str) -> list[str]:
+        return [cell.strip() for cell in line.strip("|").split("|")]
+
+    text = (ROOT / "README.md").read_text()
+    header, _, *rows, published = map(cells, re.search(r"^\| seed \|.*\n(?:\|.*\n)+", text, re.M)[0].splitlines())
+    measures = [measure.name for title in header[2:] for measure in COMPARED if measure.title == title]
+    games = []
+    for seed, policy, *values in rows:
+        changes = [[float(value) for value in cell.split(" → ")] for cell in values]
+        before, after = (dict(zip(measures, side, strict=True)) for side in zip(*changes, strict=True))
+        games.append((before, after | {"policy": policy}, seed))
+    assert [seed for *_, seed in games] == list("01234")
+    computed = cells(default_game.table(games).splitlines()[-1])
+    for ours, expected in zip(published[2:], computed[2:], strict=True):
+        numbers, computed_numbers = ([float(x) for x in re.findall(r"[+-]?\d\.\d+", text)] for text in (ours, expected))
+        assert numbers == pytest.approx(computed_numbers, abs=5e-3) and len(numbers) == 2
+        assert ours.split(", ")[1] == expected.split(", ")[1]
+
+
+@pytest.mark.parametrize(("game", "message"), [(None, "has no finished game"), ({"selected": None}, "no policy")])
+def test_default_game_needs_a_finished_sweep(game, message, tmp_path):
+    if game:
+        (tmp_path / "seed=0").mkdir()
+        (tmp_path / "seed=0" / "game.json").write_text(json.dumps(game))
+    with pytest.raises(SystemExit, match=message):
+        default_game.read_games(tmp_path)
 
 
 def test_results_are_plain_csv():
