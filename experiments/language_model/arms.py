@@ -1,6 +1,6 @@
 """Collect the study on a real language model: how similar each objective makes answers to the human ones, and at what cost.
 
-    bash experiments/language_model/play.sh        # takes hours; finished stages are reused
+    bash experiments/language_model/play.sh        # about an hour; finished stages are reused
     python -m experiments.collect language_model   # writes results.csv, effects.csv and figure.png, prints the tables
 
 Every arm of a seed starts from the same SFT policy and takes the same number of steps. Its learning rate is chosen on the

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Play the study, two points at a time with one thread each: about an hour and a half on two cores. A second call plays only
-# what is missing. `bash experiments/language_model/play.sh 1 2` plays these seeds at the learning rates chosen on seed 0.
+# Play the study, two points at a time with one thread each: about an hour on two cores. A second call plays only what
+# is missing. `bash experiments/language_model/play.sh 1 2` plays these seeds at the learning rates chosen on seed 0.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
