@@ -49,7 +49,7 @@ class Dataset:
     train: Rows[Example]
     held_out: Rows[Example]
     counts: dict[str, int]  # by reason; "kept": those in the three sets; "read": the sum of all others
-    seen: int  # number of prompts not held out because the model was trained on them
+    seen: int  # number of examples not held out because the model was trained on their prompts
     validation: Rows[Example]
     dropped: dict[str, str] = field(default_factory=dict)  # by reason, the text of one dropped answer or record
 

@@ -109,7 +109,7 @@ def check_resources(run: Run, stages: Sequence[Stage]) -> None:
     if run.ranks.is_main_process and config.evaluation.judge and {"mt_bench", "compare"} & {e.stage for e in missing}:
         check_judge(config.evaluation.judge, config.evaluation.judge_model, config.evaluation.judge_timeout)
     if data.seen:
-        run.say(f"{data.seen} prompts are not held out: the model was trained on them.")
+        run.say(f"{data.seen} examples are not held out: the model was trained on their prompts.")
 
 
 def check_memory(run: Run) -> None:

@@ -369,7 +369,7 @@ def test_trained_prompts_are_not_measured(played):
     """Prompts that the policy was trained on are not measured, even if another seed holds them out."""
     policy = f"model.path={played.folder}/run/iter1/policy"
     done = played.play("stage=evaluate", policy, "seed=5", run="elsewhere")
-    assert re.search(r"\d+ prompts are not held out: the model was trained on them", done.stdout)
+    assert re.search(r"\d+ examples are not held out: the model was trained on their prompts", done.stdout)
     trained = {pair.prompt for t in (0, 1) for pair in pairs_in(played.folder / "run" / f"iter{t}" / "pairs.parquet")}
     stages = json.loads((played.folder / "elsewhere" / "stages.json").read_text())["stages"]
     measured = {
