@@ -1,6 +1,7 @@
 """Read raw records from files, folders, wheels, the Hugging Face hub and built-in tasks."""
 
 import contextlib
+import errno
 import hashlib
 import re
 import tempfile
@@ -81,6 +82,8 @@ def _reading(name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:  # expanduser raises RuntimeError for an unknown user
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):  # of the cache
+            raise
         raise UserError(f"{name}: cannot be read ({brief(error)})") from error
 
 
@@ -116,6 +119,8 @@ def _folder(path: Path, name: str, config: DataConfig) -> Source:
     left_out = tuple(sorted({file.name for file in unread} - {"dataset_infos.json"})) if len(names) == 1 else ()
     if all(file.suffix.lower() in FILE_TYPES for file in files):
         return Source(_digest_of(files), lambda counts: _read_files(files), left_out)
+    if (card := path / "README.md").is_file():  # it may set how the files are parsed, such as a separator
+        files.append(card)
     streams = {split: builder.as_streaming_dataset(split) for split in splits}
     return Source(_digest_of(files), partial(_read_splits, streams, name), left_out)
 

@@ -152,6 +152,19 @@ def test_configurations(load, tmp_path):
     assert len(load(tmp_path / "town").train) == 9
 
 
+def test_card_sets_the_parser(load, tmp_path):
+    """The configuration and the parser's settings in README.md are a part of the cache's key."""
+    (tmp_path / "csv").mkdir()
+    (tmp_path / "csv" / "x.csv").write_text("prompt,response\n" + "".join(f"a {n};b,c {n}\n" for n in range(9)))
+    swapped = "---\nconfigs:\n- config_name: plain\n  data_files: x.csv\n- config_name: swapped\n  data_files: x.csv\n"
+    swapped += "  names: [response, prompt]\n  header: 0\n"
+    (tmp_path / "csv" / "README.md").write_text(swapped + "---\n")
+    assert load(tmp_path / "csv", config="plain").train[0].real.startswith("c ")
+    assert load(tmp_path / "csv", config="swapped").train[0].real.startswith("a ")
+    (tmp_path / "csv" / "README.md").write_text(swapped + '  sep: ";"\n---\n')
+    assert ";" not in load(tmp_path / "csv", config="swapped").train[0].real
+
+
 def test_unused_columns_of_several_types(load, tmp_path):
     """A column that is not used may have different types in different files."""
     folder = tmp_path / "ids"

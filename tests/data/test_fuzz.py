@@ -1,5 +1,6 @@
 """Any data file gives one printable line that states the problem, or counts that add up; no file causes a hang."""
 
+import errno
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -303,6 +305,7 @@ EVERY_BYTE = """
 import os, sys
 from collections import Counter
 from pathlib import Path
+from unittest.mock import Mock
 from spin.config.schema import DataConfig
 from spin.runtime.errors import UserError
 from spin.data.counts import Counts
@@ -440,6 +443,14 @@ def test_odd_paths(check, tmp_path):
         with pytest.raises(UserError) as error:
             list(read_records(DataConfig.from_defaults(path=path), tmp_path))
         assert str(error.value).isprintable() and len(str(error.value)) < 1000
+
+
+def test_full_disk(tmp_path, monkeypatch):
+    """A full disk below the cache is not reported as unreadable data."""
+    (tmp_path / "x.jsonl").write_bytes(JSONL)
+    monkeypatch.setattr("spin.data.sources.file_digest", Mock(side_effect=OSError(errno.ENOSPC, "No space left")))
+    with pytest.raises(OSError, match="No space left"):
+        find_source(DataConfig.from_defaults(path=str(tmp_path / "x.jsonl")), tmp_path)
 
 
 def test_names_with_line_feeds(check, tmp_path):
