@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from spin.config.schema import DataConfig
-from spin.data.counts import Counts, text_of
+from spin.data.counts import Counts, excerpt_of
 from spin.data.formats import exchanges
 from spin.data.messages import Exchange, Message
 from spin.data.prose import is_prose, is_prose_answer
@@ -23,7 +23,7 @@ from spin.runtime.tables import Rows, schema_of, write_arrow
 # End tokens of common chat templates, which texts in data sets may contain, whatever tokenizer is used here.
 END_MARKS = ("</s>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>")
 SURROGATE = re.compile("[\ud800-\udfff]")  # half of a surrogate pair in JSON, which no tokenizer accepts
-VERSION = 4  # increment it when equal sources give different candidates
+VERSION = 5  # increment it when equal sources give different candidates
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Candidates:
     dropped: dict[str, str]  # by reason, the text of one dropped answer or record
 
     def text(self, row: int) -> str:
-        return text_of(Exchange(**json.loads(self.rows[row].exchange)))
+        return excerpt_of(Exchange(**json.loads(self.rows[row].exchange)))
 
 
 def read_candidates(
@@ -60,7 +60,7 @@ def read_candidates(
     keep_blanks = config.template != "chat"  # chat templates strip texts
     inputs = {
         "version": VERSION,
-        "source": source.digest,
+        "source": [source.digest, config.config],
         "settings": [config.splits, config.format, config.turns, config.filter, config.generated, config.path is None],
         "tokenizer": [list(specials), keep_blanks, renders_tools],
     }
@@ -125,7 +125,8 @@ class _Checker:
     def _clean(self, message: Message) -> Message:
         """Strip surrounding blanks, unless `keep_blanks`, and the end marks at the end of an assistant's message."""
         text = message["content"] if self.keep_blanks else message["content"].strip()
-        marks = (*self.specials, *END_MARKS) if message["role"] == "assistant" else ()
+        end_marks = END_MARKS[1:] if "<s>" in text else END_MARKS  # in HTML, </s> ends a struck-through text
+        marks = (*self.specials, *end_marks) if message["role"] == "assistant" else ()
         while mark := next((mark for mark in marks if text.rstrip().endswith(mark)), None):
             text = text.rstrip().removesuffix(mark).rstrip()
         return {**message, "content": text}

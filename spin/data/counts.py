@@ -19,10 +19,11 @@ class Counts(Counter[str]):
         """Count a dropped exchange or raw record under `reason`."""
         self[reason] += 1
         if reason not in self.examples:
-            self.examples[reason] = text_of(item)
+            self.examples[reason] = excerpt_of(item)
 
 
-def text_of(item: object) -> str:
+def excerpt_of(item: object) -> str:
+    """Return the start of an exchange as readable text, or of a raw record as JSON."""
     if isinstance(item, Exchange):
         return as_text([*item.messages, item.answer])[:LONGEST]
     return json.dumps(item, ensure_ascii=False, default=str)[:LONGEST]

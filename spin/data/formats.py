@@ -18,6 +18,7 @@ from spin.data.messages import (
     join,
     messages_of,
     reason_in,
+    text_of,
 )
 from spin.runtime.errors import UserError, brief
 
@@ -26,7 +27,7 @@ SYSTEM, HISTORY, TOOLS, INPUT = ("system", "system_prompt"), "history", "tools",
 QUESTIONS = ("prompt", "question", "query", "problem", "input")
 ANSWERS = ("response", "completion", "output", "solution", "answer")
 PROMPTS = ("instruction", *QUESTIONS, "conversations", "conversation")  # of preference data
-CONTEXT = (*SYSTEM, TOOLS, "id")  # columns read with every format
+CONTEXT = (*SYSTEM, "id")  # columns read with every format
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Format:
 
     @property
     def read(self) -> set[str]:
-        """All columns that are read."""
+        """All columns that are read, except `TOOLS`."""
         return {*self.columns, *self.answers, *self.more, *self.rejected, *CONTEXT}
 
 
@@ -59,10 +60,11 @@ def _chitchat(record: Record) -> list[Message]:
 
 
 def _prompt(record: Record, names: Iterable[str]) -> list[Message]:
-    """Return the messages in the first non-null column of `names`; append the input to text, as in Alpaca's records."""
-    value, context = first_of(record, names), first_of(record, INPUT)
-    if isinstance(value, str) and isinstance(context, str) and context.strip() and context is not value:
-        value = f"{value.strip()}\n\n{context.strip()}"
+    """Return the messages in the first non-null column of `names`; append the inputs to text, as in Alpaca's records."""
+    name = next((name for name in names if record.get(name) is not None), "")
+    value, inputs = record.get(name), [text_of(record.get(key)) for key in INPUT if key != name]
+    if isinstance(value, str) and any(text and text.strip() for text in inputs):
+        value = "\n\n".join(text.strip() for text in (value, *inputs) if text and text.strip())
     return messages_of(value)
 
 
@@ -102,7 +104,8 @@ def exchanges(
             continue
         formats.add(name)
         present = (key for key in record if record[key] is not None)
-        unread |= dict.fromkeys(key for key in present if key not in FORMATS[name].read)
+        read = FORMATS[name].read | ({TOOLS} if renders_tools else set())
+        unread |= dict.fromkeys(key for key in present if key not in read)
         answers = _read(record, name, config, renders_tools)
         if config.turns == "first":
             answers = sorted(answers, key=lambda answer: isinstance(answer, str))[:1]  # the first usable one
@@ -182,14 +185,14 @@ def _preferred(record: Record, format: Format, tools: list[Any] | None, generate
 def _with_context(record: Record, messages: list[Message], history: Any = None) -> list[Message]:
     """Return the record's system message, the earlier turns in `history`, and `messages`."""
     history = from_json(history)
-    turns = _as_list(history)
+    turns = [history] if isinstance(history, dict) else _as_list(history)
     are_pairs = any(isinstance(turn, list) for turn in turns)
     earlier = [message for turn in turns for message in messages_of(turn)] if are_pairs else messages_of(turns)
     if isinstance(history, str) and history.strip():
         earlier = [broken("history that is no list")]
     messages = join([*earlier, *messages])
-    system = first_of(record, SYSTEM)
-    if isinstance(system, str) and system.strip() and not (messages and messages[0]["role"] == "system"):
+    system = text_of(first_of(record, SYSTEM))
+    if system and system.strip() and not (messages and messages[0]["role"] == "system"):
         messages = [{"role": "system", "content": system}, *messages]
     return messages
 

@@ -262,6 +262,10 @@ def test_special_tokens_in_text(load, tokenizer):
     assert dataset.counts["special token in text"] == 2 and dataset.counts["empty"] == 1
 
 
+def test_end_mark_in_html(byte_level, load):
+    assert load([pair("One?", "Write <s>text</s>")], tokenizer=byte_level).train[0].real == "Write <s>text</s>"
+
+
 def test_added_special_tokens(byte_level, load, tmp_path):
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(byte_level.backend_tokenizer.to_str()), eos_token="<|im_end|>"

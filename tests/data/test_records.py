@@ -101,6 +101,11 @@ TOOLS = [{"type": "function", "function": {"name": "f"}}]
         ({"query": "Name a tree.", "output": "Oak."}, [ASK, TELL]),
         ({"question": "Name it.", "context": "A tree.", "answer": "Oak."}, [("user", "Name it.\n\nA tree."), TELL]),
         ({"input": "Name a tree.", "output": "Oak."}, [ASK, TELL]),
+        ({"input": "Add.", "context": "1, 2", "output": "3"}, [("user", "Add.\n\n1, 2"), ("assistant", "3")]),
+        ({"instruction": "Add.", "input": "", "context": ["1", "2"], "output": "3"}, [("user", "Add.\n\n1\n2"), ("assistant", "3")]),
+        ({"question": " Name a tree. ", "input": "A", "context": "B", "answer": "Oak."}, [("user", "Name a tree.\n\nA\n\nB"), TELL]),
+        (chat(ASK, TELL, system=[{"type": "text", "text": "Be kind."}]), [("system", "Be kind."), ASK, TELL]),
+        ({"instruction": "A", "output": "B", "history": {"user": "C", "assistant": "D"}}, [("user", "C"), ("assistant", "D"), ("user", "A"), ("assistant", "B")]),
         ({"problem": "Name a tree.", "solution": "Oak.", "answer": "O"}, [ASK, TELL]),
         ({"prompt": "Route?", "completion": '{"from": "Bonn", "to": "Ulm"}'}, [("user", "Route?"), ("assistant", '{"from": "Bonn", "to": "Ulm"}')]),
         ({"prompt": "JSON?", "completion": '{"answer": 42}'}, [("user", "JSON?"), ("assistant", '{"answer": 42}')]),
@@ -123,13 +128,16 @@ def test_each_record_has_its_format():
 def test_unread_columns():
     rows = [chat(ASK, TELL, id=1, source="x", score=None), chat(ASK, TELL, source="y", topic="z")]
     assert read(*rows)[2] == ["note: columns of the data that are not read: source, topic"]
+    row = chat(ASK, TELL, tools=TOOLS)
+    assert read(row)[2] == ["note: columns of the data that are not read: tools"] and read(row, tools=True)[2] == []
 
 
 def test_history_is_not_a_list():
     row = {"prompt": "Name a tree.", "response": "Oak.", "history": "They met at noon."}
     assert read(row)[:2] == ([], {"history that is no list": 1})
     assert read({**row, "history": ["A", "B"]})[0] == [[("user", "A"), ("assistant", "B"), ASK, TELL]]
-    assert read({**row, "history": [["A", "B"], ["C", None]]})[:2] == ([], {"message without a role": 1})
+    for history in ([["A", "B"], ["C", None]], {"topic": "Rome"}):
+        assert read({**row, "history": history})[:2] == ([], {"message without a role": 1})
     conversations, _, notes = read(chat(ASK, TELL, history="of Rome"))  # it may be a topic
     assert conversations == [[ASK, TELL]] and notes == ["note: columns of the data that are not read: history"]
 
