@@ -58,7 +58,7 @@ def needed(experiment: str, words: list[str], gpus: int) -> dict[str, memory.Par
     prompt = config.data.max_prompt_length
     longest = Example("longest", "", (0,) * prompt, "", (0,) * (config.data.max_length - prompt))
     examples, none = Rows.of(Example, [longest]).at(np.zeros(EXAMPLES, int)), Rows.of(Example, [])
-    data = Dataset(examples, none, {}, 0, none)
+    data = Dataset(examples, none, {}, 0, none, end=0)
     dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
     model = Policy("zephyr", Path(), "")
     shape = memory.shape_of(ZEPHYR)

@@ -51,6 +51,7 @@ class Dataset:
     counts: dict[str, int]  # by reason; "kept": those in the three sets; "read": the sum of all others
     seen: int  # number of examples not held out because the model was trained on their prompts
     validation: Rows[Example]
+    end: int  # the token that ends an answer
     dropped: dict[str, str] = field(default_factory=dict)  # by reason, the text of one dropped answer or record
 
     @property
@@ -59,8 +60,8 @@ class Dataset:
 
 
 @dataclass(frozen=True)
-class Encoding:
-    """An encoder that converts exchanges to token ids."""
+class Encoder:
+    """Converts exchanges to token ids."""
 
     config: DataConfig
     tokenizer: Any
@@ -168,8 +169,8 @@ def load_dataset(
     Raises UserError if the source cannot be read, the template does not fit the tokenizer, or too few examples remain.
     """
     # First, so that a wrong template fails before the data is read.
-    end = end_of_turn(tokenizer, config.template, config.template_options)
     chat = ChatTemplate(tokenizer, config.template_options) if config.template == "chat" else None
+    end = end_of_turn(tokenizer, chat)
     for note in chat.notes(stop_ids) if chat else ():
         say(note)
     takes_tools = chat is not None and chat.takes_tools
@@ -182,8 +183,8 @@ def load_dataset(
     order = sorted(range(len(ids)), key=lambda row: seed_of(seed, ids[row]))
     if config.filter == "prose":
         order = _unique_prompts(order, candidates)
-    encoding = Encoding(config, tokenizer, end, chat, cache, say)
-    dataset = _encode_and_split(np.array(order, np.int64), candidates, encoding, seed, seen)
+    encoder = Encoder(config, tokenizer, end, chat, cache, say)
+    dataset = _encode_and_split(np.array(order, np.int64), candidates, encoder, seed, seen)
     if not dataset.train:
         raise UserError(
             f"data: too little is left: data.held_out={config.held_out} and data.validation={config.validation} prompts "
@@ -200,35 +201,36 @@ def _unique_prompts(order: list[int], candidates: Candidates) -> list[int]:
     for row in order:
         first.setdefault(prompts[row], row)
     candidates.counts["repeated prompt"] += len(order) - len(first)
-    for row in [row for row in order if first[prompts[row]] != row][:1]:
-        candidates.dropped["repeated prompt"] = candidates.text(row)
+    repeated = next((row for row in order if first[prompts[row]] != row), None)
+    if repeated is not None:
+        candidates.dropped["repeated prompt"] = candidates.text(repeated)
     return list(first.values())
 
 
 def _encode_and_split(
-    order: np.ndarray, candidates: Candidates, encoding: Encoding, seed: int, seen: Collection[str]
+    order: np.ndarray, candidates: Candidates, encoder: Encoder, seed: int, seen: Collection[str]
 ) -> Dataset:
     """Encode and split all candidates, encoded once for all seeds, or only the first ones if far fewer are needed."""
-    config = encoding.config
+    config = encoder.config
     needed = config.held_out + config.validation + (config.size or len(order))
     few = 2 * needed + BLOCK
     for chosen in [order[:few], None] if 4 * few < len(order) else [None]:
         rows = candidates.rows if chosen is None else candidates.rows.at(chosen)
         subset = None if chosen is None else [seed, len(chosen), config.filter]
-        examples, refusal = encoding.encode_once(rows, {"candidates": candidates.key, "subset": subset})
-        dataset = _split(examples.at(order) if chosen is None else examples, order, candidates, config, seen)
+        examples, refusal = encoder.encode_once(rows, {"candidates": candidates.key, "subset": subset})
+        dataset = _split(examples.at(order) if chosen is None else examples, order, candidates, encoder, seen)
         if dataset.counts["kept"] == needed:
             break
     if refusal:
-        encoding.say(f"note: dropped and counted: {refusal}")
+        encoder.say(f"note: dropped and counted: {refusal}")
     return dataset
 
 
 def _split(
-    examples: Rows[Example], order: np.ndarray, candidates: Candidates, config: DataConfig, seen: Collection[str]
+    examples: Rows[Example], order: np.ndarray, candidates: Candidates, encoder: Encoder, seen: Collection[str]
 ) -> Dataset:
     """Fill the three sets from `examples`, and count the others. `order` has the row of each example's candidate."""
-    counts, dropped_rows = candidates.counts.copy(), dict[str, int]()
+    config, counts, dropped_rows = encoder.config, candidates.counts.copy(), dict[str, int]()
     train: list[int] = []
     reserved: list[int] = []  # held-out, then validation examples
     openings: set[str] = set()
@@ -259,4 +261,4 @@ def _split(
     texts = candidates.dropped | {reason: candidates.text(row) for reason, row in dropped_rows.items()}
     parts = (train, reserved[: config.held_out], reserved[config.held_out :])
     taken, held_out, validation = (examples.at(np.array(rows, np.int64)) for rows in parts)
-    return Dataset(taken, held_out, nonzero, trained_before, validation, texts)
+    return Dataset(taken, held_out, nonzero, trained_before, validation, encoder.end, texts)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from spin.data.counts import Counts
-from spin.runtime.errors import UserError, explaining
+from spin.runtime.errors import UserError, brief, explaining
 
 FILE_TYPES = (".jsonl", ".ndjson", ".json", ".parquet")
 MAX_RECORD = 2**26  # bytes of one record; a longer one is not a conversation
@@ -49,7 +49,7 @@ def read_file(path: Path, name: str, cut_counts: Counts | None = None) -> Iterat
     records = _read_parquet(path, name) if is_parquet else _read_json(path, name, cut_counts)
     for where, record in records:
         if not isinstance(record, dict):
-            raise UserError(f"{where}: a record is a JSON object, this is a {type(record).__name__}")
+            raise UserError(f"{where}: a record must be a JSON object, not {brief(json.dumps(record), 60)}")
         yield record
 
 
@@ -146,7 +146,7 @@ def _object_items(file: BinaryIO, name: str) -> Located:
     with explaining(f"{name}: not JSON", FIX):
         records = json.loads(text)
     if not isinstance(records, dict) or not records or not all(isinstance(item, dict) for item in records.values()):
-        raise UserError(f"{name}: holds no list of records, but a {type(records).__name__}; make it a list of objects")
+        raise UserError(f"{name}: holds no records (a list of objects, or an object of objects)")
     for number, record in enumerate(records.values(), start=1):
         yield f"{name}: record {number}", record
 

@@ -30,15 +30,14 @@ def _render(program: Program) -> str:
     """Render a program in the child process, where libraries can be patched."""
     chat_template_utils.datetime = SimpleNamespace(now=lambda: TODAY)  # type: ignore[assignment, misc]
     DEFAULT_FILTERS["random"] = DEFAULT_NAMESPACE["lipsum"] = _refuse_random
-    source, messages, variables = program
+    (source, messages, variables), given = program, repr(program[1:])
     # As in `apply_chat_template`, which would need the tokenizer.
     messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
     text = chat_template_utils.render_jinja_template([messages], chat_template=source, **variables)[0][0]
-    if len(text) > LONGEST and len(text) > LONGEST + 8 * len(repr(program[1:])):
+    if len(text) > LONGEST + 8 * len(given):
         raise TemplateError(f"it makes {len(text):,} characters of a short conversation")
-    for address in re.findall(r" at (0x[0-9a-f]+)", text) if " at 0x" in text else ():
-        if address not in repr(program[1:]):
-            raise TemplateError("it prints the address of an object, which is another one in each run")
+    if any(address not in given for address in re.findall(r" at (0x[0-9a-f]+)", text)):
+        raise TemplateError("it prints the address of an object, which is another one in each run")
     return text
 
 

@@ -29,7 +29,7 @@ def encode_prompts(
     `template` is `chat` (the tokenizer's own, with `options`), `paper`, or a text with `{prompt}`.
     Raises UserError if the tokenizer has no chat template, or its template refuses the messages.
     """
-    if template == "chat" and conversations:
+    if template == "chat":
         texts = list(map(ChatTemplate(tokenizer, options).prompt, conversations))
     else:
         texts = [render_text(tokenizer, messages, template) for messages in conversations]
@@ -270,13 +270,13 @@ def encode_exchanges(
     return [next(encoded) if isinstance(split, Split) else split for split in splits]
 
 
-def end_of_turn(tokenizer: Any, template: str, options: Mapping[str, Any] = NO_OPTIONS) -> int:
-    """Return the token that ends an answer: the special token after it in the chat template, or EOS.
+def end_of_turn(tokenizer: Any, chat: ChatTemplate | None) -> int:
+    """Return the token that ends an answer: the special token after it in the chat template, if used, or EOS.
 
-    Raises UserError if the tokenizer has no EOS or no chat template.
+    Raises UserError if there is neither.
     """
-    if template == "chat" and (end := ChatTemplate(tokenizer, options).end) is not None:
-        return end
+    if chat and chat.end is not None:
+        return chat.end
     if tokenizer.eos_token_id is None:
         raise UserError("the model's tokenizer has no end-of-sequence token: set its eos_token, or use another model")
     return tokenizer.eos_token_id

@@ -12,7 +12,6 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from spin.config.schema import Config
 from spin.data.examples import Dataset, load_dataset
-from spin.data.templates import end_of_turn
 from spin.engines.base import Engine, select_device, select_dtype
 from spin.engines.deepspeed import DeepSpeedEngine
 from spin.engines.device_memory import release_free_memory
@@ -155,7 +154,7 @@ def prepare_run(config: Config, folder: Path, tracker: Tracker) -> Run:
         check_start(config, start, tracker.say)
     data = share_data(partial(read_data, config, policies, tokenizer, stops), tracker.say, ranks)
     # Without the template's end token, a model that was not trained to stop there would continue as the user.
-    stops |= {end_of_turn(tokenizer, config.data.template, config.data.template_options)}
+    stops |= {data.end}
     store = Store(Path(config.store.path), tracker.say)
     return Run(config, folder, tracker, ranks, store, device, dtype, policies, tokenizer, stops, data)
 

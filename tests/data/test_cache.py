@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from spin.config.schema import DataConfig
-from spin.data.examples import Encoding, load_dataset
+from spin.data.examples import Encoder, load_dataset
 from spin.models import tiny
 from spin.runtime.errors import UserError
 from tests.data.test_examples import write
@@ -21,13 +21,13 @@ def tokenizer():
 @pytest.fixture
 def load(tmp_path, tokenizer, monkeypatch):
     """Load a data set; `load.encoded` has the number of candidates that each call tokenised."""
-    encode = Encoding.encode
+    encode = Encoder.encode
 
     def counting(self, rows):
         load.encoded.append(len(rows))
         return encode(self, rows)
 
-    monkeypatch.setattr(Encoding, "encode", counting)
+    monkeypatch.setattr(Encoder, "encode", counting)
 
     def load(path, seed=0, tokenizer=tokenizer, say=lambda text: None, **changes):
         load.encoded = []
@@ -173,5 +173,5 @@ def test_unused_columns_of_several_types(load, tmp_path):
     write(folder / "b.jsonl", [{**row, "id": f"b{n}", "tags": {"x": 1}} for n, row in enumerate(rows(6)[3:])])
     assert len(load(folder).train) == 6
     (folder / "c.jsonl").write_text(json.dumps([1, 2]) + "\n")
-    with pytest.raises(UserError, match=r"c\.jsonl: record 1: a record is a JSON object, this is a int"):
+    with pytest.raises(UserError, match=r"c\.jsonl: record 1: a record must be a JSON object, not 1"):
         load(folder)

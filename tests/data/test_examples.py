@@ -225,15 +225,17 @@ def test_system_messages_around_a_greeting(load, tokenizer):
 def test_end_of_turn(byte_level, sentencepiece):
     ids = byte_level.convert_tokens_to_ids
     end = ids("<|im_end|>")
-    assert templates.end_of_turn(byte_level, "chat") == end
-    assert templates.end_of_turn(sentencepiece, "paper") == 2
+    assert templates.end_of_turn(byte_level, templates.ChatTemplate(byte_level)) == end
+    assert templates.end_of_turn(sentencepiece, None) == 2
     chat = PreTrainedTokenizerFast(
         tokenizer_object=byte_level.backend_tokenizer, eos_token="<|endoftext|>", chat_template=CHATML
     )
-    assert templates.end_of_turn(chat, "chat") == end  # the end of a turn is not the end of a text
-    assert templates.end_of_turn(chat, "paper") == ids("<|endoftext|>")
+    assert (
+        templates.end_of_turn(chat, templates.ChatTemplate(chat)) == end
+    )  # the end of a turn is not the end of a text
+    assert templates.end_of_turn(chat, None) == ids("<|endoftext|>")
     endless = PreTrainedTokenizerFast(tokenizer_object=byte_level.backend_tokenizer)
-    fails("end-of-sequence", templates.end_of_turn, endless, "paper")
+    fails("end-of-sequence", templates.end_of_turn, endless, None)
 
 
 def test_chat_template_missing_or_refusing(load, byte_level):
@@ -502,9 +504,9 @@ def test_bad_lines(tmp_path):
     path.write_bytes(b'[\n"\xff"]')
     fails(r"list\.json: not UTF-8 .*0xff", read, tmp_path, path)
     path.write_text('{"a": 1}')
-    fails("no list of records, but a dict", read, tmp_path, path)
+    fails(r"holds no records \(a list of objects, or an object of objects\)", read, tmp_path, path)
     path.write_text("[1]")
-    fails("record 1: a record is a JSON object", read, tmp_path, path)
+    fails("record 1: a record must be a JSON object, not 1", read, tmp_path, path)
 
 
 def test_missing_files(tmp_path):

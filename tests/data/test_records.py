@@ -264,5 +264,5 @@ def test_json_records_by_id(tmp_path):
     config = DataConfig.from_defaults(path=str(tmp_path / "by_id.json"))
     assert list(find_source(config, tmp_path).read(Counts())) == [record, record]
     (tmp_path / "by_id.json").write_text(json.dumps({"messages": record["messages"]}))
-    with pytest.raises(UserError, match="holds no list of records"):
+    with pytest.raises(UserError, match="holds no records"):
         list(find_source(config, tmp_path).read(Counts()))

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from spin.config.schema import DataConfig
 from spin.data.examples import load_dataset
-from spin.data.templates import end_of_turn
+from spin.data.templates import ChatTemplate, end_of_turn
 from tests.data.test_examples import byte_level, sentencepiece  # noqa: F401
 
 FOLDER = Path(__file__).parent / "templates"
@@ -88,7 +88,7 @@ def rendered_ids(tokenizer, options, messages, end):
 
 
 def end_token(tokenizer, options):
-    return end_of_turn(tokenizer, "chat", options)
+    return end_of_turn(tokenizer, ChatTemplate(tokenizer, options))
 
 
 @every_family

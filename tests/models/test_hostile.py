@@ -71,9 +71,10 @@ def use(folder):
     policy = find_model(ModelConfig.from_defaults(path=str(folder)), folder.parent / "cache")
     tokenizer = load_tokenizer(policy.tokenizer)
     stops = stop_ids(policy.folder, tokenizer)
-    for note in ChatTemplate(tokenizer).notes(stops):
+    chat = ChatTemplate(tokenizer)
+    for note in chat.notes(stops):
         assert note.startswith("note:")
-    stops |= {end_of_turn(tokenizer, "chat")}
+    stops |= {end_of_turn(tokenizer, chat)}
     shape_of(AutoConfig.from_pretrained(policy.folder, trust_remote_code=False))
     model = load_policy(policy, torch.float32, torch.device("cpu"))
     [(text, ids)] = encode_prompts(tokenizer, [[{"role": "user", "content": "Hi"}]], "chat")
