@@ -3,7 +3,6 @@
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +12,7 @@ from spin.config.schema import GenerationConfig
 from spin.data.examples import Example
 from spin.runtime.random import seed_of
 from spin.runtime.shards import Shard, ShardDriver, compute_shards
-from spin.runtime.tables import Rows, read_parquet, schema_of
+from spin.runtime.tables import Rows, schema_of
 
 Ids = Sequence[int]
 
@@ -75,7 +74,3 @@ def answer_in_shards(request: AnswerRequest, decode: Callable[[list[Ids], list[i
     stored = request.keep([Shard([streams[n] for n in shard], partial(answer, shard)) for shard in shards])
     batches = [pa.RecordBatch.from_pylist(answers, schema=schema_of(Answer)) for answers in stored]
     return Rows(Answer, batches).at(np.argsort(order))
-
-
-def read_answers(path: Path) -> Rows[Answer]:
-    return read_parquet(Answer, path)

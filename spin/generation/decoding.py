@@ -11,7 +11,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from spin.engines.attention import PACKED_ATTENTION, attention_window, use_packed_attention
-from spin.runtime.errors import UserError
+from spin.runtime.errors import UserError, user_message
 
 # Finished rows are removed, and prompts join, once this share of the rows is free. A finished row costs as much as a
 # running one, but a prefill of few prompts costs more per prompt.
@@ -128,14 +128,16 @@ def _agrees_with_forward(batch: "ContinuousBatch | StaticBatch", prompts: Sequen
             batch.start([second])
             sequences.append([*second, token])
         logits = batch.step(tokens[: len(sequences)])
-    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+        if user_message(error) is not None:  # such as lack of memory
+            raise
         return False
     for row, ids in zip(logits, sequences, strict=True):
         expected = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0, -1].float()
         if not expected.isfinite().all():  # nothing to compare; sampling and scoring report it
             return True
         difference = (row.float().log_softmax(-1) - expected.log_softmax(-1)).abs()
-        if not (expected.softmax(-1) * difference).sum() <= TOLERANCE.get(model.dtype, 0.1):
+        if not (expected.softmax(-1) * difference).sum() <= TOLERANCE[model.dtype]:
             return False
     return True
 

@@ -18,7 +18,7 @@ def generate_answers(model: PreTrainedModel, request: AnswerRequest) -> Rows[Ans
     Tokens are sampled from the model's distribution (temperature, then top_p; the model's generation_config is
     ignored), or chosen greedily at temperature 0. The other rows of a batch affect an answer only through rounding. At
     most `settings.batch_size` answers are decoded at a time, fewer if their tokens could exceed `settings.tokens`.
-    Raises UserError if the model's logits are not finite.
+    Raises UserError if the logits of an answer's first token are not finite.
     """
     settings, max_new_tokens = request.settings, request.max_new_tokens
 

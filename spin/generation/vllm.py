@@ -50,9 +50,10 @@ def check_vllm(config: GenerationConfig, start: Policy, rank: int) -> None:
             "answers would come from another model than the scored opponent."
         )
     if rank > RANKS[-1]:
-        raise UserError(f"generation.engine=vllm: takes adapters up to rank {RANKS[-1]}, not {rank}.")
+        raise UserError(f"generation.engine=vllm: vLLM takes adapters up to rank {RANKS[-1]}, not {rank}.")
+    added = ["enforce_eager", "enable_chunked_prefill", "use_tqdm", "lora_request"]  # by the worker
     names = {
-        "LLM": [*llm_arguments(start, torch.float32, config, 1, rank), "enforce_eager", "use_tqdm", "lora_request"],
+        "LLM": [*llm_arguments(start, torch.float32, config, 1, rank), *added],
         "SamplingParams": list(sampling_arguments(0, config, 1, ())),
         "LoRARequest": list(lora_arguments(start)),
     }
@@ -215,11 +216,11 @@ def _receive(path: Path, worker: subprocess.Popen, log: Path) -> list[dict]:
     while not path.exists():
         raise_if_stopped()
         if (status := worker.poll()) is not None and not path.exists():
-            reason = f"ended with status {status}: {brief(first_error(log.read_text(errors='replace')), 300)}"
+            reason = f"ended with status {status}: {brief(first_error(log.read_text(errors='replace')), 300)}."
             if status in (-signal.SIGKILL, 128 + signal.SIGKILL):
                 reason = "was killed, as the system does when main memory is short."
             raise UserError(
-                f"generation.engine=vllm: vLLM {reason} Its log is {log}. If GPU memory is short lower "
+                f"generation.engine=vllm: vLLM {reason} Its log is {log}. If GPU memory is short, lower "
                 f"generation.gpu_memory, or raise generation.tensor_parallel; {TRY_AGAIN}"
             )
         time.sleep(0.05)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from spin.data.examples import Example
-from spin.generation.answers import Answer, AnswerRequest, read_answers
+from spin.generation.answers import Answer, AnswerRequest
 from spin.generation.sampling import generate_answers
 from spin.generation.vllm import generate_with_vllm
 from spin.models.policy import Policy
@@ -16,7 +16,7 @@ from spin.pipeline.stage import Stage, Work
 from spin.runtime.errors import brief
 from spin.runtime.random import seed_of
 from spin.runtime.store import Artifact
-from spin.runtime.tables import Rows, write_parquet
+from spin.runtime.tables import Rows, read_parquet, write_parquet
 
 # If more than this share of answers is cut at the cap, length alone distinguishes them from human answers.
 CUT_SHARE = 0.2
@@ -68,7 +68,7 @@ class Generate(Stage[Rows[Answer]]):
         return row
 
     def read(self, run: Run, artifact: Artifact, policy: Policy) -> Rows[Answer]:
-        answers = read_answers(artifact.folder / "answers.parquet")
+        answers = read_parquet(Answer, artifact.folder / "answers.parquet")
         cut = answers.column("finish_reason").count("length") / len(answers)
         if cut > CUT_SHARE:
             run.say(

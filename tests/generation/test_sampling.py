@@ -1,6 +1,7 @@
 """Tests of generation: the sampling distribution, exact ids, finish reasons, and independence of the batch."""
 
 import hashlib
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -8,12 +9,12 @@ import torch
 from spin.config.schema import GenerationConfig
 from spin.data.examples import Example
 from spin.generation import decoding
-from spin.generation.answers import Answer, AnswerRequest, answer_in_shards, read_answers
+from spin.generation.answers import Answer, AnswerRequest, answer_in_shards
 from spin.generation.decoding import ContinuousBatch, StaticBatch, make_batch
 from spin.generation.sampling import generate_answers, sample_tokens
 from spin.models.load import load_model, load_tokenizer
 from spin.runtime.errors import UserError
-from spin.runtime.tables import write_parquet
+from spin.runtime.tables import read_parquet, write_parquet
 from tests.conftest import CONFIGS, random_items, small_model
 
 
@@ -117,7 +118,7 @@ def test_num_answers(tmp_path):
     assert answers[::3] == first
     assert len({answer.ids for answer in answers}) > 0.9 * len(answers)
     write_parquet(answers.table, tmp_path / "answers.parquet")
-    assert read_answers(tmp_path / "answers.parquet") == answers
+    assert read_parquet(Answer, tmp_path / "answers.parquet") == answers
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
@@ -178,6 +179,12 @@ def test_padded_prefill_matches_packed(monkeypatch):
     )
     assert batch_for(model, inputs).packed is False
     assert generate(model, inputs, greedy(batch_size=5), 15, {1, 7, 30}) == packed
+
+
+def test_lack_of_memory_is_no_difference(monkeypatch):
+    monkeypatch.setattr(ContinuousBatch, "start", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory.")))
+    with pytest.raises(torch.OutOfMemoryError):
+        batch_for(small_model("llama"), examples(2))
 
 
 def test_fewer_passes_than_static_batches():

@@ -3,7 +3,11 @@
 tests/generation/test_vllm_cpu.py runs vLLM itself.
 """
 
+import json
+import os
+import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,6 +16,7 @@ from spin.config.schema import GenerationConfig, ModelConfig
 from spin.data.examples import Example
 from spin.generation import vllm as vllm_engine
 from spin.generation.answers import Answer, AnswerRequest
+from spin.generation.vllm_worker import settings_for_cpu
 from spin.models.find import fresh_adapter
 from spin.models.load import load_tokenizer
 from spin.pipeline.context import prepare_run
@@ -68,6 +73,15 @@ def test_output_is_checked():
         assert "\n" not in str(error.value)
 
 
+def test_interface_check_names_the_arguments_on_a_cpu(tiny_folder, monkeypatch):
+    facts = json.dumps({"version": "", "devices": None, "missing": []})
+    run = Mock(return_value=subprocess.CompletedProcess([], 0, facts, ""))
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(os, "environ", {})
+    vllm_engine.check_vllm(CONFIG, base_or_self(tiny_folder), 0)
+    assert set(settings_for_cpu(True)) < set(json.loads(run.call_args[0][0][-1])["LLM"])
+
+
 def test_missing_vllm(place):
     done = place.play("generation=vllm", status=1)
     assert "vLLM is not installed" in done.stderr and vllm_engine.INSTALL in done.stderr
@@ -82,7 +96,7 @@ def test_worker_that_fails(tiny_folder, tmp_path):
     config = CONFIG.model_copy(update={"python": sys.executable, "data_parallel": 2})
     request = AnswerRequest(load_tokenizer(tiny_folder), EXAMPLES, config, 8, {1}, 0)
     with pytest.raises(
-        UserError, match="vLLM ended with status 1: ModuleNotFoundError: No module named 'vllm'"
+        UserError, match=r"vLLM ended with status 1: ModuleNotFoundError: No module named 'vllm'\. Its log is"
     ) as error:
         vllm_engine.generate_with_vllm(base_or_self(tiny_folder), torch.float32, tmp_path, request)
     assert "\n" not in str(error.value) and f"Its log is {tmp_path}/vllm-0.log" in str(error.value)

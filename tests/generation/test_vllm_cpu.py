@@ -16,13 +16,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from spin.config.schema import GenerationConfig
 from spin.data.examples import Example
-from spin.generation.answers import AnswerRequest, read_answers
+from spin.generation.answers import Answer, AnswerRequest
 from spin.generation.sampling import generate_answers
 from spin.generation.vllm import WORKER, check_vllm, generate_with_vllm
 from spin.models import tiny
 from spin.models.load import load_policy, load_tokenizer, stop_ids
 from spin.pipeline.context import prepare_run
 from spin.runtime.errors import UserError
+from spin.runtime.tables import read_parquet
 from spin.runtime.tracking import Tracker
 from tests.config.test_schema import load
 from tests.games import Place
@@ -169,7 +170,9 @@ def play_both(games, folder, model, *more) -> str:
         done = place.start(*settings, *more).wait(1200)
         assert done.returncode == 0, done.stderr
         printed.append(done.stdout)
-        stored.append(sorted(ids(read_answers(p)) for p in place.folder.glob("store/generate/*/answers.parquet")))
+        stored.append(
+            sorted(ids(read_parquet(Answer, p)) for p in place.folder.glob("store/generate/*/answers.parquet"))
+        )
     assert stored[0] == stored[1] and stored[0]
     return printed[0]
 

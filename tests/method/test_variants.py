@@ -14,7 +14,7 @@ from spin.config.schema import GenerationConfig, LossConfig
 from spin.data.examples import Example
 from spin.engines.logps import Forward, reference_logps
 from spin.engines.packing import Continuations
-from spin.generation.answers import Answer, AnswerRequest, read_answers
+from spin.generation.answers import Answer, AnswerRequest
 from spin.generation.sampling import generate_answers
 from spin.method.objectives import LINKS, Objective, make_objective, mix_references, spin_loss
 from spin.method.pairs import Pair, group_by_prompt, make_pairs, read_pairs, split_responses, to_continuations
@@ -22,6 +22,7 @@ from spin.method.training import train_spin
 from spin.models.load import load_model
 from spin.runtime.errors import UserError
 from spin.runtime.store import STAGES
+from spin.runtime.tables import read_parquet
 from tests.conftest import random_items, small_model
 from tests.games import Place
 from tests.generation.test_sampling import Ids, examples
@@ -370,7 +371,7 @@ def answers_of_iteration_0(folder, pairs: list[dict]) -> dict[tuple[str, int], t
     first_pairs = [row for row in pairs if row["iter"] == 0]
     for stage in stages["stages"]:
         if stage.startswith("generate/"):
-            read = read_answers(Path(stages["store"]) / stage / "answers.parquet")
+            read = read_parquet(Answer, Path(stages["store"]) / stage / "answers.parquet")
             answers = {(answer.id, answer.index): answer.ids for answer in read}
             if all(answers[row["id"], row["answer"]] == tuple(row["generated_ids"]) for row in first_pairs):
                 return answers

@@ -18,12 +18,13 @@ from safetensors.torch import load_file, save_file
 from spin.config.hydra import load
 from spin.engines.logps import reference_logps
 from spin.engines.packing import Continuations
-from spin.generation.answers import read_answers
+from spin.generation.answers import Answer
 from spin.method.pairs import Pair, read_pairs
 from spin.models import tiny
 from spin.models.load import load_model, load_tokenizer
 from spin.pipeline import run_folder
 from spin.runtime.signals import Interrupted
+from spin.runtime.tables import read_parquet
 from tests.games import ROOT, Games, Place
 
 
@@ -224,7 +225,7 @@ def test_local_chat_data_and_model(played, tmp_path, place):
     model = next((played.folder / "cache").glob("tiny-*[0-9]"))
     place.play(f"model.path={model}", "data=local", f"data.path={tmp_path}/chat.jsonl", "data.held_out=4", "iter=0")
     (answers_file,) = (tmp_path / "store" / "generate").glob("*/answers.parquet")
-    answers = {answer.id: answer.text for answer in read_answers(answers_file)}
+    answers = {answer.id: answer.text for answer in read_parquet(Answer, answers_file)}
     assert len(answers) == 16
     pairs = pairs_in(tmp_path / "run" / "iter0" / "pairs.parquet")
     generated = {pair.id: pair.generated for pair in pairs}
