@@ -40,11 +40,6 @@ class Job:
     problem: str | None = None
 
 
-def say(text: str) -> None:
-    with contextlib.suppress(OSError):  # the terminal may be gone
-        print(text, flush=True)
-
-
 def error_line(error: Exception) -> str:
     """Return a launcher's error as one line, with only the last line of a job's output, if the error contains it."""
     lines = [line for line in str(error).splitlines() if line.strip(" -")]
@@ -99,8 +94,6 @@ class SpinSweeper(BasicSweeper):
         jobs = self._jobs(arguments)
         if all(job.problem for job in jobs):
             raise UserError(jobs[0].problem or "")
-        folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(self.config, folder / "multirun.yaml")
 
         from spin.pipeline import points as sweep_points
         from spin.reporting.sweep_rows import RECORD, Point
@@ -109,17 +102,20 @@ class SpinSweeper(BasicSweeper):
         for job in jobs:
             if job.problem:
                 at = ", ".join(f"{key}={value}" for key, value in job.swept.items())
-                say(f"the point {at} can't be played: {job.problem}")
+                print(f"the point {at} can't be played: {job.problem}", flush=True)
         if any(job.config.plan for job in ready if job.config):
-            self._launch(ready)
+            if unplanned := self._launch(ready):
+                sys.exit(f"error: {len(unplanned)} of {len(jobs)} points can't be planned.")
             return
+        folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(self.config, folder / "multirun.yaml")
         missing = [
             job for job in ready if job.config and job.folder and not sweep_points.is_done(job.folder, job.config)
         ]
         counts = f"{len(ready) - len(missing)} done before, {len(missing)} to play"
         if len(ready) < len(jobs):
             counts += f", {len(jobs) - len(ready)} that can't be played"
-        say(f"{len(jobs)} points in {folder}: {counts}")
+        print(f"{len(jobs)} points in {folder}: {counts}", flush=True)
         for job in missing:
             assert job.folder
             (job.folder / RECORD).unlink(missing_ok=True)  # from the last attempt
@@ -171,7 +167,8 @@ class SpinSweeper(BasicSweeper):
             return replace(job, problem=str(error))
 
     def _launch(self, jobs: Sequence[Job]) -> dict[tuple[str, ...], str]:
-        """Launch the jobs until each has a record of its end. Return the reasons for those that died without a record.
+        """Launch the jobs until each has a record of its end. Return the reasons for those that died without a record,
+        or that can't be planned.
 
         A launcher may give up when the first process dies, although others are running. Jobs that were playing then are
         launched again one by one (each waits for its lock and continues from finished work), the others together.
@@ -193,10 +190,12 @@ class SpinSweeper(BasicSweeper):
             batch = waiting.pop(0)
             with waiting_for_all(self.launcher) as errors:
                 try:
-                    self.launcher.launch([list(job.overrides) for job in batch], initial_job_idx=number)
+                    ended = self.launcher.launch([list(job.overrides) for job in batch], initial_job_idx=number)
+                    reasons = [None if result is None else result.return_value for result in ended]
                 except Exception as error:
                     errors.append(error)
             if not errors:
+                died |= {job.overrides: why for job, why in zip(batch, reasons, strict=True) if why is not None}
                 number += len(batch)
                 continue
             reason = error_line(errors[0])

@@ -87,8 +87,11 @@ def remove_empty_folders() -> None:
 
 
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
-def play_composed(composed: DictConfig) -> None:
-    """Play one game, or one point of a sweep, with the settings that Hydra has composed."""
+def play_composed(composed: DictConfig) -> str | None:
+    """Play one game, or one point of a sweep, with the settings that Hydra has composed.
+
+    Return the reason if a point can't be planned; then the others are planned, too.
+    """
     signals.install_handlers()  # again, because launchers may call this in another process
     open_streams()
     settings = HydraConfig.get()
@@ -102,7 +105,7 @@ def play_composed(composed: DictConfig) -> None:
         if config.plan:
             show_plan(config, folder)
             remove_empty_folders()
-            return
+            return None
         programs = {"spin": ["spin"], "__main__.py": ["python", "-m", "spin"]}
         program = programs.get(Path(sys.argv[0]).name, ["python", "run.py"])
         command = shlex.join([*program, *settings.overrides.task])
@@ -117,7 +120,13 @@ def play_composed(composed: DictConfig) -> None:
             end_stopped(stop)
         raise
     except Exception as error:  # caught here, because Hydra prints its own lines before raising
-        fail(error)
+        line = user_message(error)
+        if not composed.plan or settings.mode != RunMode.MULTIRUN or line is None:
+            fail(error)
+        print(f"error: {line}", flush=True)
+        remove_empty_folders()
+        return line
+    return None
 
 
 def main() -> None:

@@ -118,10 +118,17 @@ def test_invalid_point(swept):
     words = ("optimizer=rmsprop,adamw", "optimizer.alpha=0.8,0.9", "plan=true")
     done = sweep(swept, *words, name="planned")
     assert len(re.findall(r"optimizer.alpha=0.[89]: has no effect with optimizer=adamw", done.stdout)) == 2
-    assert done.stdout.count("stages to reuse") == 2
+    assert done.stdout.count("stages to reuse") == 2 and not (swept.folder / "planned").exists()
     done = sweep(swept, "loss.betta=1,2", status=1, name="typo")
     assert done.stderr == "error: loss.betta: there is no such setting. Did you mean loss.beta?\n" and not done.stdout
     assert not (swept.folder / "typo").exists()
+
+
+def test_plan_continues_after_a_point_that_fails(swept):
+    words = ("evaluation=none", "generation.max_new_tokens=3000,8", "plan=true")
+    done = sweep(swept, *words, status=1, name="unplanned")
+    assert "error: sequences of up to" in done.stdout and done.stdout.count("stages to reuse") == 1
+    assert done.stderr == "error: 1 of 2 points can't be planned.\n" and not (swept.folder / "unplanned").exists()
 
 
 def test_stopped_sweep_continues(swept):
