@@ -106,7 +106,6 @@ class LossConfig(Section):
 
 
 class ScheduleConfig(Section):
-    name: str
     iterations: CountOrZero
     epochs: PerIteration
     batch_size: Count
@@ -119,7 +118,6 @@ class ScheduleConfig(Section):
 
 
 class GenerationConfig(Section):
-    name: str
     temperature: PositiveOrZero
     top_p: Share
     max_new_tokens: Count | None
