@@ -75,6 +75,8 @@ def test_best_is_the_selected_policy(folder):
         ([], {"model": "tiny", "data": "my pairs.jsonl"}, "my pairs.jsonl: no such file or folder"),
         ([], {"plan": True}, "spin.play plays one game in one process"),
         (["loss.beta=1,2"], {}, "loss.beta"),
+        (["experiment=beta_lr"], {}, "spin.play plays one game: use run.py for a sweep."),
+        ([], {"model": None}, "model=None: give a choice in conf/model/, a path or a hub name, or leave it out."),
     ],
 )
 def test_errors_are_one_line(words, overrides, line, tmp_path):

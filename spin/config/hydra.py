@@ -14,14 +14,14 @@ from hydra import initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from spin.config.load import NO_RESULT, RENAMED, load_config, note_renamed
-from spin.config.schema import CONF, Config, did_you_mean, settings
+from spin.config.schema import CONF, FILE_TYPES, Config, did_you_mean, settings
 from spin.runtime.errors import UserError
 
-DATA_FILES = (".jsonl", ".json", ".parquet")
 NAMED = ("experiment", "model", "data", "model.path", "data.path")  # already part of the name of a run's folder
 PATHS = re.compile(r"[+]*([\w.]+\.(path|dir)|evaluation\.(embedder|against|questions|judge))")
 
@@ -38,8 +38,8 @@ def basename(path: str | None, default: str) -> str:
     """Return the name of a user's model or data set: the last part of its path, or `default` without a path."""
     if not path:
         return default
-    file = Path(path)
-    return re.sub(r"[^\w.-]+", "_", file.stem if file.suffix in DATA_FILES else file.name)
+    file = Path(os.path.abspath(path))  # "." has no name
+    return re.sub(r"[^\w.-]+", "_", file.stem if file.suffix.lower() in FILE_TYPES else file.name) or default
 
 
 def run_folder(name: str, stage: str, overrides: Sequence[str]) -> str:
@@ -84,8 +84,11 @@ def quote(word: str, is_sweep: bool = False) -> str:
 def rename(word: str) -> str:
     """Return the override `word` with the new name of its key, and print a note if the name was old.
 
-    `data.template_options` gets Hydra's prefix "++", because its keys depend on the template.
+    `data.template_options` gets Hydra's prefix "++", because its keys depend on the template. ~ is expanded in the paths
+    of folders that Hydra makes.
     """
+    if folder := re.match(r"([+]*hydra\.(?:run|sweep)\.dir=['\"]?)(~.*)", word):
+        return folder[1] + os.path.expanduser(folder[2])
     if word.startswith("data.template_options"):
         return f"++{word}"
     for old, new in RENAMED.items():
@@ -110,6 +113,8 @@ def load_run(overrides: Sequence[str]) -> tuple[Config, Path]:
     """Return the checked configuration of `python run.py *overrides` and the run's folder. Raises UserError."""
     try:
         composed = compose(*overrides, return_hydra_config=True)
+        if composed.hydra.mode == RunMode.MULTIRUN:
+            raise UserError("spin.play plays one game: use run.py for a sweep.")
         return load_config(composed), Path(composed.hydra.run.dir)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(hydra_error_line(error)) from error
@@ -129,6 +134,8 @@ def to_words(settings: Mapping[str, Any]) -> list[str]:
     words: list[str] = []
     for key, value in settings.items():
         parts = {f"{key}.{name}": part for name, part in value.items()} if isinstance(value, Mapping) else {key: value}
+        if key in PATH_KEYS and value is None:
+            raise UserError(f"{key}=None: give a choice in conf/{key}/, a path or a hub name, or leave it out.")
         if key in PATH_KEYS and key in parts and not (CONF / key / f"{value}.yaml").is_file():
             *choices, path = PATH_KEYS[key]
             words, parts = [*words, *choices], {path: str(value)}
@@ -143,7 +150,7 @@ def to_text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"[{','.join(map(to_text, value))}]"
     if value is None or isinstance(value, bool | int | float):
-        return json.dumps(value).replace("e-0", "e-")
+        return json.dumps(value).replace("e-0", "e-")  # 5e-07 as people write it: it is part of the folder's name
     return str(value) if PLAIN.fullmatch(str(value)) else QuotedString(str(value), Quote.single).with_quotes()
 
 

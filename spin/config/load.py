@@ -19,12 +19,16 @@ from spin.runtime.output import note_secrets
 # Settings that have an effect only with certain values of another setting; otherwise only their default is accepted.
 USED_WITH = {
     "model.merge": ("model.adapter", "lora"),
+    "model.lora_rank": ("model.adapter", "lora"),
+    "model.lora_alpha": ("model.adapter", "lora"),
+    "model.lora_targets": ("model.adapter", "lora"),
     "data.template_options": ("data.template", "chat"),
     "optimizer.alpha": ("optimizer.name", "rmsprop", "rmsprop8bit"),
     "optimizer.betas": ("optimizer.name", "adamw", "adamw8bit"),
     "loss.mu": ("loss.objective", "space"),
     "loss.link": ("loss.objective", "spin"),
     "loss.reference": ("loss.objective", "spin"),
+    "loss.alpha": ("loss.reference", "mixture"),
     "loss.length_normalised": ("loss.objective", "spin"),
     "engine.compile": ("engine.name", "single"),
     "engine.zero_stage": ("engine.name", "deepspeed"),
@@ -35,7 +39,10 @@ USED_WITH = {
 }
 # Settings that do not affect the results of a game, except how many iterations are played.
 NO_RESULT = re.compile(
-    r"name|(model|data)\.name|model\.merge|iter|schedule\.(iterations|patience)|plan|stage|(store|cache)\.path|(tracking|publish|hydra)\b.*|checkpoint\.(minutes|steps)"
+    r"name|(model|data)\.name|model\.merge|plan|stage"
+    r"|iter|schedule\.(iterations|stop|patience)"
+    r"|(store|cache)\.path|checkpoint\.(minutes|steps)"
+    r"|(tracking|publish|hydra)\b.*"
     r"|engine\.(device|gradient_checkpointing|zero_stage|offload_optimizer)|evaluation\.judge_timeout"
     r"|generation\.(python|tensor_parallel|data_parallel|gpu_memory)"
 )

@@ -10,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr,
 
 from spin.runtime.errors import UserError, brief
 
+FILE_TYPES = (".jsonl", ".ndjson", ".json", ".parquet")  # of the data files that are read record by record
 # spin/conf/ in an installed package, conf/ beside spin/ in a checkout.
 CONF = next(path for path in (folder / "conf" for folder in Path(__file__).parents[1:3]) if path.is_dir())
 
@@ -27,7 +28,9 @@ PerIteration = StrictPositive | list[StrictPositive]  # one number, or a list wi
 class Section(BaseModel):
     """An immutable part of the configuration. `model_copy(update=...)` returns a changed copy."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, coerce_numbers_to_str=True, str_min_length=1, allow_inf_nan=False
+    )
 
     @classmethod
     def from_defaults(cls, **changes: Any) -> Self:
@@ -277,6 +280,8 @@ def validate(section: type[T], values: dict[str, Any], prefix: str = "") -> T:
             advice = f"a file of your own in conf/{path[0]}/ begins with `defaults: [base, _self_]`"
             raise UserError(f"{key}: has no value; {advice}.") from error
         rule = problem["msg"].replace("Input should be", "must be").partition(", unable to")[0]
+        if problem["type"] == "string_too_short":
+            rule = "must not be empty (a shell variable may be unset)"
         raise UserError(setting_line(key, problem["input"], rule)) from error
 
 

@@ -13,7 +13,6 @@ from typing import Any, BinaryIO, TextIO
 from spin.data.counts import Counts
 from spin.runtime.errors import UserError, brief, explaining
 
-FILE_TYPES = (".jsonl", ".ndjson", ".json", ".parquet")
 MAX_RECORD = 2**26  # bytes of one record; a longer one is not a conversation
 TOO_LONG = f"a record of more than {MAX_RECORD >> 20} MiB"
 MAX_OBJECT = 2**30  # bytes of a file that is one JSON object, which must be read as a whole

@@ -11,10 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from spin.config.schema import DataConfig
+from spin.config.schema import FILE_TYPES, DataConfig
 from spin.data import tasks
 from spin.data.counts import Counts
-from spin.data.files import FILE_TYPES, read_file
+from spin.data.files import read_file
 from spin.data.formats import Record
 from spin.models import wheels
 from spin.runtime.artifacts import file_digest

@@ -53,6 +53,10 @@ composed, load = hydra.compose, hydra.load
         ("+loss.betta=1", "loss.betta: there is no such setting. Did you mean loss.beta?"),
         ("~loss.beta", "loss.beta: has no value; a file of your own in conf/loss/ begins with"),
         ("data=local", "data.path=null: must name the data"),
+        ("model.path=", "model.path=: must not be empty (a shell variable may be unset)."),
+        ("evaluation.against=", "evaluation.against=: must not be empty"),
+        ("model.lora_rank=4", "model.lora_rank=4: has no effect with model.adapter=none"),
+        ("loss.alpha=0.2", "loss.alpha=0.2: has no effect with loss.reference=opponent"),
     ],
 )
 def test_bad_value(override, message):
@@ -201,7 +205,7 @@ def folder(*words: str) -> str:
 def test_folder_of_the_default_run():
     assert folder() == folder("iter=1") == folder("iter=2", "plan=true") == "outputs/smollm2-sharegpt"
     unrelated = ["store.path=x", "cache.path=y", "tracking.project=z", "checkpoint.minutes=1", "engine.device=cpu"]
-    assert folder(*unrelated, "generation.python=p") == folder()
+    assert folder(*unrelated, "generation.python=p", "schedule.stop=no_gain", "schedule.patience=2") == folder()
     assert folder("experiment=smoke", "iter=1") == "outputs/smoke"
     assert folder("model=zephyr", "iter=2") == "outputs/zephyr-sharegpt"
 
@@ -246,6 +250,12 @@ def test_folders_differ(words):
     assert folder(*words) not in [folder(*configuration) for configuration in configurations]
 
 
+def test_folder_in_the_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert folder("hydra.run.dir=~/runs/a") == folder("hydra.run.dir='~/runs/a'") == "/home/me/runs/a"
+    assert hydra.rename("hydra.sweep.dir=~/s") == "hydra.sweep.dir=/home/me/s"
+
+
 def test_iter():
     assert load("iter=2").iterations == 3
     assert load("iter=0").iterations == 1
@@ -286,6 +296,8 @@ def test_run_name():
     assert load().name == "smollm2-sharegpt"
     assert load("model=zephyr").name == "zephyr-sharegpt"
     assert load("model.path=org/My-Model", "data=local", "data.path=/x/my pairs.jsonl").name == "My-Model-my_pairs"
+    assert hydra.basename(".", "x") == Path.cwd().name and hydra.basename("/", "x") == "x"
+    assert hydra.basename("a/pairs.ndjson", "x") == hydra.basename("pairs.JSON", "x") == "pairs"
 
 
 def test_sweep_folders():
