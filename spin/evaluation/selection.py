@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from spin.evaluation.measure_table import MEASURES
-from spin.evaluation.measures import HeldOut, bootstrap_draws, statistics
+from spin.evaluation.measures import HeldOut, Statistic, bootstrap_draws, statistics
 
 LIKELIHOOD = "nll_per_token"
 
@@ -16,23 +16,18 @@ def best_policy(candidates: Sequence[HeldOut], name: str, resamples: int, seed: 
     Candidates within one standard error of the best value count as equal. Of these, the one with the lowest NLL of
     human answers is selected; ties go to the earliest.
     """
-    everything = np.arange(len(candidates[0].pairs))
-    values = [statistics(candidate, None)[name](everything) for candidate in candidates]
-    badness = [MEASURES[name].badness(value) for value in values]
+    n, of_candidates = len(candidates[0].pairs), [statistics(candidate, None) for candidate in candidates]
+    badness = [MEASURES[name].badness(of[name](np.arange(n))) for of in of_candidates]
     best = badness.index(min(badness))
     if name == LIKELIHOOD:
         return best
-
-    def is_equal(index: int) -> bool:
-        error = badness_error(candidates[index], candidates[best], name, resamples, seed)
-        return index == best or badness[index] - badness[best] <= error
-
-    equal = [index for index in range(len(candidates)) if is_equal(index)]
-    return min(equal, key=lambda index: statistics(candidates[index], None)[LIKELIHOOD](everything))
+    draws = bootstrap_draws(n, resamples, seed)
+    errors = [badness_error(of[name], of_candidates[best][name], name, draws) for of in of_candidates]
+    equal = [index for index, error in enumerate(errors) if badness[index] - badness[best] <= error]
+    return min(equal, key=lambda index: of_candidates[index][LIKELIHOOD](np.arange(n)))
 
 
-def badness_error(a: HeldOut, b: HeldOut, name: str, resamples: int, seed: int) -> float:
+def badness_error(a: Statistic, b: Statistic, name: str, draws: np.ndarray) -> float:
     """Return the bootstrap standard error over prompts of the difference in badness, a - b, in the measure `name`."""
-    badness, of_a, of_b = MEASURES[name].badness, statistics(a, None)[name], statistics(b, None)[name]
-    draws = bootstrap_draws(len(a.pairs), resamples, seed)
-    return float(np.std([badness(of_a(draw)) - badness(of_b(draw)) for draw in draws]))
+    badness = MEASURES[name].badness
+    return float(np.std([badness(a(draw)) - badness(b(draw)) for draw in draws]))

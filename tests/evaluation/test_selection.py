@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from spin.evaluation.measures import HeldOut, measures
+from spin.evaluation import selection
+from spin.evaluation.measures import HeldOut, bootstrap_draws, measures, statistics
 from spin.evaluation.selection import badness_error, best_policy
 from spin.method.pairs import Pair
 
@@ -27,6 +28,14 @@ def test_nearest_to_one_half():
 def test_equal_values():
     best, near, far = held_out(2.0, 0.30, seed=5), held_out(1.0, 0.0, seed=6), held_out(0.5, 3.0, seed=7)
     gap = measures(near, None, 50, 0)["classifier_auc"] - measures(best, None, 50, 0)["classifier_auc"]
-    assert 0 < gap < badness_error(near, best, "classifier_auc", 200, 0)
+    of_near, of_best = (statistics(policy, None)["classifier_auc"] for policy in (near, best))
+    assert 0 < gap < badness_error(of_near, of_best, "classifier_auc", bootstrap_draws(60, 200, 0))
     assert select("classifier_auc", best, near, far) == 1 and select("classifier_auc", far, near, best) == 1
     assert select("classifier_auc", best, best) == 0  # the earliest of equal policies
+
+
+def test_statistics_are_built_once(monkeypatch):
+    built = []
+    monkeypatch.setattr(selection, "statistics", lambda *args: built.append(args) or statistics(*args))
+    select("classifier_auc", held_out(1.0, 0.3), held_out(2.0, 0.3), held_out(1.5, 0.3))
+    assert len(built) == 3
