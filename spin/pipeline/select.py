@@ -56,7 +56,7 @@ def criterion(run: Run) -> str | None:
     checked = [measure.name for measure in COMPARED if measure.name != "exact_match" or config.data.check != "none"]
     known = [*checked, *([HARNESS, *tasks] if tasks else [])]
     if name not in known:
-        raise UserError(f"evaluation.select={name}: this run does not measure it. It measures {', '.join(known)}.")
+        raise UserError(f"evaluation.select={name}: it does not rank policies here; choose one of {', '.join(known)}.")
     if name in MEASURES and n < MEASURES[name].min_prompts:
         needed = f"data.validation of {MEASURES[name].min_prompts} or more prompts"
         raise UserError(f"evaluation.select={name}: needs {needed}, there are {n}.")

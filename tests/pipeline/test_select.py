@@ -138,7 +138,7 @@ def test_merged_adapter_is_that_of_the_best(played):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["data.validation=8", "evaluation.select=auc"], "evaluation.select=auc: this run does not measure it. It mea"),
+        (["data.validation=8", "evaluation.select=diversity"], "it does not rank policies here; choose one of classi"),
         (
             ["data.validation=8", "evaluation.select=classifier_auc"],
             "needs data.validation of 40 or more prompts, there",
@@ -146,7 +146,7 @@ def test_merged_adapter_is_that_of_the_best(played):
         (["data.validation=8", "evaluation.select=exact_match"], "evaluation.select=exact_match: needs data.check"),
         (["evaluation.select=nll_per_token"], "needs data.validation of 1 or more prompts, there are 0"),
         (["schedule.stop=no_gain"], "schedule.stop=no_gain: needs data.validation of 1 or more"),
-        (["data.validation=8", "evaluation.select=harness"], "evaluation.select=harness: this run does not measure it"),
+        (["data.validation=8", "evaluation.select=harness"], "evaluation.select=harness: it does not rank policies"),
         (["data.validation=40"], "data: too little is left"),
     ],
 )
