@@ -239,7 +239,7 @@ def _verdict(judge: Judge, prompt: str, first: str, second: str) -> str:
 def finding(comparison: dict[str, Any], policy: str, opponent: str) -> str:
     """Return a comparison as a sentence. A preference must be significant by the interval and the sign test (5 %)."""
     if comparison["win_rate"] is None:
-        return f"no verdict between {policy} and {opponent}: none of {comparison['unparsed']} can be read."
+        return f"no verdict between {policy} and {opponent}: none of the {comparison['unparsed']} verdicts can be read."
     rate, (low, high), p_value = (comparison[key] for key in ("win_rate", "win_rate_interval", "p_value"))
     numbers = f"win rate {rate:.2f} [{low:.2f}, {high:.2f}] over {comparison['n']} prompts, p = {p_value:.2g}."
     if low <= 0.5 <= high or p_value > 0.05:

@@ -49,11 +49,12 @@ class Question:
 
 def read_questions(path: str | None) -> list[Question]:
     """Return the questions in a file in the format of FastChat's question.jsonl. Raises UserError."""
+    if path is None:
+        raise UserError(f"evaluation.questions must be set: {SOURCE}.")
     questions: list[Question] = []
-    for number, record in enumerate(_read_records(Path(path or "question.jsonl")), 1):
-        with explaining(
-            f"evaluation.questions={brief(path, 300)}: record {number} is not a question with two turns", SOURCE
-        ):
+    for number, record in enumerate(_read_records(Path(path)), 1):
+        problem = f"evaluation.questions={brief(path, 300)}: record {number} is not a question with two turns"
+        with explaining(problem, SOURCE):
             first, second = (text.strip() for text in record["turns"])
             questions.append(Question(record["question_id"], str(record["category"]), (first, second)))
     if len({str(question.id) for question in questions}) < max(1, len(questions)):
@@ -126,17 +127,15 @@ def answer_questions(
             conversation.append({"role": "assistant", "content": reply.strip()})
     if short:
         short_ids = brief(", ".join(short), 300)
-        say(
-            f"MT-Bench: the context of {context} tokens cuts answers, or leaves none ({NO_ANSWER}): question/turn {short_ids}"
-        )
+        cut = f"in a context of {context} tokens these answers were cut or had no room ({NO_ANSWER})"
+        say(f"MT-Bench: {cut}: question/turn {short_ids}")
     rows = []
     for question, conversation in zip(questions, conversations, strict=True):
         turns = [message["content"] for message in conversation[1::2]]
         answer_id = hashlib.sha256(json.dumps([question.id, turns]).encode()).hexdigest()[:22]  # FastChat's length
         choices = [{"index": 0, "turns": turns}]
-        rows.append(
-            {"question_id": question.id, "answer_id": answer_id, "model_id": "", "choices": choices, "tstamp": 0.0}
-        )
+        row = {"question_id": question.id, "answer_id": answer_id, "model_id": "", "choices": choices, "tstamp": 0.0}
+        rows.append(row)
     return rows
 
 
@@ -206,7 +205,8 @@ def mt_bench_score(judgments: Sequence[dict], resamples: int = 1000, seed: int =
     draws = [np.arange(n), *bootstrap_draws(n, resamples, seed)]
     result: dict = {"n": n, "verdicts": len(judgments), "unparsed": unparsed}
     for name, columns in {"score": slice(0, 2), "first_turn": slice(0, 1), "second_turn": slice(1, 2)}.items():
-        means = [mean for draw in draws if (mean := _mean(ratings[draw, columns])) is not None]
+        samples = [ratings[draw, columns] for draw in draws]
+        means = [float(np.nanmean(sample)) for sample in samples if np.isfinite(sample).any()]
         result[name] = means[0] if means else None
         result[f"{name}_interval"] = interval(means[1:]) if means else None
     result["by_category"] = {}
@@ -214,8 +214,3 @@ def mt_bench_score(judgments: Sequence[dict], resamples: int = 1000, seed: int =
         rated = [row["score"] for row in judgments if row["category"] == category and row["score"] != UNRATED]
         result["by_category"][category] = sum(rated) / len(rated) if rated else None
     return result
-
-
-def _mean(ratings: np.ndarray) -> float | None:
-    """Return the mean of the known ratings; None if there are none."""
-    return float(np.nanmean(ratings)) if np.isfinite(ratings).any() else None

@@ -369,7 +369,7 @@ def test_unparsed_verdicts(serve):
     assert (comparison["n"], comparison["unparsed"], comparison["wins"], comparison["inconsistent"]) == (26, 14, 1, 0)
     failed = compare(PROMPTS, LONG, SHORT, serve(lambda prompt: "Hm.").judge(), 0)
     assert (failed["n"], failed["unparsed"], failed["win_rate"], failed["win_rate_interval"]) == (0, 40, None, None)
-    assert finding(failed, "a", "b") == "no verdict between a and b: none of 40 can be read."
+    assert finding(failed, "a", "b") == "no verdict between a and b: none of the 40 verdicts can be read."
 
 
 def test_few_prompts(serve):

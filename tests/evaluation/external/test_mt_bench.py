@@ -137,7 +137,8 @@ def test_malformed_questions(question_file, record, message):
 
 
 @pytest.mark.parametrize("path", [None, "no/such.jsonl", "a\0b", "x" * 5000, "/tmp", "~nobody-here/q"])
-def test_missing_questions(path):
+def test_missing_questions(path, question_file, monkeypatch):
+    monkeypatch.chdir(question_file.parent)  # its question.jsonl is not read unless it is named
     with pytest.raises(UserError, match=r"evaluation\.questions.*mt_bench/question\.jsonl") as caught:
         read_questions(path)
     assert one_line(caught.value)
