@@ -49,7 +49,7 @@ class Task:
 
 
 def parse_tasks(entries: Sequence[str]) -> list[Task]:
-    """Parse `name:shots:metric` and `name:shots:metric:filter`. Raises UserError for malformed and repeated entries."""
+    """Parse `name:shots:metric[:filter]` entries. Raises UserError for malformed entries and repeated tasks."""
     tasks: list[Task] = []
     for entry in entries:
         parts = re.fullmatch(r"([^:]+):([0-9]+):([^:]+(?::[^:]+)?)", str(entry))
@@ -58,10 +58,9 @@ def parse_tasks(entries: Sequence[str]) -> list[Task]:
                 f"{KEY}: {brief(repr(entry))} must be task:shots:metric, as arc_challenge:25:acc_norm, or with a "
                 "filter, as gsm8k:5:exact_match:strict-match."
             )
-        task = Task(parts[1], int(parts[2]), parts[3])
-        if task in tasks:
-            raise UserError(f"{KEY}: {entry} is named twice.")
-        tasks.append(task)
+        if parts[1] in (task.task for task in tasks):
+            raise UserError(f"{KEY}: {parts[1]} is named twice; name each task once.")
+        tasks.append(Task(parts[1], int(parts[2]), parts[3]))
     return tasks
 
 
@@ -87,33 +86,39 @@ def identity(task: Task, include: str | None) -> dict[str, Any]:
 def check_tasks(tasks: Sequence[Task], include: str | None) -> None:
     """Raise UserError if a task cannot be run. This needs neither the model nor the task's data.
 
-    Reasons are a missing harness or a wrong version, a missing folder `include`, an unknown task, metric or filter,
-    few-shot examples for a zero-shot task, and a task that executes code written by the model.
+    Reasons are a missing harness or a wrong version, a missing folder `include`, an unknown task, metric or filter, a
+    metric whose lower values are better, few-shot examples for a zero-shot task, and a task that executes the model's code.
     """
     _installed_version()
     for task in tasks:
         index = _task_manager(task.task, _folder(include)).task_index
         if task.task not in index:
             near = difflib.get_close_matches(task.task, index, 3)
-            hint = f"near it: {', '.join(near)}" if near else "`lm_eval ls tasks` lists all that can be read"
-            raise UserError(f"{KEY}: the harness knows no task {brief(task.task)}; {hint}.")
+            hint = f"similar names: {', '.join(near)}" if near else "`lm_eval ls tasks` lists all that can be read"
+            raise UserError(f"{KEY}: there is no task {brief(task.task)}; {hint}.")
         with explaining(f"{KEY}: {task.task}: its file does not define a task"):
             _check_task(task, index)
 
 
 def _check_task(task: Task, index: dict[str, Any]) -> None:
+    from lm_eval.api.registry import higher_is_better_registry
+
     leaves = list(_leaf_configs(task.task, index))
     for leaf in leaves:
         if task.shots and leaf.get("num_fewshot") == 0:
             raise UserError(f"{KEY}: {leaf.get('task')} is defined without examples: use {task.task}:0:{task.metric}.")
         if leaf.get("unsafe_code"):
-            raise UserError(f"{KEY}: {leaf.get('task')} runs code that the model writes; this is not done here.")
+            raise UserError(f"{KEY}: {leaf.get('task')} runs code that the model writes; spin does not run such tasks.")
     config = index[task.task].cfg or {}  # None for a tag
     values = _listed_values(config, leaves)
     if (values or config not in leaves) and _pick(task.metric, values) is None:
         members = ", ".join(str(leaf["task"]) for leaf in leaves)
         names = ", ".join(values) or f"none of its own, name its tasks: {members}"
         raise UserError(f"{KEY}: {task.task} has no metric {brief(task.metric)}; it has {brief(names, 300)}.")
+    name = task.metric.partition(":")[0]
+    listed = [row for leaf in leaves for row in leaf.get("metric_list") or [{"metric": name}] if row["metric"] == name]
+    if any(row.get("higher_is_better", higher_is_better_registry.get(name, True)) is False for row in listed):
+        raise UserError(f"{KEY}: {task.task}: lower values of {name} are better; a metric must be a share.")
 
 
 def _leaf_configs(member: str | dict, index: dict[str, Any]) -> Iterator[dict]:

@@ -46,7 +46,8 @@ def run_tasks(folder, entries, include=TASKS, limit=None, batch_size=5, dtype=to
     say = (lambda line: None) if lines is None else lines.append
     model, tokenizer = load_model(folder, dtype, torch.device("cpu")), load_tokenizer(folder)
     options = settings(include, limit, batch_size)
-    return [harness.run_task(task, model, tokenizer, options, seed, say) for task in parse_tasks(entries)]
+    tasks = [task for entry in entries for task in parse_tasks([entry])]
+    return [harness.run_task(task, model, tokenizer, options, seed, say) for task in tasks]
 
 
 def records(name: str, folder: Path = TASKS) -> list[dict]:
@@ -303,10 +304,10 @@ def test_malformed_entry(entry):
     assert "task:shots:metric" in one_line(error)
 
 
-def test_repeated_entry():
+def test_repeated_task():
     with pytest.raises(UserError) as error:
-        parse_tasks(["arc_easy:5:acc", "arc_easy:5:acc_norm", "arc_easy:05:acc"])
-    assert "arc_easy:05:acc is named twice" in one_line(error)
+        parse_tasks(["gsm8k:5:exact_match:strict-match", "arc_easy:5:acc", "gsm8k:5:exact_match:flexible-extract"])
+    assert "gsm8k is named twice" in one_line(error)
 
 
 @pytest.mark.parametrize(
@@ -323,6 +324,8 @@ def test_repeated_entry():
         ("truthfulqa_mc2:5:acc", "truthfulqa_mc2:0:acc"),
         ("spin_group:2:acc", "spin_swapped is defined without examples"),
         ("humaneval:0:pass_at_k", "runs code"),
+        ("wikitext:0:word_perplexity", "lower values of word_perplexity are better"),
+        ("simple_cooccurrence_bias:0:likelihood_diff", "lower values of likelihood_diff are better"),
     ],
 )
 def test_check_refuses(entry, part):
