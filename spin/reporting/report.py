@@ -73,7 +73,8 @@ def describe_selection(selected: dict) -> str:
     Example: "iter0, not the last (iter1); classifier AUC 0.63 [0.55, 0.70] on 96 validation prompts".
     """
     measure = MEASURES.get(selected["measure"])
-    title = measure.title if measure else f"benchmark {selected['measure']}"
+    benchmark = "mean of the benchmarks" if selected["measure"] == "harness" else f"benchmark {selected['measure']}"
+    title = measure.title if measure else benchmark
     value = show(selected["value"], selected["interval"], measure.format if measure else ".3f")
     rank = "the last policy" if selected["policy"] == selected["last"] else f"not the last ({selected['last']})"
     prompts = "validation prompts" if measure else "questions"
@@ -81,10 +82,11 @@ def describe_selection(selected: dict) -> str:
 
 
 def paper_values(row: dict) -> list[float]:
-    """Return the paper's values (percent) for a policy's benchmarks, in order; none unless it has all of them."""
-    paper = row["paper"] or {}
-    tasks = [task["task"] for task in row["harness"]]
-    return [paper[task] for task in tasks] if paper.keys() >= set(tasks) else []
+    """Return the paper's values (percent) for a policy's benchmarks, in order; none unless all were run as in the paper."""
+    paper, tasks = row["paper"] or {}, row["harness"]
+    keys = [f"{task['task']}:{task['shots']}:{task['metric']}" for task in tasks]
+    has_all = paper.keys() >= set(keys) and not any(task.get("limit") for task in tasks)
+    return [paper[key] for key in keys] if has_all else []
 
 
 def known_changes(difference: dict) -> list[tuple[Measure, dict]]:

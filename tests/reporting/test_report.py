@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
+from spin.evaluation.external.harness import PAPER
 from spin.evaluation.measure_table import COMPARED, MEASURES
-from spin.reporting.report import verdict, write_report
+from spin.reporting.report import describe_selection, verdict, write_report
 from spin.reporting.summary import print_summary
 from spin.reporting.text import code_block
 
@@ -148,7 +149,7 @@ def test_full_run(tmp_path):
     assert "2.060 [2.050, 2.070]" in text
     assert "| train | 3 min 12 s |" in text
     assert "Peak memory: 1.23 GiB" in text
-    assert "Why log p(real) can fall" in text
+    assert "Why log p(real) can fall" in text and "An SFT anchor (`loss.sft_weight`)" in text
     for link in re.findall(r"\]\((figures/[^)]*)\)", text):
         assert (tmp_path / link).exists()
     for path in (tmp_path / "figures").iterdir():
@@ -229,6 +230,49 @@ def test_unknown_numbers(tmp_path):
     assert "| – | – |" in text
     assert "nan" not in text
     assert figures(tmp_path) == FIGURES
+
+
+def test_no_explanation_of_another_loss(tmp_path):
+    game = write_fake_run(tmp_path)
+    for played in game["iterations"]:
+        played["objective"] = {"objective": "space", "mu": 1.0}
+    assert "Why log p(real) can fall" not in write_report(tmp_path, game).read_text()
+
+
+def external(**results):
+    """Return the external results of iter0."""
+    row = {"policy": "iter0", "iter": 0, "harness": None, "mt_bench": None, "comparison": None}
+    return row | {"paper": PAPER["iter0"]} | results
+
+
+@pytest.mark.parametrize(
+    ("changes", "shown"),
+    [({}, True), ({"shots": 0}, False), ({"metric": "acc"}, False), ({"limit": 10}, False), ({"task": "piqa"}, False)],
+)
+def test_paper_values_of_the_same_tasks(changes, shown, tmp_path):
+    task = {"task": "arc_challenge", "shots": 25, "metric": "acc_norm", "limit": None, "value": 0.6, "stderr": None}
+    game = write_fake_run(tmp_path) | {"external": [external(harness=[task | {"n": 1172} | changes])]}
+    assert ("| paper: iter0 | 63.40 | 63.40 |" in write_report(tmp_path, game).read_text()) == shown
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({}, "F. The verdict depended on the order of the answers for 25 % of the judged prompts."),
+        ({"inconsistent": None}, "F."),
+        ({"inconsistent": None, "unparsed": 3}, "F. Prompts left out, because a verdict could not be read: 3."),
+        ({"inconsistent": None, "unparsed": 3, "n": 0}, "F."),
+    ],
+)
+def test_reliability_of_a_judge(changes, line, tmp_path):
+    comparison = {"finding": "F.", "n": 40, "inconsistent": 0.25, "unparsed": 0} | changes
+    game = write_fake_run(tmp_path) | {"external": [external(comparison=comparison)]}
+    assert f"## A judge's preference\n\n{line}\n\nThe judge compared" in write_report(tmp_path, game).read_text()
+
+
+def test_selection_by_benchmarks():
+    selected = {"policy": "iter0", "last": "iter0", "measure": "harness", "value": 0.5, "interval": None, "n": 9}
+    assert describe_selection(selected) == "iter0, the last policy; mean of the benchmarks 0.500 on 9 questions"
 
 
 @pytest.mark.parametrize("constant", [0.0, 3.0])

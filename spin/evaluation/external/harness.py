@@ -35,7 +35,7 @@ VERSION = "0.4.13"  # scores differ between versions
 KEY = "evaluation.harness"
 LOCAL_FORMATS = ("json", "csv", "parquet", "text", "arrow")
 
-# Percent, from arXiv 2401.01335, table of Open LLM Leaderboard results by iteration. "sft" is zephyr-7b-sft-full.
+# Percent by policy and `task:shots:metric`, from arXiv 2401.01335, table by iteration. "sft" is zephyr-7b-sft-full.
 PAPER: dict[str, dict[str, float]] = json.loads((Path(__file__).parent / "assets" / "paper.json").read_text())
 
 
@@ -197,7 +197,7 @@ def run_task(
     say: Callable[[str], None],
     ranks: ProcessGroup = SINGLE_PROCESS,
 ) -> dict[str, Any]:
-    """Return the model's result on a task: task, shots, metric, value, stderr, n (questions), version.
+    """Return the model's result on a task: task, shots, metric, value, stderr, n (questions), limit, version.
 
     Value and stderr are in the harness's unit (a share in [0, 1] for acc and exact_match); stderr may be None. `seed`
     determines the few-shot examples. Data files of tasks in `harness_include` are relative to that folder. Nothing is
@@ -230,6 +230,7 @@ def run_task(
         "value": float(result[keys[value]]),
         "stderr": None if stderr is None or isinstance(stderr, str) else float(stderr),  # "N/A"
         "n": int(result["sample_len"]),
+        "limit": settings.harness_limit,
         "version": str(result["version"]),
     }
 
