@@ -158,6 +158,7 @@ class Compare(External):
             "answers": evaluation.held_out.pairs.digest,
             "opponents": opponent.held_out.pairs.digest,
             "judge": judges.identity(str(settings.judge), settings.judge_model),
+            "prompt": judges.PAIR,
             **device_inputs(run),
             "bootstrap": settings.bootstrap,
             "seed": run.config.seed,

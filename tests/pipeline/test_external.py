@@ -4,11 +4,14 @@ import json
 import shutil
 import threading
 from contextlib import suppress
+from unittest.mock import MagicMock
 
 import pytest
 
 from spin.config.hydra import run_folder
+from spin.evaluation.external import judges
 from spin.pipeline.context import distinct_labels
+from spin.pipeline.external import Compare
 from tests.engines.test_deepspeed import GAME, errors, play_ranks, torchrun
 from tests.evaluation.external.test_judges import longer, serve  # noqa: F401 (a fixture: a judge behind a real address)
 from tests.games import Place
@@ -93,6 +96,15 @@ def test_judge(place, serve):  # noqa: F811
     assert requests and not any(name in text for text in requests for name in ("sft", "iter0"))  # blind
     assert "nothing was computed again" in place.play(*words, run="judged").stdout
     assert len(server.seen) == len(requests)  # no request is sent twice
+
+
+def test_judge_prompt_is_an_input(monkeypatch):
+    stage, needs = Compare(0, *[MagicMock()] * 3), [MagicMock()] * 4
+    monkeypatch.setattr(judges, "identity", lambda *setting: "judge")
+    inputs = stage.inputs(*needs)
+    assert stage.inputs(*needs) == inputs
+    monkeypatch.setattr(judges, "PAIR", judges.PAIR + " Be strict.")
+    assert stage.inputs(*needs) != inputs
 
 
 MORE = [*QUESTIONS, *({"question_id": i, "category": "writing", "turns": ["a", "b"]} for i in range(5))]
@@ -248,11 +260,11 @@ def test_two_ranks(place, serve):  # noqa: F811
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["evaluation=mt_bench"], "question.jsonl"),
+        (["evaluation=mt_bench"], "evaluation.questions must be set"),
         (["evaluation.questions=/nowhere.jsonl"], "/nowhere.jsonl"),
         (["evaluation.judge=/nowhere"], "must be an address"),
         (["evaluation.harness=[arc_challenge]"], "must be task:shots:metric"),
-        (["evaluation.harness=[no_such_task:0:acc]"], "the harness knows no task no_such_task"),
+        (["evaluation.harness=[no_such_task:0:acc]"], "there is no task no_such_task"),
         (["evaluation.harness=[spin_choice:0:acc]", "evaluation.harness_include=/nowhere"], "no such folder"),
         (["evaluation.harness_limit=0"], "must be greater than or equal to 1"),
     ],
