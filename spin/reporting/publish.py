@@ -22,7 +22,7 @@ def check_hub(config: Config, start: Policy) -> None:
         validate_repo_id(config.publish.hub)
     is_adapter = (config.model.adapter == "lora" or start.base is not None) and not config.model.merge
     if is_adapter and not is_hub_name(config.model.path):
-        raise UserError(f"{name}: others can't load this adapter: its base is not on a hub: set model.merge=true.")
+        raise UserError(f"{name}: others cannot load an adapter whose base is not on a hub: set model.merge=true.")
     if get_token() is None:
         raise UserError(f"{name}: there is no token for the Hugging Face hub: run `hf auth login`, or set HF_TOKEN.")
     with explaining(
@@ -38,7 +38,7 @@ def publish(folder: Path, game: dict, config: Config, say: Callable[[str], None]
     content of game.json. Raises UserError if the upload fails; the next run repeats it.
     """
     selected, name = game["selected"], config.publish.hub
-    place = "best" if selected else f"iter{len(game['iterations']) - 1}"
+    place = "best" if selected else f"iter{len(game['iterations']) - 1}" if game["iterations"] else "sft"
     model = folder / place / ("merged" if config.model.merge else "policy")
     linked = model.parent / f".{model.name}.linked"
     if name is None or not linked.is_file():

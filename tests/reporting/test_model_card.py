@@ -104,6 +104,13 @@ def test_base_data_and_licence(words, start, expected, tmp_path):
     assert str(tmp_path) not in text and "Nothing was measured" in text
 
 
+def test_external_results(tmp_path):
+    task = {"task": "truthfulqa_mc2", "value": 0.5}
+    external = [{"policy": "iter0", "harness": [task], "mt_bench": {"score": None}}]
+    text = card_text("iter0", tmp_path, GAME_JSON | {"external": external}, load(), Policy("start", tmp_path, "id"))
+    assert "- truthfulqa\\_mc2: 50.0 %\n- MT-Bench: –\n\nNot measured: safety, social bias" in text
+
+
 @pytest.mark.parametrize("path", [None, "builtin:tiny", "/a/b", "a/b/c", "tests/games.py", "name"])
 def test_no_hub_name(path):
     assert not is_hub_name(path) and is_hub_name("org/Model-7b.v1")

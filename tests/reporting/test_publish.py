@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 from huggingface_hub import ModelCard, get_token
 from transformers import AutoModelForCausalLM
 
 from spin.models.policy import content_id
+from spin.reporting.publish import publish
 from spin.runtime.errors import UserError
 from tests.config.test_schema import load
 from tests.games import ROOT, Place
@@ -64,6 +66,16 @@ def test_best_policy_is_published(place, hub, tmp_path):
         (tmp_path / name).write_bytes(content)
     assert AutoModelForCausalLM.from_pretrained(tmp_path) and content_id(tmp_path) == content_id(policy)
     assert ModelCard.load(tmp_path / "README.md").data.pipeline_tag == "text-generation"
+
+
+def test_sft_policy_without_iterations(tmp_path, monkeypatch):
+    (tmp_path / "sft" / "policy").mkdir(parents=True)
+    (tmp_path / "sft" / ".policy.linked").write_text("[]")
+    uploads, api = [], Mock()
+    api.upload_folder = lambda **arguments: uploads.append(arguments["folder_path"])
+    monkeypatch.setattr("spin.reporting.publish.HfApi", lambda **options: api)
+    publish(tmp_path, {"selected": None, "iterations": []}, load("publish.hub=me/x", "schedule.iterations=0"), print)
+    assert uploads == [tmp_path / "sft" / "policy"]
 
 
 @pytest.mark.slow
