@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from spin.evaluation.measure_table import Measure, is_known, known_measures
+from spin.evaluation.measure_table import MEASURES, Measure, is_known, known_measures
 from spin.reporting.text import plain_number
 
 # Okabe and Ito's colours, distinguishable with any colour vision; each has the same meaning in all figures.
@@ -91,9 +91,9 @@ def draw_measures(evaluations: Sequence[dict]) -> Figure | None:
     labels = [row["policy"] if row["iter"] is None else str(row["iter"]) for row in evaluations]
     for axes, measure in zip(grid, measures, strict=True):
         label_measure(axes, measure)
-        if measure.name in DASHED:
-            values = np.array([row.get(DASHED[measure.name]) for row in evaluations], dtype=float)
-            axes.plot(range(len(labels)), values, color=REFERENCE, linestyle=DASHES, linewidth=1.2)
+        if other := MEASURES.get(DASHED.get(measure.name, "")):
+            values = np.array([row.get(other.name) for row in evaluations], dtype=float)
+            axes.plot(range(len(labels)), values, color=REFERENCE, linestyle=DASHES, linewidth=1.2, label=other.title)
         plot_measure(axes, measure, range(len(labels)), evaluations, color=NEUTRAL, linewidth=1)
         axes.grid(axis="x", visible=False)
         axes.set_xticks(range(len(labels)), labels)

@@ -184,6 +184,8 @@ def test_values_of_curves(report):
     for key, policy in ((Keys.HOME, "start"), (Keys.ARROW_RIGHT, "sft"), (Keys.END, "1"), (Keys.ARROW_LEFT, "0")):
         report.switch_to.active_element.send_keys(key)
         assert curve.get_attribute("aria-valuetext").startswith(f"at {policy},")
+    lengths = report.find_element("css selector", "svg[aria-label^='model length']")
+    assert lengths.get_attribute("aria-valuetext") == "at start, human length: 31, model length: 20 [19.99, 20.01]"
     histogram = report.find_element("css selector", "[data-figure=lengths] svg")
     assert "real: " in histogram.get_attribute("aria-valuetext")
 

@@ -176,9 +176,9 @@ function readings(panel) {
   const add = (x, key, text) => places.set(key, { x, lines: [...(places.get(key)?.lines ?? [key]), text] });
   for (const line of panel.lines)
     if (line.alpha === 1) line.x.forEach((x, i) => {
-      const bar = panel.bars.find((bar) => bar.x === x && bar.color === line.color && bar.low <= line.y[i] + 1 && line.y[i] !== null);
-      const interval = bar && panel.lines.length < 2 ? ` [${show(bar.low)}, ${show(bar.high)}]` : "";
-      if (line.y[i] !== null) add(x, `${named} ${tick.get(x) ?? show(x)}`, `${line.label || panel.ylabel}: ${show(line.y[i])}${interval}`);
+      const bar = panel.bars.find((bar) => bar.x === x && bar.color === line.color);
+      const interval = bar ? ` [${show(bar.low)}, ${show(bar.high)}]` : "";
+      if (line.y[i] !== null) add(x, `${named} ${tick.get(x) ?? show(x)}`, `${line.label || panel.title}: ${show(line.y[i])}${interval}`);
     });
   for (const steps of panel.steps) steps.y.forEach((y, i) => add((steps.x[i] + steps.x[i + 1]) / 2,
     `${named} ${show(steps.x[i])} to ${show(steps.x[i + 1])}`, `${steps.label || panel.ylabel}: ${(100 * y).toFixed(1)} %`));
