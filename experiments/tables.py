@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 RUNS = Path("outputs/studies")
 # Okabe and Ito's colours, each with its own marker: distinguishable with any colour vision, and in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 MARKERS = ("o", "s", "^", "D", "v", "P")
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # Student's t, two-sided, by sample size
 
 Row = dict[str, Any]
 Where = dict[str, Any]
@@ -47,8 +47,10 @@ def select(rows: Sequence[Row], where: Where) -> list[Row]:
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     """Return the mean over seeds and half the width of its 95 % interval (Student's t), which is NaN for a single seed."""
     n = len(values)
-    half = T95[n] * float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else math.nan
-    return float(np.mean(values)), half
+    if n == 1:
+        return float(values[0]), math.nan
+    quantile = round(float(stats.t.ppf(0.975, n - 1)), 3)  # to the decimals of printed tables, as in published results
+    return float(np.mean(values)), quantile * float(np.std(values, ddof=1)) / math.sqrt(n)
 
 
 def plain(number: float) -> str:
