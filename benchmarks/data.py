@@ -88,7 +88,7 @@ def reading_table(records: int, folder: Path, model: Path) -> None:
 
 
 def game_table(pairs: int, folder: Path) -> None:
-    """Play a game with a tiny model and one training step on `pairs` pairs, then repeat it, and print both costs."""
+    """Play a game with a tiny model on `pairs` pairs, of which it trains on 64, then repeat it, and print both costs."""
     path = folder / "pairs.jsonl"
     with path.open("w") as file:
         for n in range(pairs):

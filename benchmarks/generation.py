@@ -63,6 +63,8 @@ def main() -> None:
         workload = Workload(options.model, options.data)
         print(json.dumps(measure(options.contender, workload, options.batch_size, options.new, options.vllm)))
         return
+    if options.only == "vllm" and not Path(options.vllm).exists():
+        parser.error(f"--vllm={options.vllm}: there is no such interpreter; `make vllm` installs one")
     workload = prepare_workload(options.prompts, shlex.split(options.words))
     commands = {
         name: [
@@ -107,7 +109,7 @@ def measure(name: str, workload: Workload, batch_size: int, new: int, python: st
     if name == "vllm":
         with vllm(workload.model, dtype, stops, python, max(map(len, prompts)) + new) as answer:
             answers, seconds = timed_answers(answer)
-        memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+        memory = resident_peak_gib(resource.RUSAGE_CHILDREN)
     else:
         model = load_model(workload.model, dtype, torch.device("cpu"))
         answers, seconds = timed_answers(partial(CONTENDERS[name], model, tokenizer, stops, batch_size))

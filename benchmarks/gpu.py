@@ -16,15 +16,18 @@ as a share of the peak rate of a large product, measured in the same process.
 import argparse
 import functools
 import json
+import os
 import random
+import resource
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -91,7 +94,8 @@ def main() -> None:
     for part, result in results.items():
         if isinstance(result, dict):
             share = f"{result['share']:.2f}" if result["share"] else "–"
-            print(f"| {part}: {result['text']} | {result['seconds']:.3g} | {result['memory']:.1f} | {share} |")
+            memory = f"{result['memory']:.1f}" if result["memory"] else "–"
+            print(f"| {part}: {result['text']} | {result['seconds']:.3g} | {memory} | {share} |")
     for part, result in results.items():
         if isinstance(result, str):
             print(f"\n{part}: skipped, {result}; see {options.logs / part}.log")
@@ -108,19 +112,33 @@ def run_part(part: str, options: argparse.Namespace, folder: Path, end: float) -
         print(shlex.join(command), file=log, flush=True)
         started = time.monotonic()
         try:
-            done = subprocess.run(
-                command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=workload.ROOT, timeout=seconds_left
-            )
+            status, output = run_in_group(command, log, seconds_left)
         except subprocess.TimeoutExpired:
             return f"it takes more than the remaining {seconds_left:.0f} s"
-        log.write(done.stdout)
+        log.write(output)
     print(f"{part}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
     lines = (options.logs / f"{part}.log").read_text().splitlines()
-    return json.loads(lines[-1]) if done.returncode == 0 else lines[-1][:200]
+    return json.loads(lines[-1]) if status == 0 else lines[-1][:200]
+
+
+def run_in_group(command: list[str], log: IO[str], timeout: float) -> tuple[int, str]:
+    """Return a command's exit status and output. If it takes longer, its processes are ended with it."""
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=workload.ROOT, start_new_session=True
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=timeout)
+        except BaseException:  # TimeoutExpired, or an interruption, which does not reach the new session
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return process.returncode, output
 
 
 def measure(options: argparse.Namespace, device: Any) -> dict[str, Any]:
-    """Measure one part in this process. Returns `text`, `seconds`, `memory` in GiB, and `share` of the peak rate or 0."""
+    """Measure one part in this process. Returns `text`, `seconds`, `memory` in GiB, and `share` of the peak rate.
+
+    `memory` and `share` are 0 if they are not measured: vLLM's processes allocate the memory that they may use.
+    """
     kind, changes = PARTS[options.part]
     if kind == "tests":
         words = ["tests/engines/test_device.py", "-m", "not slow" if options.small else "slow or not slow"]
@@ -144,17 +162,25 @@ def measure(options: argparse.Namespace, device: Any) -> dict[str, Any]:
         "generation": measure_generation,
         "vllm": measure_vllm,
     }[kind](options, device, dtype, pairs, changes)
-    memory = peak_memory_gib()
+    memory = 0 if kind == "vllm" else peak_memory_gib()
     peak = workload.peak_rate(dtype, 256 if options.small else 8192, device=str(device))
     return {"text": text, "seconds": seconds, "memory": memory, "share": flops / seconds / peak}
 
 
 def command_seconds(command: list[str], text: str) -> dict[str, Any]:
-    """Time a command and write its output to the log. If it fails, this process ends with its exit status."""
+    """Time a command and write its output to the log. If it fails, this process ends with its exit status.
+
+    `memory` is the peak resident memory of the largest of its processes.
+    """
     done, seconds = workload.timed(lambda: subprocess.run(command, stdout=sys.stderr, cwd=workload.ROOT))
     if done.returncode:
         sys.exit(done.returncode)
-    return {"text": text, "seconds": seconds, "memory": workload.resident_peak_gib(), "share": 0}
+    return {
+        "text": text,
+        "seconds": seconds,
+        "memory": workload.resident_peak_gib(resource.RUSAGE_CHILDREN),
+        "share": 0,
+    }
 
 
 Measured = tuple[str, float, float]  # description, seconds, useful FLOPs

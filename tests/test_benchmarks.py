@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import subprocess
 import sys
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import broken_answers, gpu, overhead
+from benchmarks import broken_answers, gpu, overhead, workload
 from spin.models.tiny import make_tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,6 +61,24 @@ def test_gpu_small(tmp_path):
     assert "rewards/margins" in (tmp_path / "logs" / "full-blocks.log").read_text()
 
 
+def test_gpu_part_out_of_time_leaves_no_process(tmp_path):
+    """A part's own processes, such as a game, end with it."""
+    pid = tmp_path / "pid"
+    command = ["bash", "-c", f"sleep 100 & echo $! > {pid}; wait"]
+    with open(os.devnull, "w") as log, pytest.raises(subprocess.TimeoutExpired):
+        gpu.run_in_group(command, log, 2)
+    state = Path("/proc", pid.read_text().strip(), "stat")
+    end = time.monotonic() + 20
+    while state.exists() and state.read_text().split()[2] != "Z" and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
+def test_gpu_memory_of_a_command():
+    memory = gpu.command_seconds([sys.executable, "-c", "bytearray(2**27)"], "")["memory"]
+    assert memory == workload.resident_peak_gib(resource.RUSAGE_CHILDREN) > 1 / 8
+
+
 @pytest.mark.slow  # each part is a process that imports everything
 def test_gpu_parts(tmp_path):
     """Parts of each kind run on a CPU. A part is skipped with a reason if its library is missing or no time is left."""
@@ -85,6 +104,14 @@ def test_generation_with_spin(tmp_path):
     words = ["--prompts", "4", "--batch-size", "2", "--new", "4", "--only", "spin"]
     prompts, tokens, rate, *_ = table(tmp_path, "generation.py", *words, *tiny(tmp_path))["spin"]
     assert prompts == 4 and tokens > 0 and rate > 0
+
+
+def test_generation_without_vllm(tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks" / "generation.py"), "--only=vllm", "--vllm=/nowhere"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.endswith(
+        "/nowhere: there is no such interpreter; `make vllm` installs one\n"
+    )
 
 
 def test_paper_memory(tmp_path):
