@@ -54,6 +54,7 @@ def test_memory_table(tmp_path):
     assert done.stdout.startswith("| model | 24 GiB | 80 GiB |")
 
 
+@pytest.mark.slow
 def test_gpu_small(tmp_path):
     rows = table(tmp_path, "gpu.py", *GPU, "--logs", f"{tmp_path}/logs", "--only", "training", "full-blocks")
     assert [name.split(",")[0] for name in rows] == ["training: 4 pairs", "full-blocks: 4 pairs"]
@@ -114,6 +115,7 @@ def test_generation_without_vllm(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_paper_memory(tmp_path):
     assert set(table(tmp_path, "paper_memory.py")) == {"8 GPUs", "1 GPU"}
 
