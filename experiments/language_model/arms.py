@@ -86,7 +86,7 @@ def collect() -> tuple[list[Row], dict[tuple, HeldOut]]:
 def stored_evaluations(folder: Path, evaluations: Sequence[dict]) -> list[HeldOut]:
     """Return the held-out answers of the `evaluations` in a run's game.json."""
     stages = json.loads((folder / STAGES).read_text())
-    artifacts = [Path(stages["store"]) / stage for stage in stages["stages"] if stage.startswith("evaluate/")]
+    artifacts = [folder / stages["store"] / stage for stage in stages["stages"] if stage.startswith("evaluate/")]
     stored = [json.loads((artifact / "evaluation.json").read_text()) for artifact in artifacts]
     held_out = []
     for evaluation in evaluations:

@@ -3,7 +3,6 @@
 import json
 import math
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -371,7 +370,7 @@ def answers_of_iteration_0(folder, pairs: list[dict]) -> dict[tuple[str, int], t
     first_pairs = [row for row in pairs if row["iter"] == 0]
     for stage in stages["stages"]:
         if stage.startswith("generate/"):
-            read = read_parquet(Answer, Path(stages["store"]) / stage / "answers.parquet")
+            read = read_parquet(Answer, folder / stages["store"] / stage / "answers.parquet")
             answers = {(answer.id, answer.index): answer.ids for answer in read}
             if all(answers[row["id"], row["answer"]] == tuple(row["generated_ids"]) for row in first_pairs):
                 return answers
