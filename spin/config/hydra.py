@@ -150,7 +150,7 @@ def to_text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"[{','.join(map(to_text, value))}]"
     if value is None or isinstance(value, bool | int | float):
-        return json.dumps(value).replace("e-0", "e-")  # 5e-07 as people write it: it is part of the folder's name
+        return json.dumps(value).replace("e-0", "e-")  # 5e-7, as users type it: part of the folder's name
     return str(value) if PLAIN.fullmatch(str(value)) else QuotedString(str(value), Quote.single).with_quotes()
 
 

@@ -16,15 +16,15 @@ def best_policy(candidates: Sequence[HeldOut], name: str, resamples: int, seed: 
     Candidates within one standard error of the best value count as equal. Of these, the one with the lowest NLL of
     human answers is selected; ties go to the earliest.
     """
-    n, of_candidates = len(candidates[0].pairs), [statistics(candidate, None) for candidate in candidates]
-    badness = [MEASURES[name].badness(of[name](np.arange(n))) for of in of_candidates]
+    n, tables = len(candidates[0].pairs), [statistics(candidate, None) for candidate in candidates]
+    badness = [MEASURES[name].badness(table[name](np.arange(n))) for table in tables]
     best = badness.index(min(badness))
     if name == LIKELIHOOD:
         return best
     draws = bootstrap_draws(n, resamples, seed)
-    errors = [badness_error(of[name], of_candidates[best][name], name, draws) for of in of_candidates]
-    equal = [index for index, error in enumerate(errors) if badness[index] - badness[best] <= error]
-    return min(equal, key=lambda index: of_candidates[index][LIKELIHOOD](np.arange(n)))
+    errors = [badness_error(table[name], tables[best][name], name, draws) for table in tables]
+    equal = [index for index, error in enumerate(errors) if index == best or badness[index] - badness[best] <= error]
+    return min(equal, key=lambda index: tables[index][LIKELIHOOD](np.arange(n)))
 
 
 def badness_error(a: Statistic, b: Statistic, name: str, draws: np.ndarray) -> float:

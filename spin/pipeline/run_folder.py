@@ -96,7 +96,7 @@ def check_resources(run: Run, stages: Sequence[Stage]) -> None:
         check_hub(config, run.start)
     planned = run.ranks.broadcast(look_up(run, stages) if run.ranks.is_main_process else None)
     check_shared_store(run.store.path, run.ranks)
-    missing = [entry for entry in planned if entry.status != "reuse" and entry.stage != "merge"]  # loads no model
+    missing = [entry for entry in planned if entry.status != "reuse" and entry.stage != "merge"]  # checks its own disk
     policies = sum(entry.stage in ("sft", "train") for entry in missing)
     run.store.check_free(bytes_to_write(run, planned), f"{policies} policies and checkpoints")
     if config.stage == "evaluate" and not data.held_out:

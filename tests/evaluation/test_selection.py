@@ -1,6 +1,7 @@
 """Tests of the rule that selects a policy."""
 
 import numpy as np
+import pytest
 
 from spin.evaluation import selection
 from spin.evaluation.measures import HeldOut, bootstrap_draws, measures, statistics
@@ -39,3 +40,9 @@ def test_statistics_are_built_once(monkeypatch):
     monkeypatch.setattr(selection, "statistics", lambda *args: built.append(args) or statistics(*args))
     select("classifier_auc", held_out(1.0, 0.3), held_out(2.0, 0.3), held_out(1.5, 0.3))
     assert len(built) == 3
+
+
+@pytest.mark.filterwarnings("ignore:Degrees of freedom", "ignore:invalid value")
+def test_unknown_error():
+    """The best candidate is selected if the standard error is not a number, as without resamples."""
+    assert best_policy([held_out(1.0, 3.0), held_out(2.0, 0.3)], "classifier_auc", 0, 0) == 1
